@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a transport for group collectives must offer."""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypeVar, runtime_checkable
+
+from torch import Tensor
+
+from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+
+ReduceOp = Literal["sum", "avg", "lse"]
+Result = TypeVar("Result", covariant=True)
+
+
+class Work(Protocol[Result]):
+    """A collective under way."""
+
+    def wait(self) -> Result:
+        """Return the result once it may be used on the current stream; the host waits only for CPU tensors."""
+
+
+@runtime_checkable
+class GroupCollectives(Protocol):
+    """Group cast and group reduce for one process group (or one 2-D mesh)."""
+
+    name: str
+
+    def cast(self, tensors: Sequence[Tensor], table: ExchangeTable | TwoHopExchange) -> Work[list[Tensor]]:
+        """Send rows of ``tensors``, each ``[num_source, ...]``, to the ranks that need them, in one exchange.
+
+        Returns a work whose result is, for each tensor, ``[num_received, ...]`` of the same dtype, contiguous.
+        Every rank of the group must call it with its own side of the same plan.
+        """
+
+    def reduce(
+        self,
+        partials: Sequence[Tensor],
+        table: ExchangeTable | TwoHopExchange,
+        into: Sequence[Tensor],
+        op: ReduceOp = "sum",
+        partial_lse: Tensor | None = None,
+        into_lse: Tensor | None = None,
+    ) -> Work[None]:
+        """Bring ``partials``, each ``[num_received, ...]``, back to the rows' owners and combine them there.
+
+        ``wait`` accumulates onto ``into``, each ``[num_source, ...]``, in place and in ascending order of the peers, so
+        that the result has the same bits in every run. ``"avg"`` divides by the number of terms, the old value of
+        ``into`` counting as one. ``"lse"`` takes one partial ``[num_received, heads, dim]`` with ``partial_lse``
+        ``[num_received, heads]`` and merges by log-sum-exp into ``into[0]`` and ``into_lse``. Partials travel in their
+        own dtype and are combined in at least float32.
+        """
