@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan: all that one rank needs to compute its share of an attention, from the mask alone."""
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.common import bands as band
+from magi_attention.common.bands import Bands
 from magi_attention.common.slices import SliceTable
-from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_attention.plan.demand import Demand, find_demand
+from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange, exchange_of_stage, two_hop_exchange
+from magi_attention.plan.intervals import overlaps
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.stages import StageOptions, choose_degree, cut_stages
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +34,11 @@ class Stage:
     reads_own: bool
     exchange: ExchangeTable | TwoHopExchange | None
 
+    @property
+    def num_received(self) -> int:
+        """Rows that this rank receives for the stage."""
+        return self.exchange.num_received if self.exchange else 0
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -40,3 +55,109 @@ class Plan:
     rank: int
     stages: tuple[Stage, ...]
     digest: bytes
+
+
+def build_plan(
+    slices: SliceTable,
+    layout: Layout,
+    rank: int,
+    options: StageOptions = StageOptions(),
+    mesh_shape: tuple[int, int] | None = None,
+) -> Plan:
+    """Plan one rank's share. Needs no communication: every rank derives what the others need from the same inputs.
+
+    Args:
+        slices: the mask over the whole (padded) sequence; no pair covered twice.
+        layout: who owns which rows, for keys as for queries.
+        rank: the rank to plan for.
+        options: how to cut overlap stages.
+        mesh_shape: ``(nodes, ranks per node)`` to plan two-hop exchanges; None for direct ones.
+    """
+    return build_plans(slices, layout, [rank], options, mesh_shape)[0]
+
+
+def build_plans(
+    slices: SliceTable,
+    layout: Layout,
+    ranks: Sequence[int],
+    options: StageOptions = StageOptions(),
+    mesh_shape: tuple[int, int] | None = None,
+) -> list[Plan]:
+    """Plan the shares of several ranks, deriving what all ranks have in common once."""
+    demand = find_demand(slices, layout)
+    degree = choose_degree(demand, options)
+    remote = cut_stages(demand, layout, max(degree, 1), options)
+    digest = _digest(slices, layout, replace(options, degree=degree), mesh_shape)
+    return [Plan(layout, rank, _stages_of(demand, remote, layout, rank, degree, mesh_shape), digest) for rank in ranks]
+
+
+def _stages_of(
+    demand: Demand,
+    remote: NDArray[np.int64],
+    layout: Layout,
+    rank: int,
+    degree: int,
+    mesh_shape: tuple[int, int] | None,
+) -> tuple[Stage, ...]:
+    own = layout.runs_of(rank)
+    mine = layout.runs[demand.run, 2] == rank
+    runs = layout.runs[demand.run[mine]]
+    bands = band.shift(demand.bands[mine], runs[:, 3] - runs[:, 0], 0)
+    moved = [part for stage in range(max(degree, 1)) if len(part := remote[remote[:, 3] == stage])]
+    exchanges = [
+        exchange_of_stage(part, layout, rank) if mesh_shape is None else two_hop_exchange(part, layout, rank, mesh_shape)
+        for part in moved
+    ]
+    received = [_key_buffer(part[part[:, 0] == rank, 1:3]) for part in moved]
+    if degree == 0 and moved:
+        own_then_received = np.concatenate([own, received[0] + [0, 0, layout.rows_per_rank[rank]]])
+        by_row = np.argsort(own_then_received[:, 0])
+        return (Stage(_slices_in(bands, own_then_received[by_row]), True, exchanges[0]),)
+    remote_stages = [
+        Stage(_slices_in(bands, buffer), False, exchange) for buffer, exchange in zip(received, exchanges, strict=True)
+    ]
+    return (Stage(_slices_in(bands, own), True, None), *remote_stages)
+
+
+def _key_buffer(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``(start, stop, position)`` of global key rows that are stored one after another."""
+    length = rows[:, 1] - rows[:, 0]
+    return np.column_stack([rows, np.cumsum(length) - length])
+
+
+def _slices_in(bands: Bands, buffer: NDArray[np.int64]) -> SliceTable:
+    """Restrict bands to the keys of a buffer, given as sorted ``(start, stop, position)``, and renumber the keys."""
+    piece, tile = overlaps(bands[:, band.K0 : band.D0], buffer[:, :2])
+    cut, kept = band.shrink(band.clip(bands[piece], band.K0, buffer[tile, 0], buffer[tile, 1]))
+    tile = tile[kept]
+    placed = band.shift(cut, 0, buffer[tile, 2] - buffer[tile, 0])
+    return SliceTable(_join_full(band.slices_from_bands(placed)[0]))
+
+
+def _join_full(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Join FULL slices of the same queries whose keys became neighbours in the buffer: long runs suit kernels."""
+    if not len(rows):
+        return rows
+    order = np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0], rows[:, 4]))
+    rows = rows[order]
+    before, after = rows[:-1], rows[1:]
+    continues = (
+        (after[:, 4] == band.FULL)
+        & (before[:, 4] == band.FULL)
+        & (before[:, :2] == after[:, :2]).all(axis=1)
+        & (before[:, 3] == after[:, 2])
+    )
+    first = np.flatnonzero(np.append(True, ~continues))
+    joined = rows[first]
+    joined[:, 3] = rows[np.append(first[1:], len(rows)) - 1, 3]
+    return joined[np.lexsort((joined[:, 2], joined[:, 0]))]
+
+
+def _digest(
+    slices: SliceTable, layout: Layout, options: StageOptions, mesh_shape: tuple[int, int] | None
+) -> bytes:
+    numbers = (layout.num_real, layout.total, layout.chunk_size, layout.num_ranks, options, mesh_shape)
+    digest = hashlib.sha256(repr(numbers).encode())
+    digest.update(slices.rows.tobytes())
+    digest.update(layout.owner.tobytes())
+    return digest.digest()

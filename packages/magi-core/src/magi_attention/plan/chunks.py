@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cut the sequence into chunks and weigh them by their share of the mask."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.common import bands as band
+from magi_attention.common.slices import SliceTable, expand_counts
+from magi_attention.plan.intervals import Intervals
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkWork:
+    """What each chunk of query rows has to compute.
+
+    Attributes:
+        area: ``(num_chunks,)`` int64, the (query, key) pairs that the mask keeps in the chunk's rows.
+        chunk: ``(n,)`` int64, the chunk of each entry of ``keys``; an entry is a meeting of a slice and a chunk.
+        slice_index: ``(n,)`` int64, the slice of each entry.
+        keys: ``(n, 2)`` int64, the key rows ``[start, stop)`` that the chunk reads for the slice.
+    """
+
+    area: NDArray[np.int64]
+    chunk: NDArray[np.int64]
+    slice_index: NDArray[np.int64]
+    keys: Intervals
+
+
+def measure_chunks(slices: SliceTable, total: int, chunk_size: int) -> ChunkWork:
+    """Measure all chunks of a sequence of ``total`` rows; the cost grows with slices and chunks, not with rows."""
+    bands, source = band.shrink(slices.bands())
+    first = bands[:, band.Q0] // chunk_size
+    last = -(-bands[:, band.Q1] // chunk_size)
+    owner, step = expand_counts(last - first)
+    chunk = first[owner] + step
+    rows = band.clip(bands[owner], band.Q0, chunk * chunk_size, (chunk + 1) * chunk_size)
+    pieces, kept = band.shrink(rows)
+    chunk = chunk[kept]
+    area = np.zeros(-(-total // chunk_size), np.int64)
+    np.add.at(area, chunk, band.area(pieces))
+    return ChunkWork(area, chunk, source[owner[kept]], pieces[:, band.K0 : band.D0])

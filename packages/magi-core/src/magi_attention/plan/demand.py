@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each rank computes, and which rows of other ranks it reads for that."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.common import bands as band
+from magi_attention.common.bands import Bands
+from magi_attention.common.slices import SliceTable
+from magi_attention.plan.intervals import Intervals, merge, overlaps, subtract
+from magi_attention.plan.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Demand:
+    """The work and the needs of all ranks. Every rank derives the same, since each must know what the others miss.
+
+    Attributes:
+        bands: ``(n, 6)`` bands in global rows and columns, each inside one run of one rank's rows.
+        run: ``(n,)`` the run (row of ``layout.runs``) of each band.
+        remote: ``(m, 3)`` rows ``(rank, start, stop)``: the key rows that a rank needs and does not own, sorted and
+            disjoint within a rank.
+        area_own: ``(num_ranks,)`` the (query, key) pairs whose key is the rank's own.
+        area: ``(num_ranks,)`` all (query, key) pairs of the rank.
+    """
+
+    bands: Bands
+    run: NDArray[np.int64]
+    remote: NDArray[np.int64]
+    area_own: NDArray[np.int64]
+    area: NDArray[np.int64]
+
+
+def find_demand(slices: SliceTable, layout: Layout) -> Demand:
+    """Cut the mask along the runs of all ranks and collect the rows that each rank misses."""
+    whole, _ = band.shrink(slices.bands())
+    runs = layout.runs
+    owner, run = overlaps(whole[:, :2], runs[:, :2])
+    pieces, kept = band.shrink(band.clip(whole[owner], band.Q0, runs[run, 0], runs[run, 1]))
+    run = run[kept]
+    rank = runs[run, 2]
+    # One pass of interval algebra serves all ranks at once.
+    keys = lift(pieces[:, band.K0 : band.D0], rank, layout)
+    own = lifted_runs(layout, runs[:, 2])
+    remote = unlift(subtract(merge(keys), own), layout)
+    piece, tile = overlaps(keys, own)
+    own_rows = unlift(own[tile], layout)
+    local = band.clip(pieces[piece], band.K0, own_rows[:, 1], own_rows[:, 2])
+    return Demand(
+        bands=pieces,
+        run=run,
+        remote=remote,
+        area_own=_sum_by_rank(rank[piece], band.area(local), layout.num_ranks),
+        area=_sum_by_rank(rank, band.area(pieces), layout.num_ranks),
+    )
+
+
+def lift(intervals: Intervals, group: NDArray[np.int64], layout: Layout) -> Intervals:
+    """Shift each interval by its group, so far that intervals of different groups cannot even touch."""
+    return intervals + (group * (layout.total + 1))[:, None]
+
+
+def unlift(intervals: Intervals, layout: Layout) -> NDArray[np.int64]:
+    """The inverse of :func:`lift`: rows ``(group, start, stop)``."""
+    group = intervals[:, 0] // (layout.total + 1)
+    return np.column_stack([group, lift(intervals, -group, layout)])
+
+
+def lifted_runs(layout: Layout, group: NDArray[np.int64]) -> Intervals:
+    """All runs, lifted by the ``group`` of each and sorted."""
+    order = np.argsort(group, kind="stable")
+    return lift(layout.runs[order, :2], group[order], layout)
+
+
+def _sum_by_rank(rank: NDArray[np.int64], values: NDArray[np.int64], num_ranks: int) -> NDArray[np.int64]:
+    totals = np.zeros(num_ranks, np.int64)
+    np.add.at(totals, rank, values)
+    return totals

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distributed attention as one differentiable operation."""
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.kernels.protocol import AttentionRequest
+from magi_attention.kernels.registry import choose_backend
+from magi_attention.kernels.sink import sink_gradient
+from magi_attention.runtime.backward import SavedAttention, differentiate
+from magi_attention.runtime.forward import attend
+from magi_attention.runtime.job import AttentionJob, DistAttnRuntime
+
+_COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def dist_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dist_attn_runtime: DistAttnRuntime,
+    sink: Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    return_max_logits: bool = False,
+) -> tuple[Tensor, AttnForwardMeta]:
+    """Attend local queries to the keys of all ranks. Every rank of the group must call it.
+
+    Args:
+        q: ``[n_local, hq, d]``.
+        k: ``[n_local, hk, d]``, with hq a multiple of hk.
+        v: ``[n_local, hk, dv]``.
+        dist_attn_runtime: the rank's plan and collectives.
+        sink: ``[s_sink, hq]`` learnable logits, the same on all ranks; each joins every row's softmax with value 0.
+        softmax_scale: factor on q·k; ``d ** -0.5`` by default.
+        softcap: if positive, scores become ``softcap * tanh(score / softcap)``.
+        return_max_logits: also return the largest scaled, uncapped score per head over the whole group.
+
+    Returns:
+        ``out`` ``[n_local, hq, dv]`` in q's dtype, and its ``lse`` ``[n_local, hq]`` and ``max_logits`` ``[hq]``.
+        Gradients flow from ``out`` and ``lse`` to q, k, v and sink.
+    """
+    options = dist_attn_runtime.options
+    compute_dtype = _COMPUTE_DTYPES.get(options.precision or "input", q.dtype)
+    request = AttentionRequest(
+        device=q.device,
+        dtype=compute_dtype,
+        num_heads_q=q.shape[1],
+        num_heads_kv=k.shape[1],
+        head_dim=q.shape[2],
+        head_dim_v=v.shape[2],
+        softcap=softcap > 0,
+        max_logits=return_max_logits,
+        deterministic=bool(options.deterministic),
+    )
+    job = AttentionJob(
+        runtime=dist_attn_runtime,
+        backend=choose_backend(request, options.kernel_backend or "auto"),
+        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        softcap=softcap,
+        max_logits=return_max_logits,
+    )
+    inputs = [x.to(compute_dtype) for x in (q, k, v)]
+    out, lse, max_logits = _DistributedAttention.apply(*inputs, sink, job)
+    return out.to(q.dtype), AttnForwardMeta(lse=lse, max_logits=max_logits)
+
+
+class _DistributedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: AttentionJob
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        out, lse, max_logits = attend(job, q, k, v, sink)
+        ctx.job = job
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, sink)
+        if max_logits is not None:
+            ctx.mark_non_differentiable(max_logits)
+        return out, lse, max_logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        *tensors, sink = ctx.saved_tensors
+        saved = SavedAttention(*tensors)
+        dout = torch.zeros_like(saved.out) if dout is None else dout
+        dq, dk, dv = differentiate(ctx.job, saved, dout, dlse)
+        dsink = None
+        if sink is not None and ctx.needs_input_grad[3]:
+            dsink = sink_gradient(sink, saved.out, dout, saved.lse, dlse)
+            dsink = _reduce_sink_gradient(ctx.job.runtime, dsink)
+        return dq, dk, dv, dsink, None
+
+
+_warned_about_sink = False
+
+
+def _reduce_sink_gradient(runtime: DistAttnRuntime, dsink: Tensor) -> Tensor:
+    """The sink is replicated: add up what the ranks found, or leave that to the caller with a warning."""
+    global _warned_about_sink
+    if runtime.plan.layout.num_ranks == 1:
+        return dsink
+    op = runtime.options.sink_grad_reduce
+    if op == "none":
+        if not _warned_about_sink:
+            _warned_about_sink = True
+            warnings.warn(
+                "the gradient of the attention sink covers this rank's rows only: reduce it over the context-parallel "
+                "group, or set RuntimeConfig(sink_grad_reduce='sum')",
+                stacklevel=2,
+            )
+        return dsink
+    dist.all_reduce(dsink, group=runtime.group)
+    return dsink / runtime.plan.layout.num_ranks if op == "avg" else dsink

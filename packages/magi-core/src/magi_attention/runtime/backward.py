@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backward pass: keys and values travel again, their gradients travel back to the owners."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from magi_attention.comm.protocol import Work
+from magi_attention.plan.build import Stage
+from magi_attention.runtime.job import AttentionJob, accumulation_dtype
+
+
+class SavedAttention(NamedTuple):
+    """What the forward pass leaves for the backward pass: its inputs, and its final output and log-sum-exp."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+def differentiate(
+    job: AttentionJob, saved: SavedAttention, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of this rank's q, k and v, in their dtypes.
+
+    Partial gradients of keys travel in the inputs' dtype, or in at least float32 with
+    ``backward_high_precision_reduce``; they are added up in at least float32 and in a fixed order.
+    """
+    q, k, v, out, lse = saved
+    total = _GradientSums(job, q, k, v)
+    for stage, keys, values in job.stages_with_keys(k, v):
+        if len(stage.slices):
+            call = job.call_for(stage, backward=True)
+            dq, dk, dv = job.backend.backward(dout, q, keys, values, out, lse, dlse, call)
+            total.dq += dq
+        else:
+            dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+        total.add_keys(stage, dk, dv)
+    return total.finish()
+
+
+class _GradientSums:
+    """Sums of the stages' gradients; those of received keys are under way to their owners until ``finish``."""
+
+    def __init__(self, job: AttentionJob, q: Tensor, k: Tensor, v: Tensor) -> None:
+        dtype = accumulation_dtype(q.dtype)
+        self.collectives = job.runtime.collectives
+        self.result_dtype = q.dtype
+        self.travel_dtype = dtype if job.runtime.options.backward_high_precision_reduce else q.dtype
+        self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
+        self.travelling: list[Work[None]] = []
+
+    def add_keys(self, stage: Stage, dk: Tensor, dv: Tensor) -> None:
+        num_own = len(self.dk) if stage.reads_own else 0
+        if num_own:
+            self.dk += dk[:num_own]
+            self.dv += dv[:num_own]
+        if stage.exchange is not None:
+            partials = [x[num_own:].to(self.travel_dtype) for x in (dk, dv)]
+            self.travelling.append(self.collectives.reduce(partials, stage.exchange, [self.dk, self.dv]))
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        for work in self.travelling:
+            work.wait()
+        dq, dk, dv = (x.to(self.result_dtype) for x in (self.dq, self.dk, self.dv))
+        return dq, dk, dv

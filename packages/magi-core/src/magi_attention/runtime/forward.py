@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward pass: compute stage by stage and merge by log-sum-exp."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from magi_attention.kernels.merge import merge_partials
+from magi_attention.kernels.protocol import AttentionResult
+from magi_attention.kernels.sink import apply_sink
+from magi_attention.runtime.job import AttentionJob, accumulation_dtype
+
+
+def attend(job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> AttentionResult:
+    """Attend this rank's queries to all keys that the mask names.
+
+    Args:
+        job: what to compute.
+        q: ``[tq, hq, d]`` local queries.
+        k: ``[tk, hk, d]`` local keys.
+        v: ``[tk, hk, dv]`` local values.
+        sink: ``[s, hq]`` logits that join every row's softmax with value 0, or None.
+
+    Returns:
+        ``out`` in q's dtype, ``lse`` in at least float32 with the sink, ``max_logits`` over the whole group if asked for.
+    """
+    result: AttentionResult | None = None
+    for stage, keys, values in job.stages_with_keys(k, v):
+        if len(stage.slices):
+            partial = job.backend.forward(q, keys, values, job.call_for(stage))
+            result = partial if result is None else _merged(result, partial)
+    out, lse, max_logits = result or _nothing(q, v)
+    if sink is not None:
+        out, lse = apply_sink(out, lse, sink)
+    if job.max_logits:
+        max_logits = _group_maximum(job, max_logits, lse)
+    return AttentionResult(out.to(q.dtype), lse, max_logits if job.max_logits else None)
+
+
+def _merged(first: AttentionResult, second: AttentionResult) -> AttentionResult:
+    out, lse = merge_partials(first.out, first.lse, second.out, second.lse)
+    if first.max_logits is None or second.max_logits is None:
+        return AttentionResult(out, lse)
+    return AttentionResult(out, lse, torch.maximum(first.max_logits, second.max_logits))
+
+
+def _nothing(q: Tensor, v: Tensor) -> AttentionResult:
+    """The result of a rank whose queries attend to no key at all."""
+    dtype = accumulation_dtype(q.dtype)
+    out = q.new_zeros(*q.shape[:2], v.shape[-1])
+    return AttentionResult(out, q.new_full(q.shape[:2], float("-inf"), dtype=dtype))
+
+
+def _group_maximum(job: AttentionJob, max_logits: Tensor | None, lse: Tensor) -> Tensor:
+    if max_logits is None:
+        max_logits = lse.new_full(lse.shape[1:], float("-inf"))
+    if job.runtime.plan.layout.num_ranks > 1:
+        dist.all_reduce(max_logits, dist.ReduceOp.MAX, group=job.runtime.group)
+    return max_logits

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the forward and the backward pass of one distributed attention have in common."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from magi_attention.comm.protocol import GroupCollectives, Work
+from magi_attention.config import RuntimeConfig
+from magi_attention.kernels.protocol import AttentionCall, KernelBackend
+from magi_attention.plan.build import Plan, Stage
+
+
+@dataclass(frozen=True, eq=False)
+class DistAttnRuntime:
+    """A rank's plan with the means to carry it out.
+
+    Attributes:
+        plan: what this rank computes and exchanges.
+        collectives: how rows travel.
+        group: the context-parallel group; None for a group of this process alone.
+        options: the key's resolved runtime configuration.
+    """
+
+    plan: Plan
+    collectives: GroupCollectives
+    group: dist.ProcessGroup | None
+    options: RuntimeConfig
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionJob:
+    """One call of a distributed attention: the runtime, the chosen backend and the call's own parameters."""
+
+    runtime: DistAttnRuntime
+    backend: KernelBackend
+    softmax_scale: float
+    softcap: float
+    max_logits: bool
+
+    def call_for(self, stage: Stage, *, backward: bool = False) -> AttentionCall:
+        """The kernel call of one stage."""
+        options = self.runtime.options
+        margin = options.backward_sm_margin if backward else options.forward_sm_margin
+        return AttentionCall(
+            slices=stage.slices,
+            softmax_scale=self.softmax_scale,
+            softcap=self.softcap,
+            deterministic=bool(options.deterministic),
+            max_logits=self.max_logits and not backward,
+            sm_margin=margin or 0,
+        )
+
+    def stages_with_keys(self, k: Tensor, v: Tensor) -> Iterator[tuple[Stage, Tensor, Tensor]]:
+        """Walk the stages with their key and value buffers; the next stage's rows travel while one is computed."""
+        stages = self.runtime.plan.stages
+        travelling = self._start_cast(stages[0], k, v)
+        for stage, following in zip(stages, [*stages[1:], None], strict=True):
+            arriving = travelling
+            if following is not None:
+                travelling = self._start_cast(following, k, v)
+            buffers = [k, v] if arriving is None else arriving.wait()
+            if stage.reads_own and arriving is not None:
+                buffers = [torch.cat([own, got]) for own, got in zip([k, v], buffers, strict=True)]
+            yield stage, *buffers
+
+    def _start_cast(self, stage: Stage, k: Tensor, v: Tensor) -> Work[list[Tensor]] | None:
+        if stage.exchange is None:
+            return None
+        return self.runtime.collectives.cast([k, v], stage.exchange)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which partial results of tensors of ``dtype`` are added up."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands behind a key: the rank's plan and everything that is derived from it."""
+
+import hashlib
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from magi_attention.comm.agreement import check_agreement
+from magi_attention.comm.alltoall import AllToAllCollectives
+from magi_attention.comm.registry import make_collectives
+from magi_attention.common.enum import AttnRole
+from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.config import OverlapConfig
+from magi_attention.plan.build import build_plan
+from magi_attention.plan.dispatch import make_layout
+from magi_attention.plan.layout import Layout
+from magi_attention.plan.stages import StageOptions
+from magi_attention.runtime.autograd import dist_attn_func
+from magi_attention.runtime.dispatch import Dispatch, RowIndex, Undispatch
+from magi_attention.runtime.job import DistAttnRuntime
+from magi_attention.runtime.key import DistAttnRuntimeKey
+from magi_attention.runtime.roll import Roll
+
+
+class DistAttnRuntimeMgr:
+    """Carries out what is asked with a key: dispatch, attention, roll.
+
+    Attributes:
+        key: the key.
+        layout: who owns which rows.
+        rank: this process's rank in the key's group.
+        dist_attn_runtime: the plan and the means to carry it out.
+    """
+
+    def __init__(self, key: DistAttnRuntimeKey, layout: Layout, dist_attn_runtime: DistAttnRuntime) -> None:
+        self.key = key
+        self.layout = layout
+        self.rank = dist_attn_runtime.plan.rank
+        self.dist_attn_runtime = dist_attn_runtime
+        self.dist_attn_config = key.dist_attn_config
+        self._row_index: dict[torch.device, RowIndex] = {}
+        self._position_ids: dict[torch.device, Tensor] = {}
+        self._row_collectives = AllToAllCollectives(key.cp_group)
+
+    @property
+    def num_local_rows(self) -> int:
+        """Rows of this rank, padding included."""
+        return int(self.layout.rows_per_rank[self.rank])
+
+    def dispatch_qo(self, x: Tensor, pad_value: float = 0.0) -> Tensor:
+        """This rank's rows of the global ``x`` ``[S, ...]``."""
+        return Dispatch.apply(x, self._index(x.device), self.key.cp_group, pad_value)
+
+    def undispatch_qo(self, x: Tensor, is_partial_grad: bool = False) -> Tensor:
+        """The global tensor ``[S, ...]`` of all ranks' local ``x``."""
+        return Undispatch.apply(x, self._index(x.device), self.key.cp_group, is_partial_grad)
+
+    dispatch_kv, undispatch_kv = dispatch_qo, undispatch_qo
+
+    def roll(self, x: Tensor, shift: int, dim: int) -> Tensor:
+        """Roll the real global sequence, of which ``x`` holds local rows in ``dim``, by ``shift``."""
+        rolled = Roll.apply(x.movedim(dim, 0), shift, self.layout, self.rank, self._row_collectives)
+        return rolled.movedim(0, dim)
+
+    roll_simple = roll
+
+    def calc_attn(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None = None,
+        softmax_scale: float | None = None,
+        softcap: float = 0.0,
+        return_max_logits: bool = False,
+    ) -> tuple[Tensor, AttnForwardMeta]:
+        """See :func:`magi_attention.runtime.autograd.dist_attn_func`."""
+        return dist_attn_func(q, k, v, self.dist_attn_runtime, sink, softmax_scale, softcap, return_max_logits)
+
+    def get_position_ids(
+        self, attn_role: AttnRole = AttnRole.QUERY, device: torch.device | str | None = None
+    ) -> Tensor:
+        """``[n_local]`` int64: the global position of each local row; padding repeats the last real position.
+
+        The same tensor object is returned each time. By default it lies where the group's collectives run.
+        """
+        if not isinstance(attn_role, AttnRole):
+            raise ValueError(f"attn_role must be an AttnRole, got {attn_role!r}")
+        where = _group_device(self.key.cp_group) if device is None else torch.device(device)
+        if where not in self._position_ids:
+            positions = torch.from_numpy(self.layout.positions(self.rank)).clamp_(max=self.layout.num_real - 1)
+            self._position_ids[where] = positions.to(where)
+        return self._position_ids[where]
+
+    def _index(self, device: torch.device) -> RowIndex:
+        if device not in self._row_index:
+            self._row_index[device] = RowIndex(self.layout, self.rank, device)
+        return self._row_index[device]
+
+    @classmethod
+    def build(cls, key: DistAttnRuntimeKey, reference: Self | None = None) -> Self:
+        """Plan for ``key``; with ``reference``, over the layout of that manager's key."""
+        config = key.dist_attn_config
+        group = key.cp_group
+        rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        layout = reference.layout if reference else _layout_for(key, num_ranks)
+        options = config.runtime_config
+        mesh_shape = tuple(key.cp_mesh.shape) if options.hierarchical_comm and key.cp_mesh is not None else None
+        plan = build_plan(key.slices, layout, rank, _stage_options(config.overlap_config), mesh_shape)
+        if options.check_plan:
+            asked = (options, key.num_heads_q, key.num_heads_kv, key.head_dim)
+            check_agreement(hashlib.sha256(plan.digest + repr(asked).encode()).digest(), group)
+        collectives = make_collectives(group, key.cp_mesh, config)
+        return cls(key, layout, DistAttnRuntime(plan, collectives, group, options))
+
+
+def build_manager(key: DistAttnRuntimeKey, reference: DistAttnRuntimeMgr | None = None) -> DistAttnRuntimeMgr:
+    """Plan for a new key and check that all ranks of its group planned the same.
+
+    Raises:
+        RuntimeError: on every rank, if the ranks disagree; it names them.
+    """
+    return DistAttnRuntimeMgr.build(key, reference)
+
+
+def _layout_for(key: DistAttnRuntimeKey, num_ranks: int) -> Layout:
+    return make_layout(
+        key.slices,
+        num_real=key.total_seqlen_q - key.pad_size,
+        total=key.total_seqlen_q,
+        chunk_size=key.chunk_size,
+        num_ranks=num_ranks,
+        algorithm=key.dist_attn_config.dispatch_config.alg,
+    )
+
+
+def _stage_options(overlap: OverlapConfig) -> StageOptions:
+    return StageOptions(
+        degree=0 if overlap.no_overlap else overlap.degree,
+        max_degree=overlap.dynamic_max_degree or 1,
+        min_piece=overlap.min_chunk_size,
+        max_pieces=overlap.max_num_chunks,
+        seconds_per_pair=overlap.calc_cost_factor,
+        seconds_per_row=overlap.comm_cost_factor,
+    )
+
+
+def _group_device(group: dist.ProcessGroup | None) -> torch.device:
+    on_cpu = not torch.cuda.is_available() or (group is not None and dist.get_backend(group) == "gloo")
+    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())

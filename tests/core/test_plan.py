@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans of all ranks together compute the mask exactly once and move exactly the rows that it needs."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magi_attention.common.slices import SliceTable
+from magi_attention.plan.build import Plan, Stage, build_plan, build_plans
+from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_attention.plan.layout import Layout
+from magi_attention.plan.stages import StageOptions
+from magi_attention.testing.masks import random_masks
+
+
+@st.composite
+def layouts(draw, max_tokens=64):
+    """A random mask with a random layout over 1, 2, 3, 4 or 8 ranks, ragged at the end or padded."""
+    num_real, slices = draw(random_masks(max_tokens))
+    num_ranks = draw(st.sampled_from([1, 2, 3, 4, 8]))
+    chunk_size = draw(st.integers(1, 7))
+    total = max(num_real, (num_ranks - 1) * chunk_size + 1) + draw(st.integers(0, 3))
+    num_chunks = -(-total // chunk_size)
+    spare = draw(st.lists(st.integers(0, num_ranks - 1), min_size=num_chunks, max_size=num_chunks))
+    owner = np.array(draw(st.permutations([*range(num_ranks), *spare[num_ranks:]])), np.int64)
+    return slices, Layout(num_real, total, chunk_size, num_ranks, owner)
+
+
+def dense_count(slices: SliceTable, num_rows: int, num_columns: int) -> np.ndarray:
+    """How often each (query, key) pair is covered, by the definition of the four types."""
+    count = np.zeros((num_rows, num_columns), int)
+    for q0, q1, k0, k1, kind in slices.rows.tolist():
+        i, j = np.arange(q0, q1)[:, None], np.arange(k0, k1)
+        keep = np.ones((q1 - q0, k1 - k0), bool)
+        if kind & 1:
+            keep &= j <= i + k1 - q1
+        if kind & 2:
+            keep &= j >= i + k0 - q0
+        count[q0:q1, k0:k1] += keep
+    return count
+
+
+def rows_of(ranges: np.ndarray, peer: int) -> np.ndarray:
+    return np.concatenate([np.arange(a, b) for p, a, b in ranges.tolist() if p == peer] or [np.empty(0, int)])
+
+
+def cast(tables: list[ExchangeTable], sources: list[np.ndarray]) -> list[np.ndarray]:
+    """Carry out a group cast on arrays, checking that every pair of ranks agrees."""
+    received = []
+    for me, table in enumerate(tables):
+        buffer = np.full(table.num_received, -1)
+        assert table.num_source == len(sources[me])
+        for peer, other in enumerate(tables):
+            place, rows = rows_of(table.recv, peer), rows_of(other.send, me)
+            assert len(place) == len(rows)
+            assert (buffer[place] == -1).all()
+            buffer[place] = sources[peer][rows]
+        assert sum(table.recv_counts) == table.num_received
+        assert (buffer >= 0).all()
+        received.append(buffer)
+    return received
+
+
+def key_buffers(stages: list[Stage], own: list[np.ndarray], per_node: int) -> list[np.ndarray]:
+    """The global key rows in every rank's buffer of one stage."""
+    exchanges = [stage.exchange for stage in stages]
+    if exchanges[0] is None:
+        assert all(exchange is None for exchange in exchanges)
+        received = [np.empty(0, int) for _ in stages]
+    elif isinstance(exchanges[0], TwoHopExchange):
+        received = two_hop_cast(exchanges, own, per_node)
+    else:
+        received = cast(exchanges, own)
+    return [
+        np.concatenate([rows, got]) if stage.reads_own else got
+        for stage, rows, got in zip(stages, own, received, strict=True)
+    ]
+
+
+def two_hop_cast(exchanges: list[TwoHopExchange], own: list[np.ndarray], per_node: int) -> list[np.ndarray]:
+    relay: dict[int, np.ndarray] = {}
+    for place in range(per_node):
+        ranks = range(place, len(own), per_node)
+        relay |= zip(ranks, cast([exchanges[r].inter for r in ranks], [own[r] for r in ranks]), strict=True)
+    received: list[np.ndarray] = []
+    for node in range(len(own) // per_node):
+        ranks = range(node * per_node, (node + 1) * per_node)
+        sources = [np.concatenate([own[r], relay[r]]) for r in ranks]
+        received += cast([exchanges[r].intra for r in ranks], sources)
+        for r in ranks:  # what crosses between nodes is needed there, crosses once, and only from other nodes
+            assert len(np.unique(relay[r])) == len(relay[r])
+            assert not np.isin(relay[r], np.concatenate([own[x] for x in ranks])).any()
+        relayed = np.concatenate([relay[r] for r in ranks])
+        assert len(np.unique(relayed)) == len(relayed)
+        assert np.isin(relayed, np.concatenate(received[-per_node:])).all()
+    return received
+
+
+def check(slices: SliceTable, layout: Layout, plans: list[Plan], per_node: int = 1) -> None:
+    own = [layout.positions(rank) for rank in range(layout.num_ranks)]
+    assert sorted(np.concatenate(own).tolist()) == list(range(layout.total))
+    count = np.zeros((layout.total, layout.total), int)
+    assert len({len(plan.stages) for plan in plans}) == 1
+    for stages in zip(*[plan.stages for plan in plans], strict=True):
+        for rank, (stage, keys) in enumerate(zip(stages, key_buffers(list(stages), own, per_node), strict=True)):
+            local = dense_count(stage.slices, len(own[rank]), len(keys))
+            np.add.at(count, (own[rank][:, None], keys[None, :]), local)
+            received = keys[len(own[rank]) :] if stage.reads_own else keys
+            used = local.any(axis=0)[len(keys) - len(received) :]
+            assert used.all(), "a row travelled that no query of the rank reads"
+            assert not np.isin(received, own[rank]).any()
+    assert (count == dense_count(slices, layout.total, layout.total)).all()
+
+
+@given(layouts(), st.sampled_from([0, 1, 2, 4, None]), st.integers(1, 9))
+def test_plans_of_all_ranks_fit_together(case, degree, min_piece):
+    slices, layout = case
+    plans = build_plans(slices, layout, range(layout.num_ranks), StageOptions(degree=degree, min_piece=min_piece))
+    check(slices, layout, plans)
+    expected = 1 if degree == 0 else 1 + (8 if degree is None else degree)
+    assert len(plans[0].stages) <= expected
+
+
+@given(layouts(), st.sampled_from([0, 1, 2]))
+def test_two_hop_plans_fit_together(case, degree):
+    slices, layout = case
+    if layout.num_ranks not in (4, 8):
+        return
+    for per_node in (2, 4):
+        shape = (layout.num_ranks // per_node, per_node)
+        options = StageOptions(degree=degree, min_piece=2)
+        check(slices, layout, build_plans(slices, layout, range(layout.num_ranks), options, shape), per_node)
+
+
+@given(layouts())
+@settings(max_examples=20)
+def test_each_rank_plans_alone_and_equally(case):
+    slices, layout = case
+    together = build_plans(slices, layout, range(layout.num_ranks))
+    for rank, expected in enumerate(together):
+        alone = build_plan(slices, layout, rank)
+        assert alone.digest == expected.digest
+        for mine, theirs in zip(alone.stages, expected.stages, strict=True):
+            assert mine.slices == theirs.slices
+            assert mine.num_received == theirs.num_received
+
+
+def causal(total: int) -> SliceTable:
+    return SliceTable([[0, total, 0, total, 1]])
+
+
+def two_ranks(total: int, chunk_size: int) -> Layout:
+    owner = np.array([0, 1, 1, 0] * (total // chunk_size // 4))
+    return Layout(total, total, chunk_size, 2, owner)
+
+
+@pytest.mark.parametrize("change", ["mask", "layout", "options"])
+def test_digest_tells_different_plans_apart(change):
+    base = build_plan(causal(32), two_ranks(32, 8), 0)
+    if change == "mask":
+        other = build_plan(causal(31), two_ranks(32, 8), 0)
+    elif change == "layout":
+        other = build_plan(causal(32), two_ranks(32, 4), 0)
+    else:
+        other = build_plan(causal(32), two_ranks(32, 8), 0, StageOptions(degree=2))
+    assert base.digest != other.digest
+    assert base.digest == build_plan(causal(32), two_ranks(32, 8), 1).digest
+
+
+def test_stages_are_of_nearly_equal_length():
+    plan = build_plan(causal(4096), two_ranks(4096, 64), 0, StageOptions(degree=4, min_piece=64))
+    received = [stage.num_received for stage in plan.stages[1:]]
+    assert len(received) == 4
+    assert max(received) - min(received) <= 64
+
+
+def test_pieces_smaller_than_the_minimum_stay_together():
+    plan = build_plan(causal(4096), two_ranks(4096, 64), 0, StageOptions(degree=4, min_piece=4096))
+    assert len(plan.stages) == 2
+
+
+def test_automatic_degree_hides_slow_travel_behind_computation():
+    def degree(seconds_per_row):
+        options = StageOptions(degree=None, min_piece=1, seconds_per_row=seconds_per_row)
+        return len(build_plan(causal(4096), two_ranks(4096, 64), 0, options).stages) - 1
+
+    assert degree(0.0) == 1
+    assert degree(2000.0) > 1
+
+
+def test_keys_that_become_neighbours_are_one_slice():
+    # Rank 0 owns chunks 0 and 3 of a full mask: the rows it receives, of chunks 1 and 2, are one run to its kernels.
+    plan = build_plan(SliceTable([[0, 32, 0, 32, 0]]), two_ranks(32, 8), 0)
+    assert plan.stages[1].slices.rows.tolist() == [[0, 8, 0, 16, 0], [8, 16, 0, 16, 0]]
