@@ -6,7 +6,6 @@ ranks. Where the chunks are exactly ``num_ranks * capacity``, all ranks get the 
 """
 
 import heapq
-import random
 from collections.abc import Callable
 
 import numpy as np
@@ -71,8 +70,7 @@ def sequential(work: ChunkWork, num_ranks: int, capacity: int, algorithm: Dispat
 def random_select(work: ChunkWork, num_ranks: int, capacity: int, algorithm: DispatchAlg) -> Owner:
     """A shuffle that is the same on every rank: the baseline that a good algorithm must beat."""
     owner = sequential(work, num_ranks, capacity, algorithm)
-    random.Random(0).shuffle(order := list(range(len(owner))))
-    return owner[order]
+    return np.random.default_rng(0).permutation(owner)
 
 
 def min_heap(work: ChunkWork, num_ranks: int, capacity: int, algorithm: DispatchAlg) -> Owner:
@@ -218,7 +216,9 @@ ALGORITHMS: dict[DispatchAlgType, Algorithm] = {
     DispatchAlgType.LOWER_BOUND: smallest_maximum,
     DispatchAlgType.DYNAMIC_PROGRAMMING: smallest_maximum,
     DispatchAlgType.BINARY_SEARCH: smallest_maximum,
+    DispatchAlgType.BACKTRACKING_PRUNING: smallest_maximum,
     DispatchAlgType.TOPP_HEAP: topp_heap,
+    DispatchAlgType.BATCH_TOPP_HEAP: topp_heap,
     DispatchAlgType.SEQUENTIAL_SELECT: sequential,
     DispatchAlgType.SORTED_SEQUENTIAL_SELECT: sorted_sequential,
     DispatchAlgType.RANDOM_SELECT: random_select,

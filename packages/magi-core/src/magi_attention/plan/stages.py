@@ -25,6 +25,7 @@ class StageOptions:
         max_pieces: the most pieces that a rank's remote rows are cut into.
         seconds_per_pair: predicted time to compute one (query, key) pair, in any unit.
         seconds_per_row: predicted time to receive one key row, in the same unit.
+        random_seed: if given, stages end at random pieces drawn from this seed: uneven stages, for tests.
     """
 
     degree: int | None = 1
@@ -33,6 +34,7 @@ class StageOptions:
     max_pieces: int = 64
     seconds_per_pair: float = 1.0
     seconds_per_row: float = 1.0
+    random_seed: int | None = None
 
 
 def choose_degree(demand: Demand, options: StageOptions) -> int:
@@ -66,7 +68,10 @@ def cut_stages(demand: Demand, layout: Layout, degree: int, options: StageOption
     rows = np.bincount(rank, weights=stop - start, minlength=layout.num_ranks).astype(np.int64)
     piece = np.maximum(options.min_piece, -(-rows // options.max_pieces))
     num_pieces = -(-rows // piece)
-    ends = num_pieces[:, None] * np.arange(1, degree + 1) // degree * piece[:, None]
+    share = np.arange(1, degree + 1) / degree
+    if options.random_seed is not None:
+        share[:-1] = np.sort(np.random.default_rng(options.random_seed).random(degree - 1))
+    ends = np.floor(num_pieces[:, None] * share).astype(np.int64) * piece[:, None]
     ends = np.minimum(ends, rows[:, None])
     before = np.cumsum(rows) - rows
     pieces, offset = split_at(lift(demand.remote[:, 1:], rank, layout), (before[:, None] + ends).ravel())

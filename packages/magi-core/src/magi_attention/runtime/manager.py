@@ -13,7 +13,7 @@ from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.comm.registry import make_collectives
 from magi_attention.common.enum import AttnRole
 from magi_attention.common.forward_meta import AttnForwardMeta
-from magi_attention.config import OverlapConfig
+from magi_attention.config import OverlapConfig, UniformOverlapAlg
 from magi_attention.plan.build import build_plan
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.layout import Layout
@@ -138,6 +138,8 @@ def _layout_for(key: DistAttnRuntimeKey, num_ranks: int) -> Layout:
 
 
 def _stage_options(overlap: OverlapConfig) -> StageOptions:
+    if not isinstance(overlap.alg, UniformOverlapAlg):
+        raise NotImplementedError(f"planning with {type(overlap.alg).__name__} is not implemented: use UniformOverlapAlg")
     return StageOptions(
         degree=0 if overlap.no_overlap else overlap.degree,
         max_degree=overlap.dynamic_max_degree or 1,
@@ -145,6 +147,7 @@ def _stage_options(overlap: OverlapConfig) -> StageOptions:
         max_pieces=overlap.max_num_chunks,
         seconds_per_pair=overlap.calc_cost_factor,
         seconds_per_row=overlap.comm_cost_factor,
+        random_seed=(overlap.alg.random_seed or 0) if overlap.alg.random_costs else None,
     )
 
 
