@@ -20,6 +20,7 @@ FULL, CAUSAL, INVCAUSAL, BICAUSAL = range(4)
 
 
 def empty_bands() -> Bands:
+    """No bands: an array of shape ``(0, 6)``."""
     return np.empty((0, 6), np.int64)
 
 

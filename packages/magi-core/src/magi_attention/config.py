@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a caller can choose: how chunks are dealt, how communication overlaps, what computes and what travels.
+
+All classes are frozen, hashable and compared field by field. A contradiction raises when the object is made:
+``MagiValueError`` (both a ``ValueError`` and an ``AssertionError``) or, for a wrong type, ``MagiTypeError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+from magi_attention.common.enum import AttnOverlapMode, DispatchAlgType, MagiAttentionPrecision, OverlapAlgType
+from magi_attention.common.errors import MagiTypeError, MagiValueError
+from magi_attention.env import comm as comm_env
+from magi_attention.env import general as general_env
+from magi_attention.env.variables import is_set
+
+__all__ = [
+    "BSDispatchAlg",
+    "DPDispatchAlg",
+    "DispatchAlg",
+    "DispatchConfig",
+    "DistAttnConfig",
+    "GreedyOverlapAlg",
+    "GrpCollConfig",
+    "LBDispatchAlg",
+    "MinHeapDispatchAlg",
+    "OverlapAlg",
+    "OverlapConfig",
+    "RuntimeConfig",
+    "SequentialDispatchAlg",
+    "SortedSequentialSelectAlg",
+    "UniformOverlapAlg",
+]
+
+
+def _check_type(config: object, name: str, *types: type) -> Any:
+    """Return a field's value if it is of one of ``types``; a ``bool`` does not pass for an ``int``."""
+    value = getattr(config, name)
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
+        raise MagiTypeError(f"{type(config).__name__}.{name} must be {wanted}, not {value!r}")
+    return value
+
+
+def _check_positive(config: object, names: Sequence[str], *types: type) -> None:
+    for name in names:
+        value = _check_type(config, name, *types)
+        if value is not None and not value > 0:
+            raise MagiValueError(f"{type(config).__name__}.{name} must be positive, not {value!r}")
+
+
+def _check_share(config: object, name: str) -> None:
+    if not 0 <= _check_type(config, name, int, float) <= 1:
+        raise MagiValueError(f"{type(config).__name__}.{name} must lie in [0, 1], not {getattr(config, name)!r}")
+
+
+@dataclass(frozen=True)
+class DispatchAlg:
+    """How chunks, weighted by the pairs that the mask keeps of them, are dealt to ranks. Use one of the subclasses.
+
+    Whatever the algorithm, every rank gets equally many chunks where the shard is even.
+
+    Attributes:
+        type: the algorithm's name.
+        is_optimal: whether the largest load is the least possible one without a bound on the number of chunks.
+        is_partitions_returned: whether the algorithm as published names each rank's chunks, not just the largest load.
+        is_equal_num_workloads: whether it needs equally many chunks per rank, and thus an even shard.
+        is_affinity_considered: whether it looks at the keys that the chunks of a rank have in common.
+    """
+
+    type: ClassVar[DispatchAlgType]
+    is_optimal: ClassVar[bool] = False
+    is_partitions_returned: ClassVar[bool] = True
+    is_equal_num_workloads: ClassVar[bool] = False
+    is_affinity_considered: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class MinHeapDispatchAlg(DispatchAlg):
+    """The heaviest chunk left goes to the lightest rank that still takes one."""
+
+    type = DispatchAlgType.MIN_HEAP
+
+
+@dataclass(frozen=True)
+class ToppHeapDispatchAlg(DispatchAlg):
+    """As :class:`MinHeapDispatchAlg`, but among the lightest ranks the one that has most keys in common with the chunk.
+
+    Attributes:
+        top_p: the share of ranks, in [0, 1], that count as the lightest; at least one rank does.
+    """
+
+    type = DispatchAlgType.TOPP_HEAP
+    is_equal_num_workloads = True
+    is_affinity_considered = True
+    top_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_share(self, "top_p")
+
+
+@dataclass(frozen=True)
+class BatchToppHeapDispatchAlg(ToppHeapDispatchAlg):
+    """As :class:`ToppHeapDispatchAlg`, choosing several chunks at a time.
+
+    Attributes:
+        num_of_select_chunk: chunks per choice.
+    """
+
+    type = DispatchAlgType.BATCH_TOPP_HEAP
+    num_of_select_chunk: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, ["num_of_select_chunk"], int)
+
+
+@dataclass(frozen=True)
+class SequentialDispatchAlg(DispatchAlg):
+    """Runs of neighbouring chunks, as equal in number as possible."""
+
+    type = DispatchAlgType.SEQUENTIAL_SELECT
+
+
+@dataclass(frozen=True)
+class SortedSequentialSelectAlg(DispatchAlg):
+    """Slices by descending area; each one's chunks, last first, fill the lightest rank.
+
+    Attributes:
+        allocation_ratio: the share of its chunks, in (0, 1], that a rank gets before the next rank's turn.
+    """
+
+    type = DispatchAlgType.SORTED_SEQUENTIAL_SELECT
+    is_equal_num_workloads = True
+    allocation_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_share(self, "allocation_ratio")
+        _check_positive(self, ["allocation_ratio"], int, float)
+
+
+@dataclass(frozen=True)
+class LBDispatchAlg(DispatchAlg):
+    """The lower bound of the largest load: the mean, or the heaviest chunk."""
+
+    type = DispatchAlgType.LOWER_BOUND
+    is_partitions_returned = False
+
+
+@dataclass(frozen=True)
+class DPDispatchAlg(DispatchAlg):
+    """The least largest load by dynamic programming; for few chunks."""
+
+    type = DispatchAlgType.DYNAMIC_PROGRAMMING
+    is_optimal = True
+    is_partitions_returned = False
+
+
+@dataclass(frozen=True)
+class BSDispatchAlg(DispatchAlg):
+    """The least largest load by binary search with backtracking; for few chunks."""
+
+    type = DispatchAlgType.BINARY_SEARCH
+    is_optimal = True
+
+
+@dataclass(frozen=True)
+class BTPDispatchAlg(DispatchAlg):
+    """The least largest load by backtracking with pruning; for few chunks."""
+
+    type = DispatchAlgType.BACKTRACKING_PRUNING
+    is_optimal = True
+    is_equal_num_workloads = True
+
+
+@dataclass(frozen=True)
+class RandomSelectDispatchAlg(DispatchAlg):
+    """Chunks dealt at random, the same way on every rank."""
+
+    type = DispatchAlgType.RANDOM_SELECT
+    is_equal_num_workloads = True
+
+
+@dataclass(frozen=True)
+class DispatchConfig:
+    """How the sequence is cut and dealt.
+
+    Attributes:
+        chunk_size: the most rows of a chunk; None for as many as leave every rank its least number of chunks.
+        uneven_shard: deal the sequence as it is, rather than padded so that all ranks hold equally many rows.
+        alg: the algorithm that deals chunks to ranks.
+    """
+
+    chunk_size: int | None = None
+    uneven_shard: bool = False
+    alg: DispatchAlg = MinHeapDispatchAlg()
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ["chunk_size"], int, type(None))
+        _check_type(self, "uneven_shard", bool)
+        if not hasattr(_check_type(self, "alg", DispatchAlg), "type"):
+            raise MagiTypeError("DispatchConfig.alg must be one of DispatchAlg's subclasses, not DispatchAlg itself")
+        if self.uneven_shard and self.alg.is_equal_num_workloads:
+            raise MagiValueError(
+                f"{type(self.alg).__name__} deals equally many chunks to all ranks, which uneven_shard=True "
+                "cannot have; use MinHeapDispatchAlg, for one"
+            )
+
+
+@dataclass(frozen=True)
+class OverlapAlg:
+    """How a rank's remote rows are dealt to overlap stages. Use one of the subclasses."""
+
+    type: ClassVar[OverlapAlgType]
+
+
+@dataclass(frozen=True)
+class UniformOverlapAlg(OverlapAlg):
+    """Stages of about equally many rows.
+
+    Attributes:
+        random_costs: deal by random weights instead, for tests.
+        random_seed: the seed of these weights.
+    """
+
+    type = OverlapAlgType.UNIFORM
+    random_costs: bool = False
+    random_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class GreedyOverlapAlg(OverlapAlg):
+    """Stages filled greedily by cost. Not implemented: planning with it raises ``NotImplementedError``."""
+
+    type = OverlapAlgType.GREEDY
+
+
+@dataclass(frozen=True)
+class OverlapConfig:
+    """How the exchange of keys and values overlaps with computing.
+
+    Attributes:
+        mode: whether ``degree`` is given (static) or chosen by the planner (dynamic). A degree of 0 or 1 is always
+            static.
+        degree: 0: exchange, then compute everything in one call. 1: one remote stage, exchanged while the rank computes
+            with its own rows. N: N remote stages. None: the planner chooses; only with the dynamic mode.
+        dynamic_max_degree: the most stages that the planner may choose.
+        min_chunk_size: the least rows in a piece of remote keys that a stage takes as a whole.
+        max_num_chunks: the most such pieces.
+        alg: how pieces are dealt to stages.
+        calc_cost_factor: the cost of computing one pair, in the unit of ``comm_cost_factor``.
+        comm_cost_factor: the cost of exchanging one row.
+    """
+
+    mode: AttnOverlapMode = AttnOverlapMode.STATIC
+    degree: int | None = 1
+    dynamic_max_degree: int | None = 8
+    min_chunk_size: int = 512
+    max_num_chunks: int = 64
+    alg: OverlapAlg = UniformOverlapAlg()
+    calc_cost_factor: float = 1.0
+    comm_cost_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_type(self, "mode", AttnOverlapMode)
+        if not hasattr(_check_type(self, "alg", OverlapAlg), "type"):
+            raise MagiTypeError("OverlapConfig.alg must be one of OverlapAlg's subclasses, not OverlapAlg itself")
+        _check_type(self, "degree", int, type(None))
+        _check_positive(self, ["min_chunk_size", "max_num_chunks"], int)
+        _check_positive(self, ["calc_cost_factor", "comm_cost_factor"], int, float)
+        if self.degree is not None and self.degree < 0:
+            raise MagiValueError(f"OverlapConfig.degree must be at least 0, not {self.degree}")
+        if self.degree in (0, 1):
+            object.__setattr__(self, "mode", AttnOverlapMode.STATIC)
+        if self.mode is AttnOverlapMode.STATIC:
+            self._check_static()
+        else:
+            self._check_dynamic()
+
+    def _check_static(self) -> None:
+        if self.degree is None:
+            raise MagiValueError("OverlapConfig.degree=None needs mode=AttnOverlapMode.DYNAMIC")
+        if self.degree > self.max_num_chunks:
+            raise MagiValueError(
+                f"OverlapConfig.degree={self.degree} stages need at least as many pieces, but "
+                f"max_num_chunks={self.max_num_chunks}"
+            )
+
+    def _check_dynamic(self) -> None:
+        if self.degree is not None:
+            raise MagiValueError(f"OverlapConfig.mode=DYNAMIC chooses the degree itself: pass None, not {self.degree}")
+        if self.dynamic_max_degree is None:
+            raise MagiValueError("OverlapConfig.mode=DYNAMIC needs a positive dynamic_max_degree, not None")
+        _check_positive(self, ["dynamic_max_degree"], int)
+
+    @property
+    def no_overlap(self) -> bool:
+        """Whether the exchange comes first and a single call computes everything (degree 0)."""
+        return self.degree == 0
+
+    @property
+    def enable(self) -> bool:
+        """Whether the remote rows are, or may be, split into several stages."""
+        return self.degree is None or self.degree >= 2
+
+
+@dataclass(frozen=True)
+class GrpCollConfig:
+    """Resources of the native group collectives; used with ``MAGI_ATTENTION_NATIVE_GRPCOLL=1`` only.
+
+    Attributes:
+        num_sms: multiprocessors that a collective may occupy.
+        nvl_chunk_size: rows sent at a time over NVLink.
+        nvl_buffer_size: rows that a NVLink queue holds.
+        rdma_chunk_size: rows sent at a time between nodes.
+        rdma_buffer_size: rows that a queue between nodes holds.
+        num_nvl_bytes: bytes of the buffer that peers of the node write to.
+        num_rdma_bytes: bytes of the buffer that other nodes write to.
+    """
+
+    num_sms: int = 24
+    nvl_chunk_size: int = 8
+    nvl_buffer_size: int = 256
+    rdma_chunk_size: int = 16
+    rdma_buffer_size: int = 128
+    num_nvl_bytes: int = int(2e9)
+    num_rdma_bytes: int = 0
+
+    _KNOWN_RANKS: ClassVar[tuple[int, ...]] = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
+
+    def __post_init__(self) -> None:
+        sizes = ["nvl_chunk_size", "nvl_buffer_size", "rdma_chunk_size", "rdma_buffer_size"]
+        _check_positive(self, ["num_sms", *sizes], int)
+        for name in ("num_nvl_bytes", "num_rdma_bytes"):
+            if _check_type(self, name, int) < 0:
+                raise MagiValueError(f"GrpCollConfig.{name} must be at least 0, not {getattr(self, name)!r}")
+
+    def to_kernel_config(self) -> dict[str, int]:
+        """The fields that a collective kernel takes."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.endswith("_bytes")}
+
+    def to_buffer_args(self) -> dict[str, int]:
+        """The fields that size the communication buffers."""
+        return {"num_nvl_bytes": self.num_nvl_bytes, "num_rdma_bytes": self.num_rdma_bytes}
+
+    @staticmethod
+    def get_default_group_cast_config(num_ranks: int) -> GrpCollConfig:
+        """The settings to start from for a group cast among ``num_ranks`` ranks."""
+        return GrpCollConfig._default_for(num_ranks)
+
+    @staticmethod
+    def get_default_group_reduce_config(num_ranks: int) -> GrpCollConfig:
+        """The settings to start from for a group reduce among ``num_ranks`` ranks."""
+        return GrpCollConfig._default_for(num_ranks)
+
+    @staticmethod
+    def _default_for(num_ranks: int) -> GrpCollConfig:
+        if num_ranks not in GrpCollConfig._KNOWN_RANKS:
+            raise MagiValueError(f"num_ranks must be one of {GrpCollConfig._KNOWN_RANKS}, not {num_ranks!r}")
+        return GrpCollConfig()
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """What computes, in which precision, and what travels. None takes the environment variable's value.
+
+    Attributes:
+        kernel_backend: ``"auto"`` (the best that supports the call), ffa, fa4, sdpa, sdpa_ol, reference, flex, or the
+            name of an installed plug-in.
+        precision: the data type to compute in: bf16, fp16, fp32, fp64, or ``"input"`` for that of the tensors.
+        deterministic: the same bits in every run.
+        hierarchical_comm: exchange in two hops; needs a 2-D mesh.
+        qo_comm: let queries and outputs travel as well.
+        native_grpcoll: exchange by the native group collectives.
+        forward_high_precision_reduce: send partial outputs in at least float32.
+        backward_high_precision_reduce: send partial gradients in at least float32.
+        sink_grad_reduce: how the ranks' gradients of the sink are combined: none, sum or avg.
+        forward_sm_margin: multiprocessors that forward kernels leave to communication.
+        backward_sm_margin: the same for backward kernels.
+        flatten_head_groups: plan for each key-value head's group of query heads on its own.
+        auto_range_merge: let kernels process slices with equal ranges together.
+        check_plan: compare the ranks' plans once for every new key.
+        skip_overlap_check: don't check that no two slices keep a common pair.
+    """
+
+    kernel_backend: str | None = None
+    precision: str | None = None
+    deterministic: bool | None = None
+    hierarchical_comm: bool | None = None
+    qo_comm: bool | None = None
+    native_grpcoll: bool | None = None
+    forward_high_precision_reduce: bool | None = None
+    backward_high_precision_reduce: bool | None = None
+    sink_grad_reduce: str | None = None
+    forward_sm_margin: int | None = None
+    backward_sm_margin: int | None = None
+    flatten_head_groups: bool | None = None
+    auto_range_merge: bool | None = None
+    check_plan: bool | None = None
+    skip_overlap_check: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in _SWITCHES:
+            _check_type(self, name, bool, type(None))
+        for name in ("forward_sm_margin", "backward_sm_margin"):
+            margin = _check_type(self, name, int, type(None))
+            if margin is not None and margin < 0:
+                raise MagiValueError(f"RuntimeConfig.{name} must be at least 0, not {margin}")
+        self._check_choice("precision", ["input", *MagiAttentionPrecision])
+        self._check_choice("sink_grad_reduce", ["none", "sum", "avg"])
+        backend = _check_type(self, "kernel_backend", str, type(None))
+        if backend is not None and not general_env.is_known_kernel_backend(backend):
+            known = ", ".join(general_env.known_kernel_backends())
+            raise MagiValueError(f"RuntimeConfig.kernel_backend must be one of {known}, not {backend!r}")
+        self._check_combinations()
+
+    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
+        value = _check_type(self, name, str, type(None))
+        if value is not None and value not in choices:
+            raise MagiValueError(f"RuntimeConfig.{name} must be one of {', '.join(choices)}, not {value!r}")
+
+    def _check_combinations(self) -> None:
+        asked = [name for name in _SWITCHES if getattr(self, name)]
+        if self.kernel_backend in ("fa4", "blackwell"):
+            asked.append("fa4")
+        for one, other in _CONTRADICTIONS:
+            if one in asked and other in asked:
+                raise MagiValueError(f"RuntimeConfig: {one} and {other} cannot be combined; switch one of them off")
+
+    def resolved(self) -> RuntimeConfig:
+        """Return a copy in which the environment has filled every field that was None."""
+        filled: dict[str, Any] = {name: read() for name, read in _ENVIRONMENT.items() if getattr(self, name) is None}
+        if filled.get("native_grpcoll", self.native_grpcoll):
+            # Native collectives occupy no multiprocessor that the kernels would have to leave free.
+            for name, variable in _SM_MARGINS.items():
+                if name in filled and not is_set(variable):
+                    filled[name] = 0
+        return replace(self, **filled)
+
+
+_ENVIRONMENT = {
+    "kernel_backend": general_env.kernel_backend,
+    "precision": general_env.precision,
+    "deterministic": general_env.is_deterministic_mode_enable,
+    "hierarchical_comm": comm_env.is_hierarchical_comm_enable,
+    "qo_comm": comm_env.is_qo_comm_enable,
+    "native_grpcoll": comm_env.is_native_grpcoll_enable,
+    "forward_high_precision_reduce": comm_env.is_forward_high_precision_reduce_enable,
+    "backward_high_precision_reduce": comm_env.is_backward_high_precision_reduce_enable,
+    "sink_grad_reduce": comm_env.dsink_all_reduce_op,
+    "forward_sm_margin": general_env.ffa_forward_sm_margin,
+    "backward_sm_margin": general_env.ffa_backward_sm_margin,
+    "flatten_head_groups": general_env.is_flatten_head_groups_enable,
+    "auto_range_merge": general_env.is_auto_range_merge_enable,
+    "check_plan": comm_env.is_plan_check_enable,
+    "skip_overlap_check": general_env.is_overlap_check_skipped,
+}
+
+_SM_MARGINS = {
+    "forward_sm_margin": "MAGI_ATTENTION_FFA_FORWARD_SM_MARGIN",
+    "backward_sm_margin": "MAGI_ATTENTION_FFA_BACKWARD_SM_MARGIN",
+}
+
+_SWITCHES = [f.name for f in fields(RuntimeConfig) if f.type == "bool | None"]
+
+_CONTRADICTIONS = [
+    ("hierarchical_comm", "qo_comm"),
+    ("hierarchical_comm", "native_grpcoll"),
+    ("native_grpcoll", "deterministic"),
+    ("fa4", "deterministic"),
+    ("fa4", "forward_high_precision_reduce"),
+    ("fa4", "backward_high_precision_reduce"),
+    ("fa4", "qo_comm"),
+]
+
+
+@dataclass(frozen=True)
+class DistAttnConfig:
+    """Everything that can be chosen about one distributed attention.
+
+    While ``MAGI_ATTENTION_QO_COMM`` is 1 and ``runtime_config`` doesn't say otherwise, the overlap config is replaced
+    by ``OverlapConfig(degree=1)``, the only one that travelling queries allow.
+    """
+
+    dispatch_config: DispatchConfig = field(default_factory=DispatchConfig)
+    overlap_config: OverlapConfig = field(default_factory=OverlapConfig)
+    grpcoll_config: GrpCollConfig = field(default_factory=GrpCollConfig)
+    runtime_config: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        _check_type(self, "dispatch_config", DispatchConfig)
+        _check_type(self, "overlap_config", OverlapConfig)
+        _check_type(self, "grpcoll_config", GrpCollConfig)
+        qo_comm = _check_type(self, "runtime_config", RuntimeConfig).qo_comm
+        if qo_comm is None and comm_env.is_qo_comm_enable():
+            object.__setattr__(self, "overlap_config", OverlapConfig(degree=1))
+        elif qo_comm and self.overlap_config.degree != 1:
+            raise MagiValueError(
+                f"runtime_config.qo_comm needs OverlapConfig(degree=1), not degree={self.overlap_config.degree}"
+            )
+
+    def resolved(self) -> DistAttnConfig:
+        """Return a copy whose runtime config has no None left; call it when a key is made."""
+        config = replace(self)  # the environment may have asked for travelling queries since
+        return replace(config, runtime_config=config.runtime_config.resolved())
