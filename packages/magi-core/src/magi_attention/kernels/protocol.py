@@ -81,7 +81,7 @@ class KernelBackend(Protocol):
         """Say whether this backend can serve ``request`` on this machine, without compiling or allocating."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
-        """Attend q ``[tq, hq, d]`` to k ``[tk, hk, d]`` and v ``[tk, hk, dv]``; query head h reads head h // (hq/hk)."""
+        """Attend q ``[tq, hq, d]`` to k ``[tk, hk, d]`` and v ``[tk, hk, dv]``; query head h reads h // (hq/hk)."""
 
     def backward(
         self,

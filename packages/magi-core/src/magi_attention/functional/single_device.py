@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention on one device as one differentiable operation over any kernel backend.
+
+Shape suffixes: t tokens, h heads, d head dim; q queries, k keys; s sinks.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from magi_attention.common.errors import MagiTypeError, MagiValueError
+from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.common.slices import SliceTable, find_double_cover
+from magi_attention.env import general as environment
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, KernelBackend
+from magi_attention.kernels.registry import choose_backend
+from magi_attention.kernels.sink import apply_sink, sink_gradient
+
+# Masks whose tables are kept, so that a loop over a few masks derives nothing twice.
+NUM_CACHED_MASKS = 32
+
+
+def attend_on_one_device(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slices: SliceTable,
+    *,
+    sink: Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_max_logits: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, AttnForwardMeta]:
+    """Attend q ``[tq, hq, d]`` to k ``[tk, hk, d]`` and v ``[tk, hk, dv]`` over ``slices``.
+
+    Gradients flow from out and lse to q, k, v and sink. The names and their meaning are those of
+    :class:`magi_attention.kernels.protocol.AttentionCall`; ``backend`` is a name as
+    :func:`magi_attention.kernels.registry.choose_backend` takes it.
+    """
+    _check_tensors(q, k, v)
+    if softcap < 0:
+        raise MagiValueError(f"softcap must be positive, or 0 for none, got {softcap}")
+    request = AttentionRequest(
+        device=q.device,
+        dtype=q.dtype,
+        num_heads_q=q.shape[1],
+        num_heads_kv=k.shape[1],
+        head_dim=q.shape[2],
+        head_dim_v=v.shape[2],
+        softcap=softcap > 0,
+        max_logits=return_max_logits,
+        deterministic=deterministic,
+    )
+    call = AttentionCall(
+        slices=slices,
+        softmax_scale=q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale,
+        softcap=softcap,
+        deterministic=deterministic,
+        max_logits=return_max_logits,
+        sm_margin=sm_margin,
+    )
+    job = _Job(choose_backend(request, backend), call)
+    out, lse, max_logits = _Attention.apply(q, k, v, sink, job)
+    return out, AttnForwardMeta(lse=lse, max_logits=max_logits)
+
+
+@dataclass(frozen=True)
+class _Job:
+    backend: KernelBackend
+    call: AttentionCall
+
+
+class _Attention(torch.autograd.Function):
+    """The whole call as a single stage: the backend's out and lse are final but for the sink."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: _Job
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        out, lse, max_logits = job.backend.forward(q, k, v, job.call)
+        if sink is not None:
+            out, lse = apply_sink(out, lse, sink)
+        ctx.job = job
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, sink)
+        if max_logits is not None:
+            ctx.mark_non_differentiable(max_logits)
+        return out.to(q.dtype), lse, max_logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, sink = ctx.saved_tensors
+        dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout
+        gradients = ctx.job.backend.backward(dout, q, k, v, out, lse, dlse, ctx.job.call)
+        dq, dk, dv = (gradient.to(q.dtype) for gradient in gradients)
+        dsink = sink_gradient(sink, out, dout, lse, dlse) if ctx.needs_input_grad[3] else None
+        return dq, dk, dv, dsink, None
+
+
+def slices_from_tensors(
+    q_ranges: Tensor,
+    k_ranges: Tensor,
+    attn_type_map: Tensor | None,
+    num_q: int,
+    num_k: int,
+    skip_overlap_check: bool | None = None,
+) -> SliceTable:
+    """Build the slice table from integer tensors on any device; tables of recent masks are reused.
+
+    Args:
+        q_ranges: ``[n, 2]``, ``(start, end)`` of queries.
+        k_ranges: ``[n, 2]``, ``(start, end)`` of keys.
+        attn_type_map: ``[n]`` integers of :class:`magi_attention.common.enum.AttnMaskType`; all FULL if None.
+        num_q: how many queries there are.
+        num_k: how many keys there are.
+        skip_overlap_check: whether to leave out the check that no pair is covered twice; by default what
+            ``MAGI_ATTENTION_SKIP_OVERLAP_CHECK`` says.
+
+    Raises:
+        ValueError: If shapes do not match, a range is reversed or out of bounds, a type is unknown, or two slices keep
+            a common pair.
+        TypeError: If an argument is not a tensor of integers.
+    """
+    ranges = [_host_integers("q_ranges", q_ranges, 2), _host_integers("k_ranges", k_ranges, 2)]
+    count = len(ranges[0])
+    kind = np.zeros(count, np.int64) if attn_type_map is None else _host_integers("attn_type_map", attn_type_map, 1)
+    if not count == len(ranges[1]) == len(kind):
+        lengths = f"{count}, {len(ranges[1])} and {len(kind)}"
+        raise MagiValueError(f"q_ranges, k_ranges and attn_type_map must be of equal length, got {lengths}")
+    for name, bounds, limit in (("q_ranges", ranges[0], num_q), ("k_ranges", ranges[1], num_k)):
+        wrong = (bounds[:, 0] < 0) | (bounds[:, 0] > bounds[:, 1]) | (bounds[:, 1] > limit)
+        if wrong.any():
+            slot = int(wrong.argmax())
+            given = bounds[slot].tolist()
+            raise MagiValueError(f"{name}[{slot}] is {given}, must be an ascending range inside [0, {limit}]")
+    if count and not 0 <= kind.min() <= kind.max() <= 3:
+        raise MagiValueError(f"attn_type_map must hold integers from 0 to 3, got {kind.min()} to {kind.max()}")
+    if skip_overlap_check is None:
+        skip_overlap_check = environment.is_overlap_check_skipped()
+    return _cached_table(np.column_stack([*ranges, kind]).tobytes(), not skip_overlap_check)
+
+
+@lru_cache(maxsize=NUM_CACHED_MASKS)
+def _cached_table(rows: bytes, check: bool) -> SliceTable:
+    table = SliceTable(np.frombuffer(rows, np.int64).reshape(-1, 5))
+    doubled = find_double_cover(table) if check else None
+    if doubled is not None:
+        first, second = (f"{slot} {table.rows[slot].tolist()}" for slot in doubled)
+        raise MagiValueError(
+            f"the slices {first} and {second} (q start, q end, k start, k end, type) keep a common (query, key) pair; "
+            "every pair may be covered by one slice only"
+        )
+    return table
+
+
+def _host_integers(name: str, tensor: Tensor, ndim: int) -> NDArray[np.int64]:
+    if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.is_complex():
+        given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise MagiTypeError(f"{name} must be a tensor of integers, got {given}")
+    if tensor.ndim != ndim or (ndim == 2 and tensor.shape[1] != 2):
+        raise MagiValueError(f"{name} must have shape {'[n, 2]' if ndim == 2 else '[n]'}, got {list(tensor.shape)}")
+    return tensor.detach().cpu().numpy().astype(np.int64)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 3:
+            raise MagiValueError(f"{name} must have shape [tokens, heads, head_dim], got {list(tensor.shape)}")
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise MagiValueError(
+                f"q, k and v must have one dtype and device, got q {q.dtype} on {q.device} and {name} {tensor.dtype} "
+                f"on {tensor.device}"
+            )
+    if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (q, k, v))
+        raise MagiValueError(f"shapes must be [tq, hq, d], [tk, hk, d] and [tk, hk, dv], got {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise MagiValueError(f"the query heads must be a multiple of the key heads, got {q.shape[1]} and {k.shape[1]}")

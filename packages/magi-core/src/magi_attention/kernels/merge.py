@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging attention outputs over disjoint keys, by their log-sum-exps."""
+
+from torch import Tensor
+
+from magi_attention.common.logsumexp import accumulation_dtype, merge_lse, rescale_weight
+
+
+def merge_partials(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge the attention of the same queries over two disjoint sets of keys.
+
+    ``lse' = logaddexp(lse, lse2)`` and ``out' = exp(lse - lse') * out + exp(lse2 - lse') * out2``, where rows without
+    keys have ``out = 0`` and ``lse = -inf`` and stay so if neither side has keys.
+
+    Args:
+        out, out2: ``[tq, hq, dv]``.
+        lse, lse2: ``[tq, hq]``, natural logarithm.
+
+    Returns:
+        out and lse in the greatest precision among the arguments, at least float32. The arguments are not changed.
+    """
+    merged_lse = merge_lse(lse, lse2)
+    merged = rescale(out, lse, merged_lse)
+    merged += rescale(out2, lse2, merged_lse)
+    return merged, merged_lse
+
+
+def rescale(out: Tensor, lse: Tensor, final_lse: Tensor) -> Tensor:
+    """Return ``exp(lse - final_lse) * out`` as a new tensor, in at least float32; rows with ``lse = -inf`` become 0."""
+    dtype = accumulation_dtype(out, lse, final_lse)
+    return out.to(dtype) * rescale_weight(lse.to(dtype), final_lse.to(dtype))[..., None]
