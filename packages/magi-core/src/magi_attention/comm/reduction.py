@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Combining the partial results that a group reduce brings back, peer by peer and so in a fixed order."""
+
+import torch
+from torch import Tensor
+
+from magi_attention.comm.packing import RowFormat
+from magi_attention.comm.routes import Routes, Rows
+from magi_attention.common.logsumexp import accumulation_dtype, merge_lse, rescale_weight
+
+
+def add_partials(into: Tensor, buffer: Tensor, row: RowFormat, routes: Routes, average: bool) -> None:
+    """Add the packed rows of ``buffer`` to the rows of ``into`` that they belong to.
+
+    Args:
+        into: ``[num_source, *row.shape]``, changed in place and rounded once.
+        buffer: packed rows, as they came.
+        row: where in the buffer the partial's rows are.
+        routes: of the exchange table.
+        average: divide by the number of terms, the old value of ``into`` counting as one.
+    """
+    if routes.num_sent == 0:
+        return
+    total = _accumulator(into, row.dtype)
+    for rows, partial in _by_peer(routes, row.elements(buffer)):
+        _add_rows(total, rows, partial)
+    if average:
+        terms = (1 + routes.casts_per_row).view(-1, *[1] * (total.dim() - 1))
+        total = total.div_(terms) if total.is_floating_point() else total // terms
+    if total is not into:
+        into.copy_(total)
+
+
+def merge_partials_by_lse(
+    into: Tensor, into_lse: Tensor, buffer: Tensor, row: RowFormat, row_lse: RowFormat, routes: Routes
+) -> None:
+    """Merge partial outputs over disjoint keys: each is weighted by ``exp(lse - final lse)``.
+
+    Partials and old values whose lse is -inf stand for no keys at all and are skipped, whatever they hold.
+
+    Args:
+        into: ``[num_source, heads, dim]``, changed in place.
+        into_lse: ``[num_source, heads]``, changed in place.
+        buffer: packed rows, as they came.
+        row: where in the buffer the partial outputs are.
+        row_lse: where in the buffer their log-sum-exps are.
+        routes: of the exchange table.
+    """
+    if routes.num_sent == 0:
+        return
+    old_lse = _accumulator(into_lse, row_lse.dtype)
+    final_lse = old_lse.clone()
+    for rows, lse in _by_peer(routes, row_lse.elements(buffer)):
+        final_lse[rows] = merge_lse(final_lse[rows], lse).to(final_lse.dtype)
+    total = _accumulator(into, row.dtype)
+    _weigh(total, old_lse, final_lse)
+    partials = _by_peer(routes, row.elements(buffer))
+    for (rows, partial), (_, lse) in zip(partials, _by_peer(routes, row_lse.elements(buffer)), strict=True):
+        share = partial.to(total.dtype, copy=True)
+        _weigh(share, lse.to(final_lse.dtype), final_lse[rows])
+        _add_rows(total, rows, share)
+    into_lse.copy_(final_lse)
+    if total is not into:
+        into.copy_(total)
+
+
+def _accumulator(into: Tensor, partial_dtype: torch.dtype) -> Tensor:
+    """``into`` itself where sums can be kept in it, else a copy of at least float32."""
+    if not into.is_floating_point():
+        return into
+    return into.to(accumulation_dtype(into, torch.empty(0, dtype=partial_dtype)))
+
+
+def _by_peer(routes: Routes, packed: Tensor) -> list[tuple[Rows, Tensor]]:
+    """For each peer that got any, the source rows sent to it and their packed rows."""
+    peers = zip(routes.peer_source, packed.split(routes.send_counts), strict=True)
+    return [(rows, part) for rows, part in peers if len(part)]
+
+
+def _add_rows(total: Tensor, rows: Rows, terms: Tensor) -> None:
+    """Add terms to rows that are all different, so that the order of the additions within a call doesn't matter."""
+    if isinstance(rows, slice):
+        total[rows].add_(terms)
+    else:
+        total.index_add_(0, rows, terms.to(total.dtype))
+
+
+def _weigh(out: Tensor, lse: Tensor, final_lse: Tensor) -> None:
+    out.mul_(rescale_weight(lse, final_lse)[..., None]).masked_fill_((lse == -torch.inf)[..., None], 0)
