@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the arguments that keys are made of, and the rules that turn them into a key's fields."""
+
+import warnings
+from collections.abc import Sequence
+
+from magi_attention.common.enum import AttnMaskType
+from magi_attention.common.errors import MagiTypeError, MagiValueError
+from magi_attention.common.range import AttnRange
+from magi_attention.common.ranges import AttnRanges
+from magi_attention.common.slices import SliceTable, find_double_cover
+from magi_attention.config import DistAttnConfig, GreedyOverlapAlg
+from magi_attention.env import general
+from magi_attention.runtime.key import DistAttnRuntimeKey
+
+GeneralAttnMaskType = str | AttnMaskType | Sequence[str | AttnMaskType]
+"""A mask type or its name, for all slices alike or one per slice."""
+
+
+def resolve_mask_types(attn_mask_type: GeneralAttnMaskType, num_slices: int) -> list[AttnMaskType]:
+    """One mask type per slice; a single type or name stands for all of them.
+
+    Raises:
+        TypeError: Something else than names and mask types.
+        ValueError: An unknown name, or a list of another length.
+    """
+    if isinstance(attn_mask_type, str | AttnMaskType):
+        return [_resolve_mask_type(attn_mask_type)] * num_slices
+    if not isinstance(attn_mask_type, list | tuple):
+        raise MagiTypeError(f"attn_mask_type must be a mask type, its name, or a list of them, not {attn_mask_type!r}")
+    if len(attn_mask_type) != num_slices:
+        raise MagiValueError(f"attn_mask_type has {len(attn_mask_type)} entries for {num_slices} q ranges")
+    return [_resolve_mask_type(each) for each in attn_mask_type]
+
+
+def _resolve_mask_type(mask_type: str | AttnMaskType) -> AttnMaskType:
+    if not isinstance(mask_type, str | AttnMaskType):
+        raise MagiTypeError(f"a mask type must be an AttnMaskType or its name, not {mask_type!r}")
+    try:
+        return AttnMaskType(mask_type)
+    except ValueError:
+        known = ", ".join(each.value for each in AttnMaskType)
+        raise ValueError(f"{mask_type!r} is not a mask type; known are {known}") from None
+
+
+def check_ranges(q_ranges: AttnRanges, k_ranges: AttnRanges, total_seqlen: int) -> None:
+    """Raise unless there are equally many query and key ranges, at least one, and none ends after ``total_seqlen``."""
+    for name, ranges in (("q_ranges", q_ranges), ("k_ranges", k_ranges)):
+        if not isinstance(ranges, AttnRanges):
+            raise MagiTypeError(f"{name} must be AttnRanges, not {type(ranges).__name__}; see AttnRanges.from_ranges")
+        if ranges.is_empty():
+            raise ValueError(f"{name} is empty: a mask needs at least one slice")
+        if ranges.end > total_seqlen:
+            raise MagiValueError(f"{name} end at {ranges.end}, after the last row of a sequence of {total_seqlen}")
+    if len(q_ranges) != len(k_ranges):
+        raise MagiValueError(
+            f"every slice has one range of each, but there are {len(q_ranges)} q_ranges and {len(k_ranges)} k_ranges"
+        )
+
+
+def check_same_source(
+    total_seqlen_q: int, total_seqlen_k: int, is_same_source: bool, is_q_permutable: bool, is_k_permutable: bool
+) -> None:
+    """Raise unless queries and keys come from one sequence and are permuted together: self-attention."""
+    flags = f"{is_same_source=}, {is_q_permutable=}, {is_k_permutable=}"
+    if not is_same_source or not (is_q_permutable or is_k_permutable):
+        raise NotImplementedError(f"only self-attention is implemented, with all three flags True, not {flags}")
+    if not (is_q_permutable and is_k_permutable):
+        raise ValueError(f"queries and keys of one source are permuted together or not at all, unlike {flags}")
+    if total_seqlen_q != total_seqlen_k:
+        raise MagiValueError(f"{total_seqlen_q=} and {total_seqlen_k=} must be equal in self-attention")
+
+
+def choose_chunk_limit(chunk_size: int | None, config: DistAttnConfig) -> int | None:
+    """The most rows of a chunk, from the config or from the deprecated argument."""
+    limit = config.dispatch_config.chunk_size
+    if chunk_size is None:
+        return limit
+    warnings.warn(
+        "chunk_size is deprecated: pass DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=...))",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    if limit is not None and limit != chunk_size:
+        raise ValueError(f"chunk_size={chunk_size} contradicts the chunk_size={limit} of dist_attn_config")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be positive")
+    return chunk_size
+
+
+def resolve_chunk_size(total_seqlen: int, cp_size: int, limit: int | None) -> int:
+    """The rows of a chunk: at most ``limit``, and so few that every rank gets its least number of chunks.
+
+    Raises:
+        ValueError: The sequence has fewer rows than there are ranks.
+    """
+    auto = -(-total_seqlen // (general.min_chunks_per_rank() * cp_size))
+    chunk_size = auto if limit is None else min(auto, limit)
+    if total_seqlen < cp_size or -(-total_seqlen // chunk_size) < cp_size:
+        raise MagiValueError(f"a sequence of {total_seqlen} rows cannot be shared by {cp_size} ranks")
+    return chunk_size
+
+
+def check_plannable(key: DistAttnRuntimeKey) -> None:
+    """Raise if a key that isn't cached yet cannot be planned.
+
+    Raises:
+        ValueError: No slice has queries and keys, or two slices keep a common pair.
+        NotImplementedError: An overlap algorithm without implementation.
+    """
+    if isinstance(key.dist_attn_config.overlap_config.alg, GreedyOverlapAlg):
+        raise NotImplementedError("GreedyOverlapAlg is not implemented; use UniformOverlapAlg")
+    q0, q1, k0, k1, _ = key.slices.rows.T
+    if not ((q1 > q0) & (k1 > k0)).any():
+        raise ValueError("every slice of the mask is empty: none has both queries and keys")
+    doubled = None if key.dist_attn_config.runtime_config.skip_overlap_check else find_double_cover(key.slices)
+    if doubled is not None:
+        first, second = (_describe_slice(key.slices, number) for number in doubled)
+        raise MagiValueError(f"{first} and {second} keep a common (query, key) pair; every pair may be kept only once")
+
+
+def _describe_slice(slices: SliceTable, number: int) -> str:
+    q0, q1, k0, k1, kind = slices.rows[number].tolist()
+    return f"slice {number} (q {AttnRange(q0, q1)}, k {AttnRange(k0, k1)}, {AttnMaskType.from_int_type(kind).value})"

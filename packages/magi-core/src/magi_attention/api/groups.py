@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a caller passes as group or mesh to the context-parallel group."""
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from magi_attention.common.errors import MagiValueError
+
+GroupOrMesh = dist.ProcessGroup | DeviceMesh | None
+
+
+def resolve_group(
+    cp_group_or_mesh: GroupOrMesh, is_hierarchical: bool
+) -> tuple[dist.ProcessGroup | None, DeviceMesh | None]:
+    """Find the context-parallel group.
+
+    Args:
+        cp_group_or_mesh: a group, a 1-D mesh, a 2-D mesh (nodes, ranks of a node), or None for the default group or,
+            where torch.distributed isn't initialised, for this process alone.
+        is_hierarchical: whether rows travel in two hops, which takes a 2-D mesh.
+
+    Returns:
+        The group (None for this process alone) and the mesh (None unless a mesh was given).
+
+    Raises:
+        ValueError: Neither a group nor a mesh, a mesh of the wrong shape, or one that this process isn't part of.
+    """
+    if isinstance(cp_group_or_mesh, DeviceMesh):
+        return _group_of_mesh(cp_group_or_mesh, is_hierarchical), cp_group_or_mesh
+    if is_hierarchical:
+        raise MagiValueError(
+            f"hierarchical communication needs a 2-D DeviceMesh (nodes, ranks of a node), not {cp_group_or_mesh!r}"
+        )
+    if cp_group_or_mesh is None:
+        return (dist.group.WORLD if dist.is_initialized() else None), None
+    if not isinstance(cp_group_or_mesh, dist.ProcessGroup):
+        raise ValueError(
+            "cp_group_or_mesh must be a ProcessGroup that this process is part of, a DeviceMesh or None, not "
+            f"{cp_group_or_mesh!r}"
+        )
+    return cp_group_or_mesh, None
+
+
+def group_size(cp_group: dist.ProcessGroup | None) -> int:
+    """The number of ranks; 1 for None."""
+    return 1 if cp_group is None else dist.get_world_size(cp_group)
+
+
+def _group_of_mesh(mesh: DeviceMesh, is_hierarchical: bool) -> dist.ProcessGroup:
+    if mesh.ndim not in (1, 2) or (is_hierarchical and mesh.ndim != 2):
+        wanted = "2-D (nodes, ranks of a node) for hierarchical communication" if is_hierarchical else "1-D or 2-D"
+        raise MagiValueError(f"cp_group_or_mesh is a mesh of shape {tuple(mesh.shape)}; it must be {wanted}")
+    if mesh.get_coordinate() is None:
+        raise MagiValueError(f"global rank {dist.get_rank()} is not part of the mesh {mesh}")
+    if mesh.ndim == 2 and not mesh.mesh_dim_names:
+        raise MagiValueError(
+            'a 2-D mesh must be named to be flattened: pass mesh_dim_names=("inter", "intra"), for one'
+        )
+    return (mesh._flatten() if mesh.ndim == 2 else mesh).get_group()

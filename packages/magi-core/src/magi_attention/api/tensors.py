@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between the global sequence and this rank's rows: dispatch, undispatch, roll and position ids."""
+
+from torch import Tensor
+
+from magi_attention.runtime.cache import find_manager
+from magi_attention.runtime.key import DistAttnRuntimeKey
+
+
+def dispatch(x: Tensor, key: DistAttnRuntimeKey, pad_value: float = 0.0) -> Tensor:
+    """Select this rank's rows of a global tensor. No communication, except that the backward pass is collective.
+
+    Args:
+        x: ``[S, ...]`` of any dtype, the same on all ranks; ``S`` without padding.
+        key: the key.
+        pad_value: what rows of padding are filled with.
+
+    Returns:
+        ``[n_local, ...]``, a copy. In the backward pass every rank gets the full global gradient of ``x``, gathered
+        from the local gradients of all ranks.
+
+    Raises:
+        ValueError: ``x`` doesn't have ``S`` rows, or the cache doesn't hold the key.
+    """
+    manager = find_manager(key)
+    _check_rows("x", x, 0, key.total_seqlen_q - key.pad_size, "the global sequence without padding")
+    return manager.dispatch_qo(x, pad_value)
+
+
+def undispatch(x: Tensor, key: DistAttnRuntimeKey, is_partial_grad: bool = False) -> Tensor:
+    """Gather the global tensor from all ranks' local rows. Collective.
+
+    Args:
+        x: ``[n_local, ...]``, this rank's rows.
+        key: the key.
+        is_partial_grad: how the gradient of the result is understood: as the same on all ranks, so that each takes its
+            own rows (False), or as one term of a sum over the ranks (True; then the backward pass is collective).
+
+    Returns:
+        ``[S, ...]`` without padding, on every rank.
+
+    Raises:
+        ValueError: ``x`` doesn't have ``n_local`` rows, or the cache doesn't hold the key.
+    """
+    manager = find_manager(key)
+    _check_rows("x", x, 0, manager.num_local_rows, "this rank's share")
+    return manager.undispatch_qo(x, is_partial_grad)
+
+
+def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey) -> Tensor:
+    """Roll the global sequence of a dispatched tensor. Collective, in the backward pass as well.
+
+    Equal to ``undispatch``, ``torch.roll`` and ``dispatch``, but only rows that change rank travel. Padding becomes 0.
+
+    Args:
+        x: this rank's rows, ``n_local`` in ``dim``.
+        shift: by how many rows; a positive shift moves rows towards the end.
+        dim: the dim of the sequence.
+        key: the key.
+
+    Raises:
+        ValueError: ``x`` doesn't have ``n_local`` rows in ``dim``, or the cache doesn't hold the key.
+    """
+    manager = find_manager(key)
+    _check_rows("x", x, dim, manager.num_local_rows, "this rank's share")
+    return manager.roll(x, shift, dim)
+
+
+def roll_simple(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey) -> Tensor:
+    """The same as :func:`roll`; an older name for another way to send the rows."""
+    manager = find_manager(key)
+    _check_rows("x", x, dim, manager.num_local_rows, "this rank's share")
+    return manager.roll_simple(x, shift, dim)
+
+
+def get_position_ids(key: DistAttnRuntimeKey) -> Tensor:
+    """The global position of each of this rank's rows, ``[n_local]`` int64; padding repeats the last real position.
+
+    The same tensor is returned each time.
+
+    Raises:
+        ValueError: The cache doesn't hold the key.
+    """
+    return find_manager(key).get_position_ids()
+
+
+def _check_rows(name: str, x: Tensor, dim: int, num_rows: int, what: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, and so no dim {dim} for the sequence")
+    if x.shape[dim] != num_rows:
+        raise ValueError(f"{name} has {x.shape[dim]} rows in dim {dim}, but {what} has {num_rows}")

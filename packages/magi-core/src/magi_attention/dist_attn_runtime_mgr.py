@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and managers without padding, choice of chunks or cache, by the path that older code imports them from."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from magi_attention.api.checks import check_plannable, check_ranges, check_same_source
+from magi_attention.api.groups import group_size
+from magi_attention.common.enum import AttnMaskType
+from magi_attention.common.errors import MagiValueError
+from magi_attention.common.ranges import AttnRanges
+from magi_attention.config import DistAttnConfig
+from magi_attention.meta import DispatchMeta
+from magi_attention.runtime.cache import DistAttnRuntimeDict
+from magi_attention.runtime.key import DistAttnRuntimeKey
+from magi_attention.runtime.manager import DistAttnRuntimeMgr, build_manager
+
+__all__ = [
+    "DistAttnRuntimeDict",
+    "DistAttnRuntimeKey",
+    "DistAttnRuntimeMgr",
+    "init_dist_attn_runtime_key",
+    "init_dist_attn_runtime_mgr",
+]
+
+
+def init_dist_attn_runtime_key(
+    q_ranges: AttnRanges,
+    k_ranges: AttnRanges,
+    attn_mask_type: Sequence[AttnMaskType],
+    total_seqlen_q: int,
+    total_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    pad_size: int,
+    chunk_size: int,
+    cp_group: dist.ProcessGroup | None,
+    cp_mesh: DeviceMesh | None = None,
+    dist_attn_config: DistAttnConfig = DistAttnConfig(),  # noqa: B008 - frozen
+) -> DistAttnRuntimeKey:
+    """Make a key of its fields, as they are: nothing is planned. See :class:`DistAttnRuntimeKey`."""
+    return DistAttnRuntimeKey(
+        q_ranges=q_ranges,
+        k_ranges=k_ranges,
+        attn_mask_type=tuple(attn_mask_type),
+        total_seqlen_q=total_seqlen_q,
+        total_seqlen_k=total_seqlen_k,
+        num_heads_q=num_heads_q,
+        num_heads_kv=num_heads_kv,
+        head_dim=head_dim,
+        pad_size=pad_size,
+        chunk_size=chunk_size,
+        cp_group=cp_group,
+        cp_mesh=cp_mesh,
+        dist_attn_config=dist_attn_config,
+    )
+
+
+def init_dist_attn_runtime_mgr(
+    q_ranges: AttnRanges,
+    k_ranges: AttnRanges,
+    attn_mask_type: Sequence[AttnMaskType],
+    total_seqlen_q: int,
+    total_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    chunk_size: int,
+    cp_group: dist.ProcessGroup | None,
+    cp_mesh: DeviceMesh | None = None,
+    dist_attn_config: DistAttnConfig = DistAttnConfig(),  # noqa: B008 - frozen
+    is_same_source: bool = True,
+    is_q_permutable: bool = True,
+    is_k_permutable: bool = True,
+    ref_dispatch_meta_q: DispatchMeta | None = None,
+    ref_dispatch_meta_k: DispatchMeta | None = None,
+) -> DistAttnRuntimeMgr:
+    """Plan a sequence as it is, without padding, and keep the manager out of the cache. Collective.
+
+    Args:
+        q_ranges: query rows of the mask's slices.
+        k_ranges: key rows of the slices.
+        attn_mask_type: the slices' types.
+        total_seqlen_q: rows of the sequence.
+        total_seqlen_k: the same number.
+        num_heads_q: query heads.
+        num_heads_kv: key and value heads.
+        head_dim: size of a head.
+        chunk_size: rows of a chunk.
+        cp_group: the context-parallel group; None for this process alone.
+        cp_mesh: the 2-D mesh of the group, for hierarchical communication.
+        dist_attn_config: the configuration.
+        is_same_source: must be True.
+        is_q_permutable: must be True.
+        is_k_permutable: must be True.
+        ref_dispatch_meta_q: a layout to keep instead of dealing the chunks anew.
+        ref_dispatch_meta_k: the same for keys, which share the queries' layout.
+
+    Raises:
+        ValueError: The sequence doesn't consist of equally many whole chunks per rank although the shard is even, and
+            all that ``magi_attn_flex_key`` raises.
+    """
+    check_same_source(total_seqlen_q, total_seqlen_k, is_same_source, is_q_permutable, is_k_permutable)
+    check_ranges(q_ranges, k_ranges, total_seqlen_q)
+    cp_size = group_size(cp_group)
+    is_even = cp_size > 1 and not dist_attn_config.dispatch_config.uneven_shard
+    if is_even and total_seqlen_q % (chunk_size * cp_size):
+        raise MagiValueError(
+            f"total_seqlen_q is {total_seqlen_q}; for an even shard over {cp_size} ranks it must be a multiple of "
+            f"{chunk_size * cp_size}, that is of chunk_size * cp_size"
+        )
+    key = init_dist_attn_runtime_key(
+        q_ranges,
+        k_ranges,
+        attn_mask_type,
+        total_seqlen_q,
+        total_seqlen_k,
+        num_heads_q,
+        num_heads_kv,
+        head_dim,
+        0,
+        chunk_size,
+        cp_group,
+        cp_mesh,
+        dist_attn_config,
+    )
+    check_plannable(key)
+    # Of a reference only its layout is used, and a DispatchMeta has one as well.
+    return build_manager(key, cast("DistAttnRuntimeMgr | None", ref_dispatch_meta_q or ref_dispatch_meta_k))

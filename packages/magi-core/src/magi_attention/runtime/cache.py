@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planned attentions by key: one least-recently-used dictionary per process group.
+
+There is one dictionary per group because all ranks of a group make and use keys in the same order: they then also
+evict in the same order, and no rank plans (which the ranks check together) while another still finds its plan.
+"""
+
+from collections import OrderedDict
+from itertools import chain
+from typing import Any
+
+import torch.distributed as dist
+
+from magi_attention.env import general
+from magi_attention.runtime.key import DistAttnRuntimeKey, sorted_global_ranks
+
+
+class DistAttnRuntimeDict:
+    """At most ``max_size`` managers by key; the least recently inserted or got one gives way. 0 or less keeps none."""
+
+    def __init__(self, max_size: int) -> None:
+        self.max_size = max_size
+        self._managers: OrderedDict[DistAttnRuntimeKey, Any] = OrderedDict()
+
+    def get(self, key: DistAttnRuntimeKey, default: Any = None) -> Any:
+        """The manager of ``key``, which becomes the most recent, or ``default``."""
+        if key not in self._managers:
+            return default
+        self._managers.move_to_end(key)
+        return self._managers[key]
+
+    def keys(self) -> list[DistAttnRuntimeKey]:
+        """All keys, the least recent first."""
+        return list(self._managers)
+
+    def get_most_recent_key(self) -> DistAttnRuntimeKey | None:
+        """The key inserted or got last; None if there is none."""
+        return next(reversed(self._managers), None)
+
+    def clear(self) -> None:
+        """Forget all keys."""
+        self._managers.clear()
+
+    def __contains__(self, key: DistAttnRuntimeKey) -> bool:
+        return key in self._managers
+
+    def __getitem__(self, key: DistAttnRuntimeKey) -> Any:
+        return self._managers[key]
+
+    def __setitem__(self, key: DistAttnRuntimeKey, manager: Any) -> None:
+        self._managers[key] = manager
+        self._managers.move_to_end(key)
+        while len(self._managers) > max(self.max_size, 0):
+            self._managers.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._managers)
+
+
+class DistAttnRuntimeDictManager:
+    """A :class:`DistAttnRuntimeDict` of ``max_size_per_group`` for every group, told apart by its global ranks."""
+
+    def __init__(self, max_size_per_group: int) -> None:
+        self.max_size_per_group = max_size_per_group
+        self._dicts: dict[tuple[int, ...], DistAttnRuntimeDict] = {}
+
+    def get(self, key: DistAttnRuntimeKey, default: Any = None) -> Any:
+        """The manager of ``key``, which becomes its group's most recent, or ``default``."""
+        return self._dict_of(key.group_ranks).get(key, default)
+
+    def keys(self, cp_group: dist.ProcessGroup | None = None) -> list[DistAttnRuntimeKey]:
+        """The group's keys, the least recent first; those of all groups for None."""
+        if cp_group is None:
+            return list(chain.from_iterable(each.keys() for each in self._dicts.values()))
+        return self._dict_of(sorted_global_ranks(cp_group)).keys()
+
+    def get_most_recent_key(self, cp_group: dist.ProcessGroup | None) -> DistAttnRuntimeKey | None:
+        """The group's key inserted or got last; None if there is none.
+
+        Raises:
+            ValueError: ``cp_group`` is None.
+        """
+        if cp_group is None:
+            raise ValueError(
+                "cp_group is None, but there is one most recent key for every process group: pass the group"
+            )
+        return self._dict_of(sorted_global_ranks(cp_group)).get_most_recent_key()
+
+    def clear(self, cp_group: dist.ProcessGroup | None = None) -> None:
+        """Forget the group's keys, or for None all keys."""
+        if cp_group is None:
+            self._dicts.clear()
+        else:
+            self._dicts.pop(sorted_global_ranks(cp_group), None)
+
+    def __contains__(self, key: DistAttnRuntimeKey) -> bool:
+        return key in self._dict_of(key.group_ranks)
+
+    def __getitem__(self, key: DistAttnRuntimeKey) -> Any:
+        return self._dict_of(key.group_ranks)[key]
+
+    def __setitem__(self, key: DistAttnRuntimeKey, manager: Any) -> None:
+        self._dict_of(key.group_ranks)[key] = manager
+
+    def _dict_of(self, ranks: tuple[int, ...]) -> DistAttnRuntimeDict:
+        return self._dicts.setdefault(ranks, DistAttnRuntimeDict(self.max_size_per_group))
+
+
+dist_attn_runtime_dict_mgr = DistAttnRuntimeDictManager(general.dist_attn_runtime_dict_size())
+
+
+def find_manager(key: DistAttnRuntimeKey) -> Any:
+    """The manager of ``key``, which becomes its group's most recent.
+
+    Raises:
+        TypeError: ``key`` is no key.
+        ValueError: The cache doesn't hold the key.
+    """
+    if not isinstance(key, DistAttnRuntimeKey):
+        raise TypeError(f"key must be a DistAttnRuntimeKey, as magi_attn_flex_key makes it, not {type(key).__name__}")
+    manager = dist_attn_runtime_dict_mgr.get(key)
+    if manager is None:
+        raise ValueError(
+            "The dist attn runtime key does not exist! It was cleared, or gave way to newer keys "
+            f"(the cache keeps {dist_attn_runtime_dict_mgr.max_size_per_group} per group): make it again"
+        )
+    return manager

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key of one planned attention: mask, shape, process group and resolved configuration, as one value."""
+
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from magi_attention.common.enum import AttnMaskType
+from magi_attention.common.errors import MagiValueError
+from magi_attention.common.range import InvalidRangeError
+from magi_attention.common.ranges import AttnRanges
+from magi_attention.common.slices import SliceTable
+from magi_attention.config import DistAttnConfig
+
+
+@dataclass(frozen=True)
+class DistAttnRuntimeKey:
+    """What a planned attention is found by. Keys are made by ``magi_attn_flex_key`` and its relatives.
+
+    A key holds copies of the ranges that it is made of. All fields take part in equality and in the hash.
+
+    Attributes:
+        q_ranges: query ranges of the slices, padding included.
+        k_ranges: key ranges of the slices, padding included.
+        attn_mask_type: the slices' types.
+        total_seqlen_q: rows of the sequence, padding included.
+        total_seqlen_k: the same for keys.
+        num_heads_q: query heads.
+        num_heads_kv: key and value heads.
+        head_dim: size of a head.
+        pad_size: rows of padding at the end of the sequence.
+        chunk_size: rows of a chunk.
+        cp_group: the context-parallel group; None for a group of this process alone, without torch.distributed.
+        cp_mesh: the mesh that the group was given as; None for a plain group.
+        dist_attn_config: the configuration, with every setting of its ``runtime_config`` resolved.
+        uneven_shard: whether ranks may hold different numbers of rows; then there is no padding.
+        is_deterministic_mode_enable: from the configuration, as the fields that follow.
+        layout_key: the key whose layout this one shares, if it was made for a new mask after dispatch.
+
+    Raises:
+        RangeError: A range starts below 0 or ends before it starts; the error is a ``ValueError`` as well.
+        MagiValueError: The numbers of ranges and types differ, or settings of the configuration contradict each other.
+    """
+
+    q_ranges: AttnRanges
+    k_ranges: AttnRanges
+    attn_mask_type: tuple[AttnMaskType, ...]
+    total_seqlen_q: int
+    total_seqlen_k: int
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    pad_size: int
+    chunk_size: int
+    cp_group: dist.ProcessGroup | None
+    cp_mesh: DeviceMesh | None
+    dist_attn_config: DistAttnConfig
+    uneven_shard: bool = field(init=False)
+    is_deterministic_mode_enable: bool = field(init=False)
+    is_hierarchical_comm_enable: bool = field(init=False)
+    is_qo_comm_enable: bool = field(init=False)
+    is_native_grpcoll_enable: bool = field(init=False)
+    is_flatten_head_groups_enable: bool = field(init=False)
+    kernel_backend: str = field(init=False)
+    precision: str = field(init=False)
+    is_auto_range_merge_enable: bool = field(init=False)
+    layout_key: "DistAttnRuntimeKey | None" = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        config = self.dist_attn_config.resolved()
+        runtime = config.runtime_config
+        derived = {
+            "q_ranges": _checked_copy(self.q_ranges),
+            "k_ranges": _checked_copy(self.k_ranges),
+            "attn_mask_type": tuple(self.attn_mask_type),
+            "dist_attn_config": config,
+            "uneven_shard": config.dispatch_config.uneven_shard,
+            "is_deterministic_mode_enable": runtime.deterministic,
+            "is_hierarchical_comm_enable": runtime.hierarchical_comm,
+            "is_qo_comm_enable": runtime.qo_comm,
+            "is_native_grpcoll_enable": runtime.native_grpcoll,
+            "is_flatten_head_groups_enable": runtime.flatten_head_groups,
+            "kernel_backend": runtime.kernel_backend,
+            "precision": runtime.precision,
+            "is_auto_range_merge_enable": runtime.auto_range_merge,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        if not len(self.q_ranges) == len(self.k_ranges) == len(self.attn_mask_type):
+            raise MagiValueError(
+                f"every slice needs a q range, a k range and a mask type, but there are {len(self.q_ranges)} q ranges, "
+                f"{len(self.k_ranges)} k ranges and {len(self.attn_mask_type)} types"
+            )
+
+    @cached_property
+    def slices(self) -> SliceTable:
+        """The padded mask as a slice table."""
+        types = [mask_type.to_int_type() for mask_type in self.attn_mask_type]
+        return SliceTable.from_lists(self.q_ranges.to_naive_ranges(), self.k_ranges.to_naive_ranges(), types)
+
+    @cached_property
+    def group_ranks(self) -> tuple[int, ...]:
+        """The sorted global ranks of the context-parallel group."""
+        return sorted_global_ranks(self.cp_group)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, each.name) for each in fields(self)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def sorted_global_ranks(cp_group: dist.ProcessGroup | None) -> tuple[int, ...]:
+    """The group's global ranks, ascending; ``(0,)`` for None."""
+    return (0,) if cp_group is None else tuple(sorted(dist.get_process_group_ranks(cp_group)))
+
+
+def _checked_copy(ranges: AttnRanges) -> AttnRanges:
+    for number, each in enumerate(ranges):
+        if not 0 <= each.start <= each.end:
+            raise InvalidRangeError(
+                f"range {number} of a key is {each}: it must start at 0 or later, and not end before"
+            )
+    return ranges.clone()
