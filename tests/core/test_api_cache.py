@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache of keys: what is kept, what gives way, and which key counts as the most recent."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from magi_attention.api import (
+    AttnMaskType,
+    AttnRanges,
+    DistAttnConfig,
+    DistAttnRuntimeDictManager,
+    DistAttnRuntimeKey,
+    clear_cache,
+    dispatch,
+    dist_attn_runtime_dict_mgr,
+    get_most_recent_key,
+    get_position_ids,
+    magi_attn_flex_key,
+)
+from magi_attention.dist_attn_runtime_mgr import DistAttnRuntimeDict, init_dist_attn_runtime_key
+
+
+def key_of(total: int, group: dist.ProcessGroup | None = None) -> DistAttnRuntimeKey:
+    ranges = AttnRanges.from_ranges([(0, total)])
+    types = [AttnMaskType.CAUSAL]
+    return init_dist_attn_runtime_key(
+        ranges, ranges, types, total, total, 4, 2, 64, 0, 8, group, None, DistAttnConfig()
+    )
+
+
+def planned(total: int, group: dist.ProcessGroup | None = None) -> DistAttnRuntimeKey:
+    ranges = AttnRanges.from_ranges([(0, total)])
+    return magi_attn_flex_key(ranges, ranges, "causal", total, total, 4, 2, 64, 0, group)
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A default group of this process alone, with an empty cache."""
+    clear_cache()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    clear_cache()
+    dist.destroy_process_group()
+
+
+def test_least_recent_key_gives_way():
+    cache = DistAttnRuntimeDictManager(max_size_per_group=2)
+    first, second, third = (key_of(total) for total in (8, 16, 24))
+    cache[first], cache[second] = "first", "second"
+    assert cache.get(first) == "first"  # now more recent than the second
+    cache[third] = "third"
+    assert cache.keys() == [first, third]
+    assert second not in cache
+    assert cache.get(second) is None
+    assert cache.get(second, "nothing") == "nothing"
+    with pytest.raises(KeyError):
+        cache[second]
+
+
+def test_looking_is_not_using():
+    cache = DistAttnRuntimeDict(max_size=2)
+    first, second = key_of(8), key_of(16)
+    cache[first], cache[second] = "first", "second"
+    assert first in cache
+    assert cache[first] == "first"
+    assert cache.get_most_recent_key() == second
+    cache.get(first)
+    assert cache.get_most_recent_key() == first
+    cache[second] = "again"
+    assert (cache.get_most_recent_key(), len(cache), cache[second]) == (second, 2, "again")
+
+
+@pytest.mark.parametrize("max_size", [0, -1])
+def test_a_cache_without_room_keeps_nothing(max_size):
+    cache = DistAttnRuntimeDictManager(max_size)
+    key = key_of(8)
+    cache[key] = "manager"
+    assert key not in cache
+    assert cache.keys() == []
+
+
+def test_each_group_has_its_own_dictionary(group):
+    cache = DistAttnRuntimeDictManager(max_size_per_group=1)
+    grouped = key_of(8, group)
+    cache[grouped] = "grouped"
+    assert cache.keys(group) == [grouped]
+    assert cache.get_most_recent_key(group) == grouped
+    cache.clear(group)
+    assert cache.keys() == []
+    assert cache.get_most_recent_key(group) is None
+
+
+def test_groups_over_the_same_ranks_share_a_dictionary_but_no_keys(group):
+    other = dist.new_group([0])
+    cache = DistAttnRuntimeDictManager(max_size_per_group=4)
+    cache[key_of(8, group)], cache[key_of(8, other)] = "default", "other"
+    assert [cache[key] for key in cache.keys(group)] == ["default", "other"]
+    assert cache.keys(other) == cache.keys(group)
+
+
+def test_most_recent_key_is_the_one_made_asked_for_or_used_last(group):
+    first, second = planned(64, group), planned(80, group)
+    assert get_most_recent_key(group) == second
+    dispatch(torch.zeros(64), first)
+    assert get_most_recent_key(group) is first
+    get_position_ids(second)
+    assert get_most_recent_key(group) == second
+    assert planned(64, group) == first  # asked for again
+    assert get_most_recent_key(group) == first
+
+
+def test_asking_again_plans_nothing(group):
+    manager = dist_attn_runtime_dict_mgr[planned(64, group)]
+    assert dist_attn_runtime_dict_mgr[planned(64, group)] is manager
+
+
+def test_most_recent_key_needs_a_group_with_keys(group):
+    with pytest.raises(ValueError, match="no key yet"):
+        get_most_recent_key(group)
+    with pytest.raises(ValueError, match="cp_group is None"):
+        get_most_recent_key(None)
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_cleared_keys_cannot_be_used(group, everything):
+    key = planned(64, group)
+    clear_cache(None if everything else group)
+    for use in (lambda: dispatch(torch.zeros(64), key), lambda: get_position_ids(key)):
+        with pytest.raises(ValueError, match="The dist attn runtime key does not exist!"):
+            use()
+    assert dispatch(torch.zeros(64), planned(64, group)).shape == (64,)
+
+
+def test_none_is_the_default_group_where_there_is_one(group):
+    assert planned(64, None).cp_group is group
+
+
+def test_only_keys_are_taken_for_keys():
+    with pytest.raises(TypeError, match="not str"):
+        dispatch(torch.zeros(4), "key")

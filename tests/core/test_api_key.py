@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a key holds, and what a mask, a shape or a configuration that cannot be right is told."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+
+from magi_attention.api import (
+    AttnMaskType,
+    AttnRanges,
+    DispatchConfig,
+    DistAttnConfig,
+    GreedyOverlapAlg,
+    MinHeapDispatchAlg,
+    OverlapConfig,
+    SequentialDispatchAlg,
+    clear_cache,
+    dist_attn_runtime_dict_mgr,
+    magi_attn_flex_key,
+    magi_attn_varlen_key,
+    make_flex_key_for_new_mask_after_dispatch,
+    make_varlen_key_for_new_mask_after_dispatch,
+)
+from magi_attention.api.checks import resolve_chunk_size
+from magi_attention.common import RangeError
+from magi_attention.config import RuntimeConfig
+
+
+@pytest.fixture(autouse=True)
+def empty_cache():
+    clear_cache()
+    yield
+    clear_cache()
+
+
+def ranges(*pairs):
+    return AttnRanges.from_ranges(pairs)
+
+
+def key_for(total=100, q=((0, 100),), k=None, types="causal", *, config=None, group=None, **more):
+    arguments = {
+        "q_ranges": ranges(*q),
+        "k_ranges": ranges(*(q if k is None else k)),
+        "attn_mask_type": types,
+        "total_seqlen_q": total,
+        "total_seqlen_k": total,
+        "num_heads_q": 4,
+        "num_heads_kv": 2,
+        "head_dim": 64,
+        "pad_size": 0,
+        "cp_group_or_mesh": group,
+        "dist_attn_config": config or DistAttnConfig(),
+    }
+    return magi_attn_flex_key(**(arguments | more))
+
+
+def chunks(size, **more):
+    return DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=size, **more))
+
+
+def test_key_of_a_padded_sequence():
+    key = key_for(total=1001, q=[(0, 1001)], config=chunks(512))
+    assert key.chunk_size == 126  # ceil(1001 / 8), below the 512 asked for
+    assert key.pad_size == 7
+    assert key.total_seqlen_q == key.total_seqlen_k == 1008
+    assert key.q_ranges.to_naive_ranges() == [(0, 1001), (1001, 1008)]
+    assert key.k_ranges.to_naive_ranges() == [(0, 1001), (0, 0)]
+    assert key.attn_mask_type == (AttnMaskType.CAUSAL, AttnMaskType.FULL)
+    assert key.slices.rows.tolist() == [[0, 1001, 0, 1001, 1], [1001, 1008, 0, 0, 0]]
+    assert (key.num_heads_q, key.num_heads_kv, key.head_dim) == (4, 2, 64)
+    assert (key.cp_group, key.cp_mesh, key.uneven_shard) == (None, None, False)
+
+
+def test_key_of_an_uneven_shard_is_not_padded():
+    key = key_for(total=1001, q=[(0, 1001)], config=chunks(100, uneven_shard=True))
+    assert (key.chunk_size, key.pad_size, key.total_seqlen_q, key.uneven_shard) == (100, 0, 1001, True)
+    assert len(key.q_ranges) == 1
+
+
+@pytest.mark.parametrize(
+    ("total", "cp_size", "limit", "chunk_size"),
+    [
+        (1001, 1, 512, 126),
+        (1001, 1, 100, 100),
+        (1001, 1, None, 126),
+        (4096, 4, 512, 128),
+        (4096, 4, 64, 64),
+        (3, 3, 512, 1),
+    ],
+)
+def test_chunk_size_is_bounded_by_the_least_number_of_chunks(total, cp_size, limit, chunk_size):
+    assert resolve_chunk_size(total, cp_size, limit) == chunk_size
+
+
+def test_least_number_of_chunks_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("MAGI_ATTENTION_MIN_CHUNKS_PER_RANK", "1")
+    assert resolve_chunk_size(1001, 1, 512) == 512
+    assert resolve_chunk_size(1001, 2, None) == 501
+
+
+@pytest.mark.parametrize("total", [0, 1, 3])
+def test_fewer_rows_than_ranks_are_refused(total):
+    with pytest.raises(ValueError, match=f"{total} rows cannot be shared by 4 ranks") as error:
+        resolve_chunk_size(total, 4, None)
+    assert isinstance(error.value, AssertionError)
+
+
+def test_keys_are_compared_by_value():
+    key, again = key_for(), key_for()
+    assert key == again
+    assert hash(key) == hash(again)
+    different = [
+        key_for(types="full"),
+        key_for(q=[(0, 99)]),
+        key_for(total=101),
+        key_for(num_heads_q=8),
+        key_for(head_dim=128),
+        key_for(config=chunks(7)),
+        key_for(config=DistAttnConfig(dispatch_config=DispatchConfig(alg=SequentialDispatchAlg()))),
+        key_for(config=DistAttnConfig(overlap_config=OverlapConfig(degree=0))),
+        key_for(config=DistAttnConfig(runtime_config=RuntimeConfig(deterministic=True))),
+        key_for(config=DistAttnConfig(runtime_config=RuntimeConfig(backward_high_precision_reduce=True))),
+    ]
+    assert len({key, *different}) == 1 + len(different)
+
+
+def test_key_takes_the_environment_as_it_is_when_made(monkeypatch):
+    before = key_for()
+    monkeypatch.setenv("MAGI_ATTENTION_DETERMINISTIC_MODE", "1")
+    monkeypatch.setenv("MAGI_ATTENTION_PRECISION", "fp32")
+    after = key_for()
+    monkeypatch.undo()
+    assert (before.is_deterministic_mode_enable, before.precision) == (False, "input")
+    assert (after.is_deterministic_mode_enable, after.precision) == (True, "fp32")
+    assert before != after
+    chosen = RuntimeConfig(deterministic=True, precision="fp32")
+    assert key_for(config=DistAttnConfig(runtime_config=chosen)) == after
+
+
+def test_key_is_a_copy_of_what_it_is_made_of():
+    q_ranges, k_ranges = ranges((0, 96)), ranges((0, 96))
+    key = key_for(total=96, q_ranges=q_ranges, k_ranges=k_ranges)
+    before = hash(key), key.slices
+    q_ranges[0].end = 40
+    q_ranges.append(k_ranges[0])
+    assert key.q_ranges.to_naive_ranges() == [(0, 96)]
+    assert key == key_for(total=96, q=[(0, 96)])
+    assert (hash(dataclasses.replace(key)), key.slices) == before
+
+
+def test_caller_s_ranges_are_not_padded():
+    q_ranges = ranges((0, 100))
+    assert key_for(q_ranges=q_ranges, k_ranges=q_ranges).pad_size == 4
+    assert q_ranges.to_naive_ranges() == [(0, 100)]
+
+
+def test_key_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        key_for().pad_size = 3
+
+
+@pytest.mark.parametrize("types", ["full", AttnMaskType.FULL, ["full", AttnMaskType.FULL], ("full", "full")], ids=str)
+def test_mask_types_by_name_by_member_one_or_each(types):
+    key = key_for(q=[(0, 50), (50, 96)], total=96, types=types)
+    assert key.attn_mask_type == (AttnMaskType.FULL,) * 2
+
+
+@pytest.mark.parametrize("types", [1, [1], None, {"full"}, ["full", 0]], ids=str)
+def test_mask_types_that_are_no_types_are_refused(types):
+    with pytest.raises(TypeError, match="mask type") as error:
+        key_for(q=[(0, 50), (50, 100)][: len(types) if isinstance(types, list) else 1], types=types)
+    assert isinstance(error.value, AssertionError)
+
+
+def test_unknown_mask_type_name_is_refused():
+    with pytest.raises(ValueError, match="'casual' is not a mask type; known are full, causal, inv_causal, bi_causal"):
+        key_for(types="casual")
+
+
+MISTAKES = {
+    "q after the end": (
+        {"q": [(0, 101)], "k": [(0, 100)]},
+        "q_ranges end at 101, after the last row of a sequence of 100",
+    ),
+    "k after the end": ({"k": [(0, 101)]}, "k_ranges end at 101"),
+    "other number of types": ({"types": ["full", "full"]}, "2 entries for 1 q ranges"),
+    "other number of k ranges": ({"k": [(0, 50), (50, 100)]}, "1 q_ranges and 2 k_ranges"),
+    "cross-attention lengths": ({"total_seqlen_k": 120}, "total_seqlen_q=100 and total_seqlen_k=120 must be equal"),
+    "doubly kept pair": (
+        {"q": [(0, 60), (60, 100), (40, 80)], "types": ["full", "causal", "causal"]},
+        r"slice 0 \(q \[0, 60\), k \[0, 60\), full\) and slice 2 \(q \[40, 80\), k \[40, 80\), causal\) keep a common",
+    ),
+    "hierarchical without a mesh": (
+        {"config": DistAttnConfig(runtime_config=RuntimeConfig(hierarchical_comm=True))},
+        "needs a 2-D DeviceMesh",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_value_errors_and_assertion_errors(mistake):
+    arguments, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message) as error:
+        key_for(**arguments)
+    assert isinstance(error.value, AssertionError)
+    assert not dist_attn_runtime_dict_mgr.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q": []}, "q_ranges is empty"),
+        ({"q": [(0, 100)], "k": []}, "k_ranges is empty"),
+        ({"q": [(0, 100)], "k": [(5, 5)]}, "every slice of the mask is empty"),
+        ({"group": "world"}, "cp_group_or_mesh must be a ProcessGroup.*'world'"),
+        ({"group": -100}, "cp_group_or_mesh must be a ProcessGroup.*-100"),
+        ({"is_k_permutable": False}, "is_k_permutable=False"),
+        ({"is_q_permutable": False}, "is_q_permutable=False"),
+    ],
+)
+def test_other_mistakes_are_value_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        key_for(**arguments)
+
+
+def test_ranges_must_be_attn_ranges():
+    with pytest.raises(TypeError, match="q_ranges must be AttnRanges, not list"):
+        key_for(q_ranges=[(0, 100)])
+
+
+def test_a_range_below_zero_is_a_range_error_and_a_value_error():
+    with pytest.raises(RangeError, match=r"\[-3, 100\)") as error:
+        key_for(q=[(-3, 100)], k=[(0, 100)])
+    assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize("q_permutable", [True, False])
+@pytest.mark.parametrize("k_permutable", [True, False])
+def test_cross_attention_is_not_implemented(q_permutable, k_permutable):
+    with pytest.raises(NotImplementedError, match="only self-attention"):
+        key_for(is_same_source=False, is_q_permutable=q_permutable, is_k_permutable=k_permutable)
+    if not (q_permutable or k_permutable):
+        with pytest.raises(NotImplementedError, match="only self-attention"):
+            key_for(is_q_permutable=False, is_k_permutable=False)
+
+
+def test_greedy_overlap_is_not_implemented():
+    config = DistAttnConfig(overlap_config=OverlapConfig(degree=2, alg=GreedyOverlapAlg()))
+    with pytest.raises(NotImplementedError, match="GreedyOverlapAlg"):
+        key_for(config=config)
+
+
+def test_contradictory_flags_from_the_environment(monkeypatch):
+    monkeypatch.setenv("MAGI_ATTENTION_NATIVE_GRPCOLL", "1")
+    monkeypatch.setenv("MAGI_ATTENTION_DETERMINISTIC_MODE", "1")
+    with pytest.raises(AssertionError, match="native_grpcoll and deterministic"):
+        key_for()
+
+
+@pytest.mark.parametrize("how", ["config", "environment"])
+def test_overlap_check_can_be_skipped(how, monkeypatch):
+    config = DistAttnConfig()
+    if how == "config":
+        config = DistAttnConfig(runtime_config=RuntimeConfig(skip_overlap_check=True))
+    else:
+        monkeypatch.setenv("MAGI_ATTENTION_SKIP_OVERLAP_CHECK", "1")
+    assert len(key_for(total=96, q=[(0, 60), (40, 96)], types="full", config=config).slices) == 2
+
+
+def test_queries_may_be_shared_by_slices_with_different_keys():
+    key = key_for(total=96, q=[(0, 96), (0, 96)], k=[(0, 40), (40, 96)], types="full")
+    assert key.slices.area() == 96 * 96
+
+
+def test_deprecated_chunk_size():
+    with pytest.warns(DeprecationWarning, match="chunk_size is deprecated"):
+        key = key_for(chunk_size=7)
+    assert key.chunk_size == 7
+    with pytest.warns(DeprecationWarning, match="chunk_size"):
+        assert key_for(config=chunks(7), chunk_size=7) == key_for(config=chunks(7))
+    with (
+        pytest.warns(DeprecationWarning, match="chunk_size"),
+        pytest.raises(ValueError, match="chunk_size=8 contradicts"),
+    ):
+        key_for(config=chunks(7), chunk_size=8)
+
+
+def test_deprecated_pad_size_is_ignored():
+    with pytest.warns(DeprecationWarning, match="pad_size is deprecated"):
+        assert key_for(pad_size=28) == key_for()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        key_for(pad_size=0)
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_varlen_key_is_the_flex_key_of_its_documents(as_tensor):
+    cu_seqlens = [0, 30, 30, 100]
+    cu = torch.tensor(cu_seqlens, dtype=torch.int32) if as_tensor else cu_seqlens
+    causal = magi_attn_varlen_key(cu, cu, 4, 2, 64, 0, None, causal=True)
+    assert causal == key_for(q=[(0, 30), (30, 30), (30, 100)], types="causal")
+    full = magi_attn_varlen_key(cu, cu, 4, 2, 64, 0, None)
+    assert full.attn_mask_type[0] is AttnMaskType.FULL
+    window = magi_attn_varlen_key(cu, cu, 4, 2, 64, 0, None, window_size=(3, 0))
+    assert window.slices.area() == sum(min(row + 1, 4) for length in (30, 70) for row in range(length))
+
+
+def test_varlen_key_refuses_causal_with_a_window():
+    with pytest.raises(AssertionError, match="causal=True excludes"):
+        magi_attn_varlen_key([0, 8], [0, 8], 4, 2, 64, 0, None, causal=True, window_size=(2, 0))
+
+
+def test_varlen_key_refuses_other_lengths_of_keys():
+    with pytest.raises(ValueError, match="must be equal in self-attention"):
+        magi_attn_varlen_key([0, 8], [0, 9], 4, 2, 64, 0, None)
+
+
+def test_new_mask_keeps_the_layout():
+    old = key_for(config=chunks(8, alg=MinHeapDispatchAlg()))
+    new = make_flex_key_for_new_mask_after_dispatch(ranges((0, 60)), ranges((20, 80)), "full", old)
+    for name in (
+        "total_seqlen_q",
+        "total_seqlen_k",
+        "pad_size",
+        "chunk_size",
+        "cp_group",
+        "uneven_shard",
+        "num_heads_q",
+    ):
+        assert getattr(new, name) == getattr(old, name)
+    assert new.slices.rows.tolist() == [[0, 60, 20, 80, 0], [100, 104, 0, 0, 0]]
+    assert new.dist_attn_config.dispatch_config == old.dist_attn_config.dispatch_config
+    managers = [dist_attn_runtime_dict_mgr[key] for key in (old, new)]
+    assert managers[0].layout is managers[1].layout
+
+
+def test_new_mask_takes_overlap_but_not_dispatch_from_a_new_config():
+    old = key_for(config=chunks(5))
+    given = DistAttnConfig(
+        dispatch_config=DispatchConfig(chunk_size=2),
+        overlap_config=OverlapConfig(degree=0),
+        runtime_config=RuntimeConfig(deterministic=True),
+    )
+    new = make_varlen_key_for_new_mask_after_dispatch([0, 50, 100], [0, 50, 100], old, dist_attn_config=given)
+    assert new.dist_attn_config.dispatch_config == old.dist_attn_config.dispatch_config
+    assert new.dist_attn_config.overlap_config == given.overlap_config
+    assert new.is_deterministic_mode_enable
+    heads = make_flex_key_for_new_mask_after_dispatch(
+        ranges((0, 9)), ranges((0, 9)), "causal", old, num_heads_q=16, num_heads_kv=8, head_dim=32
+    )
+    assert (heads.num_heads_q, heads.num_heads_kv, heads.head_dim) == (16, 8, 32)
+
+
+def test_new_mask_never_meets_the_same_mask_with_its_own_layout():
+    first, own = key_for(q=[(0, 50)]), key_for(q=[(0, 20)])
+    shared = make_flex_key_for_new_mask_after_dispatch(ranges((0, 20)), ranges((0, 20)), "causal", first)
+    assert shared != own
+    assert dist_attn_runtime_dict_mgr[shared].layout is dist_attn_runtime_dict_mgr[first].layout
+    third = make_flex_key_for_new_mask_after_dispatch(ranges((0, 20)), ranges((0, 20)), "causal", shared)
+    assert third == shared
+
+
+@pytest.mark.parametrize(
+    ("q", "types", "error", "message"),
+    [
+        ([(0, 105)], "full", ValueError, "q_ranges end at 105"),
+        ([(0, 50), (30, 60)], "full", ValueError, "slice 0 .* and slice 1 .* keep a common"),
+        ([(0, 50)], ["full", "full"], ValueError, "2 entries for 1"),
+        ([(0, 50)], 3, TypeError, "mask type"),
+    ],
+)
+def test_new_mask_is_checked(q, types, error, message):
+    old = key_for()
+    with pytest.raises(error, match=message):
+        make_flex_key_for_new_mask_after_dispatch(ranges(*q), ranges(*q), types, old)
+
+
+def test_new_mask_needs_a_living_key():
+    old = key_for()
+    clear_cache()
+    with pytest.raises(ValueError, match="does not exist"):
+        make_flex_key_for_new_mask_after_dispatch(ranges((0, 9)), ranges((0, 9)), "causal", old)

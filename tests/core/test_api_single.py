@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The API in one process, without torch.distributed: a group of one."""
+
+import pytest
+import torch
+
+from magi_attention.api import (
+    AttnRanges,
+    DispatchConfig,
+    DistAttnConfig,
+    calc_attn,
+    clear_cache,
+    dispatch,
+    get_position_ids,
+    magi_attn_flex_dispatch,
+    magi_attn_flex_key,
+    magi_attn_varlen_dispatch,
+    magi_attn_varlen_key,
+    roll,
+    roll_simple,
+    undispatch,
+)
+from magi_attention.common import AttnMaskType
+from magi_attention.common.slices import SliceTable
+from magi_attention.config import RuntimeConfig
+from magi_attention.dist_attn_runtime_mgr import init_dist_attn_runtime_mgr
+from magi_attention.meta import make_dispatch_meta_from_qk_ranges
+from magi_attention.testing.oracle import dense_attention
+
+TOTAL, PADDED = 50, 56
+SLICES = SliceTable([[0, 30, 0, 30, 1], [30, 50, 30, 50, 1]])
+
+
+@pytest.fixture(scope="module")
+def key():
+    yield magi_attn_varlen_key([0, 30, 50], [0, 30, 50], 4, 2, 8, 0, None, causal=True)
+    clear_cache()
+
+
+def qkv(rows, dtype=torch.float64, heads=(4, 2, 2), dims=(8, 8, 8)):
+    generator = torch.Generator().manual_seed(rows)
+    return [
+        torch.randn(rows, h, d, generator=generator, dtype=torch.float64).to(dtype)
+        for h, d in zip(heads, dims, strict=True)
+    ]
+
+
+def test_dispatch_pads_and_undispatch_drops_the_padding(key):
+    x = torch.randn(TOTAL, 3, 2, dtype=torch.float64, requires_grad=True)
+    local = dispatch(x, key, pad_value=7.0)
+    assert local.shape == (PADDED, 3, 2)
+    assert local.is_contiguous()
+    assert (local[TOTAL:] == 7).all()
+    assert torch.equal(undispatch(local, key), x)
+    weight = torch.randn(TOTAL, 3, 2, dtype=torch.float64)
+    (undispatch(local, key) * weight).sum().backward()
+    assert torch.equal(x.grad, weight)
+
+
+def test_labels_are_padded_with_integers(key):
+    local = dispatch(torch.arange(TOTAL), key, pad_value=-100)
+    assert local.tolist() == [*range(TOTAL), *[-100] * 6]
+
+
+@pytest.mark.parametrize("rows", [TOTAL - 1, TOTAL + 1, PADDED])
+def test_dispatch_checks_the_length(key, rows):
+    with pytest.raises(ValueError, match=f"x has {rows} rows in dim 0, but the global sequence .* has {TOTAL}"):
+        dispatch(torch.zeros(rows), key)
+
+
+@pytest.mark.parametrize(
+    "call", [undispatch, lambda x, key: roll(x, 1, 0, key), lambda x, key: roll_simple(x, 1, 0, key)]
+)
+def test_local_functions_check_the_length(key, call):
+    with pytest.raises(ValueError, match=f"x has {TOTAL} rows in dim 0, but this rank's share has {PADDED}"):
+        call(torch.zeros(TOTAL), key)
+
+
+def test_tensors_without_that_dim_are_refused(key):
+    with pytest.raises(ValueError, match="no dim 0"):
+        dispatch(torch.tensor(1.0), key)
+    with pytest.raises(ValueError, match="no dim 2"):
+        roll(torch.zeros(PADDED, 2), 1, 2, key)
+    with pytest.raises(TypeError, match="x must be a tensor, not list"):
+        dispatch([1.0] * TOTAL, key)
+
+
+@pytest.mark.parametrize("shift", [0, 1, -1, 7, 49, 50, 63, -120])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("function", [roll, roll_simple])
+def test_roll_rolls_the_real_sequence(key, function, dim, shift):
+    x = torch.randn(TOTAL, 3, dtype=torch.float64, requires_grad=True)
+    local = dispatch(x, key)
+    rolled = function(local if dim == 0 else local.T, shift, dim, key)
+    rolled = rolled if dim == 0 else rolled.T
+    expected = torch.roll(x, shift, 0)
+    assert torch.equal(rolled[:TOTAL], expected)
+    assert (rolled[TOTAL:] == 0).all()
+    weight = torch.randn(PADDED, 3, dtype=torch.float64)
+    gradient = torch.autograd.grad((rolled * weight).sum(), x)[0]
+    assert torch.equal(gradient, torch.autograd.grad((expected * weight[:TOTAL]).sum(), x)[0])
+
+
+def test_position_ids(key):
+    ids = get_position_ids(key)
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [*range(TOTAL), *[TOTAL - 1] * 6]
+    assert get_position_ids(key) is ids
+
+
+def test_real_rows_without_slices_keep_their_position():
+    ranges = AttnRanges.from_ranges([(0, 80)])
+    key = magi_attn_flex_key(ranges, ranges, "causal", 100, 100, 4, 2, 8, 0, None)
+    assert get_position_ids(key).tolist() == [*range(100), *[99] * 4]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("with_sink", [True, False])
+def test_attention_and_gradients(key, padded, with_sink):
+    inputs = [x.requires_grad_() for x in qkv(TOTAL)]
+    sink = torch.randn(2, 4, dtype=torch.float64, requires_grad=True) if with_sink else None
+    local = [dispatch(x, key) for x in inputs] if padded else inputs
+    out, meta = calc_attn(*local, key, sink=sink, softcap=3.0, softmax_scale=0.5, return_max_logits=True)
+    assert out.shape == (PADDED if padded else TOTAL, 4, 8)
+    expected, lse, max_logits = dense_attention(*inputs, SLICES, softmax_scale=0.5, softcap=3.0, sink=sink)
+    torch.testing.assert_close(out[:TOTAL], expected)
+    torch.testing.assert_close(meta.lse[:TOTAL], lse)
+    torch.testing.assert_close(meta.max_logits.double(), max_logits.double(), rtol=1e-5, atol=1e-5)
+    wanted = [*inputs, *([sink] if with_sink else [])]
+    weight = torch.randn_like(expected)
+    for name, got, want in zip(
+        ["q", "k", "v", "sink"],
+        torch.autograd.grad((out[:TOTAL] * weight).sum() + meta.lse[:TOTAL].sum(), wanted),
+        torch.autograd.grad((expected * weight).sum() + lse.sum(), wanted),
+        strict=False,
+    ):
+        torch.testing.assert_close(got, want, msg=lambda m, name=name: f"d{name}: {m}")
+
+
+def test_padding_attends_to_nothing(key):
+    out, meta = calc_attn(*[dispatch(x, key) for x in qkv(TOTAL)], key)
+    assert (out[TOTAL:] == 0).all()
+    assert (meta.lse[TOTAL:] == float("-inf")).all()
+    assert meta.max_logits is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_out_has_the_dtype_of_q(key, dtype):
+    inputs = qkv(TOTAL, dtype)
+    out, meta = calc_attn(*inputs, key)
+    assert (out.dtype, meta.lse.dtype) == (dtype, torch.float32)
+    expected, _, _ = dense_attention(*inputs, SLICES)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+MISTAKES = {
+    "too short": (lambda: (qkv(TOTAL - 1), {}), ValueError, "49 rows, but rank 0 of the group holds 56"),
+    "between": (lambda: (qkv(TOTAL + 2), {}), ValueError, "52 rows"),
+    "different rows": (lambda: ([qkv(TOTAL)[0], *qkv(PADDED)[1:]], {}), ValueError, "same number of rows"),
+    "no heads": (lambda: ([x[:, 0] for x in qkv(TOTAL)], {}), ValueError, r"q must be \[n, hq, d\]"),
+    "k and v differ": (lambda: (qkv(TOTAL, heads=(4, 2, 1)), {}), ValueError, r"v \(50, 1, 8\)"),
+    "head sizes": (lambda: (qkv(TOTAL, dims=(8, 16, 16)), {}), ValueError, "the same head size"),
+    "head counts": (lambda: (qkv(TOTAL, heads=(4, 3, 3)), {}), ValueError, "4 query heads must be a multiple of the 3"),
+    "dtypes": (lambda: ([qkv(TOTAL)[0].float(), *qkv(TOTAL)[1:]], {}), TypeError, "torch.float32, torch.float64"),
+    "integers": (lambda: ([x.long() for x in qkv(TOTAL)], {}), TypeError, "torch.int64"),
+    "device": (lambda: ([qkv(TOTAL)[0].to("meta"), *qkv(TOTAL)[1:]], {}), ValueError, "they are on meta, cpu, cpu"),
+    "softcap": (lambda: (qkv(TOTAL), {"softcap": -1.0}), ValueError, "softcap is -1.0"),
+    "sink shape": (lambda: (qkv(TOTAL), {"sink": torch.zeros(1, 2)}), ValueError, r"sink must be \[s, 4\]"),
+    "sink dim": (lambda: (qkv(TOTAL), {"sink": torch.zeros(4)}), ValueError, r"it is \(4,\)"),
+    "sink dtype": (lambda: (qkv(TOTAL), {"sink": torch.zeros(1, 4, dtype=torch.int32)}), TypeError, "torch.int32"),
+    "sink device": (lambda: (qkv(TOTAL), {"sink": torch.zeros(1, 4, device="meta")}), ValueError, "sink is on meta"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_attention_arguments(key, mistake):
+    make, error, message = MISTAKES[mistake]
+    tensors, options = make()
+    with pytest.raises(error, match=message) as raised:
+        calc_attn(*tensors, key, **options)
+    assert isinstance(raised.value, AssertionError)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sink": torch.zeros(1, 4)}, {"return_max_logits": True}], ids=["sink", "max_logits"]
+)
+def test_flattened_head_groups_exclude_sink_and_max_logits(options):
+    config = DistAttnConfig(runtime_config=RuntimeConfig(flatten_head_groups=True))
+    key = magi_attn_varlen_key([0, 50], [0, 50], 4, 2, 8, 0, None, dist_attn_config=config)
+    with pytest.raises(AssertionError, match="flatten_head_groups"):
+        calc_attn(*qkv(TOTAL), key, **options)
+
+
+def test_deprecated_dispatch_returns_tensor_and_key(key):
+    x = torch.randn(TOTAL, 2)
+    with pytest.warns(DeprecationWarning, match="magi_attn_varlen_dispatch"):
+        local, same = magi_attn_varlen_dispatch(x, [0, 30, 50], [0, 30, 50], 4, 2, 8, 0, None, causal=True)
+    assert same == key
+    assert torch.equal(local, dispatch(x, key))
+    ranges = AttnRanges.from_ranges([(0, 30), (30, 50)])
+    with pytest.warns(DeprecationWarning, match="magi_attn_flex_dispatch"):
+        local, same = magi_attn_flex_dispatch(x, ranges, ranges, "causal", 50, 50, 4, 2, 8, 0, None)
+    assert same == key
+    assert torch.equal(local, dispatch(x, key))
+
+
+def test_runtime_manager_without_padding_or_cache():
+    ranges = AttnRanges.from_ranges([(0, 30), (30, 50)])
+    manager = init_dist_attn_runtime_mgr(ranges, ranges, [AttnMaskType.CAUSAL] * 2, 50, 50, 4, 2, 8, 16, None)
+    inputs = qkv(TOTAL)
+    out, _ = manager.calc_attn(*[manager.dispatch_qo(x) for x in inputs])
+    torch.testing.assert_close(manager.undispatch_qo(out), dense_attention(*inputs, SLICES)[0])
+    assert (manager.key.chunk_size, manager.key.pad_size) == (16, 0)
+
+
+def test_dispatch_meta_lists_each_rank_s_chunks():
+    ranges = AttnRanges.from_ranges([(0, 100)])
+    meta, of_keys = make_dispatch_meta_from_qk_ranges(
+        ranges, ranges, [AttnMaskType.CAUSAL], 100, 100, 16, 3, 1, DispatchConfig(uneven_shard=True)
+    )
+    chunks_by_rank = [chunk for chunks in meta.partitions for chunk in chunks]
+    assert sorted(chunks_by_rank) == list(range(7))
+    assert all(chunks == sorted(chunks) for chunks in meta.partitions)
+    assert meta.partitions_perm_idxs == chunks_by_rank
+    assert [meta.partitions_perm_idxs[place] for place in meta.partitions_unperm_idxs] == list(range(7))
+    assert meta.chunk_actual_sizes == [16] * 6 + [4]
+    rows = [
+        [row for chunk in chunks for row in range(16 * chunk, min(16 * chunk + 16, 100))] for chunks in meta.partitions
+    ]
+    assert meta.split_sizes == [len(each) for each in rows]
+    assert meta.position_ids.tolist() == rows[1]
+    assert [[p for r in held for p in range(r.start, r.end)] for held in meta.host_ranges_per_rank] == rows
+    assert (meta.layout.owner == [next(r for r in range(3) if c in meta.partitions[r]) for c in range(7)]).all()
+    assert of_keys.partitions == meta.partitions
+    assert of_keys.attn_role is not meta.attn_role

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The API over several ranks: layout functions against plain torch, new masks, the cache, and ranks that disagree."""
+
+import contextlib
+import functools
+import time
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from magi_attention.api import (
+    AttnRanges,
+    DispatchConfig,
+    DistAttnConfig,
+    calc_attn,
+    clear_cache,
+    dispatch,
+    dist_attn_runtime_dict_mgr,
+    get_most_recent_key,
+    get_position_ids,
+    magi_attn_flex_key,
+    magi_attn_varlen_key,
+    make_flex_key_for_new_mask_after_dispatch,
+    make_varlen_key_for_new_mask_after_dispatch,
+    roll,
+    roll_simple,
+    undispatch,
+)
+from magi_attention.comm import agreement
+from magi_attention.common import AttnMaskType
+from magi_attention.common.slices import SliceTable
+from magi_attention.config import RuntimeConfig
+from magi_attention.dist_attn_runtime_mgr import init_dist_attn_runtime_mgr
+from magi_attention.meta import make_dispatch_meta_from_qk_ranges
+from magi_attention.runtime import manager
+from magi_attention.testing.distributed import RankPool
+from magi_attention.testing.oracle import dense_attention
+
+WORLD_SIZE = 4
+SHARDS = {"even": (100, 7, False), "whole": (96, 4, False), "uneven": (101, 6, True), "tiny": (4, None, False)}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(WORLD_SIZE) as pool:
+        yield pool
+
+
+def causal_key(total, chunk_size=None, uneven=False, group=None, **runtime):
+    config = DistAttnConfig(
+        dispatch_config=DispatchConfig(chunk_size=chunk_size, uneven_shard=uneven),
+        runtime_config=RuntimeConfig(**runtime),
+    )
+    return magi_attn_varlen_key([0, total], [0, total], 4, 2, 8, 0, group, causal=True, dist_attn_config=config)
+
+
+def gathered(x):
+    """All ranks' tensors, by plain torch.distributed."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x)
+    return parts
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def check_dispatch(rank, world_size, total, chunk_size, uneven):
+    key = causal_key(total, chunk_size, uneven)
+    rows = dispatch(torch.arange(total), key, pad_value=-100)
+    held = gathered(rows)
+    real = torch.cat(held)
+    assert sorted(real[real >= 0].tolist()) == list(range(total))
+    assert int((real == -100).sum()) == key.pad_size
+    assert all(each.tolist() == [*each[each >= 0].sort()[0].tolist(), *[-100] * int((each < 0).sum())] for each in held)
+    assert uneven or len({len(each) for each in held}) == 1
+
+    x = draw(total, 3, 2).requires_grad_()
+    local = dispatch(x, key, pad_value=5.0)
+    assert torch.equal(local[rows >= 0], x[rows[rows >= 0]])
+    assert (local[rows < 0] == 5).all()
+    assert local.is_contiguous()
+    whole = undispatch(local, key)
+    assert torch.equal(whole, x)
+    assert torch.equal(dispatch(whole, key, pad_value=5.0), local)
+
+    # Each rank's own local gradient: every rank gets them all, at their rows, with nothing summed.
+    weight = draw(*local.shape, seed=1 + rank)
+    gradient = torch.autograd.grad((local * weight).sum(), x)[0]
+    expected = torch.zeros_like(x)
+    for each, part in zip(held, gathered(weight), strict=True):
+        expected[each[each >= 0]] = part[each >= 0]
+    assert torch.equal(gradient, expected)
+    assert torch.equal(torch.autograd.grad(undispatch(dispatch(x, key), key).sum(), x)[0], torch.ones_like(x))
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_dispatch_and_its_gradient(pool, shard):
+    pool.run(check_dispatch, *SHARDS[shard])
+
+
+def check_undispatch_gradients(rank, world_size, total, chunk_size, uneven):
+    key = causal_key(total, chunk_size, uneven)
+    rows = dispatch(torch.arange(total), key, pad_value=-1)
+    local = draw(len(rows), 2, seed=rank).requires_grad_()
+    weight = draw(total, 2, seed=10 + rank)  # another gradient on each rank
+    own = torch.autograd.grad((undispatch(local, key) * weight).sum(), local)[0]
+    total_weight = sum(gathered(weight))
+    summed = torch.autograd.grad((undispatch(local, key, is_partial_grad=True) * weight).sum(), local)[0]
+    for gradient, expected in ((own, weight), (summed, total_weight)):
+        torch.testing.assert_close(gradient[rows >= 0], expected[rows[rows >= 0]])
+        assert (gradient[rows < 0] == 0).all()
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_gradients_of_undispatch(pool, shard):
+    pool.run(check_undispatch_gradients, *SHARDS[shard])
+
+
+def check_roll(rank, world_size, total, chunk_size, uneven):
+    key = causal_key(total, chunk_size, uneven)
+    x = draw(total, 3).requires_grad_()
+    weight = draw(len(get_position_ids(key)), 3, seed=rank)
+    for shift in (0, 1, -1, 13, total // 2, total - 1, total, 5 * total + 2, -3 * total - 3):
+        expected = dispatch(torch.roll(undispatch(dispatch(x, key), key), shift, 0), key)
+        wanted = torch.autograd.grad((expected * weight).sum(), x)[0]
+        for function, dim in ((roll, 0), (roll_simple, 0), (roll, 1)):
+            local = dispatch(x, key)
+            rolled = function(local, shift, 0, key) if dim == 0 else function(local.T, shift, 1, key).T
+            assert torch.equal(rolled, expected), shift
+            assert torch.equal(torch.autograd.grad((rolled * weight).sum(), x)[0], wanted), shift
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_roll_is_torch_roll_of_the_whole(pool, shard):
+    pool.run(check_roll, *SHARDS[shard])
+
+
+def check_position_ids(rank, world_size, total, chunk_size, uneven):
+    key = causal_key(total, chunk_size, uneven)
+    ids = get_position_ids(key)
+    assert ids.dtype == torch.int64
+    assert torch.equal(ids, dispatch(torch.arange(total), key, pad_value=total - 1))
+    assert get_position_ids(key) is ids
+    other = make_flex_key_for_new_mask_after_dispatch(
+        AttnRanges.from_ranges([(0, 2)]), AttnRanges.from_ranges([(0, 2)]), "full", key
+    )
+    assert torch.equal(get_position_ids(other), ids)
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_position_ids_are_dispatched_positions(pool, shard):
+    pool.run(check_position_ids, *SHARDS[shard])
+
+
+def attend(key, inputs):
+    out, meta = calc_attn(*(dispatch(x, key) for x in inputs), key)
+    return undispatch(out, key), undispatch(meta.lse, key)
+
+
+def check_new_masks(rank, world_size, total, chunk_size, uneven):
+    first = causal_key(total, chunk_size, uneven)
+    half = total // 2
+    second = make_varlen_key_for_new_mask_after_dispatch([0, half, total], [0, half, total], first, window_size=(5, 2))
+    third = make_flex_key_for_new_mask_after_dispatch(
+        AttnRanges.from_ranges([(0, half)]), AttnRanges.from_ranges([(half, total)]), ["full"], second
+    )
+    inputs = [draw(total, heads, 8, seed=heads).requires_grad_() for heads in (4, 2, 2)]
+    local = [dispatch(x, first) for x in inputs]
+    for key in (first, second, third):
+        out, _ = calc_attn(*local, key)
+        expected, _, _ = dense_attention(*inputs, key.slices.without_empty())
+        torch.testing.assert_close(undispatch(out, first), expected, rtol=1e-10, atol=1e-10)
+        assert torch.equal(undispatch(out, key), undispatch(out, first))
+        weight = draw(*expected.shape)
+        got = torch.autograd.grad((undispatch(out, key) * weight).sum(), inputs, retain_graph=True)
+        want = torch.autograd.grad((expected * weight).sum(), inputs)
+        for each, other in zip(got, want, strict=True):
+            torch.testing.assert_close(each, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shard", ["even", "uneven"])
+def test_new_masks_over_the_same_layout(pool, shard):
+    pool.run(check_new_masks, *SHARDS[shard])
+
+
+def check_cache(rank, world_size):
+    clear_cache()
+    group = dist.group.WORLD
+    first, second = causal_key(64), causal_key(80)
+    assert first.cp_group is group  # None is the default group
+    assert get_most_recent_key(group) == second
+    dispatch(torch.zeros(64), first)
+    assert get_most_recent_key(group) == first
+    assert causal_key(80) == second
+    assert get_most_recent_key(group) == second
+
+    pair = [rank // 2 * 2, rank // 2 * 2 + 1]
+    subgroup = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])][rank // 2]
+    third = causal_key(64, group=subgroup)
+    assert third != first
+    assert sorted(dist.get_process_group_ranks(third.cp_group)) == pair
+    assert get_most_recent_key(group) == second
+    assert get_most_recent_key(subgroup) == third
+    inputs = [draw(64, heads, 8) for heads in (4, 2, 2)]
+    for whole, half in zip(attend(first, inputs), attend(third, inputs), strict=True):
+        torch.testing.assert_close(whole, half, rtol=1e-10, atol=1e-10)
+
+    clear_cache(subgroup)
+    assert dist_attn_runtime_dict_mgr.keys(subgroup) == []
+    with pytest.raises(ValueError, match="no key yet"):
+        get_most_recent_key(subgroup)
+    with pytest.raises(ValueError, match="does not exist"):
+        dispatch(torch.zeros(64), third)
+    assert first in dist_attn_runtime_dict_mgr
+    clear_cache()
+    assert dist_attn_runtime_dict_mgr.keys() == []
+    assert causal_key(64) == first  # planned again, by all ranks
+
+
+def test_cache_per_group(pool):
+    pool.run(check_cache)
+
+
+def check_meshes(rank, world_size):
+    clear_cache()
+    flat = init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))
+    nested = init_device_mesh("cpu", (2, 2), mesh_dim_names=("inter", "intra"))
+    inputs = [draw(64, heads, 8) for heads in (4, 2, 2)]
+    keys = [
+        causal_key(64),
+        causal_key(64, group=flat),
+        causal_key(64, group=nested),
+        causal_key(64, group=nested, hierarchical_comm=True),
+    ]
+    assert [key.cp_mesh for key in keys] == [None, flat, nested, nested]
+    assert len(set(keys)) == 4
+    assert causal_key(64, group=nested) == keys[2]
+    answers = [attend(key, inputs) for key in keys]
+    for answer in answers[1:]:
+        for got, want in zip(answer, answers[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+    for mesh, options, message in (
+        (init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("a", "b", "c")), {}, "1-D or 2-D"),
+        (flat, {"hierarchical_comm": True}, "must be 2-D"),
+        (dist.group.WORLD, {"hierarchical_comm": True}, "needs a 2-D DeviceMesh"),
+        (DeviceMesh("cpu", torch.arange(4).view(2, 2)), {}, "mesh_dim_names"),
+    ):
+        with pytest.raises(AssertionError, match=message) as error:
+            causal_key(64, group=mesh, **options)
+        assert isinstance(error.value, ValueError)
+    outside = dist.new_group([0])
+    if rank == 1:
+        with pytest.raises(ValueError, match="that this process is part of"):
+            causal_key(64, group=outside)
+    with pytest.raises(ValueError, match="3 rows cannot be shared by 4 ranks"):
+        causal_key(3)
+
+
+def test_meshes(pool):
+    pool.run(check_meshes)
+
+
+def plan_what_differs(rank, world_size, difference):
+    clear_cache()
+    started = time.monotonic()
+    total, odd = 64, rank == 2
+    try:
+        if difference == "mask":
+            magi_attn_varlen_key([0, 30 + odd, total], [0, 30 + odd, total], 4, 2, 8, 0, None)
+        elif difference == "type":
+            magi_attn_varlen_key([0, total], [0, total], 4, 2, 8, 0, None, causal=odd)
+        elif difference == "length":
+            causal_key(total + 16 * odd)
+        elif difference == "chunk":
+            causal_key(total, 1 + odd)
+        elif difference == "heads":
+            ranges = AttnRanges.from_ranges([(0, total)])
+            magi_attn_flex_key(ranges, ranges, "full", total, total, 4 + 4 * odd, 2, 8, 0, None)
+    except RuntimeError as error:
+        assert time.monotonic() - started < 30
+        assert not dist_attn_runtime_dict_mgr.keys()
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("difference", ["mask", "type", "length", "chunk", "heads"])
+def test_ranks_that_disagree_are_named_on_every_rank(pool, difference):
+    messages = pool.run(plan_what_differs, difference, timeout_s=60)
+    assert all(message is not None and "2" in message for message in messages), messages
+    # The group is still good: the same ranks then agree on a key.
+    pool.run(check_dispatch, *SHARDS["even"])
+
+
+def fail_alone(rank, world_size):
+    group = dist.new_group([0, 1, 2])  # a group of their own, so that the others' next keys stay in step
+    quick = functools.partial(agreement.check_agreement, timeout_s=2.0)
+    with mock.patch.object(manager, "check_agreement", quick), contextlib.ExitStack() as stack:
+        if rank == 1:
+            stack.enter_context(pytest.raises(ValueError, match="end at 65"))
+            magi_attn_flex_key(*[AttnRanges.from_ranges([(0, 65)])] * 2, "full", 64, 64, 4, 2, 8, 0, group)
+        elif rank < 3:
+            stack.enter_context(pytest.raises(RuntimeError, match=r"ranks \[1\] of the group \[0, 1, 2\] did not come"))
+            causal_key(64, group=group)
+
+
+def test_ranks_that_fail_alone_are_named_by_the_others(pool):
+    pool.run(fail_alone, timeout_s=60)
+
+
+def check_runtime_manager(rank, world_size):
+    ranges = AttnRanges.from_ranges([(0, 96)])
+    mask = (ranges, ranges, [AttnMaskType.CAUSAL], 96, 96)
+    planned = init_dist_attn_runtime_mgr(*mask, 4, 2, 8, 6, dist.group.WORLD)
+    inputs = [draw(96, heads, 8) for heads in (4, 2, 2)]
+    expected = dense_attention(*inputs, SliceTable([[0, 96, 0, 96, 1]]))[0]
+    out, _ = planned.calc_attn(*(planned.dispatch_qo(x) for x in inputs))
+    torch.testing.assert_close(planned.undispatch_qo(out), expected, rtol=1e-10, atol=1e-10)
+
+    meta, _ = make_dispatch_meta_from_qk_ranges(*mask, 3, world_size, rank)
+    kept = init_dist_attn_runtime_mgr(*mask, 4, 2, 8, 3, dist.group.WORLD, ref_dispatch_meta_q=meta)
+    assert torch.equal(kept.get_position_ids(), meta.position_ids)
+    with pytest.raises(AssertionError, match="must be a multiple of 20"):
+        init_dist_attn_runtime_mgr(*mask, 4, 2, 8, 5, dist.group.WORLD)
+
+
+def test_runtime_manager_without_padding_or_cache(pool):
+    pool.run(check_runtime_manager)

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Group cast and group reduce, in one hop and in two, against sums over all ranks' rows."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tests.distributed.exchanges import RandomNeeds, random_tensor, two_hop
+
+from magi_attention.comm import AllToAllCollectives, HierarchicalCollectives, make_collectives
+from magi_attention.config import DistAttnConfig, RuntimeConfig
+from magi_attention.plan.exchange import ExchangeTable
+from magi_attention.testing.distributed import RankPool
+
+# Row shapes whose bytes fill 8-byte words and others that don't, in every dtype that may travel.
+MIXED = [
+    ((2, 4), torch.bfloat16),
+    ((3,), torch.float16),
+    ((), torch.float32),
+    ((5, 1), torch.float64),
+    ((2,), torch.int64),
+    ((3, 3), torch.bool),
+    ((7,), torch.bfloat16),
+]
+ALONE = [[spec] for spec in MIXED[:4]]
+
+
+@pytest.fixture(scope="module", params=["gloo-4", pytest.param("nccl-2", marks=pytest.mark.gpu(2))])
+def pool(request):
+    backend, size = request.param.split("-")
+    with RankPool(int(size), backend) as pool:
+        yield pool
+
+
+def device_of_backend() -> torch.device:
+    if "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def make_case(rank: int, world_size: int, seed: int, hops: int, share: float):
+    """The collectives, the needs and this rank's table, for one hop or for two over two nodes."""
+    needs = RandomNeeds(seed, world_size, share)
+    if hops == 1:
+        return AllToAllCollectives(dist.group.WORLD), needs, needs.table(rank)
+    mesh = dist.init_device_mesh(device_of_backend().type, (2, world_size // 2), mesh_dim_names=("inter", "intra"))
+    config = DistAttnConfig(runtime_config=RuntimeConfig(hierarchical_comm=True))
+    collectives = make_collectives(dist.group.WORLD, mesh, config)
+    assert isinstance(collectives, HierarchicalCollectives)
+    return collectives, needs, two_hop(needs, rank, world_size // 2)
+
+
+def cast_cases(rank: int, world_size: int, seeds: range, hops: int, share: float) -> None:
+    device = device_of_backend()
+    for seed in seeds:
+        collectives, needs, table = make_case(rank, world_size, seed, hops, share)
+        for specs in [MIXED, *ALONE]:
+            sources = [
+                [random_tensor(97 * r + i, (needs.num_rows[r], *shape), dtype) for i, (shape, dtype) in enumerate(specs)]
+                for r in range(world_size)
+            ]
+            mine = [source.to(device) for source in sources[rank]]
+            work = collectives.cast(mine, table)
+            received = work.wait()
+            assert work.wait() is received
+            for i, actual in enumerate(received):
+                assert actual.is_contiguous()
+                assert actual.dtype == mine[i].dtype
+                expected = needs.received([of_rank[i] for of_rank in sources], rank)
+                assert torch.equal(actual.cpu(), expected), (seed, specs[i])
+                assert torch.equal(mine[i].cpu(), sources[rank][i])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.0])
+def test_cast(pool, share):
+    pool.run(cast_cases, range(4), 1, share)
+
+
+def test_cast_in_two_hops(pool):
+    pool.run(cast_cases, range(4), 2, 0.5)
+
+
+def reduce_cases(rank: int, world_size: int, seeds: range, hops: int, op: str) -> None:
+    device = device_of_backend()
+    # (dtype of what travels, dtype of what it is added to, tolerance against float64)
+    kinds = [
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.float32, 1e-5 if hops == 1 else 2e-2),
+        (torch.bfloat16, torch.bfloat16, 2e-2),
+        (torch.float64, torch.float64, 1e-12),
+    ]
+    for seed in seeds:
+        collectives, needs, table = make_case(rank, world_size, seed, hops, 0.5)
+        shapes = [(3, 2), (5,), ()]
+        shape = shapes[seed % 3]
+        tensors = [
+            [random_tensor(31 * r + i, (len(needs.needs[r]), *shape), kind[0]) for i, kind in enumerate(kinds)]
+            for r in range(world_size)
+        ]
+        old = [random_tensor(i, (needs.num_rows[rank], *shape), kind[1]) for i, kind in enumerate(kinds)]
+        first, again = ([t.clone().to(device) for t in old] for _ in range(2))
+        partials = [t.to(device) for t in tensors[rank]]
+        works = [collectives.reduce(partials, table, into, op) for into in (first, again)]  # both are under way
+        for work in works:
+            assert work.wait() is None
+        works[0].wait()  # adds nothing more
+        for i, (_, _, tolerance) in enumerate(kinds):
+            expected = old[i].double()
+            for row in range(needs.num_rows[rank]):
+                terms = [tensors[r][i][at].double() for r, at in needs.partials_of(rank, row)]
+                expected[row] = sum(terms, expected[row]) / (1 + len(terms) if op == "avg" else 1)
+            torch.testing.assert_close(first[i].cpu().double(), expected, atol=tolerance, rtol=tolerance)
+            assert torch.equal(first[i], again[i])
+
+
+@pytest.mark.parametrize("op", ["sum", "avg"])
+def test_reduce(pool, op):
+    pool.run(reduce_cases, range(6), 1, op)
+
+
+@pytest.mark.parametrize("op", ["sum", "avg"])
+def test_reduce_in_two_hops(pool, op):
+    pool.run(reduce_cases, range(3), 2, op)
+
+
+def reduce_lse_cases(rank: int, world_size: int, seeds: range, hops: int) -> None:
+    device = device_of_backend()
+    for seed in seeds:
+        collectives, needs, table = make_case(rank, world_size, seed, hops, 0.5)
+        for dtype, tolerance in [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)]:
+            lse_dtype = torch.promote_types(dtype, torch.float32)
+            outs, lses = [], []
+            for r in range(world_size):
+                n = len(needs.needs[r])
+                outs.append(random_tensor(7 * r, (n, 3, 4), dtype))
+                lses.append(10 * random_tensor(7 * r + 1, (n, 3), lse_dtype))
+                hidden = random_tensor(7 * r + 2, (n, 3), torch.bool)  # partials without keys, whatever they hold
+                outs[r][hidden], lses[r][hidden] = torch.nan, -torch.inf
+            n = needs.num_rows[rank]
+            old, old_lse = random_tensor(5, (n, 3, 4), dtype), 10 * random_tensor(6, (n, 3), lse_dtype)
+            old[::2], old_lse[::2] = 0, -torch.inf
+            out, lse = old.to(device, copy=True), old_lse.to(device, copy=True)
+            partial, partial_lse = outs[rank].to(device), lses[rank].to(device)
+            collectives.reduce([partial], table, [out], "lse", partial_lse, lse).wait()
+
+            expected, expected_lse = torch.zeros(n, 3, 4, dtype=torch.float64), torch.zeros(n, 3, dtype=torch.float64)
+            for row in range(n):
+                at = needs.partials_of(rank, row)
+                values = torch.stack([old[row], *(outs[r][i] for r, i in at)]).double().nan_to_num()
+                weights = torch.stack([old_lse[row], *(lses[r][i] for r, i in at)]).double()
+                expected_lse[row] = weights.logsumexp(0)
+                expected[row] = (weights.softmax(0).nan_to_num()[..., None] * values).sum(0)
+            torch.testing.assert_close(out.cpu().double(), expected, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(lse.cpu().double(), expected_lse, atol=1e-5, rtol=1e-5)
+
+
+def test_reduce_by_lse(pool):
+    pool.run(reduce_lse_cases, range(4), 1)
+
+
+def test_reduce_by_lse_in_two_hops(pool):
+    pool.run(reduce_lse_cases, range(3), 2)
+
+
+def sum_of_integers(rank: int, world_size: int) -> None:
+    collectives, needs, table = make_case(rank, world_size, 0, 1, 0.5)
+    total = torch.zeros(needs.num_rows[rank], 2, dtype=torch.int64, device=device_of_backend())
+    collectives.reduce([total.new_ones(len(needs.needs[rank]), 2)], table, [total]).wait()
+    counts = [len(needs.partials_of(rank, row)) for row in range(needs.num_rows[rank])]
+    assert total[:, 1].tolist() == counts
+
+
+def test_integers_are_summed_exactly(pool):
+    pool.run(sum_of_integers)
+
+
+def exchanges_under_way(rank: int, world_size: int) -> None:
+    device = device_of_backend()
+    cases = [RandomNeeds(seed, world_size) for seed in range(3)]
+    collectives = AllToAllCollectives(dist.group.WORLD)
+    sources = [
+        [random_tensor(r + seed, (n, 8), torch.float32) for r, n in enumerate(case.num_rows)]
+        for seed, case in enumerate(cases)
+    ]
+    works = [
+        collectives.cast([source[rank].to(device)], case.table(rank))
+        for source, case in zip(sources, cases, strict=True)
+    ]
+    for work, source, case in reversed(list(zip(works, sources, cases, strict=True))):
+        assert torch.equal(work.wait()[0].cpu(), case.received(source, rank))
+
+
+def test_several_exchanges_at_once_are_kept_apart(pool):
+    pool.run(exchanges_under_way)
+
+
+def views_as_sources(rank: int, world_size: int) -> None:
+    """Contiguous runs are sent without a copy; transposed and misaligned tensors must travel all the same."""
+    n = 6
+    first = n * rank // world_size
+    ranges = np.array([(peer, first, first + 2) for peer in range(world_size)], np.int64)
+    arrivals = np.array([(peer, 2 * peer, 2 * peer + 2) for peer in range(world_size)], np.int64)
+    table = ExchangeTable(ranges, arrivals, world_size, n, 2 * world_size)
+    base = torch.arange(n * 8 + 1, dtype=torch.float32, device=device_of_backend())
+    transposed = base[:-1].view(8, n).t()
+    misaligned = base[1:].view(n, 8)
+    collectives = AllToAllCollectives(dist.group.WORLD)
+    for source in (transposed, misaligned, misaligned.contiguous()[:, :2]):
+        (received,) = collectives.cast([source], table).wait()
+        starts = [n * peer // world_size for peer in range(world_size)]
+        assert torch.equal(received, torch.cat([source[start : start + 2] for start in starts]))
+
+
+def test_views_can_be_sent(pool):
+    pool.run(views_as_sources)
+
+
+def test_a_process_alone_needs_no_group():
+    needs = RandomNeeds(seed=5, num_ranks=1)
+    collectives = make_collectives(None, None, DistAttnConfig())
+    source = torch.randn(needs.num_rows[0], 4)
+    (received,) = collectives.cast([source], needs.table(0)).wait()
+    assert torch.equal(received, source[needs.needs[0][:, 1]])
+    total = source.clone()
+    collectives.reduce([received], needs.table(0), [total]).wait()
+    sent = np.isin(np.arange(len(source)), needs.needs[0][:, 1])
+    assert sent.any()
+    assert torch.equal(total[sent], 2 * source[sent])
+    assert torch.equal(total[~sent], source[~sent])
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    table = RandomNeeds(seed=5, num_ranks=1).table(0)
+    collectives = AllToAllCollectives(None)
+    rows, received = torch.zeros(table.num_source, 2, 3), torch.zeros(table.num_received, 2, 3)
+    with pytest.raises(ValueError, match=f"tensors must all have {table.num_source} rows"):
+        collectives.cast([rows[1:]], table)
+    with pytest.raises(ValueError, match="must not be empty"):
+        collectives.cast([], table)
+    with pytest.raises(ValueError, match=f"partials must all have {table.num_received} rows"):
+        collectives.reduce([received[1:]], table, [rows])
+    with pytest.raises(ValueError, match="rows of shape"):
+        collectives.reduce([received[..., :2]], table, [rows])
+    with pytest.raises(ValueError, match="not 'max'"):
+        collectives.reduce([received], table, [rows], "max")
+    with pytest.raises(ValueError, match="1 partials can't be reduced into 2"):
+        collectives.reduce([received], table, [rows, rows])
+    with pytest.raises(ValueError, match="'lse' takes one partial"):
+        collectives.reduce([received], table, [rows], "lse")
+    with pytest.raises(ValueError, match="only op 'lse'"):
+        collectives.reduce([received], table, [rows], "sum", received[..., 0], rows[..., 0])
+    with pytest.raises(ValueError, match="among 2 ranks can't run in a group of 1"):
+        collectives.cast([rows], RandomNeeds(seed=3, num_ranks=2).table(0))
+    with pytest.raises(TypeError, match="HierarchicalCollectives"):
+        collectives.cast([rows], two_hop(RandomNeeds(seed=3, num_ranks=4), 0, 2))
+
+
+def test_transports_that_cannot_be_had_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="2-D mesh"):
+        make_collectives(None, None, DistAttnConfig(runtime_config=RuntimeConfig(hierarchical_comm=True)))
+    native = DistAttnConfig(runtime_config=RuntimeConfig(native_grpcoll=True))
+    monkeypatch.setattr("magi_attention.comm.registry.entry_points", lambda **_: ())
+    with pytest.raises(RuntimeError, match=r'pip install "magi-attention\[comm\]"'):
+        make_collectives(None, None, native)
