@@ -2,6 +2,7 @@
 """The mask workloads of the benchmarks: deterministic, over one packed sequence, no pair covered twice."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -12,19 +13,20 @@ WINDOW = 1024  # a query of the sliding window sees itself and the 1023 keys bef
 VIDEO_BLOCK = 4096
 NUM_ANSWERS = 4
 QUESTION_SHARE = PREFIX_SHARE = 0.25
+MEDIAN_LENGTH, LENGTH_SIGMA, LEAST_LENGTH = 4096, 1.2, 64
 
 Slice = tuple[int, int, int, int, int]
 
 
-def document_lengths(total: int, seed: int = 2025, median: float = 4096, sigma: float = 1.2, least: int = 64) -> list[int]:
+def document_lengths(total: int) -> list[int]:
     """Long-tailed lognormal lengths that sum to ``total``; no document is longer than a quarter of it."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(2025)
     cap, left, lengths = total // 4, total, []
     while left:
-        drawn = int(np.clip(round(float(rng.lognormal(np.log(median), sigma))), least, cap))
+        drawn = int(np.clip(round(float(rng.lognormal(np.log(MEDIAN_LENGTH), LENGTH_SIGMA))), LEAST_LENGTH, cap))
         length = min(drawn, left)
-        if left - length < least:  # no tiny remainder: it joins this document, or the next if this one is too long
-            length = left if left <= cap else left - least
+        if left - length < LEAST_LENGTH:  # no tiny remainder: it joins this document, or the next if that is too long
+            length = left if left <= cap else left - LEAST_LENGTH
         lengths.append(length)
         left -= length
     return lengths
@@ -80,7 +82,7 @@ def shared_question(total: int) -> Iterator[Slice]:
         question = start + max(1, int((end - start) * QUESTION_SHARE))
         yield start, question, start, question, CAUSAL
         cuts = np.linspace(question, end, NUM_ANSWERS + 1).astype(int).tolist()
-        for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+        for first, last in pairwise(cuts):
             yield first, last, start, question, FULL
             yield first, last, first, last, CAUSAL
 

@@ -113,6 +113,7 @@ def test_most_recent_key_is_the_one_made_asked_for_or_used_last(group):
 def test_asking_again_plans_nothing(group):
     manager = dist_attn_runtime_dict_mgr[planned(64, group)]
     assert dist_attn_runtime_dict_mgr[planned(64, group)] is manager
+    assert planned(64, group) is planned(64, group)
 
 
 def test_most_recent_key_needs_a_group_with_keys(group):

@@ -60,8 +60,8 @@ VARLEN = """cu_seqlens_q cu_seqlens_k num_heads_q num_heads_kv head_dim pad_size
     window_size=(-1,-1) dist_attn_config=DistAttnConfig() chunk_size=None"""
 KEY_FIELDS = """q_ranges k_ranges attn_mask_type total_seqlen_q total_seqlen_k num_heads_q num_heads_kv head_dim
     pad_size chunk_size cp_group cp_mesh dist_attn_config uneven_shard is_deterministic_mode_enable
-    is_hierarchical_comm_enable is_qo_comm_enable is_native_grpcoll_enable is_flatten_head_groups_enable kernel_backend precision
-    is_auto_range_merge_enable"""
+    is_hierarchical_comm_enable is_qo_comm_enable is_native_grpcoll_enable is_flatten_head_groups_enable
+    kernel_backend precision is_auto_range_merge_enable"""
 PARAMETERS = {
     "magi_attn_flex_key": FLEX,
     "magi_attn_flex_dispatch": f"x {FLEX}",

@@ -155,7 +155,7 @@ def test_out_has_the_dtype_of_q(key, dtype):
 
 MISTAKES = {
     "too short": (lambda: (qkv(TOTAL - 1), {}), ValueError, "49 rows, but rank 0 of the group holds 56"),
-    "between": (lambda: (qkv(TOTAL + 2), {}), ValueError, "52 rows"),
+    "too long": (lambda: (qkv(PADDED + 1), {}), ValueError, "57 rows"),
     "different rows": (lambda: ([qkv(TOTAL)[0], *qkv(PADDED)[1:]], {}), ValueError, "same number of rows"),
     "no heads": (lambda: ([x[:, 0] for x in qkv(TOTAL)], {}), ValueError, r"q must be \[n, hq, d\]"),
     "k and v differ": (lambda: (qkv(TOTAL, heads=(4, 2, 1)), {}), ValueError, r"v \(50, 1, 8\)"),

@@ -80,6 +80,12 @@ def test_uneven_shards_hold_all_chunks(algorithm):
     assert layout.rows_per_rank.sum() == 61
 
 
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if not a.is_equal_num_workloads], ids=repr)
+def test_no_rank_is_left_without_a_chunk(algorithm):
+    # Chunks without work would all fit on few ranks.
+    assert (layout_of(SliceTable([[0, 1, 0, 1, 0]]), 5, 1, 4, algorithm).rows_per_rank > 0).all()
+
+
 def test_min_heap_deals_the_largest_first_to_the_lightest():
     # Causal areas grow with the index: 7 to rank 0, 6 to rank 1, then 5 to the lighter rank 1, and so on.
     assert layout_of(CAUSAL, 64, 8, 2).owner.tolist() == [0, 1, 1, 0, 0, 1, 1, 0]

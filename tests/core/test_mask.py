@@ -50,9 +50,7 @@ def test_a_mask_is_the_union_of_its_slices(table):
     assert np.array_equal(mask.mask_tensor[..., 0].numpy(), wanted)
     assert mask.area == wanted.sum()
     assert mask.is_empty() == (not wanted.any())
-    assert mask.tuples() == [
-        (AttnRange(*r[:2]), AttnRange(*r[2:4]), AttnMaskType.from_int_type(r[4])) for r in table
-    ]
+    assert mask.tuples() == [(AttnRange(*r[:2]), AttnRange(*r[2:4]), AttnMaskType.from_int_type(r[4])) for r in table]
 
 
 @given(rows, st.integers(0, 8), st.integers(0, 4), st.integers(0, 8), st.integers(0, 4))
@@ -207,9 +205,11 @@ def test_a_picture_shows_every_slice(tmp_path):
     assert len(drawn.get_paths()) == 3
     assert axes.get_title() == "three slices"
     assert (tmp_path / "mask.png").stat().st_size > 1000
-    # A polygon's area is that of its slice, but for half a cell per step of the diagonals.
-    shown = [abs(np.cross(p.vertices[2] - p.vertices[0], p.vertices[3] - p.vertices[1])) / 2 for p in drawn.get_paths()]
-    assert shown == pytest.approx([dense([one]).sum() for one in table])
+    # The straight line through a diagonal's steps leaves the area as it is: half the cross product of a quadrangle's
+    # diagonals.
+    for one, path in zip(table, drawn.get_paths(), strict=True):
+        (ax, ay), (bx, by) = path.vertices[2] - path.vertices[0], path.vertices[3] - path.vertices[1]
+        assert abs(ax * by - ay * bx) / 2 == pytest.approx(dense([one]).sum())
 
 
 def test_importing_the_values_is_light():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magi_attention.common import AttnRange, RangeError
 from magi_attention.common.protocols import AttnRangeProtocol
 from magi_attention.common.range import InvalidRangeError
@@ -36,9 +37,7 @@ def test_pairs_of_ranges_behave_like_sets(a, b):
 
 @given(a_range, st.none() | st.integers(-10, 20), st.none() | st.integers(-10, 20))
 def test_truncate_keeps_what_lies_between_the_bounds(a, start, end):
-    wanted = {
-        i for i in positions(a) if (start is None or i >= start) and (end is None or i < end)
-    }
+    wanted = {i for i in positions(a) if (start is None or i >= start) and (end is None or i < end)}
     assert positions(a.truncate(start, end)) == wanted
 
 

@@ -2,11 +2,13 @@
 """AttnRanges against plain sets and counters of positions."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+
 from magi_attention.common import AttnRange, AttnRanges
 from magi_attention.common.protocols import AttnRangesProtocol
 from magi_attention.common.ranges import check_valid_cu_seqlens, is_valid_cu_seqlens
@@ -61,7 +63,7 @@ def test_sizes_and_questions_agree_with_counting(ranges):
     assert ranges.intersect_size() == sum(times - 1 for times in count.values())
     assert ranges.is_non_overlap() == all(times == 1 for times in count.values())
     assert ranges.is_sorted() == (pairs == sorted(pairs, key=lambda p: p[0]))
-    assert ranges.is_merged() == all(a[1] < b[0] for a, b in zip(pairs, pairs[1:], strict=False))
+    assert ranges.is_merged() == all(a[1] < b[0] for a, b in pairwise(pairs))
     assert ranges.sort().to_naive_ranges() == sorted(pairs, key=lambda p: p[0])
     assert ranges.clear_empty().to_naive_ranges() == [p for p in pairs if p[0] < p[1]]
     assert ranges.points == sorted({point for p in pairs for point in p})
@@ -163,13 +165,13 @@ def test_equality_and_hash_go_by_content():
 
 @given(st.lists(st.integers(0, 6), max_size=5), st.integers(-1, 8))
 def test_cumulative_lengths(cu_seqlens, seq_len):
-    rises = all(a < b for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False))
+    rises = all(a < b for a, b in pairwise(cu_seqlens))
     valid = bool(cu_seqlens) and rises and cu_seqlens[0] == 0 and cu_seqlens[-1] == seq_len
     assert is_valid_cu_seqlens(cu_seqlens, seq_len) == valid
     if valid:
         check_valid_cu_seqlens(cu_seqlens, seq_len)
         ranges = AttnRanges.from_cu_seqlens(cu_seqlens, seq_len)
-        assert [each.seqlen for each in ranges] == [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+        assert [each.seqlen for each in ranges] == [b - a for a, b in pairwise(cu_seqlens)]
         if len(cu_seqlens) > 1:
             assert ranges.is_cu_seqlens(seq_len)
             assert ranges.to_cu_seqlens(seq_len) == cu_seqlens

@@ -150,7 +150,8 @@ def test_on_gpu(family, dtype):
     total = 700
     slices = MASK_FAMILIES[family](total, np.random.default_rng(5))
     x = random_inputs(total, total, heads=(4, 2), dims=(64, 32), dtype=dtype, device="cuda")
-    assert_stage_is_right(BACKEND, x, slices, max_logits=True)
+    # In float32 both sides only round sums, in different orders: a matter of luck, so more is allowed.
+    assert_stage_is_right(BACKEND, x, slices, max_logits=True, factor=4.0 if dtype == torch.float32 else 2.0)
     call = AttentionCall(slices, 0.125, deterministic=True)
     (first, gradients), (second, gradients2) = run_stage(BACKEND, x, call), run_stage(BACKEND, x, call)
     assert all(torch.equal(a, b) for a, b in zip((*first[:2], *gradients), (*second[:2], *gradients2), strict=True))

@@ -107,7 +107,7 @@ def attend_twice(rank: int, world_size: int, case: Case) -> Answer | None:
         return None
     first, second = attend(case, group), attend(case, group)
     for name, tensor in first.tensors().items():
-        assert torch.equal(tensor.nan_to_num(), second.tensors()[name].nan_to_num()), f"{name} changed on a second run"
+        assert torch.equal(tensor, second.tensors()[name]), f"{name} changed on a second run"
     return first if rank == 0 else None
 
 
@@ -171,11 +171,16 @@ def assert_right(case: Case, answer: Answer) -> None:
     """Float64 cases agree with the oracle to 1e-10, others err at most twice as much as plain PyTorch."""
     oracle = dense_answer(case, torch.float64)
     if case.max_logits:
-        torch.testing.assert_close(answer.max_logits.double(), oracle.max_logits, rtol=1e-2, atol=1e-2)
+        tolerance = max(10 * torch.finfo(case.dtype).eps, 1e-10)
+        torch.testing.assert_close(answer.max_logits.double(), oracle.max_logits, rtol=tolerance, atol=tolerance)
     if case.dtype == torch.float64:
         for name, tensor in answer.tensors().items():
-            torch.testing.assert_close(tensor, oracle.tensors()[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+            expected = oracle.tensors()[name]
+            torch.testing.assert_close(tensor, expected, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
         return
     plain = dense_answer(case, case.dtype)
     for name, tensor in answer.tensors().items():
-        assert_within_pytorch_error(tensor, oracle.tensors()[name], plain.tensors()[name])
+        # exp(sink - lse) inherits the rounding of lse, a number near 5, where plain PyTorch divides two sums. Other
+        # gradients average that over many rows, but the sink's is mostly that of the few rows with the fewest keys.
+        factor = 4.0 if name == "dsink" and case.dtype == torch.float32 else 2.0
+        assert_within_pytorch_error(tensor, oracle.tensors()[name], plain.tensors()[name], factor)

@@ -54,7 +54,9 @@ class RandomNeeds:
     def partials_of(self, owner: int, row: int) -> list[tuple[int, int]]:
         """The (rank, row of its receive buffer) of everybody who got a row, in the order of the ranks."""
         wanted = (owner, row)
-        return [(rank, i) for rank, needs in enumerate(self.needs) for i, need in enumerate(needs) if (*need,) == wanted]
+        return [
+            (rank, i) for rank, needs in enumerate(self.needs) for i, need in enumerate(needs) if (*need,) == wanted
+        ]
 
 
 def two_hop(needs: RandomNeeds, rank: int, per_node: int) -> TwoHopExchange:

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group cast and group reduce, in one hop and in two, against sums over all ranks' rows."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tests.distributed.exchanges import RandomNeeds, random_tensor, two_hop
 
 from magi_attention.comm import AllToAllCollectives, HierarchicalCollectives, make_collectives
 from magi_attention.config import DistAttnConfig, RuntimeConfig
+from magi_attention.kernels.protocol import Support
 from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.testing.distributed import RankPool
+from tests.distributed.exchanges import RandomNeeds, random_tensor, two_hop
 
 # Row shapes whose bytes fill 8-byte words and others that don't, in every dtype that may travel.
 MIXED = [
@@ -56,7 +59,10 @@ def cast_cases(rank: int, world_size: int, seeds: range, hops: int, share: float
         collectives, needs, table = make_case(rank, world_size, seed, hops, share)
         for specs in [MIXED, *ALONE]:
             sources = [
-                [random_tensor(97 * r + i, (needs.num_rows[r], *shape), dtype) for i, (shape, dtype) in enumerate(specs)]
+                [
+                    random_tensor(97 * r + i, (needs.num_rows[r], *shape), dtype)
+                    for i, (shape, dtype) in enumerate(specs)
+                ]
                 for r in range(world_size)
             ]
             mine = [source.to(device) for source in sources[rank]]
@@ -262,3 +268,19 @@ def test_transports_that_cannot_be_had_are_refused(monkeypatch):
     monkeypatch.setattr("magi_attention.comm.registry.entry_points", lambda **_: ())
     with pytest.raises(RuntimeError, match=r'pip install "magi-attention\[comm\]"'):
         make_collectives(None, None, native)
+
+
+class RefusingTransport:
+    def __init__(self, group: object) -> None:
+        raise AssertionError("must not be made")
+
+    @staticmethod
+    def supports(device: torch.device) -> Support:
+        return Support(False, "no such link here")
+
+
+def test_a_native_transport_is_asked_before_it_is_made(monkeypatch):
+    point = SimpleNamespace(load=lambda: RefusingTransport)
+    monkeypatch.setattr("magi_attention.comm.registry.entry_points", lambda **_: (point,))
+    with pytest.raises(RuntimeError, match="native_grpcoll can't be used on .*: no such link here"):
+        make_collectives(None, None, DistAttnConfig(runtime_config=RuntimeConfig(native_grpcoll=True)))

@@ -11,8 +11,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from magi_attention.common.enum import AttnOverlapMode, DispatchAlgType, MagiAttentionPrecision, OverlapAlgType
+from magi_attention.common.algorithms import BatchToppHeapDispatchAlg as BatchToppHeapDispatchAlg
+from magi_attention.common.algorithms import (
+    BSDispatchAlg,
+    DispatchAlg,
+    DPDispatchAlg,
+    GreedyOverlapAlg,
+    LBDispatchAlg,
+    MinHeapDispatchAlg,
+    OverlapAlg,
+    SequentialDispatchAlg,
+    SortedSequentialSelectAlg,
+    UniformOverlapAlg,
+)
+from magi_attention.common.algorithms import BTPDispatchAlg as BTPDispatchAlg
+from magi_attention.common.algorithms import RandomSelectDispatchAlg as RandomSelectDispatchAlg
+from magi_attention.common.algorithms import ToppHeapDispatchAlg as ToppHeapDispatchAlg
+from magi_attention.common.enum import AttnOverlapMode, MagiAttentionPrecision
 from magi_attention.common.errors import MagiTypeError, MagiValueError
+from magi_attention.common.validation import check_positive, check_type
 from magi_attention.env import comm as comm_env
 from magi_attention.env import general as general_env
 from magi_attention.env.variables import is_set
@@ -36,154 +53,6 @@ __all__ = [
 ]
 
 
-def _check_type(config: object, name: str, *types: type) -> Any:
-    """Return a field's value if it is of one of ``types``; a ``bool`` does not pass for an ``int``."""
-    value = getattr(config, name)
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
-        raise MagiTypeError(f"{type(config).__name__}.{name} must be {wanted}, not {value!r}")
-    return value
-
-
-def _check_positive(config: object, names: Sequence[str], *types: type) -> None:
-    for name in names:
-        value = _check_type(config, name, *types)
-        if value is not None and not value > 0:
-            raise MagiValueError(f"{type(config).__name__}.{name} must be positive, not {value!r}")
-
-
-def _check_share(config: object, name: str) -> None:
-    if not 0 <= _check_type(config, name, int, float) <= 1:
-        raise MagiValueError(f"{type(config).__name__}.{name} must lie in [0, 1], not {getattr(config, name)!r}")
-
-
-@dataclass(frozen=True)
-class DispatchAlg:
-    """How chunks, weighted by the pairs that the mask keeps of them, are dealt to ranks. Use one of the subclasses.
-
-    Whatever the algorithm, every rank gets equally many chunks where the shard is even.
-
-    Attributes:
-        type: the algorithm's name.
-        is_optimal: whether the largest load is the least possible one without a bound on the number of chunks.
-        is_partitions_returned: whether the algorithm as published names each rank's chunks, not just the largest load.
-        is_equal_num_workloads: whether it needs equally many chunks per rank, and thus an even shard.
-        is_affinity_considered: whether it looks at the keys that the chunks of a rank have in common.
-    """
-
-    type: ClassVar[DispatchAlgType]
-    is_optimal: ClassVar[bool] = False
-    is_partitions_returned: ClassVar[bool] = True
-    is_equal_num_workloads: ClassVar[bool] = False
-    is_affinity_considered: ClassVar[bool] = False
-
-
-@dataclass(frozen=True)
-class MinHeapDispatchAlg(DispatchAlg):
-    """The heaviest chunk left goes to the lightest rank that still takes one."""
-
-    type = DispatchAlgType.MIN_HEAP
-
-
-@dataclass(frozen=True)
-class ToppHeapDispatchAlg(DispatchAlg):
-    """As :class:`MinHeapDispatchAlg`, but among the lightest ranks the one that has most keys in common with the chunk.
-
-    Attributes:
-        top_p: the share of ranks, in [0, 1], that count as the lightest; at least one rank does.
-    """
-
-    type = DispatchAlgType.TOPP_HEAP
-    is_equal_num_workloads = True
-    is_affinity_considered = True
-    top_p: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_share(self, "top_p")
-
-
-@dataclass(frozen=True)
-class BatchToppHeapDispatchAlg(ToppHeapDispatchAlg):
-    """As :class:`ToppHeapDispatchAlg`, choosing several chunks at a time.
-
-    Attributes:
-        num_of_select_chunk: chunks per choice.
-    """
-
-    type = DispatchAlgType.BATCH_TOPP_HEAP
-    num_of_select_chunk: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_positive(self, ["num_of_select_chunk"], int)
-
-
-@dataclass(frozen=True)
-class SequentialDispatchAlg(DispatchAlg):
-    """Runs of neighbouring chunks, as equal in number as possible."""
-
-    type = DispatchAlgType.SEQUENTIAL_SELECT
-
-
-@dataclass(frozen=True)
-class SortedSequentialSelectAlg(DispatchAlg):
-    """Slices by descending area; each one's chunks, last first, fill the lightest rank.
-
-    Attributes:
-        allocation_ratio: the share of its chunks, in (0, 1], that a rank gets before the next rank's turn.
-    """
-
-    type = DispatchAlgType.SORTED_SEQUENTIAL_SELECT
-    is_equal_num_workloads = True
-    allocation_ratio: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_share(self, "allocation_ratio")
-        _check_positive(self, ["allocation_ratio"], int, float)
-
-
-@dataclass(frozen=True)
-class LBDispatchAlg(DispatchAlg):
-    """The lower bound of the largest load: the mean, or the heaviest chunk."""
-
-    type = DispatchAlgType.LOWER_BOUND
-    is_partitions_returned = False
-
-
-@dataclass(frozen=True)
-class DPDispatchAlg(DispatchAlg):
-    """The least largest load by dynamic programming; for few chunks."""
-
-    type = DispatchAlgType.DYNAMIC_PROGRAMMING
-    is_optimal = True
-    is_partitions_returned = False
-
-
-@dataclass(frozen=True)
-class BSDispatchAlg(DispatchAlg):
-    """The least largest load by binary search with backtracking; for few chunks."""
-
-    type = DispatchAlgType.BINARY_SEARCH
-    is_optimal = True
-
-
-@dataclass(frozen=True)
-class BTPDispatchAlg(DispatchAlg):
-    """The least largest load by backtracking with pruning; for few chunks."""
-
-    type = DispatchAlgType.BACKTRACKING_PRUNING
-    is_optimal = True
-    is_equal_num_workloads = True
-
-
-@dataclass(frozen=True)
-class RandomSelectDispatchAlg(DispatchAlg):
-    """Chunks dealt at random, the same way on every rank."""
-
-    type = DispatchAlgType.RANDOM_SELECT
-    is_equal_num_workloads = True
-
-
 @dataclass(frozen=True)
 class DispatchConfig:
     """How the sequence is cut and dealt.
@@ -196,46 +65,18 @@ class DispatchConfig:
 
     chunk_size: int | None = None
     uneven_shard: bool = False
-    alg: DispatchAlg = MinHeapDispatchAlg()
+    alg: DispatchAlg = field(default_factory=MinHeapDispatchAlg)
 
     def __post_init__(self) -> None:
-        _check_positive(self, ["chunk_size"], int, type(None))
-        _check_type(self, "uneven_shard", bool)
-        if not hasattr(_check_type(self, "alg", DispatchAlg), "type"):
+        check_positive(self, ["chunk_size"], int, type(None))
+        check_type(self, "uneven_shard", bool)
+        if not hasattr(check_type(self, "alg", DispatchAlg), "type"):
             raise MagiTypeError("DispatchConfig.alg must be one of DispatchAlg's subclasses, not DispatchAlg itself")
         if self.uneven_shard and self.alg.is_equal_num_workloads:
             raise MagiValueError(
                 f"{type(self.alg).__name__} deals equally many chunks to all ranks, which uneven_shard=True "
                 "cannot have; use MinHeapDispatchAlg, for one"
             )
-
-
-@dataclass(frozen=True)
-class OverlapAlg:
-    """How a rank's remote rows are dealt to overlap stages. Use one of the subclasses."""
-
-    type: ClassVar[OverlapAlgType]
-
-
-@dataclass(frozen=True)
-class UniformOverlapAlg(OverlapAlg):
-    """Stages of about equally many rows.
-
-    Attributes:
-        random_costs: deal by random weights instead, for tests.
-        random_seed: the seed of these weights.
-    """
-
-    type = OverlapAlgType.UNIFORM
-    random_costs: bool = False
-    random_seed: int | None = None
-
-
-@dataclass(frozen=True)
-class GreedyOverlapAlg(OverlapAlg):
-    """Stages filled greedily by cost. Not implemented: planning with it raises ``NotImplementedError``."""
-
-    type = OverlapAlgType.GREEDY
 
 
 @dataclass(frozen=True)
@@ -260,17 +101,17 @@ class OverlapConfig:
     dynamic_max_degree: int | None = 8
     min_chunk_size: int = 512
     max_num_chunks: int = 64
-    alg: OverlapAlg = UniformOverlapAlg()
+    alg: OverlapAlg = field(default_factory=UniformOverlapAlg)
     calc_cost_factor: float = 1.0
     comm_cost_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_type(self, "mode", AttnOverlapMode)
-        if not hasattr(_check_type(self, "alg", OverlapAlg), "type"):
+        check_type(self, "mode", AttnOverlapMode)
+        if not hasattr(check_type(self, "alg", OverlapAlg), "type"):
             raise MagiTypeError("OverlapConfig.alg must be one of OverlapAlg's subclasses, not OverlapAlg itself")
-        _check_type(self, "degree", int, type(None))
-        _check_positive(self, ["min_chunk_size", "max_num_chunks"], int)
-        _check_positive(self, ["calc_cost_factor", "comm_cost_factor"], int, float)
+        check_type(self, "degree", int, type(None))
+        check_positive(self, ["min_chunk_size", "max_num_chunks"], int)
+        check_positive(self, ["calc_cost_factor", "comm_cost_factor"], int, float)
         if self.degree is not None and self.degree < 0:
             raise MagiValueError(f"OverlapConfig.degree must be at least 0, not {self.degree}")
         if self.degree in (0, 1):
@@ -294,7 +135,7 @@ class OverlapConfig:
             raise MagiValueError(f"OverlapConfig.mode=DYNAMIC chooses the degree itself: pass None, not {self.degree}")
         if self.dynamic_max_degree is None:
             raise MagiValueError("OverlapConfig.mode=DYNAMIC needs a positive dynamic_max_degree, not None")
-        _check_positive(self, ["dynamic_max_degree"], int)
+        check_positive(self, ["dynamic_max_degree"], int)
 
     @property
     def no_overlap(self) -> bool:
@@ -333,9 +174,9 @@ class GrpCollConfig:
 
     def __post_init__(self) -> None:
         sizes = ["nvl_chunk_size", "nvl_buffer_size", "rdma_chunk_size", "rdma_buffer_size"]
-        _check_positive(self, ["num_sms", *sizes], int)
+        check_positive(self, ["num_sms", *sizes], int)
         for name in ("num_nvl_bytes", "num_rdma_bytes"):
-            if _check_type(self, name, int) < 0:
+            if check_type(self, name, int) < 0:
                 raise MagiValueError(f"GrpCollConfig.{name} must be at least 0, not {getattr(self, name)!r}")
 
     def to_kernel_config(self) -> dict[str, int]:
@@ -404,21 +245,21 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         for name in _SWITCHES:
-            _check_type(self, name, bool, type(None))
+            check_type(self, name, bool, type(None))
         for name in ("forward_sm_margin", "backward_sm_margin"):
-            margin = _check_type(self, name, int, type(None))
+            margin = check_type(self, name, int, type(None))
             if margin is not None and margin < 0:
                 raise MagiValueError(f"RuntimeConfig.{name} must be at least 0, not {margin}")
         self._check_choice("precision", ["input", *MagiAttentionPrecision])
         self._check_choice("sink_grad_reduce", ["none", "sum", "avg"])
-        backend = _check_type(self, "kernel_backend", str, type(None))
+        backend = check_type(self, "kernel_backend", str, type(None))
         if backend is not None and not general_env.is_known_kernel_backend(backend):
             known = ", ".join(general_env.known_kernel_backends())
             raise MagiValueError(f"RuntimeConfig.kernel_backend must be one of {known}, not {backend!r}")
         self._check_combinations()
 
     def _check_choice(self, name: str, choices: Sequence[str]) -> None:
-        value = _check_type(self, name, str, type(None))
+        value = check_type(self, name, str, type(None))
         if value is not None and value not in choices:
             raise MagiValueError(f"RuntimeConfig.{name} must be one of {', '.join(choices)}, not {value!r}")
 
@@ -491,10 +332,10 @@ class DistAttnConfig:
     runtime_config: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        _check_type(self, "dispatch_config", DispatchConfig)
-        _check_type(self, "overlap_config", OverlapConfig)
-        _check_type(self, "grpcoll_config", GrpCollConfig)
-        qo_comm = _check_type(self, "runtime_config", RuntimeConfig).qo_comm
+        check_type(self, "dispatch_config", DispatchConfig)
+        check_type(self, "overlap_config", OverlapConfig)
+        check_type(self, "grpcoll_config", GrpCollConfig)
+        qo_comm = check_type(self, "runtime_config", RuntimeConfig).qo_comm
         if qo_comm is None and comm_env.is_qo_comm_enable():
             object.__setattr__(self, "overlap_config", OverlapConfig(degree=1))
         elif qo_comm and self.overlap_config.degree != 1:

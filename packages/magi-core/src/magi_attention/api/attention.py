@@ -6,6 +6,7 @@ from torch import Tensor
 
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.common.slices import SliceTable
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.manager import DistAttnRuntimeMgr
@@ -29,7 +30,8 @@ def calc_attn(
         q: ``[n_local, hq, d]`` in local order, fp16, bf16, fp32 or fp64 where the backend takes it.
         k: ``[n_local, hk, d]``; hq is a multiple of hk, and query head h uses key head ``h // (hq / hk)``.
         v: ``[n_local, hk, dv]``, with dv = d unless the backend takes another.
-        key: the key. In a group of one, q, k and v may also have the sequence's length without padding.
+        key: the key. In a group of one, q, k and v may be shorter than the padded sequence, as long as they hold
+            every row that a slice names.
         sink: ``[s, hq]`` learnable logits, the same on all ranks, which join every row's softmax with value 0.
         softmax_scale: factor of the scores; ``d ** -0.5`` for None.
         softcap: if positive, scores become ``softcap * tanh(scores / softcap)``.
@@ -95,9 +97,16 @@ def _check_sink(sink: Tensor, q: Tensor) -> None:
         raise MagiValueError(f"sink is on {sink.device}; it must be on q's device {q.device}")
 
 
+def _rows_named(slices: SliceTable) -> int:
+    """How many rows a tensor needs to hold every row that a slice names."""
+    return int(slices.without_empty().rows[:, [1, 3]].max(initial=0))
+
+
 def _check_rows(q: Tensor, manager: DistAttnRuntimeMgr) -> None:
     num_local, layout = manager.num_local_rows, manager.layout
-    if len(q) == num_local or (layout.num_ranks == 1 and len(q) == layout.num_real):
+    if len(q) == num_local:
+        return
+    if layout.num_ranks == 1 and manager.key.slices.derived("last row", _rows_named) <= len(q) < num_local:
         return
     raise MagiValueError(
         f"q, k and v have {len(q)} rows, but rank {manager.rank} of the group holds {num_local} of the padded "

@@ -116,8 +116,7 @@ def magi_attn_flex_key(
         cp_mesh=cp_mesh,
         dist_attn_config=config,
     )
-    _plan_if_new(key)
-    return key
+    return _plan_if_new(key)
 
 
 def magi_attn_varlen_key(
@@ -295,8 +294,7 @@ def make_flex_key_for_new_mask_after_dispatch(
         dist_attn_config=config,
         layout_key=old.layout_key or old,
     )
-    _plan_if_new(key, manager)
-    return key
+    return _plan_if_new(key, manager)
 
 
 def make_varlen_key_for_new_mask_after_dispatch(
@@ -333,8 +331,13 @@ def clear_cache(cp_group: dist.ProcessGroup | None = None) -> None:
     dist_attn_runtime_dict_mgr.clear(cp_group)
 
 
-def _plan_if_new(key: DistAttnRuntimeKey, reference: DistAttnRuntimeMgr | None = None) -> None:
-    """Make ``key`` its group's most recent one, and plan for it unless that was done."""
-    if dist_attn_runtime_dict_mgr.get(key) is None:
+def _plan_if_new(key: DistAttnRuntimeKey, reference: DistAttnRuntimeMgr | None = None) -> DistAttnRuntimeKey:
+    """Make ``key`` its group's most recent one, and plan for it unless that was done.
+
+    Returns the key as the cache holds it: the same object is found without comparing masks.
+    """
+    manager = dist_attn_runtime_dict_mgr.get(key)
+    if manager is None:
         check_plannable(key)
-        dist_attn_runtime_dict_mgr[key] = build_manager(key, reference)
+        manager = dist_attn_runtime_dict_mgr[key] = build_manager(key, reference)
+    return manager.key

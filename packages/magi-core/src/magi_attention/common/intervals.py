@@ -33,9 +33,7 @@ def overlaps(intervals: Intervals, tiles: Intervals) -> tuple[Indices, Indices]:
 def intersect(intervals: Intervals, tiles: Intervals) -> tuple[Intervals, Indices, Indices]:
     """Cut ``intervals`` along sorted, disjoint ``tiles``: the pieces, and the interval and the tile of each."""
     i, t = overlaps(intervals, tiles)
-    pieces = np.column_stack(
-        [np.maximum(intervals[i, 0], tiles[t, 0]), np.minimum(intervals[i, 1], tiles[t, 1])]
-    )
+    pieces = np.column_stack([np.maximum(intervals[i, 0], tiles[t, 0]), np.minimum(intervals[i, 1], tiles[t, 1])])
     return pieces, i, t
 
 

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     Ranges = Tensor | Sequence[Sequence[int]]
 
 
-def range_gather(
-    input: Tensor, ranges: Ranges, dim: int = 0, output: Tensor | None = None, **meta: object
-) -> Tensor:
+def range_gather(input: Tensor, ranges: Ranges, dim: int = 0, output: Tensor | None = None, **meta: object) -> Tensor:
     """Concatenate the ranges of ``input`` along ``dim``; ``output``, if given, receives them and is returned.
 
     ``meta`` may carry precomputed values for a kernel; there is none here that needs them.
@@ -134,8 +132,8 @@ def _distinct_rounds(target: Tensor, source: Tensor) -> list[tuple[Tensor, Tenso
 
 def _merge(out: Tensor, lse: Tensor, term: Tensor, term_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Merge two attention outputs by log-sum-exp; a term with -inf, even together with -inf, weighs nothing."""
-    import torch
+    from magi_attention.common.logsumexp import merge_lse, rescale_weight  # here, since it needs torch
 
-    merged = torch.logaddexp(lse, term_lse)
-    safe = merged.masked_fill(merged == float("-inf"), 0.0)
-    return out * (lse - safe).exp().unsqueeze(-1) + term * (term_lse - safe).exp().unsqueeze(-1), merged
+    merged = merge_lse(lse, term_lse)
+    weight, term_weight = rescale_weight(lse, merged), rescale_weight(term_lse, merged)
+    return out * weight.unsqueeze(-1) + term * term_weight.unsqueeze(-1), merged

@@ -7,8 +7,8 @@ from torch import Tensor
 from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.meta.dispatch_meta import DispatchMeta
 from magi_attention.runtime.autograd import dist_attn_func
-from magi_attention.runtime.dispatch import Dispatch, RowIndex, Undispatch
-from magi_attention.runtime.roll import Roll
+from magi_attention.runtime.dispatch import RowIndex, dispatch_rows, undispatch_rows
+from magi_attention.runtime.roll import roll_rows
 
 __all__ = ["dispatch_func", "dist_attn_func", "roll_func", "roll_simple_func", "undispatch_func"]
 
@@ -26,11 +26,15 @@ def dispatch_func(
         pad_value: what rows of padding are filled with.
     """
     index = RowIndex(meta.layout, meta.cp_rank, x_global.device)
-    return Dispatch.apply(x_global.movedim(seq_dim, 0), index, group, pad_value).movedim(0, seq_dim)
+    return dispatch_rows(x_global.movedim(seq_dim, 0), index, group, pad_value).movedim(0, seq_dim)
 
 
 def undispatch_func(
-    x_local: Tensor, meta: DispatchMeta, group: dist.ProcessGroup | None, seq_dim: int = 0, is_partial_grad: bool = False
+    x_local: Tensor,
+    meta: DispatchMeta,
+    group: dist.ProcessGroup | None,
+    seq_dim: int = 0,
+    is_partial_grad: bool = False,
 ) -> Tensor:
     """The global tensor, without padding, of all ranks' local rows.
 
@@ -42,7 +46,7 @@ def undispatch_func(
         is_partial_grad: whether the ranks' gradients are terms of a sum, rather than all the same.
     """
     index = RowIndex(meta.layout, meta.cp_rank, x_local.device)
-    return Undispatch.apply(x_local.movedim(seq_dim, 0), index, group, is_partial_grad).movedim(0, seq_dim)
+    return undispatch_rows(x_local.movedim(seq_dim, 0), index, group, is_partial_grad).movedim(0, seq_dim)
 
 
 def roll_func(
@@ -50,7 +54,7 @@ def roll_func(
 ) -> Tensor:
     """Roll the real global sequence, of which ``x_local`` holds this rank's rows in ``seq_dim``, by ``shift``."""
     collectives = AllToAllCollectives(group)
-    rolled = Roll.apply(x_local.movedim(seq_dim, 0), shift, meta.layout, meta.cp_rank, collectives)
+    rolled = roll_rows(x_local.movedim(seq_dim, 0), shift, meta.layout, meta.cp_rank, collectives)
     return rolled.movedim(0, seq_dim)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from magi_attention.common.logsumexp import rescale_weight
+from magi_attention.common.logsumexp import accumulation_dtype, rescale_weight
 from magi_attention.kernels.flex_layer import AttendLayer, attend_compiled
 from magi_attention.kernels.flex_tables import BLOCK, layers_of, num_blocks
 from magi_attention.kernels.merge import merge_partials
@@ -65,7 +65,7 @@ class FlexBackend:
         layers = layers_of(call.slices, num_q, k.shape[0], q.device)
         queries, keys, values = _by_block(q), _by_block(k), _by_block(v)
         out = q.new_zeros(num_q, num_heads, v.shape[2])
-        lse = q.new_full((num_q, num_heads), -torch.inf, dtype=torch.float32)
+        lse = q.new_full((num_q, num_heads), -torch.inf, dtype=accumulation_dtype(q))
         max_logits = lse.new_full((num_heads,), -torch.inf) if call.max_logits else None
         for number, layer in enumerate(layers):
             result = self._attend(queries, keys, values, layer, call.softmax_scale, call.softcap, call.max_logits)
@@ -94,27 +94,26 @@ class FlexBackend:
         where ``w = exp(lse' - lse)``. Both are equal for ``g = w * dout`` and
         ``h = rowsum(g * out') - w * (rowsum(dout * out) - dlse)``; so are ``dv = p'ᵀ g = pᵀ dout``.
         """
-        delta = (dout.float() * out.float()).sum(-1)
+        dtype = accumulation_dtype(q)
+        delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
         if dlse is not None:
-            delta = delta - dlse.float()
+            delta -= dlse.to(dtype)
         queries, keys, values = inputs = tuple(_by_block(x.detach()).requires_grad_() for x in (q, k, v))
-        gradients: list[Tensor] = []
+        total: tuple[Tensor, ...] = ()
         for layer in layers_of(call.slices, q.shape[0], k.shape[0], q.device):
             with torch.enable_grad():
                 result = self._attend(queries, keys, values, layer, call.softmax_scale, call.softcap, False)
             part, part_lse = _by_token(result.out.detach(), q.shape[0]), result.lse.detach()[:, : q.shape[0]].T
-            weight = rescale_weight(part_lse, lse.float())
+            weight = rescale_weight(part_lse, lse.to(dtype))
             # Rounded to the kernel's dtype first, so that what the kernel subtracts cancels what is added here.
-            g = (weight[..., None] * dout.float()).to(part.dtype)
-            h = (g.float() * part.float()).sum(-1) - weight * delta
+            g = (weight[..., None] * dout.to(dtype)).to(part.dtype)
+            h = (g.to(dtype) * part.to(dtype)).sum(-1) - weight * delta
             seeds = (_padded_like(g.transpose(0, 1), result.out), _padded_like(h.T, result.lse))
-            of_layer = torch.autograd.grad((result.out, result.lse), inputs, seeds)
-            gradients = [a.float() + b for a, b in zip(gradients, of_layer, strict=True)] or list(of_layer)
-        if not gradients:
+            gradients = torch.autograd.grad((result.out, result.lse), inputs, seeds)
+            total = tuple(a.to(dtype) + b for a, b in zip(total, gradients, strict=True)) if total else gradients
+        if not total:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        dq, dk, dv = (
-            _by_token(gradient.flatten(1, 2), len(x)) for gradient, x in zip(gradients, (q, k, v), strict=True)
-        )
+        dq, dk, dv = (_by_token(sum_.flatten(1, 2), len(x)) for sum_, x in zip(total, (q, k, v), strict=True))
         return dq, dk, dv
 
 

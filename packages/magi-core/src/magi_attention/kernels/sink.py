@@ -8,7 +8,7 @@ nor capped.
 import torch
 from torch import Tensor
 
-from magi_attention.common.logsumexp import accumulation_dtype, merge_lse
+from magi_attention.common.logsumexp import accumulation_dtype, merge_lse, rescale_weight
 from magi_attention.kernels.merge import rescale
 
 
@@ -49,7 +49,5 @@ def sink_gradient(sink: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Te
     row = -(dout.to(dtype) * out.to(dtype)).sum(-1)
     if dlse is not None:
         row += dlse.to(dtype)
-    # A row whose lse is -inf has only sinks of -inf: nothing to differentiate.
-    probability = torch.exp(sink.to(dtype) - lse.to(dtype)[:, None]).nan_to_num_(nan=0.0)
-    gradient = probability * row[:, None]
+    gradient = rescale_weight(sink.to(dtype), lse.to(dtype)[:, None]) * row[:, None]
     return (gradient if sink.ndim == 3 else gradient.sum(0)).to(sink.dtype)

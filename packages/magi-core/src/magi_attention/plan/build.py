@@ -105,7 +105,9 @@ def _stages_of(
     bands = band.shift(demand.bands[mine], runs[:, 3] - runs[:, 0], 0)
     moved = [part for stage in range(max(degree, 1)) if len(part := remote[remote[:, 3] == stage])]
     exchanges = [
-        exchange_of_stage(part, layout, rank) if mesh_shape is None else two_hop_exchange(part, layout, rank, mesh_shape)
+        exchange_of_stage(part, layout, rank)
+        if mesh_shape is None
+        else two_hop_exchange(part, layout, rank, mesh_shape)
         for part in moved
     ]
     received = [_key_buffer(part[part[:, 0] == rank, 1:3]) for part in moved]
@@ -153,9 +155,7 @@ def _join_full(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return joined[np.lexsort((joined[:, 2], joined[:, 0]))]
 
 
-def _digest(
-    slices: SliceTable, layout: Layout, options: StageOptions, mesh_shape: tuple[int, int] | None
-) -> bytes:
+def _digest(slices: SliceTable, layout: Layout, options: StageOptions, mesh_shape: tuple[int, int] | None) -> bytes:
     numbers = (layout.num_real, layout.total, layout.chunk_size, layout.num_ranks, options, mesh_shape)
     digest = hashlib.sha256(repr(numbers).encode())
     digest.update(slices.rows.tobytes())

@@ -21,7 +21,7 @@ from magi_attention.plan.layout import Layout
 Owner = NDArray[np.int64]
 Algorithm = Callable[[ChunkWork, int, int, DispatchAlg], Owner]
 
-# The search for the smallest possible maximum tries at most this many placements per bound before it gives the bound up.
+# The search for the least maximum tries at most this many placements per bound before it gives the bound up.
 SEARCH_BUDGET = 20_000
 
 
@@ -58,7 +58,19 @@ def make_layout(
     else:
         work = measure_chunks(slices, total, chunk_size)
         owner = ALGORITHMS[algorithm.type](work, num_ranks, -(-num_chunks // num_ranks), algorithm)
+        _leave_no_rank_empty(owner, work.area, num_ranks)
     return Layout(num_real, total, chunk_size, num_ranks, owner)
+
+
+def _leave_no_rank_empty(owner: Owner, areas: NDArray[np.int64], num_ranks: int) -> None:
+    """Give each rank without chunks the lightest chunk of a rank that has most of them; uneven shards may need that."""
+    counts = np.bincount(owner, minlength=num_ranks)
+    for rank in np.flatnonzero(counts == 0):
+        donor = int(np.argmax(counts))
+        chunks = np.flatnonzero(owner == donor)
+        owner[chunks[np.argmin(areas[chunks])]] = rank
+        counts[donor] -= 1
+        counts[rank] = 1
 
 
 def sequential(work: ChunkWork, num_ranks: int, capacity: int, algorithm: DispatchAlg) -> Owner:
@@ -112,7 +124,7 @@ def topp_heap(work: ChunkWork, num_ranks: int, capacity: int, algorithm: Dispatc
 def sorted_sequential(work: ChunkWork, num_ranks: int, capacity: int, algorithm: DispatchAlg) -> Owner:
     """Slices by descending area; each one's chunks, last first, fill the lightest rank before the next.
 
-    With an ``allocation_ratio`` below 1 a rank takes only that share of its capacity before the next lightest is chosen.
+    With an ``allocation_ratio`` below 1 a rank takes only that share of its capacity before the next one's turn.
     """
     turn = max(1, int(capacity * getattr(algorithm, "allocation_ratio", 1.0)))
     owner = np.full(len(work.area), -1, np.int64)
@@ -133,7 +145,7 @@ def sorted_sequential(work: ChunkWork, num_ranks: int, capacity: int, algorithm:
 
 
 def smallest_maximum(work: ChunkWork, num_ranks: int, capacity: int, algorithm: DispatchAlg) -> Owner:
-    """Bisect on the largest rank's area, with a backtracking search for each bound, from :func:`min_heap`'s result down.
+    """Bisect on the largest rank's area, with a backtracking search for each bound, down from :func:`min_heap`'s.
 
     Exact where every search ends within its budget of placements; otherwise the best found, never worse than
     :func:`min_heap`.
@@ -203,7 +215,7 @@ def _common_length(intervals: NDArray[np.int64], tiles: NDArray[np.int64]) -> in
 
 
 def _by_slice_then_last(work: ChunkWork) -> list[int]:
-    """The chunks of each slice, last first, slices by the area of the chunks they touch; then chunks without a slice."""
+    """The chunks of each slice, last first, slices by the area of their chunks; then the chunks without a slice."""
     num_slices = int(work.slice_index.max(initial=-1)) + 1
     slice_area = np.zeros(num_slices, np.int64)
     np.add.at(slice_area, work.slice_index, work.area[work.chunk])

@@ -30,7 +30,7 @@ class Layout:
 
     @cached_property
     def runs(self) -> NDArray[np.int64]:
-        """``(n, 4)`` rows ``(start, stop, rank, local_start)``: neighbouring chunks of one rank joined, by ``start``."""
+        """``(n, 4)`` rows ``(start, stop, rank, local_start)``, sorted: neighbouring chunks of one rank joined."""
         first = np.flatnonzero(np.diff(self.owner, prepend=-1))
         start = first * self.chunk_size
         stop = np.append(start[1:], self.total)
@@ -59,4 +59,5 @@ class Layout:
 
     def positions(self, rank: int) -> NDArray[np.int64]:
         """The global position of each local row of ``rank``; padding rows included."""
-        return np.concatenate([np.arange(start, stop) for start, stop, _ in self.runs_of(rank)] or [np.empty(0, np.int64)])
+        runs = [np.arange(start, stop) for start, stop, _ in self.runs_of(rank)]
+        return np.concatenate([np.empty(0, np.int64), *runs])

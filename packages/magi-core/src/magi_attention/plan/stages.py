@@ -52,9 +52,9 @@ def choose_degree(demand: Demand, options: StageOptions) -> int:
     remote = (demand.area - demand.area_own) * options.seconds_per_pair
     travel = rows * options.seconds_per_row
     degrees = np.arange(1, options.max_degree + 1)[:, None]
-    slowest = np.maximum(
-        own, travel / degrees
-    ) + (degrees - 1) * np.maximum(remote, travel) / degrees + remote / degrees
+    slowest = (
+        np.maximum(own, travel / degrees) + (degrees - 1) * np.maximum(remote, travel) / degrees + remote / degrees
+    )
     predicted = slowest.max(axis=1)
     return int(np.flatnonzero(predicted <= predicted.min() * (1 + WORTHWHILE_GAIN))[0]) + 1
 

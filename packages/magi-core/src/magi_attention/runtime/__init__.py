@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carrying out a plan: forward, backward, dispatch, roll, and the cache of planned keys."""

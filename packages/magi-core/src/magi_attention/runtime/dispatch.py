@@ -10,6 +10,10 @@ from torch.autograd.function import once_differentiable
 
 from magi_attention.plan.layout import Layout
 
+# torch 2.13 renamed these two and warns at every call by the older names.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 class RowIndex:
     """The index tensors that carry rows between global and local order, for one rank and device.
@@ -43,7 +47,7 @@ class RowIndex:
         if self.num_ranks == 1:
             return x[: self.num_real].clone()
         gathered = x.new_empty(self.num_ranks * self.longest, *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, _padded(x, self.longest, 0).contiguous(), group=group)
+        _all_gather(gathered, _padded(x, self.longest, 0).contiguous(), group=group)
         return gathered.index_select(0, self.gathered_of_global)
 
     def scatter_sum(self, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -52,7 +56,7 @@ class RowIndex:
             return self.select(x, 0)
         by_rank = _padded(x, self.num_real + 1, 0).index_select(0, self.global_of_gathered)
         mine = x.new_empty(self.longest, *x.shape[1:])
-        dist.reduce_scatter_tensor(mine, by_rank, group=group)
+        _reduce_scatter(mine, by_rank, group=group)
         return mine[: self.num_local]
 
 
@@ -62,9 +66,20 @@ def _padded(x: Tensor, num_rows: int, value: float) -> Tensor:
     return torch.cat([x, x.new_full((num_rows - len(x), *x.shape[1:]), value)])
 
 
-class Dispatch(torch.autograd.Function):
+def dispatch_rows(x: Tensor, index: RowIndex, group: dist.ProcessGroup | None, pad_value: float) -> Tensor:
     """Global, replicated rows to local rows; the gradient is gathered, so that every rank has all of it."""
+    return _Dispatch.apply(x, index, group, pad_value)
 
+
+def undispatch_rows(x: Tensor, index: RowIndex, group: dist.ProcessGroup | None, is_partial_grad: bool) -> Tensor:
+    """Local rows to the global tensor on every rank.
+
+    The gradient is this rank's rows of the global gradient, or with ``is_partial_grad`` of its sum over the ranks.
+    """
+    return _Undispatch.apply(x, index, group, is_partial_grad)
+
+
+class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: RowIndex, group: dist.ProcessGroup | None, pad_value: float) -> Tensor:
         ctx.index, ctx.group = index, group
@@ -76,9 +91,7 @@ class Dispatch(torch.autograd.Function):
         return ctx.index.gather(grad, ctx.group), None, None, None
 
 
-class Undispatch(torch.autograd.Function):
-    """Local rows to the global tensor on every rank; the gradient's rows of this rank, or their sum over the ranks."""
-
+class _Undispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: RowIndex, group: dist.ProcessGroup | None, partial_grad: bool) -> Tensor:
         ctx.index, ctx.group, ctx.partial_grad = index, group, partial_grad

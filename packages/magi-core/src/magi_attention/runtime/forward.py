@@ -22,7 +22,7 @@ def attend(job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | No
         sink: ``[s, hq]`` logits that join every row's softmax with value 0, or None.
 
     Returns:
-        ``out`` in q's dtype, ``lse`` in at least float32 with the sink, ``max_logits`` over the whole group if asked for.
+        ``out`` in q's dtype; ``lse``, sink included, in at least float32; ``max_logits`` of the group if asked for.
     """
     result: AttentionResult | None = None
     for stage, keys, values in job.stages_with_keys(k, v):

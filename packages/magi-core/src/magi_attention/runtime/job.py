@@ -62,10 +62,10 @@ class AttentionJob:
             arriving = travelling
             if following is not None:
                 travelling = self._start_cast(following, k, v)
-            buffers = [k, v] if arriving is None else arriving.wait()
+            keys, values = (k, v) if arriving is None else arriving.wait()
             if stage.reads_own and arriving is not None:
-                buffers = [torch.cat([own, got]) for own, got in zip([k, v], buffers, strict=True)]
-            yield stage, *buffers
+                keys, values = torch.cat([k, keys]), torch.cat([v, values])
+            yield stage, keys, values
 
     def _start_cast(self, stage: Stage, k: Tensor, v: Tensor) -> Work[list[Tensor]] | None:
         if stage.exchange is None:

@@ -2,7 +2,7 @@
 """What stands behind a key: the rank's plan and everything that is derived from it."""
 
 import hashlib
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,18 @@ from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime.autograd import dist_attn_func
-from magi_attention.runtime.dispatch import Dispatch, RowIndex, Undispatch
+from magi_attention.runtime.dispatch import RowIndex, dispatch_rows, undispatch_rows
 from magi_attention.runtime.job import DistAttnRuntime
 from magi_attention.runtime.key import DistAttnRuntimeKey
-from magi_attention.runtime.roll import Roll
+from magi_attention.runtime.roll import roll_rows
+
+
+class HasLayout(Protocol):
+    """A manager, or another description of a layout that a new plan can keep."""
+
+    @property
+    def layout(self) -> Layout:
+        """Who owns which rows."""
 
 
 class DistAttnRuntimeMgr:
@@ -52,17 +60,17 @@ class DistAttnRuntimeMgr:
 
     def dispatch_qo(self, x: Tensor, pad_value: float = 0.0) -> Tensor:
         """This rank's rows of the global ``x`` ``[S, ...]``."""
-        return Dispatch.apply(x, self._index(x.device), self.key.cp_group, pad_value)
+        return dispatch_rows(x, self._index(x.device), self.key.cp_group, pad_value)
 
     def undispatch_qo(self, x: Tensor, is_partial_grad: bool = False) -> Tensor:
         """The global tensor ``[S, ...]`` of all ranks' local ``x``."""
-        return Undispatch.apply(x, self._index(x.device), self.key.cp_group, is_partial_grad)
+        return undispatch_rows(x, self._index(x.device), self.key.cp_group, is_partial_grad)
 
     dispatch_kv, undispatch_kv = dispatch_qo, undispatch_qo
 
     def roll(self, x: Tensor, shift: int, dim: int) -> Tensor:
         """Roll the real global sequence, of which ``x`` holds local rows in ``dim``, by ``shift``."""
-        rolled = Roll.apply(x.movedim(dim, 0), shift, self.layout, self.rank, self._row_collectives)
+        rolled = roll_rows(x.movedim(dim, 0), shift, self.layout, self.rank, self._row_collectives)
         return rolled.movedim(0, dim)
 
     roll_simple = roll
@@ -101,14 +109,15 @@ class DistAttnRuntimeMgr:
         return self._row_index[device]
 
     @classmethod
-    def build(cls, key: DistAttnRuntimeKey, reference: Self | None = None) -> Self:
-        """Plan for ``key``; with ``reference``, over the layout of that manager's key."""
+    def build(cls, key: DistAttnRuntimeKey, reference: HasLayout | None = None) -> Self:
+        """Plan for ``key``; with ``reference``, over its layout."""
         config = key.dist_attn_config
         group = key.cp_group
         rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         layout = reference.layout if reference else _layout_for(key, num_ranks)
         options = config.runtime_config
-        mesh_shape = tuple(key.cp_mesh.shape) if options.hierarchical_comm and key.cp_mesh is not None else None
+        mesh = key.cp_mesh if options.hierarchical_comm else None
+        mesh_shape = None if mesh is None else (mesh.size(0), mesh.size(1))
         plan = build_plan(key.slices, layout, rank, _stage_options(config.overlap_config), mesh_shape)
         if options.check_plan:
             asked = (options, key.num_heads_q, key.num_heads_kv, key.head_dim)
@@ -117,8 +126,8 @@ class DistAttnRuntimeMgr:
         return cls(key, layout, DistAttnRuntime(plan, collectives, group, options))
 
 
-def build_manager(key: DistAttnRuntimeKey, reference: DistAttnRuntimeMgr | None = None) -> DistAttnRuntimeMgr:
-    """Plan for a new key and check that all ranks of its group planned the same.
+def build_manager(key: DistAttnRuntimeKey, reference: HasLayout | None = None) -> DistAttnRuntimeMgr:
+    """Plan for a new key, over the layout of ``reference`` if given, and check that all ranks planned the same.
 
     Raises:
         RuntimeError: on every rank, if the ranks disagree; it names them.
@@ -139,7 +148,7 @@ def _layout_for(key: DistAttnRuntimeKey, num_ranks: int) -> Layout:
 
 def _stage_options(overlap: OverlapConfig) -> StageOptions:
     if not isinstance(overlap.alg, UniformOverlapAlg):
-        raise NotImplementedError(f"planning with {type(overlap.alg).__name__} is not implemented: use UniformOverlapAlg")
+        raise NotImplementedError(f"{type(overlap.alg).__name__} is not implemented: use UniformOverlapAlg")
     return StageOptions(
         degree=0 if overlap.no_overlap else overlap.degree,
         max_degree=overlap.dynamic_max_degree or 1,

@@ -13,22 +13,24 @@ from magi_attention.plan.roll import roll_exchange
 
 
 def roll_rows(x: Tensor, shift: int, layout: Layout, rank: int, collectives: GroupCollectives) -> Tensor:
-    """Roll local rows in dim 0 by ``shift`` along the real global sequence; padding rows become 0."""
+    """Roll local rows in dim 0 by ``shift`` along the real global sequence; padding rows become 0. Differentiable."""
+    return _Roll.apply(x, shift, layout, rank, collectives)
+
+
+def _rolled(x: Tensor, shift: int, layout: Layout, rank: int, collectives: GroupCollectives) -> Tensor:
     if shift % layout.num_real == 0:
         return x.clone()
     rolled = collectives.cast([x], roll_exchange(layout, rank, shift)).wait()[0]
     return torch.cat([rolled, x.new_zeros(len(x) - len(rolled), *x.shape[1:])])
 
 
-class Roll(torch.autograd.Function):
-    """:func:`roll_rows`, differentiable: gradients roll back."""
-
+class _Roll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: int, layout: Layout, rank: int, collectives: GroupCollectives) -> Tensor:
         ctx.shift, ctx.where = shift, (layout, rank, collectives)
-        return roll_rows(x, shift, *ctx.where)
+        return _rolled(x, shift, *ctx.where)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return roll_rows(grad, -ctx.shift, *ctx.where), None, None, None, None
+        return _rolled(grad, -ctx.shift, *ctx.where), None, None, None, None

@@ -68,9 +68,15 @@ def run_dense(x: Inputs, slices: SliceTable, scale: float, softcap: float, *, or
 
 
 def assert_stage_is_right(
-    backend: KernelBackend, x: Inputs, slices: SliceTable, *, softcap: float = 0.0, max_logits: bool = False
+    backend: KernelBackend,
+    x: Inputs,
+    slices: SliceTable,
+    *,
+    softcap: float = 0.0,
+    max_logits: bool = False,
+    factor: float = 2.0,
 ) -> None:
-    """Hold a stage against the oracle: to 1e-10 in float64, otherwise within twice plain PyTorch's error."""
+    """Hold a stage against the oracle: to 1e-10 in float64, otherwise within ``factor`` times plain PyTorch's error."""
     scale = 1.1 * x.q.shape[-1] ** -0.5
     call = AttentionCall(slices, scale, softcap, max_logits=max_logits)
     result, gradients = run_stage(backend, x, call)
@@ -82,6 +88,8 @@ def assert_stage_is_right(
         if name == "max_logits" and not max_logits:
             assert result.max_logits is None
         elif x.q.dtype == torch.float64:
-            torch.testing.assert_close(actual[slot], truth[slot], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                actual[slot], truth[slot], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+            )
         else:
-            assert_within_pytorch_error(actual[slot], truth[slot], plain[slot])
+            assert_within_pytorch_error(actual[slot], truth[slot], plain[slot], factor)

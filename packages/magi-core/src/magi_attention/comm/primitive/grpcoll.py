@@ -174,9 +174,7 @@ def group_reduce(
     return _started(finish, output, output_lse, async_op)
 
 
-def _started(
-    finish: Callable[[], None], output: Tensor, lse: Tensor | None, async_op: bool
-) -> WorkWithPostProcessFn:
+def _started(finish: Callable[[], None], output: Tensor, lse: Tensor | None, async_op: bool) -> WorkWithPostProcessFn:
     if async_op:
         return WorkWithPostProcessFn(finish, output, lse)
     finish()

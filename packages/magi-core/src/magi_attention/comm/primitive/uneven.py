@@ -41,7 +41,7 @@ def all_gather_v(
         return x.contiguous()
     if split_sizes is None:
         lengths = torch.empty(num_ranks, dtype=torch.int64, device=x.device)
-        dist.all_gather_into_tensor(lengths, torch.tensor([x.shape[dim]], device=x.device), group)
+        dist.all_gather(list(lengths.view(-1, 1)), torch.tensor([x.shape[dim]], device=x.device), group)
         split_sizes = lengths.tolist()
     # Bytes, since not every backend knows every dtype; padded to the longest part, since parts must be equally long.
     rows = x.movedim(dim, 0).contiguous()
@@ -50,7 +50,7 @@ def all_gather_v(
     part = x.new_zeros(longest * row_bytes, dtype=torch.uint8)
     part[: rows.numel() * x.itemsize] = rows.view(-1).view(torch.uint8)
     parts = x.new_empty((num_ranks, longest * row_bytes), dtype=torch.uint8)
-    dist.all_gather_into_tensor(parts, part, group)
+    dist.all_gather(list(parts), part, group)
     used = [gathered[: size * row_bytes] for gathered, size in zip(parts, split_sizes, strict=True)]
     whole = torch.cat(used).view(x.dtype).view(sum(split_sizes), *rows.shape[1:])
     return whole.movedim(0, dim).contiguous()

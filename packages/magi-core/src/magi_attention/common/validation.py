@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the fields of config classes. Each error names the class, the field and the value."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from magi_attention.common.errors import MagiTypeError, MagiValueError
+
+
+def check_type(config: object, name: str, *types: type) -> Any:
+    """Return a field's value if it is of one of ``types``; a ``bool`` does not pass for an ``int``."""
+    value = getattr(config, name)
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
+        raise MagiTypeError(f"{type(config).__name__}.{name} must be {wanted}, not {value!r}")
+    return value
+
+
+def check_positive(config: object, names: Sequence[str], *types: type) -> None:
+    """Refuse fields that aren't of one of ``types`` and positive; None passes where its type is allowed."""
+    for name in names:
+        value = check_type(config, name, *types)
+        if value is not None and not value > 0:
+            raise MagiValueError(f"{type(config).__name__}.{name} must be positive, not {value!r}")
+
+
+def check_share(config: object, name: str) -> None:
+    """Refuse a field that isn't a number in [0, 1]."""
+    if not 0 <= check_type(config, name, int, float) <= 1:
+        raise MagiValueError(f"{type(config).__name__}.{name} must lie in [0, 1], not {getattr(config, name)!r}")

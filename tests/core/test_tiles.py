@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile lists and interval tables against the dense mask."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magi_attention.common import bands as band
+from magi_attention.common.slices import SliceTable
+from magi_attention.kernels.tiles import IndexLists, bands_from_intervals, classify_tiles, row_intervals
+from magi_attention.testing.masks import random_masks
+from magi_attention.testing.oracle import dense_mask
+
+
+def lists_of(lists: IndexLists) -> list[list[int]]:
+    return [lists.indices[a:b].tolist() for a, b in zip(lists.offsets[:-1], lists.offsets[1:], strict=True)]
+
+
+def dense_tiles(mask: np.ndarray, block_q: int, block_k: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Full and partial tiles, looked at one by one."""
+    full, partial = [], []
+    for row in range(0, mask.shape[0], block_q):
+        tiles = [mask[row : row + block_q, column : column + block_k] for column in range(0, mask.shape[1], block_k)]
+        full.append([number for number, tile in enumerate(tiles) if tile.all()])
+        partial.append([number for number, tile in enumerate(tiles) if tile.any() and not tile.all()])
+    return full, partial
+
+
+def dense_intervals(intervals, shape: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros(shape, bool)
+    for row in range(shape[0]):
+        for slot in range(intervals.offsets[row], intervals.offsets[row + 1]):
+            assert intervals.starts[slot] < intervals.stops[slot]
+            if slot > intervals.offsets[row]:
+                assert intervals.stops[slot - 1] < intervals.starts[slot]
+            mask[row, intervals.starts[slot] : intervals.stops[slot]] = True
+    return mask
+
+
+def count_pairs(bands: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    counted = np.zeros(shape, int)
+    for q0, q1, k0, k1, d0, d1 in bands.tolist():
+        diagonal = np.arange(k0, k1) - np.arange(q0, q1)[:, None]
+        counted[q0:q1, k0:k1] += (diagonal >= d0) & (diagonal <= d1)
+    return counted
+
+
+@settings(max_examples=150)
+@given(random_masks(70), st.integers(1, 20), st.integers(1, 20), st.integers(0, 9), st.integers(0, 9))
+def test_tiles_in_both_directions(mask, block_q, block_k, more_q, more_k):
+    total, slices = mask
+    num_q, num_k = total + more_q, total + more_k
+    seen = dense_mask(slices, num_q, num_k).numpy()
+    tiles = classify_tiles(slices.bands(), num_q, num_k, block_q, block_k)
+    assert (lists_of(tiles.full), lists_of(tiles.partial)) == dense_tiles(seen, block_q, block_k)
+    num_k_blocks = -(-num_k // block_k)
+    transposed = lists_of(tiles.full.transposed(num_k_blocks)), lists_of(tiles.partial.transposed(num_k_blocks))
+    assert transposed == dense_tiles(seen.T, block_k, block_q)
+
+
+@settings(max_examples=100)
+@given(random_masks(70), st.integers(0, 9))
+def test_intervals_in_both_directions(mask, more):
+    total, slices = mask
+    seen = dense_mask(slices, total + more, total).numpy()
+    bands = slices.bands()
+    assert np.array_equal(dense_intervals(row_intervals(bands, total + more), seen.shape), seen)
+    transposed = row_intervals(band.transpose(bands), total)
+    assert np.array_equal(dense_intervals(transposed, seen.T.shape), seen.T)
+
+
+@settings(max_examples=100)
+@given(random_masks(70), st.integers(1, 3))
+def test_intervals_become_bands_again(mask, width):
+    total, slices = mask
+    seen = dense_mask(slices, total, total).numpy()
+    intervals = row_intervals(slices.bands(), total)
+    most = int(intervals.counts.max(initial=0))
+    parts = [bands_from_intervals(intervals, i, min(i + width, most)) for i in range(0, most, width)]
+    counted = sum((count_pairs(part, seen.shape) for part in parts), np.zeros(seen.shape, int))
+    assert np.array_equal(counted, seen)
+
+
+def test_slices_complete_a_tile_together():
+    slices = SliceTable([[0, 4, 0, 4, 1], [0, 3, 1, 4, 2]])  # a lower triangle, and the upper one beside it
+    tiles = classify_tiles(slices.bands(), 4, 4, 4, 4)
+    assert (lists_of(tiles.full), lists_of(tiles.partial)) == ([[0]], [[]])
+
+
+def test_regular_runs_of_rows_stay_one_band():
+    causal = SliceTable([[0, 50, 0, 50, 1]])
+    assert len(bands_from_intervals(row_intervals(causal.bands(), 50), 0, 1)) == 1
+    blocks = SliceTable(
+        [[16 * i, 16 * i + 16, 32 * j + 16 * (i % 2), 32 * j + 16, 0] for i in range(4) for j in (0, 2)]
+    )
+    intervals = row_intervals(blocks.bands(), 64)
+    assert len(bands_from_intervals(intervals, 0, 2)) == len(blocks.without_empty())
+
+
+def test_intervals_that_touch_or_are_covered_twice_are_joined():
+    slices = SliceTable([[0, 1, 0, 3, 0], [0, 1, 3, 5, 0], [0, 1, 1, 4, 0], [0, 2, 7, 8, 0]])
+    intervals = row_intervals(slices.bands(), 2)
+    assert intervals.offsets.tolist() == [0, 2, 3]
+    assert (intervals.starts.tolist(), intervals.stops.tolist()) == ([0, 7, 7], [5, 8, 8])
+
+
+@pytest.mark.parametrize(("num_q", "num_k"), [(0, 7), (7, 0), (0, 0)])
+def test_no_rows(num_q, num_k):
+    slices = SliceTable([])
+    tiles = classify_tiles(slices.bands(), num_q, num_k, 4, 4)
+    assert lists_of(tiles.full) == lists_of(tiles.partial) == [[]] * -(-num_q // 4)
+    assert row_intervals(slices.bands(), num_q).counts.tolist() == [0] * num_q
+
+
+def test_a_million_causal_tokens_by_intervals_and_coarse_tiles():
+    total = 1 << 20
+    bands = SliceTable([[0, total, 0, total, 1]]).bands()
+    tiles = classify_tiles(bands, total, total, 4096, 4096)
+    assert len(tiles.full.indices) == 256 * 255 // 2
+    assert len(tiles.partial.indices) == 256
+    intervals = row_intervals(bands, total)
+    assert np.array_equal(intervals.stops, np.arange(1, total + 1))
+
+
+def test_padded_lists():
+    lists = IndexLists.from_pairs(np.array([2, 0, 2]), np.array([5, 1, 3]), 3)
+    assert lists.padded(3).tolist() == [[1, 0, 0], [0, 0, 0], [3, 5, 0]]
