@@ -282,5 +282,5 @@ class RefusingTransport:
 def test_a_native_transport_is_asked_before_it_is_made(monkeypatch):
     point = SimpleNamespace(load=lambda: RefusingTransport)
     monkeypatch.setattr("magi_attention.comm.registry.entry_points", lambda **_: (point,))
-    with pytest.raises(RuntimeError, match="native_grpcoll can't be used on .*: no such link here"):
+    with pytest.raises(RuntimeError, match=r"native_grpcoll can't be used on .*: no such link here"):
         make_collectives(None, None, DistAttnConfig(runtime_config=RuntimeConfig(native_grpcoll=True)))

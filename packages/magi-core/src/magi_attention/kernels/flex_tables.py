@@ -29,7 +29,7 @@ INTERVALS_PER_LAYER = (1, 2, 4, 8)
 class LayerTables(NamedTuple):
     """A part of a mask in which no row has more than eight key intervals, on a device, as int32.
 
-    Shapes: M blocks of queries, N blocks of keys, W the longest list (any two of the four differ), R intervals per row.
+    Shapes: M blocks of queries, N blocks of keys, W the longest list of a direction, R intervals per row.
 
     Attributes:
         kv_num_blocks, kv_indices: ``[1, 1, M]`` and ``[1, 1, M, W]``, the partial tiles of each block of queries.
@@ -80,10 +80,8 @@ def _layer(
     rows, columns = num_blocks(num_q), num_blocks(num_k)
     tiles = classify_tiles(bands, num_q, columns * BLOCK, BLOCK, BLOCK)
     lists = [
-        *_padded_lists(tiles.partial, rows),
-        *_padded_lists(tiles.full, rows),
-        *_padded_lists(tiles.partial.transposed(columns), columns),
-        *_padded_lists(tiles.full.transposed(columns), columns),
+        *_padded_lists(tiles.partial, tiles.full, rows),
+        *_padded_lists(tiles.partial.transposed(columns), tiles.full.transposed(columns), columns),
     ]
     width = next(number for number in INTERVALS_PER_LAYER if number >= last - first)
     bounds = np.zeros((2 * width, rows * BLOCK), np.int64)
@@ -94,8 +92,14 @@ def _layer(
     return LayerTables(*(torch.from_numpy(table.astype(np.int32)).to(device) for table in (*lists, bounds)))
 
 
-def _padded_lists(lists: IndexLists, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return counts ``[1, 1, num_rows]`` and indices ``[1, 1, num_rows, W]``, with empty lists for the added rows."""
-    missing = num_rows - len(lists.counts)
-    indices = lists.padded(max(int(lists.counts.max(initial=0)), 2))
-    return np.pad(lists.counts, (0, missing))[None, None], np.pad(indices, ((0, missing), (0, 0)))[None, None]
+def _padded_lists(partial: IndexLists, full: IndexLists, num_rows: int) -> list[NDArray[np.int64]]:
+    """Return counts ``[1, 1, num_rows]`` and indices ``[1, 1, num_rows, W]`` of both, rows that are missing empty.
+
+    The kernels find both kinds' lists by the strides of the partial ones, so that both must be equally wide.
+    """
+    width = max(int(partial.counts.max(initial=0)), int(full.counts.max(initial=0)), 2)
+    tables = []
+    for lists in (partial, full):
+        missing = num_rows - len(lists.counts)
+        tables += [np.pad(lists.counts, (0, missing)), np.pad(lists.padded(width), ((0, missing), (0, 0)))]
+    return [table[None, None] for table in tables]

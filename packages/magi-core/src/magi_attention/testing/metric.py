@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def assert_within_pytorch_error(
-    actual: Tensor, reference64: Tensor, pytorch_same_dtype: Tensor, factor: float = 2.0
+    actual: Tensor, reference64: Tensor, pytorch_same_dtype: Tensor, factor: float = 2.0, name: str = "tensor"
 ) -> None:
     """Fail if ``actual`` is further from the truth than ``factor`` times what plain PyTorch is.
 
@@ -18,11 +18,12 @@ def assert_within_pytorch_error(
         reference64: the same, computed in float64.
         pytorch_same_dtype: the same, computed by plain PyTorch in the dtype under test, and stored in it.
         factor: how many times PyTorch's largest error is allowed.
+        name: what the tensor is, for the message.
     """
     actual, reference = actual.detach().double(), reference64.detach()
-    assert actual.shape == reference.shape, f"shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
+    assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
     finite = reference.isfinite()
-    assert torch.equal(actual[~finite], reference[~finite]), "infinities differ from the reference's"
+    assert torch.equal(actual[~finite], reference[~finite]), f"{name}: infinities differ from the reference's"
     if not finite.any():
         return
     error = (actual - reference)[finite].abs().max().item()
@@ -30,7 +31,7 @@ def assert_within_pytorch_error(
     last_place = torch.finfo(pytorch_same_dtype.dtype).eps * reference[finite].abs().max().item()
     allowed = factor * pytorch_error + last_place
     # Written so that a NaN fails.
-    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e} (plain PyTorch {pytorch_error:.3e})"
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} (plain PyTorch {pytorch_error:.3e})"
 
 
 def assert_close(
