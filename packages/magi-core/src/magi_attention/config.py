@@ -214,14 +214,15 @@ class RuntimeConfig:
         precision: the data type to compute in: bf16, fp16, fp32, fp64, or ``"input"`` for that of the tensors.
         deterministic: the same bits in every run.
         hierarchical_comm: exchange in two hops; needs a 2-D mesh.
-        qo_comm: let queries and outputs travel as well.
+        qo_comm: let queries and outputs travel as well. Not implemented yet: making a key with it raises.
         native_grpcoll: exchange by the native group collectives.
-        forward_high_precision_reduce: send partial outputs in at least float32.
+        forward_high_precision_reduce: send partial outputs in at least float32; matters only with ``qo_comm``, since
+            without it partial outputs stay where they are and are merged in at least float32 anyway.
         backward_high_precision_reduce: send partial gradients in at least float32.
         sink_grad_reduce: how the ranks' gradients of the sink are combined: none, sum or avg.
         forward_sm_margin: multiprocessors that forward kernels leave to communication.
         backward_sm_margin: the same for backward kernels.
-        flatten_head_groups: plan for each key-value head's group of query heads on its own.
+        flatten_head_groups: accepted for compatibility; all heads share one plan.
         auto_range_merge: let kernels process slices with equal ranges together.
         check_plan: compare the ranks' plans once for every new key.
         skip_overlap_check: don't check that no two slices keep a common pair.

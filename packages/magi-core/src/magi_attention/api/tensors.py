@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Between the global sequence and this rank's rows: dispatch, undispatch, roll and position ids."""
 
+import torch
 from torch import Tensor
 
 from magi_attention.runtime.cache import find_manager
@@ -73,15 +74,20 @@ def roll_simple(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey) -> Ten
     return manager.roll_simple(x, shift, dim)
 
 
-def get_position_ids(key: DistAttnRuntimeKey) -> Tensor:
+def get_position_ids(key: DistAttnRuntimeKey, device: torch.device | str | None = None) -> Tensor:
     """The global position of each of this rank's rows, ``[n_local]`` int64; padding repeats the last real position.
 
     The same tensor is returned each time.
 
+    Args:
+        key: the key.
+        device: where the tensor shall lie; by default on the CPU for a gloo group or without GPU, else on the current
+            CUDA device.
+
     Raises:
         ValueError: The cache doesn't hold the key.
     """
-    return find_manager(key).get_position_ids()
+    return find_manager(key).get_position_ids(device=device)
 
 
 def _check_rows(name: str, x: Tensor, dim: int, num_rows: int, what: str) -> None:

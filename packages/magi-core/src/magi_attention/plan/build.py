@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
+from magi_attention.common.intervals import overlaps
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.demand import Demand, find_demand
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange, exchange_of_stage, two_hop_exchange
-from magi_attention.plan.intervals import overlaps
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.stages import StageOptions, choose_degree, cut_stages
 

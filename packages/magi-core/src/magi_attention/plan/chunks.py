@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
+from magi_attention.common.intervals import Intervals
 from magi_attention.common.slices import SliceTable, expand_counts
-from magi_attention.plan.intervals import Intervals
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
+from magi_attention.common.intervals import Intervals, merge, overlaps, subtract
 from magi_attention.common.slices import SliceTable
-from magi_attention.plan.intervals import Intervals, merge, overlaps, subtract
 from magi_attention.plan.layout import Layout
 
 

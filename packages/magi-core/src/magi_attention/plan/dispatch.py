@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common.enum import DispatchAlgType
+from magi_attention.common.intervals import intersect, merge
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import DispatchAlg
 from magi_attention.plan.chunks import ChunkWork, measure_chunks
-from magi_attention.plan.intervals import intersect, merge
 from magi_attention.plan.layout import Layout
 
 Owner = NDArray[np.int64]

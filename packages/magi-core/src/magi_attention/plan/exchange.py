@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.common.intervals import Intervals, intersect, merge, subtract
 from magi_attention.plan.demand import lift, lifted_runs, unlift
-from magi_attention.plan.intervals import Intervals, intersect, merge, subtract
 from magi_attention.plan.layout import Layout
 
 

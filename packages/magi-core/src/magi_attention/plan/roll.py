@@ -5,8 +5,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from magi_attention.common.intervals import intersect
 from magi_attention.plan.exchange import ExchangeTable
-from magi_attention.plan.intervals import intersect
 from magi_attention.plan.layout import Layout
 
 

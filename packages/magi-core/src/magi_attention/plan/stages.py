@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.common.intervals import split_at
 from magi_attention.plan.demand import Demand, lift, unlift
-from magi_attention.plan.intervals import split_at
 from magi_attention.plan.layout import Layout
 
 # A degree that is predicted to gain less than this is not worth its extra kernel launches and merges.

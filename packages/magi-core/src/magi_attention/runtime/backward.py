@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.protocol import Work
+from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.plan.build import Stage
-from magi_attention.runtime.job import AttentionJob, accumulation_dtype
+from magi_attention.runtime.job import AttentionJob
 
 
 class SavedAttention(NamedTuple):
@@ -46,7 +47,7 @@ class _GradientSums:
     """Sums of the stages' gradients; those of received keys are under way to their owners until ``finish``."""
 
     def __init__(self, job: AttentionJob, q: Tensor, k: Tensor, v: Tensor) -> None:
-        dtype = accumulation_dtype(q.dtype)
+        dtype = accumulation_dtype(q)
         self.collectives = job.runtime.collectives
         self.result_dtype = q.dtype
         self.travel_dtype = dtype if job.runtime.options.backward_high_precision_reduce else q.dtype

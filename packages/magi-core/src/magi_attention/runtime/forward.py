@@ -5,10 +5,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.kernels.merge import merge_partials
 from magi_attention.kernels.protocol import AttentionResult
 from magi_attention.kernels.sink import apply_sink
-from magi_attention.runtime.job import AttentionJob, accumulation_dtype
+from magi_attention.runtime.job import AttentionJob
 
 
 def attend(job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> AttentionResult:
@@ -46,7 +47,7 @@ def _merged(first: AttentionResult, second: AttentionResult) -> AttentionResult:
 
 def _nothing(q: Tensor, v: Tensor) -> AttentionResult:
     """The result of a rank whose queries attend to no key at all."""
-    dtype = accumulation_dtype(q.dtype)
+    dtype = accumulation_dtype(q)
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     return AttentionResult(out, q.new_full(q.shape[:2], float("-inf"), dtype=dtype))
 

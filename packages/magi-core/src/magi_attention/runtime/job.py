@@ -71,8 +71,3 @@ class AttentionJob:
         if stage.exchange is None:
             return None
         return self.runtime.collectives.cast([k, v], stage.exchange)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision in which partial results of tensors of ``dtype`` are added up."""
-    return torch.promote_types(dtype, torch.float32)

@@ -93,7 +93,8 @@ class DistAttnRuntimeMgr:
     ) -> Tensor:
         """``[n_local]`` int64: the global position of each local row; padding repeats the last real position.
 
-        The same tensor object is returned each time. By default it lies where the group's collectives run.
+        The same tensor object is returned each time. By default it lies on the CPU for a gloo group or without GPU,
+        else on the current CUDA device.
         """
         if not isinstance(attn_role, AttnRole):
             raise ValueError(f"attn_role must be an AttnRole, got {attn_role!r}")
@@ -147,8 +148,7 @@ def _layout_for(key: DistAttnRuntimeKey, num_ranks: int) -> Layout:
 
 
 def _stage_options(overlap: OverlapConfig) -> StageOptions:
-    if not isinstance(overlap.alg, UniformOverlapAlg):
-        raise NotImplementedError(f"{type(overlap.alg).__name__} is not implemented: use UniformOverlapAlg")
+    assert isinstance(overlap.alg, UniformOverlapAlg), overlap.alg
     return StageOptions(
         degree=0 if overlap.no_overlap else overlap.degree,
         max_degree=overlap.dynamic_max_degree or 1,

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carry out ``magi demo``."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from magi_attention.cli.demo.data import pack, read_documents
+from magi_attention.cli.demo.launch import train_on_ranks
+from magi_attention.cli.demo.options import DemoOptions, Device, Precision
+from magi_attention.cli.demo.report import Comparison, loss_table, share_table, time_table, verdict
+from magi_attention.cli.demo.train import StepResult, train
+from magi_attention.cli.picture import save_picture
+from magi_attention.cli.shares import share_of
+from magi_attention.kernels.protocol import AttentionRequest
+from magi_attention.kernels.registry import choose_backend
+
+DTYPES = {
+    Precision.FP64: torch.float64,
+    Precision.FP32: torch.float32,
+    Precision.BF16: torch.bfloat16,
+    Precision.FP16: torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the options come to on this machine.
+
+    Attributes:
+        documents: the texts.
+        device: ``"cpu"`` or ``"cuda"``.
+        backend: name of the kernel backend that will compute.
+    """
+
+    documents: list[bytes]
+    device: str
+    backend: str
+
+
+def prepare(options: DemoOptions) -> Setup:
+    """Find texts, device and kernel backend.
+
+    Raises:
+        ValueError: if the texts are empty, the sequence too short, the GPUs too few or the backend unknown.
+        RuntimeError: if the backend is not installed or cannot compute this; it says why.
+    """
+    documents = read_documents(options.files)
+    pack(documents, options.tokens, options.mask, options.seed, step=0)
+    device = choose_device(options.device, options.processes, torch.cuda.device_count())
+    request = AttentionRequest(
+        device=torch.device(device, 0) if device == "cuda" else torch.device(device),
+        dtype=DTYPES[options.precision],
+        num_heads_q=options.heads,
+        num_heads_kv=options.kv_heads,
+        head_dim=options.dim // options.heads,
+        head_dim_v=options.dim // options.heads,
+    )
+    return Setup(documents, device, choose_backend(request, options.backend).name)
+
+
+def choose_device(wish: Device, processes: int, num_gpus: int) -> str:
+    """Return ``"cuda"`` or ``"cpu"``; every process needs a GPU of its own."""
+    if wish is Device.AUTO:
+        return "cuda" if num_gpus >= processes else "cpu"
+    if wish is Device.CUDA and num_gpus < processes:
+        raise ValueError(
+            f"--device cuda needs a GPU for each process: {processes} processes, {num_gpus} GPUs are visible; "
+            + (f"take --processes {num_gpus} or --device cpu" if num_gpus else "take --device cpu")
+        )
+    return wish.value
+
+
+def run_demo(options: DemoOptions, setup: Setup, out: Path, console: Console) -> int:
+    """Train twice, compare, draw; returns the exit code: 0, or 1 if the losses disagree."""
+    console.print(_headline(options, setup), highlight=False)
+    single: list[StepResult] = []
+    several: list[StepResult] = []
+    with _progress(console) as track:
+        train(setup.documents, options, torch.device(setup.device), None, track("1 process", options.steps, single))
+        report_step = track(f"{options.processes} processes", options.steps, several)
+        plans = train_on_ranks(setup.documents, options, setup.device, report_step)
+    comparison = Comparison(single, several, options.precision.tolerance)
+    for table in (
+        loss_table(comparison, options.processes),
+        share_table([share_of(plan) for plan in plans]),
+        time_table(comparison, options.processes),
+    ):
+        console.print(table)
+    mask = pack(setup.documents, options.tokens, options.mask, options.seed, options.steps - 1).mask
+    title = f"magi demo, step {options.steps}: {options.mask.value} mask, {options.tokens:,} tokens, {len(plans)} ranks"
+    save_picture(out, mask, plans, title)
+    console.print(f"Picture of the last step's plan: [bold]{out}[/bold]", highlight=False)
+    disagrees = bool(comparison.disagreeing_steps)
+    console.print(f"[bold {'red' if disagrees else 'green'}]{verdict(comparison)}", highlight=False)
+    return int(disagrees)
+
+
+def _headline(options: DemoOptions, setup: Setup) -> str:
+    size = sum(map(len, setup.documents))
+    return (
+        f"[bold]magi demo[/bold]: a Llama of {options.layers} layers ({options.heads} query heads, {options.kv_heads} "
+        f"key/value heads, width {options.dim}) learns {len(setup.documents)} documents, {size:,} bytes.\n"
+        f"{options.steps} steps of {options.tokens:,} tokens, mask family {options.mask.value}; on {setup.device}, "
+        f"kernel backend {setup.backend}, {options.precision.value}."
+    )
+
+
+@contextmanager
+def _progress(
+    console: Console,
+) -> Iterator[Callable[[str, int, list[StepResult]], Callable[[StepResult], None]]]:
+    """Yield a function that adds a bar for a run and returns what to call after each of its steps."""
+    columns = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+
+        def track(name: str, steps: int, results: list[StepResult]) -> Callable[[StepResult], None]:
+            task = progress.add_task(name, total=steps, loss="-")
+
+            def report(result: StepResult) -> None:
+                results.append(result)
+                progress.update(task, advance=1, loss=f"{result.loss:.4f}")
+
+            return report
+
+        yield track

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of ``magi demo``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from rich.table import Table
+
+from magi_attention.cli.demo.train import StepResult
+from magi_attention.cli.shares import RankShare, imbalance
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The steps of both runs.
+
+    Attributes:
+        single: the steps on one process.
+        several: the same steps on several processes.
+        tolerance: the relative difference that the losses may have.
+    """
+
+    single: Sequence[StepResult]
+    several: Sequence[StepResult]
+    tolerance: float
+
+    @property
+    def differences(self) -> list[float]:
+        """Each step's difference of the losses, relative to the single process's."""
+        return [abs(b.loss - a.loss) / abs(a.loss) for a, b in zip(self.single, self.several, strict=True)]
+
+    @property
+    def disagreeing_steps(self) -> list[int]:
+        """The steps, counted from 1, whose losses differ by more than the tolerance or are not numbers."""
+        return [step for step, difference in enumerate(self.differences, 1) if not difference <= self.tolerance]
+
+
+def loss_table(comparison: Comparison, processes: int) -> Table:
+    """Show both runs' losses, step by step."""
+    table = Table(
+        title="Loss per step",
+        caption="Mean cross-entropy, nats per byte. Every step packs other documents: "
+        "its mask is new, and is planned anew by every rank. The time includes their check that all planned the same.",
+    )
+    for name in ("step", "1 process", f"{processes} processes", "relative difference", "planned in"):
+        table.add_column(name, justify="right")
+    disagreeing = set(comparison.disagreeing_steps)
+    rows = zip(comparison.single, comparison.several, comparison.differences, strict=True)
+    for step, (single, several, difference) in enumerate(rows, 1):
+        table.add_row(
+            str(step),
+            f"{single.loss:.7f}",
+            f"{several.loss:.7f}",
+            f"{difference:.1e}",
+            f"{several.planning_seconds * 1e3:.1f} ms",
+            style="bold red" if step in disagreeing else None,
+        )
+    return table
+
+
+def share_table(shares: Sequence[RankShare]) -> Table:
+    """Show what each rank holds, computes and receives."""
+    table = Table(
+        title="The last step's attention, rank by rank",
+        caption="Tokens are those that the rank holds. A pair is a query and a key that it sees. A row is one token's "
+        "key and value, received from another rank in one layer's forward. An all-gather brings each rank all rows "
+        "that it does not hold; a ring passes the same rows through it.",
+    )
+    columns = ("rank", "tokens", "pairs computed", "of mean", "rows received", "all-gather or ring", "saved")
+    for name in columns:
+        table.add_column(name, justify="right")
+    mean = sum(share.pairs for share in shares) / len(shares)
+    for share in shares:
+        table.add_row(
+            str(share.rank),
+            f"{share.tokens:,}",
+            f"{share.pairs:,}",
+            f"{share.pairs / mean:.1%}",
+            *_savings(share.rows_received, share.rows_of_others),
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        f"{sum(share.tokens for share in shares):,}",
+        f"{sum(share.pairs for share in shares):,}",
+        f"≤ {imbalance(shares):.1%}",
+        *_savings(sum(share.rows_received for share in shares), sum(share.rows_of_others for share in shares)),
+        style="bold",
+    )
+    return table
+
+
+def time_table(comparison: Comparison, processes: int) -> Table:
+    """Show the seconds of both runs."""
+    table = Table(
+        title="Time",
+        caption="Without the start of the processes. On a CPU each process computes with one thread, as if it were a "
+        "device of its own; processes beyond the number of cores bring no speed.",
+    )
+    for name in ("", "training", "median step", "median planning"):
+        table.add_column(name, justify="right")
+    for name, steps in (("1 process", comparison.single), (f"{processes} processes", comparison.several)):
+        table.add_row(
+            name,
+            f"{sum(step.seconds for step in steps):.1f} s",
+            f"{median(step.seconds for step in steps):.2f} s",
+            f"{median(step.planning_seconds for step in steps) * 1e3:.1f} ms",
+        )
+    return table
+
+
+def verdict(comparison: Comparison) -> str:
+    """Say whether the runs agree, and how the loss went."""
+    if steps := comparison.disagreeing_steps:
+        return (
+            f"The losses differ by more than {comparison.tolerance:g} relative at {len(steps)} of "
+            f"{len(comparison.differences)} steps; first at step {steps[0]}, "
+            f"by {comparison.differences[steps[0] - 1]:.1e}."
+        )
+    return (
+        f"The losses of both runs agree at every step, to {max(comparison.differences):.1e} relative "
+        f"(allowed: {comparison.tolerance:g}). From the first step to the last they went from "
+        f"{comparison.single[0].loss:.3f} to {comparison.single[-1].loss:.3f}."
+    )
+
+
+def _savings(received: int, of_others: int) -> tuple[str, str, str]:
+    saved = 1 - received / of_others if of_others else 0.0
+    return f"{received:,}", f"{of_others:,}", f"{saved:.0%}"

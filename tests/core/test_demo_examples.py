@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs of examples/ run, on one process and under torchrun, with the same numbers."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def numbers_printed(command):
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    line = next(line for line in done.stdout.splitlines() if "norm" in line)
+    return [float(number) for number in re.findall(r"\d+\.\d+", line)]
+
+
+@pytest.mark.parametrize("name", ["quickstart.py", "second_mask.py"])
+def test_example_gives_the_same_on_one_process_and_on_two(name):
+    alone = numbers_printed([str(EXAMPLES / name)])
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    together = numbers_printed([*torchrun, str(EXAMPLES / name)])
+    assert len(alone) == 2
+    assert together == pytest.approx(alone, rel=1e-4)
