@@ -10,6 +10,7 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.plan.build import Plan, Stage, build_plan, build_plans
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.qo import RowCosts
 from magi_attention.plan.stages import StageOptions
 from magi_attention.testing.masks import random_masks
 
@@ -97,12 +98,24 @@ def two_hop_cast(exchanges: list[TwoHopExchange], own: list[np.ndarray], per_nod
     return received
 
 
+def add_visits(count: np.ndarray, stages: list[Stage], own: list[np.ndarray]) -> None:
+    """Count the pairs of a stage whose queries travel."""
+    for rank, (stage, queries) in enumerate(zip(stages, cast([stage.exchange for stage in stages], own), strict=True)):
+        local = dense_count(stage.slices, len(queries), len(own[rank]))
+        assert local.any(axis=1).all(), "a query travelled that reads no key of the rank"
+        assert not np.isin(queries, own[rank]).any()
+        np.add.at(count, (queries[:, None], own[rank][None, :]), local)
+
+
 def check(slices: SliceTable, layout: Layout, plans: list[Plan], per_node: int = 1) -> None:
     own = [layout.positions(rank) for rank in range(layout.num_ranks)]
     assert sorted(np.concatenate(own).tolist()) == list(range(layout.total))
     count = np.zeros((layout.total, layout.total), int)
     assert len({len(plan.stages) for plan in plans}) == 1
     for stages in zip(*[plan.stages for plan in plans], strict=True):
+        if stages[0].queries_travel:
+            add_visits(count, list(stages), own)
+            continue
         for rank, (stage, keys) in enumerate(zip(stages, key_buffers(list(stages), own, per_node), strict=True)):
             local = dense_count(stage.slices, len(own[rank]), len(keys))
             np.add.at(count, (own[rank][:, None], keys[None, :]), local)
@@ -131,6 +144,30 @@ def test_two_hop_plans_fit_together(case, degree):
         shape = (layout.num_ranks // per_node, per_node)
         options = StageOptions(degree=degree, min_piece=2)
         check(slices, layout, build_plans(slices, layout, range(layout.num_ranks), options, shape), per_node)
+
+
+@given(
+    layouts(), st.sampled_from([RowCosts(1, 1), RowCosts(5, 1), RowCosts(1, 5), RowCosts(1, 10**6), RowCosts(10**6, 1)])
+)
+def test_plans_in_both_directions_fit_together(case, costs):
+    slices, layout = case
+    plans = build_plans(slices, layout, range(layout.num_ranks), row_costs=costs)
+    check(slices, layout, plans)
+    if layout.num_ranks > 1:
+        _, queries, keys = zip(*[plan.stages for plan in plans], strict=True)
+        moved = costs.keys * sum(s.num_received for s in keys) + costs.queries * sum(s.num_received for s in queries)
+        all_keys = build_plans(slices, layout, range(layout.num_ranks))
+        assert moved <= costs.keys * sum(s.num_received for plan in all_keys for s in plan.stages)
+
+
+def test_few_queries_travel_to_many_keys():
+    # Rank 1's eight queries read all keys of rank 0 and rank 0's queries read none of rank 1's.
+    slices = SliceTable([[0, 64, 0, 64, 1], [120, 128, 0, 128, 0]])
+    layout = Layout(128, 128, 64, 2, np.array([0, 1]))
+    plans = build_plans(slices, layout, range(2), row_costs=RowCosts.of_heads(8, 8, 128))
+    check(slices, layout, plans)
+    assert [plan.stages[1].num_received for plan in plans] == [8, 0]
+    assert [plan.stages[2].num_received for plan in plans] == [0, 0]
 
 
 @given(layouts())

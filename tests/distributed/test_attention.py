@@ -134,6 +134,28 @@ def test_a_mesh_without_two_hops_is_its_flat_group(pool):
     assert_right(case, answer_of(pool, case))
 
 
+@given(cases().filter(lambda case: has_pairs(case.slices)), st.sampled_from([1, 2, 4]))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+def test_queries_travel_where_that_is_cheaper(pool, case, num_heads_kv):
+    config = replace(
+        case.config,
+        overlap_config=OverlapConfig(degree=1),
+        runtime_config=replace(case.config.runtime_config, qo_comm=True),
+    )
+    case = replace(case, config=config, num_heads_q=4, num_heads_kv=num_heads_kv)
+    assert_right(case, answer_of(pool, case))
+
+
+@pytest.mark.parametrize("high_precision", [False, True], ids=["own-precision", "high-precision"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_travelling_queries_in_low_precision(pool, dtype, high_precision):
+    # The last rank's queries are few and read everything; with as many key heads as query heads they travel.
+    slices = SliceTable([[0, 128, 0, 128, 1], [180, 192, 0, 192, 0]])
+    config = config_of(degree=1, high_precision=high_precision, qo_comm=True)
+    case = Case(192, slices, 4, config=config, dtype=dtype, num_heads_kv=4, head_dim=32, head_dim_v=32, num_sinks=4)
+    assert_right(case, answer_of(pool, case))
+
+
 def test_random_stage_ends(pool):
     config = DistAttnConfig(
         overlap_config=OverlapConfig(

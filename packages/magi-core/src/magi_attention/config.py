@@ -214,7 +214,7 @@ class RuntimeConfig:
         precision: the data type to compute in: bf16, fp16, fp32, fp64, or ``"input"`` for that of the tensors.
         deterministic: the same bits in every run.
         hierarchical_comm: exchange in two hops; needs a 2-D mesh.
-        qo_comm: let queries and outputs travel as well. Not implemented yet: making a key with it raises.
+        qo_comm: let queries travel to the keys and outputs back, wherever that moves fewer bytes than keys and values.
         native_grpcoll: exchange by the native group collectives.
         forward_high_precision_reduce: send partial outputs in at least float32; matters only with ``qo_comm``, since
             without it partial outputs stay where they are and are merged in at least float32 anyway.

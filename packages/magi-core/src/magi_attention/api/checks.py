@@ -106,12 +106,10 @@ def check_plannable(key: DistAttnRuntimeKey) -> None:
 
     Raises:
         ValueError: No slice has queries and keys, or two slices keep a common pair.
-        NotImplementedError: An overlap algorithm without implementation, or ``qo_comm``.
+        NotImplementedError: An overlap algorithm without implementation.
     """
     if isinstance(key.dist_attn_config.overlap_config.alg, GreedyOverlapAlg):
         raise NotImplementedError("GreedyOverlapAlg is not implemented; use UniformOverlapAlg")
-    if key.is_qo_comm_enable:
-        raise NotImplementedError("the exchange of queries and outputs is not implemented; switch qo_comm off")
     q0, q1, k0, k1, _ = key.slices.rows.T
     if not ((q1 > q0) & (k1 > k0)).any():
         raise ValueError("every slice of the mask is empty: none has both queries and keys")

@@ -15,6 +15,7 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.plan.demand import Demand, find_demand
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange, exchange_of_stage, two_hop_exchange
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.qo import RowCosts, choose_directions
 from magi_attention.plan.stages import StageOptions, choose_degree, cut_stages
 
 
@@ -23,16 +24,21 @@ class Stage:
     """One kernel call of a rank.
 
     Its key buffer is the rank's own rows, if ``reads_own``, followed by the rows received by ``exchange``, if any.
+    Where ``queries_travel``, it is the queries that ``exchange`` brings: the received rows attend to the rank's own
+    keys, and their outputs go back to where they came from.
 
     Attributes:
-        slices: (local query rows, rows of the key buffer).
+        slices: (query rows, rows of the key buffer); the query rows are the rank's own or, where ``queries_travel``,
+            those received.
         reads_own: whether the key buffer starts with the rank's own rows.
-        exchange: how the other rows of the key buffer come; None where no rank of the group receives any.
+        exchange: how the rows that are not the rank's own come; None where no rank of the group receives any.
+        queries_travel: whether ``exchange`` is of queries rather than of keys.
     """
 
     slices: SliceTable
     reads_own: bool
     exchange: ExchangeTable | TwoHopExchange | None
+    queries_travel: bool = False
 
     @property
     def num_received(self) -> int:
@@ -63,6 +69,7 @@ def build_plan(
     rank: int,
     options: StageOptions = StageOptions(),
     mesh_shape: tuple[int, int] | None = None,
+    row_costs: RowCosts | None = None,
 ) -> Plan:
     """Plan one rank's share. Needs no communication: every rank derives what the others need from the same inputs.
 
@@ -72,8 +79,10 @@ def build_plan(
         rank: the rank to plan for.
         options: how to cut overlap stages.
         mesh_shape: ``(nodes, ranks per node)`` to plan two-hop exchanges; None for direct ones.
+        row_costs: what a key row and a query row cost, to let queries travel where that is cheaper; None for keys
+            only. Then there is one stage for each direction, whatever the degree, and exchanges are direct.
     """
-    return build_plans(slices, layout, [rank], options, mesh_shape)[0]
+    return build_plans(slices, layout, [rank], options, mesh_shape, row_costs)[0]
 
 
 def build_plans(
@@ -82,12 +91,15 @@ def build_plans(
     ranks: Sequence[int],
     options: StageOptions = StageOptions(),
     mesh_shape: tuple[int, int] | None = None,
+    row_costs: RowCosts | None = None,
 ) -> list[Plan]:
     """Plan the shares of several ranks, deriving what all ranks have in common once."""
     demand = find_demand(slices, layout)
     degree = choose_degree(demand, options)
+    digest = _digest(slices, layout, replace(options, degree=degree), mesh_shape, row_costs)
+    if row_costs is not None:
+        return [Plan(layout, rank, _stages_both_ways(demand, layout, rank, row_costs), digest) for rank in ranks]
     remote = cut_stages(demand, layout, max(degree, 1), options)
-    digest = _digest(slices, layout, replace(options, degree=degree), mesh_shape)
     return [Plan(layout, rank, _stages_of(demand, remote, layout, rank, degree, mesh_shape), digest) for rank in ranks]
 
 
@@ -99,10 +111,7 @@ def _stages_of(
     degree: int,
     mesh_shape: tuple[int, int] | None,
 ) -> tuple[Stage, ...]:
-    own = layout.runs_of(rank)
-    mine = layout.runs[demand.run, 2] == rank
-    runs = layout.runs[demand.run[mine]]
-    bands = band.shift(demand.bands[mine], runs[:, 3] - runs[:, 0], 0)
+    own, bands = layout.runs_of(rank), _local_queries(demand, layout, rank)
     moved = [part for stage in range(max(degree, 1)) if len(part := remote[remote[:, 3] == stage])]
     exchanges = [
         exchange_of_stage(part, layout, rank)
@@ -110,7 +119,7 @@ def _stages_of(
         else two_hop_exchange(part, layout, rank, mesh_shape)
         for part in moved
     ]
-    received = [_key_buffer(part[part[:, 0] == rank, 1:3]) for part in moved]
+    received = [_packed_rows(part[part[:, 0] == rank, 1:3]) for part in moved]
     if degree == 0 and moved:
         own_then_received = np.concatenate([own, received[0] + [0, 0, layout.rows_per_rank[rank]]])
         by_row = np.argsort(own_then_received[:, 0])
@@ -121,8 +130,38 @@ def _stages_of(
     return (Stage(_slices_in(bands, own), True, None), *remote_stages)
 
 
-def _key_buffer(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``(start, stop, position)`` of global key rows that are stored one after another."""
+def _stages_both_ways(demand: Demand, layout: Layout, rank: int, costs: RowCosts) -> tuple[Stage, ...]:
+    """Own rows, then visiting queries with own keys, then own queries with received keys.
+
+    All ranks have all three stages, since a rank knows only the pairs that it is part of.
+    """
+    own, bands = layout.runs_of(rank), _local_queries(demand, layout, rank)
+    first = Stage(_slices_in(bands, own), True, None)
+    if layout.num_ranks == 1:
+        return (first,)
+    directions = choose_directions(demand, layout, rank, costs)
+    visiting = _packed_rows(directions.queries[directions.queries[:, 0] == rank, 1:])
+    received = _packed_rows(directions.keys[directions.keys[:, 0] == rank, 1:])
+    place = visiting[np.searchsorted(visiting[:, 0], directions.guests[:, band.Q0], side="right") - 1]
+    guests = band.shift(directions.guests, place[:, 2] - place[:, 0], 0)
+    by_queries = exchange_of_stage(directions.queries, layout, rank)
+    by_keys = exchange_of_stage(directions.keys, layout, rank)
+    return (
+        first,
+        Stage(_slices_in(guests, own), True, by_queries, queries_travel=True),
+        Stage(_slices_in(bands, received), False, by_keys),
+    )
+
+
+def _local_queries(demand: Demand, layout: Layout, rank: int) -> Bands:
+    """The rank's bands, their queries numbered as the rank's local rows."""
+    mine = layout.runs[demand.run, 2] == rank
+    runs = layout.runs[demand.run[mine]]
+    return band.shift(demand.bands[mine], runs[:, 3] - runs[:, 0], 0)
+
+
+def _packed_rows(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``(start, stop, position)`` of global rows that are stored one after another."""
     length = rows[:, 1] - rows[:, 0]
     return np.column_stack([rows, np.cumsum(length) - length])
 
@@ -155,8 +194,15 @@ def _join_full(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return joined[np.lexsort((joined[:, 2], joined[:, 0]))]
 
 
-def _digest(slices: SliceTable, layout: Layout, options: StageOptions, mesh_shape: tuple[int, int] | None) -> bytes:
-    numbers = (layout.num_real, layout.total, layout.chunk_size, layout.num_ranks, options, mesh_shape)
+def _digest(
+    slices: SliceTable,
+    layout: Layout,
+    options: StageOptions,
+    mesh_shape: tuple[int, int] | None,
+    row_costs: RowCosts | None,
+) -> bytes:
+    sizes = (layout.num_real, layout.total, layout.chunk_size, layout.num_ranks)
+    numbers = (sizes, options, mesh_shape, row_costs)
     digest = hashlib.sha256(repr(numbers).encode())
     digest.update(slices.rows.tobytes())
     digest.update(layout.owner.tobytes())

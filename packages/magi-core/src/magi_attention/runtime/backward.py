@@ -32,19 +32,31 @@ def differentiate(
     """
     q, k, v, out, lse = saved
     total = _GradientSums(job, q, k, v)
-    for stage, keys, values in job.stages_with_keys(k, v):
-        if len(stage.slices):
-            call = job.call_for(stage, backward=True)
-            dq, dk, dv = job.backend.backward(dout, q, keys, values, out, lse, dlse, call)
-            total.dq += dq
+    queries_travel = any(stage.queries_travel for stage in job.runtime.plan.stages)
+    travellers = [q, dout, lse, _row_term(saved, dout, dlse)] if queries_travel else [q]
+    for stage, rows, keys, values in job.walk(travellers, k, v):
+        call = job.call_for(stage, backward=True)
+        if not len(stage.slices):
+            dq, dk, dv = torch.zeros_like(rows[0]), torch.zeros_like(keys), torch.zeros_like(values)
+        elif stage.queries_travel:
+            queries, douts, lses, row_terms = rows
+            no_out = torch.zeros_like(douts)
+            dq, dk, dv = job.backend.backward(douts, queries, keys, values, no_out, lses, row_terms, call)
         else:
-            dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+            dq, dk, dv = job.backend.backward(dout, q, keys, values, out, lse, dlse, call)
+        total.add_queries(stage, dq)
         total.add_keys(stage, dk, dv)
     return total.finish()
 
 
+def _row_term(saved: SavedAttention, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """``dlse - rowsum(dout * out)``: all that a gradient reads of either, so that ``out`` itself need not travel."""
+    delta = (dout.to(saved.lse.dtype) * saved.out.to(saved.lse.dtype)).sum(-1)
+    return -delta if dlse is None else dlse - delta
+
+
 class _GradientSums:
-    """Sums of the stages' gradients; those of received keys are under way to their owners until ``finish``."""
+    """Sums of the stages' gradients; those of received rows are under way to their owners until ``finish``."""
 
     def __init__(self, job: AttentionJob, q: Tensor, k: Tensor, v: Tensor) -> None:
         dtype = accumulation_dtype(q)
@@ -54,14 +66,24 @@ class _GradientSums:
         self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
         self.travelling: list[Work[None]] = []
 
+    def add_queries(self, stage: Stage, dq: Tensor) -> None:
+        if stage.queries_travel:
+            self._send_home(stage, [dq], [self.dq])
+        elif len(stage.slices):
+            self.dq += dq
+
     def add_keys(self, stage: Stage, dk: Tensor, dv: Tensor) -> None:
         num_own = len(self.dk) if stage.reads_own else 0
         if num_own:
             self.dk += dk[:num_own]
             self.dv += dv[:num_own]
-        if stage.exchange is not None:
-            partials = [x[num_own:].to(self.travel_dtype) for x in (dk, dv)]
-            self.travelling.append(self.collectives.reduce(partials, stage.exchange, [self.dk, self.dv]))
+        if stage.exchange is not None and not stage.queries_travel:
+            self._send_home(stage, [dk[num_own:], dv[num_own:]], [self.dk, self.dv])
+
+    def _send_home(self, stage: Stage, partials: list[Tensor], into: list[Tensor]) -> None:
+        assert stage.exchange is not None
+        partials = [x.to(self.travel_dtype) for x in partials]
+        self.travelling.append(self.collectives.reduce(partials, stage.exchange, into))
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         for work in self.travelling:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the forward and the backward pass of one distributed attention have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,22 @@ class DistAttnRuntime:
     options: RuntimeConfig
 
 
+class StageInputs(NamedTuple):
+    """What a stage reads once its rows have arrived.
+
+    Attributes:
+        stage: the stage.
+        queries: tensors of the query side, ``[tq, ...]``: the rank's own or, where queries travel, the visitors'.
+        keys: ``[tk, hk, d]``.
+        values: ``[tk, hk, dv]``.
+    """
+
+    stage: Stage
+    queries: Sequence[Tensor]
+    keys: Tensor
+    values: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionJob:
     """One call of a distributed attention: the runtime, the chosen backend and the call's own parameters."""
@@ -54,20 +71,31 @@ class AttentionJob:
             sm_margin=margin or 0,
         )
 
-    def stages_with_keys(self, k: Tensor, v: Tensor) -> Iterator[tuple[Stage, Tensor, Tensor]]:
-        """Walk the stages with their key and value buffers; the next stage's rows travel while one is computed."""
+    def walk(self, queries: Sequence[Tensor], k: Tensor, v: Tensor) -> Iterator[StageInputs]:
+        """Walk the stages; the next stage's rows travel while one is computed.
+
+        Args:
+            queries: the rank's tensors of the query side, all of which travel where queries do.
+            k: the rank's keys.
+            v: the rank's values.
+        """
         stages = self.runtime.plan.stages
-        travelling = self._start_cast(stages[0], k, v)
+        travelling = self._start_cast(stages[0], queries, k, v)
         for stage, following in zip(stages, [*stages[1:], None], strict=True):
             arriving = travelling
             if following is not None:
-                travelling = self._start_cast(following, k, v)
-            keys, values = (k, v) if arriving is None else arriving.wait()
-            if stage.reads_own and arriving is not None:
-                keys, values = torch.cat([k, keys]), torch.cat([v, values])
-            yield stage, keys, values
+                travelling = self._start_cast(following, queries, k, v)
+            arrived = None if arriving is None else arriving.wait()
+            if arrived is None:
+                yield StageInputs(stage, queries, k, v)
+            elif stage.queries_travel:
+                yield StageInputs(stage, arrived, k, v)
+            elif stage.reads_own:
+                yield StageInputs(stage, queries, torch.cat([k, arrived[0]]), torch.cat([v, arrived[1]]))
+            else:
+                yield StageInputs(stage, queries, *arrived)
 
-    def _start_cast(self, stage: Stage, k: Tensor, v: Tensor) -> Work[list[Tensor]] | None:
+    def _start_cast(self, stage: Stage, queries: Sequence[Tensor], k: Tensor, v: Tensor) -> Work[list[Tensor]] | None:
         if stage.exchange is None:
             return None
-        return self.runtime.collectives.cast([k, v], stage.exchange)
+        return self.runtime.collectives.cast(queries if stage.queries_travel else [k, v], stage.exchange)

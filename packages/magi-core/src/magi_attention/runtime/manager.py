@@ -17,6 +17,7 @@ from magi_attention.config import OverlapConfig, UniformOverlapAlg
 from magi_attention.plan.build import build_plan
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.qo import RowCosts
 from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime.autograd import dist_attn_func
 from magi_attention.runtime.dispatch import RowIndex, dispatch_rows, undispatch_rows
@@ -119,7 +120,10 @@ class DistAttnRuntimeMgr:
         options = config.runtime_config
         mesh = key.cp_mesh if options.hierarchical_comm else None
         mesh_shape = None if mesh is None else (mesh.size(0), mesh.size(1))
-        plan = build_plan(key.slices, layout, rank, _stage_options(config.overlap_config), mesh_shape)
+        stage_options = _stage_options(config.overlap_config)
+        plan = build_plan(
+            key.slices, layout, rank, stage_options, mesh_shape, _row_costs(key) if options.qo_comm else None
+        )
         if options.check_plan:
             asked = (options, key.num_heads_q, key.num_heads_kv, key.head_dim)
             check_agreement(hashlib.sha256(plan.digest + repr(asked).encode()).digest(), group)
@@ -157,6 +161,17 @@ def _stage_options(overlap: OverlapConfig) -> StageOptions:
         seconds_per_pair=overlap.calc_cost_factor,
         seconds_per_row=overlap.comm_cost_factor,
         random_seed=(overlap.alg.random_seed or 0) if overlap.alg.random_costs else None,
+    )
+
+
+def _row_costs(key: DistAttnRuntimeKey) -> RowCosts:
+    options = key.dist_attn_config.runtime_config
+    return RowCosts.of_heads(
+        key.num_heads_q,
+        key.num_heads_kv,
+        key.head_dim,
+        forward_high_precision=bool(options.forward_high_precision_reduce),
+        backward_high_precision=bool(options.backward_high_precision_reduce),
     )
 
 
