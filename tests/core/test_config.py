@@ -240,6 +240,7 @@ def test_resolving_without_any_variable():
         flatten_head_groups=False,
         auto_range_merge=False,
         check_plan=True,
+        check_plan_timeout=30,
         skip_overlap_check=False,
     )
     assert resolved.resolved() == resolved
@@ -260,6 +261,7 @@ FIELDS = [
     ("flatten_head_groups", "MAGI_ATTENTION_FLATTEN_HEAD_GROUPS", "1", True, False),
     ("auto_range_merge", "MAGI_ATTENTION_AUTO_RANGE_MERGE", "1", True, False),
     ("check_plan", "MAGI_ATTENTION_CHECK_PLAN", "0", False, True),
+    ("check_plan_timeout", "MAGI_ATTENTION_CHECK_PLAN_TIMEOUT", "90", 90, 5),
     ("skip_overlap_check", "MAGI_ATTENTION_SKIP_OVERLAP_CHECK", "1", True, False),
 ]
 

@@ -108,12 +108,24 @@ def test_lists_of_different_lengths_are_refused():
 def test_derived_values_are_built_once():
     table, built = SliceTable([[0, 4, 0, 4, 1]]), []
 
-    def build(source):
-        built.append(source)
-        return source.area()
+    def build():
+        built.append("area")
+        return table.area()
 
     assert table.derived("area", build) == table.derived("area", build) == 10
-    assert built == [table]
+    assert built == ["area"]
+    table.forget_derived()
+    assert table.derived("area", build) == 10
+    assert built == ["area", "area"]
+
+
+def test_double_cover_is_found_along_the_axis_with_fewer_pieces():
+    # Nested queries over neighboring keys: cut along the queries, n slices would be n * n / 2 pieces.
+    rows = [[64 * i, 6400, 64 * i, 64 * i + 64, 0] for i in range(100)]
+    assert find_double_cover(SliceTable(rows)) is None
+    assert find_double_cover(SliceTable([*rows, [6399, 6400, 128, 129, 0]])) == (2, 100)
+    transposed = [[k0, k1, q0, q1, kind] for q0, q1, k0, k1, kind in rows]
+    assert find_double_cover(SliceTable([*transposed, [128, 129, 6399, 6400, 0]])) == (2, 100)
 
 
 def test_expand_counts():

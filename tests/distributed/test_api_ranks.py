@@ -2,8 +2,9 @@
 """The API over several ranks: layout functions against plain torch, new masks, the cache, and ranks that disagree."""
 
 import contextlib
-import functools
+import gc
 import time
+import weakref
 from unittest import mock
 
 import pytest
@@ -29,13 +30,12 @@ from magi_attention.api import (
     roll_simple,
     undispatch,
 )
-from magi_attention.comm import agreement
 from magi_attention.common import AttnMaskType
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import RuntimeConfig
 from magi_attention.dist_attn_runtime_mgr import init_dist_attn_runtime_mgr
 from magi_attention.meta import make_dispatch_meta_from_qk_ranges
-from magi_attention.runtime import manager
+from magi_attention.runtime import cache
 from magi_attention.testing.distributed import RankPool
 from magi_attention.testing.oracle import dense_attention
 
@@ -291,25 +291,111 @@ def plan_what_differs(rank, world_size, difference):
 @pytest.mark.parametrize("difference", ["mask", "type", "length", "chunk", "heads"])
 def test_ranks_that_disagree_are_named_on_every_rank(pool, difference):
     messages = pool.run(plan_what_differs, difference, timeout_s=60)
-    assert all(message is not None and "2" in message for message in messages), messages
+    assert all("ranks [2] differ from ranks [0, 1, 3]" in message for message in messages), messages
     # The group is still good: the same ranks then agree on a key.
     pool.run(check_dispatch, *SHARDS["even"])
 
 
 def fail_alone(rank, world_size):
     group = dist.new_group([0, 1, 2])  # a group of their own, so that the others' next keys stay in step
-    quick = functools.partial(agreement.check_agreement, timeout_s=2.0)
-    with mock.patch.object(manager, "check_agreement", quick), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         if rank == 1:
             stack.enter_context(pytest.raises(ValueError, match="end at 65"))
             magi_attn_flex_key(*[AttnRanges.from_ranges([(0, 65)])] * 2, "full", 64, 64, 4, 2, 8, 0, group)
         elif rank < 3:
             stack.enter_context(pytest.raises(RuntimeError, match=r"ranks \[1\] of the group \[0, 1, 2\] did not come"))
-            causal_key(64, group=group)
+            causal_key(64, group=group, check_plan_timeout=2)
 
 
 def test_ranks_that_fail_alone_are_named_by_the_others(pool):
     pool.run(fail_alone, timeout_s=60)
+
+
+def fail_while_planning(rank, world_size):
+    if rank == 2:
+        # Slices that keep a pair twice are found only while the key is planned.
+        twice = AttnRanges.from_ranges([(0, 64), (10, 20)])
+        with pytest.raises(ValueError, match=r"slice 0 .* and slice 1 .* keep a common"):
+            magi_attn_flex_key(twice, twice, "full", 64, 64, 4, 2, 8, 0, None)
+    else:
+        with pytest.raises(RuntimeError, match="rank 2 failed to make its key: MagiValueError: slice 0"):
+            causal_key(64)
+    causal_key(64)  # and the group is still good
+
+
+def test_a_rank_that_fails_while_planning_is_named_at_once(pool):
+    started = time.monotonic()
+    pool.run(fail_while_planning, timeout_s=60)
+    assert time.monotonic() - started < 25
+
+
+def make_a_native_key(rank, world_size):
+    with pytest.raises(RuntimeError, match="native_grpcoll"):
+        causal_key(64, native_grpcoll=True)
+    causal_key(64)
+
+
+def test_a_transport_that_is_missing_stops_all_ranks(pool):
+    pool.run(make_a_native_key, timeout_s=60)
+
+
+def make_a_hierarchical_key(rank, world_size):
+    mesh = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("node", "local"))
+    with pytest.raises(ValueError, match=r"must ascend row by row, unlike \[\[0, 2\], \[1, 3\]\]"):
+        causal_key(64, group=mesh, hierarchical_comm=True)
+
+
+def test_a_mesh_that_is_not_numbered_node_by_node_is_refused(pool):
+    pool.run(make_a_hierarchical_key, timeout_s=60)
+
+
+def roll_by_nothing(rank, world_size):
+    key = causal_key(100)
+    padded = torch.ones(len(get_position_ids(key)), dtype=torch.float64, requires_grad=True)
+    for shift in (0, 100, -200):
+        rolled = roll(padded, shift, 0, key)
+        real = dispatch(torch.ones(100, dtype=torch.float64), key)
+        assert torch.equal(rolled, real)
+        (gradient,) = torch.autograd.grad(rolled.sum(), padded)
+        assert torch.equal(gradient, real)
+
+
+def test_padding_is_zero_after_a_roll_by_nothing(pool):
+    pool.run(roll_by_nothing)
+
+
+def forget_everything(rank, world_size):
+    key = causal_key(96)
+    layout = weakref.ref(dist_attn_runtime_dict_mgr[key].layout)
+    x = dispatch(torch.ones(96, 2), key)
+    roll(x, 3, 0, key)
+    undispatch(x, key)
+    clear_cache()
+    gc.collect()
+    assert layout() is None
+
+
+def test_a_cleared_cache_keeps_nothing_alive(pool):
+    pool.run(forget_everything)
+
+
+def use_many_keys(rank, world_size):
+    group = dist.group.WORLD
+    with mock.patch.object(cache, "NUM_KEYS_WITH_TABLES", 2):
+        keys = [causal_key(total, group=group) for total in (64, 68, 72)]
+        tables = []
+        for key in (*keys, keys[0]):
+            mine = [dispatch(draw(key.total_seqlen_q - key.pad_size, heads, 8), key) for heads in (4, 2, 2)]
+            calc_attn(*mine, key)
+            stages = dist_attn_runtime_dict_mgr[key].dist_attn_runtime.plan.stages
+            tables.append([stage.slices for stage in stages])
+        # The second mask's tables gave way when the first one's came back; the plan itself is still there.
+        assert [any("_derived" in vars(table) for table in of_key) for of_key in tables[:3]] == [True, False, True]
+        assert all(key in dist_attn_runtime_dict_mgr for key in keys)
+
+
+def test_only_recent_keys_keep_tables_for_devices(pool):
+    pool.run(use_many_keys)
 
 
 def check_runtime_manager(rank, world_size):

@@ -225,6 +225,7 @@ class RuntimeConfig:
         flatten_head_groups: accepted for compatibility; all heads share one plan.
         auto_range_merge: let kernels process slices with equal ranges together.
         check_plan: compare the ranks' plans once for every new key.
+        check_plan_timeout: seconds to wait there for a rank that does not come, before all others raise.
         skip_overlap_check: don't check that no two slices keep a common pair.
     """
 
@@ -242,6 +243,7 @@ class RuntimeConfig:
     flatten_head_groups: bool | None = None
     auto_range_merge: bool | None = None
     check_plan: bool | None = None
+    check_plan_timeout: int | None = None
     skip_overlap_check: bool | None = None
 
     def __post_init__(self) -> None:
@@ -298,6 +300,7 @@ _ENVIRONMENT = {
     "flatten_head_groups": general_env.is_flatten_head_groups_enable,
     "auto_range_merge": general_env.is_auto_range_merge_enable,
     "check_plan": comm_env.is_plan_check_enable,
+    "check_plan_timeout": comm_env.plan_check_timeout,
     "skip_overlap_check": general_env.is_overlap_check_skipped,
 }
 

@@ -7,8 +7,8 @@ from typing import cast
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_attention.api.checks import check_plannable, check_ranges, check_same_source
-from magi_attention.api.groups import group_size
+from magi_attention.api.checks import check_ranges, check_same_source
+from magi_attention.comm.group import group_size
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiValueError
 from magi_attention.common.ranges import AttnRanges
@@ -128,6 +128,5 @@ def init_dist_attn_runtime_mgr(
         cp_mesh,
         dist_attn_config,
     )
-    check_plannable(key)
     # Of a reference only its layout is used, and a DispatchMeta has one as well.
     return build_manager(key, cast("DistAttnRuntimeMgr | None", ref_dispatch_meta_q or ref_dispatch_meta_k))

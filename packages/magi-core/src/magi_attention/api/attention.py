@@ -99,14 +99,14 @@ def _check_sink(sink: Tensor, q: Tensor) -> None:
 
 def _rows_named(slices: SliceTable) -> int:
     """How many rows a tensor needs to hold every row that a slice names."""
-    return int(slices.without_empty().rows[:, [1, 3]].max(initial=0))
+    return slices.derived("rows named", lambda: int(slices.without_empty().rows[:, [1, 3]].max(initial=0)))
 
 
 def _check_rows(q: Tensor, manager: DistAttnRuntimeMgr) -> None:
     num_local, layout = manager.num_local_rows, manager.layout
     if len(q) == num_local:
         return
-    if layout.num_ranks == 1 and manager.key.slices.derived("last row", _rows_named) <= len(q) < num_local:
+    if layout.num_ranks == 1 and _rows_named(manager.key.slices) <= len(q) < num_local:
         return
     raise MagiValueError(
         f"q, k and v have {len(q)} rows, but rank {manager.rank} of the group holds {num_local} of the padded "

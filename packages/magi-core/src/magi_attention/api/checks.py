@@ -6,12 +6,9 @@ from collections.abc import Sequence
 
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiTypeError, MagiValueError
-from magi_attention.common.range import AttnRange
 from magi_attention.common.ranges import AttnRanges
-from magi_attention.common.slices import SliceTable, find_double_cover
-from magi_attention.config import DistAttnConfig, GreedyOverlapAlg
+from magi_attention.config import DistAttnConfig
 from magi_attention.env import general
-from magi_attention.runtime.key import DistAttnRuntimeKey
 
 GeneralAttnMaskType = str | AttnMaskType | Sequence[str | AttnMaskType]
 """A mask type or its name, for all slices alike or one per slice."""
@@ -99,26 +96,3 @@ def resolve_chunk_size(total_seqlen: int, cp_size: int, limit: int | None) -> in
     if total_seqlen < cp_size or -(-total_seqlen // chunk_size) < cp_size:
         raise MagiValueError(f"a sequence of {total_seqlen} rows cannot be shared by {cp_size} ranks")
     return chunk_size
-
-
-def check_plannable(key: DistAttnRuntimeKey) -> None:
-    """Raise if a key that isn't cached yet cannot be planned.
-
-    Raises:
-        ValueError: No slice has queries and keys, or two slices keep a common pair.
-        NotImplementedError: An overlap algorithm without implementation.
-    """
-    if isinstance(key.dist_attn_config.overlap_config.alg, GreedyOverlapAlg):
-        raise NotImplementedError("GreedyOverlapAlg is not implemented; use UniformOverlapAlg")
-    q0, q1, k0, k1, _ = key.slices.rows.T
-    if not ((q1 > q0) & (k1 > k0)).any():
-        raise ValueError("every slice of the mask is empty: none has both queries and keys")
-    doubled = None if key.dist_attn_config.runtime_config.skip_overlap_check else find_double_cover(key.slices)
-    if doubled is not None:
-        first, second = (_describe_slice(key.slices, number) for number in doubled)
-        raise MagiValueError(f"{first} and {second} keep a common (query, key) pair; every pair may be kept only once")
-
-
-def _describe_slice(slices: SliceTable, number: int) -> str:
-    q0, q1, k0, k1, kind = slices.rows[number].tolist()
-    return f"slice {number} (q {AttnRange(q0, q1)}, k {AttnRange(k0, k1)}, {AttnMaskType.from_int_type(kind).value})"

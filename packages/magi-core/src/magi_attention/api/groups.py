@@ -41,17 +41,18 @@ def resolve_group(
     return cp_group_or_mesh, None
 
 
-def group_size(cp_group: dist.ProcessGroup | None) -> int:
-    """The number of ranks; 1 for None."""
-    return 1 if cp_group is None else dist.get_world_size(cp_group)
-
-
 def _group_of_mesh(mesh: DeviceMesh, is_hierarchical: bool) -> dist.ProcessGroup:
     if mesh.ndim not in (1, 2) or (is_hierarchical and mesh.ndim != 2):
         wanted = "2-D (nodes, ranks of a node) for hierarchical communication" if is_hierarchical else "1-D or 2-D"
         raise MagiValueError(f"cp_group_or_mesh is a mesh of shape {tuple(mesh.shape)}; it must be {wanted}")
     if mesh.get_coordinate() is None:
         raise MagiValueError(f"global rank {dist.get_rank()} is not part of the mesh {mesh}")
+    members = mesh.mesh.flatten().tolist()
+    if is_hierarchical and members != sorted(members):
+        raise MagiValueError(
+            "hierarchical communication numbers the ranks node by node: the mesh's ranks must ascend row by row, "
+            f"unlike {mesh.mesh.tolist()}"
+        )
     if mesh.ndim == 2 and not mesh.mesh_dim_names:
         raise MagiValueError(
             'a 2-D mesh must be named to be flattened: pass mesh_dim_names=("inter", "intra"), for one'

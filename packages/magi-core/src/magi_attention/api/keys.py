@@ -11,16 +11,16 @@ from typing_extensions import deprecated
 
 from magi_attention.api.checks import (
     GeneralAttnMaskType,
-    check_plannable,
     check_ranges,
     check_same_source,
     choose_chunk_limit,
     resolve_chunk_size,
     resolve_mask_types,
 )
-from magi_attention.api.groups import GroupOrMesh, group_size, resolve_group
+from magi_attention.api.groups import GroupOrMesh, resolve_group
 from magi_attention.api.masks import apply_padding, compute_pad_size, infer_attn_mask_from_cu_seqlens
 from magi_attention.api.tensors import dispatch
+from magi_attention.comm.group import group_size
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.ranges import AttnRanges
 from magi_attention.config import DistAttnConfig
@@ -338,6 +338,5 @@ def _plan_if_new(key: DistAttnRuntimeKey, reference: DistAttnRuntimeMgr | None =
     """
     manager = dist_attn_runtime_dict_mgr.get(key)
     if manager is None:
-        check_plannable(key)
         manager = dist_attn_runtime_dict_mgr[key] = build_manager(key, reference)
     return manager.key

@@ -41,20 +41,44 @@ def check_agreement(digest: bytes, group: dist.ProcessGroup | None, timeout_s: f
     Raises:
         RuntimeError: some ranks passed another digest, or came too late or never; names them by their global ranks.
     """
-    if group_size(group) == 1:
+    if group is None or group_size(group) == 1:
         return
-    ranks = dist.get_process_group_ranks(group)
-    history = _histories[tuple(ranks)]
-    members = sha256(repr(ranks).encode()).hexdigest()[:16]
-    store = dist.PrefixStore(f"magi_attention/agreement/{members}/{history.num_checks}", _get_default_store())
-    history.num_checks += 1
-    me = group_rank(group)
+    ranks, me = dist.get_process_group_ranks(group), group_rank(group)
+    store = _next_store(ranks)
     store.set(str(me), digest.hex())
     verdict = _compare(store, ranks, timeout_s) if me == 0 else _await_verdict(store, ranks, timeout_s)
     if me == 0:
-        _forget_earlier(ranks, members, history, everyone_came=verdict == _AGREED)
+        _forget_earlier(ranks, everyone_came=verdict == _AGREED)
     if verdict != _AGREED:
         raise RuntimeError(verdict.decode())
+
+
+def report_failure(reason: str, group: dist.ProcessGroup | None) -> None:
+    """Take part in an agreement check with a failure instead of a digest: all other ranks raise at once, and name it.
+
+    Args:
+        reason: what went wrong on this rank.
+        group: as for :func:`check_agreement`.
+    """
+    if group is None or group_size(group) == 1:
+        return
+    ranks, me = dist.get_process_group_ranks(group), group_rank(group)
+    store = _next_store(ranks)
+    _post(store, f"rank {ranks[me]} failed to make its key: {reason}".encode())
+    store.set(str(me), "failed")
+    if me == 0:
+        _forget_earlier(ranks, everyone_came=False)
+
+
+def _next_store(ranks: list[int]) -> dist.Store:
+    """The part of the store that the group's next check uses."""
+    history = _histories[tuple(ranks)]
+    history.num_checks += 1
+    return dist.PrefixStore(f"{_root_of(ranks)}/{history.num_checks - 1}", _get_default_store())
+
+
+def _root_of(ranks: list[int]) -> str:
+    return f"magi_attention/agreement/{sha256(repr(ranks).encode()).hexdigest()[:16]}"
 
 
 def _compare(store: dist.Store, ranks: list[int], timeout_s: float) -> bytes:
@@ -109,10 +133,11 @@ def _mismatch_message(by_digest: dict[str, list[int]]) -> bytes:
     ).encode()
 
 
-def _forget_earlier(ranks: list[int], members: str, history: _History, everyone_came: bool) -> None:
+def _forget_earlier(ranks: list[int], everyone_came: bool) -> None:
     """Delete the keys of earlier checks: whoever came to this one has read the verdicts of those."""
+    history = _histories[tuple(ranks)]
     if everyone_came:
-        root = dist.PrefixStore(f"magi_attention/agreement/{members}", _get_default_store())
+        root = dist.PrefixStore(_root_of(ranks), _get_default_store())
         for key in history.stale_keys:
             root.delete_key(key)
         history.stale_keys.clear()

@@ -4,7 +4,6 @@
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -50,29 +49,19 @@ class Routes:
         """``(num_source,)`` int64: to how many peers each source row goes."""
         return torch.from_numpy(self._casts_per_row).to(self._device)
 
-    @property
-    def peer_starts(self) -> list[int]:
-        """The first packed row to send to each peer."""
-        return [0, *accumulate(self.send_counts)][:-1]
-
-
-_routes: WeakKeyDictionary[ExchangeTable, dict[torch.device, Routes]] = WeakKeyDictionary()
-
 
 def routes_of(table: ExchangeTable, device: torch.device) -> Routes:
-    """The table's routes on ``device``, kept as long as the table lives."""
-    of_table = _routes.setdefault(table, {})
-    if device not in of_table:
-        of_table[device] = _build(table, device)
-    return of_table[device]
+    """The table's routes on ``device``, kept with the table."""
+    return table.derived(("routes", device), lambda: _build(table, device))
 
 
 def _build(table: ExchangeTable, device: torch.device) -> Routes:
     source, received = _listed(table.send), _listed(table.recv)
     send_counts = table.send_counts
     starts = [0, *accumulate(send_counts)]
+    sent = _on_device(source, device)
     return Routes(
-        source=_on_device(source, device),
+        source=sent,
         received=_on_device(received, device),
         packed=_on_device(np.argsort(received), device),
         peer_source=[_on_device(source[start:stop], device) for start, stop in pairwise(starts)],
@@ -89,9 +78,23 @@ def _listed(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
     return ranges[owner, 1] + offset
 
 
+def _part(source: NDArray[np.int64], sent: Rows, start: int, stop: int) -> Rows:
+    """The rows of one peer; a view of the index tensor of all peers' rows where they are not one run."""
+    run = _as_run(source[start:stop])
+    if run is not None:
+        return run
+    assert isinstance(sent, Tensor), "rows that are one run have no part that is not"
+    return sent[start:stop]
+
+
 def _on_device(rows: NDArray[np.int64], device: torch.device) -> Rows:
+    run = _as_run(rows)
+    return torch.from_numpy(rows).to(device) if run is None else run
+
+
+def _as_run(rows: NDArray[np.int64]) -> slice | None:
     if not len(rows):
         return slice(0, 0)
     if np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
         return slice(int(rows[0]), int(rows[0]) + len(rows))
-    return torch.from_numpy(rows).to(device)
+    return None

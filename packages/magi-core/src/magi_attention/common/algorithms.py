@@ -55,10 +55,10 @@ class ToppHeapDispatchAlg(DispatchAlg):
 
 @dataclass(frozen=True)
 class BatchToppHeapDispatchAlg(ToppHeapDispatchAlg):
-    """As :class:`ToppHeapDispatchAlg`, choosing several chunks at a time.
+    """The same as :class:`ToppHeapDispatchAlg`, by another name.
 
     Attributes:
-        num_of_select_chunk: chunks per choice.
+        num_of_select_chunk: accepted for compatibility; chunks are chosen one by one.
     """
 
     type = DispatchAlgType.BATCH_TOPP_HEAP

@@ -1,32 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention slices as one table, with exact cuts by rows and columns."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Self, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
+from magi_attention.common.derived import KeepsDerived
 
-Derived = TypeVar("Derived")
 
-
-class SliceTable:
+class SliceTable(KeepsDerived):
     """An immutable table of attention slices: ``(n, 5)`` int64 rows ``(q0, q1, k0, k1, type)``.
 
     ``type`` is 0 FULL, 1 CAUSAL (bottom-right aligned), 2 INVCAUSAL (top-left aligned) or 3 BICAUSAL (both).
-    Two tables are equal, and hash alike, if their rows are the same in the same order.
+    Two tables are equal, and hash alike, if their rows are the same in the same order. Kernel backends keep their tile
+    lists and device tables with it (:meth:`derived`), so that these live as long as the plan.
     """
-
-    __slots__ = ("_derived", "rows")
 
     def __init__(self, rows: NDArray[np.int64] | Sequence[Sequence[int]]) -> None:
         table = np.array(rows, dtype=np.int64).reshape(-1, 5)
         table.setflags(write=False)
         self.rows: NDArray[np.int64] = table
-        self._derived: dict[object, object] = {}
 
     @classmethod
     def from_lists(
@@ -71,15 +68,6 @@ class SliceTable:
         """Drop the slices that keep no pair."""
         return type(self)(self.rows[self.areas() > 0])
 
-    def derived(self, name: object, build: Callable[["SliceTable"], Derived]) -> Derived:
-        """Return ``build(self)``, built once per ``name`` and kept as long as this table lives.
-
-        Kernel backends keep their tile lists and device tables here, so that these live exactly as long as the plan.
-        """
-        if name not in self._derived:
-            self._derived[name] = build(self)
-        return self._derived[name]  # type: ignore[return-value]
-
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -103,40 +91,53 @@ def find_double_cover(table: SliceTable) -> tuple[int, int] | None:
     """Find two slices that keep a common (query, key) pair; None if there are none.
 
     Rows are cut at every slice's ends, so that within a slab all slices span the same rows and their column extents
-    are tight; only extents that overlap inside a slab need the exact count of common pairs.
+    are tight; only extents that overlap inside a slab need the exact count of common pairs. Queries and keys change
+    places where that leaves fewer pieces.
     """
     bands, source = band.shrink(table.bands())
     if len(bands) < 2:
         return None
-    ends = np.unique(bands[:, :2])
-    first, last = np.searchsorted(ends, bands[:, 0]), np.searchsorted(ends, bands[:, 1])
-    owner, step = expand_counts(last - first)
-    slab = first[owner] + step
-    pieces, kept = band.shrink(band.clip(bands[owner], band.Q0, ends[slab], ends[slab + 1]))
-    owner, slab = owner[kept], slab[kept]
-    order = np.lexsort((pieces[:, band.K0], slab))
-    pieces, owner, slab = pieces[order], owner[order], slab[order]
+    transposed = band.transpose(bands)
+    if _count_slab_pieces(transposed) < _count_slab_pieces(bands):
+        bands = transposed
+    pieces, owner, slab = _cut_into_slabs(bands)
     # One sortable key per (slab, column): a piece overlaps the later pieces of its slab that start before it ends.
     span = int(pieces[:, band.K1].max() - pieces[:, band.K0].min()) + 1
     base = slab * span - int(pieces[:, band.K0].min())
     starts, stops = base + pieces[:, band.K0], base + pieces[:, band.K1]
     left, offset = expand_counts(np.searchsorted(starts, stops) - np.arange(len(starts)) - 1)
     right = left + 1 + offset
-    common = np.column_stack(
-        [
-            np.maximum(pieces[left, 0], pieces[right, 0]),
-            np.minimum(pieces[left, 1], pieces[right, 1]),
-            np.maximum(pieces[left, 2], pieces[right, 2]),
-            np.minimum(pieces[left, 3], pieces[right, 3]),
-            np.maximum(pieces[left, 4], pieces[right, 4]),
-            np.minimum(pieces[left, 5], pieces[right, 5]),
-        ]
-    )
+    starting, ending = [band.Q0, band.K0, band.D0], [band.Q1, band.K1, band.D1]
+    common = np.empty((len(left), 6), np.int64)
+    common[:, starting] = np.maximum(pieces[left][:, starting], pieces[right][:, starting])
+    common[:, ending] = np.minimum(pieces[left][:, ending], pieces[right][:, ending])
     doubled = band.shrink(common)[1]
     if not len(doubled):
         return None
-    a, b = sorted((int(source[owner[left[doubled[0]]]]), int(source[owner[right[doubled[0]]]])))
+    a, b = sorted(int(source[owner[side[doubled[0]]]]) for side in (left, right))
     return a, b
+
+
+def _slabs_of(bands: Bands) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """All ends of rows, and the first slab between them and the one after the last that each band spans."""
+    ends = np.unique(bands[:, : band.K0])
+    return ends, np.searchsorted(ends, bands[:, band.Q0]), np.searchsorted(ends, bands[:, band.Q1])
+
+
+def _count_slab_pieces(bands: Bands) -> int:
+    _, first, last = _slabs_of(bands)
+    return int((last - first).sum())
+
+
+def _cut_into_slabs(bands: Bands) -> tuple[Bands, NDArray[np.int64], NDArray[np.int64]]:
+    """Cut bands at all ends of rows: the trimmed pieces, by slab and column, and the band and the slab of each."""
+    ends, first, last = _slabs_of(bands)
+    owner, step = expand_counts(last - first)
+    slab = first[owner] + step
+    pieces, kept = band.shrink(band.clip(bands[owner], band.Q0, ends[slab], ends[slab + 1]))
+    owner, slab = owner[kept], slab[kept]
+    order = np.lexsort((pieces[:, band.K0], slab))
+    return pieces[order], owner[order], slab[order]
 
 
 def expand_counts(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

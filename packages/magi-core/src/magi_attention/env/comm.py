@@ -46,6 +46,12 @@ def is_plan_check_enable(text: str) -> bool:
     return parse_flag(text)
 
 
+@variable("MAGI_ATTENTION_CHECK_PLAN_TIMEOUT", "30")
+def plan_check_timeout(text: str) -> int:
+    """Seconds after which a rank that does not come to the comparison of plans is an error on the others."""
+    return parse_int(text, minimum=1)
+
+
 @variable("MAGI_ATTENTION_BWD_HIDE_TAIL_REDUCE", ignored=True)
 def is_bwd_hide_tail_reduce_enable(text: str) -> bool:
     """Keep the last remote keys and values for the backward pass."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.meta.dispatch_meta import DispatchMeta
 from magi_attention.runtime.autograd import dist_attn_func
-from magi_attention.runtime.dispatch import RowIndex, dispatch_rows, undispatch_rows
+from magi_attention.runtime.dispatch import dispatch_rows, undispatch_rows
 from magi_attention.runtime.roll import roll_rows
 
 __all__ = ["dispatch_func", "dist_attn_func", "roll_func", "roll_simple_func", "undispatch_func"]
@@ -25,8 +25,8 @@ def dispatch_func(
         seq_dim: the dim of the sequence.
         pad_value: what rows of padding are filled with.
     """
-    index = RowIndex(meta.layout, meta.cp_rank, x_global.device)
-    return dispatch_rows(x_global.movedim(seq_dim, 0), index, group, pad_value).movedim(0, seq_dim)
+    local = dispatch_rows(x_global.movedim(seq_dim, 0), meta.layout, meta.cp_rank, group, pad_value)
+    return local.movedim(0, seq_dim)
 
 
 def undispatch_func(
@@ -45,8 +45,8 @@ def undispatch_func(
         seq_dim: the dim of the sequence.
         is_partial_grad: whether the ranks' gradients are terms of a sum, rather than all the same.
     """
-    index = RowIndex(meta.layout, meta.cp_rank, x_local.device)
-    return undispatch_rows(x_local.movedim(seq_dim, 0), index, group, is_partial_grad).movedim(0, seq_dim)
+    whole = undispatch_rows(x_local.movedim(seq_dim, 0), meta.layout, meta.cp_rank, group, is_partial_grad)
+    return whole.movedim(0, seq_dim)
 
 
 def roll_func(

@@ -103,7 +103,7 @@ class _Attention(torch.autograd.Function):
         dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout
         gradients = ctx.job.backend.backward(dout, q, k, v, out, lse, dlse, ctx.job.call)
         dq, dk, dv = (gradient.to(q.dtype) for gradient in gradients)
-        dsink = sink_gradient(sink, out, dout, lse, dlse) if ctx.needs_input_grad[3] else None
+        dsink = sink_gradient(sink, out, dout, lse, dlse).to(sink.dtype) if ctx.needs_input_grad[3] else None
         return dq, dk, dv, dsink, None
 
 

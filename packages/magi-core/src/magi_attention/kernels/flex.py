@@ -7,6 +7,7 @@ table. Masks with more than eight intervals in some row are computed in layers a
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -45,12 +46,12 @@ class FlexBackend:
             return Support(False, "FlexAttention has no backward pass on a CPU; use the backend 'reference'")
         if request.dtype not in DTYPES:
             return Support(False, f"Triton multiplies no {request.dtype} matrices; use the backend 'reference'")
-        if not {request.head_dim, request.head_dim_v} <= set(HEAD_DIMS):
+        if request.head_dim not in HEAD_DIMS or request.head_dim_v not in HEAD_DIMS:
             dims = f"{request.head_dim} and {request.head_dim_v}"
             return Support(False, f"head dims are {dims}, must be {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}")
         if request.max_logits and request.softcap:
             return Support(False, "FlexAttention returns the largest score only after the softcap")
-        if find_spec("triton") is None:
+        if not _has_triton():
             return Support(False, "triton is not installed: pip install triton")
         if request.device.type == "cuda" and torch.version.hip is None:
             capability = torch.cuda.get_device_capability(request.device)
@@ -118,6 +119,11 @@ class FlexBackend:
 
 
 BACKEND = FlexBackend()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _by_block(x: Tensor) -> Tensor:

@@ -59,11 +59,11 @@ def num_blocks(num_tokens: int) -> int:
 def layers_of(slices: SliceTable, num_q: int, num_k: int, device: torch.device) -> list[LayerTables]:
     """Return the layers whose union is the mask, none for a mask without pairs. Built once and kept with the table."""
 
-    def build(table: SliceTable) -> list[LayerTables]:
-        intervals = row_intervals(table.bands(), num_q)
+    def build() -> list[LayerTables]:
+        intervals = row_intervals(slices.bands(), num_q)
         most = int(intervals.counts.max(initial=0))
         if most <= INTERVALS_PER_LAYER[-1]:
-            parts = [(table.bands(), 0, most)] if most else []
+            parts = [(slices.bands(), 0, most)] if most else []
         else:
             cuts = [*range(0, most, INTERVALS_PER_LAYER[-1]), most]
             parts = [(bands_from_intervals(intervals, first, last), first, last) for first, last in pairwise(cuts)]

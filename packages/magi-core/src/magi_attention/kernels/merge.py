@@ -26,6 +26,6 @@ def merge_partials(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> tupl
 
 
 def rescale(out: Tensor, lse: Tensor, final_lse: Tensor) -> Tensor:
-    """Return ``exp(lse - final_lse) * out`` as a new tensor, in at least float32; rows with ``lse = -inf`` become 0."""
+    """Return ``exp(lse - final_lse) * out`` as a new tensor, in at least float32, with weight 0 for ``lse = -inf``."""
     dtype = accumulation_dtype(out, lse, final_lse)
     return out.to(dtype) * rescale_weight(lse.to(dtype), final_lse.to(dtype))[..., None]

@@ -140,7 +140,7 @@ def _blocks(slices: SliceTable, num_heads: int, device: torch.device) -> list[Bl
     max_rows = ROWS_PER_BLOCK[kind]
     max_columns = max(SCORES_PER_BLOCK[kind] // (num_heads * max_rows), 128)
     key = ("reference blocks", max_rows, max_columns)
-    return slices.derived(key, lambda table: cut_into_blocks(table, max_rows, max_columns))
+    return slices.derived(key, lambda: cut_into_blocks(slices, max_rows, max_columns))
 
 
 def _scores(queries: Tensor, keys: Tensor, block: Block, group: int, call: AttentionCall) -> _Scores:

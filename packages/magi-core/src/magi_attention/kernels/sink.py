@@ -43,11 +43,11 @@ def sink_gradient(sink: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Te
         lse, dlse: ``[tq, hq]``, the final lse, sink included, and its gradient (None for 0).
 
     Returns:
-        The gradient, of the sink's shape and dtype.
+        The gradient, of the sink's shape, in at least float32.
     """
     dtype = accumulation_dtype(sink, out, lse)
     row = -(dout.to(dtype) * out.to(dtype)).sum(-1)
     if dlse is not None:
         row += dlse.to(dtype)
     gradient = rescale_weight(sink.to(dtype), lse.to(dtype)[:, None]) * row[:, None]
-    return (gradient if sink.ndim == 3 else gradient.sum(0)).to(sink.dtype)
+    return gradient if sink.ndim == 3 else gradient.sum(0)

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.common.derived import KeepsDerived
 from magi_attention.common.intervals import Intervals, intersect, merge, subtract
 from magi_attention.plan.demand import lift, lifted_runs, unlift
 from magi_attention.plan.layout import Layout
 
 
 @dataclass(frozen=True, eq=False)
-class ExchangeTable:
+class ExchangeTable(KeepsDerived):
     """One rank's part of a group cast; read from right to left it is the matching group reduce.
 
     Attributes:
@@ -31,6 +32,11 @@ class ExchangeTable:
     num_ranks: int
     num_source: int
     num_received: int
+
+    @property
+    def tables(self) -> "tuple[ExchangeTable, ...]":
+        """The tables of all hops."""
+        return (self,)
 
     @property
     def send_counts(self) -> list[int]:
@@ -53,6 +59,11 @@ class TwoHopExchange:
 
     inter: ExchangeTable
     intra: ExchangeTable
+
+    @property
+    def tables(self) -> tuple[ExchangeTable, ...]:
+        """The tables of all hops."""
+        return (self.inter, self.intra)
 
     @property
     def num_received(self) -> int:

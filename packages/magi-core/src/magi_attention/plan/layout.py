@@ -7,9 +7,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.common.derived import KeepsDerived
+
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class Layout(KeepsDerived):
     """A sequence cut into chunks of ``chunk_size`` rows (the last may be shorter), each owned by one rank.
 
     A rank's *local* rows are its chunks in ascending order, one after another.
@@ -46,6 +48,17 @@ class Layout:
     def runs_of(self, rank: int) -> NDArray[np.int64]:
         """``(n, 3)`` rows ``(start, stop, local_start)``: the runs of one rank, ascending."""
         return self.runs[self.runs[:, 2] == rank][:, [0, 1, 3]]
+
+    @cached_property
+    def real_runs(self) -> NDArray[np.int64]:
+        """:attr:`runs` without the padding."""
+        runs = self.runs[self.runs[:, 0] < self.num_real]
+        runs[:, 1] = np.minimum(runs[:, 1], self.num_real)
+        return runs
+
+    def real_runs_of(self, rank: int) -> NDArray[np.int64]:
+        """:meth:`runs_of` without the padding."""
+        return self.real_runs[self.real_runs[:, 2] == rank][:, [0, 1, 3]]
 
     @cached_property
     def rows_per_rank(self) -> NDArray[np.int64]:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows travel when the sequence is rolled."""
 
-from functools import lru_cache
-
 import numpy as np
 
 from magi_attention.common.intervals import intersect
@@ -10,19 +8,23 @@ from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.plan.layout import Layout
 
 
-@lru_cache(maxsize=64)  # the same few shifts come back in every layer and step
 def roll_exchange(layout: Layout, rank: int, shift: int) -> ExchangeTable:
     """One rank's exchange after which its local row at global position g holds row ``(g - shift) mod num_real``.
 
-    Padding takes no part: the receive buffer holds the rank's real rows only, which are its first.
+    Padding takes no part: the receive buffer holds the rank's real rows only, which are its first. The table is kept
+    with the layout, since the same few shifts come back in every step.
     """
+    shift %= layout.num_real
+    return layout.derived(("roll", rank, shift), lambda: _build_exchange(layout, rank, shift))
+
+
+def _build_exchange(layout: Layout, rank: int, shift: int) -> ExchangeTable:
     num_real = layout.num_real
-    start, stop, owner, local = layout.runs[layout.runs[:, 0] < num_real].T
-    targets = np.column_stack([start, np.minimum(stop, num_real)])
+    targets, owner, local = layout.real_runs[:, :2], layout.real_runs[:, 2], layout.real_runs[:, 3]
     # Targets in the rows before `shift` take from the sequence's end, the others from its beginning.
-    halves = np.array([[0, shift % num_real], [shift % num_real, num_real]])
+    halves = np.array([[0, shift], [shift, num_real]])
     pieces, run, half = intersect(targets, halves)
-    sources = pieces - shift % num_real + np.where(half == 0, num_real, 0)[:, None]
+    sources = pieces - shift + np.where(half == 0, num_real, 0)[:, None]
     taken, piece, source_run = intersect(sources, layout.runs[:, :2])
     run = run[piece]
     arrival = (taken[:, 0] - sources[piece, 0]) + pieces[piece, 0] - targets[run, 0] + local[run]

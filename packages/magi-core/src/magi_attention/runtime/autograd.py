@@ -94,7 +94,7 @@ class _DistributedAttention(torch.autograd.Function):
         dsink = None
         if sink is not None and ctx.needs_input_grad[3]:
             dsink = sink_gradient(sink, saved.out, dout, saved.lse, dlse)
-            dsink = _reduce_sink_gradient(ctx.job.runtime, dsink)
+            dsink = _reduce_sink_gradient(ctx.job.runtime, dsink).to(sink.dtype)
         return dq, dk, dv, dsink, None
 
 

@@ -64,7 +64,7 @@ class _GradientSums:
         self.result_dtype = q.dtype
         self.travel_dtype = dtype if job.runtime.options.backward_high_precision_reduce else q.dtype
         self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-        self.travelling: list[Work[None]] = []
+        self.travelling: Work[None] | None = None
 
     def add_queries(self, stage: Stage, dq: Tensor) -> None:
         if stage.queries_travel:
@@ -83,10 +83,13 @@ class _GradientSums:
     def _send_home(self, stage: Stage, partials: list[Tensor], into: list[Tensor]) -> None:
         assert stage.exchange is not None
         partials = [x.to(self.travel_dtype) for x in partials]
-        self.travelling.append(self.collectives.reduce(partials, stage.exchange, into))
+        arriving = self.travelling
+        self.travelling = self.collectives.reduce(partials, stage.exchange, into)
+        if arriving is not None:  # of the stage before; what is added now need not be kept any longer
+            arriving.wait()
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        for work in self.travelling:
-            work.wait()
+        if self.travelling is not None:
+            self.travelling.wait()
         dq, dk, dv = (x.to(self.result_dtype) for x in (self.dq, self.dk, self.dv))
         return dq, dk, dv

@@ -15,6 +15,10 @@ import torch.distributed as dist
 from magi_attention.env import general
 from magi_attention.runtime.key import DistAttnRuntimeKey, sorted_global_ranks
 
+# Of so many most recent keys, the tables that kernels and exchanges derive on the device are kept; plans are small, but
+# a long training makes a new mask at every step. More than all masks of all micro-batches in flight.
+NUM_KEYS_WITH_TABLES = 64
+
 
 class DistAttnRuntimeDict:
     """At most ``max_size`` managers by key; the least recently inserted or got one gives way. 0 or less keeps none."""
@@ -22,12 +26,13 @@ class DistAttnRuntimeDict:
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
         self._managers: OrderedDict[DistAttnRuntimeKey, Any] = OrderedDict()
+        self._with_tables: OrderedDict[DistAttnRuntimeKey, Any] = OrderedDict()
 
     def get(self, key: DistAttnRuntimeKey, default: Any = None) -> Any:
         """The manager of ``key``, which becomes the most recent, or ``default``."""
         if key not in self._managers:
             return default
-        self._managers.move_to_end(key)
+        self._make_most_recent(key)
         return self._managers[key]
 
     def keys(self) -> list[DistAttnRuntimeKey]:
@@ -41,6 +46,7 @@ class DistAttnRuntimeDict:
     def clear(self) -> None:
         """Forget all keys."""
         self._managers.clear()
+        self._with_tables.clear()
 
     def __contains__(self, key: DistAttnRuntimeKey) -> bool:
         return key in self._managers
@@ -50,9 +56,18 @@ class DistAttnRuntimeDict:
 
     def __setitem__(self, key: DistAttnRuntimeKey, manager: Any) -> None:
         self._managers[key] = manager
-        self._managers.move_to_end(key)
+        self._make_most_recent(key)
         while len(self._managers) > max(self.max_size, 0):
-            self._managers.popitem(last=False)
+            evicted, _ = self._managers.popitem(last=False)
+            self._with_tables.pop(evicted, None)
+
+    def _make_most_recent(self, key: DistAttnRuntimeKey) -> None:
+        self._managers.move_to_end(key)
+        self._with_tables[key] = self._managers[key]
+        self._with_tables.move_to_end(key)
+        if len(self._with_tables) > NUM_KEYS_WITH_TABLES:
+            _, manager = self._with_tables.popitem(last=False)
+            manager.release_tables()
 
     def __len__(self) -> int:
         return len(self._managers)

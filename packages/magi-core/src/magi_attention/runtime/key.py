@@ -86,6 +86,8 @@ class DistAttnRuntimeKey:
             "precision": runtime.precision,
             "is_auto_range_merge_enable": runtime.auto_range_merge,
         }
+        # A numpy integer would be equal, but not to a rank that compares digests.
+        derived |= {each.name: int(getattr(self, each.name)) for each in fields(self) if each.type in (int, "int")}
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         if not len(self.q_ranges) == len(self.k_ranges) == len(self.attn_mask_type):

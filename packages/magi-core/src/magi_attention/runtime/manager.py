@@ -1,26 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands behind a key: the rank's plan and everything that is derived from it."""
 
-import hashlib
-from typing import Protocol, Self
+from hashlib import sha256
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from magi_attention.comm.agreement import check_agreement
+from magi_attention.comm.agreement import check_agreement, report_failure
 from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.comm.registry import make_collectives
-from magi_attention.common.enum import AttnRole
+from magi_attention.common.enum import AttnMaskType, AttnRole
+from magi_attention.common.errors import MagiValueError
 from magi_attention.common.forward_meta import AttnForwardMeta
-from magi_attention.config import OverlapConfig, UniformOverlapAlg
+from magi_attention.common.range import AttnRange
+from magi_attention.common.slices import SliceTable, find_double_cover
+from magi_attention.config import GreedyOverlapAlg, OverlapConfig, UniformOverlapAlg
 from magi_attention.plan.build import build_plan
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.qo import RowCosts
 from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime.autograd import dist_attn_func
-from magi_attention.runtime.dispatch import RowIndex, dispatch_rows, undispatch_rows
+from magi_attention.runtime.dispatch import dispatch_rows, undispatch_rows
 from magi_attention.runtime.job import DistAttnRuntime
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.roll import roll_rows
@@ -50,8 +53,6 @@ class DistAttnRuntimeMgr:
         self.rank = dist_attn_runtime.plan.rank
         self.dist_attn_runtime = dist_attn_runtime
         self.dist_attn_config = key.dist_attn_config
-        self._row_index: dict[torch.device, RowIndex] = {}
-        self._position_ids: dict[torch.device, Tensor] = {}
         self._row_collectives = AllToAllCollectives(key.cp_group)
 
     @property
@@ -61,11 +62,11 @@ class DistAttnRuntimeMgr:
 
     def dispatch_qo(self, x: Tensor, pad_value: float = 0.0) -> Tensor:
         """This rank's rows of the global ``x`` ``[S, ...]``."""
-        return dispatch_rows(x, self._index(x.device), self.key.cp_group, pad_value)
+        return dispatch_rows(x, self.layout, self.rank, self.key.cp_group, pad_value)
 
     def undispatch_qo(self, x: Tensor, is_partial_grad: bool = False) -> Tensor:
         """The global tensor ``[S, ...]`` of all ranks' local ``x``."""
-        return undispatch_rows(x, self._index(x.device), self.key.cp_group, is_partial_grad)
+        return undispatch_rows(x, self.layout, self.rank, self.key.cp_group, is_partial_grad)
 
     dispatch_kv, undispatch_kv = dispatch_qo, undispatch_qo
 
@@ -100,44 +101,76 @@ class DistAttnRuntimeMgr:
         if not isinstance(attn_role, AttnRole):
             raise ValueError(f"attn_role must be an AttnRole, got {attn_role!r}")
         where = _group_device(self.key.cp_group) if device is None else torch.device(device)
-        if where not in self._position_ids:
-            positions = torch.from_numpy(self.layout.positions(self.rank)).clamp_(max=self.layout.num_real - 1)
-            self._position_ids[where] = positions.to(where)
-        return self._position_ids[where]
+        return self.layout.derived(("position ids", self.rank, where), lambda: self._positions().to(where))
 
-    def _index(self, device: torch.device) -> RowIndex:
-        if device not in self._row_index:
-            self._row_index[device] = RowIndex(self.layout, self.rank, device)
-        return self._row_index[device]
+    def _positions(self) -> Tensor:
+        return torch.from_numpy(self.layout.positions(self.rank)).clamp_(max=self.layout.num_real - 1)
 
-    @classmethod
-    def build(cls, key: DistAttnRuntimeKey, reference: HasLayout | None = None) -> Self:
-        """Plan for ``key``; with ``reference``, over its layout."""
-        config = key.dist_attn_config
-        group = key.cp_group
-        rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        layout = reference.layout if reference else _layout_for(key, num_ranks)
-        options = config.runtime_config
-        mesh = key.cp_mesh if options.hierarchical_comm else None
-        mesh_shape = None if mesh is None else (mesh.size(0), mesh.size(1))
-        stage_options = _stage_options(config.overlap_config)
-        plan = build_plan(
-            key.slices, layout, rank, stage_options, mesh_shape, _row_costs(key) if options.qo_comm else None
-        )
-        if options.check_plan:
-            asked = (options, key.num_heads_q, key.num_heads_kv, key.head_dim)
-            check_agreement(hashlib.sha256(plan.digest + repr(asked).encode()).digest(), group)
-        collectives = make_collectives(group, key.cp_mesh, config)
-        return cls(key, layout, DistAttnRuntime(plan, collectives, group, options))
+    def release_tables(self) -> None:
+        """Drop what takes memory on the device and can be derived again: tile lists, index tensors, position ids."""
+        self.layout.forget_derived()
+        for stage in self.dist_attn_runtime.plan.stages:
+            stage.slices.forget_derived()
+            for table in stage.exchange.tables if stage.exchange else ():
+                table.forget_derived()
 
 
 def build_manager(key: DistAttnRuntimeKey, reference: HasLayout | None = None) -> DistAttnRuntimeMgr:
     """Plan for a new key, over the layout of ``reference`` if given, and check that all ranks planned the same.
 
     Raises:
-        RuntimeError: on every rank, if the ranks disagree; it names them.
+        ValueError: no slice has queries and keys, or two slices keep a common pair.
+        NotImplementedError: an overlap algorithm without implementation.
+        RuntimeError: on every rank, if the ranks disagree or one of them failed; it names them.
     """
-    return DistAttnRuntimeMgr.build(key, reference)
+    group, options = key.cp_group, key.dist_attn_config.runtime_config
+    try:
+        check_plannable(key)
+        runtime = _plan_runtime(key, reference)
+    except Exception as error:
+        if options.check_plan:
+            report_failure(f"{type(error).__name__}: {error}", group)
+        raise
+    if options.check_plan:
+        asked = (options, key.num_heads_q, key.num_heads_kv, key.head_dim, runtime.collectives.name)
+        digest = sha256(runtime.plan.digest + repr(asked).encode()).digest()
+        check_agreement(digest, group, float(options.check_plan_timeout or 0))
+    return DistAttnRuntimeMgr(key, runtime.plan.layout, runtime)
+
+
+def _plan_runtime(key: DistAttnRuntimeKey, reference: HasLayout | None) -> DistAttnRuntime:
+    config, group = key.dist_attn_config, key.cp_group
+    options = config.runtime_config
+    collectives = make_collectives(group, key.cp_mesh, config)
+    rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    mesh = key.cp_mesh if options.hierarchical_comm else None
+    plan = build_plan(
+        key.slices,
+        reference.layout if reference else _layout_for(key, num_ranks),
+        rank,
+        _stage_options(config.overlap_config),
+        mesh_shape=None if mesh is None else (mesh.size(0), mesh.size(1)),
+        row_costs=_row_costs(key) if options.qo_comm else None,
+    )
+    return DistAttnRuntime(plan, collectives, group, options)
+
+
+def check_plannable(key: DistAttnRuntimeKey) -> None:
+    """Raise what :func:`build_manager` says if the key cannot be planned."""
+    if isinstance(key.dist_attn_config.overlap_config.alg, GreedyOverlapAlg):
+        raise NotImplementedError("GreedyOverlapAlg is not implemented; use UniformOverlapAlg")
+    q0, q1, k0, k1, _ = key.slices.rows.T
+    if not ((q1 > q0) & (k1 > k0)).any():
+        raise ValueError("every slice of the mask is empty: none has both queries and keys")
+    doubled = None if key.dist_attn_config.runtime_config.skip_overlap_check else find_double_cover(key.slices)
+    if doubled is not None:
+        first, second = (_describe_slice(key.slices, number) for number in doubled)
+        raise MagiValueError(f"{first} and {second} keep a common (query, key) pair; every pair may be kept only once")
+
+
+def _describe_slice(slices: SliceTable, number: int) -> str:
+    q0, q1, k0, k1, kind = slices.rows[number].tolist()
+    return f"slice {number} (q {AttnRange(q0, q1)}, k {AttnRange(k0, k1)}, {AttnMaskType.from_int_type(kind).value})"
 
 
 def _layout_for(key: DistAttnRuntimeKey, num_ranks: int) -> Layout:

@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -19,8 +20,9 @@ def roll_rows(x: Tensor, shift: int, layout: Layout, rank: int, collectives: Gro
 
 def _rolled(x: Tensor, shift: int, layout: Layout, rank: int, collectives: GroupCollectives) -> Tensor:
     if shift % layout.num_real == 0:
-        return x.clone()
-    rolled = collectives.cast([x], roll_exchange(layout, rank, shift)).wait()[0]
+        rolled = x[: int((np.diff(layout.real_runs_of(rank)[:, :2])).sum())]
+    else:
+        rolled = collectives.cast([x], roll_exchange(layout, rank, shift)).wait()[0]
     return torch.cat([rolled, x.new_zeros(len(x) - len(rolled), *x.shape[1:])])
 
 
