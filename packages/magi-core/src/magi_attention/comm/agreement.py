@@ -1,30 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check on the host that all ranks of a group hold the same digest, through the store that made the process group."""
 
+import logging
+import threading
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from datetime import timedelta
-from hashlib import sha256
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from magi_attention.comm.group import group_rank, group_size
 
+logger = logging.getLogger(__name__)
+
 _AGREED = b"agreed"
 # How much longer than the leader the others wait, so that they hear its verdict rather than reach their own.
 _VERDICT_SLACK_S = 2.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.05
 
 
 @dataclass
 class _History:
-    """The checks of one group so far: their number and the keys that they left in the store."""
+    """The checks of one group so far.
 
+    Checks are numbered from 0 again after one that failed, so that ranks that missed checks fall in step again.
+
+    Attributes:
+        num_failed: checks that ended in an error.
+        num_checks: checks since the last of these.
+        stale_keys: what they left in the store.
+        lock: held while a check runs, since threads of a process share the numbers.
+    """
+
+    num_failed: int = 0
     num_checks: int = 0
     stale_keys: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-_histories: defaultdict[tuple[int, ...], _History] = defaultdict(_History)
+_histories: defaultdict[str, _History] = defaultdict(_History)
 
 
 def check_agreement(digest: bytes, group: dist.ProcessGroup | None, timeout_s: float = 30.0) -> None:
@@ -43,12 +58,10 @@ def check_agreement(digest: bytes, group: dist.ProcessGroup | None, timeout_s: f
     """
     if group is None or group_size(group) == 1:
         return
-    ranks, me = dist.get_process_group_ranks(group), group_rank(group)
-    store = _next_store(ranks)
-    store.set(str(me), digest.hex())
-    verdict = _compare(store, ranks, timeout_s) if me == 0 else _await_verdict(store, ranks, timeout_s)
-    if me == 0:
-        _forget_earlier(ranks, everyone_came=verdict == _AGREED)
+    with _Check(group) as check:
+        check.store.set(str(check.me), digest.hex())
+        verdict = _compare(check, timeout_s) if check.me == 0 else _await_verdict(check, timeout_s)
+        check.conclude(verdict == _AGREED)
     if verdict != _AGREED:
         raise RuntimeError(verdict.decode())
 
@@ -62,43 +75,83 @@ def report_failure(reason: str, group: dist.ProcessGroup | None) -> None:
     """
     if group is None or group_size(group) == 1:
         return
-    ranks, me = dist.get_process_group_ranks(group), group_rank(group)
-    store = _next_store(ranks)
-    _post(store, f"rank {ranks[me]} failed to make its key: {reason}".encode())
-    store.set(str(me), "failed")
-    if me == 0:
-        _forget_earlier(ranks, everyone_came=False)
+    with _Check(group) as check:
+        _post(check.store, f"rank {check.ranks[check.me]} failed to make its key: {reason}".encode())
+        check.store.set(str(check.me), "failed")
+        check.conclude(agreed=False)
 
 
-def _next_store(ranks: list[int]) -> dist.Store:
-    """The part of the store that the group's next check uses."""
-    history = _histories[tuple(ranks)]
-    history.num_checks += 1
-    return dist.PrefixStore(f"{_root_of(ranks)}/{history.num_checks - 1}", _get_default_store())
+class _Check:
+    """This rank's part of the group's next check, in a part of the store of its own."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.ranks, self.me = dist.get_process_group_ranks(group), group_rank(group)
+        self._history = _histories[group.group_name]
+        self._root = f"magi_attention/agreement/{group.group_name}"
+
+    def __enter__(self) -> "_Check":
+        self._history.lock.acquire()
+        self._open()
+        while self._ended_without_me():
+            logger.warning(
+                "ranks of %s gave up a check that this rank did not come to; going on with the next", self.ranks
+            )
+            self.conclude(agreed=False)
+            self._open()
+        return self
+
+    def _open(self) -> None:
+        self._name = f"{self._history.num_failed}/{self._history.num_checks}"
+        self.store = dist.PrefixStore(f"{self._root}/{self._name}", _get_default_store())
+
+    def _ended_without_me(self) -> bool:
+        """Whether the others gave up waiting: this rank found the key in its cache, or is that late."""
+        return self.store.check(["absent"]) and str(self.me) in self.store.get("absent").decode().split()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._history.lock.release()
+        if isinstance(error, dist.DistNetworkError):
+            raise RuntimeError(
+                f"the process that keeps the store of the process group is gone: did a rank of {self.ranks} fail?"
+            ) from error
+
+    def conclude(self, agreed: bool) -> None:
+        """Move on to the next check; the leader deletes what earlier ones left, which all who came have read."""
+        history = self._history
+        if agreed:
+            history.num_checks += 1
+        else:
+            history.num_failed, history.num_checks = history.num_failed + 1, 0
+        if self.me == 0:
+            if agreed:
+                root = dist.PrefixStore(self._root, _get_default_store())
+                for key in history.stale_keys:
+                    root.delete_key(key)
+                history.stale_keys.clear()
+            history.stale_keys += [
+                f"{self._name}/{member}" for member in (*range(len(self.ranks)), "verdict", "absent")
+            ]
 
 
-def _root_of(ranks: list[int]) -> str:
-    return f"magi_attention/agreement/{sha256(repr(ranks).encode()).hexdigest()[:16]}"
-
-
-def _compare(store: dist.Store, ranks: list[int], timeout_s: float) -> bytes:
+def _compare(check: _Check, timeout_s: float) -> bytes:
     """The leader's part: gather the digests and post the verdict."""
-    keys = [str(member) for member in range(len(ranks))]
-    if not _wait(store, keys, timeout_s):
-        return _post(store, _missing_message(store, ranks, timeout_s))
+    keys = [str(member) for member in range(len(check.ranks))]
+    if not _wait(check.store, keys, timeout_s):
+        return _post(check.store, _missing_message(check, timeout_s))
     by_digest: defaultdict[str, list[int]] = defaultdict(list)
-    for rank, digest in zip(ranks, store.multi_get(keys), strict=True):
+    for rank, digest in zip(check.ranks, check.store.multi_get(keys), strict=True):
         by_digest[digest.decode()].append(rank)
-    return _post(store, _AGREED if len(by_digest) == 1 else _mismatch_message(by_digest))
+    return _post(check.store, _AGREED if len(by_digest) == 1 else _mismatch_message(by_digest))
 
 
-def _await_verdict(store: dist.Store, ranks: list[int], timeout_s: float) -> bytes:
+def _await_verdict(check: _Check, timeout_s: float) -> bytes:
     """The others' part: wait for the verdict; without one, say who is missing."""
+    store = check.store
     if _wait(store, ["verdict"], timeout_s + _VERDICT_SLACK_S):
         return bytes(store.get("verdict"))
-    if store.check([str(member) for member in range(len(ranks))]):  # the last has come; the leader is about to judge
+    if store.check([str(member) for member in range(len(check.ranks))]):  # all have come; the leader is about to judge
         _wait(store, ["verdict"], _VERDICT_SLACK_S)
-    return _post(store, _missing_message(store, ranks, timeout_s))
+    return _post(store, _missing_message(check, timeout_s))
 
 
 def _post(store: dist.Store, verdict: bytes) -> bytes:
@@ -107,18 +160,24 @@ def _post(store: dist.Store, verdict: bytes) -> bytes:
 
 
 def _wait(store: dist.Store, keys: list[str], timeout_s: float) -> bool:
-    try:
-        store.wait(keys, timedelta(seconds=timeout_s))
-    except RuntimeError:  # which one, differs between the kinds of stores
-        return False
+    """Wait until all keys are set. Asks again and again, since a store that waits is closed to all other threads."""
+    deadline = time.monotonic() + timeout_s
+    pause = _FIRST_PAUSE_S
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
     return True
 
 
-def _missing_message(store: dist.Store, ranks: list[int], timeout_s: float) -> bytes:
-    missing = [rank for member, rank in enumerate(ranks) if not store.check([str(member)])]
-    absent = missing or ranks[:1]  # all came, but the leader left without a verdict
+def _missing_message(check: _Check, timeout_s: float) -> bytes:
+    missing = [member for member in range(len(check.ranks)) if not check.store.check([str(member)])]
+    check.store.set("absent", " ".join(map(str, missing)))
+    # If all came, it is the leader that left without a verdict.
+    absent = [check.ranks[member] for member in missing or [0]]
     return (
-        f"ranks {absent} of the group {ranks} did not come to the agreement check within {timeout_s:g} s: every "
+        f"ranks {absent} of the group {check.ranks} did not come to the agreement check within {timeout_s:g} s: every "
         "rank must make the same keys in the same order"
     ).encode()
 
@@ -131,15 +190,3 @@ def _mismatch_message(by_digest: dict[str, list[int]]) -> bytes:
         f"the ranks do not agree on the plan: ranks {differing} differ from ranks {largest}. Digests: "
         f"{', '.join(parts)}. Mask, sizes and configuration must be the same on every rank of the group"
     ).encode()
-
-
-def _forget_earlier(ranks: list[int], everyone_came: bool) -> None:
-    """Delete the keys of earlier checks: whoever came to this one has read the verdicts of those."""
-    history = _histories[tuple(ranks)]
-    if everyone_came:
-        root = dist.PrefixStore(_root_of(ranks), _get_default_store())
-        for key in history.stale_keys:
-            root.delete_key(key)
-        history.stale_keys.clear()
-    number = history.num_checks - 1
-    history.stale_keys += [f"{number}/{name}" for name in (*range(len(ranks)), "verdict")]

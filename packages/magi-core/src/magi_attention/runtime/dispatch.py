@@ -48,14 +48,14 @@ class _Undispatch(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, layout: Layout, rank: int, group: dist.ProcessGroup | None, is_partial_grad: bool
     ) -> Tensor:
-        ctx.where, ctx.group, ctx.is_partial_grad = (layout, rank), group, is_partial_grad
+        ctx.layout, ctx.rank, ctx.group, ctx.is_partial_grad = layout, rank, group, is_partial_grad
         return gather_rows(x, layout, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.is_partial_grad:
-            local = scatter_rows_sum(grad, *ctx.where, ctx.group)
+            local = scatter_rows_sum(grad, ctx.layout, ctx.rank, ctx.group)
         else:
-            local = select_rows(grad, *ctx.where, 0)
+            local = select_rows(grad, ctx.layout, ctx.rank, 0)
         return local, None, None, None, None
