@@ -71,7 +71,7 @@ PARAMETERS = {
     "undispatch": "x key is_partial_grad=False",
     "roll": "x shift dim key",
     "roll_simple": "x shift dim key",
-    "get_position_ids": "key",
+    "get_position_ids": "key device=None",
     "calc_attn": "q k v key sink=None softmax_scale=None softcap=0.0 return_max_logits=False",
     "clear_cache": "cp_group=None",
     "get_most_recent_key": "cp_group",

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The API in one process, without torch.distributed: a group of one."""
 
+import math
+import pickle
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from magi_attention.api import (
     calc_attn,
     clear_cache,
     dispatch,
+    dist_attn_runtime_dict_mgr,
     get_position_ids,
     magi_attn_flex_dispatch,
     magi_attn_flex_key,
@@ -24,7 +28,9 @@ from magi_attention.common import AttnMaskType
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import RuntimeConfig
 from magi_attention.dist_attn_runtime_mgr import init_dist_attn_runtime_mgr
+from magi_attention.functional import dispatch_func
 from magi_attention.meta import make_dispatch_meta_from_qk_ranges
+from magi_attention.runtime.manager import build_manager
 from magi_attention.testing.oracle import dense_attention
 
 TOTAL, PADDED = 50, 56
@@ -233,3 +239,66 @@ def test_dispatch_meta_lists_each_rank_s_chunks():
     assert (meta.layout.owner == [next(r for r in range(3) if c in meta.partitions[r]) for c in range(7)]).all()
     assert of_keys.partitions == meta.partitions
     assert of_keys.attn_role is not meta.attn_role
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_leaves_attention_in_its_inputs_dtype(key, dtype):
+    q, k, v = (x.detach().requires_grad_() for x in qkv(PADDED, dtype))
+    expected, meta = calc_attn(q, k, v, key)
+    gradients = torch.autograd.grad(expected.sum(), (q, k, v))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, meta_autocast = calc_attn(q, k, v, key)
+        assert torch.equal(out, expected)
+        assert torch.equal(meta_autocast.lse, meta.lse)
+        for actual, wanted in zip(torch.autograd.grad(out.sum(), (q, k, v)), gradients, strict=True):
+            assert torch.equal(actual, wanted)
+
+
+def test_results_may_be_modified_in_place(key):
+    q, k, v = (x.detach().requires_grad_() for x in qkv(PADDED))
+    expected, _ = calc_attn(q, k, v, key)
+    out, meta = calc_attn(q, k, v, key)
+    out.mul_(2)
+    meta.lse.mul_(2)
+    assert torch.equal(out, 2 * expected)
+    # As for softmax, the backward pass reads the output, and says so if that is not what it was.
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("bad", [[1.0], None, 3])
+def test_what_is_no_tensor_is_a_type_error(key, bad):
+    q, k, v = qkv(PADDED)
+    for arguments in ((bad, k, v), (q, bad, v), (q, k, bad)):
+        with pytest.raises(TypeError, match="must be a tensor, not"):
+            calc_attn(*arguments, key)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"softcap": math.nan}, "softcap is nan"), ({"softmax_scale": math.inf}, "softmax_scale is inf")],
+)
+def test_options_that_are_not_finite_are_refused(key, options, message):
+    with pytest.raises(ValueError, match=message):
+        calc_attn(*qkv(PADDED), key, **options)
+
+
+def test_a_pickled_key_finds_its_plan_in_another_process(key):
+    state = pickle.loads(pickle.dumps(key))
+    assert "_hash" not in vars(state)
+    assert state == key
+    assert hash(state) == hash(key)
+
+
+def test_managers_know_their_layout_and_equal_plans_are_equal(key):
+    manager = dist_attn_runtime_dict_mgr[key]
+    x = torch.arange(TOTAL)
+    assert torch.equal(dispatch_func(x, None, manager.dispatch_meta_q), dispatch(x, key))
+    assert manager == build_manager(key)
+    assert manager != build_manager(magi_attn_varlen_key([0, 7], [0, 7], 4, 2, 8, 0, None))
+
+
+@pytest.mark.parametrize("ends", [[0.5, 1], "04", [0, "8"]])
+def test_documents_end_at_integers(ends):
+    with pytest.raises(TypeError, match="must be integers"):
+        magi_attn_varlen_key(ends, ends, 4, 2, 8, 0, None)

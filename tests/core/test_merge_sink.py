@@ -94,10 +94,10 @@ def test_sink_of_minus_infinity_changes_nothing():
     assert not sink_gradient(sink, actual, torch.ones(2, 1, 3), lse, torch.ones(2, 1)).any()
 
 
-def test_sink_gradient_has_the_sinks_dtype():
+def test_sink_gradient_is_not_rounded_before_ranks_add_up():
     sink = torch.zeros(1, 2, dtype=torch.bfloat16)
     out = torch.ones(3, 2, 4)
-    assert sink_gradient(sink, out, out, torch.zeros(3, 2), None).dtype == torch.bfloat16
+    assert sink_gradient(sink, out, out, torch.zeros(3, 2), None).dtype == torch.float32
 
 
 def test_correction_functions_agree_with_the_merge():

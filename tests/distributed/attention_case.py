@@ -182,5 +182,7 @@ def assert_right(case: Case, answer: Answer) -> None:
     for name, tensor in answer.tensors().items():
         # exp(sink - lse) inherits the rounding of lse, a number near 5, where plain PyTorch divides two sums. Other
         # gradients average that over many rows, but the sink's is mostly that of the few rows with the fewest keys.
-        factor = 4.0 if name == "dsink" and case.dtype == torch.float32 else 2.0
+        # Triton's exponentials are approximations, which counts in float32 alone.
+        is_coarse = name == "dsink" or torch.cuda.is_available()
+        factor = 4.0 if is_coarse and case.dtype == torch.float32 else 2.0
         assert_within_pytorch_error(tensor, oracle.tensors()[name], plain.tensors()[name], factor)

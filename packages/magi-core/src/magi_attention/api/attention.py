@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributed attention."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,8 +54,10 @@ def calc_attn(
     manager = find_manager(key)
     _check_tensors(q, k, v, sink)
     _check_rows(q, manager)
-    if not softcap >= 0:
-        raise MagiValueError(f"softcap is {softcap}; it must be positive, or 0 for none")
+    if not 0 <= softcap < math.inf:
+        raise MagiValueError(f"softcap is {softcap}; it must be positive and finite, or 0 for none")
+    if softmax_scale is not None and not math.isfinite(softmax_scale):
+        raise MagiValueError(f"softmax_scale is {softmax_scale}; it must be finite, or None for head_dim ** -0.5")
     if key.is_flatten_head_groups_enable and (sink is not None or return_max_logits):
         raise MagiValueError("flattened head groups exclude a sink and max_logits: switch off flatten_head_groups")
     return manager.calc_attn(
@@ -68,6 +72,9 @@ def calc_attn(
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise MagiTypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or k.shape[:2] != v.shape[:2]:
         raise MagiValueError(f"q must be [n, hq, d], k [n, hk, d], v [n, hk, dv]; they are {shapes}")
@@ -89,6 +96,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None
 
 
 def _check_sink(sink: Tensor, q: Tensor) -> None:
+    if not isinstance(sink, Tensor):
+        raise MagiTypeError(f"sink must be a tensor, not {type(sink).__name__}")
     if sink.dim() != 2 or sink.shape[1] != q.shape[1]:
         raise MagiValueError(f"sink must be [s, {q.shape[1]}], one column per query head; it is {tuple(sink.shape)}")
     if sink.dtype not in FLOAT_DTYPES:

@@ -87,6 +87,8 @@ def magi_attn_flex_key(
         >>> key.chunk_size, key.pad_size
         (13, 4)
     """
+    if not isinstance(dist_attn_config, DistAttnConfig):
+        raise TypeError(f"dist_attn_config must be a DistAttnConfig, not {dist_attn_config!r}")
     config = dist_attn_config.resolved()
     chunk_limit = choose_chunk_limit(chunk_size, config)
     check_same_source(total_seqlen_q, total_seqlen_k, is_same_source, is_q_permutable, is_k_permutable)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Helpers that build masks and pad tensors. They need no process group."""
 
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -196,7 +197,10 @@ def _cumulative(name: str, cu_seqlens: Tensor | Sequence[int]) -> list[int]:
                 f"{name} is a {cu_seqlens.dtype} tensor of shape {tuple(cu_seqlens.shape)}; it must be 1-D and integer"
             )
         cu_seqlens = cu_seqlens.tolist()
-    ends = [int(end) for end in cu_seqlens]
+    try:
+        ends = [operator.index(end) for end in cu_seqlens]
+    except TypeError:
+        raise MagiTypeError(f"{name} is {cu_seqlens!r}; it must be integers") from None
     if len(ends) < 2 or ends[0] != 0 or any(end < start for start, end in pairwise(ends)):
         raise MagiValueError(
             f"{name} is {ends}; it must start at 0, never decrease, and have one entry per document and the total"

@@ -5,9 +5,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.alltoall import AllToAllCollectives
-from magi_attention.meta.dispatch_meta import DispatchMeta
 from magi_attention.runtime.autograd import dist_attn_func
 from magi_attention.runtime.dispatch import dispatch_rows, undispatch_rows
+from magi_attention.runtime.dispatch_meta import DispatchMeta
 from magi_attention.runtime.roll import roll_rows
 
 __all__ = ["dispatch_func", "dist_attn_func", "roll_func", "roll_simple_func", "undispatch_func"]

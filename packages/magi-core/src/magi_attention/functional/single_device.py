@@ -4,6 +4,7 @@
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys; s sinks.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,7 @@ from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.common.slices import SliceTable, find_double_cover
 from magi_attention.env import general as environment
+from magi_attention.kernels.autograd import owned, without_autocast
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, KernelBackend
 from magi_attention.kernels.registry import choose_backend
 from magi_attention.kernels.sink import apply_sink, sink_gradient
@@ -47,7 +49,7 @@ def attend_on_one_device(
     :func:`magi_attention.kernels.registry.choose_backend` takes it.
     """
     _check_tensors(q, k, v)
-    if softcap < 0:
+    if not 0 <= softcap < math.inf:
         raise MagiValueError(f"softcap must be positive, or 0 for none, got {softcap}")
     request = AttentionRequest(
         device=q.device,
@@ -86,24 +88,27 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: _Job
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        out, lse, max_logits = job.backend.forward(q, k, v, job.call)
-        if sink is not None:
-            out, lse = apply_sink(out, lse, sink)
+        with without_autocast(q):
+            out, lse, max_logits = job.backend.forward(q, k, v, job.call)
+            if sink is not None:
+                out, lse = apply_sink(out, lse, sink)
+        out, lse = owned(out.to(q.dtype)), owned(lse)
         ctx.job = job
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, sink)
         if max_logits is not None:
             ctx.mark_non_differentiable(max_logits)
-        return out.to(q.dtype), lse, max_logits
+        return out, lse, max_logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sink = ctx.saved_tensors
         dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout
-        gradients = ctx.job.backend.backward(dout, q, k, v, out, lse, dlse, ctx.job.call)
-        dq, dk, dv = (gradient.to(q.dtype) for gradient in gradients)
-        dsink = sink_gradient(sink, out, dout, lse, dlse).to(sink.dtype) if ctx.needs_input_grad[3] else None
+        with without_autocast(q):
+            gradients = ctx.job.backend.backward(dout, q, k, v, out, lse, dlse, ctx.job.call)
+            dq, dk, dv = (gradient.to(q.dtype) for gradient in gradients)
+            dsink = sink_gradient(sink, out, dout, lse, dlse).to(sink.dtype) if ctx.needs_input_grad[3] else None
         return dq, dk, dv, dsink, None
 
 
@@ -174,6 +179,9 @@ def _host_integers(name: str, tensor: Tensor, ndim: int) -> NDArray[np.int64]:
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise MagiTypeError(f"{name} must be a floating-point tensor, got {given}")
         if tensor.ndim != 3:
             raise MagiValueError(f"{name} must have shape [tokens, heads, head_dim], got {list(tensor.shape)}")
         if tensor.dtype != q.dtype or tensor.device != q.device:

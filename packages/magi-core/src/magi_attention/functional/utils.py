@@ -64,7 +64,7 @@ def sink_bwd(
         dsink: if given, the gradient is written into it, and it is returned.
     """
     check_sink(sink, lse.shape[0], lse.shape[1], sink_layout)
-    gradient = sink_gradient(sink, o, do, lse, None)
+    gradient = sink_gradient(sink, o, do, lse, None).to(sink.dtype)
     return gradient if dsink is None else dsink.copy_(gradient)
 
 

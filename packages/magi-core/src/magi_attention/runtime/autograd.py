@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.kernels.autograd import owned, without_autocast
 from magi_attention.kernels.protocol import AttentionRequest
 from magi_attention.kernels.registry import choose_backend
 from magi_attention.kernels.sink import sink_gradient
@@ -76,7 +77,9 @@ class _DistributedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: AttentionJob
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        out, lse, max_logits = attend(job, q, k, v, sink)
+        with without_autocast(q):
+            out, lse, max_logits = attend(job, q, k, v, sink)
+        out, lse = owned(out), owned(lse)
         ctx.job = job
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, sink)
@@ -90,11 +93,12 @@ class _DistributedAttention(torch.autograd.Function):
         *tensors, sink = ctx.saved_tensors
         saved = SavedAttention(*tensors)
         dout = torch.zeros_like(saved.out) if dout is None else dout
-        dq, dk, dv = differentiate(ctx.job, saved, dout, dlse)
         dsink = None
-        if sink is not None and ctx.needs_input_grad[3]:
-            dsink = sink_gradient(sink, saved.out, dout, saved.lse, dlse)
-            dsink = _reduce_sink_gradient(ctx.job.runtime, dsink).to(sink.dtype)
+        with without_autocast(dout):
+            dq, dk, dv = differentiate(ctx.job, saved, dout, dlse)
+            if sink is not None and ctx.needs_input_grad[3]:
+                dsink = sink_gradient(sink, saved.out, dout, saved.lse, dlse)
+                dsink = _reduce_sink_gradient(ctx.job.runtime, dsink).to(sink.dtype)
         return dq, dk, dv, dsink, None
 
 

@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -113,6 +114,10 @@ class DistAttnRuntimeKey:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The memoized hash holds in this process only.
+        return {name: value for name, value in vars(self).items() if name != "_hash"}
 
 
 def sorted_global_ranks(cp_group: dist.ProcessGroup | None) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from magi_attention.plan.qo import RowCosts
 from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime.autograd import dist_attn_func
 from magi_attention.runtime.dispatch import dispatch_rows, undispatch_rows
+from magi_attention.runtime.dispatch_meta import DispatchMeta
 from magi_attention.runtime.job import DistAttnRuntime
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.roll import roll_rows
@@ -54,6 +55,24 @@ class DistAttnRuntimeMgr:
         self.dist_attn_runtime = dist_attn_runtime
         self.dist_attn_config = key.dist_attn_config
         self._row_collectives = AllToAllCollectives(key.cp_group)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DistAttnRuntimeMgr):
+            return NotImplemented
+        same_plan = self.dist_attn_runtime.plan.digest == other.dist_attn_runtime.plan.digest
+        return same_plan and self.key.group_ranks == other.key.group_ranks and self.rank == other.rank
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def dispatch_meta_q(self) -> DispatchMeta:
+        """The layout of queries as lists."""
+        return DispatchMeta.from_layout(self.layout, self.rank, AttnRole.QUERY)
+
+    @property
+    def dispatch_meta_k(self) -> DispatchMeta:
+        """The layout of keys as lists."""
+        return DispatchMeta.from_layout(self.layout, self.rank, AttnRole.KEY)
 
     @property
     def num_local_rows(self) -> int:

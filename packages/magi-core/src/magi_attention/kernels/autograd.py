@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What autograd functions around kernels need."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Keep autocast from changing the dtypes inside a kernel, which chose its precision by its inputs."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def owned(x: Tensor) -> Tensor:
+    """``x``, or a copy if it is a view: an output that is a view may not be modified in place by its user."""
+    return x if x._base is None else x.clone()
