@@ -25,7 +25,8 @@ from magi_attention.api import (
 )
 from magi_attention.api.checks import resolve_chunk_size
 from magi_attention.common import RangeError
-from magi_attention.config import RuntimeConfig
+from magi_attention.config import LocalityDispatchAlg, RuntimeConfig
+from magi_attention.plan.chunk_size import choose_chunk_size
 
 
 @pytest.fixture(autouse=True)
@@ -91,19 +92,25 @@ def test_key_of_an_uneven_shard_is_not_padded():
     ],
 )
 def test_chunk_size_is_bounded_by_the_least_number_of_chunks(total, cp_size, limit, chunk_size):
-    assert resolve_chunk_size(total, cp_size, limit) == chunk_size
+    assert resolve_chunk_size(total, cp_size, limit, MinHeapDispatchAlg()) == chunk_size
+    if limit is not None or cp_size == 1:
+        assert resolve_chunk_size(total, cp_size, limit, LocalityDispatchAlg()) == chunk_size
+
+
+def test_planner_chooses_the_chunks_that_suit_it():
+    assert resolve_chunk_size(1 << 20, 8, None, LocalityDispatchAlg()) == choose_chunk_size(1 << 20, 8) == 256
 
 
 def test_least_number_of_chunks_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("MAGI_ATTENTION_MIN_CHUNKS_PER_RANK", "1")
-    assert resolve_chunk_size(1001, 1, 512) == 512
-    assert resolve_chunk_size(1001, 2, None) == 501
+    assert resolve_chunk_size(1001, 1, 512, MinHeapDispatchAlg()) == 512
+    assert resolve_chunk_size(1001, 2, None, MinHeapDispatchAlg()) == 501
 
 
 @pytest.mark.parametrize("total", [0, 1, 3])
 def test_fewer_rows_than_ranks_are_refused(total):
     with pytest.raises(ValueError, match=f"{total} rows cannot be shared by 4 ranks") as error:
-        resolve_chunk_size(total, 4, None)
+        resolve_chunk_size(total, 4, None, LocalityDispatchAlg())
     assert isinstance(error.value, AssertionError)
 
 

@@ -19,6 +19,7 @@ from magi_attention.config import (
     GreedyOverlapAlg,
     GrpCollConfig,
     LBDispatchAlg,
+    LocalityDispatchAlg,
     MinHeapDispatchAlg,
     OverlapAlg,
     OverlapConfig,
@@ -42,7 +43,7 @@ def _clean_environment(monkeypatch):
 
 def test_defaults():
     config = DistAttnConfig()
-    assert config.dispatch_config == DispatchConfig(chunk_size=None, uneven_shard=False, alg=MinHeapDispatchAlg())
+    assert config.dispatch_config == DispatchConfig(chunk_size=None, uneven_shard=False, alg=LocalityDispatchAlg())
     overlap = config.overlap_config
     assert (overlap.mode, overlap.degree, overlap.dynamic_max_degree) == (STATIC, 1, 8)
     assert (overlap.min_chunk_size, overlap.max_num_chunks, overlap.alg) == (512, 64, UniformOverlapAlg())
@@ -53,6 +54,7 @@ def test_defaults():
 
 ALGORITHMS = [
     # class, type, optimal, partitions, equal counts, affinity
+    (LocalityDispatchAlg, "locality", False, True, False, True),
     (MinHeapDispatchAlg, "min_heap", False, True, False, False),
     (ToppHeapDispatchAlg, "topp_heap", False, True, True, True),
     (SequentialDispatchAlg, "sequential_select", False, True, False, False),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers and the picture that are made of plans."""
 
+from dataclasses import fields
 from itertools import pairwise
 
 import matplotlib.image
@@ -9,19 +10,26 @@ import pytest
 
 from magi_attention.cli.demo.masks import build_mask
 from magi_attention.cli.demo.options import MaskFamily
-from magi_attention.cli.picture import BACKGROUND, coverage, mask_image, rank_colours, save_picture
-from magi_attention.cli.shares import imbalance, predict_timeline, share_of
+from magi_attention.cli.figures import figures_of_plans, work_of_plans
+from magi_attention.cli.picture import save_picture
+from magi_attention.cli.raster import coverage, mask_image, ownership_image, rank_colors
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.build import build_plans
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.simulate import Cluster, LayerShape
 from magi_attention.plan.stages import StageOptions
 
 ENDS = np.array([0, 37, 60, 90])
 LAYOUT = Layout(num_real=90, total=96, chunk_size=8, num_ranks=3, owner=np.array([0, 1, 2, 2, 1, 0] * 2))
+NO_LATENCY = {"exchange_latency_us": 0, "kernel_latency_us": 0}
 
 
 def plans_for(mask, degree=2):
     return build_plans(mask, LAYOUT, range(3), StageOptions(degree=degree, min_piece=4))
+
+
+def figures_for(mask, degree=2, **cluster):
+    return figures_of_plans(mask, plans_for(mask, degree), Cluster(**NO_LATENCY, **cluster), LayerShape())
 
 
 def dense(mask, total):
@@ -34,34 +42,37 @@ def dense(mask, total):
 
 @pytest.mark.parametrize("family", MaskFamily)
 @pytest.mark.parametrize("degree", [0, 1, 3])
-def test_shares_against_the_dense_mask(family, degree):
+def test_figures_against_the_dense_mask(family, degree):
     mask = build_mask(family, ENDS)
     kept = dense(mask, 96)
     owner = np.repeat(LAYOUT.owner, 8)
-    for plan in plans_for(mask, degree):
-        share = share_of(plan)
-        mine = owner == plan.rank
-        assert share.tokens == mine[:90].sum()
-        assert share.pairs == kept[mine].sum()
-        assert share.rows_received == (kept[mine].any(axis=0) & ~mine).sum()
-        assert share.rows_of_others == 96 - mine.sum()
+    figures = figures_for(mask, degree)
+    needed = [kept[owner == rank].any(axis=0) & (owner != rank) for rank in range(3)]
+    for rank in range(3):
+        mine = owner == rank
+        assert figures.work.tokens[rank] == mine[:90].sum()
+        assert figures.pairs[rank] == kept[mine].sum()
+        assert figures.received[rank] == needed[rank].sum()
+        assert figures.sent[rank] == sum(needed[reader][mine].sum() for reader in range(3))
+        assert figures.rows_of_others[rank] == 96 - mine.sum()
+        assert figures.work.traffic[rank].tolist() == [needed[rank][owner == source].sum() for source in range(3)]
 
 
 def test_imbalance_is_the_maximum_over_the_mean():
-    shares = [share_of(plan) for plan in plans_for(build_mask(MaskFamily.CAUSAL, ENDS))]
-    pairs = [share.pairs for share in shares]
-    assert imbalance(shares) == pytest.approx(max(pairs) / (sum(pairs) / 3))
+    figures = figures_for(build_mask(MaskFamily.CAUSAL, ENDS))
+    assert figures.imbalance == pytest.approx(figures.pairs.max() / figures.pairs.mean())
 
 
-def test_timeline_keeps_its_order_and_hides_rows_behind_computation():
-    plan = plans_for(build_mask(MaskFamily.CAUSAL, ENDS))[0]
-    free, slow = predict_timeline(plan, 0.0), predict_timeline(plan, 1e6)
-    assert [timing.pairs for timing in free] == [stage.slices.area() for stage in plan.stages]
-    assert free[-1].compute_stop == share_of(plan).pairs
-    for earlier, later in pairwise(slow):
-        assert later.receive_start >= max(earlier.receive_stop, earlier.compute_start)
-        assert later.compute_start >= max(earlier.compute_stop, later.receive_stop)
-    assert slow[-1].receive_stop == pytest.approx(share_of(plan).rows_received * 1e6)
+def test_timeline_keeps_its_order():
+    mask = build_mask(MaskFamily.CAUSAL, ENDS)
+    forward = figures_for(mask, nvlink_gbs=1e-6).prediction.forward
+    for earlier, later in pairwise(range(forward.compute.shape[1])):
+        assert (forward.fetch[:, later, 0] >= forward.fetch[:, earlier, 1]).all()
+        assert (forward.compute[:, later, 0] >= forward.compute[:, earlier, 1]).all()
+        assert (forward.compute[:, later, 0] >= forward.fetch[:, later, 1]).all()
+    work = work_of_plans(plans_for(mask))
+    busy = np.maximum(work.received, work.sent).sum(axis=1) * LayerShape().bytes_per_row / 1e3
+    assert np.diff(forward.fetch).sum(axis=(1, 2)) == pytest.approx(busy)
 
 
 @pytest.mark.parametrize("family", MaskFamily)
@@ -70,27 +81,52 @@ def test_coverage_is_the_share_of_keys_seen(family):
     rows = np.arange(0, 90, 7)
     expected = dense(mask, 90)[rows].reshape(len(rows), 30, 3).mean(axis=2)
     assert coverage(mask, rows, np.linspace(0, 90, 31)) == pytest.approx(expected)
+    part = dense(mask, 90)[30:60:7, 30:60].reshape(5, 10, 3).mean(axis=2)
+    assert coverage(mask, np.arange(30, 60, 7), np.linspace(30, 60, 11)) == pytest.approx(part)
 
 
 def test_mask_image_shows_the_owner_of_each_row():
     mask = SliceTable([[0, 90, 0, 45, 0]])
-    colours = rank_colours(3)
-    image = mask_image(mask, LAYOUT, colours, 90)
+    colors = rank_colors(3)
+    image = mask_image(mask, LAYOUT, colors, 90)
+    part = mask_image(mask, LAYOUT, colors, 30, (30, 60))
     for row in (0, 9, 89):
-        assert image[row, 10] == pytest.approx(colours[LAYOUT.owner[row // 8]])
-        assert image[row, 80] == pytest.approx(BACKGROUND)
+        assert image[row, 10] == pytest.approx([*colors[LAYOUT.owner[row // 8]], 1])
+        assert image[row, 80, 3] == 0
+    assert part == pytest.approx(image[30:60, 30:60])
+
+
+def test_ownership_image_shows_each_run():
+    image = ownership_image(LAYOUT, rank_colors(3), 96, 3)
+    assert np.array_equal(image[..., 3] > 0, np.repeat(LAYOUT.owner, 8) == np.arange(3)[:, None])
+    coarse = ownership_image(LAYOUT, rank_colors(3), 5, 2)
+    assert (coarse[..., 3] > 0).tolist() == [[True] * 5, [True, True, False, True, True]]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 8, 64])
-def test_colours_differ(num_ranks):
-    assert len(set(rank_colours(num_ranks))) == num_ranks
+def test_colors_differ(num_ranks):
+    assert len(set(rank_colors(num_ranks))) == num_ranks
 
 
 @pytest.mark.parametrize("degree", [0, 2])
 def test_picture_is_written(tmp_path, degree):
     mask = build_mask(MaskFamily.SHARED_QUESTION, ENDS)
-    save_picture(tmp_path / "plan.png", mask, plans_for(mask, degree), "title")
+    save_picture(tmp_path / "plan.png", figures_for(mask, degree), "title")
     pixels = matplotlib.image.imread(tmp_path / "plan.png")
-    assert pixels.shape[:2] == (1300, 1690)
-    for colour in rank_colours(3):
-        assert (np.abs(pixels[..., :3] - colour).max(axis=-1) < 0.01).sum() > 1000
+    assert pixels.shape[:2] == (1690, 1690)
+    for color in rank_colors(3):
+        assert (np.abs(pixels[..., :3] - color).max(axis=-1) < 0.01).sum() > 1000
+
+
+def test_two_hop_exchanges_are_refused():
+    layout = Layout(96, 96, 8, 4, np.arange(12) % 4)
+    plans = build_plans(SliceTable([[0, 96, 0, 96, 0]]), layout, range(4), mesh_shape=(2, 2))
+    with pytest.raises(ValueError, match="two hops"):
+        work_of_plans(plans)
+
+
+def test_work_has_one_entry_for_each_rank_and_stage():
+    work = work_of_plans(plans_for(build_mask(MaskFamily.CAUSAL, ENDS), 2))
+    shapes = {field.name: getattr(work, field.name).shape for field in fields(work)}
+    assert shapes.pop("tokens") == (3,)
+    assert set(shapes.values()) == {(3, 3)}

@@ -15,6 +15,7 @@ from magi_attention.config import (
     BTPDispatchAlg,
     DPDispatchAlg,
     LBDispatchAlg,
+    LocalityDispatchAlg,
     MinHeapDispatchAlg,
     RandomSelectDispatchAlg,
     SequentialDispatchAlg,
@@ -26,6 +27,7 @@ from magi_attention.plan.dispatch import make_layout
 from magi_attention.testing.masks import random_masks
 
 ALGORITHMS = [
+    LocalityDispatchAlg(),
     MinHeapDispatchAlg(),
     ToppHeapDispatchAlg(top_p=0.5),
     BatchToppHeapDispatchAlg(top_p=1.0),

@@ -18,6 +18,7 @@ from magi_attention.common.algorithms import (
     DPDispatchAlg,
     GreedyOverlapAlg,
     LBDispatchAlg,
+    LocalityDispatchAlg,
     MinHeapDispatchAlg,
     OverlapAlg,
     SequentialDispatchAlg,
@@ -43,6 +44,7 @@ __all__ = [
     "GreedyOverlapAlg",
     "GrpCollConfig",
     "LBDispatchAlg",
+    "LocalityDispatchAlg",
     "MinHeapDispatchAlg",
     "OverlapAlg",
     "OverlapConfig",
@@ -58,14 +60,15 @@ class DispatchConfig:
     """How the sequence is cut and dealt.
 
     Attributes:
-        chunk_size: the most rows of a chunk; None for as many as leave every rank its least number of chunks.
+        chunk_size: the most rows of a chunk, of which every rank gets ``MAGI_ATTENTION_MIN_CHUNKS_PER_RANK`` at least;
+            None to let the planner choose.
         uneven_shard: deal the sequence as it is, rather than padded so that all ranks hold equally many rows.
         alg: the algorithm that deals chunks to ranks.
     """
 
     chunk_size: int | None = None
     uneven_shard: bool = False
-    alg: DispatchAlg = field(default_factory=MinHeapDispatchAlg)
+    alg: DispatchAlg = field(default_factory=LocalityDispatchAlg)
 
     def __post_init__(self) -> None:
         check_positive(self, ["chunk_size"], int, type(None))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.ranges import AttnRanges
-from magi_attention.config import DistAttnConfig
+from magi_attention.config import DispatchAlg, DistAttnConfig, LocalityDispatchAlg
 from magi_attention.env import general
+from magi_attention.plan.chunk_size import choose_chunk_size
 
 GeneralAttnMaskType = str | AttnMaskType | Sequence[str | AttnMaskType]
 """A mask type or its name, for all slices alike or one per slice."""
@@ -85,12 +86,16 @@ def choose_chunk_limit(chunk_size: int | None, config: DistAttnConfig) -> int | 
     return chunk_size
 
 
-def resolve_chunk_size(total_seqlen: int, cp_size: int, limit: int | None) -> int:
+def resolve_chunk_size(total_seqlen: int, cp_size: int, limit: int | None, alg: DispatchAlg) -> int:
     """The rows of a chunk: at most ``limit``, and so few that every rank gets its least number of chunks.
+
+    Without a limit, :class:`LocalityDispatchAlg` has the planner choose, which knows what suits it.
 
     Raises:
         ValueError: The sequence has fewer rows than there are ranks.
     """
+    if limit is None and cp_size > 1 and isinstance(alg, LocalityDispatchAlg) and total_seqlen >= cp_size:
+        return choose_chunk_size(total_seqlen, cp_size)
     auto = -(-total_seqlen // (general.min_chunks_per_rank() * cp_size))
     chunk_size = auto if limit is None else min(auto, limit)
     if total_seqlen < cp_size or -(-total_seqlen // chunk_size) < cp_size:

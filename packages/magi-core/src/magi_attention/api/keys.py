@@ -96,7 +96,7 @@ def magi_attn_flex_key(
     mask_types = resolve_mask_types(attn_mask_type, len(q_ranges))
     cp_group, cp_mesh = resolve_group(cp_group_or_mesh, bool(config.runtime_config.hierarchical_comm))
     cp_size = group_size(cp_group)
-    chunk_size = resolve_chunk_size(total_seqlen_q, cp_size, chunk_limit)
+    chunk_size = resolve_chunk_size(total_seqlen_q, cp_size, chunk_limit, config.dispatch_config.alg)
     if pad_size:
         warnings.warn("pad_size is deprecated and ignored: read key.pad_size", DeprecationWarning, stacklevel=2)
     is_uneven = config.dispatch_config.uneven_shard

@@ -2,16 +2,20 @@
 """The ``magi`` command's subcommands and flags. Bodies import what they need, so that help and errors come at once."""
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from magi_attention.cli.demo.options import DemoOptions, Device, MaskFamily, Precision
+from magi_attention.cli.plan.options import PlanOptions
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 DEFAULT = DemoOptions()
+PLAN_DEFAULT = PlanOptions(mask="causal", tokens=1)
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+PAGE_SUFFIXES = (".html", ".htm")
+EXISTING_FILE: dict[str, Any] = {"metavar": "FILE", "exists": True, "dir_okay": False, "readable": True}
 
 
 @app.callback()
@@ -31,7 +35,7 @@ def demo(
         ),
     ] = None,
     processes: Annotated[int, typer.Option("--processes", "-p", help="Ranks of the second run.")] = DEFAULT.processes,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of each run.")] = DEFAULT.steps,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = DEFAULT.steps,
     mask: Annotated[MaskFamily, typer.Option(help="How documents may look at themselves and others.")] = DEFAULT.mask,
     tokens: Annotated[int, typer.Option(help="Length of the packed sequence.")] = DEFAULT.tokens,
     backend: Annotated[str, typer.Option(help="Kernel backend, by its name; auto takes the best.")] = DEFAULT.backend,
@@ -75,7 +79,7 @@ def demo(
             dim=dim,
             files=tuple(files or ()),
         )
-        check_picture(out)
+        check_output("--out", out, PICTURE_SUFFIXES)
     except ValueError as error:
         fail(error)
     from rich.console import Console
@@ -89,6 +93,87 @@ def demo(
     raise typer.Exit(run_demo(options, setup, out, Console()))
 
 
+@app.command()
+def plan(
+    mask: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A mask by name, one of those above; needs --tokens.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Length of the sequence.")] = None,
+    cu_seqlens: Annotated[
+        Path | None, typer.Option(**EXISTING_FILE, help="Documents' cumulative lengths from 0: text, .npy or .json.")
+    ] = None,
+    causal: Annotated[bool | None, typer.Option("--causal/--full", help="Documents of --cu-seqlens.")] = None,
+    window: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="L R", help="Keys left and right that a token sees; -1 for all.")
+    ] = None,
+    slices: Annotated[
+        Path | None, typer.Option(**EXISTING_FILE, help='JSON list of slices, such as [0, 64, 0, 64, "causal"].')
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="Ranks of the group.")] = PLAN_DEFAULT.ranks,
+    chunk_size: Annotated[int | None, typer.Option(help="Most rows of a chunk; else the planner chooses.")] = None,
+    algorithm: Annotated[str | None, typer.Option(metavar="NAME", help="How chunks are dealt to ranks.")] = None,
+    overlap_degree: Annotated[
+        str, typer.Option(metavar="N|auto", help="Stages in which remote rows are fetched; 0 for no overlap.")
+    ] = str(PLAN_DEFAULT.overlap_degree),
+    uneven: Annotated[
+        bool, typer.Option("--uneven", help="Let ranks hold unequal numbers of tokens, instead of padding.")
+    ] = PLAN_DEFAULT.uneven,
+    heads_q: Annotated[int, typer.Option(help="Query heads.")] = PLAN_DEFAULT.heads_q,
+    heads_kv: Annotated[int, typer.Option(help="Key/value heads.")] = PLAN_DEFAULT.heads_kv,
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = PLAN_DEFAULT.head_dim,
+    simulate: Annotated[
+        int | None, typer.Option(metavar="RANKS", help="As --ranks, and compare overlap degrees.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines of the cluster; 8 ranks each if not given.")] = None,
+    link: Annotated[float, typer.Option(metavar="GB/s", help="Each rank's link to other nodes.")] = PLAN_DEFAULT.link,
+    nvlink: Annotated[float, typer.Option(metavar="GB/s", help="The same within a node.")] = PLAN_DEFAULT.nvlink,
+    tflops: Annotated[float, typer.Option(metavar="T", help="Rate of the forward kernel.")] = PLAN_DEFAULT.tflops,
+    png: Annotated[Path | None, typer.Option(help="Where to draw the plan (PNG, SVG or PDF).")] = None,
+    html: Annotated[Path | None, typer.Option(help="Where to write the plan as a page for a browser.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON, and nothing else.")] = False,
+) -> None:
+    """Plan a mask for any number of ranks, without any of them, and show what each would compute and exchange.
+
+    Masks by name: full, causal, varlen_full, varlen_causal, swa_causal_1024, varlen_block_causal_4k, prefix_lm,
+    shared_question.
+    """
+    try:
+        if simulate is not None and ranks not in (simulate, PLAN_DEFAULT.ranks):
+            raise ValueError(f"--simulate {simulate} and --ranks {ranks} differ; give one of them")
+        options = PlanOptions(
+            mask=mask,
+            tokens=tokens,
+            cu_seqlens=cu_seqlens,
+            causal=causal,
+            window=window,
+            slices=slices,
+            ranks=ranks if simulate is None else simulate,
+            nodes=nodes,
+            simulate=simulate is not None,
+            chunk_size=chunk_size,
+            algorithm=algorithm,
+            overlap_degree=parse_degree(overlap_degree),
+            uneven=uneven,
+            heads_q=heads_q,
+            heads_kv=heads_kv,
+            head_dim=head_dim,
+            link=link,
+            nvlink=nvlink,
+            tflops=tflops,
+        )
+        check_output("--png", png, PICTURE_SUFFIXES)
+        check_output("--html", html, PAGE_SUFFIXES)
+    except ValueError as error:
+        fail(error)
+    from magi_attention.cli.plan.command import run_plan
+    from magi_attention.cli.plan.masks import read_mask
+
+    try:
+        run_plan(options, read_mask(options), png, html, as_json)
+    except ValueError as error:
+        fail(error)
+
+
 def parse_degree(text: str) -> int | None:
     """Return the overlap degree, None for ``auto``."""
     if text == "auto":
@@ -98,12 +183,14 @@ def parse_degree(text: str) -> int | None:
     return int(text)
 
 
-def check_picture(path: Path) -> None:
-    """Refuse a path that no picture can be written to, before anything is computed."""
-    if path.suffix.lower() not in PICTURE_SUFFIXES:
-        raise ValueError(f"--out {path} must end in one of {', '.join(PICTURE_SUFFIXES)}")
+def check_output(flag: str, path: Path | None, suffixes: tuple[str, ...]) -> None:
+    """Refuse a path that nothing can be written to, or another kind of file, before anything is computed."""
+    if path is None:
+        return
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{flag} {path} must end in one of {', '.join(suffixes)}")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"--out {path}: there is no folder {path.absolute().parent}; make it first")
+        raise ValueError(f"{flag} {path}: there is no folder {path.absolute().parent}; make it first")
 
 
 def fail(error: Exception) -> NoReturn:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of a plan: the mask and who computes which part of it, each rank's work, and the stages in time."""
+"""A picture of a plan: mask, ownership, each rank's work and traffic, and the stages in time.
+
+With many ranks a bar for each could not be told apart: quantiles, pixels and the slowest ranks stand for all.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,216 +11,266 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from magi_attention.cli.shares import RankShare, imbalance, predict_timeline, share_of
-from magi_attention.common.slices import SliceTable
-from magi_attention.plan.build import Plan
-from magi_attention.plan.layout import Layout
+from magi_attention.cli.figures import MOST_SHOWN_RANKS, PlanFigures, saved_share, short, time_unit
+from magi_attention.cli.raster import Color, mask_image, ownership_image, rank_colors, thin_window
 
-PAIRS_PER_ROW = 750.0
-"""Pairs computed while one key/value row is received, for the timeline: 600 Tflop/s and 400 GB/s (bf16, GPUs joined by
-NVLink), a pair taking ``4 * head_dim`` flop per query head and a row ``4 * head_dim`` bytes per key/value head, with
-two query heads for each of those."""
-
-# Wong's palette (Nature Methods 8, 441), which colour-blind people can tell apart; more ranks share a continuous map.
-RANK_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#B8A800")
-BACKGROUND = np.array(to_rgb("#F3F4F6"))
-TRAVEL_COLOUR = "#B4BBC4"
-TEXT_COLOUR = "#22272E"
+BACKGROUND_COLOR = "#F3F4F6"
+EDGE_COLOR = "#C5CAD1"
+REFERENCE_COLOR = "#DDE1E6"
+FETCH_COLOR = "#AEB6C0"
+HOME_COLOR = "#6B7683"
+TEXT_COLOR = "#22272E"
+RECEIVED_COLOR, SENT_COLOR = "#0072B2", "#D55E00"
 
 MASK_PIXELS = 900
-ROWS_PER_PIXEL = 3
-MOST_LABELLED_RANKS = 16
+
+Colors = Sequence[Color]
 
 
-def save_picture(path: Path, mask: SliceTable, plans: Sequence[Plan], title: str) -> None:
-    """Draw the plans of all ranks, in the order of the ranks, and write them to ``path`` (PNG, SVG or PDF)."""
-    colours = rank_colours(len(plans))
-    shares = [share_of(plan) for plan in plans]
+def save_picture(path: Path, figures: PlanFigures, title: str) -> None:
+    """Draw a plan and write it to ``path`` (PNG, SVG or PDF)."""
+    colors = rank_colors(figures.num_ranks)
+    many = figures.num_ranks > MOST_SHOWN_RANKS
     style: dict[Any, Any] = {
         "font.size": 9,
-        "axes.edgecolor": "#C5CAD1",
+        "axes.edgecolor": EDGE_COLOR,
         "axes.titlesize": 10.5,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
-        "text.color": TEXT_COLOUR,
-        "axes.labelcolor": TEXT_COLOUR,
-        "xtick.color": TEXT_COLOUR,
-        "ytick.color": TEXT_COLOUR,
+        "text.color": TEXT_COLOR,
+        "axes.labelcolor": TEXT_COLOR,
+        "xtick.color": TEXT_COLOR,
+        "ytick.color": TEXT_COLOR,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(13, 10), layout="constrained")
+        figure = Figure(figsize=(13, 13), layout="constrained")
         figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
-        grid = figure.add_gridspec(3, 2, width_ratios=(1.35, 1), height_ratios=(1, 1, 1.15), hspace=0.06, wspace=0.04)
-        draw_mask(figure.add_subplot(grid[:2, 0]), mask, plans[0].layout, colours)
-        draw_work(figure.add_subplot(grid[0, 1]), shares, colours)
-        draw_rows(figure.add_subplot(grid[1, 1]), shares, colours)
-        draw_timeline(figure.add_subplot(grid[2, :]), plans, colours, PAIRS_PER_ROW)
+        grid = figure.add_gridspec(
+            4, 2, width_ratios=(1.35, 1), height_ratios=(1, 1, 0.9, 1.05), hspace=0.06, wspace=0.04
+        )
+        draw_mask(figure.add_subplot(grid[:2, 0]), figures, colors)
+        (draw_work_of_many if many else draw_work)(figure.add_subplot(grid[0, 1]), figures, colors)
+        (draw_rows_of_many if many else draw_rows)(figure.add_subplot(grid[1, 1]), figures, colors)
+        draw_ownership(figure.add_subplot(grid[2, 0]), figures, colors)
+        draw_traffic(figure.add_subplot(grid[2, 1]), figures)
+        draw_timeline(figure.add_subplot(grid[3, :]), figures, colors)
         figure.savefig(path, dpi=130)
 
 
-def rank_colours(num_ranks: int) -> list[tuple[float, float, float]]:
-    """One RGB colour per rank."""
-    if num_ranks <= len(RANK_COLOURS):
-        return [to_rgb(colour) for colour in RANK_COLOURS[:num_ranks]]
-    spectrum = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, num_ranks))
-    return [(float(r), float(g), float(b)) for r, g, b, _ in spectrum]
-
-
-def coverage(mask: SliceTable, rows: NDArray[np.int64], edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Which share of each interval ``[edges[j], edges[j + 1])`` of the keys each of the sorted ``rows`` sees.
-
-    Returns ``(len(rows), len(edges) - 1)``.
-    """
-    seen = np.zeros((len(rows), len(edges) - 1))
-    for q0, q1, k0, k1, lower, upper in mask.bands().tolist():
-        first, last = np.searchsorted(rows, [q0, q1])
-        row = rows[first:last, None]
-        start = np.maximum(k0, row + lower)
-        stop = np.maximum(start, np.minimum(k1, row + upper + 1))
-        seen[first:last] += np.diff(np.clip(edges, start, stop), axis=1)
-    return seen / np.diff(edges)
-
-
-def mask_image(
-    mask: SliceTable, layout: Layout, colours: Sequence[tuple[float, float, float]], pixels: int
-) -> NDArray[np.float64]:
-    """Colour every kept pair by the rank that computes it, the owner of its query, on a grid of ``pixels``².
-
-    Returns ``(pixels, pixels, 3)`` RGB.
-    """
-    num_samples = pixels * ROWS_PER_PIXEL
-    rows = (2 * np.arange(num_samples) + 1) * layout.num_real // (2 * num_samples)
-    owner = layout.owner[rows // layout.chunk_size]
-    # Thin diagonals would vanish in proportion; a root keeps them visible.
-    strength = np.sqrt(coverage(mask, rows, np.linspace(0, layout.num_real, pixels + 1)))[..., None]
-    image: NDArray[np.float64] = BACKGROUND + strength * (np.array(colours)[owner][:, None] - BACKGROUND)
-    return np.asarray(image.reshape(pixels, ROWS_PER_PIXEL, pixels, 3).mean(axis=1))
-
-
-def draw_mask(axes: Axes, mask: SliceTable, layout: Layout, colours: Sequence[tuple[float, float, float]]) -> None:
-    """Draw the mask with its pairs coloured by rank, and beside it which rank holds which rows."""
-    size = layout.num_real
-    pixels = min(MASK_PIXELS, size)
-    axes.imshow(mask_image(mask, layout, colours, pixels), extent=(0, size, size, 0), interpolation="antialiased")
+def draw_mask(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
+    """Draw the mask with its pairs colored by rank; where it is a thin diagonal, a part of it larger in a corner."""
+    size = figures.layout.num_real
+    _draw_pairs(axes, figures, colors, (0, size), MASK_PIXELS)
     axes.set(title="Mask: who computes which pairs", xlabel="key", ylabel="query")
+    if (window := thin_window(figures.mask, figures.layout)) is not None:
+        part = axes.inset_axes((0.03, 0.03, 0.45, 0.45))
+        _draw_pairs(part, figures, colors, window, MASK_PIXELS // 2)
+        part.set_title(f"enlarged {size / (window[1] - window[0]):.0f} times", fontsize=8.5, fontweight="normal")
+        part.set_xticks([])
+        part.set_yticks([])
+        start, stop = window
+        axes.add_patch(Rectangle((start, start), stop - start, stop - start, fill=False, edgecolor=TEXT_COLOR, lw=0.8))
+    if figures.num_ranks <= MOST_SHOWN_RANKS:
+        handles = [Patch(color=color, label=f"rank {rank}") for rank, color in enumerate(colors)]
+        axes.legend(handles=handles, loc="upper right", frameon=True, framealpha=0.95, edgecolor=EDGE_COLOR)
+
+
+def _draw_pairs(axes: Axes, figures: PlanFigures, colors: Colors, window: tuple[int, int], pixels: int) -> None:
+    start, stop = window
+    axes.set_facecolor(BACKGROUND_COLOR)
+    axes.imshow(
+        mask_image(figures.mask, figures.layout, colors, min(pixels, stop - start), window),
+        extent=(start, stop, stop, start),
+        interpolation="antialiased",
+    )
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:,.0f}")
-    strip = axes.inset_axes((1.01, 0, 0.025, 1), sharey=axes)
-    strip.imshow(
-        layout.owner[(np.arange(pixels) * size // pixels) // layout.chunk_size][:, None],
-        extent=(0, 1, size, 0),
+        axis.set_major_formatter(lambda row, _: short(row))
+
+
+def draw_ownership(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
+    """Draw which rank holds which rows of the sequence."""
+    layout = figures.layout
+    axes.set_facecolor(BACKGROUND_COLOR)
+    axes.imshow(
+        ownership_image(layout, colors, min(MASK_PIXELS, layout.total), min(figures.num_ranks, 256)),
+        extent=(0, layout.total, figures.num_ranks - 0.5, -0.5),
         aspect="auto",
         interpolation="nearest",
-        cmap=ListedColormap(list(colours)),
-        vmin=0,
-        vmax=len(colours) - 1,
     )
-    strip.set_xticks([])
-    strip.tick_params(left=False, labelleft=False)
-    if len(colours) <= MOST_LABELLED_RANKS:
-        handles = [Patch(color=colour, label=f"rank {rank}") for rank, colour in enumerate(colours)]
-        axes.legend(handles=handles, loc="upper right", frameon=True, framealpha=0.95, edgecolor="#C5CAD1")
+    axes.set(title="Ownership: which rank holds which rows", xlabel="row of the sequence")
+    axes.xaxis.set_major_formatter(lambda row, _: short(row))
+    _name_ranks(axes, range(figures.num_ranks))
 
 
-def draw_work(axes: Axes, shares: Sequence[RankShare], colours: Sequence[tuple[float, float, float]]) -> None:
+def draw_work(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
     """Draw the pairs that each rank computes, and their mean."""
-    pairs = np.array([share.pairs for share in shares])
+    pairs = figures.pairs
+    unit, name = _unit(float(pairs.max()))
+    axes.barh(np.arange(len(pairs)), pairs / unit, color=list(colors), height=0.72)
+    _label_bars(axes, pairs / unit, [short(count) for count in pairs])
     mean = pairs.mean()
-    unit, name = _unit(pairs.max())
-    _rank_bars(axes, pairs / unit, np.full(len(pairs), pairs.max() / unit), [_short(count) for count in pairs], colours)
-    axes.axvline(mean / unit, color=TEXT_COLOUR, linewidth=1, linestyle=(0, (4, 3)), label=f"mean {_short(mean)}")
-    axes.set(title=f"Work: most / mean = {imbalance(shares):.3f}", xlabel=f"(query, key) pairs computed{name}")
+    axes.axvline(mean / unit, color=TEXT_COLOR, linewidth=1, linestyle=(0, (4, 3)), label=f"mean {short(mean)}")
+    _name_ranks(axes, range(len(pairs)))
+    axes.set(title=f"Work: most / mean = {figures.imbalance:.3f}", xlabel=f"(query, key) pairs computed{name}")
     _legend_above(axes)
 
 
-def draw_rows(axes: Axes, shares: Sequence[RankShare], colours: Sequence[tuple[float, float, float]]) -> None:
-    """Draw the rows that each rank receives, before those that an all-gather or a ring would bring."""
-    received = np.array([share.rows_received for share in shares])
-    others = np.array([share.rows_of_others for share in shares])
-    unit, name = _unit(others.max())
-    labels = [f"{_short(count)} of {_short(most)}" for count, most in zip(received, others, strict=True)]
-    axes.barh(np.arange(len(shares)), others / unit, color="#DDE1E6", height=0.72, label="all-gather or ring")
-    _rank_bars(axes, received / unit, others / unit, labels, colours)
-    saved = 1 - received.sum() / max(others.sum(), 1)
-    axes.set(title=f"Rows received: {saved:.0%} fewer", xlabel=f"key/value rows{name}, per layer")
-    _legend_above(axes)
-
-
-def draw_timeline(
-    axes: Axes, plans: Sequence[Plan], colours: Sequence[tuple[float, float, float]], pairs_per_row: float
-) -> None:
-    """Draw, for every rank, when its stages receive rows (thin bars) and compute (thick bars)."""
-    timelines = [predict_timeline(plan, pairs_per_row) for plan in plans]
-    end = max(max(timing.compute_stop, timing.receive_stop) for timeline in timelines for timing in timeline)
-    unit, name = _unit(end)
-    for rank, timeline in enumerate(timelines):
-        for number, timing in enumerate(timeline):
-            compute = (timing.compute_start / unit, timing.pairs / unit)
-            axes.barh(rank - 0.14, compute[1], left=compute[0], height=0.5, color=colours[rank], edgecolor="white")
-            travel = (timing.receive_start / unit, (timing.receive_stop - timing.receive_start) / unit)
-            axes.barh(rank + 0.28, travel[1], left=travel[0], height=0.26, color=TRAVEL_COLOUR, edgecolor="white")
-            if len(plans) <= MOST_LABELLED_RANKS:
-                pairs, rows = f"{_short(timing.pairs)} pairs", f"{_short(timing.rows)} rows"
-                work = (f"stage {number}: {pairs}", pairs, _short(timing.pairs))
-                goods = (f"for stage {number}: {rows}", rows, _short(timing.rows))
-                _label_if_it_fits(axes, work, compute, rank - 0.14, end / unit, _ink_on(colours[rank]))
-                _label_if_it_fits(axes, goods, travel, rank + 0.28, end / unit, TEXT_COLOUR)
-    axes.set_xlim(0, end / unit * 1.005)
-    _name_ranks(axes, len(plans))
+def draw_work_of_many(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
+    """Draw the ranks' pairs by size, relative to their mean."""
+    mean = max(figures.pairs.mean(), 1)
+    relative = np.sort(figures.pairs)[::-1] / mean
+    share = (np.arange(len(relative)) + 0.5) / len(relative) * 100
+    axes.fill_between(share, relative, color=RECEIVED_COLOR, alpha=0.25, step="mid", linewidth=0)
+    axes.step(share, relative, where="mid", color=RECEIVED_COLOR)
+    axes.axhline(1, color=TEXT_COLOR, linewidth=1, linestyle=(0, (4, 3)), label=f"mean {short(mean)} pairs")
+    texts = (f"most {relative[0]:.3f}", f"median {np.median(relative):.3f}", f"least {relative[-1]:.3f}")
+    for place, align, text in zip((0, 50, 100), ("left", "center", "right"), texts, strict=True):
+        axes.annotate(text, (place, 0.08 * relative[0]), ha=align, xytext=(0, 0), textcoords="offset points")
     axes.set(
-        title="Stages in time, predicted (forward, one layer): rows travel while the stage before is computed",
-        xlabel=f"time, in pairs computed{name}; receiving one row is drawn as long as computing "
-        f"{pairs_per_row:,.0f} pairs (bf16, 600 Tflop/s, 400 GB/s, 2 query heads per key/value head)",
+        title=f"Work: most / mean = {figures.imbalance:.3f}",
+        xlabel=f"share of the {figures.num_ranks:,} ranks, most work first, %",
+        ylabel="pairs / mean",
+        xlim=(0, 100),
+        ylim=(0, relative[0] * 1.08),
     )
-    _legend_above(axes, [Patch(color=colours[0], label="compute"), Patch(color=TRAVEL_COLOUR, label="receive")])
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend_above(axes)
 
 
-def _rank_bars(
-    axes: Axes,
-    lengths: NDArray[np.float64],
-    label_places: NDArray[np.float64],
-    labels: Sequence[str],
-    colours: Sequence[tuple[float, float, float]],
-) -> None:
-    axes.barh(np.arange(len(lengths)), lengths, color=list(colours), height=0.72)
-    _name_ranks(axes, len(lengths))
-    axes.set_xlim(0, max(float(label_places.max()), 1e-9) * 1.26)
-    if len(lengths) <= MOST_LABELLED_RANKS:
-        for rank, (place, label) in enumerate(zip(label_places, labels, strict=True)):
-            axes.annotate(label, (place, rank), xytext=(6, 0), textcoords="offset points", va="center")
+def draw_rows(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
+    """Draw the rows that each rank receives in each stage, before those that an all-gather or a ring would bring."""
+    others = figures.rows_of_others
+    unit, name = _unit(float(max(others.max(), figures.sent.max())))
+    ranks = np.arange(figures.num_ranks)
+    axes.barh(ranks, others / unit, color=REFERENCE_COLOR, height=0.78, label="all-gather or ring")
+    left = np.zeros(figures.num_ranks)
+    for rows in figures.work.received.T:
+        axes.barh(ranks - 0.12, rows / unit, left=left / unit, color=list(colors), height=0.44, edgecolor="white")
+        left += rows
+    axes.barh(ranks + 0.24, figures.sent / unit, color=HOME_COLOR, height=0.2, label="sent")
+    labels = [f"{short(count)} of {short(most)}" for count, most in zip(figures.received, others, strict=True)]
+    _label_bars(axes, np.maximum(others, figures.sent) / unit, labels)
+    _name_ranks(axes, range(figures.num_ranks))
+    axes.set(title=_rows_title(figures), xlabel=f"key/value rows{name}, per layer; a segment is a stage")
+    _legend_above(axes)
+
+
+def draw_rows_of_many(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
+    """Draw for each stage how many rows the ranks receive and send: range, middle 90 % and median."""
+    work = figures.work
+    stages = [stage for stage in range(work.received.shape[1]) if work.received[:, stage].any()]
+    unit, name = _unit(float(max(work.received.max(), work.sent.max())))
+    for place, stage in enumerate(stages):
+        for offset, color, table in ((-0.19, RECEIVED_COLOR, work.received), (0.19, SENT_COLOR, work.sent)):
+            low, fifth, middle, high, most = np.quantile(table[:, stage], [0, 0.05, 0.5, 0.95, 1]) / unit
+            axes.barh(place + offset, most - low, left=low, height=0.12, color=color, alpha=0.35)
+            axes.barh(place + offset, high - fifth, left=fifth, height=0.3, color=color, alpha=0.55)
+            axes.plot([middle] * 2, [place + offset - 0.17, place + offset + 0.17], color=TEXT_COLOR, linewidth=1.6)
+            label = f"{short(middle * unit)}, most {short(most * unit)}"
+            axes.annotate(label, (most, place + offset), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(stages)), [f"stage {stage}" for stage in stages])
+    axes.set_ylim(len(stages) - 0.4, -0.6)
+    axes.set_xlim(0, max(work.received.max(), work.sent.max(), 1) / unit * 1.35)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(title=_rows_title(figures), xlabel=f"key/value rows of a rank{name}: range, middle 90 %, median")
+    _legend_above(axes, [Patch(color=RECEIVED_COLOR, label="received"), Patch(color=SENT_COLOR, label="sent")])
+
+
+def draw_traffic(axes: Axes, figures: PlanFigures) -> None:
+    """Draw how many rows each rank, or group of ranks, receives from each other."""
+    traffic = figures.work.traffic
+    unit, name = _unit(float(traffic.max()))
+    picture = axes.imshow(
+        np.where(traffic > 0, traffic, np.nan) / unit,
+        cmap="YlGnBu",
+        vmin=0,
+        extent=(-0.5, figures.num_ranks - 0.5, figures.num_ranks - 0.5, -0.5),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    axes.set_facecolor(BACKGROUND_COLOR)
+    group = -(-figures.num_ranks // len(traffic))
+    title = "Traffic" if group == 1 else f"Traffic between groups of {group} ranks"
+    axes.set(title=title, xlabel="from rank", ylabel="to rank")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    bar = axes.get_figure(root=True).colorbar(picture, ax=axes, shrink=0.9)  # type: ignore[union-attr]
+    bar.set_label(f"rows{name}")
+    bar.outline.set_visible(False)
+
+
+def draw_timeline(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
+    """Draw when the stages fetch rows, compute and send gradients home; of many ranks, the slowest and two others."""
+    passes = (figures.prediction.forward, figures.prediction.backward)
+    scale, name = time_unit(figures.prediction.seconds)
+    start = 0.0
+    shown = figures.ranks_to_show()
+    for timeline in passes:
+        parts = ((timeline.compute, -0.14, 0.5), (timeline.fetch, 0.22, 0.16), (timeline.send_home, 0.38, 0.16))
+        for part, (spans, offset, height) in enumerate(parts):
+            left = (start + spans[shown, :, 0]) * scale
+            width = (spans[shown, :, 1] - spans[shown, :, 0]) * scale
+            bar: dict[str, Any] = {"height": height, "edgecolor": "white", "linewidth": 0.5}
+            for place, rank in enumerate(shown):
+                color = (colors[rank], FETCH_COLOR, HOME_COLOR)[part]
+                axes.barh(place + offset, width[place], left=left[place], color=color, **bar)
+        start += timeline.seconds
+        axes.axvline(start * scale, color=TEXT_COLOR, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_xlim(0, figures.prediction.seconds * scale * 1.005)
+    _name_ranks(axes, shown)
+    axes.set_yticks(range(len(shown)), figures.names_of_ranks_to_show())
+    forward, backward = (timeline.seconds * scale for timeline in passes)
+    axes.set(
+        title=f"One layer, predicted: forward {forward:.3g} {name}, backward {backward:.3g} {name}; "
+        f"{figures.prediction.efficiency:.0%} of ideal",
+        xlabel=f"{name}; {figures.assumptions}",
+    )
+    _legend_above(
+        axes,
+        [
+            Patch(color=colors[shown[0]], label="compute"),
+            Patch(color=FETCH_COLOR, label="rows travel"),
+            Patch(color=HOME_COLOR, label="gradients go home"),
+        ],
+    )
+
+
+def _rows_title(figures: PlanFigures) -> str:
+    saved = saved_share(figures.received.sum(), figures.rows_of_others.sum())
+    return f"Rows received: {short(figures.received.sum())}, {saved:.0%} saved"
+
+
+def _label_bars(axes: Axes, places: NDArray[np.float64], labels: Sequence[str]) -> None:
+    axes.set_xlim(0, max(float(places.max()), 1e-9) * 1.26)
+    for rank, (place, label) in enumerate(zip(places, labels, strict=True)):
+        axes.annotate(label, (place, rank), xytext=(6, 0), textcoords="offset points", va="center")
 
 
 def _legend_above(axes: Axes, handles: Sequence[Patch] | None = None) -> None:
-    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.3)
+    axes.legend(
+        handles=handles,
+        loc="lower right",
+        bbox_to_anchor=(1, 0.985),
+        ncols=3,
+        frameon=False,
+        borderaxespad=0,
+        handlelength=1.4,
+        columnspacing=1.2,
+    )
 
 
-def _name_ranks(axes: Axes, num_ranks: int) -> None:
-    axes.set_ylim(num_ranks - 0.4, -0.6)
+def _name_ranks(axes: Axes, ranks: Sequence[int]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    if num_ranks <= MOST_LABELLED_RANKS:
-        axes.set_yticks(range(num_ranks), [f"rank {rank}" for rank in range(num_ranks)])
+    axes.set_ylim(len(ranks) - 0.4, -0.6)
+    if len(ranks) <= MOST_SHOWN_RANKS:
+        axes.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in ranks])
     else:
         axes.set_ylabel("rank")
-
-
-def _label_if_it_fits(
-    axes: Axes, texts: Sequence[str], bar: tuple[float, float], height: float, whole: float, colour: str
-) -> None:
-    """Write the first of ``texts``, longest first, that has room in the bar ``(start, length)``."""
-    start, length = bar
-    fitting = [text for text in texts if length / whole > 0.0058 * len(text)]
-    if fitting:
-        axes.text(start + length / 2, height, fitting[0], ha="center", va="center", color=colour, fontsize=8)
-
-
-def _ink_on(colour: tuple[float, float, float]) -> str:
-    luminance = 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2]
-    return "white" if luminance < 0.5 else TEXT_COLOUR
 
 
 def _unit(largest: float) -> tuple[float, str]:
@@ -226,10 +279,3 @@ def _unit(largest: float) -> tuple[float, str]:
         if largest >= unit:
             return unit, name
     return 1.0, ""
-
-
-def _short(number: float) -> str:
-    for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{suffix}"
-    return f"{number:.0f}"

@@ -30,6 +30,14 @@ class DispatchAlg:
 
 
 @dataclass(frozen=True)
+class LocalityDispatchAlg(DispatchAlg):
+    """Documents stay whole where they fit and are split over few ranks where not: balanced, and few rows travel."""
+
+    type = DispatchAlgType.LOCALITY
+    is_affinity_considered = True
+
+
+@dataclass(frozen=True)
 class MinHeapDispatchAlg(DispatchAlg):
     """The heaviest chunk left goes to the lightest rank that still takes one."""
 

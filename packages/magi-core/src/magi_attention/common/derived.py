@@ -20,3 +20,7 @@ class KeepsDerived:
     def forget_derived(self) -> None:
         """Drop all derived values; they are built again when they are asked for."""
         self.__dict__.pop("_derived", None)
+
+    def __getstate__(self) -> object:
+        """Leave derived values out of copies and pickles: they may be large, or tensors of this process's devices."""
+        return {name: value for name, value in self.__dict__.items() if name != "_derived"}

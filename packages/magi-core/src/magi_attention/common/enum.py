@@ -68,6 +68,7 @@ class DispatchAlgType(Enum):
     DYNAMIC_PROGRAMMING = "dynamic_programming"
     BINARY_SEARCH = "binary_search"
     MIN_HEAP = "min_heap"
+    LOCALITY = "locality"
     TOPP_HEAP = "topp_heap"
     BATCH_TOPP_HEAP = "batch_topp_heap"
     BACKTRACKING_PRUNING = "backtracking_pruning"

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
+from magi_attention.common import packed
 from magi_attention.common.bands import Bands
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiValueError
@@ -134,29 +134,17 @@ class AttnMask:
     @classmethod
     def varlen(cls, cu_seqlens: Sequence[int], causal: bool = True) -> AttnMask:
         """Packed documents between cumulative lengths, each seeing itself only."""
-        documents = list(pairwise(cu_seqlens))
-        kind = band.CAUSAL if causal else band.FULL
-        return cls.from_slices(
-            SliceTable.from_lists(documents, documents, [kind] * len(documents)), cu_seqlens[-1], cu_seqlens[-1]
-        )
+        return cls.from_slices(packed.varlen(cu_seqlens, causal), cu_seqlens[-1], cu_seqlens[-1])
 
     @classmethod
     def sliding_window(cls, total_seqlen: int, window_size: tuple[int, int]) -> AttnMask:
         """Token i sees ``i - left`` to ``i + right``, both included; -1 means unlimited on that side."""
-        left, right = (band.UNBOUNDED if side < 0 else side for side in window_size)
-        window = np.array([[0, total_seqlen, 0, total_seqlen, -left, right]], np.int64)
-        return cls.from_slices(SliceTable.from_bands(window), total_seqlen, total_seqlen)
+        return cls.from_slices(packed.sliding_window([0, total_seqlen], *window_size), total_seqlen, total_seqlen)
 
     @classmethod
     def block_causal(cls, total_seqlen: int, block_size: int) -> AttnMask:
         """Tokens see their own block, whole, and the blocks before."""
-        ends = [min(start + block_size, total_seqlen) for start in range(0, total_seqlen, block_size)]
-        blocks = [(start, end) for start, end in pairwise([0, *ends])]
-        return cls.from_slices(
-            SliceTable.from_lists(blocks, [(0, end) for end in ends], [band.FULL] * len(ends)),
-            total_seqlen,
-            total_seqlen,
-        )
+        return cls.from_slices(packed.block_causal([0, total_seqlen], block_size), total_seqlen, total_seqlen)
 
     @classmethod
     def prefix_lm(cls, total_seqlen: int, prefix: int) -> AttnMask:

@@ -16,12 +16,18 @@ class ChunkWork:
     """What each chunk of query rows has to compute.
 
     Attributes:
+        slices: the mask.
+        total: rows of the sequence.
+        chunk_size: rows of a chunk.
         area: ``(num_chunks,)`` int64, the (query, key) pairs that the mask keeps in the chunk's rows.
         chunk: ``(n,)`` int64, the chunk of each entry of ``keys``; an entry is a meeting of a slice and a chunk.
         slice_index: ``(n,)`` int64, the slice of each entry.
         keys: ``(n, 2)`` int64, the key rows ``[start, stop)`` that the chunk reads for the slice.
     """
 
+    slices: SliceTable
+    total: int
+    chunk_size: int
     area: NDArray[np.int64]
     chunk: NDArray[np.int64]
     slice_index: NDArray[np.int64]
@@ -40,4 +46,4 @@ def measure_chunks(slices: SliceTable, total: int, chunk_size: int) -> ChunkWork
     chunk = chunk[kept]
     area = np.zeros(-(-total // chunk_size), np.int64)
     np.add.at(area, chunk, band.area(pieces))
-    return ChunkWork(area, chunk, source[owner[kept]], pieces[:, band.K0 : band.D0])
+    return ChunkWork(slices, total, chunk_size, area, chunk, source[owner[kept]], pieces[:, band.K0 : band.D0])

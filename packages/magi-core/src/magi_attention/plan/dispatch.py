@@ -17,6 +17,7 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.config import DispatchAlg
 from magi_attention.plan.chunks import ChunkWork, measure_chunks
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.locality import deal_by_locality
 
 Owner = NDArray[np.int64]
 Algorithm = Callable[[ChunkWork, int, int, DispatchAlg], Owner]
@@ -98,6 +99,18 @@ def min_heap(work: ChunkWork, num_ranks: int, capacity: int, algorithm: Dispatch
         if room[rank]:
             heapq.heappush(heap, (area + areas[chunk], rank))
     return owner
+
+
+def locality(work: ChunkWork, num_ranks: int, capacity: int, algorithm: DispatchAlg) -> Owner:
+    """Documents stay whole where they fit; see :mod:`magi_attention.plan.locality`."""
+    return deal_by_locality(
+        work.slices,
+        work,
+        work.total,
+        work.chunk_size,
+        num_ranks,
+        rival=lambda: min_heap(work, num_ranks, capacity, algorithm),
+    )
 
 
 def topp_heap(work: ChunkWork, num_ranks: int, capacity: int, algorithm: DispatchAlg) -> Owner:
@@ -225,6 +238,7 @@ def _by_slice_then_last(work: ChunkWork) -> list[int]:
 
 ALGORITHMS: dict[DispatchAlgType, Algorithm] = {
     DispatchAlgType.MIN_HEAP: min_heap,
+    DispatchAlgType.LOCALITY: locality,
     DispatchAlgType.LOWER_BOUND: smallest_maximum,
     DispatchAlgType.DYNAMIC_PROGRAMMING: smallest_maximum,
     DispatchAlgType.BINARY_SEARCH: smallest_maximum,

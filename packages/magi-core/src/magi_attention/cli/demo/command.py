@@ -13,12 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from magi_attention.cli.demo.data import pack, read_documents
 from magi_attention.cli.demo.launch import train_on_ranks
 from magi_attention.cli.demo.options import DemoOptions, Device, Precision
-from magi_attention.cli.demo.report import Comparison, loss_table, share_table, time_table, verdict
+from magi_attention.cli.demo.report import Comparison, loss_table, time_table, verdict
 from magi_attention.cli.demo.train import StepResult, train
+from magi_attention.cli.figures import figures_of_plans
 from magi_attention.cli.picture import save_picture
-from magi_attention.cli.shares import share_of
+from magi_attention.cli.sheets import rank_sheet
 from magi_attention.kernels.protocol import AttentionRequest
 from magi_attention.kernels.registry import choose_backend
+from magi_attention.plan.simulate import Cluster, LayerShape
 
 DTYPES = {
     Precision.FP64: torch.float64,
@@ -86,15 +88,19 @@ def run_demo(options: DemoOptions, setup: Setup, out: Path, console: Console) ->
         report_step = track(f"{options.processes} processes", options.steps, several)
         plans = train_on_ranks(setup.documents, options, setup.device, report_step)
     comparison = Comparison(single, several, options.precision.tolerance)
+    mask = pack(setup.documents, options.tokens, options.mask, options.seed, options.steps - 1).mask
+    title = f"magi demo, step {options.steps}: {options.mask.value} mask, {options.tokens:,} tokens, {len(plans)} ranks"
+    # A sequence as short as the demo's would show little but latencies.
+    cluster = Cluster(ranks_per_node=len(plans), exchange_latency_us=0, kernel_latency_us=0)
+    shape = LayerShape(options.heads, options.kv_heads, options.dim // options.heads)
+    figures = figures_of_plans(mask, plans, cluster, shape)
     for table in (
         loss_table(comparison, options.processes),
-        share_table([share_of(plan) for plan in plans]),
+        rank_sheet(figures, "The last step's attention, rank by rank").for_terminal(),
         time_table(comparison, options.processes),
     ):
         console.print(table)
-    mask = pack(setup.documents, options.tokens, options.mask, options.seed, options.steps - 1).mask
-    title = f"magi demo, step {options.steps}: {options.mask.value} mask, {options.tokens:,} tokens, {len(plans)} ranks"
-    save_picture(out, mask, plans, title)
+    save_picture(out, figures, title)
     console.print(f"Picture of the last step's plan: [bold]{out}[/bold]", highlight=False)
     disagrees = bool(comparison.disagreeing_steps)
     console.print(f"[bold {'red' if disagrees else 'green'}]{verdict(comparison)}", highlight=False)

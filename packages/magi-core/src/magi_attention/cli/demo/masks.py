@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mask families of the demo, as bands over the documents of a packed sequence."""
+"""The mask families of the demo, over the documents of a packed sequence."""
 
 from collections.abc import Callable
-from itertools import pairwise
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.cli.demo.options import MaskFamily
-from magi_attention.common.bands import UNBOUNDED, Bands
+from magi_attention.common import packed
 from magi_attention.common.slices import SliceTable
 
 WINDOW = 256
@@ -20,17 +20,18 @@ BLOCK = 128
 ANSWERS = 3
 """Answers that share one question."""
 
-Ends = NDArray[np.int64]
+PREFIX_SHARE = 0.25
+"""The share of a document that all of it sees in the prefix-LM family."""
 
 
-def build_mask(family: MaskFamily, ends: Ends) -> SliceTable:
+def build_mask(family: MaskFamily, ends: NDArray[np.int64]) -> SliceTable:
     """Build the mask of a packed sequence.
 
     Args:
         family: how documents may look at each other.
         ends: ``(n + 1,)`` int64, where document i starts and, at i + 1, ends; from 0 to the sequence's length.
     """
-    return SliceTable.from_bands(_BUILDERS[family](ends))
+    return _BUILDERS[family](ends)
 
 
 def tokens_ahead(family: MaskFamily) -> int:
@@ -52,53 +53,15 @@ def sees_ahead(mask: SliceTable, total: int, ahead: int) -> NDArray[np.bool_]:
     return covered.cumsum()[:total] > 0
 
 
-def _bands(*columns: Ends | np.int64 | int) -> Bands:
-    return np.column_stack(np.broadcast_arrays(*columns)).astype(np.int64)
+def _causal(ends: packed.Ends) -> SliceTable:
+    return packed.varlen([ends[0], ends[-1]])
 
 
-def _causal(ends: Ends) -> Bands:
-    return _bands(ends[:1], ends[-1], ends[0], ends[-1], -UNBOUNDED, 0)
-
-
-def _varlen_causal(ends: Ends) -> Bands:
-    return _bands(ends[:-1], ends[1:], ends[:-1], ends[1:], -UNBOUNDED, 0)
-
-
-def _sliding_window(ends: Ends) -> Bands:
-    return _bands(ends[:-1], ends[1:], ends[:-1], ends[1:], 1 - WINDOW, 0)
-
-
-def _block_causal(ends: Ends) -> Bands:
-    blocks = []
-    for start, stop in pairwise(ends):
-        first = np.arange(start, stop, BLOCK)
-        last = np.minimum(first + BLOCK, stop)
-        blocks.append(_bands(first, last, start, last, -UNBOUNDED, UNBOUNDED))
-    return np.concatenate(blocks)
-
-
-def _prefix_lm(ends: Ends) -> Bands:
-    start, stop = ends[:-1], ends[1:]
-    prefix = start + (stop - start) // 4
-    seen_by_all = _bands(start, stop, start, prefix, -UNBOUNDED, UNBOUNDED)
-    causal_rest = _bands(prefix, stop, prefix, stop, -UNBOUNDED, 0)
-    return np.concatenate([seen_by_all, causal_rest])
-
-
-def _shared_question(ends: Ends) -> Bands:
-    document = np.arange(len(ends) - 1)
-    question = document - document % (1 + ANSWERS)
-    answer = document[document != question]
-    asked = question[answer]
-    of_question = _bands(ends[answer], ends[answer + 1], ends[asked], ends[asked + 1], -UNBOUNDED, UNBOUNDED)
-    return np.concatenate([_varlen_causal(ends), of_question])
-
-
-_BUILDERS: dict[MaskFamily, Callable[[Ends], Bands]] = {
-    MaskFamily.VARLEN_CAUSAL: _varlen_causal,
+_BUILDERS: dict[MaskFamily, Callable[[packed.Ends], SliceTable]] = {
+    MaskFamily.VARLEN_CAUSAL: packed.varlen,
     MaskFamily.CAUSAL: _causal,
-    MaskFamily.SLIDING_WINDOW: _sliding_window,
-    MaskFamily.BLOCK_CAUSAL: _block_causal,
-    MaskFamily.PREFIX_LM: _prefix_lm,
-    MaskFamily.SHARED_QUESTION: _shared_question,
+    MaskFamily.SLIDING_WINDOW: partial(packed.sliding_window, left=WINDOW - 1, right=0),
+    MaskFamily.BLOCK_CAUSAL: partial(packed.block_causal, block=BLOCK),
+    MaskFamily.PREFIX_LM: partial(packed.prefix_lm, share=PREFIX_SHARE),
+    MaskFamily.SHARED_QUESTION: partial(packed.shared_question, answers=ANSWERS),
 }

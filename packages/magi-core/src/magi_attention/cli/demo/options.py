@@ -45,7 +45,7 @@ class DemoOptions:
 
     Attributes:
         processes: ranks of the context-parallel run.
-        steps: optimiser steps of each run.
+        steps: optimizer steps of each run.
         mask: family of masks.
         tokens: length of the packed sequence.
         backend: kernel backend, or ``"auto"``.

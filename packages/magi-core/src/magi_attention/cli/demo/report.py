@@ -8,7 +8,6 @@ from statistics import median
 from rich.table import Table
 
 from magi_attention.cli.demo.train import StepResult
-from magi_attention.cli.shares import RankShare, imbalance
 
 
 @dataclass(frozen=True)
@@ -59,38 +58,6 @@ def loss_table(comparison: Comparison, processes: int) -> Table:
     return table
 
 
-def share_table(shares: Sequence[RankShare]) -> Table:
-    """Show what each rank holds, computes and receives."""
-    table = Table(
-        title="The last step's attention, rank by rank",
-        caption="Tokens are those that the rank holds. A pair is a query and a key that it sees. A row is one token's "
-        "key and value, received from another rank in one layer's forward. An all-gather brings each rank all rows "
-        "that it does not hold; a ring passes the same rows through it.",
-    )
-    columns = ("rank", "tokens", "pairs computed", "of mean", "rows received", "all-gather or ring", "saved")
-    for name in columns:
-        table.add_column(name, justify="right")
-    mean = sum(share.pairs for share in shares) / len(shares)
-    for share in shares:
-        table.add_row(
-            str(share.rank),
-            f"{share.tokens:,}",
-            f"{share.pairs:,}",
-            f"{share.pairs / mean:.1%}",
-            *_savings(share.rows_received, share.rows_of_others),
-        )
-    table.add_section()
-    table.add_row(
-        "all",
-        f"{sum(share.tokens for share in shares):,}",
-        f"{sum(share.pairs for share in shares):,}",
-        f"≤ {imbalance(shares):.1%}",
-        *_savings(sum(share.rows_received for share in shares), sum(share.rows_of_others for share in shares)),
-        style="bold",
-    )
-    return table
-
-
 def time_table(comparison: Comparison, processes: int) -> Table:
     """Show the seconds of both runs."""
     table = Table(
@@ -123,8 +90,3 @@ def verdict(comparison: Comparison) -> str:
         f"(allowed: {comparison.tolerance:g}). From the first step to the last they went from "
         f"{comparison.single[0].loss:.3f} to {comparison.single[-1].loss:.3f}."
     )
-
-
-def _savings(received: int, of_others: int) -> tuple[str, str, str]:
-    saved = 1 - received / of_others if of_others else 0.0
-    return f"{received:,}", f"{of_others:,}", f"{saved:.0%}"

@@ -34,10 +34,10 @@ SMALLEST_PIECE = 64
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimiser step.
+    """One optimizer step.
 
     Attributes:
-        loss: mean cross-entropy in nats over all labelled rows of the sequence, the same on every rank.
+        loss: mean cross-entropy in nats over all labeled rows of the sequence, the same on every rank.
         planning_seconds: time to make the step's key, the ranks' check that they planned the same included.
         seconds: time of the whole step, planning included.
     """

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents: the parts of a mask that have no key in common, laid on the grid of chunks."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.common.slices import SliceTable
+from magi_attention.plan.chunks import ChunkWork
+
+Array = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Runs of chunks that are best kept together, laid out on a *line*: all chunks, the light end of each run first.
+
+    Attributes:
+        line: ``(num_chunks,)`` the chunk at each place of the line.
+        start: ``(n,)`` the first place of each run.
+        stop: ``(n,)`` the place after its last.
+        area: ``(num_chunks + 1,)`` the mask area before each place.
+        cut: ``(num_chunks + 1,)`` about how many key rows must travel more once the line is cut before that place.
+    """
+
+    line: Array
+    start: Array
+    stop: Array
+    area: Array
+    cut: Array
+
+
+def find_documents(
+    slices: SliceTable, work: ChunkWork, total: int, chunk_size: int, num_ranks: int, largest_share: float
+) -> Documents:
+    """Find the runs; neighbours are joined where parting them costs most, up to ``largest_share`` of a rank's part."""
+    num_chunks = len(work.area)
+    document, loss, to_last = _label_chunks(slices, work, total, chunk_size)
+    start = np.flatnonzero(np.diff(document, prepend=-2))
+    stop = np.append(start[1:], num_chunks)
+    area = np.append(0, np.cumsum(work.area))
+    after = np.minimum(stop, num_chunks - 1)
+    border = np.maximum(np.where(to_last[after], loss[after], 0), np.where(to_last[stop - 1], 0, loss[stop - 1]))
+    first = _join_neighbours(
+        stop - start,
+        area[stop] - area[start],
+        border[:-1],
+        int(num_chunks * largest_share / num_ranks),
+        int(area[-1] * largest_share / num_ranks),
+    )
+    start = start[first]
+    stop = np.append(start[1:], num_chunks)
+    cut = _cut_costs(work, chunk_size)
+    line = np.arange(num_chunks)
+    end = np.maximum(1, (stop - start) // 4)
+    falling = 20 * (area[start + end] - area[start]) > 21 * (area[stop] - area[stop - end])
+    for a, b in zip(start[falling].tolist(), stop[falling].tolist(), strict=True):
+        line[a:b] = line[a:b][::-1]
+        cut[a : b + 1] = cut[a : b + 1][::-1]
+    return Documents(line, start, stop, np.append(0, np.cumsum(work.area[line])), cut)
+
+
+def component_starts(slices: SliceTable) -> Array:
+    """The first row of each connected component: slices whose hulls of query and key rows overlap belong together."""
+    rows = slices.rows
+    rows = rows[(rows[:, 1] > rows[:, 0]) & (rows[:, 3] > rows[:, 2])]
+    low, high = np.minimum(rows[:, 0], rows[:, 2]), np.maximum(rows[:, 1], rows[:, 3])
+    order = np.argsort(low, kind="stable")
+    low, reach = low[order], np.maximum.accumulate(high[order])
+    return low[np.append(True, low[1:] >= reach[:-1])[: len(low)]]
+
+
+def _label_chunks(
+    slices: SliceTable, work: ChunkWork, total: int, chunk_size: int
+) -> tuple[Array, Array, NDArray[np.bool_]]:
+    """Give each chunk to the component at its first or its last row, whichever would otherwise read more from afar.
+
+    Returns the component of each chunk, the rows that the other one reads from afar, and whether the last one got it.
+    """
+    starts = component_starts(slices)
+    begin = np.arange(len(work.area)) * chunk_size
+    end = np.minimum(begin + chunk_size, total)
+    first = np.searchsorted(starts, begin, side="right") - 1
+    last = np.searchsorted(starts, end - 1, side="right") - 1
+    entry = np.flatnonzero((first != last)[work.chunk])
+    chunk, keys = work.chunk[entry], work.keys[entry]
+    component = np.searchsorted(starts, keys[:, 0], side="right") - 1
+    outside = np.maximum(begin[chunk] - keys[:, 0], 0) + np.maximum(keys[:, 1] - end[chunk], 0)
+    loss_first, loss_last = np.zeros_like(begin), np.zeros_like(begin)
+    np.maximum.at(loss_first, chunk, np.where(component == first[chunk], outside, 0))
+    np.maximum.at(loss_last, chunk, np.where(component == last[chunk], outside, 0))
+    to_last = loss_last > loss_first
+    return np.where(to_last, last, first), np.minimum(loss_first, loss_last), to_last
+
+
+def _join_neighbours(tokens: Array, area: Array, border: Array, most_tokens: int, most_area: int) -> Array:
+    """Join neighbours, the dearest border first, while both sums stay within bounds; the first of each joint run."""
+    size, weight = tokens.tolist(), area.tolist()
+    root = list(range(len(size)))
+
+    def find(run: int) -> int:
+        while root[run] != run:
+            root[run] = root[root[run]]
+            run = root[run]
+        return run
+
+    for run in np.argsort(-border, kind="stable").tolist():
+        a, b = find(run), find(run + 1)
+        if size[a] + size[b] <= most_tokens and weight[a] + weight[b] <= most_area:
+            root[b] = a
+            size[a] += size[b]
+            weight[a] += weight[b]
+    return np.array([run for run in range(len(root)) if root[run] == run], np.int64)
+
+
+def _cut_costs(work: ChunkWork, chunk_size: int) -> Array:
+    """For each border between chunks, the length that the hulls of the keys of both sides have in common."""
+    begin = np.arange(len(work.area)) * chunk_size
+    low, high = np.full_like(begin, np.iinfo(np.int64).max), np.full_like(begin, -1)
+    np.minimum.at(low, work.chunk, work.keys[:, 0])
+    np.maximum.at(high, work.chunk, work.keys[:, 1])
+    unread = high < 0
+    low[unread], high[unread] = begin[unread], begin[unread]
+    before = np.append(0, np.maximum.accumulate(high))
+    after = np.append(np.minimum.accumulate(low[::-1])[::-1], before[-1])
+    return np.maximum(before - after, 0)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Swap equally long runs between ranks until no rank exceeds a limit."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.plan.documents import Documents
+
+Array = NDArray[np.int64]
+Ends = tuple[Array, Array, Array, Array]
+
+# Of the lightest ranks, how many are tried as partners of the heaviest one; swaps per rank before giving up.
+PARTNERS, SWAPS_PER_RANK = 3, 4
+
+
+def even_out(owner: Array, documents: Documents, num_ranks: int, limit: int) -> Array:
+    """Lower the loads of all ranks to ``limit`` where swaps can do it; the counts stay as they are.
+
+    Args:
+        owner: ``(num_chunks,)`` the rank of each place of the line.
+        documents: the line.
+        num_ranks: ranks of the group.
+        limit: the most mask area that a rank should have.
+
+    Returns:
+        A new array like ``owner``.
+    """
+    owner = owner.copy()
+    areas = np.diff(documents.area)
+    load = np.zeros(num_ranks, np.int64)
+    np.add.at(load, owner, areas)
+    for _ in range(SWAPS_PER_RANK * num_ranks):
+        heavy = int(np.argmax(load))
+        if load[heavy] <= limit:
+            break
+        lightest = np.argsort(load, kind="stable")[:PARTNERS]
+        offered = _ends_of_runs(owner == heavy, documents)
+        swaps = []
+        for light in lightest.tolist():
+            wanted = _ends_of_runs(owner == light, documents)
+            swaps.append((*_best_swap(offered, wanted, int(load[heavy]), int(load[light]), limit), light))
+        _, peak, given, taken, length, light = min(swaps)
+        if peak >= load[heavy]:
+            break
+        owner[given : given + length] = light
+        owner[taken : taken + length] = heavy
+        moved = documents.area[given + length] - documents.area[given]
+        moved -= documents.area[taken + length] - documents.area[taken]
+        load[heavy] -= moved
+        load[light] += moved
+    return owner
+
+
+def _best_swap(
+    offered: Ends, wanted: Ends, heavy_load: int, light_load: int, limit: int
+) -> tuple[int, int, int, int, int]:
+    """The cheapest swap that brings both ranks to the limit, or the one that brings them nearest to it.
+
+    Returns its cost, the load of the then heavier of the two, both starts and the length.
+    """
+    start, length, area, cost = offered
+    start2, length2, area2, cost2 = wanted
+    moved = area[:, None] - area2
+    peak = np.maximum(heavy_load - moved, light_load + moved)
+    worst = np.iinfo(np.int64).max
+    peak[length[:, None] != length2] = worst
+    price = np.where(peak <= limit, cost[:, None] + cost2, worst)
+    place = int(np.argmin(price))
+    if price.flat[place] == worst:
+        place = int(np.argmin(peak))
+    i, j = divmod(place, len(start2))
+    return int(price[i, j]), int(peak[i, j]), int(start[i]), int(start2[j]), int(length[i])
+
+
+def _ends_of_runs(mine: Array, documents: Documents) -> Ends:
+    """Pieces of several lengths from both ends of a rank's runs: their starts, lengths, areas and costs of the cut."""
+    edges = np.flatnonzero(np.diff(mine, prepend=False, append=False))
+    first, last = edges[::2], edges[1::2]
+    longest = int((last - first).max())
+    powers = 1 << np.arange(longest.bit_length())
+    sizes = np.unique(np.concatenate([powers, powers + powers // 2]))
+    run, choice = np.nonzero(sizes <= (last - first)[:, None])
+    length = sizes[choice]
+    whole = length == (last - first)[run]
+    start = np.concatenate([first[run], last[run] - length])
+    inner = np.concatenate([first[run] + length, last[run] - length])
+    length = np.tile(length, 2)
+    area = documents.area[start + length] - documents.area[start]
+    return start, length, area, documents.cut[inner] * ~np.tile(whole, 2)

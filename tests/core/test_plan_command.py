@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`magi plan` as a user runs it: every kind of mask, the figures, the pictures."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import matplotlib.image
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from magi_attention.cli.main import app
+from magi_attention.cli.plan.masks import read_mask
+from magi_attention.cli.plan.options import PlanOptions
+from magi_attention.cli.plan.study import SIMULATED_DEGREES, PlanStudy, find_algorithm
+from magi_attention.common import packed, workloads
+from magi_attention.common.enum import DispatchAlgType
+from magi_attention.common.mask import AttnMask
+
+ENDS = [0, 300, 300, 1000, 1024]
+
+
+def run(*flags):
+    result = CliRunner().invoke(app, ["plan", *map(str, flags)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def figures_of(*flags):
+    return json.loads(run("--json", *flags))
+
+
+def same_mask(first, second, total=1024):
+    return AttnMask.from_slices(first, total, total) == AttnMask.from_slices(second, total, total)
+
+
+def study(tmp_path, name, text, **options):
+    (tmp_path / name).write_text(text)
+    kind = "slices" if "slices" in name else "cu_seqlens"
+    return read_mask(PlanOptions(**{kind: tmp_path / name}, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("ends.txt", "0 300 300\n1000, 1024\n"),
+        ("ends.csv", "0,300,300,1000,1024"),
+        ("ends.json", "[0, 300, 300, 1000, 1024]"),
+    ],
+)
+def test_documents_ends_from_text(tmp_path, name, text):
+    mask = study(tmp_path, name, text)
+    assert (mask.tokens, mask.name) == (1024, name)
+    assert same_mask(mask.slices, packed.varlen(ENDS))
+
+
+def test_documents_ends_from_npy_with_what_they_see(tmp_path):
+    path = tmp_path / "ends.npy"
+    np.save(path, np.array(ENDS, np.int32))
+    for options, expected in (
+        ({"causal": False}, packed.varlen(ENDS, causal=False)),
+        ({"causal": True}, packed.varlen(ENDS)),
+        ({"window": (7, 3)}, packed.sliding_window(ENDS, 7, 3)),
+        ({"window": (-1, 0)}, packed.varlen(ENDS)),
+    ):
+        assert same_mask(read_mask(PlanOptions(cu_seqlens=path, **options)).slices, expected)
+
+
+def test_slices_from_lists_and_objects(tmp_path):
+    entries = [
+        [0, 100, 0, 100, "causal"],
+        [100, 200, 0, 100],
+        {"q": [100, 200], "k": [100, 200], "type": 1},
+        {"q": [200, 256], "k": [190, 256], "type": "bi-causal"},
+        {"q": [200, 256], "k": [0, 10]},
+    ]
+    mask = study(tmp_path, "slices.json", json.dumps(entries))
+    assert mask.tokens == 256
+    assert mask.slices.rows.tolist() == [
+        [0, 100, 0, 100, 1],
+        [100, 200, 0, 100, 0],
+        [100, 200, 100, 200, 1],
+        [200, 256, 190, 256, 3],
+        [200, 256, 0, 10, 0],
+    ]
+    assert study(tmp_path, "slices.json", json.dumps(entries), tokens=1000).tokens == 1000
+
+
+@pytest.mark.parametrize("name", workloads.WORKLOADS)
+def test_named_masks(name):
+    figures = figures_of("--mask", name.replace("_", "-"), "--tokens", 4096, "--ranks", 4)
+    assert figures["mask"]["pairs"] == workloads.make(name, 4096).area()
+    assert figures["mask"]["name"] == name
+
+
+def test_help_lists_the_named_masks():
+    words = re.split(r"[\s,.│]+", run("--help"))
+    assert set(workloads.WORKLOADS) <= set(words)
+
+
+FILES = [
+    ("ends.txt", "0 12\n30 twelve\n", "ends.txt, line 2: 'twelve' is not an integer"),
+    ("ends.txt", "10 20 30", "ends.txt, entry 1: the first number must be 0, not 10"),
+    ("ends.txt", "0 20 10 30", "ends.txt, entry 3: 10 is less than 20 before it"),
+    ("ends.txt", "", "holds 0 numbers; it needs 0 and the end of at least one document"),
+    ("ends.txt", "0 0", "keeps no pair"),
+    ("ends.json", "[0, 10,]", "ends.json, line 1, column"),
+    ("ends.json", '[0, 10, "x"]', 'ends.json, entry 3: "x" is not an integer'),
+    ("ends.json", "[0, true]", "ends.json, entry 2: true is not an integer"),
+    ("ends.json", '{"a": 1}', "must hold a JSON list of integers, such as [0, 4096, 10240], not a JSON dict"),
+    ("ends.npy", "0 1 2", "is not a .npy file of numbers"),
+    ("slices.json", "[[0, 4, 0, 4],\n[0, 4 0]]", "slices.json, line 2, column 7"),
+    ("slices.json", "[[0, 4, 0, 4], [0, 4, 0]]", "slice 2: [0, 4, 0] is not a slice; one is [0, 4096,"),
+    ("slices.json", '[[0, 4, 0, 4, "odd"]]', 'slice 1: "odd" is not a type of slice; types are full (0), causal (1)'),
+    ("slices.json", "[[0, 4, 0, 4, 4]]", "slice 1: 4 is not a type of slice"),
+    ("slices.json", "[[0, 4, 0, 4.5]]", "slice 1: 4.5 is not a row; rows are integers from 0 on"),
+    ("slices.json", "[[-1, 4, 0, 4]]", "slice 1: -1 is not a row"),
+    ("slices.json", "[[0, 4, 8, 4]]", "slice 1: the keys [8, 4) end before they start"),
+    ("slices.json", '[{"q": [0, 4], "kk": [0, 4]}]', "slice 1: unknown kk; a slice is"),
+    ("slices.json", '[{"q": [0, 4], "k": 4}]', "slice 1: q and k must each be [start, stop]"),
+    ("slices.json", "[[0, 4, 0, 4], [4, 8, 0, 4], [2, 5, 3, 9]]", "slice 1 [0, 4, 0, 4] and slice 3 [2, 5, 3, 9] keep"),
+    ("slices.json", "[]", "keeps no pair"),
+    ("slices.json", "4", "must hold a JSON list of slices"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "words"), FILES)
+def test_bad_files_are_told_where_they_are_wrong(tmp_path, name, text, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        study(tmp_path, name, text)
+
+
+def test_arrays_of_other_shapes_are_refused(tmp_path):
+    for array in (np.zeros((2, 2), int), np.array([0.0, 4.0])):
+        np.save(tmp_path / "ends.npy", array)
+        with pytest.raises(ValueError, match="must hold one dimension of integers, not shape"):
+            read_mask(PlanOptions(cu_seqlens=tmp_path / "ends.npy"))
+    (tmp_path / "ends.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"is not a text file; binary arrays must be \.npy files"):
+        read_mask(PlanOptions(cu_seqlens=tmp_path / "ends.bin"))
+
+
+def test_slices_beyond_the_tokens_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="slice 2: its keys end at 64, beyond --tokens 60"):
+        study(tmp_path, "slices.json", "[[0, 10, 0, 10], [10, 20, 50, 64]]", tokens=60)
+
+
+CAUSAL = ["--mask", "causal", "--tokens", "4096"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "give one of --mask NAME --tokens N, --cu-seqlens FILE and --slices FILE; none was given"),
+        ([*CAUSAL, "--cu-seqlens", "ends.txt"], "--mask and --cu-seqlens were given"),
+        (["--mask", "causal"], "--mask causal needs --tokens N"),
+        (["--mask", "odd", "--tokens", "4096"], "there is no mask 'odd'; take one of full, causal"),
+        ([*CAUSAL, "--full"], "--causal/--full goes with --cu-seqlens"),
+        (["--cu-seqlens", "ends.txt", "--tokens", "9"], "the last number of --cu-seqlens is the length"),
+        (["--cu-seqlens", "ends.txt", "--causal", "--window", "4", "0"], "leave --causal/--full away"),
+        (
+            ["--cu-seqlens", "ends.txt", "--window", "-2", "0"],
+            "--window takes numbers of keys, or -1 for all, not -2 0",
+        ),
+        (["--cu-seqlens", "nowhere.txt"], "nowhere.txt"),
+        ([*CAUSAL, "--ranks", "0"], "--ranks must be at least 1, not 0"),
+        ([*CAUSAL, "--ranks", "5000"], "cannot be shared by 5000 ranks"),
+        ([*CAUSAL, "--ranks", "16", "--simulate", "32"], "--simulate 32 and --ranks 16 differ"),
+        ([*CAUSAL, "--simulate", "12", "--nodes", "5"], "--nodes 5 must divide the 12 ranks"),
+        ([*CAUSAL, "--link", "0"], "--link must be more than 0, not 0"),
+        ([*CAUSAL, "--heads-kv", "5"], "--heads-q 32 must be a multiple of --heads-kv 5"),
+        ([*CAUSAL, "--overlap-degree", "many"], "--overlap-degree must be 0 or more, or auto, not many"),
+        ([*CAUSAL, "--algorithm", "odd"], "--algorithm odd is none of backtracking-pruning"),
+        ([*CAUSAL, "--algorithm", "topp-heap", "--uneven"], "uneven_shard=True cannot have"),
+        ([*CAUSAL, "--png", "plan.gif"], "--png plan.gif must end in one of .png"),
+        ([*CAUSAL, "--html", "nowhere/plan.html"], "make it first"),
+        ([*CAUSAL, "--html", "plan.png"], "--html plan.png must end in one of .html"),
+    ],
+)
+def test_bad_flags_are_told(flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+    (tmp_path / "ends.txt").write_text("0 64 128")
+    result = CliRunner().invoke(app, ["plan", *flags])
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("kind", DispatchAlgType)
+def test_every_algorithm_has_its_name(kind):
+    assert find_algorithm(kind.value.replace("_", "-")).type is kind
+
+
+def test_json_holds_the_documented_figures():
+    flags = ["--mask", "varlen_causal", "--tokens", 20000, "--simulate", 4, "--nodes", 2, "--overlap-degree", "auto"]
+    figures = figures_of(*flags, "--tflops", 300, "--link", 25, "--nvlink", 200)
+    assert set(figures) == {
+        "version", "mask", "plan", "compared", "assumed", "predicted", "ranks", "simulation"
+    }  # fmt: skip
+    assert figures["version"] == 1
+    plan, ranks = figures["plan"], figures["ranks"]
+    assert plan["ranks"] == len(ranks) == 4
+    assert plan["ranks_per_node"] == 2
+    assert plan["padding"] == plan["chunk_size"] * plan["chunks"] - 20000
+    assert sum(rank["pairs"] for rank in ranks) == figures["mask"]["pairs"]
+    assert sum(rank["tokens"] for rank in ranks) == 20000
+    assert sum(rank["rows_received"] for rank in ranks) == sum(rank["rows_sent"] for rank in ranks)
+    assert sum(rank["rows_received"] for rank in ranks) == plan["rows_received"] >= plan["rows_received_lower_bound"]
+    assert plan["imbalance"] == pytest.approx(max(rank["pairs"] for rank in ranks) * 4 / figures["mask"]["pairs"])
+    compared = figures["compared"]
+    assert set(compared) == {"all_gather", "ring", "min_heap"}
+    assert compared["ring"]["rows_received"] == compared["all_gather"]["rows_received"] == 3 * 20000
+    cluster = figures["assumed"]["cluster"]
+    assert (cluster["forward_tflops"], cluster["link_gbs"], cluster["nvlink_gbs"]) == (300, 25, 200)
+    assert figures["assumed"]["layer"] == {"heads_q": 32, "heads_kv": 8, "head_dim": 128, "bytes_per_number": 2}
+    by_degree = {row["overlap_degree"]: row for row in figures["simulation"]}
+    assert set(by_degree) == {*SIMULATED_DEGREES, plan["overlap_degree"]}
+    predicted = figures["predicted"]
+    assert {key: by_degree[plan["overlap_degree"]][key] for key in predicted} == predicted
+    assert predicted["forward_seconds"] == max(rank["forward_seconds"] for rank in ranks)
+    assert predicted["efficiency"] == pytest.approx(
+        predicted["ideal_seconds"] / (predicted["forward_seconds"] + predicted["backward_seconds"])
+    )
+
+
+def test_uneven_shards_are_not_padded():
+    figures = figures_of("--mask", "causal", "--tokens", 1001, "--ranks", 3, "--uneven", "--algorithm", "min-heap")
+    assert figures["plan"]["padding"] == 0
+    assert figures["plan"]["rows_received_lower_bound"] is None
+
+
+def test_tables_name_what_they_show(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    few = run("--mask", "prefix-lm", "--tokens", 8192, "--ranks", 4)
+    for words in ("8,192 tokens", "all-gather, zigzag shards", "greedy heap", "lower bound", "of ideal"):
+        assert words in few, words
+    many = run("--mask", "prefix-lm", "--tokens", 65536, "--simulate", 32)
+    for words in ("median", "95 %", "overlap degree", "efficiency"):
+        assert words in many, words
+
+
+class Links(HTMLParser):
+    """Collects everything that a page refers to, and checks that elements are closed in order."""
+
+    VOID = ("meta",)
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.references, self.elements = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.references += [value for name, value in attrs if name in ("href", "src", "action", "data", "srcset")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+
+@pytest.mark.parametrize(("tokens", "ranks"), [(16384, 4), (131072, 64)])
+def test_pictures_are_written_and_the_page_stands_alone(tmp_path, tokens, ranks):
+    png, html = tmp_path / "plan.png", tmp_path / "plan.html"
+    flags = ["--mask", "shared-question", "--tokens", tokens, "--simulate", ranks, "--overlap-degree", 2]
+    output = run(*flags, "--png", png, "--html", html)
+    assert output.count("Written:") == 2
+    pixels = matplotlib.image.imread(png)
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 50
+    page = html.read_text()
+    links = Links()
+    links.feed(page)
+    assert not links.open
+    assert links.references
+    assert all(reference.startswith("data:image/png;base64,") for reference in links.references)
+    assert "//" not in re.sub(r'href="data:[^"]*"', "", page)
+    assert "@import" not in page
+    assert "url(" not in page
+    assert "<!--" not in page
+    tips = [attrs["data-tip"] for _, attrs in links.elements if "data-tip" in attrs]
+    assert any("pairs" in tip for tip in tips)
+    assert any("gradients" in tip for tip in tips)
+    planes = [attrs["data-plane"] for _, attrs in links.elements if "data-plane" in attrs]
+    assert {"mask", "ownership", "traffic"} == set(planes)
+    data = json.loads(re.search(r"const data = (.*);", page)[1])
+    assert data["tokens"] == tokens
+    assert len(data["traffic"]) == ranks
+
+
+def test_a_name_cannot_break_the_page(tmp_path):
+    path = tmp_path / "<b>&amp;.json"
+    path.write_text("[[0, 640, 0, 640, 1]]")
+    run("--slices", path, "--ranks", 2, "--html", tmp_path / "plan.html")
+    page = (tmp_path / "plan.html").read_text()
+    assert "<b>" not in page
+    assert "&lt;b&gt;&amp;amp;.json" in page
+
+
+def test_1024_ranks_at_a_million_tokens(tmp_path):
+    html = tmp_path / "plan.html"
+    flags = ["--mask", "varlen_causal", "--tokens", 1 << 20, "--simulate", 1024, "--nodes", 128]
+    figures = figures_of(*flags, "--html", html)
+    assert len(figures["ranks"]) == 1024
+    assert figures["compared"]["ring"]["rows_received"] == 1023 << 20
+    assert 0 < figures["predicted"]["efficiency"] < 1
+    assert html.stat().st_size < 1_000_000
+
+
+def test_degree_auto_is_chosen():
+    options = PlanOptions(mask="causal", tokens=1 << 18, ranks=16, overlap_degree=None)
+    chosen = PlanStudy(options, read_mask(options))
+    assert chosen.degree >= 1
+    assert chosen.figures.work.pairs.shape == (16, chosen.degree + 1)
