@@ -43,7 +43,7 @@ def _clean_environment(monkeypatch):
 
 def test_defaults():
     config = DistAttnConfig()
-    assert config.dispatch_config == DispatchConfig(chunk_size=None, uneven_shard=False, alg=LocalityDispatchAlg())
+    assert config.dispatch_config == DispatchConfig(chunk_size=None, uneven_shard=False, alg=MinHeapDispatchAlg())
     overlap = config.overlap_config
     assert (overlap.mode, overlap.degree, overlap.dynamic_max_degree) == (STATIC, 1, 8)
     assert (overlap.min_chunk_size, overlap.max_num_chunks, overlap.alg) == (512, 64, UniformOverlapAlg())
@@ -294,7 +294,7 @@ def test_native_collectives_need_no_margin(monkeypatch):
     assert (resolved.forward_sm_margin, resolved.backward_sm_margin) == (3, 5)
 
 
-def test_travelling_queries_replace_the_overlap_config(monkeypatch):
+def test_traveling_queries_replace_the_overlap_config(monkeypatch):
     early = DistAttnConfig(overlap_config=OverlapConfig(degree=4))
     monkeypatch.setenv("MAGI_ATTENTION_QO_COMM", "1")
     assert DistAttnConfig(overlap_config=OverlapConfig(degree=4)).overlap_config == OverlapConfig(degree=1)

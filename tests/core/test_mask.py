@@ -142,7 +142,7 @@ def test_questions_about_the_whole_mask(table):
     assert mask.is_pure_causal() == np.array_equal(wanted, np.tri(SIZE, dtype=bool))
 
 
-def test_named_masks_are_recognised():
+def test_named_masks_are_recognized():
     assert AttnMask.causal(5).is_pure_causal()
     assert AttnMask.from_mask([[1, 1, 0], [1, 1, 1]]).is_pure_causal()
     assert not AttnMask.from_mask([[1, 0, 0], [1, 1, 0]]).is_pure_causal()

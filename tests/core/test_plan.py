@@ -102,7 +102,7 @@ def add_visits(count: np.ndarray, stages: list[Stage], own: list[np.ndarray]) ->
     """Count the pairs of a stage whose queries travel."""
     for rank, (stage, queries) in enumerate(zip(stages, cast([stage.exchange for stage in stages], own), strict=True)):
         local = dense_count(stage.slices, len(queries), len(own[rank]))
-        assert local.any(axis=1).all(), "a query travelled that reads no key of the rank"
+        assert local.any(axis=1).all(), "a query traveled that reads no key of the rank"
         assert not np.isin(queries, own[rank]).any()
         np.add.at(count, (queries[:, None], own[rank][None, :]), local)
 
@@ -121,7 +121,7 @@ def check(slices: SliceTable, layout: Layout, plans: list[Plan], per_node: int =
             np.add.at(count, (own[rank][:, None], keys[None, :]), local)
             received = keys[len(own[rank]) :] if stage.reads_own else keys
             used = local.any(axis=0)[len(keys) - len(received) :]
-            assert used.all(), "a row travelled that no query of the rank reads"
+            assert used.all(), "a row traveled that no query of the rank reads"
             assert not np.isin(received, own[rank]).any()
     assert (count == dense_count(slices, layout.total, layout.total)).all()
 
@@ -226,7 +226,7 @@ def test_automatic_degree_hides_slow_travel_behind_computation():
     assert degree(2000.0) > 1
 
 
-def test_keys_that_become_neighbours_are_one_slice():
+def test_keys_that_become_neighbors_are_one_slice():
     # Rank 0 owns chunks 0 and 3 of a full mask: the rows it receives, of chunks 1 and 2, are one run to its kernels.
     plan = build_plan(SliceTable([[0, 32, 0, 32, 0]]), two_ranks(32, 8), 0)
     assert plan.stages[1].slices.rows.tolist() == [[0, 8, 0, 16, 0], [8, 16, 0, 16, 0]]

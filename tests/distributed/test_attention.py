@@ -148,7 +148,7 @@ def test_queries_travel_where_that_is_cheaper(pool, case, num_heads_kv):
 
 @pytest.mark.parametrize("high_precision", [False, True], ids=["own-precision", "high-precision"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_travelling_queries_in_low_precision(pool, dtype, high_precision):
+def test_traveling_queries_in_low_precision(pool, dtype, high_precision):
     # The last rank's queries are few and read everything; with as many key heads as query heads they travel.
     slices = SliceTable([[0, 128, 0, 128, 1], [180, 192, 0, 192, 0]])
     config = config_of(degree=1, high_precision=high_precision, qo_comm=True)

@@ -68,7 +68,7 @@ class DispatchConfig:
 
     chunk_size: int | None = None
     uneven_shard: bool = False
-    alg: DispatchAlg = field(default_factory=LocalityDispatchAlg)
+    alg: DispatchAlg = field(default_factory=MinHeapDispatchAlg)
 
     def __post_init__(self) -> None:
         check_positive(self, ["chunk_size"], int, type(None))
@@ -330,7 +330,7 @@ class DistAttnConfig:
     """Everything that can be chosen about one distributed attention.
 
     While ``MAGI_ATTENTION_QO_COMM`` is 1 and ``runtime_config`` doesn't say otherwise, the overlap config is replaced
-    by ``OverlapConfig(degree=1)``, the only one that travelling queries allow.
+    by ``OverlapConfig(degree=1)``, the only one that traveling queries allow.
     """
 
     dispatch_config: DispatchConfig = field(default_factory=DispatchConfig)
@@ -352,5 +352,5 @@ class DistAttnConfig:
 
     def resolved(self) -> DistAttnConfig:
         """Return a copy whose runtime config has no None left; call it when a key is made."""
-        config = replace(self)  # the environment may have asked for travelling queries since
+        config = replace(self)  # the environment may have asked for traveling queries since
         return replace(config, runtime_config=config.runtime_config.resolved())

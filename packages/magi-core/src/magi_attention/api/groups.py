@@ -16,7 +16,7 @@ def resolve_group(
 
     Args:
         cp_group_or_mesh: a group, a 1-D mesh, a 2-D mesh (nodes, ranks of a node), or None for the default group or,
-            where torch.distributed isn't initialised, for this process alone.
+            where torch.distributed isn't initialized, for this process alone.
         is_hierarchical: whether rows travel in two hops, which takes a 2-D mesh.
 
     Returns:

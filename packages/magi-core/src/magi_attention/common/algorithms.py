@@ -79,7 +79,7 @@ class BatchToppHeapDispatchAlg(ToppHeapDispatchAlg):
 
 @dataclass(frozen=True)
 class SequentialDispatchAlg(DispatchAlg):
-    """Runs of neighbouring chunks, as equal in number as possible."""
+    """Runs of neighboring chunks, as equal in number as possible."""
 
     type = DispatchAlgType.SEQUENTIAL_SELECT
 

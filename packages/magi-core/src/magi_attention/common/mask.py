@@ -110,7 +110,7 @@ class AttnMask:
     def from_mask(cls, mask: Any) -> AttnMask:
         """Make a mask of a matrix of 0 and 1, as tensor, array or nested lists, whose rows each keep one run of keys.
 
-        Neighbouring rows join a slice as long as both ends of their runs go on standing still or moving by one key.
+        Neighboring rows join a slice as long as both ends of their runs go on standing still or moving by one key.
 
         Raises:
             MagiValueError: if the matrix is not two-dimensional, or a row keeps several runs.
@@ -241,7 +241,7 @@ class AttnMask:
         return self == self.varlen([*dict.fromkeys([0, *starts.tolist(), self.total_seqlen_q])], causal)
 
     def visualize(self, path: str | None = None, ax: Axes | None = None, title: str = "") -> Axes:
-        """Draw the mask: queries downwards, keys to the right, one colour for each type of slice.
+        """Draw the mask: queries downwards, keys to the right, one color for each type of slice.
 
         Args:
             path: where to save the picture, if anywhere.
@@ -256,8 +256,8 @@ class AttnMask:
 
         ax = ax or Figure(figsize=(6, 6), layout="constrained").add_subplot()
         trimmed = SliceTable.from_bands(self.slices.bands())
-        corners, colours = _outlines(trimmed), [f"C{kind}" for kind in trimmed.rows[:, 4]]
-        ax.add_collection(PolyCollection(list(corners), facecolors=colours))
+        corners, colors = _outlines(trimmed), [f"C{kind}" for kind in trimmed.rows[:, 4]]
+        ax.add_collection(PolyCollection(list(corners), facecolors=colors))
         ax.set(xlim=(0, self.total_seqlen_k), ylim=(self.total_seqlen_q, 0), xlabel="key", ylabel="query", title=title)
         ax.set_aspect("equal")
         if path is not None:

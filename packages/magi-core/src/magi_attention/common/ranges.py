@@ -133,7 +133,7 @@ class AttnRanges:
         return bool(np.all(np.diff(self._array()[:, 0]) >= 0))
 
     def is_merged(self) -> bool:
-        """Whether the ranges ascend with a gap between neighbours."""
+        """Whether the ranges ascend with a gap between neighbors."""
         rows = self._array()
         return bool(np.all(rows[1:, 0] > rows[:-1, 1]))
 

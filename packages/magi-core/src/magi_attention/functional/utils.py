@@ -31,7 +31,7 @@ def safe_softmax(x: Tensor, lse: Tensor | None = None, dim: int = -1) -> Tensor:
     Args:
         x: scores.
         lse: their log-sum-exp with ``dim`` kept (size 1) or dropped, if it is known.
-        dim: the dimension to normalise over.
+        dim: the dimension to normalize over.
     """
     if lse is None:
         lse = safe_lse(x, dim, keepdim=True)

@@ -2,7 +2,7 @@
 """Exact tables of a mask for block-sparse kernels: which tiles are full, which partial, and each row's key intervals.
 
 A tile is a block of ``block_q`` queries times a block of ``block_k`` keys, cut from the origin; those at the far ends
-may be ragged. Everything is vectorised numpy over bands, and costs grow with the tiles' and rows' number, never with
+may be ragged. Everything is vectorized numpy over bands, and costs grow with the tiles' and rows' number, never with
 their product. The tables of the keys' side come from the same code, applied to the transposed bands.
 """
 
@@ -155,7 +155,7 @@ def row_intervals(bands: Bands, num_rows: int) -> RowIntervals:
 def bands_from_intervals(intervals: RowIntervals, first: int, last: int) -> Bands:
     """Return bands that keep, of each row, the intervals with numbers ``first`` to ``last`` (exclusive) in the row.
 
-    Intervals of the same number in neighbouring rows form one band as long as each of their ends either stays or moves
+    Intervals of the same number in neighboring rows form one band as long as each of their ends either stays or moves
     by one key per row.
     """
     pieces = []

@@ -176,7 +176,7 @@ def _slices_in(bands: Bands, buffer: NDArray[np.int64]) -> SliceTable:
 
 
 def _join_full(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Join FULL slices of the same queries whose keys became neighbours in the buffer: long runs suit kernels."""
+    """Join FULL slices of the same queries whose keys became neighbors in the buffer: long runs suit kernels."""
     if not len(rows):
         return rows
     order = np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0], rows[:, 4]))

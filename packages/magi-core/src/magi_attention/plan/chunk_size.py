@@ -16,7 +16,7 @@ def choose_chunk_size(total: int, num_ranks: int) -> int:
     """Choose the rows of a chunk for a sequence of ``total`` rows: a power of two.
 
     Short chunks follow the ends of documents closely and balance areas finely; the runs that a rank gets are long
-    anyway, as :mod:`magi_attention.plan.locality` keeps neighbours together. But a plan's cost grows with the number
+    anyway, as :mod:`magi_attention.plan.locality` keeps neighbors together. But a plan's cost grows with the number
     of chunks, and kernels like runs that start at a multiple of a tile. So chunks are one tile long, longer where there
     are very many, shorter where a rank would get few or where ``total``, padded to a multiple of ``num_ranks`` chunks,
     would become much longer.

@@ -34,7 +34,7 @@ class Documents:
 def find_documents(
     slices: SliceTable, work: ChunkWork, total: int, chunk_size: int, num_ranks: int, largest_share: float
 ) -> Documents:
-    """Find the runs; neighbours are joined where parting them costs most, up to ``largest_share`` of a rank's part."""
+    """Find the runs; neighbors are joined where parting them costs most, up to ``largest_share`` of a rank's part."""
     num_chunks = len(work.area)
     document, loss, to_last = _label_chunks(slices, work, total, chunk_size)
     start = np.flatnonzero(np.diff(document, prepend=-2))
@@ -42,7 +42,7 @@ def find_documents(
     area = np.append(0, np.cumsum(work.area))
     after = np.minimum(stop, num_chunks - 1)
     border = np.maximum(np.where(to_last[after], loss[after], 0), np.where(to_last[stop - 1], 0, loss[stop - 1]))
-    first = _join_neighbours(
+    first = _join_neighbors(
         stop - start,
         area[stop] - area[start],
         border[:-1],
@@ -94,8 +94,8 @@ def _label_chunks(
     return np.where(to_last, last, first), np.minimum(loss_first, loss_last), to_last
 
 
-def _join_neighbours(tokens: Array, area: Array, border: Array, most_tokens: int, most_area: int) -> Array:
-    """Join neighbours, the dearest border first, while both sums stay within bounds; the first of each joint run."""
+def _join_neighbors(tokens: Array, area: Array, border: Array, most_tokens: int, most_area: int) -> Array:
+    """Join neighbors, the dearest border first, while both sums stay within bounds; the first of each joint run."""
     size, weight = tokens.tolist(), area.tolist()
     root = list(range(len(size)))
 

@@ -80,7 +80,7 @@ def _rows_per_peer(ranges: NDArray[np.int64], num_ranks: int) -> list[int]:
 def exchange_of_stage(remote: NDArray[np.int64], layout: Layout, rank: int) -> ExchangeTable:
     """One rank's exchange for the ``(rank, start, stop)`` rows that all ranks receive in a stage.
 
-    The receive buffer holds the rank's rows in ascending global order, so that keys that were neighbours stay so.
+    The receive buffer holds the rank's rows in ascending global order, so that keys that were neighbors stay so.
     """
     mine = remote[:, 0] == rank
     wanted, others = remote[mine, 1:3], remote[~mine]
@@ -126,12 +126,12 @@ def two_hop_exchange(
     # The second hop's source: own rows, then the relay. Where each of its global rows lies, sorted by global row:
     held = np.concatenate([own, np.column_stack([relayed, num_own + relay[:, 0]])])
     held = held[np.argsort(held[:, 0])]
-    neighbours = remote[remote[:, 0] // per_node == node]
-    passed, request, source = intersect(neighbours[:, 1:3], held[:, :2])
+    neighbors = remote[remote[:, 0] // per_node == node]
+    passed, request, source = intersect(neighbors[:, 1:3], held[:, :2])
     wanted_here = remote[remote[:, 0] == rank][:, 1:3]
     pieces, _, tile = intersect(wanted_here, layout.runs[:, :2])
     intra = ExchangeTable(
-        send=_by_peer(neighbours[request, 0] % per_node, passed + (held[source, 2] - held[source, 0])[:, None]),
+        send=_by_peer(neighbors[request, 0] % per_node, passed + (held[source, 2] - held[source, 0])[:, None]),
         recv=_by_peer(layout.runs[tile, 2] % per_node, _packed(pieces)),
         num_ranks=per_node,
         num_source=num_own + inter.num_received,

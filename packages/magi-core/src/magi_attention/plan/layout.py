@@ -32,7 +32,7 @@ class Layout(KeepsDerived):
 
     @cached_property
     def runs(self) -> NDArray[np.int64]:
-        """``(n, 4)`` rows ``(start, stop, rank, local_start)``, sorted: neighbouring chunks of one rank joined."""
+        """``(n, 4)`` rows ``(start, stop, rank, local_start)``, sorted: neighboring chunks of one rank joined."""
         first = np.flatnonzero(np.diff(self.owner, prepend=-1))
         start = first * self.chunk_size
         stop = np.append(start[1:], self.total)

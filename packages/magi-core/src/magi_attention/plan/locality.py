@@ -36,7 +36,7 @@ Owner = NDArray[np.int64]
 AIM = 1.018
 # A rank's aim is at most this multiple of the mean of what is left, so that the last ranks are not left idle.
 LEAD = 1.08
-# Short neighbouring documents are joined up to this share of a rank's tokens and area, less SMALL_GROUP / num_ranks: a
+# Short neighboring documents are joined up to this share of a rank's tokens and area, less SMALL_GROUP / num_ranks: a
 # small group has few units to choose from.
 JOINED_SHARE, SMALL_GROUP = 0.4, 1.2
 # A filling short of the budget by a share of the mean area costs LACK times that share of the rows that a piece of the

@@ -60,7 +60,9 @@ def choose_degree(demand: Demand, options: StageOptions) -> int:
 
 
 def cut_stages(demand: Demand, layout: Layout, degree: int, options: StageOptions) -> NDArray[np.int64]:
-    """Deal every rank's remote rows to ``degree`` stages of nearly equal length, in ascending order of the rows.
+    """Cut every rank's remote rows into ``degree`` runs of nearly equal length, one for each stage.
+
+    Ranks begin with different runs: rows that many ranks read would else leave their owner in a single stage.
 
     Returns ``(n, 4)`` rows ``(rank, start, stop, stage)``, sorted by rank, then by start.
     """
@@ -71,11 +73,13 @@ def cut_stages(demand: Demand, layout: Layout, degree: int, options: StageOption
     share = np.arange(1, degree + 1) / degree
     if options.random_seed is not None:
         share[:-1] = np.sort(np.random.default_rng(options.random_seed).random(degree - 1))
-    ends = np.floor(num_pieces[:, None] * share).astype(np.int64) * piece[:, None]
+    ends = np.ceil(num_pieces[:, None] * share).astype(np.int64) * piece[:, None]
     ends = np.minimum(ends, rows[:, None])
     before = np.cumsum(rows) - rows
     pieces, offset = split_at(lift(demand.remote[:, 1:], rank, layout), (before[:, None] + ends).ravel())
     located = unlift(pieces, layout)
     owner = located[:, 0]
-    stage = (ends[owner] <= (offset - before[owner])[:, None]).sum(axis=1)
-    return np.column_stack([located, stage])
+    run = (ends[owner] <= (offset - before[owner])[:, None]).sum(axis=1)
+    # Ranks with few rows fill the first stages, so that the last need not be exchanged at all.
+    first = np.where(num_pieces >= degree, np.arange(layout.num_ranks) * degree // layout.num_ranks, 0)
+    return np.column_stack([located, (run + first[owner]) % degree])

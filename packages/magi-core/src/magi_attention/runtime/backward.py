@@ -33,8 +33,8 @@ def differentiate(
     q, k, v, out, lse = saved
     total = _GradientSums(job, q, k, v)
     queries_travel = any(stage.queries_travel for stage in job.runtime.plan.stages)
-    travellers = [q, dout, lse, _row_term(saved, dout, dlse)] if queries_travel else [q]
-    for stage, rows, keys, values in job.walk(travellers, k, v):
+    travelers = [q, dout, lse, _row_term(saved, dout, dlse)] if queries_travel else [q]
+    for stage, rows, keys, values in job.walk(travelers, k, v):
         call = job.call_for(stage, backward=True)
         if not len(stage.slices):
             dq, dk, dv = torch.zeros_like(rows[0]), torch.zeros_like(keys), torch.zeros_like(values)
@@ -64,7 +64,7 @@ class _GradientSums:
         self.result_dtype = q.dtype
         self.travel_dtype = dtype if job.runtime.options.backward_high_precision_reduce else q.dtype
         self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-        self.travelling: Work[None] | None = None
+        self.traveling: Work[None] | None = None
 
     def add_queries(self, stage: Stage, dq: Tensor) -> None:
         if stage.queries_travel:
@@ -83,13 +83,13 @@ class _GradientSums:
     def _send_home(self, stage: Stage, partials: list[Tensor], into: list[Tensor]) -> None:
         assert stage.exchange is not None
         partials = [x.to(self.travel_dtype) for x in partials]
-        arriving = self.travelling
-        self.travelling = self.collectives.reduce(partials, stage.exchange, into)
+        arriving = self.traveling
+        self.traveling = self.collectives.reduce(partials, stage.exchange, into)
         if arriving is not None:  # of the stage before; what is added now need not be kept any longer
             arriving.wait()
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.travelling is not None:
-            self.travelling.wait()
+        if self.traveling is not None:
+            self.traveling.wait()
         dq, dk, dv = (x.to(self.result_dtype) for x in (self.dq, self.dk, self.dv))
         return dq, dk, dv

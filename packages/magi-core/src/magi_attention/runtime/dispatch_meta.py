@@ -88,7 +88,7 @@ class DispatchMeta:
 
     @property
     def host_ranges_per_rank(self) -> list[AttnRanges]:
-        """Each rank's rows as global ranges, ascending, neighbouring chunks joined."""
+        """Each rank's rows as global ranges, ascending, neighboring chunks joined."""
         return [AttnRanges.from_ranges(self.layout.runs_of(rank)[:, :2].tolist()) for rank in range(self.cp_size)]
 
     @cached_property

@@ -80,11 +80,11 @@ class AttentionJob:
             v: the rank's values.
         """
         stages = self.runtime.plan.stages
-        travelling = self._start_cast(stages[0], queries, k, v)
+        traveling = self._start_cast(stages[0], queries, k, v)
         for stage, following in zip(stages, [*stages[1:], None], strict=True):
-            arriving = travelling
+            arriving = traveling
             if following is not None:
-                travelling = self._start_cast(following, queries, k, v)
+                traveling = self._start_cast(following, queries, k, v)
             arrived = None if arriving is None else arriving.wait()
             if arrived is None:
                 yield StageInputs(stage, queries, k, v)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run functions on several ranks, each a spawned process with the default process group initialised."""
+"""Run functions on several ranks, each a spawned process with the default process group initialized."""
 
 import contextlib
 import faulthandler

@@ -18,7 +18,7 @@ MaskFamily = Callable[[int, Generator], SliceTable]
 
 
 def random_cuts(total: int, rng: Generator, max_parts: int = 6) -> list[tuple[int, int]]:
-    """Cut ``[0, total)`` at random into at most ``max_parts`` neighbouring, non-empty ranges."""
+    """Cut ``[0, total)`` at random into at most ``max_parts`` neighboring, non-empty ranges."""
     cuts = rng.integers(1, max(total, 2), size=int(rng.integers(0, max_parts)))
     ends = np.unique(np.concatenate([[0], np.minimum(cuts, total), [total]])).tolist()
     return list(pairwise(ends))

@@ -38,7 +38,7 @@ class DistEnv(NamedTuple):
 def setup_dist_env(
     backend: str = "nccl", base_seed: int | None = None, seed_bias: Callable[[int], int] = lambda rank: 0
 ) -> DistEnv:
-    """Initialise the default process group, unless it is already, from the variables that the launcher sets.
+    """Initialize the default process group, unless it is already, from the variables that the launcher sets.
 
     Args:
         backend: the group's backend; with nccl, the GPU of the local rank becomes the current one.
