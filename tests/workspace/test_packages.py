@@ -131,15 +131,16 @@ def test_wheel_of_a_plugin_announces_what_it_can_do(package: str, wheels: dict[s
 
 
 @pytest.mark.parametrize("package", PROJECTS)
-def test_wheel_holds_the_package_and_its_licence(package: str, wheels: dict[str, Path]) -> None:
+def test_wheel_holds_the_package_and_its_license(package: str, wheels: dict[str, Path]) -> None:
     source = FILES[package].parent / "src"
     expected = {str(path.relative_to(source)) for path in source.rglob("*.py")}
-    expected |= {str(path.relative_to(source)) for path in source.rglob("py.typed")}
+    for data in ("py.typed", "*.html"):
+        expected |= {str(path.relative_to(source)) for path in source.rglob(data)}
     assert expected
     with ZipFile(wheels[package]) as archive:
         names = set(archive.namelist())
-        (licence,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
-        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+        (license,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
+        assert archive.read(license) == (ROOT / "LICENSE").read_bytes()
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("/py.typed") for name in names)
 
