@@ -51,16 +51,8 @@ def attend_on_one_device(
     _check_tensors(q, k, v)
     if not 0 <= softcap < math.inf:
         raise MagiValueError(f"softcap must be positive, or 0 for none, got {softcap}")
-    request = AttentionRequest(
-        device=q.device,
-        dtype=q.dtype,
-        num_heads_q=q.shape[1],
-        num_heads_kv=k.shape[1],
-        head_dim=q.shape[2],
-        head_dim_v=v.shape[2],
-        softcap=softcap > 0,
-        max_logits=return_max_logits,
-        deterministic=deterministic,
+    request = AttentionRequest.of_tensors(
+        q, k, v, softcap=softcap, max_logits=return_max_logits, deterministic=deterministic
     )
     call = AttentionCall(
         slices=slices,

@@ -24,6 +24,31 @@ class AttentionRequest:
     max_logits: bool = False
     deterministic: bool = False
 
+    @classmethod
+    def of_tensors(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        softcap: float = 0.0,
+        max_logits: bool = False,
+        deterministic: bool = False,
+    ) -> "AttentionRequest":
+        """The request of an attention of q ``[tq, hq, d]``, k ``[tk, hk, d]`` and v ``[tk, hk, dv]``, cast to ``dtype``."""
+        return cls(
+            device=q.device,
+            dtype=dtype or q.dtype,
+            num_heads_q=q.shape[1],
+            num_heads_kv=k.shape[1],
+            head_dim=q.shape[2],
+            head_dim_v=v.shape[2],
+            softcap=softcap > 0,
+            max_logits=max_logits,
+            deterministic=deterministic,
+        )
+
 
 class Support(NamedTuple):
     """Whether a backend can serve a request; if not, ``reason`` says why and what would help."""

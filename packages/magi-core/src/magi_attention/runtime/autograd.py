@@ -49,14 +49,12 @@ def dist_attn_func(
     """
     options = dist_attn_runtime.options
     compute_dtype = _COMPUTE_DTYPES.get(options.precision or "input", q.dtype)
-    request = AttentionRequest(
-        device=q.device,
+    request = AttentionRequest.of_tensors(
+        q,
+        k,
+        v,
         dtype=compute_dtype,
-        num_heads_q=q.shape[1],
-        num_heads_kv=k.shape[1],
-        head_dim=q.shape[2],
-        head_dim_v=v.shape[2],
-        softcap=softcap > 0,
+        softcap=softcap,
         max_logits=return_max_logits,
         deterministic=bool(options.deterministic),
     )
