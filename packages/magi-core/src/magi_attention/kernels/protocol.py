@@ -36,7 +36,7 @@ class AttentionRequest:
         max_logits: bool = False,
         deterministic: bool = False,
     ) -> "AttentionRequest":
-        """The request of an attention of q ``[tq, hq, d]``, k ``[tk, hk, d]`` and v ``[tk, hk, dv]``, cast to ``dtype``."""
+        """What q ``[tq, hq, d]``, k ``[tk, hk, d]`` and v ``[tk, hk, dv]``, cast to ``dtype``, ask for."""
         return cls(
             device=q.device,
             dtype=dtype or q.dtype,
