@@ -17,6 +17,7 @@ from magi_attention.api import (
     dispatch,
     dist_attn_runtime_dict_mgr,
     get_position_ids,
+    magi_attn_varlen_key,
     make_flex_key_for_new_mask_after_dispatch,
     roll,
     roll_simple,
@@ -228,6 +229,39 @@ def attend_with_a_manager(rank: int, world_size: int) -> None:
 
 def test_runtime_manager_without_padding_or_cache(pool):
     pool.run(attend_with_a_manager)
+
+
+def attend_between_layers(rank: int, world_size: int) -> None:
+    """A decoder and an encoder that attend to themselves, each by its own key, and the one to the other."""
+    decoder, encoder = (
+        magi_attn_varlen_key([0, half, total], [0, half, total], 4, 2, 8, 0, None, causal=causal)
+        for total, half, causal in ((83, 40, True), (131, 50, False))
+    )
+    metas = [dist_attn_runtime_dict_mgr[key].dispatch_meta_q for key in (decoder, encoder)]
+    q_ranges, k_ranges = (AttnRanges.from_ranges(ends) for ends in ([(0, 40), (40, 83)], [(0, 50), (50, 131)]))
+    totals = [key.total_seqlen_q for key in (decoder, encoder)]
+    arguments = (*totals, 4, 2, 8, decoder.chunk_size, dist.group.WORLD)
+    manager = init_dist_attn_runtime_mgr(
+        q_ranges,
+        k_ranges,
+        [AttnMaskType.FULL] * 2,
+        *arguments,
+        is_same_source=False,
+        ref_dispatch_meta_q=metas[0],
+        ref_dispatch_meta_k=metas[1],
+    )
+    q, k, v = inputs_of(Case(83, SliceTable([]), total_k=131))[0]
+    out, _ = manager.calc_attn(dispatch(q, decoder), dispatch(k, encoder), dispatch(v, encoder))
+    expected = dense_attention(q, k, v, SliceTable([[0, 40, 0, 50, 0], [40, 83, 50, 131, 0]]))[0]
+    torch.testing.assert_close(undispatch(out, decoder), expected, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="but the layout to keep is of"):
+        init_dist_attn_runtime_mgr(
+            q_ranges, k_ranges, [AttnMaskType.FULL] * 2, *arguments, is_same_source=False, ref_dispatch_meta_k=metas[0]
+        )
+
+
+def test_layouts_of_self_attention_can_be_kept(pool):
+    pool.run(attend_between_layers)
 
 
 def refuse_few_keys(rank: int, world_size: int) -> None:

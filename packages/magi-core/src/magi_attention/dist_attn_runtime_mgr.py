@@ -99,7 +99,7 @@ def init_dist_attn_runtime_mgr(
         num_heads_q: query heads.
         num_heads_kv: key and value heads.
         head_dim: size of a head.
-        chunk_size: rows of a chunk, of queries as of keys.
+        chunk_size: rows of a chunk, of queries as of keys, unless a layout that is kept says otherwise.
         cp_group: the context-parallel group; None for this process alone.
         cp_mesh: the 2-D mesh of the group, for hierarchical communication.
         dist_attn_config: the configuration.
@@ -110,15 +110,21 @@ def init_dist_attn_runtime_mgr(
         ref_dispatch_meta_k: the same for keys; in self-attention either stands for both.
 
     Raises:
-        ValueError: A sequence doesn't consist of equally many whole chunks per rank although the shard is even, and
-            all that ``magi_attn_flex_key`` raises.
+        ValueError: A sequence doesn't consist of equally many whole chunks per rank although the shard is even, or
+            is of another length than the layout to keep; and all that ``magi_attn_flex_key`` raises.
     """
     check_sources(total_seqlen_q, total_seqlen_k, is_same_source, is_q_permutable, is_k_permutable)
     check_ranges(q_ranges, k_ranges, total_seqlen_q, total_seqlen_k)
     cp_size = group_size(cp_group)
     is_even = cp_size > 1 and not dist_attn_config.dispatch_config.uneven_shard
-    for name, total in (("total_seqlen_q", total_seqlen_q), ("total_seqlen_k", total_seqlen_k)):
-        if is_even and total % (chunk_size * cp_size):
+    of_queries, of_keys = ref_dispatch_meta_q, ref_dispatch_meta_k
+    if is_same_source:
+        of_queries = of_keys = of_queries or of_keys
+    sides = (("total_seqlen_q", total_seqlen_q, of_queries), ("total_seqlen_k", total_seqlen_k, of_keys))
+    for name, total, meta in sides:
+        if meta is not None and meta.total_seqlen != total:
+            raise MagiValueError(f"{name} is {total}, but the layout to keep is of {meta.total_seqlen} rows")
+        if meta is None and is_even and total % (chunk_size * cp_size):
             raise MagiValueError(
                 f"{name} is {total}; for an even shard over {cp_size} ranks it must be a multiple of "
                 f"{chunk_size * cp_size}, that is of chunk_size * cp_size"
@@ -142,6 +148,4 @@ def init_dist_attn_runtime_mgr(
         is_k_permutable,
         chunk_size_k=chunk_size,
     )
-    of_queries = ref_dispatch_meta_q or (ref_dispatch_meta_k if is_same_source else None)
-    layouts = [None if meta is None else meta.layout for meta in (of_queries, ref_dispatch_meta_k)]
-    return build_manager(key, *layouts)
+    return build_manager(key, *[None if meta is None else meta.layout for meta in (of_queries, of_keys)])
