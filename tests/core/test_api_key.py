@@ -243,14 +243,60 @@ def test_a_range_below_zero_is_a_range_error_and_a_value_error():
     assert isinstance(error.value, ValueError)
 
 
-@pytest.mark.parametrize("q_permutable", [True, False])
-@pytest.mark.parametrize("k_permutable", [True, False])
-def test_cross_attention_is_not_implemented(q_permutable, k_permutable):
-    with pytest.raises(NotImplementedError, match="only self-attention"):
-        key_for(is_same_source=False, is_q_permutable=q_permutable, is_k_permutable=k_permutable)
-    if not (q_permutable or k_permutable):
-        with pytest.raises(NotImplementedError, match="only self-attention"):
-            key_for(is_q_permutable=False, is_k_permutable=False)
+def cross_key_for(total_q=100, total_k=60, **more):
+    return key_for(
+        q=[(0, total_q)], k=[(0, total_k)], total_seqlen_q=total_q, total_seqlen_k=total_k, is_same_source=False, **more
+    )
+
+
+def test_key_of_two_sequences_pads_each():
+    key = cross_key_for(1001, 60)
+    assert (key.chunk_size, key.pad_size, key.total_seqlen_q) == (126, 7, 1008)
+    assert (key.chunk_size_k, key.pad_size_k, key.total_seqlen_k) == (8, 4, 64)
+    assert key.slices.rows.tolist() == [[0, 1001, 0, 60, 1], [1001, 1008, 0, 0, 0]]
+    key = cross_key_for(96, 60)
+    assert (key.pad_size, key.pad_size_k, len(key.q_ranges)) == (0, 4, 1)
+    key = cross_key_for(config=chunks(5, uneven_shard=True))
+    assert (key.chunk_size, key.chunk_size_k, key.pad_size_k, key.total_seqlen_k) == (5, 5, 0, 60)
+
+
+def test_key_of_one_sequence_tells_the_same_of_keys_as_of_queries():
+    key = key_for()
+    assert (key.is_same_source, key.chunk_size_k, key.pad_size_k) == (True, key.chunk_size, key.pad_size)
+
+
+def test_flags_take_part_in_the_key():
+    keys = {cross_key_for(100, 100, is_q_permutable=q, is_k_permutable=k) for q in (True, False) for k in (True, False)}
+    assert len({key_for(), *keys}) == 5
+    assert cross_key_for(100, 100) in keys
+
+
+MISTAKES_IN_FLAGS = {
+    "only keys permuted": ({"is_q_permutable": False}, "the same rows, so that none is permuted without the other"),
+    "only queries permuted": ({"is_k_permutable": False}, "the same rows, so that none is permuted without the other"),
+    "neither permuted": (
+        {"is_q_permutable": False, "is_k_permutable": False},
+        r"choose DispatchConfig\(alg=SequentialDispatchAlg\(\)\)",
+    ),
+    "other length of keys": ({"total_seqlen_k": 120}, "different sequences, set is_same_source=False"),
+    "keys after their end": (
+        {"is_same_source": False, "total_seqlen_k": 60},
+        "k_ranges end at 100, after the last row of a sequence of 60",
+    ),
+    "no keys": ({"is_same_source": False, "total_seqlen_k": 0, "k": [(0, 0)]}, "0 rows cannot be shared by 1 ranks"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES_IN_FLAGS)
+def test_flags_that_make_no_sense_are_refused_with_a_reason(mistake):
+    arguments, message = MISTAKES_IN_FLAGS[mistake]
+    with pytest.raises(ValueError, match=message):
+        key_for(**arguments)
+
+
+def test_fields_of_a_key_of_two_sequences_need_chunks_of_keys():
+    with pytest.raises(ValueError, match="chunk_size_k is 0"):
+        dataclasses.replace(cross_key_for(), chunk_size_k=0)
 
 
 def test_greedy_overlap_is_not_implemented():

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from magi_attention import api
+from magi_attention.common.enum import AttnRole
 
 API_FUNCTIONS = """magi_attn_varlen_key magi_attn_varlen_dispatch magi_attn_flex_key magi_attn_flex_dispatch dispatch
     undispatch roll roll_simple calc_attn clear_cache get_most_recent_key get_position_ids
@@ -67,11 +68,11 @@ PARAMETERS = {
     "magi_attn_flex_dispatch": f"x {FLEX}",
     "magi_attn_varlen_key": VARLEN,
     "magi_attn_varlen_dispatch": f"x {VARLEN}",
-    "dispatch": "x key pad_value=0.0",
-    "undispatch": "x key is_partial_grad=False",
-    "roll": "x shift dim key",
-    "roll_simple": "x shift dim key",
-    "get_position_ids": "key device=None",
+    "dispatch": "x key pad_value=0.0 attn_role=AttnRole.QUERY",
+    "undispatch": "x key is_partial_grad=False attn_role=AttnRole.QUERY",
+    "roll": "x shift dim key attn_role=AttnRole.QUERY",
+    "roll_simple": "x shift dim key attn_role=AttnRole.QUERY",
+    "get_position_ids": "key device=None attn_role=AttnRole.QUERY",
     "calc_attn": "q k v key sink=None softmax_scale=None softcap=0.0 return_max_logits=False",
     "clear_cache": "cp_group=None",
     "get_most_recent_key": "cp_group",
@@ -114,7 +115,7 @@ def test_parameters_and_defaults(name):
     assert [each.name for each in signature] == [name for name, _, _ in expected]
     for parameter, (_, has_default, default) in zip(signature, expected, strict=True):
         assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        wanted = eval(default, vars(api)) if has_default else parameter.empty
+        wanted = eval(default, vars(api) | {"AttnRole": AttnRole}) if has_default else parameter.empty
         assert parameter.default == wanted
 
 

@@ -25,6 +25,7 @@ from magi_attention.api import (
     undispatch,
 )
 from magi_attention.common import AttnMaskType
+from magi_attention.common.enum import AttnRole
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import RuntimeConfig
 from magi_attention.dist_attn_runtime_mgr import init_dist_attn_runtime_mgr
@@ -302,3 +303,55 @@ def test_managers_know_their_layout_and_equal_plans_are_equal(key):
 def test_documents_end_at_integers(ends):
     with pytest.raises(TypeError, match="must be integers"):
         magi_attn_varlen_key(ends, ends, 4, 2, 8, 0, None)
+
+
+@pytest.fixture(scope="module")
+def cross_key():
+    q_ranges, k_ranges = AttnRanges.from_ranges([(0, 30), (30, 50)]), AttnRanges.from_ranges([(0, 10), (10, 90)])
+    yield magi_attn_flex_key(q_ranges, k_ranges, "full", 50, 90, 4, 2, 8, 0, None, is_same_source=False)
+    clear_cache()
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_cross_attention_and_gradients(cross_key, padded):
+    inputs = [x.requires_grad_() for x in (qkv(50)[0], *qkv(90)[1:])]
+    roles = (AttnRole.QUERY, AttnRole.KEY, AttnRole.VALUE)
+    local = [dispatch(x, cross_key, attn_role=role) for x, role in zip(inputs, roles, strict=True)]
+    assert [len(x) for x in local] == [56, 96, 96]
+    out, _ = calc_attn(*(local if padded else inputs), cross_key)
+    expected = dense_attention(*inputs, SliceTable([[0, 30, 0, 10, 0], [30, 50, 10, 90, 0]]))[0]
+    torch.testing.assert_close(out[:50], expected)
+    weight = torch.randn_like(expected)
+    gradients = torch.autograd.grad((out[:50] * weight).sum(), inputs)
+    for got, want in zip(gradients, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((96, 96), "q has 96 rows, but rank 0 of the group holds 56 of the padded sequence's 56"),
+        ((56, 56), "k and v have 56 rows, but rank 0 of the group holds 96 of the padded sequence's 96"),
+    ],
+)
+def test_each_side_of_cross_attention_has_its_own_rows(cross_key, rows, message):
+    with pytest.raises(ValueError, match=message):
+        calc_attn(qkv(rows[0])[0], *qkv(rows[1])[1:], cross_key)
+    with pytest.raises(ValueError, match="x has 50 rows in dim 0, but the global sequence without padding has 90"):
+        dispatch(torch.zeros(50), cross_key, attn_role=AttnRole.KEY)
+    with pytest.raises(ValueError, match="x has 56 rows in dim 0, but this rank's share has 96"):
+        undispatch(torch.zeros(56), cross_key, attn_role=AttnRole.VALUE)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda role, key: dispatch(torch.zeros(TOTAL), key, attn_role=role),
+        lambda role, key: undispatch(torch.zeros(PADDED), key, attn_role=role),
+        lambda role, key: roll(torch.zeros(PADDED), 1, 0, key, attn_role=role),
+        lambda role, key: get_position_ids(key, attn_role=role),
+    ],
+)
+def test_a_role_is_an_attn_role(key, call):
+    with pytest.raises(ValueError, match="attn_role must be an AttnRole, got 'key'"):
+        call("key", key)

@@ -8,24 +8,49 @@ from hypothesis import strategies as st
 
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.build import Plan, Stage, build_plan, build_plans
+from magi_attention.plan.demand import find_demand
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_attention.plan.key_dispatch import make_key_layout
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.qo import RowCosts
 from magi_attention.plan.stages import StageOptions
-from magi_attention.testing.masks import random_masks
+from magi_attention.testing.masks import random_masks, rectangular_masks
 
 
 @st.composite
 def layouts(draw, max_tokens=64):
     """A random mask with a random layout over 1, 2, 3, 4 or 8 ranks, ragged at the end or padded."""
     num_real, slices = draw(random_masks(max_tokens))
+    return slices, draw(random_layouts(num_real, draw(st.sampled_from([1, 2, 3, 4, 8]))))
+
+
+@st.composite
+def layout_pairs(draw, max_tokens=64):
+    """A random mask over two sequences with a layout for each, dealt at random or, for keys, as the planner does."""
+    (num_queries, num_keys), slices = draw(rectangular_masks(max_tokens))
     num_ranks = draw(st.sampled_from([1, 2, 3, 4, 8]))
+    layout = draw(random_layouts(num_queries, num_ranks))
+    key_layout = draw(random_layouts(num_keys, num_ranks))
+    if draw(st.booleans()):
+        key_layout = make_key_layout(
+            slices,
+            layout,
+            num_real=num_keys,
+            total=key_layout.total,
+            chunk_size=key_layout.chunk_size,
+            is_permutable=draw(st.booleans()),
+        )
+    return slices, layout, key_layout
+
+
+@st.composite
+def random_layouts(draw, num_real, num_ranks):
     chunk_size = draw(st.integers(1, 7))
     total = max(num_real, (num_ranks - 1) * chunk_size + 1) + draw(st.integers(0, 3))
     num_chunks = -(-total // chunk_size)
     spare = draw(st.lists(st.integers(0, num_ranks - 1), min_size=num_chunks, max_size=num_chunks))
     owner = np.array(draw(st.permutations([*range(num_ranks), *spare[num_ranks:]])), np.int64)
-    return slices, Layout(num_real, total, chunk_size, num_ranks, owner)
+    return Layout(num_real, total, chunk_size, num_ranks, owner)
 
 
 def dense_count(slices: SliceTable, num_rows: int, num_columns: int) -> np.ndarray:
@@ -98,39 +123,48 @@ def two_hop_cast(exchanges: list[TwoHopExchange], own: list[np.ndarray], per_nod
     return received
 
 
-def add_visits(count: np.ndarray, stages: list[Stage], own: list[np.ndarray]) -> None:
+def add_visits(
+    count: np.ndarray, stages: list[Stage], own_queries: list[np.ndarray], own_keys: list[np.ndarray]
+) -> None:
     """Count the pairs of a stage whose queries travel."""
-    for rank, (stage, queries) in enumerate(zip(stages, cast([stage.exchange for stage in stages], own), strict=True)):
-        local = dense_count(stage.slices, len(queries), len(own[rank]))
+    visitors = cast([stage.exchange for stage in stages], own_queries)
+    for rank, (stage, queries, keys) in enumerate(zip(stages, visitors, own_keys, strict=True)):
+        local = dense_count(stage.slices, len(queries), len(keys))
         assert local.any(axis=1).all(), "a query traveled that reads no key of the rank"
-        assert not np.isin(queries, own[rank]).any()
-        np.add.at(count, (queries[:, None], own[rank][None, :]), local)
+        assert not np.isin(queries, own_queries[rank]).any()
+        np.add.at(count, (queries[:, None], keys[None, :]), local)
 
 
-def check(slices: SliceTable, layout: Layout, plans: list[Plan], per_node: int = 1) -> None:
+def positions(layout: Layout) -> list[np.ndarray]:
     own = [layout.positions(rank) for rank in range(layout.num_ranks)]
     assert sorted(np.concatenate(own).tolist()) == list(range(layout.total))
-    count = np.zeros((layout.total, layout.total), int)
+    return own
+
+
+def check(slices: SliceTable, plans: list[Plan], per_node: int = 1) -> None:
+    layout, key_layout = plans[0].layout, plans[0].key_layout
+    own, own_keys = positions(layout), positions(key_layout)
+    count = np.zeros((layout.total, key_layout.total), int)
     assert len({len(plan.stages) for plan in plans}) == 1
     for stages in zip(*[plan.stages for plan in plans], strict=True):
         if stages[0].queries_travel:
-            add_visits(count, list(stages), own)
+            add_visits(count, list(stages), own, own_keys)
             continue
-        for rank, (stage, keys) in enumerate(zip(stages, key_buffers(list(stages), own, per_node), strict=True)):
+        for rank, (stage, keys) in enumerate(zip(stages, key_buffers(list(stages), own_keys, per_node), strict=True)):
             local = dense_count(stage.slices, len(own[rank]), len(keys))
             np.add.at(count, (own[rank][:, None], keys[None, :]), local)
-            received = keys[len(own[rank]) :] if stage.reads_own else keys
+            received = keys[len(own_keys[rank]) :] if stage.reads_own else keys
             used = local.any(axis=0)[len(keys) - len(received) :]
             assert used.all(), "a row traveled that no query of the rank reads"
-            assert not np.isin(received, own[rank]).any()
-    assert (count == dense_count(slices, layout.total, layout.total)).all()
+            assert not np.isin(received, own_keys[rank]).any()
+    assert (count == dense_count(slices, layout.total, key_layout.total)).all()
 
 
 @given(layouts(), st.sampled_from([0, 1, 2, 4, None]), st.integers(1, 9))
 def test_plans_of_all_ranks_fit_together(case, degree, min_piece):
     slices, layout = case
     plans = build_plans(slices, layout, range(layout.num_ranks), StageOptions(degree=degree, min_piece=min_piece))
-    check(slices, layout, plans)
+    check(slices, plans)
     expected = 1 if degree == 0 else 1 + (8 if degree is None else degree)
     assert len(plans[0].stages) <= expected
 
@@ -143,7 +177,24 @@ def test_two_hop_plans_fit_together(case, degree):
     for per_node in (2, 4):
         shape = (layout.num_ranks // per_node, per_node)
         options = StageOptions(degree=degree, min_piece=2)
-        check(slices, layout, build_plans(slices, layout, range(layout.num_ranks), options, shape), per_node)
+        check(slices, build_plans(slices, layout, range(layout.num_ranks), options, shape), per_node)
+
+
+@given(layout_pairs(), st.sampled_from([0, 1, 2, None]), st.integers(1, 9))
+def test_plans_with_a_layout_for_keys_fit_together(case, degree, min_piece):
+    slices, layout, key_layout = case
+    options = StageOptions(degree=degree, min_piece=min_piece)
+    ranks = range(layout.num_ranks)
+    check(slices, build_plans(slices, layout, ranks, options, key_layout=key_layout))
+    if layout.num_ranks in (4, 8):
+        shape = (layout.num_ranks // 2, 2)
+        check(slices, build_plans(slices, layout, ranks, options, shape, key_layout=key_layout), per_node=2)
+
+
+@given(layout_pairs(), st.sampled_from([RowCosts(1, 1), RowCosts(5, 1), RowCosts(1, 5)]))
+def test_plans_in_both_directions_with_a_layout_for_keys_fit_together(case, costs):
+    slices, layout, key_layout = case
+    check(slices, build_plans(slices, layout, range(layout.num_ranks), row_costs=costs, key_layout=key_layout))
 
 
 @given(
@@ -152,7 +203,7 @@ def test_two_hop_plans_fit_together(case, degree):
 def test_plans_in_both_directions_fit_together(case, costs):
     slices, layout = case
     plans = build_plans(slices, layout, range(layout.num_ranks), row_costs=costs)
-    check(slices, layout, plans)
+    check(slices, plans)
     if layout.num_ranks > 1:
         _, queries, keys = zip(*[plan.stages for plan in plans], strict=True)
         moved = costs.keys * sum(s.num_received for s in keys) + costs.queries * sum(s.num_received for s in queries)
@@ -165,7 +216,7 @@ def test_few_queries_travel_to_many_keys():
     slices = SliceTable([[0, 64, 0, 64, 1], [120, 128, 0, 128, 0]])
     layout = Layout(128, 128, 64, 2, np.array([0, 1]))
     plans = build_plans(slices, layout, range(2), row_costs=RowCosts.of_heads(8, 8, 128))
-    check(slices, layout, plans)
+    check(slices, plans)
     assert [plan.stages[1].num_received for plan in plans] == [8, 0]
     assert [plan.stages[2].num_received for plan in plans] == [0, 0]
 
@@ -192,13 +243,15 @@ def two_ranks(total: int, chunk_size: int) -> Layout:
     return Layout(total, total, chunk_size, 2, owner)
 
 
-@pytest.mark.parametrize("change", ["mask", "layout", "options"])
+@pytest.mark.parametrize("change", ["mask", "layout", "key layout", "options"])
 def test_digest_tells_different_plans_apart(change):
     base = build_plan(causal(32), two_ranks(32, 8), 0)
     if change == "mask":
         other = build_plan(causal(31), two_ranks(32, 8), 0)
     elif change == "layout":
         other = build_plan(causal(32), two_ranks(32, 4), 0)
+    elif change == "key layout":
+        other = build_plan(causal(32), two_ranks(32, 8), 0, key_layout=two_ranks(32, 4))
     else:
         other = build_plan(causal(32), two_ranks(32, 8), 0, StageOptions(degree=2))
     assert base.digest != other.digest
@@ -230,3 +283,36 @@ def test_keys_that_become_neighbors_are_one_slice():
     # Rank 0 owns chunks 0 and 3 of a full mask: the rows it receives, of chunks 1 and 2, are one run to its kernels.
     plan = build_plan(SliceTable([[0, 32, 0, 32, 0]]), two_ranks(32, 8), 0)
     assert plan.stages[1].slices.rows.tolist() == [[0, 8, 0, 16, 0], [8, 16, 0, 16, 0]]
+
+
+def key_layout_of(slices, layout, total, chunk_size, is_permutable=True):
+    return make_key_layout(
+        slices, layout, num_real=total, total=total, chunk_size=chunk_size, is_permutable=is_permutable
+    )
+
+
+@given(layout_pairs())
+def test_permuted_keys_travel_no_more_than_contiguous_ones(case):
+    slices, layout, key_layout = case
+    num_chunks, num_ranks = len(key_layout.owner), layout.num_ranks
+    moved = []
+    for is_permutable in (False, True):
+        keys = key_layout_of(slices, layout, key_layout.total, key_layout.chunk_size, is_permutable)
+        counts = np.bincount(keys.owner, minlength=num_ranks)
+        assert sorted(counts) == sorted(num_chunks // num_ranks + (np.arange(num_ranks) < num_chunks % num_ranks))
+        assert is_permutable or (np.diff(keys.owner) >= 0).all()
+        remote = find_demand(slices, layout, keys).remote
+        moved.append((remote[:, 2] - remote[:, 1]).sum())
+    assert moved[1] <= moved[0]
+
+
+def test_keys_lie_where_they_are_read():
+    # Four documents; rank 0 has the queries of the second and the last, rank 1 the others: so with the keys.
+    slices = SliceTable([[8 * n, 8 * n + 8, 4 * n, 4 * n + 4, 0] for n in range(4)])
+    layout = Layout(32, 32, 8, 2, np.array([1, 0, 1, 0]))
+    keys = key_layout_of(slices, layout, 16, 4)
+    assert keys.owner.tolist() == [1, 0, 1, 0]
+    assert [plan.stages[0].slices.area() for plan in build_plans(slices, layout, range(2), key_layout=keys)] == [64, 64]
+    assert key_layout_of(slices, layout, 16, 4, is_permutable=False).owner.tolist() == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="fewer than the 2 ranks"):
+        key_layout_of(slices, layout, 16, 16)

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from magi_attention.api import calc_attn, dispatch, magi_attn_flex_key, undispatch
 from magi_attention.common import AttnMaskType, AttnRanges
+from magi_attention.common.enum import AttnRole
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import DistAttnConfig
 from magi_attention.testing.metric import assert_within_pytorch_error
@@ -18,7 +19,7 @@ from magi_attention.testing.oracle import dense_attention, dense_mask, masked_at
 
 @dataclass(frozen=True)
 class Case:
-    """What to compute; picklable, so that it can be sent to the ranks."""
+    """What to compute; picklable, so that it can be sent to the ranks. With ``total_k`` it is a cross-attention."""
 
     total: int
     slices: SliceTable
@@ -36,6 +37,13 @@ class Case:
     softmax_scale: float | None = None
     max_logits: bool = True
     seed: int = 0
+    total_k: int | None = None
+    is_q_permutable: bool = True
+    is_k_permutable: bool = True
+
+    @property
+    def num_keys(self) -> int:
+        return self.total if self.total_k is None else self.total_k
 
 
 @dataclass
@@ -63,8 +71,8 @@ def inputs_of(case: Case) -> tuple[list[Tensor], Tensor, Tensor]:
 
     tensors = [
         draw(case.total, case.num_heads_q, case.head_dim),
-        draw(case.total, case.num_heads_kv, case.head_dim),
-        draw(case.total, case.num_heads_kv, case.head_dim_v),
+        draw(case.num_keys, case.num_heads_kv, case.head_dim),
+        draw(case.num_keys, case.num_heads_kv, case.head_dim_v),
     ]
     accumulation = torch.promote_types(case.dtype, torch.float32)
     if case.num_sinks:
@@ -118,13 +126,16 @@ def key_of(case: Case, group: dist.ProcessGroup | DeviceMesh | None):
         k_ranges=AttnRanges.from_ranges([row[2:4] for row in rows]),
         attn_mask_type=[AttnMaskType.from_int_type(row[4]) for row in rows],
         total_seqlen_q=case.total,
-        total_seqlen_k=case.total,
+        total_seqlen_k=case.num_keys,
         num_heads_q=case.num_heads_q,
         num_heads_kv=case.num_heads_kv,
         head_dim=case.head_dim,
         pad_size=0,
         cp_group_or_mesh=group,
         dist_attn_config=case.config,
+        is_same_source=case.total_k is None,
+        is_q_permutable=case.is_q_permutable,
+        is_k_permutable=case.is_k_permutable,
     )
 
 
@@ -132,7 +143,8 @@ def attend(case: Case, group: dist.ProcessGroup | DeviceMesh | None) -> Answer:
     key = key_of(case, group)
     tensors, dout, dlse = inputs_of(case)
     tensors = [x.to(device()).requires_grad_() for x in tensors]
-    q, k, v = (dispatch(x, key) for x in tensors[:3])
+    roles = (AttnRole.QUERY, AttnRole.KEY, AttnRole.VALUE)
+    q, k, v = (dispatch(x, key, attn_role=role) for x, role in zip(tensors, roles, strict=False))
     sink = tensors[3] if case.num_sinks else None
     out, meta = calc_attn(
         q,
@@ -161,7 +173,7 @@ def dense_answer(case: Case, dtype: torch.dtype) -> Answer:
     if dtype == torch.float64:
         out, lse, max_logits = dense_attention(*tensors[:3], case.slices, **options)
     else:
-        mask = dense_mask(case.slices, case.total, case.total)
+        mask = dense_mask(case.slices, case.total, case.num_keys)
         out, lse, max_logits = masked_attention(*tensors[:3], mask, **options)
     objective(out, lse, dout.to(dtype), dlse.to(dtype)).backward()
     return Answer(out.detach(), lse.detach(), max_logits, [x.grad for x in tensors])

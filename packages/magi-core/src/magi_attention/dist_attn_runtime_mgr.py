@@ -2,12 +2,11 @@
 """Keys and managers without padding, choice of chunks or cache, by the path that older code imports them from."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_attention.api.checks import check_ranges, check_same_source
+from magi_attention.api.checks import check_ranges, check_sources
 from magi_attention.comm.group import group_size
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiValueError
@@ -41,6 +40,11 @@ def init_dist_attn_runtime_key(
     cp_group: dist.ProcessGroup | None,
     cp_mesh: DeviceMesh | None = None,
     dist_attn_config: DistAttnConfig = DistAttnConfig(),  # noqa: B008 - frozen
+    is_same_source: bool = True,
+    is_q_permutable: bool = True,
+    is_k_permutable: bool = True,
+    pad_size_k: int = 0,
+    chunk_size_k: int = 0,
 ) -> DistAttnRuntimeKey:
     """Make a key of its fields, as they are: nothing is planned. See :class:`DistAttnRuntimeKey`."""
     return DistAttnRuntimeKey(
@@ -57,6 +61,11 @@ def init_dist_attn_runtime_key(
         cp_group=cp_group,
         cp_mesh=cp_mesh,
         dist_attn_config=dist_attn_config,
+        is_same_source=is_same_source,
+        is_q_permutable=is_q_permutable,
+        is_k_permutable=is_k_permutable,
+        pad_size_k=pad_size_k,
+        chunk_size_k=chunk_size_k,
     )
 
 
@@ -85,34 +94,41 @@ def init_dist_attn_runtime_mgr(
         q_ranges: query rows of the mask's slices.
         k_ranges: key rows of the slices.
         attn_mask_type: the slices' types.
-        total_seqlen_q: rows of the sequence.
-        total_seqlen_k: the same number.
+        total_seqlen_q: rows of the sequence of queries.
+        total_seqlen_k: rows of the sequence of keys.
         num_heads_q: query heads.
         num_heads_kv: key and value heads.
         head_dim: size of a head.
-        chunk_size: rows of a chunk.
+        chunk_size: rows of a chunk, of queries as of keys, unless a layout that is kept says otherwise.
         cp_group: the context-parallel group; None for this process alone.
         cp_mesh: the 2-D mesh of the group, for hierarchical communication.
         dist_attn_config: the configuration.
-        is_same_source: must be True.
-        is_q_permutable: must be True.
-        is_k_permutable: must be True.
-        ref_dispatch_meta_q: a layout to keep instead of dealing the chunks anew.
-        ref_dispatch_meta_k: the same for keys, which share the queries' layout.
+        is_same_source: as for ``magi_attn_flex_key``, as the next two.
+        is_q_permutable: whether queries may be dealt in any order.
+        is_k_permutable: whether keys may.
+        ref_dispatch_meta_q: a layout of queries to keep instead of dealing the chunks anew.
+        ref_dispatch_meta_k: the same for keys; in self-attention either stands for both.
 
     Raises:
-        ValueError: The sequence doesn't consist of equally many whole chunks per rank although the shard is even, and
-            all that ``magi_attn_flex_key`` raises.
+        ValueError: A sequence doesn't consist of equally many whole chunks per rank although the shard is even, or
+            is of another length than the layout to keep; and all that ``magi_attn_flex_key`` raises.
     """
-    check_same_source(total_seqlen_q, total_seqlen_k, is_same_source, is_q_permutable, is_k_permutable)
-    check_ranges(q_ranges, k_ranges, total_seqlen_q)
+    check_sources(total_seqlen_q, total_seqlen_k, is_same_source, is_q_permutable, is_k_permutable)
+    check_ranges(q_ranges, k_ranges, total_seqlen_q, total_seqlen_k)
     cp_size = group_size(cp_group)
     is_even = cp_size > 1 and not dist_attn_config.dispatch_config.uneven_shard
-    if is_even and total_seqlen_q % (chunk_size * cp_size):
-        raise MagiValueError(
-            f"total_seqlen_q is {total_seqlen_q}; for an even shard over {cp_size} ranks it must be a multiple of "
-            f"{chunk_size * cp_size}, that is of chunk_size * cp_size"
-        )
+    of_queries, of_keys = ref_dispatch_meta_q, ref_dispatch_meta_k
+    if is_same_source:
+        of_queries = of_keys = of_queries or of_keys
+    sides = (("total_seqlen_q", total_seqlen_q, of_queries), ("total_seqlen_k", total_seqlen_k, of_keys))
+    for name, total, meta in sides:
+        if meta is not None and meta.total_seqlen != total:
+            raise MagiValueError(f"{name} is {total}, but the layout to keep is of {meta.total_seqlen} rows")
+        if meta is None and is_even and total % (chunk_size * cp_size):
+            raise MagiValueError(
+                f"{name} is {total}; for an even shard over {cp_size} ranks it must be a multiple of "
+                f"{chunk_size * cp_size}, that is of chunk_size * cp_size"
+            )
     key = init_dist_attn_runtime_key(
         q_ranges,
         k_ranges,
@@ -127,6 +143,9 @@ def init_dist_attn_runtime_mgr(
         cp_group,
         cp_mesh,
         dist_attn_config,
+        is_same_source,
+        is_q_permutable,
+        is_k_permutable,
+        chunk_size_k=chunk_size,
     )
-    # Of a reference only its layout is used, and a DispatchMeta has one as well.
-    return build_manager(key, cast("DistAttnRuntimeMgr | None", ref_dispatch_meta_q or ref_dispatch_meta_k))
+    return build_manager(key, *[None if meta is None else meta.layout for meta in (of_queries, of_keys)])

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from magi_attention.common.enum import AttnRole
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.common.slices import SliceTable
@@ -30,7 +31,8 @@ def calc_attn(
 
     Args:
         q: ``[n_local, hq, d]`` in local order, fp16, bf16, fp32 or fp64 where the backend takes it.
-        k: ``[n_local, hk, d]``; hq is a multiple of hk, and query head h uses key head ``h // (hq / hk)``.
+        k: ``[n_local, hk, d]``; hq is a multiple of hk, and query head h uses key head ``h // (hq / hk)``. In
+            cross-attention, k and v have as many rows as ``dispatch`` gives them with ``attn_role=AttnRole.KEY``.
         v: ``[n_local, hk, dv]``, with dv = d unless the backend takes another.
         key: the key. In a group of one, q, k and v may be shorter than the padded sequence, as long as they hold
             every row that a slice names.
@@ -52,8 +54,9 @@ def calc_attn(
             error is one as well.
     """
     manager = find_manager(key)
-    _check_tensors(q, k, v, sink)
-    _check_rows(q, manager)
+    _check_tensors(q, k, v, sink, key.is_same_source)
+    _check_rows("q has", q, manager, AttnRole.QUERY)
+    _check_rows("k and v have", k, manager, AttnRole.KEY)
     if not 0 <= softcap < math.inf:
         raise MagiValueError(f"softcap is {softcap}; it must be positive and finite, or 0 for none")
     if softmax_scale is not None and not math.isfinite(softmax_scale):
@@ -71,17 +74,17 @@ def calc_attn(
     )
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, is_same_source: bool) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise MagiTypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or k.shape[:2] != v.shape[:2]:
         raise MagiValueError(f"q must be [n, hq, d], k [n, hk, d], v [n, hk, dv]; they are {shapes}")
-    if len(q) != len(k) or q.shape[2] != k.shape[2]:
-        raise MagiValueError(
-            f"q, k and v must have the same number of rows, and q and k the same head size; they are {shapes}"
-        )
+    if is_same_source and len(q) != len(k):
+        raise MagiValueError(f"q, k and v must have the same number of rows; they are {shapes}")
+    if q.shape[2] != k.shape[2]:
+        raise MagiValueError(f"q and k must have the same head size; they are {shapes}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise MagiValueError(f"the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key heads")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in FLOAT_DTYPES:
@@ -106,18 +109,19 @@ def _check_sink(sink: Tensor, q: Tensor) -> None:
         raise MagiValueError(f"sink is on {sink.device}; it must be on q's device {q.device}")
 
 
-def _rows_named(slices: SliceTable) -> int:
-    """How many rows a tensor needs to hold every row that a slice names."""
-    return slices.derived("rows named", lambda: int(slices.without_empty().rows[:, [1, 3]].max(initial=0)))
+def _rows_named(slices: SliceTable, attn_role: AttnRole) -> int:
+    """How many rows a tensor of that role needs to hold every row that a slice names."""
+    end = 1 if attn_role is AttnRole.QUERY else 3
+    return slices.derived(("rows named", attn_role), lambda: int(slices.without_empty().rows[:, end].max(initial=0)))
 
 
-def _check_rows(q: Tensor, manager: DistAttnRuntimeMgr) -> None:
-    num_local, layout = manager.num_local_rows, manager.layout
-    if len(q) == num_local:
+def _check_rows(subject: str, x: Tensor, manager: DistAttnRuntimeMgr, attn_role: AttnRole) -> None:
+    num_local, layout = manager.num_local_rows(attn_role), manager.layout_of(attn_role)
+    if len(x) == num_local:
         return
-    if layout.num_ranks == 1 and _rows_named(manager.key.slices) <= len(q) < num_local:
+    if layout.num_ranks == 1 and _rows_named(manager.key.slices, attn_role) <= len(x) < num_local:
         return
     raise MagiValueError(
-        f"q, k and v have {len(q)} rows, but rank {manager.rank} of the group holds {num_local} of the padded "
+        f"{subject} {len(x)} rows, but rank {manager.rank} of the group holds {num_local} of the padded "
         f"sequence's {layout.total}: pass dispatched tensors"
     )

@@ -41,9 +41,9 @@ def _resolve_mask_type(mask_type: str | AttnMaskType) -> AttnMaskType:
         raise ValueError(f"{mask_type!r} is not a mask type; known are {known}") from None
 
 
-def check_ranges(q_ranges: AttnRanges, k_ranges: AttnRanges, total_seqlen: int) -> None:
-    """Raise unless there are equally many query and key ranges, at least one, and none ends after ``total_seqlen``."""
-    for name, ranges in (("q_ranges", q_ranges), ("k_ranges", k_ranges)):
+def check_ranges(q_ranges: AttnRanges, k_ranges: AttnRanges, total_seqlen_q: int, total_seqlen_k: int) -> None:
+    """Raise unless there are equally many query and key ranges, at least one, and none ends after its sequence."""
+    for name, ranges, total_seqlen in (("q_ranges", q_ranges, total_seqlen_q), ("k_ranges", k_ranges, total_seqlen_k)):
         if not isinstance(ranges, AttnRanges):
             raise MagiTypeError(f"{name} must be AttnRanges, not {type(ranges).__name__}; see AttnRanges.from_ranges")
         if ranges.is_empty():
@@ -56,17 +56,28 @@ def check_ranges(q_ranges: AttnRanges, k_ranges: AttnRanges, total_seqlen: int) 
         )
 
 
-def check_same_source(
+def check_sources(
     total_seqlen_q: int, total_seqlen_k: int, is_same_source: bool, is_q_permutable: bool, is_k_permutable: bool
 ) -> None:
-    """Raise unless queries and keys come from one sequence and are permuted together: self-attention."""
+    """Raise unless the flags and totals fit each other; where sources differ, all do."""
+    if not is_same_source:
+        return
     flags = f"{is_same_source=}, {is_q_permutable=}, {is_k_permutable=}"
-    if not is_same_source or not (is_q_permutable or is_k_permutable):
-        raise NotImplementedError(f"only self-attention is implemented, with all three flags True, not {flags}")
-    if not (is_q_permutable and is_k_permutable):
-        raise ValueError(f"queries and keys of one source are permuted together or not at all, unlike {flags}")
+    if is_q_permutable != is_k_permutable:
+        raise ValueError(
+            f"queries and keys of one source are the same rows, so that none is permuted without the other, unlike "
+            f"{flags}: set both, or is_same_source=False if they are of different sequences"
+        )
+    if not is_q_permutable:
+        raise ValueError(
+            f"a sequence that attends to itself is always dealt by the dispatch algorithm, unlike {flags}: to keep it "
+            "in contiguous shares, choose DispatchConfig(alg=SequentialDispatchAlg())"
+        )
     if total_seqlen_q != total_seqlen_k:
-        raise MagiValueError(f"{total_seqlen_q=} and {total_seqlen_k=} must be equal in self-attention")
+        raise MagiValueError(
+            f"{total_seqlen_q=} and {total_seqlen_k=} must be equal in self-attention; for queries and keys of "
+            "different sequences, set is_same_source=False"
+        )
 
 
 def choose_chunk_limit(chunk_size: int | None, config: DistAttnConfig) -> int | None:

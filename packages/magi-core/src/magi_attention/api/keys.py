@@ -12,7 +12,7 @@ from typing_extensions import deprecated
 from magi_attention.api.checks import (
     GeneralAttnMaskType,
     check_ranges,
-    check_same_source,
+    check_sources,
     choose_chunk_limit,
     resolve_chunk_size,
     resolve_mask_types,
@@ -52,22 +52,28 @@ def magi_attn_flex_key(
     sequence is padded, chunked and dealt to the ranks of the group. All ranks must call this with equal arguments: they
     plan alone, and compare their plans once for every new key.
 
+    In cross-attention, with ``is_same_source=False``, queries and keys are of two sequences, each padded, chunked and
+    dealt for itself. ``dispatch`` and its relatives then take an ``attn_role`` that tells which one is meant.
+
     Args:
         q_ranges: query rows of the slices.
         k_ranges: key rows of the slices.
         attn_mask_type: the slices' types; a single type stands for all.
-        total_seqlen_q: rows of the whole sequence.
-        total_seqlen_k: the same number: queries and keys come from one sequence.
+        total_seqlen_q: rows of the whole sequence of queries.
+        total_seqlen_k: rows of the whole sequence of keys; the same number if that is the same sequence.
         num_heads_q: query heads.
         num_heads_kv: key and value heads.
         head_dim: size of a head.
-        pad_size: ignored; a number other than 0 is deprecated. ``key.pad_size`` tells the padding.
+        pad_size: ignored; a number other than 0 is deprecated. ``key.pad_size`` tells the padding, ``key.pad_size_k``
+            that of the keys.
         cp_group_or_mesh: the context-parallel group; a 1-D mesh; a 2-D mesh (nodes, ranks of a node); or None for the
             default group, which without torch.distributed is this process alone.
         dist_attn_config: how chunks are dealt, how communication overlaps, what computes.
-        is_same_source: must be True.
-        is_q_permutable: must be True.
-        is_k_permutable: must be True.
+        is_same_source: whether queries and keys are of one sequence, and so lie on the same ranks. Then the two flags
+            that follow must be True.
+        is_q_permutable: whether queries may be dealt in any order, as the dispatch algorithm likes. Otherwise every
+            rank gets a contiguous share, the first rank the first.
+        is_k_permutable: the same for keys, whose chunks go to the ranks that read most of them.
         chunk_size: deprecated; see ``DispatchConfig``. At most this many rows make a chunk.
 
     Returns:
@@ -75,10 +81,9 @@ def magi_attn_flex_key(
 
     Raises:
         ValueError: Ranges outside of the sequence, lists of different lengths, an unknown type name, pairs that are
-            kept twice, an empty mask, fewer rows than ranks, contradictory settings, neither group nor mesh. Where
-            older versions raised ``AssertionError``, the error is one as well.
+            kept twice, an empty mask, fewer rows than ranks, contradictory settings or flags, neither group nor mesh.
+            Where older versions raised ``AssertionError``, the error is one as well.
         TypeError: A mask type that is neither an ``AttnMaskType`` nor a name.
-        NotImplementedError: Cross-attention.
         RuntimeError: The ranks passed different arguments; raised on every rank, naming the ranks.
 
     Example:
@@ -91,16 +96,18 @@ def magi_attn_flex_key(
         raise TypeError(f"dist_attn_config must be a DistAttnConfig, not {dist_attn_config!r}")
     config = dist_attn_config.resolved()
     chunk_limit = choose_chunk_limit(chunk_size, config)
-    check_same_source(total_seqlen_q, total_seqlen_k, is_same_source, is_q_permutable, is_k_permutable)
-    check_ranges(q_ranges, k_ranges, total_seqlen_q)
+    check_sources(total_seqlen_q, total_seqlen_k, is_same_source, is_q_permutable, is_k_permutable)
+    check_ranges(q_ranges, k_ranges, total_seqlen_q, total_seqlen_k)
     mask_types = resolve_mask_types(attn_mask_type, len(q_ranges))
     cp_group, cp_mesh = resolve_group(cp_group_or_mesh, bool(config.runtime_config.hierarchical_comm))
     cp_size = group_size(cp_group)
     chunk_size = resolve_chunk_size(total_seqlen_q, cp_size, chunk_limit, config.dispatch_config.alg)
+    chunk_size_k = resolve_chunk_size(total_seqlen_k, cp_size, chunk_limit, config.dispatch_config.alg)
     if pad_size:
         warnings.warn("pad_size is deprecated and ignored: read key.pad_size", DeprecationWarning, stacklevel=2)
     is_uneven = config.dispatch_config.uneven_shard
     pad_size = 0 if is_uneven else compute_pad_size(total_seqlen_q, cp_size, chunk_size)
+    pad_size_k = 0 if is_uneven else compute_pad_size(total_seqlen_k, cp_size, chunk_size_k)
     if pad_size:
         q_ranges, k_ranges, mask_types = apply_padding(q_ranges, k_ranges, mask_types, total_seqlen_q, pad_size)
     key = DistAttnRuntimeKey(
@@ -108,7 +115,7 @@ def magi_attn_flex_key(
         k_ranges=k_ranges,
         attn_mask_type=tuple(mask_types),
         total_seqlen_q=total_seqlen_q + pad_size,
-        total_seqlen_k=total_seqlen_k + pad_size,
+        total_seqlen_k=total_seqlen_k + pad_size_k,
         num_heads_q=num_heads_q,
         num_heads_kv=num_heads_kv,
         head_dim=head_dim,
@@ -117,6 +124,11 @@ def magi_attn_flex_key(
         cp_group=cp_group,
         cp_mesh=cp_mesh,
         dist_attn_config=config,
+        is_same_source=is_same_source,
+        is_q_permutable=is_q_permutable,
+        is_k_permutable=is_k_permutable,
+        pad_size_k=pad_size_k,
+        chunk_size_k=chunk_size_k,
     )
     return _plan_if_new(key)
 
@@ -190,7 +202,7 @@ def magi_attn_flex_dispatch(
     is_k_permutable: bool = True,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, DistAttnRuntimeKey]:
-    """Make a key by :func:`magi_attn_flex_key` and dispatch ``x`` with it; returns both."""
+    """Make a key by :func:`magi_attn_flex_key` and dispatch ``x``, as queries, with it; returns both."""
     key = magi_attn_flex_key(
         q_ranges,
         k_ranges,
@@ -261,7 +273,8 @@ def make_flex_key_for_new_mask_after_dispatch(
         q_ranges: query rows of the new mask's slices.
         k_ranges: key rows of the slices.
         attn_mask_type: the slices' types; a single type stands for all.
-        key_for_dispatch: the key whose layout is kept, with its chunks, padding, group and dispatch config.
+        key_for_dispatch: the key whose layouts, of queries and of keys, are kept, with their chunks, padding, group and
+            dispatch config.
         num_heads_q: query heads; those of the old key for None.
         num_heads_kv: key and value heads; those of the old key for None.
         head_dim: size of a head; that of the old key for None.
@@ -279,7 +292,7 @@ def make_flex_key_for_new_mask_after_dispatch(
         overlap_config=source.overlap_config,
         runtime_config=source.runtime_config,
     ).resolved()
-    check_ranges(q_ranges, k_ranges, old.total_seqlen_q)
+    check_ranges(q_ranges, k_ranges, old.total_seqlen_q, old.total_seqlen_k)
     mask_types: Sequence[AttnMaskType] = resolve_mask_types(attn_mask_type, len(q_ranges))
     resolve_group(old.cp_group if old.cp_mesh is None else old.cp_mesh, bool(config.runtime_config.hierarchical_comm))
     if old.pad_size:
@@ -334,11 +347,12 @@ def clear_cache(cp_group: dist.ProcessGroup | None = None) -> None:
 
 
 def _plan_if_new(key: DistAttnRuntimeKey, reference: DistAttnRuntimeMgr | None = None) -> DistAttnRuntimeKey:
-    """Make ``key`` its group's most recent one, and plan for it unless that was done.
+    """Make ``key`` its group's most recent one, and plan for it unless that was done, keeping a reference's layouts.
 
     Returns the key as the cache holds it: the same object is found without comparing masks.
     """
     manager = dist_attn_runtime_dict_mgr.get(key)
     if manager is None:
-        manager = dist_attn_runtime_dict_mgr[key] = build_manager(key, reference)
+        layouts = (reference.layout, reference.key_layout) if reference else ()
+        manager = dist_attn_runtime_dict_mgr[key] = build_manager(key, *layouts)
     return manager.key

@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between the global sequence and this rank's rows: dispatch, undispatch, roll and position ids."""
+"""Between the global sequence and this rank's rows: dispatch, undispatch, roll and position ids.
+
+In cross-attention there are two sequences, and ``attn_role`` tells to which of them a tensor belongs.
+"""
 
 import torch
 from torch import Tensor
 
+from magi_attention.common.enum import AttnRole
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
 
 
-def dispatch(x: Tensor, key: DistAttnRuntimeKey, pad_value: float = 0.0) -> Tensor:
+def dispatch(
+    x: Tensor, key: DistAttnRuntimeKey, pad_value: float = 0.0, attn_role: AttnRole = AttnRole.QUERY
+) -> Tensor:
     """Select this rank's rows of a global tensor. No communication, except that the backward pass is collective.
 
     Args:
         x: ``[S, ...]`` of any dtype, the same on all ranks; ``S`` without padding.
         key: the key.
         pad_value: what rows of padding are filled with.
+        attn_role: whether ``x`` goes with the queries or with the keys and values; all the same in self-attention.
 
     Returns:
         ``[n_local, ...]``, a copy. In the backward pass every rank gets the full global gradient of ``x``, gathered
@@ -24,11 +31,13 @@ def dispatch(x: Tensor, key: DistAttnRuntimeKey, pad_value: float = 0.0) -> Tens
         ValueError: ``x`` doesn't have ``S`` rows, or the cache doesn't hold the key.
     """
     manager = find_manager(key)
-    _check_rows("x", x, 0, key.total_seqlen_q - key.pad_size, "the global sequence without padding")
-    return manager.dispatch_qo(x, pad_value)
+    _check_rows("x", x, 0, manager.layout_of(attn_role).num_real, "the global sequence without padding")
+    return manager.dispatch(x, pad_value, attn_role)
 
 
-def undispatch(x: Tensor, key: DistAttnRuntimeKey, is_partial_grad: bool = False) -> Tensor:
+def undispatch(
+    x: Tensor, key: DistAttnRuntimeKey, is_partial_grad: bool = False, attn_role: AttnRole = AttnRole.QUERY
+) -> Tensor:
     """Gather the global tensor from all ranks' local rows. Collective.
 
     Args:
@@ -36,6 +45,7 @@ def undispatch(x: Tensor, key: DistAttnRuntimeKey, is_partial_grad: bool = False
         key: the key.
         is_partial_grad: how the gradient of the result is understood: as the same on all ranks, so that each takes its
             own rows (False), or as one term of a sum over the ranks (True; then the backward pass is collective).
+        attn_role: as for :func:`dispatch`.
 
     Returns:
         ``[S, ...]`` without padding, on every rank.
@@ -44,11 +54,11 @@ def undispatch(x: Tensor, key: DistAttnRuntimeKey, is_partial_grad: bool = False
         ValueError: ``x`` doesn't have ``n_local`` rows, or the cache doesn't hold the key.
     """
     manager = find_manager(key)
-    _check_rows("x", x, 0, manager.num_local_rows, "this rank's share")
-    return manager.undispatch_qo(x, is_partial_grad)
+    _check_rows("x", x, 0, manager.num_local_rows(attn_role), "this rank's share")
+    return manager.undispatch(x, is_partial_grad, attn_role)
 
 
-def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey) -> Tensor:
+def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
     """Roll the global sequence of a dispatched tensor. Collective, in the backward pass as well.
 
     Equal to ``undispatch``, ``torch.roll`` and ``dispatch``, but only rows that change rank travel. Padding becomes 0.
@@ -58,23 +68,28 @@ def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey) -> Tensor:
         shift: by how many rows; a positive shift moves rows towards the end.
         dim: the dim of the sequence.
         key: the key.
+        attn_role: as for :func:`dispatch`.
 
     Raises:
         ValueError: ``x`` doesn't have ``n_local`` rows in ``dim``, or the cache doesn't hold the key.
     """
     manager = find_manager(key)
-    _check_rows("x", x, dim, manager.num_local_rows, "this rank's share")
-    return manager.roll(x, shift, dim)
+    _check_rows("x", x, dim, manager.num_local_rows(attn_role), "this rank's share")
+    return manager.roll(x, shift, dim, attn_role)
 
 
-def roll_simple(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey) -> Tensor:
+def roll_simple(
+    x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, attn_role: AttnRole = AttnRole.QUERY
+) -> Tensor:
     """The same as :func:`roll`; an older name for another way to send the rows."""
     manager = find_manager(key)
-    _check_rows("x", x, dim, manager.num_local_rows, "this rank's share")
-    return manager.roll_simple(x, shift, dim)
+    _check_rows("x", x, dim, manager.num_local_rows(attn_role), "this rank's share")
+    return manager.roll_simple(x, shift, dim, attn_role)
 
 
-def get_position_ids(key: DistAttnRuntimeKey, device: torch.device | str | None = None) -> Tensor:
+def get_position_ids(
+    key: DistAttnRuntimeKey, device: torch.device | str | None = None, attn_role: AttnRole = AttnRole.QUERY
+) -> Tensor:
     """The global position of each of this rank's rows, ``[n_local]`` int64; padding repeats the last real position.
 
     The same tensor is returned each time.
@@ -83,11 +98,12 @@ def get_position_ids(key: DistAttnRuntimeKey, device: torch.device | str | None 
         key: the key.
         device: where the tensor shall lie; by default on the CPU for a gloo group or without GPU, else on the current
             CUDA device.
+        attn_role: whether the queries' positions are asked for or those of the keys and values.
 
     Raises:
         ValueError: The cache doesn't hold the key.
     """
-    return find_manager(key).get_position_ids(device=device)
+    return find_manager(key).get_position_ids(attn_role, device)
 
 
 def _check_rows(name: str, x: Tensor, dim: int, num_rows: int, what: str) -> None:

@@ -51,13 +51,15 @@ class Plan:
     """What one rank computes and exchanges. Stage 0 reads its own rows; every rank has the same number of stages.
 
     Attributes:
-        layout: who owns which rows, equal on all ranks.
+        layout: who owns which queries, equal on all ranks.
+        key_layout: who owns which keys and values; in self-attention the same object as ``layout``.
         rank: this rank.
         stages: in the order of their computation.
-        digest: 32 bytes over mask, layout and options: equal on ranks that planned the same.
+        digest: 32 bytes over mask, layouts and options: equal on ranks that planned the same.
     """
 
     layout: Layout
+    key_layout: Layout
     rank: int
     stages: tuple[Stage, ...]
     digest: bytes
@@ -70,19 +72,21 @@ def build_plan(
     options: StageOptions = StageOptions(),
     mesh_shape: tuple[int, int] | None = None,
     row_costs: RowCosts | None = None,
+    key_layout: Layout | None = None,
 ) -> Plan:
     """Plan one rank's share. Needs no communication: every rank derives what the others need from the same inputs.
 
     Args:
-        slices: the mask over the whole (padded) sequence; no pair covered twice.
-        layout: who owns which rows, for keys as for queries.
+        slices: the mask over the whole (padded) sequences; no pair covered twice.
+        layout: who owns which queries.
         rank: the rank to plan for.
         options: how to cut overlap stages.
         mesh_shape: ``(nodes, ranks per node)`` to plan two-hop exchanges; None for direct ones.
         row_costs: what a key row and a query row cost, to let queries travel where that is cheaper; None for keys
             only. Then there is one stage for each direction, whatever the degree, and exchanges are direct.
+        key_layout: who owns which keys, where they are of another sequence than the queries; None for ``layout``.
     """
-    return build_plans(slices, layout, [rank], options, mesh_shape, row_costs)[0]
+    return build_plans(slices, layout, [rank], options, mesh_shape, row_costs, key_layout)[0]
 
 
 def build_plans(
@@ -92,36 +96,41 @@ def build_plans(
     options: StageOptions = StageOptions(),
     mesh_shape: tuple[int, int] | None = None,
     row_costs: RowCosts | None = None,
+    key_layout: Layout | None = None,
 ) -> list[Plan]:
     """Plan the shares of several ranks, deriving what all ranks have in common once."""
-    demand = find_demand(slices, layout)
+    key_layout = key_layout or layout
+    demand = find_demand(slices, layout, key_layout)
     degree = choose_degree(demand, options)
-    digest = _digest(slices, layout, replace(options, degree=degree), mesh_shape, row_costs)
+    digest = _digest(slices, layout, key_layout, replace(options, degree=degree), mesh_shape, row_costs)
     if row_costs is not None:
-        return [Plan(layout, rank, _stages_both_ways(demand, layout, rank, row_costs), digest) for rank in ranks]
-    remote = cut_stages(demand, layout, max(degree, 1), options)
-    return [Plan(layout, rank, _stages_of(demand, remote, layout, rank, degree, mesh_shape), digest) for rank in ranks]
+        stages = [_stages_both_ways(demand, layout, key_layout, rank, row_costs) for rank in ranks]
+    else:
+        remote = cut_stages(demand, key_layout, max(degree, 1), options)
+        stages = [_stages_of(demand, remote, layout, key_layout, rank, degree, mesh_shape) for rank in ranks]
+    return [Plan(layout, key_layout, rank, each, digest) for rank, each in zip(ranks, stages, strict=True)]
 
 
 def _stages_of(
     demand: Demand,
     remote: NDArray[np.int64],
     layout: Layout,
+    key_layout: Layout,
     rank: int,
     degree: int,
     mesh_shape: tuple[int, int] | None,
 ) -> tuple[Stage, ...]:
-    own, bands = layout.runs_of(rank), _local_queries(demand, layout, rank)
+    own, bands = key_layout.runs_of(rank), _local_queries(demand, layout, rank)
     moved = [part for stage in range(max(degree, 1)) if len(part := remote[remote[:, 3] == stage])]
     exchanges = [
-        exchange_of_stage(part, layout, rank)
+        exchange_of_stage(part, key_layout, rank)
         if mesh_shape is None
-        else two_hop_exchange(part, layout, rank, mesh_shape)
+        else two_hop_exchange(part, key_layout, rank, mesh_shape)
         for part in moved
     ]
     received = [_packed_rows(part[part[:, 0] == rank, 1:3]) for part in moved]
     if degree == 0 and moved:
-        own_then_received = np.concatenate([own, received[0] + [0, 0, layout.rows_per_rank[rank]]])
+        own_then_received = np.concatenate([own, received[0] + [0, 0, key_layout.rows_per_rank[rank]]])
         by_row = np.argsort(own_then_received[:, 0])
         return (Stage(_slices_in(bands, own_then_received[by_row]), True, exchanges[0]),)
     remote_stages = [
@@ -130,22 +139,24 @@ def _stages_of(
     return (Stage(_slices_in(bands, own), True, None), *remote_stages)
 
 
-def _stages_both_ways(demand: Demand, layout: Layout, rank: int, costs: RowCosts) -> tuple[Stage, ...]:
+def _stages_both_ways(
+    demand: Demand, layout: Layout, key_layout: Layout, rank: int, costs: RowCosts
+) -> tuple[Stage, ...]:
     """Own rows, then visiting queries with own keys, then own queries with received keys.
 
     All ranks have all three stages, since a rank knows only the pairs that it is part of.
     """
-    own, bands = layout.runs_of(rank), _local_queries(demand, layout, rank)
+    own, bands = key_layout.runs_of(rank), _local_queries(demand, layout, rank)
     first = Stage(_slices_in(bands, own), True, None)
     if layout.num_ranks == 1:
         return (first,)
-    directions = choose_directions(demand, layout, rank, costs)
+    directions = choose_directions(demand, layout, key_layout, rank, costs)
     visiting = _packed_rows(directions.queries[directions.queries[:, 0] == rank, 1:])
     received = _packed_rows(directions.keys[directions.keys[:, 0] == rank, 1:])
     place = visiting[np.searchsorted(visiting[:, 0], directions.guests[:, band.Q0], side="right") - 1]
     guests = band.shift(directions.guests, place[:, 2] - place[:, 0], 0)
     by_queries = exchange_of_stage(directions.queries, layout, rank)
-    by_keys = exchange_of_stage(directions.keys, layout, rank)
+    by_keys = exchange_of_stage(directions.keys, key_layout, rank)
     return (
         first,
         Stage(_slices_in(guests, own), True, by_queries, queries_travel=True),
@@ -197,13 +208,16 @@ def _join_full(rows: NDArray[np.int64]) -> NDArray[np.int64]:
 def _digest(
     slices: SliceTable,
     layout: Layout,
+    key_layout: Layout,
     options: StageOptions,
     mesh_shape: tuple[int, int] | None,
     row_costs: RowCosts | None,
 ) -> bytes:
-    sizes = (layout.num_real, layout.total, layout.chunk_size, layout.num_ranks)
+    layouts = (layout, key_layout)
+    sizes = [(each.num_real, each.total, each.chunk_size, each.num_ranks) for each in layouts]
     numbers = (sizes, options, mesh_shape, row_costs)
     digest = hashlib.sha256(repr(numbers).encode())
     digest.update(slices.rows.tobytes())
-    digest.update(layout.owner.tobytes())
+    for each in layouts:
+        digest.update(each.owner.tobytes())
     return digest.digest()

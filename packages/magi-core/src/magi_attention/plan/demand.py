@@ -19,7 +19,7 @@ class Demand:
 
     Attributes:
         bands: ``(n, 6)`` bands in global rows and columns, each inside one run of one rank's rows.
-        run: ``(n,)`` the run (row of ``layout.runs``) of each band.
+        run: ``(n,)`` the run (row of the query layout's ``runs``) of each band.
         remote: ``(m, 3)`` rows ``(rank, start, stop)``: the key rows that a rank needs and does not own, sorted and
             disjoint within a rank.
         area_own: ``(num_ranks,)`` the (query, key) pairs whose key is the rank's own.
@@ -33,8 +33,15 @@ class Demand:
     area: NDArray[np.int64]
 
 
-def find_demand(slices: SliceTable, layout: Layout) -> Demand:
-    """Cut the mask along the runs of all ranks and collect the rows that each rank misses."""
+def find_demand(slices: SliceTable, layout: Layout, key_layout: Layout | None = None) -> Demand:
+    """Cut the mask along the runs of all ranks and collect the rows that each rank misses.
+
+    Args:
+        slices: the mask.
+        layout: who owns which queries.
+        key_layout: who owns which keys; None for ``layout``, as in self-attention.
+    """
+    key_layout = key_layout or layout
     whole, _ = band.shrink(slices.bands())
     runs = layout.runs
     owner, run = overlaps(whole[:, :2], runs[:, :2])
@@ -42,11 +49,11 @@ def find_demand(slices: SliceTable, layout: Layout) -> Demand:
     run = run[kept]
     rank = runs[run, 2]
     # One pass of interval algebra serves all ranks at once.
-    keys = lift(pieces[:, band.K0 : band.D0], rank, layout)
-    own = lifted_runs(layout, runs[:, 2])
-    remote = unlift(subtract(merge(keys), own), layout)
+    keys = lift(pieces[:, band.K0 : band.D0], rank, key_layout)
+    own = lifted_runs(key_layout, key_layout.runs[:, 2])
+    remote = unlift(subtract(merge(keys), own), key_layout)
     piece, tile = overlaps(keys, own)
-    own_rows = unlift(own[tile], layout)
+    own_rows = unlift(own[tile], key_layout)
     local = band.clip(pieces[piece], band.K0, own_rows[:, 1], own_rows[:, 2])
     return Demand(
         bands=pieces,

@@ -80,6 +80,7 @@ def _rows_per_peer(ranges: NDArray[np.int64], num_ranks: int) -> list[int]:
 def exchange_of_stage(remote: NDArray[np.int64], layout: Layout, rank: int) -> ExchangeTable:
     """One rank's exchange for the ``(rank, start, stop)`` rows that all ranks receive in a stage.
 
+    ``layout`` is that of the rows that travel, be they keys or queries.
     The receive buffer holds the rank's rows in ascending global order, so that keys that were neighbors stay so.
     """
     mine = remote[:, 0] == rank

@@ -69,20 +69,20 @@ class Directions:
     guests: Bands
 
 
-def choose_directions(demand: Demand, layout: Layout, rank: int, costs: RowCosts) -> Directions:
+def choose_directions(demand: Demand, layout: Layout, key_layout: Layout, rank: int, costs: RowCosts) -> Directions:
     """Choose for every pair that ``rank`` is part of. Rows of pairs without it are left out."""
-    readers, owners = layout.runs[demand.run, 2], layout.runs[:, 2]
-    mine, own = readers == rank, layout.runs[owners == rank]
+    readers, owners = layout.runs[demand.run, 2], key_layout.runs[:, 2]
+    mine, own = readers == rank, key_layout.runs[owners == rank]
 
     key_rows = np.zeros((2, layout.num_ranks), np.int64)  # by owner where `rank` reads, by reader where it owns
     wanted = demand.remote[demand.remote[:, 0] == rank]
     asked = demand.remote[demand.remote[:, 0] != rank]
-    to_me, _, run = intersect(wanted[:, 1:], layout.runs[:, :2])
+    to_me, _, run = intersect(wanted[:, 1:], key_layout.runs[:, :2])
     from_me, request, _ = intersect(asked[:, 1:], own[:, :2])
     np.add.at(key_rows[0], owners[run], np.diff(to_me)[:, 0])
     np.add.at(key_rows[1], asked[request, 0], np.diff(from_me)[:, 0])
 
-    parts_out, _, run_out = _cut_by_keys(demand.bands[mine], layout.runs)
+    parts_out, _, run_out = _cut_by_keys(demand.bands[mine], key_layout.runs)
     parts_in, guest, _ = _cut_by_keys(demand.bands[~mine], own)
     reader_in = readers[~mine][guest]
     rows_out = _distinct_rows(parts_out, owners[run_out], layout)

@@ -59,7 +59,7 @@ def choose_degree(demand: Demand, options: StageOptions) -> int:
     return int(np.flatnonzero(predicted <= predicted.min() * (1 + WORTHWHILE_GAIN))[0]) + 1
 
 
-def cut_stages(demand: Demand, layout: Layout, degree: int, options: StageOptions) -> NDArray[np.int64]:
+def cut_stages(demand: Demand, key_layout: Layout, degree: int, options: StageOptions) -> NDArray[np.int64]:
     """Cut every rank's remote rows into ``degree`` runs of nearly equal length, one for each stage.
 
     Ranks begin with different runs: rows that many ranks read would else leave their owner in a single stage.
@@ -67,7 +67,7 @@ def cut_stages(demand: Demand, layout: Layout, degree: int, options: StageOption
     Returns ``(n, 4)`` rows ``(rank, start, stop, stage)``, sorted by rank, then by start.
     """
     rank, start, stop = demand.remote.T
-    rows = np.bincount(rank, weights=stop - start, minlength=layout.num_ranks).astype(np.int64)
+    rows = np.bincount(rank, weights=stop - start, minlength=key_layout.num_ranks).astype(np.int64)
     piece = np.maximum(options.min_piece, -(-rows // options.max_pieces))
     num_pieces = -(-rows // piece)
     share = np.arange(1, degree + 1) / degree
@@ -76,10 +76,10 @@ def cut_stages(demand: Demand, layout: Layout, degree: int, options: StageOption
     ends = np.ceil(num_pieces[:, None] * share).astype(np.int64) * piece[:, None]
     ends = np.minimum(ends, rows[:, None])
     before = np.cumsum(rows) - rows
-    pieces, offset = split_at(lift(demand.remote[:, 1:], rank, layout), (before[:, None] + ends).ravel())
-    located = unlift(pieces, layout)
+    pieces, offset = split_at(lift(demand.remote[:, 1:], rank, key_layout), (before[:, None] + ends).ravel())
+    located = unlift(pieces, key_layout)
     owner = located[:, 0]
     run = (ends[owner] <= (offset - before[owner])[:, None]).sum(axis=1)
     # Ranks with few rows fill the first stages, so that the last need not be exchanged at all.
-    first = np.where(num_pieces >= degree, np.arange(layout.num_ranks) * degree // layout.num_ranks, 0)
+    first = np.where(num_pieces >= degree, np.arange(key_layout.num_ranks) * degree // key_layout.num_ranks, 0)
     return np.column_stack([located, (run + first[owner]) % degree])

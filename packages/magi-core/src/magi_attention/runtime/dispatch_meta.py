@@ -55,7 +55,13 @@ class DispatchMeta:
     split_sizes: list[int] | None = None
 
     @classmethod
-    def from_layout(cls, layout: Layout, rank: int, attn_role: AttnRole = AttnRole.QUERY) -> Self:
+    def from_layout(
+        cls,
+        layout: Layout,
+        rank: int,
+        attn_role: AttnRole = AttnRole.QUERY,
+        attn_type: AttnType = AttnType.SELF_ATTN,
+    ) -> Self:
         """Describe a layout as ``rank`` sees it."""
         partitions = [layout.chunks_of(each).tolist() for each in range(layout.num_ranks)]
         order = np.concatenate(partitions).astype(np.int64)
@@ -63,7 +69,7 @@ class DispatchMeta:
         rows = layout.rows_per_rank
         return cls(
             attn_role=attn_role,
-            attn_type=AttnType.SELF_ATTN,
+            attn_type=attn_type,
             total_seqlen=layout.total,
             shard_seqlen=int(rows[rank]),
             max_valid_ids=layout.num_real,
@@ -108,7 +114,7 @@ def make_dispatch_meta_from_qk_ranges(
     cp_rank: int,
     dispatch_config: DispatchConfig = DispatchConfig(),  # noqa: B008 - frozen
 ) -> tuple[DispatchMeta, DispatchMeta]:
-    """Deal a sequence, taken as it is without padding, to ranks.
+    """Deal the sequence of a self-attention, taken as it is without padding, to ranks.
 
     Args:
         q_ranges: query rows of the mask's slices.

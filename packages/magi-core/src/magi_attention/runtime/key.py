@@ -26,23 +26,29 @@ class DistAttnRuntimeKey:
         q_ranges: query ranges of the slices, padding included.
         k_ranges: key ranges of the slices, padding included.
         attn_mask_type: the slices' types.
-        total_seqlen_q: rows of the sequence, padding included.
+        total_seqlen_q: rows of the sequence of queries, padding included.
         total_seqlen_k: the same for keys.
         num_heads_q: query heads.
         num_heads_kv: key and value heads.
         head_dim: size of a head.
-        pad_size: rows of padding at the end of the sequence.
-        chunk_size: rows of a chunk.
+        pad_size: rows of padding at the end of the sequence of queries.
+        chunk_size: rows of a chunk of queries.
         cp_group: the context-parallel group; None for a group of this process alone, without torch.distributed.
         cp_mesh: the mesh that the group was given as; None for a plain group.
         dist_attn_config: the configuration, with every setting of its ``runtime_config`` resolved.
         uneven_shard: whether ranks may hold different numbers of rows; then there is no padding.
         is_deterministic_mode_enable: from the configuration, as the fields that follow.
-        layout_key: the key whose layout this one shares, if it was made for a new mask after dispatch.
+        layout_key: the key whose layouts this one shares, if it was made for a new mask after dispatch.
+        is_same_source: whether queries and keys are of one sequence (self-attention).
+        is_q_permutable: whether ranks may hold other than contiguous shares of the queries.
+        is_k_permutable: the same for keys.
+        pad_size_k: rows of padding at the end of the sequence of keys; taken from ``pad_size`` in self-attention.
+        chunk_size_k: rows of a chunk of keys; taken from ``chunk_size`` in self-attention.
 
     Raises:
         RangeError: A range starts below 0 or ends before it starts; the error is a ``ValueError`` as well.
-        MagiValueError: The numbers of ranges and types differ, or settings of the configuration contradict each other.
+        MagiValueError: The numbers of ranges and types differ, settings of the configuration contradict each other, or
+            ``chunk_size_k`` is missing in cross-attention.
     """
 
     q_ranges: AttnRanges
@@ -68,6 +74,11 @@ class DistAttnRuntimeKey:
     precision: str = field(init=False)
     is_auto_range_merge_enable: bool = field(init=False)
     layout_key: "DistAttnRuntimeKey | None" = field(default=None, repr=False)
+    is_same_source: bool = True
+    is_q_permutable: bool = True
+    is_k_permutable: bool = True
+    pad_size_k: int = 0
+    chunk_size_k: int = 0
 
     def __post_init__(self) -> None:
         config = self.dist_attn_config.resolved()
@@ -87,14 +98,21 @@ class DistAttnRuntimeKey:
             "precision": runtime.precision,
             "is_auto_range_merge_enable": runtime.auto_range_merge,
         }
+        if self.is_same_source:
+            derived |= {"pad_size_k": self.pad_size, "chunk_size_k": self.chunk_size}
         # A numpy integer would be equal, but not to a rank that compares digests.
-        derived |= {each.name: int(getattr(self, each.name)) for each in fields(self) if each.type in (int, "int")}
+        given = vars(self) | derived
+        derived |= {each.name: int(given[each.name]) for each in fields(self) if each.type in (int, "int")}
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         if not len(self.q_ranges) == len(self.k_ranges) == len(self.attn_mask_type):
             raise MagiValueError(
                 f"every slice needs a q range, a k range and a mask type, but there are {len(self.q_ranges)} q ranges, "
                 f"{len(self.k_ranges)} k ranges and {len(self.attn_mask_type)} types"
+            )
+        if not self.is_same_source and self.chunk_size_k < 1:
+            raise MagiValueError(
+                f"chunk_size_k is {self.chunk_size_k}; keys of another source need chunks of their own"
             )
 
     @cached_property

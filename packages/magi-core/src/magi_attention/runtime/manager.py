@@ -2,7 +2,6 @@
 """What stands behind a key: the rank's plan and everything that is derived from it."""
 
 from hashlib import sha256
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,14 +10,15 @@ from torch import Tensor
 from magi_attention.comm.agreement import check_agreement, report_failure
 from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.comm.registry import make_collectives
-from magi_attention.common.enum import AttnMaskType, AttnRole
+from magi_attention.common.enum import AttnMaskType, AttnRole, AttnType
 from magi_attention.common.errors import MagiValueError
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.common.range import AttnRange
 from magi_attention.common.slices import SliceTable, find_double_cover
-from magi_attention.config import GreedyOverlapAlg, OverlapConfig, UniformOverlapAlg
+from magi_attention.config import GreedyOverlapAlg, OverlapConfig, SequentialDispatchAlg, UniformOverlapAlg
 from magi_attention.plan.build import build_plan
 from magi_attention.plan.dispatch import make_layout
+from magi_attention.plan.key_dispatch import make_key_layout
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.qo import RowCosts
 from magi_attention.plan.stages import StageOptions
@@ -30,28 +30,23 @@ from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.roll import roll_rows
 
 
-class HasLayout(Protocol):
-    """A manager, or another description of a layout that a new plan can keep."""
-
-    @property
-    def layout(self) -> Layout:
-        """Who owns which rows."""
-
-
 class DistAttnRuntimeMgr:
     """Carries out what is asked with a key: dispatch, attention, roll.
 
     Attributes:
         key: the key.
-        layout: who owns which rows.
+        layout: who owns which queries.
+        key_layout: who owns which keys and values; in self-attention the same object as ``layout``.
         rank: this process's rank in the key's group.
         dist_attn_runtime: the plan and the means to carry it out.
     """
 
-    def __init__(self, key: DistAttnRuntimeKey, layout: Layout, dist_attn_runtime: DistAttnRuntime) -> None:
+    def __init__(self, key: DistAttnRuntimeKey, dist_attn_runtime: DistAttnRuntime) -> None:
+        plan = dist_attn_runtime.plan
         self.key = key
-        self.layout = layout
-        self.rank = dist_attn_runtime.plan.rank
+        self.layout = plan.layout
+        self.key_layout = plan.key_layout
+        self.rank = plan.rank
         self.dist_attn_runtime = dist_attn_runtime
         self.dist_attn_config = key.dist_attn_config
         self._row_collectives = AllToAllCollectives(key.cp_group)
@@ -67,32 +62,59 @@ class DistAttnRuntimeMgr:
     @property
     def dispatch_meta_q(self) -> DispatchMeta:
         """The layout of queries as lists."""
-        return DispatchMeta.from_layout(self.layout, self.rank, AttnRole.QUERY)
+        return self._dispatch_meta(AttnRole.QUERY)
 
     @property
     def dispatch_meta_k(self) -> DispatchMeta:
         """The layout of keys as lists."""
-        return DispatchMeta.from_layout(self.layout, self.rank, AttnRole.KEY)
+        return self._dispatch_meta(AttnRole.KEY)
 
-    @property
-    def num_local_rows(self) -> int:
+    def _dispatch_meta(self, attn_role: AttnRole) -> DispatchMeta:
+        attn_type = AttnType.SELF_ATTN if self.key.is_same_source else AttnType.CROSS_ATTN
+        return DispatchMeta.from_layout(self.layout_of(attn_role), self.rank, attn_role, attn_type)
+
+    def layout_of(self, attn_role: AttnRole) -> Layout:
+        """Who owns which rows of what has this role; values lie with their keys.
+
+        Raises:
+            ValueError: ``attn_role`` is no role.
+        """
+        if not isinstance(attn_role, AttnRole):
+            raise ValueError(f"attn_role must be an AttnRole, got {attn_role!r}")
+        return self.layout if attn_role is AttnRole.QUERY else self.key_layout
+
+    def num_local_rows(self, attn_role: AttnRole) -> int:
         """Rows of this rank, padding included."""
-        return int(self.layout.rows_per_rank[self.rank])
+        return int(self.layout_of(attn_role).rows_per_rank[self.rank])
+
+    def dispatch(self, x: Tensor, pad_value: float = 0.0, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
+        """This rank's rows of the global ``x`` ``[S, ...]``."""
+        return dispatch_rows(x, self.layout_of(attn_role), self.rank, self.key.cp_group, pad_value)
+
+    def undispatch(self, x: Tensor, is_partial_grad: bool = False, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
+        """The global tensor ``[S, ...]`` of all ranks' local ``x``."""
+        return undispatch_rows(x, self.layout_of(attn_role), self.rank, self.key.cp_group, is_partial_grad)
 
     def dispatch_qo(self, x: Tensor, pad_value: float = 0.0) -> Tensor:
-        """This rank's rows of the global ``x`` ``[S, ...]``."""
-        return dispatch_rows(x, self.layout, self.rank, self.key.cp_group, pad_value)
+        """:meth:`dispatch` by the layout of queries and outputs."""
+        return self.dispatch(x, pad_value, AttnRole.QUERY)
+
+    def dispatch_kv(self, x: Tensor, pad_value: float = 0.0) -> Tensor:
+        """:meth:`dispatch` by the layout of keys and values."""
+        return self.dispatch(x, pad_value, AttnRole.KEY)
 
     def undispatch_qo(self, x: Tensor, is_partial_grad: bool = False) -> Tensor:
-        """The global tensor ``[S, ...]`` of all ranks' local ``x``."""
-        return undispatch_rows(x, self.layout, self.rank, self.key.cp_group, is_partial_grad)
+        """:meth:`undispatch` by the layout of queries and outputs."""
+        return self.undispatch(x, is_partial_grad, AttnRole.QUERY)
 
-    dispatch_kv, undispatch_kv = dispatch_qo, undispatch_qo
+    def undispatch_kv(self, x: Tensor, is_partial_grad: bool = False) -> Tensor:
+        """:meth:`undispatch` by the layout of keys and values."""
+        return self.undispatch(x, is_partial_grad, AttnRole.KEY)
 
-    def roll(self, x: Tensor, shift: int, dim: int) -> Tensor:
+    def roll(self, x: Tensor, shift: int, dim: int, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
         """Roll the real global sequence, of which ``x`` holds local rows in ``dim``, by ``shift``."""
-        rolled = roll_rows(x.movedim(dim, 0), shift, self.layout, self.rank, self._row_collectives)
-        return rolled.movedim(0, dim)
+        layout = self.layout_of(attn_role)
+        return roll_rows(x.movedim(dim, 0), shift, layout, self.rank, self._row_collectives).movedim(0, dim)
 
     roll_simple = roll
 
@@ -117,25 +139,29 @@ class DistAttnRuntimeMgr:
         The same tensor object is returned each time. By default it lies on the CPU for a gloo group or without GPU,
         else on the current CUDA device.
         """
-        if not isinstance(attn_role, AttnRole):
-            raise ValueError(f"attn_role must be an AttnRole, got {attn_role!r}")
+        layout, rank = self.layout_of(attn_role), self.rank
         where = _group_device(self.key.cp_group) if device is None else torch.device(device)
-        return self.layout.derived(("position ids", self.rank, where), lambda: self._positions().to(where))
-
-    def _positions(self) -> Tensor:
-        return torch.from_numpy(self.layout.positions(self.rank)).clamp_(max=self.layout.num_real - 1)
+        return layout.derived(("position ids", rank, where), lambda: _positions(layout, rank).to(where))
 
     def release_tables(self) -> None:
         """Drop what takes memory on the device and can be derived again: tile lists, index tensors, position ids."""
         self.layout.forget_derived()
+        self.key_layout.forget_derived()
         for stage in self.dist_attn_runtime.plan.stages:
             stage.slices.forget_derived()
             for table in stage.exchange.tables if stage.exchange else ():
                 table.forget_derived()
 
 
-def build_manager(key: DistAttnRuntimeKey, reference: HasLayout | None = None) -> DistAttnRuntimeMgr:
-    """Plan for a new key, over the layout of ``reference`` if given, and check that all ranks planned the same.
+def build_manager(
+    key: DistAttnRuntimeKey, layout: Layout | None = None, key_layout: Layout | None = None
+) -> DistAttnRuntimeMgr:
+    """Plan for a new key and check that all ranks planned the same.
+
+    Args:
+        key: the key.
+        layout: who owns which queries, to keep that; None to deal them anew.
+        key_layout: the same for keys, which in self-attention share the layout of queries.
 
     Raises:
         ValueError: no slice has queries and keys, or two slices keep a common pair.
@@ -145,7 +171,7 @@ def build_manager(key: DistAttnRuntimeKey, reference: HasLayout | None = None) -
     group, options = key.cp_group, key.dist_attn_config.runtime_config
     try:
         check_plannable(key)
-        runtime = _plan_runtime(key, reference)
+        runtime = _plan_runtime(key, layout, key_layout)
     except Exception as error:
         if options.check_plan:
             report_failure(f"{type(error).__name__}: {error}", group)
@@ -154,22 +180,24 @@ def build_manager(key: DistAttnRuntimeKey, reference: HasLayout | None = None) -
         asked = (options, key.num_heads_q, key.num_heads_kv, key.head_dim, runtime.collectives.name)
         digest = sha256(runtime.plan.digest + repr(asked).encode()).digest()
         check_agreement(digest, group, float(options.check_plan_timeout or 0))
-    return DistAttnRuntimeMgr(key, runtime.plan.layout, runtime)
+    return DistAttnRuntimeMgr(key, runtime)
 
 
-def _plan_runtime(key: DistAttnRuntimeKey, reference: HasLayout | None) -> DistAttnRuntime:
+def _plan_runtime(key: DistAttnRuntimeKey, layout: Layout | None, key_layout: Layout | None) -> DistAttnRuntime:
     config, group = key.dist_attn_config, key.cp_group
     options = config.runtime_config
     collectives = make_collectives(group, key.cp_mesh, config)
     rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     mesh = key.cp_mesh if options.hierarchical_comm else None
+    layout = layout or _layout_for(key, num_ranks)
     plan = build_plan(
         key.slices,
-        reference.layout if reference else _layout_for(key, num_ranks),
+        layout,
         rank,
         _stage_options(config.overlap_config),
         mesh_shape=None if mesh is None else (mesh.size(0), mesh.size(1)),
         row_costs=_row_costs(key) if options.qo_comm else None,
+        key_layout=layout if key.is_same_source else key_layout or _key_layout_for(key, layout),
     )
     return DistAttnRuntime(plan, collectives, group, options)
 
@@ -199,7 +227,18 @@ def _layout_for(key: DistAttnRuntimeKey, num_ranks: int) -> Layout:
         total=key.total_seqlen_q,
         chunk_size=key.chunk_size,
         num_ranks=num_ranks,
-        algorithm=key.dist_attn_config.dispatch_config.alg,
+        algorithm=key.dist_attn_config.dispatch_config.alg if key.is_q_permutable else SequentialDispatchAlg(),
+    )
+
+
+def _key_layout_for(key: DistAttnRuntimeKey, layout: Layout) -> Layout:
+    return make_key_layout(
+        key.slices,
+        layout,
+        num_real=key.total_seqlen_k - key.pad_size_k,
+        total=key.total_seqlen_k,
+        chunk_size=key.chunk_size_k,
+        is_permutable=key.is_k_permutable,
     )
 
 
@@ -225,6 +264,10 @@ def _row_costs(key: DistAttnRuntimeKey) -> RowCosts:
         forward_high_precision=bool(options.forward_high_precision_reduce),
         backward_high_precision=bool(options.backward_high_precision_reduce),
     )
+
+
+def _positions(layout: Layout, rank: int) -> Tensor:
+    return torch.from_numpy(layout.positions(rank)).clamp_(max=layout.num_real - 1)
 
 
 def _group_device(group: dist.ProcessGroup | None) -> torch.device:

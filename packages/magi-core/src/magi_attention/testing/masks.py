@@ -152,3 +152,19 @@ def random_masks(max_tokens: int) -> "SearchStrategy[tuple[int, SliceTable]]":
         strategies.sampled_from(sorted(MASK_FAMILIES)),
         strategies.integers(0, 2**32 - 1),
     )
+
+
+def rectangular_masks(max_tokens: int) -> "SearchStrategy[tuple[tuple[int, int], SliceTable]]":
+    """Return a hypothesis strategy for ``((queries, keys), slices)`` over two sequences: windows of square masks."""
+    from hypothesis import strategies  # a test-only dependency
+
+    def build(
+        mask: tuple[int, SliceTable], q: tuple[int, int], k: tuple[int, int]
+    ) -> tuple[tuple[int, int], SliceTable]:
+        total, slices = mask
+        (q0, q1), (k0, k1) = (sorted((start % total, stop % total)) for start, stop in (q, k))
+        window = slices.clip_rows(q0, q1 + 1).clip_columns(k0, k1 + 1)
+        return (q1 + 1 - q0, k1 + 1 - k0), window.shift(-q0, -k0)
+
+    ends = strategies.tuples(strategies.integers(0, max_tokens), strategies.integers(0, max_tokens))
+    return strategies.builds(build, random_masks(max_tokens), ends, ends)
