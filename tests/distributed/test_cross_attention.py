@@ -26,7 +26,14 @@ from magi_attention.api import (
 from magi_attention.common import AttnMaskType
 from magi_attention.common.enum import AttnOverlapMode, AttnRole, AttnType
 from magi_attention.common.slices import SliceTable
-from magi_attention.config import DispatchConfig, DistAttnConfig, OverlapConfig, RuntimeConfig
+from magi_attention.config import (
+    DispatchConfig,
+    DistAttnConfig,
+    LocalityDispatchAlg,
+    MinHeapDispatchAlg,
+    OverlapConfig,
+    RuntimeConfig,
+)
 from magi_attention.dist_attn_runtime_mgr import init_dist_attn_runtime_mgr
 from magi_attention.testing.distributed import RankPool
 from magi_attention.testing.masks import rectangular_masks
@@ -43,10 +50,10 @@ def pool():
         yield pool
 
 
-def config_of(degree=1, uneven=False, chunk_size=None, **runtime) -> DistAttnConfig:
+def config_of(degree=1, uneven=False, chunk_size=None, algorithm=MinHeapDispatchAlg(), **runtime) -> DistAttnConfig:
     mode = AttnOverlapMode.DYNAMIC if degree is None else AttnOverlapMode.STATIC
     return DistAttnConfig(
-        dispatch_config=DispatchConfig(chunk_size=chunk_size, uneven_shard=uneven),
+        dispatch_config=DispatchConfig(chunk_size=chunk_size, uneven_shard=uneven, alg=algorithm),
         overlap_config=OverlapConfig(mode=mode, degree=degree, min_chunk_size=4, comm_cost_factor=20.0),
         runtime_config=RuntimeConfig(sink_grad_reduce="sum", **runtime),
     )
@@ -75,6 +82,7 @@ def cases(draw) -> Case:
             degree=draw(st.sampled_from([0, 1, 2, None])),
             uneven=draw(st.booleans()),
             chunk_size=draw(st.one_of(st.none(), st.integers(1, 16))),
+            algorithm=draw(st.sampled_from([MinHeapDispatchAlg(), LocalityDispatchAlg()])),
             backward_high_precision_reduce=draw(st.booleans()),
         ),
         num_heads_kv=draw(st.sampled_from([1, 2, 4])),
