@@ -3,6 +3,8 @@
 
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -355,3 +357,29 @@ def test_each_side_of_cross_attention_has_its_own_rows(cross_key, rows, message)
 def test_a_role_is_an_attn_role(key, call):
     with pytest.raises(ValueError, match="attn_role must be an AttnRole, got 'key'"):
         call("key", key)
+
+
+EXITING_PROGRAM = """
+import atexit, gc, os, sys
+
+def count_threads():  # registered first, and so called last
+    gc.collect()
+    print(len(os.listdir("/proc/self/task")))
+
+atexit.register(count_threads)
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+import torch.distributed.nn
+from magi_attention.api import calc_attn, dispatch, magi_attn_varlen_key
+key = magi_attn_varlen_key([0, 64], [0, 64], 2, 2, 8, 0, dist.group.WORLD, causal=True)
+x = dispatch(torch.randn(64, 2, 8, requires_grad=True), key)
+out, meta = calc_attn(x, x, x, key)
+dist.destroy_process_group()
+"""
+
+
+def test_no_process_group_outlives_the_interpreter(tmp_path):
+    command = [sys.executable, "-c", EXITING_PROGRAM, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from magi_attention.comm.group import group_size
+from magi_attention.comm.group import group_size, let_go_at_exit
 from magi_attention.comm.packing import pack, row_formats, unpack
 from magi_attention.comm.protocol import ReduceOp, Work
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
@@ -29,6 +29,7 @@ class AllToAllCollectives:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
+        let_go_at_exit(self, "group")
         self.num_ranks = group_size(group)
 
     @torch.no_grad()

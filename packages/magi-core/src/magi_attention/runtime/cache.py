@@ -5,7 +5,6 @@ There is one dictionary per group because all ranks of a group make and use keys
 evict in the same order, and no rank plans (which the ranks check together) while another still finds its plan.
 """
 
-import atexit
 from collections import OrderedDict
 from itertools import chain
 from typing import Any
@@ -123,9 +122,6 @@ class DistAttnRuntimeDictManager:
 
 
 dist_attn_runtime_dict_mgr = DistAttnRuntimeDictManager(general.dist_attn_runtime_dict_size())
-# Keys keep process groups alive, and so the threads of gloo. One that lets go of a tensor while the interpreter shuts
-# down aborts the process, so the groups must go before.
-atexit.register(dist_attn_runtime_dict_mgr.clear)
 
 
 def find_manager(key: DistAttnRuntimeKey) -> Any:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from magi_attention.comm.group import GroupHandle
 from magi_attention.plan.layout import Layout
 from magi_attention.runtime.rows import gather_rows, scatter_rows_sum, select_rows
 
@@ -34,13 +35,13 @@ class _Dispatch(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, layout: Layout, rank: int, group: dist.ProcessGroup | None, pad_value: float
     ) -> Tensor:
-        ctx.layout, ctx.group = layout, group
+        ctx.layout, ctx.handle = layout, GroupHandle(group)
         return select_rows(x, layout, rank, pad_value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return gather_rows(grad, ctx.layout, ctx.group), None, None, None, None
+        return gather_rows(grad, ctx.layout, ctx.handle.group), None, None, None, None
 
 
 class _Undispatch(torch.autograd.Function):
@@ -48,14 +49,15 @@ class _Undispatch(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, layout: Layout, rank: int, group: dist.ProcessGroup | None, is_partial_grad: bool
     ) -> Tensor:
-        ctx.layout, ctx.rank, ctx.group, ctx.is_partial_grad = layout, rank, group, is_partial_grad
+        ctx.layout, ctx.rank, ctx.handle = layout, rank, GroupHandle(group)
+        ctx.is_partial_grad = is_partial_grad
         return gather_rows(x, layout, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.is_partial_grad:
-            local = scatter_rows_sum(grad, ctx.layout, ctx.rank, ctx.group)
+            local = scatter_rows_sum(grad, ctx.layout, ctx.rank, ctx.handle.group)
         else:
             local = select_rows(grad, ctx.layout, ctx.rank, 0)
         return local, None, None, None, None

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from magi_attention.comm.group import let_go_at_exit
 from magi_attention.comm.protocol import GroupCollectives, Work
 from magi_attention.config import RuntimeConfig
 from magi_attention.kernels.protocol import AttentionCall, KernelBackend
@@ -30,6 +31,9 @@ class DistAttnRuntime:
     collectives: GroupCollectives
     group: dist.ProcessGroup | None
     options: RuntimeConfig
+
+    def __post_init__(self) -> None:
+        let_go_at_exit(self, "group")
 
 
 class StageInputs(NamedTuple):

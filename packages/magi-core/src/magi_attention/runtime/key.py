@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from magi_attention.comm.group import let_go_at_exit
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiValueError
 from magi_attention.common.range import InvalidRangeError
@@ -105,6 +106,7 @@ class DistAttnRuntimeKey:
         derived |= {each.name: int(given[each.name]) for each in fields(self) if each.type in (int, "int")}
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+        let_go_at_exit(self, "cp_group", "cp_mesh")
         if not len(self.q_ranges) == len(self.k_ranges) == len(self.attn_mask_type):
             raise MagiValueError(
                 f"every slice needs a q range, a k range and a mask type, but there are {len(self.q_ranges)} q ranges, "
