@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magi_attention.common.slices import SliceTable
+from magi_attention.config import LocalityDispatchAlg, MinHeapDispatchAlg
 from magi_attention.plan.build import Plan, Stage, build_plan, build_plans
 from magi_attention.plan.demand import find_demand
+from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.plan.key_dispatch import make_key_layout
 from magi_attention.plan.layout import Layout
@@ -26,21 +28,32 @@ def layouts(draw, max_tokens=64):
 
 @st.composite
 def layout_pairs(draw, max_tokens=64):
-    """A random mask over two sequences with a layout for each, dealt at random or, for keys, as the planner does."""
+    """A random mask over two sequences with a layout for each, dealt at random or as the planner does."""
     (num_queries, num_keys), slices = draw(rectangular_masks(max_tokens))
     num_ranks = draw(st.sampled_from([1, 2, 3, 4, 8]))
     layout = draw(random_layouts(num_queries, num_ranks))
     key_layout = draw(random_layouts(num_keys, num_ranks))
-    if draw(st.booleans()):
-        key_layout = make_key_layout(
-            slices,
-            layout,
-            num_real=num_keys,
-            total=key_layout.total,
-            chunk_size=key_layout.chunk_size,
-            is_permutable=draw(st.booleans()),
+    algorithm = draw(st.sampled_from([None, MinHeapDispatchAlg(), LocalityDispatchAlg()]))
+    if algorithm is None:
+        return slices, layout, key_layout
+    is_permutable, key_total, key_chunk = draw(st.booleans()), key_layout.total, key_layout.chunk_size
+
+    def deal_keys(layout: Layout) -> Layout:
+        return make_key_layout(
+            slices, layout, num_real=num_keys, total=key_total, chunk_size=key_chunk, is_permutable=is_permutable
         )
-    return slices, layout, key_layout
+
+    if draw(st.booleans()):
+        layout = make_layout(
+            slices,
+            num_real=num_queries,
+            total=layout.total,
+            chunk_size=layout.chunk_size,
+            num_ranks=num_ranks,
+            algorithm=algorithm,
+            deal_keys=deal_keys,
+        )
+    return slices, layout, deal_keys(layout)
 
 
 @st.composite

@@ -29,6 +29,7 @@ from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
 from magi_attention.common.slices import SliceTable, expand_counts
 from magi_attention.plan.documents import component_starts
+from magi_attention.plan.two_sided import key_documents
 
 Array = NDArray[np.int64]
 
@@ -38,14 +39,17 @@ GRID, LEVELS = 2048, 256
 JOINT_DOCUMENTS = 64
 
 
-def received_lower_bound(slices: SliceTable, total: int, num_ranks: int, tolerance: float = 0.02) -> int:
+def received_lower_bound(
+    slices: SliceTable, total: int, num_ranks: int, tolerance: float = 0.02, total_keys: int | None = None
+) -> int:
     """Bound from below the key rows that all ranks together receive.
 
     Args:
         slices: the mask; no pair covered twice.
-        total: rows of the sequence, equally many on each rank.
+        total: rows of the sequence, or of that of queries, equally many on each rank.
         num_ranks: ranks of the group.
         tolerance: a rank's area may exceed the mean by this share.
+        total_keys: rows of the sequence of keys, where that is another one; None in self-attention.
 
     Returns:
         A number of rows that no deal of the rows to the ranks stays below, whatever its chunks.
@@ -54,9 +58,14 @@ def received_lower_bound(slices: SliceTable, total: int, num_ranks: int, toleran
     if not len(bands) or num_ranks == 1:
         return 0
     ranks = _Ranks.of(_row_areas(bands, total), num_ranks, tolerance)
-    starts = component_starts(slices)
-    cuts, least_count, least_area = _readers(bands, ranks.area_before, starts, total)
-    document = np.searchsorted(starts, cuts[:-1], side="right") - 1
+    if total_keys is None:
+        starts = component_starts(slices)
+        component = np.arange(len(starts))
+    else:
+        starts, component = key_documents(slices)
+    component = np.append(component, -1)  # of keys before the first start, which nobody reads
+    cuts, least_count, least_area = _readers(bands, ranks.area_before, starts, total_keys or total)
+    document = component[np.searchsorted(starts, cuts[:-1], side="right") - 1]
     # In each document from the key read most to the one read least.
     order = np.lexsort((-least_area, document))
     length = np.diff(cuts)[order]
@@ -139,10 +148,10 @@ def _row_areas(bands: Bands, total: int) -> Array:
     return np.cumsum(np.cumsum(bends))[:total]
 
 
-def _readers(bands: Bands, area_before: Array, starts: Array, total: int) -> tuple[Array, Array, Array]:
+def _readers(bands: Bands, area_before: Array, starts: Array, num_keys: int) -> tuple[Array, Array, Array]:
     """Cut the keys into pieces; for each, the number and area of the rows that read the whole piece."""
-    grid = np.arange(0, total, max(1, total // GRID))
-    cuts = np.unique(np.concatenate([grid, starts, bands[:, band.K0], bands[:, band.K1], [0, total]]))
+    grid = np.arange(0, num_keys, max(1, num_keys // GRID))
+    cuts = np.unique(np.concatenate([grid, starts, bands[:, band.K0], bands[:, band.K1], [0, num_keys]]))
     first = np.searchsorted(cuts, bands[:, band.K0])
     owner, step = expand_counts(np.searchsorted(cuts, bands[:, band.K1]) - first)
     piece = first[owner] + step

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cut the sequence into chunks and weigh them by their share of the mask."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,10 @@ from numpy.typing import NDArray
 from magi_attention.common import bands as band
 from magi_attention.common.intervals import Intervals
 from magi_attention.common.slices import SliceTable, expand_counts
+from magi_attention.plan.layout import Layout
+
+DealKeys = Callable[[Layout], Layout]
+"""Where the keys of another sequence lie, given who owns which queries."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +28,7 @@ class ChunkWork:
         chunk: ``(n,)`` int64, the chunk of each entry of ``keys``; an entry is a meeting of a slice and a chunk.
         slice_index: ``(n,)`` int64, the slice of each entry.
         keys: ``(n, 2)`` int64, the key rows ``[start, stop)`` that the chunk reads for the slice.
+        deal_keys: deals the keys where they are of another sequence; None in self-attention.
     """
 
     slices: SliceTable
@@ -32,9 +38,12 @@ class ChunkWork:
     chunk: NDArray[np.int64]
     slice_index: NDArray[np.int64]
     keys: Intervals
+    deal_keys: DealKeys | None = None
 
 
-def measure_chunks(slices: SliceTable, total: int, chunk_size: int) -> ChunkWork:
+def measure_chunks(
+    slices: SliceTable, total: int, chunk_size: int, deal_keys: DealKeys | None = None
+) -> ChunkWork:
     """Measure all chunks of a sequence of ``total`` rows; the cost grows with slices and chunks, not with rows."""
     bands, source = band.shrink(slices.bands())
     first = bands[:, band.Q0] // chunk_size
@@ -46,4 +55,5 @@ def measure_chunks(slices: SliceTable, total: int, chunk_size: int) -> ChunkWork
     chunk = chunk[kept]
     area = np.zeros(-(-total // chunk_size), np.int64)
     np.add.at(area, chunk, band.area(pieces))
-    return ChunkWork(slices, total, chunk_size, area, chunk, source[owner[kept]], pieces[:, band.K0 : band.D0])
+    keys = pieces[:, band.K0 : band.D0]
+    return ChunkWork(slices, total, chunk_size, area, chunk, source[owner[kept]], keys, deal_keys)

@@ -15,7 +15,7 @@ from magi_attention.common.enum import DispatchAlgType
 from magi_attention.common.intervals import intersect, merge
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import DispatchAlg
-from magi_attention.plan.chunks import ChunkWork, measure_chunks
+from magi_attention.plan.chunks import ChunkWork, DealKeys, measure_chunks
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.locality import deal_by_locality
 
@@ -34,6 +34,7 @@ def make_layout(
     chunk_size: int,
     num_ranks: int,
     algorithm: DispatchAlg,
+    deal_keys: DealKeys | None = None,
 ) -> Layout:
     """Cut ``total`` rows into chunks and deal them to the ranks.
 
@@ -44,6 +45,7 @@ def make_layout(
         chunk_size: rows of a chunk.
         num_ranks: ranks of the group; with one, the layout is the identity.
         algorithm: which balances the ranks' mask areas.
+        deal_keys: where keys are of another sequence, how they are dealt once these rows are; None in self-attention.
 
     Raises:
         ValueError: if there are fewer chunks than ranks.
@@ -57,7 +59,7 @@ def make_layout(
     if num_ranks == 1:
         owner = np.zeros(num_chunks, np.int64)
     else:
-        work = measure_chunks(slices, total, chunk_size)
+        work = measure_chunks(slices, total, chunk_size, deal_keys)
         owner = ALGORITHMS[algorithm.type](work, num_ranks, -(-num_chunks // num_ranks), algorithm)
         _leave_no_rank_empty(owner, work.area, num_ranks)
     return Layout(num_real, total, chunk_size, num_ranks, owner)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common.slices import SliceTable
+from magi_attention.plan import two_sided
 from magi_attention.plan.chunks import ChunkWork
 
 Array = NDArray[np.int64]
@@ -35,40 +36,57 @@ def find_documents(
     slices: SliceTable, work: ChunkWork, total: int, chunk_size: int, num_ranks: int, largest_share: float
 ) -> Documents:
     """Find the runs; neighbors are joined where parting them costs most, up to ``largest_share`` of a rank's part."""
+    if work.deal_keys is not None:
+        return find_two_sided_documents(work, num_ranks, largest_share)
     num_chunks = len(work.area)
     document, loss, to_last = _label_chunks(slices, work, total, chunk_size)
     start = np.flatnonzero(np.diff(document, prepend=-2))
     stop = np.append(start[1:], num_chunks)
-    area = np.append(0, np.cumsum(work.area))
     after = np.minimum(stop, num_chunks - 1)
     border = np.maximum(np.where(to_last[after], loss[after], 0), np.where(to_last[stop - 1], 0, loss[stop - 1]))
+    line = np.arange(num_chunks)
+    return _lay_out(work.area, line, start, border[:-1], _cut_costs(work, chunk_size), num_ranks, largest_share)
+
+
+def find_two_sided_documents(work: ChunkWork, num_ranks: int, largest_share: float) -> Documents:
+    """The same where keys are of another sequence: a run is a component of the graph of query rows and key rows."""
+    component = two_sided.chunk_components(work)
+    line = np.argsort(component, kind="stable")
+    start = np.flatnonzero(np.diff(component[line], prepend=-1))
+    cut = two_sided.cut_costs(work, line)
+    return _lay_out(work.area, line, start, cut[start[1:]], cut, num_ranks, largest_share)
+
+
+def _lay_out(
+    chunk_area: Array, line: Array, start: Array, border: Array, cut: Array, num_ranks: int, largest_share: float
+) -> Documents:
+    """Join runs of the line that start at ``start``, and turn those whose light end comes last."""
+    num_chunks = len(line)
+    stop = np.append(start[1:], num_chunks)
+    area = np.append(0, np.cumsum(chunk_area[line]))
     first = _join_neighbors(
         stop - start,
         area[stop] - area[start],
-        border[:-1],
+        border,
         int(num_chunks * largest_share / num_ranks),
         int(area[-1] * largest_share / num_ranks),
     )
     start = start[first]
     stop = np.append(start[1:], num_chunks)
-    cut = _cut_costs(work, chunk_size)
-    line = np.arange(num_chunks)
     end = np.maximum(1, (stop - start) // 4)
     falling = 20 * (area[start + end] - area[start]) > 21 * (area[stop] - area[stop - end])
     for a, b in zip(start[falling].tolist(), stop[falling].tolist(), strict=True):
         line[a:b] = line[a:b][::-1]
         cut[a : b + 1] = cut[a : b + 1][::-1]
-    return Documents(line, start, stop, np.append(0, np.cumsum(work.area[line])), cut)
+    return Documents(line, start, stop, np.append(0, np.cumsum(chunk_area[line])), cut)
 
 
 def component_starts(slices: SliceTable) -> Array:
     """The first row of each connected component: slices whose hulls of query and key rows overlap belong together."""
     rows = slices.rows
     rows = rows[(rows[:, 1] > rows[:, 0]) & (rows[:, 3] > rows[:, 2])]
-    low, high = np.minimum(rows[:, 0], rows[:, 2]), np.maximum(rows[:, 1], rows[:, 3])
-    order = np.argsort(low, kind="stable")
-    low, reach = low[order], np.maximum.accumulate(high[order])
-    return low[np.append(True, low[1:] >= reach[:-1])[: len(low)]]
+    hulls = np.column_stack([np.minimum(rows[:, 0], rows[:, 2]), np.maximum(rows[:, 1], rows[:, 3])])
+    return hulls[two_sided.leaders(hulls), 0]
 
 
 def _label_chunks(

@@ -89,7 +89,7 @@ def deal_by_locality(
     if peak > max(limit, _peak(other, work) * LIMIT // 1000):
         return other
     if num_chunks <= COMPARED_CHUNKS:
-        received, others = (_received(slices, deal, total, chunk_size, num_ranks) for deal in (owner, other))
+        received, others = (_received(work, deal, num_ranks) for deal in (owner, other))
         if others < received:
             return other
     return owner
@@ -101,9 +101,10 @@ def _peak(owner: Owner, work: ChunkWork) -> int:
     return int(load.max())
 
 
-def _received(slices: SliceTable, owner: Owner, total: int, chunk_size: int, num_ranks: int) -> int:
+def _received(work: ChunkWork, owner: Owner, num_ranks: int) -> int:
     """The key rows that all ranks together need and do not own."""
-    remote = find_demand(slices, Layout(total, total, chunk_size, num_ranks, owner)).remote
+    layout = Layout(work.total, work.total, work.chunk_size, num_ranks, owner)
+    remote = find_demand(work.slices, layout, work.deal_keys(layout) if work.deal_keys else None).remote
     return int((remote[:, 2] - remote[:, 1]).sum())
 
 

@@ -17,6 +17,7 @@ from magi_attention.common.range import AttnRange
 from magi_attention.common.slices import SliceTable, find_double_cover
 from magi_attention.config import GreedyOverlapAlg, OverlapConfig, SequentialDispatchAlg, UniformOverlapAlg
 from magi_attention.plan.build import build_plan
+from magi_attention.plan.chunks import DealKeys
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.key_dispatch import make_key_layout
 from magi_attention.plan.layout import Layout
@@ -189,7 +190,10 @@ def _plan_runtime(key: DistAttnRuntimeKey, layout: Layout | None, key_layout: La
     collectives = make_collectives(group, key.cp_mesh, config)
     rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     mesh = key.cp_mesh if options.hierarchical_comm else None
-    layout = layout or _layout_for(key, num_ranks)
+    if key.is_same_source:
+        layout = key_layout = layout or _layout_for(key, num_ranks)
+    else:
+        layout, key_layout = _layouts_for(key, num_ranks, layout, key_layout)
     plan = build_plan(
         key.slices,
         layout,
@@ -197,7 +201,7 @@ def _plan_runtime(key: DistAttnRuntimeKey, layout: Layout | None, key_layout: La
         _stage_options(config.overlap_config),
         mesh_shape=None if mesh is None else (mesh.size(0), mesh.size(1)),
         row_costs=_row_costs(key) if options.qo_comm else None,
-        key_layout=layout if key.is_same_source else key_layout or _key_layout_for(key, layout),
+        key_layout=key_layout,
     )
     return DistAttnRuntime(plan, collectives, group, options)
 
@@ -220,7 +224,26 @@ def _describe_slice(slices: SliceTable, number: int) -> str:
     return f"slice {number} (q {AttnRange(q0, q1)}, k {AttnRange(k0, k1)}, {AttnMaskType.from_int_type(kind).value})"
 
 
-def _layout_for(key: DistAttnRuntimeKey, num_ranks: int) -> Layout:
+def _layouts_for(
+    key: DistAttnRuntimeKey, num_ranks: int, layout: Layout | None, key_layout: Layout | None
+) -> tuple[Layout, Layout]:
+    """The layouts of queries and of keys of different sequences; those that are given are kept."""
+
+    def deal_keys(queries: Layout) -> Layout:
+        return key_layout or make_key_layout(
+            key.slices,
+            queries,
+            num_real=key.total_seqlen_k - key.pad_size_k,
+            total=key.total_seqlen_k,
+            chunk_size=key.chunk_size_k,
+            is_permutable=key.is_k_permutable,
+        )
+
+    layout = layout or _layout_for(key, num_ranks, deal_keys)
+    return layout, deal_keys(layout)
+
+
+def _layout_for(key: DistAttnRuntimeKey, num_ranks: int, deal_keys: DealKeys | None = None) -> Layout:
     return make_layout(
         key.slices,
         num_real=key.total_seqlen_q - key.pad_size,
@@ -228,17 +251,7 @@ def _layout_for(key: DistAttnRuntimeKey, num_ranks: int) -> Layout:
         chunk_size=key.chunk_size,
         num_ranks=num_ranks,
         algorithm=key.dist_attn_config.dispatch_config.alg if key.is_q_permutable else SequentialDispatchAlg(),
-    )
-
-
-def _key_layout_for(key: DistAttnRuntimeKey, layout: Layout) -> Layout:
-    return make_key_layout(
-        key.slices,
-        layout,
-        num_real=key.total_seqlen_k - key.pad_size_k,
-        total=key.total_seqlen_k,
-        chunk_size=key.chunk_size_k,
-        is_permutable=key.is_k_permutable,
+        deal_keys=deal_keys,
     )
 
 
