@@ -19,6 +19,7 @@ from magi_attention.api import (
     clear_cache,
     dist_attn_runtime_dict_mgr,
     magi_attn_flex_key,
+    magi_attn_varlen_dispatch,
     magi_attn_varlen_key,
     make_flex_key_for_new_mask_after_dispatch,
     make_varlen_key_for_new_mask_after_dispatch,
@@ -368,6 +369,72 @@ def test_varlen_key_refuses_causal_with_a_window():
 def test_varlen_key_refuses_other_lengths_of_keys():
     with pytest.raises(ValueError, match="must be equal in self-attention"):
         magi_attn_varlen_key([0, 8], [0, 9], 4, 2, 64, 0, None)
+
+
+VARLEN = ([0, 30, 100], [0, 40, 60], 4, 2, 64, 0, None)
+
+
+def test_varlen_key_of_two_sequences_is_the_flex_key_of_its_documents():
+    key = magi_attn_varlen_key(*VARLEN, is_same_source=False, is_k_permutable=False)
+    documents = {"q": [(0, 30), (30, 100)], "k": [(0, 40), (40, 60)], "types": "full"}
+    assert key == key_for(**documents, total_seqlen_k=60, is_same_source=False, is_k_permutable=False)
+    with pytest.warns(DeprecationWarning, match="magi_attn_varlen_dispatch"):
+        x, dispatched = magi_attn_varlen_dispatch(torch.zeros(100, 2), *VARLEN, is_same_source=False)
+    assert (len(x), dispatched) == (100 + dispatched.pad_size, magi_attn_varlen_key(*VARLEN, is_same_source=False))
+
+
+def test_varlen_key_refuses_flags_that_make_no_sense():
+    with pytest.raises(ValueError, match="set both, or is_same_source=False"):
+        magi_attn_varlen_key([0, 8], [0, 8], 4, 2, 64, 0, None, is_k_permutable=False)
+
+
+def test_new_mask_between_two_layouts():
+    decoder, encoder = key_for(), key_for(q=[(0, 61)], total_seqlen_q=61, total_seqlen_k=61)
+    cross = make_varlen_key_for_new_mask_after_dispatch([0, 30, 100], [0, 40, 61], decoder, key_for_kv_dispatch=encoder)
+    assert not cross.is_same_source
+    assert (cross.total_seqlen_q, cross.pad_size, cross.chunk_size) == (
+        decoder.total_seqlen_q, decoder.pad_size, decoder.chunk_size
+    )  # fmt: skip
+    assert (cross.total_seqlen_k, cross.pad_size_k, cross.chunk_size_k) == (
+        encoder.total_seqlen_q, encoder.pad_size, encoder.chunk_size
+    )  # fmt: skip
+    managers = [dist_attn_runtime_dict_mgr[key] for key in (decoder, encoder, cross)]
+    assert managers[2].layout is managers[0].layout
+    assert managers[2].key_layout is managers[1].layout
+    again = make_varlen_key_for_new_mask_after_dispatch([0, 30, 100], [0, 40, 61], cross)
+    assert again is cross
+    own = magi_attn_varlen_key([0, 30, 100], [0, 40, 61], 8, 2, 64, 0, None, is_same_source=False)
+    assert own != cross
+
+
+def test_new_mask_between_two_layouts_of_one_sequence_is_self_attention():
+    decoder, encoder = key_for(), key_for(q=[(0, 61)], total_seqlen_q=61, total_seqlen_k=61)
+    one = (ranges((0, 100)), ranges((0, 100)), "full")
+    cross = make_flex_key_for_new_mask_after_dispatch(
+        ranges((0, 9)), ranges((0, 9)), "full", decoder, key_for_kv_dispatch=encoder
+    )
+    expected = make_flex_key_for_new_mask_after_dispatch(*one, decoder)
+    assert expected.is_same_source
+    for queries, keys in ((decoder, decoder), (cross, decoder), (expected, decoder)):
+        assert make_flex_key_for_new_mask_after_dispatch(*one, queries, key_for_kv_dispatch=keys) is expected
+    backwards = make_flex_key_for_new_mask_after_dispatch(
+        ranges((0, 61)), ranges((0, 100)), "full", encoder, key_for_kv_dispatch=decoder
+    )
+    assert (backwards.total_seqlen_q, backwards.total_seqlen_k) == (encoder.total_seqlen_q, decoder.total_seqlen_q)
+
+
+def test_new_mask_between_two_layouts_is_checked():
+    decoder, encoder = key_for(), key_for(q=[(0, 61)], total_seqlen_q=61, total_seqlen_k=61)
+    with pytest.raises(ValueError, match="k_ranges end at 80, after the last row of a sequence of 64"):
+        make_flex_key_for_new_mask_after_dispatch(
+            ranges((0, 80)), ranges((0, 80)), "full", decoder, key_for_kv_dispatch=encoder
+        )
+    clear_cache()
+    decoder = key_for()
+    with pytest.raises(ValueError, match="does not exist"):
+        make_flex_key_for_new_mask_after_dispatch(
+            ranges((0, 9)), ranges((0, 9)), "full", decoder, key_for_kv_dispatch=encoder
+        )
 
 
 def test_new_mask_keeps_the_layout():

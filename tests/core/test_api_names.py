@@ -58,7 +58,8 @@ FLEX = """q_ranges k_ranges attn_mask_type total_seqlen_q total_seqlen_k num_hea
     cp_group_or_mesh dist_attn_config=DistAttnConfig() is_same_source=True is_q_permutable=True is_k_permutable=True
     chunk_size=None"""
 VARLEN = """cu_seqlens_q cu_seqlens_k num_heads_q num_heads_kv head_dim pad_size cp_group_or_mesh causal=False
-    window_size=(-1,-1) dist_attn_config=DistAttnConfig() chunk_size=None"""
+    window_size=(-1,-1) dist_attn_config=DistAttnConfig() chunk_size=None is_same_source=True is_q_permutable=True
+    is_k_permutable=True"""
 KEY_FIELDS = """q_ranges k_ranges attn_mask_type total_seqlen_q total_seqlen_k num_heads_q num_heads_kv head_dim
     pad_size chunk_size cp_group cp_mesh dist_attn_config uneven_shard is_deterministic_mode_enable
     is_hierarchical_comm_enable is_qo_comm_enable is_native_grpcoll_enable is_flatten_head_groups_enable
@@ -77,9 +78,9 @@ PARAMETERS = {
     "clear_cache": "cp_group=None",
     "get_most_recent_key": "cp_group",
     "make_flex_key_for_new_mask_after_dispatch": """q_ranges k_ranges attn_mask_type key_for_dispatch num_heads_q=None
-        num_heads_kv=None head_dim=None dist_attn_config=None""",
+        num_heads_kv=None head_dim=None dist_attn_config=None key_for_kv_dispatch=None""",
     "make_varlen_key_for_new_mask_after_dispatch": """cu_seqlens_q cu_seqlens_k key_for_dispatch causal=False
-        window_size=(-1,-1) dist_attn_config=None""",
+        window_size=(-1,-1) dist_attn_config=None key_for_kv_dispatch=None""",
     "compute_pad_size": "total_seqlen_q cp_size chunk_size",
     "squash_batch_dim": "x",
     "infer_varlen_mask_from_batch": "batch_size seq_len device='cuda'",

@@ -24,9 +24,7 @@ LOCALITY, HEAP = LocalityDispatchAlg(), MinHeapDispatchAlg()
 def deal(slices, totals, chunk_sizes, num_ranks, algorithm) -> tuple[Layout, Layout]:
     def deal_keys(layout: Layout) -> Layout:
         total, chunk_size = totals[1], chunk_sizes[1]
-        return make_key_layout(
-            slices, layout, num_real=total, total=total, chunk_size=chunk_size, is_permutable=True
-        )
+        return make_key_layout(slices, layout, num_real=total, total=total, chunk_size=chunk_size, is_permutable=True)
 
     layout = make_layout(
         slices,

@@ -19,6 +19,7 @@ from magi_attention.api import (
     get_position_ids,
     magi_attn_varlen_key,
     make_flex_key_for_new_mask_after_dispatch,
+    make_varlen_key_for_new_mask_after_dispatch,
     roll,
     roll_simple,
     undispatch,
@@ -38,16 +39,39 @@ from magi_attention.dist_attn_runtime_mgr import init_dist_attn_runtime_mgr
 from magi_attention.testing.distributed import RankPool
 from magi_attention.testing.masks import rectangular_masks
 from magi_attention.testing.oracle import dense_attention
-from tests.distributed.attention_case import Case, assert_right, attend, attend_twice, group_of, inputs_of, key_of
+from tests.distributed.attention_case import (
+    Answer,
+    Case,
+    assert_right,
+    attend,
+    attend_twice,
+    device,
+    group_of,
+    inputs_of,
+    key_of,
+)
 
 WORLD_SIZE = 4
 PERMUTABLE = {"both": (True, True), "queries": (True, False), "keys": (False, True), "none": (False, False)}
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with RankPool(WORLD_SIZE) as pool:
+@pytest.fixture(scope="module", params=["gloo", "nccl"])
+def pool(request):
+    """Four processes on the CPU; or one for each GPU, up to four, which then stands for all larger groups."""
+    num_ranks = WORLD_SIZE if request.param == "gloo" else min(torch.cuda.device_count(), WORLD_SIZE)
+    if num_ranks < 2:
+        pytest.skip(f"NCCL between ranks needs 2 GPUs, this machine has {num_ranks}")
+    with RankPool(num_ranks, request.param) as pool:
         yield pool
+
+
+def answer_of(pool: RankPool, case: Case) -> Answer:
+    return pool.run(attend_twice, replace(case, cp=min(case.cp, pool.world_size)))[0]
+
+
+def skip_unless_fits(pool: RankPool, mesh_shape: tuple[int, int]) -> None:
+    if pool.world_size % (mesh_shape[0] * mesh_shape[1]):
+        pytest.skip(f"a mesh of {mesh_shape} does not fit {pool.world_size} GPUs")
 
 
 def config_of(degree=1, uneven=False, chunk_size=None, algorithm=MinHeapDispatchAlg(), **runtime) -> DistAttnConfig:
@@ -99,7 +123,7 @@ def cases(draw) -> Case:
 @given(cases())
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_random_cases_in_float64(pool, case):
-    assert_right(case, pool.run(attend_twice, case)[0])
+    assert_right(case, answer_of(pool, case))
 
 
 @given(cases().filter(lambda case: case.cp == 1))
@@ -108,7 +132,7 @@ def test_one_process_needs_no_group(case):
     assert_right(case, attend(case, None))
 
 
-@pytest.mark.parametrize("degree", [0, 1, 2])
+@pytest.mark.parametrize("degree", [0, 1, 2, None])
 @pytest.mark.parametrize("cp", [1, 2, 4])
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
 @pytest.mark.parametrize("permutable", PERMUTABLE)
@@ -118,7 +142,7 @@ def test_every_layout_shard_size_and_degree(pool, permutable, uneven, cp, degree
     case = Case(
         83, tiling(83, 131, cp), cp, config=config, num_sinks=1, total_k=131, is_q_permutable=q, is_k_permutable=k
     )
-    assert_right(case, pool.run(attend_twice, case)[0])
+    assert_right(case, answer_of(pool, case))
 
 
 @given(cases(), st.sampled_from([1, 4]))
@@ -130,13 +154,14 @@ def test_queries_travel_where_that_is_cheaper(pool, case, num_heads_kv):
         runtime_config=replace(case.config.runtime_config, qo_comm=True),
     )
     case = replace(case, config=config, num_heads_kv=num_heads_kv)
-    assert_right(case, pool.run(attend_twice, case)[0])
+    assert_right(case, answer_of(pool, case))
 
 
-@pytest.mark.parametrize("degree", [0, 1, 2])
+@pytest.mark.parametrize("degree", [0, 1, 2, None])
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
 @pytest.mark.parametrize("mesh_shape", [(2, 2), (1, 2), (2, 1)])
 def test_two_hops_over_a_mesh(pool, mesh_shape, uneven, degree):
+    skip_unless_fits(pool, mesh_shape)
     config = config_of(degree, uneven, hierarchical_comm=True)
     case = Case(
         131,
@@ -147,15 +172,24 @@ def test_two_hops_over_a_mesh(pool, mesh_shape, uneven, degree):
         num_sinks=1,
         total_k=83,
     )
-    assert_right(case, pool.run(attend_twice, case)[0])
+    assert_right(case, answer_of(pool, case))
 
 
+@pytest.mark.parametrize("algorithm", [MinHeapDispatchAlg(), LocalityDispatchAlg()], ids=["heap", "locality"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("qo_comm", [False, True], ids=["keys-travel", "either-travels"])
-def test_low_precision(pool, dtype, qo_comm):
-    config = config_of(1, qo_comm=qo_comm)
+def test_low_precision(pool, dtype, qo_comm, algorithm):
+    config = config_of(1, algorithm=algorithm, qo_comm=qo_comm)
     case = Case(96, tiling(96, 200), 4, config=config, dtype=dtype, head_dim=32, head_dim_v=32, total_k=200)
-    assert_right(case, pool.run(attend_twice, case)[0])
+    assert_right(case, answer_of(pool, case))
+
+
+def test_many_keys_draw_few_queries(pool):
+    """The queries of the last document are few and its keys many: with as many key heads as query heads they travel."""
+    slices = SliceTable([[0, 128, 0, 64, 0], [128, 192, 64, 128, 1], [180, 192, 128, 640, 0]])
+    config = config_of(1, qo_comm=True, forward_high_precision_reduce=True, backward_high_precision_reduce=True)
+    case = Case(192, slices, 4, config=config, num_heads_kv=4, num_sinks=2, total_k=640)
+    assert_right(case, answer_of(pool, case))
 
 
 def check_key_side(rank: int, world_size: int, case: Case) -> None:
@@ -177,9 +211,9 @@ def check_key_side(rank: int, world_size: int, case: Case) -> None:
             assert int((held < 0).sum()) == (key.pad_size if role is AttnRole.QUERY else key.pad_size_k)
 
         ids = get_position_ids(key, attn_role=role)
-        assert torch.equal(ids, torch.where(rows < 0, total - 1, rows))
+        assert torch.equal(ids.cpu(), torch.where(rows < 0, total - 1, rows))
         assert get_position_ids(key, attn_role=role) is ids
-        x = torch.randn(total, 3, generator=torch.Generator().manual_seed(total)).requires_grad_()
+        x = torch.randn(total, 3, generator=torch.Generator().manual_seed(total)).to(device()).requires_grad_()
         local = dispatch(x, key, attn_role=role)
         assert torch.equal(undispatch(local, key, attn_role=role), x)
         assert torch.equal(torch.autograd.grad(undispatch(local, key, attn_role=role).sum(), x)[0], torch.ones_like(x))
@@ -195,7 +229,18 @@ def test_each_side_has_its_own_rows(pool, permutable, uneven):
     q, k = PERMUTABLE[permutable]
     config = config_of(1, uneven, chunk_size=5)
     slices = tiling(83, 131)
-    pool.run(check_key_side, Case(83, slices, 4, config=config, total_k=131, is_q_permutable=q, is_k_permutable=k))
+    pool.run(
+        check_key_side,
+        Case(83, slices, pool.world_size, config=config, total_k=131, is_q_permutable=q, is_k_permutable=k),
+    )
+
+
+def on_device(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [x.to(device()) for x in tensors]
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slices: SliceTable) -> torch.Tensor:
+    return dense_attention(q.cpu(), k.cpu(), v.cpu(), slices)[0].to(q.device)
 
 
 def attend_with_a_second_mask(rank: int, world_size: int, case: Case) -> None:
@@ -205,16 +250,18 @@ def attend_with_a_second_mask(rank: int, world_size: int, case: Case) -> None:
     assert (second.pad_size_k, second.chunk_size_k) == (first.pad_size_k, first.chunk_size_k)
     old, new = dist_attn_runtime_dict_mgr[first], dist_attn_runtime_dict_mgr[second]
     assert (new.layout, new.key_layout) == (old.layout, old.key_layout)
-    q, k, v = inputs_of(case)[0]
+    q, k, v = on_device(inputs_of(case)[0])
     keys = [dispatch(x, first, attn_role=AttnRole.KEY) for x in (k, v)]
     out, _ = calc_attn(dispatch(q, first), *keys, second)
-    expected = dense_attention(q, k, v, SliceTable([[0, case.total, 0, case.num_keys, 1]]))[0]
+    expected = dense(q, k, v, SliceTable([[0, case.total, 0, case.num_keys, 1]]))
     torch.testing.assert_close(undispatch(out, first), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
 def test_a_second_mask_keeps_both_layouts(pool, uneven):
-    pool.run(attend_with_a_second_mask, Case(83, tiling(83, 131), 4, config=config_of(1, uneven), total_k=131))
+    pool.run(
+        attend_with_a_second_mask, Case(83, tiling(83, 131), pool.world_size, config=config_of(1, uneven), total_k=131)
+    )
 
 
 def attend_with_a_manager(rank: int, world_size: int) -> None:
@@ -222,16 +269,16 @@ def attend_with_a_manager(rank: int, world_size: int) -> None:
     mask = (q_ranges, k_ranges, [AttnMaskType.FULL, AttnMaskType.CAUSAL], 96, 48)
     arguments = (*mask, 4, 2, 8, 6, dist.group.WORLD)
     planned = init_dist_attn_runtime_mgr(*arguments, is_same_source=False)
-    q, k, v = inputs_of(Case(96, SliceTable([]), total_k=48))[0]
+    q, k, v = on_device(inputs_of(Case(96, SliceTable([]), total_k=48))[0])
     out, _ = planned.calc_attn(planned.dispatch_qo(q), planned.dispatch_kv(k), planned.dispatch_kv(v))
-    expected = dense_attention(q, k, v, planned.key.slices)[0]
+    expected = dense(q, k, v, planned.key.slices)
     torch.testing.assert_close(planned.undispatch_qo(out), expected, rtol=1e-10, atol=1e-10)
     assert torch.equal(planned.undispatch_kv(planned.dispatch_kv(k)), k)
     kept = init_dist_attn_runtime_mgr(
         *arguments, is_same_source=False, is_k_permutable=False, ref_dispatch_meta_k=planned.dispatch_meta_k
     )
     assert kept.dispatch_meta_k == planned.dispatch_meta_k
-    with pytest.raises(ValueError, match="total_seqlen_k is 50; for an even shard over 4 ranks"):
+    with pytest.raises(ValueError, match=f"total_seqlen_k is 50; for an even shard over {world_size} ranks"):
         init_dist_attn_runtime_mgr(*mask[:4], 50, *arguments[5:], is_same_source=False)
 
 
@@ -258,9 +305,9 @@ def attend_between_layers(rank: int, world_size: int) -> None:
         ref_dispatch_meta_q=metas[0],
         ref_dispatch_meta_k=metas[1],
     )
-    q, k, v = inputs_of(Case(83, SliceTable([]), total_k=131))[0]
+    q, k, v = on_device(inputs_of(Case(83, SliceTable([]), total_k=131))[0])
     out, _ = manager.calc_attn(dispatch(q, decoder), dispatch(k, encoder), dispatch(v, encoder))
-    expected = dense_attention(q, k, v, SliceTable([[0, 40, 0, 50, 0], [40, 83, 50, 131, 0]]))[0]
+    expected = dense(q, k, v, SliceTable([[0, 40, 0, 50, 0], [40, 83, 50, 131, 0]]))
     torch.testing.assert_close(undispatch(out, decoder), expected, rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="but the layout to keep is of"):
         init_dist_attn_runtime_mgr(
@@ -272,9 +319,60 @@ def test_layouts_of_self_attention_can_be_kept(pool):
     pool.run(attend_between_layers)
 
 
+def attend_between_keys(rank: int, world_size: int, config: DistAttnConfig) -> None:
+    """Two layers that alternate between self- and cross-attention; nothing moves between them. With gradients."""
+    decoder = magi_attn_varlen_key([0, 40, 83], [0, 40, 83], 4, 2, 8, 0, None, causal=True, dist_attn_config=config)
+    encoder = magi_attn_varlen_key([0, 50, 131], [0, 50, 131], 4, 2, 8, 0, None, dist_attn_config=config)
+    documents = ([0, 40, 83], [0, 50, 131])
+    cross = make_varlen_key_for_new_mask_after_dispatch(*documents, decoder, key_for_kv_dispatch=encoder)
+    back = make_varlen_key_for_new_mask_after_dispatch(*documents[::-1], encoder, key_for_kv_dispatch=decoder)
+    assert cross != back
+    generator = torch.Generator().manual_seed(1)
+    text, memory = (torch.randn(n, 4, 8, generator=generator, dtype=torch.float64) for n in (83, 131))
+    mask = SliceTable([[0, 40, 0, 50, 0], [40, 83, 50, 131, 0]])
+    masks = (SliceTable([[0, 40, 0, 40, 1], [40, 83, 40, 83, 1]]), mask, SliceTable(mask.rows[:, [2, 3, 0, 1, 4]]))
+
+    def layers(x, y, attends):
+        own, to_memory, to_text = attends
+        x = own(x, x[:, :2], x[:, 2:])
+        x = x + to_memory(x, y[:, :2], y[:, 2:])
+        return to_text(y, x[:, :2], x[:, 2:])
+
+    given = [each.to(device()).requires_grad_() for each in (text, memory)]
+    local = (dispatch(given[0], decoder), dispatch(given[1], encoder))
+    attends = [lambda q, k, v, key=key: calc_attn(q, k, v, key)[0] for key in (decoder, cross, back)]
+    out = undispatch(layers(*local, attends), encoder)
+    out.square().sum().backward()
+    plain = [each.requires_grad_() for each in (text, memory)]
+    expected = layers(*plain, [lambda q, k, v, m=m: dense_attention(q, k, v, m)[0] for m in masks])
+    expected.square().sum().backward()
+    pairs = [(out, expected), *((one.grad, other.grad) for one, other in zip(given, plain, strict=True))]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("algorithm", [MinHeapDispatchAlg(), LocalityDispatchAlg()], ids=["heap", "locality"])
+@pytest.mark.parametrize("degree", [1, None])
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+def test_keys_between_the_layouts_of_two_keys(pool, uneven, degree, algorithm):
+    pool.run(attend_between_keys, config_of(degree, uneven, algorithm=algorithm))
+
+
+def join_groups_that_differ(rank: int, world_size: int) -> None:
+    alone = [dist.new_group([each]) for each in range(world_size)][rank]
+    both = magi_attn_varlen_key([0, 8], [0, 8], 4, 2, 8, 0, None)
+    mine = magi_attn_varlen_key([0, 8], [0, 8], 4, 2, 8, 0, alone)
+    with pytest.raises(ValueError, match=r"key_for_kv_dispatch of \[\d\]; both must be made with the same group"):
+        make_varlen_key_for_new_mask_after_dispatch([0, 8], [0, 8], both, key_for_kv_dispatch=mine)
+
+
+def test_keys_of_different_groups_are_not_joined(pool):
+    pool.run(join_groups_that_differ)
+
+
 def refuse_few_keys(rank: int, world_size: int) -> None:
-    with pytest.raises(ValueError, match="3 rows cannot be shared by 4 ranks"):
-        key_of(Case(83, SliceTable([[0, 83, 0, 3, 0]]), 4, total_k=3), dist.group.WORLD)
+    with pytest.raises(ValueError, match=f"1 rows cannot be shared by {world_size} ranks"):
+        key_of(Case(83, SliceTable([[0, 83, 0, 1, 0]]), world_size, total_k=1), dist.group.WORLD)
 
 
 def test_fewer_keys_than_ranks_are_refused(pool):

@@ -22,11 +22,13 @@ from magi_attention.api.masks import apply_padding, compute_pad_size, infer_attn
 from magi_attention.api.tensors import dispatch
 from magi_attention.comm.group import group_size
 from magi_attention.common.enum import AttnMaskType
+from magi_attention.common.errors import MagiValueError
 from magi_attention.common.ranges import AttnRanges
 from magi_attention.config import DistAttnConfig
+from magi_attention.plan.layout import Layout
 from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr, find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
-from magi_attention.runtime.manager import DistAttnRuntimeMgr, build_manager
+from magi_attention.runtime.manager import build_manager
 
 
 def magi_attn_flex_key(
@@ -145,12 +147,17 @@ def magi_attn_varlen_key(
     window_size: tuple[int, int] = (-1, -1),
     dist_attn_config: DistAttnConfig = DistAttnConfig(),  # noqa: B008 - frozen
     chunk_size: int | None = None,
+    is_same_source: bool = True,
+    is_q_permutable: bool = True,
+    is_k_permutable: bool = True,
 ) -> DistAttnRuntimeKey:
     """Plan the attention of packed documents, each to itself only, and return its key.
 
+    With ``is_same_source=False`` it is a cross-attention: the queries of each document attend to that document's keys.
+
     Args:
         cu_seqlens_q: ``[documents + 1]`` integers, the documents' first rows and at last the total.
-        cu_seqlens_k: the same for keys.
+        cu_seqlens_k: the same for keys, with the same total unless they are of another sequence.
         num_heads_q: query heads.
         num_heads_kv: key and value heads.
         head_dim: size of a head.
@@ -160,6 +167,9 @@ def magi_attn_varlen_key(
         window_size: ``(left, right)`` of a sliding window inside each document; -1 means no limit.
         dist_attn_config: as for :func:`magi_attn_flex_key`.
         chunk_size: deprecated, as for :func:`magi_attn_flex_key`.
+        is_same_source: whether queries and keys are of one sequence; as for :func:`magi_attn_flex_key`, as the next two.
+        is_q_permutable: whether queries may be dealt in any order.
+        is_k_permutable: whether keys may.
 
     Raises:
         ValueError: ``causal`` with a window, lengths that shrink, and all that :func:`magi_attn_flex_key` raises.
@@ -179,7 +189,10 @@ def magi_attn_varlen_key(
         pad_size,
         cp_group_or_mesh,
         dist_attn_config,
-        chunk_size=chunk_size,
+        is_same_source,
+        is_q_permutable,
+        is_k_permutable,
+        chunk_size,
     )
 
 
@@ -237,8 +250,11 @@ def magi_attn_varlen_dispatch(
     window_size: tuple[int, int] = (-1, -1),
     dist_attn_config: DistAttnConfig = DistAttnConfig(),  # noqa: B008 - frozen
     chunk_size: int | None = None,
+    is_same_source: bool = True,
+    is_q_permutable: bool = True,
+    is_k_permutable: bool = True,
 ) -> tuple[Tensor, DistAttnRuntimeKey]:
-    """Make a key by :func:`magi_attn_varlen_key` and dispatch ``x`` with it; returns both."""
+    """Make a key by :func:`magi_attn_varlen_key` and dispatch ``x``, as queries, with it; returns both."""
     key = magi_attn_varlen_key(
         cu_seqlens_q,
         cu_seqlens_k,
@@ -251,6 +267,9 @@ def magi_attn_varlen_dispatch(
         window_size,
         dist_attn_config,
         chunk_size,
+        is_same_source,
+        is_q_permutable,
+        is_k_permutable,
     )
     return dispatch(x, key), key
 
@@ -264,10 +283,15 @@ def make_flex_key_for_new_mask_after_dispatch(
     num_heads_kv: int | None = None,
     head_dim: int | None = None,
     dist_attn_config: DistAttnConfig | None = None,
+    key_for_kv_dispatch: DistAttnRuntimeKey | None = None,
 ) -> DistAttnRuntimeKey:
     """Plan another mask over tensors that are already dispatched with ``key_for_dispatch``.
 
     ``calc_attn`` with either key takes the same local tensors, and ``undispatch`` with either gives the same.
+
+    With ``key_for_kv_dispatch``, keys and values are those of another sequence, dispatched with that key: in layers that
+    alternate between self- and cross-attention, a decoder's rows and an encoder's memory stay where their own keys laid
+    them.
 
     Args:
         q_ranges: query rows of the new mask's slices.
@@ -279,20 +303,27 @@ def make_flex_key_for_new_mask_after_dispatch(
         num_heads_kv: key and value heads; those of the old key for None.
         head_dim: size of a head; that of the old key for None.
         dist_attn_config: overlap and runtime config are taken from here; from the old key for None.
+        key_for_kv_dispatch: the key whose layout of keys is kept; ``key_for_dispatch`` for None.
 
     Raises:
-        ValueError: The cache doesn't hold ``key_for_dispatch``, and all that :func:`magi_attn_flex_key` raises for
-            masks.
+        ValueError: The cache doesn't hold one of the keys, they are of different groups, and all that
+            :func:`magi_attn_flex_key` raises for masks.
     """
-    manager = find_manager(key_for_dispatch)
     old = key_for_dispatch
+    old_k = old if key_for_kv_dispatch is None else key_for_kv_dispatch
+    layout, key_layout = find_manager(old).layout, find_manager(old_k).key_layout
+    if old_k.group_ranks != old.group_ranks:
+        raise MagiValueError(
+            f"key_for_dispatch is of the ranks {list(old.group_ranks)} and key_for_kv_dispatch of "
+            f"{list(old_k.group_ranks)}; both must be made with the same group"
+        )
     source = dist_attn_config or old.dist_attn_config
     config = DistAttnConfig(
         dispatch_config=old.dist_attn_config.dispatch_config,
         overlap_config=source.overlap_config,
         runtime_config=source.runtime_config,
     ).resolved()
-    check_ranges(q_ranges, k_ranges, old.total_seqlen_q, old.total_seqlen_k)
+    check_ranges(q_ranges, k_ranges, old.total_seqlen_q, old_k.total_seqlen_k)
     mask_types: Sequence[AttnMaskType] = resolve_mask_types(attn_mask_type, len(q_ranges))
     resolve_group(old.cp_group if old.cp_mesh is None else old.cp_mesh, bool(config.runtime_config.hierarchical_comm))
     if old.pad_size:
@@ -308,8 +339,20 @@ def make_flex_key_for_new_mask_after_dispatch(
         head_dim=old.head_dim if head_dim is None else head_dim,
         dist_attn_config=config,
         layout_key=old.layout_key or old,
+        total_seqlen_k=old_k.total_seqlen_k,
+        pad_size_k=old_k.pad_size_k,
+        chunk_size_k=old_k.chunk_size_k,
+        is_same_source=layout is key_layout,
+        is_k_permutable=old_k.is_k_permutable,
+        layout_key_k=_key_of_key_layout(old, old_k),
     )
-    return _plan_if_new(key, manager)
+    return _plan_if_new(key, layout, key_layout)
+
+
+def _key_of_key_layout(old: DistAttnRuntimeKey, old_k: DistAttnRuntimeKey) -> DistAttnRuntimeKey | None:
+    """The key that the layout of keys of ``old_k`` was first made for; None if the layout of queries of ``old`` was."""
+    queries, keys = old.layout_key or old, old_k.layout_key_k or old_k.layout_key or old_k
+    return None if keys == queries else keys
 
 
 def make_varlen_key_for_new_mask_after_dispatch(
@@ -319,13 +362,19 @@ def make_varlen_key_for_new_mask_after_dispatch(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     dist_attn_config: DistAttnConfig | None = None,
+    key_for_kv_dispatch: DistAttnRuntimeKey | None = None,
 ) -> DistAttnRuntimeKey:
     """As :func:`make_flex_key_for_new_mask_after_dispatch`, for packed documents as in :func:`magi_attn_varlen_key`."""
     q_ranges, k_ranges, mask_types, _, _ = infer_attn_mask_from_cu_seqlens(
         cu_seqlens_q, cu_seqlens_k, causal, window_size
     )
     return make_flex_key_for_new_mask_after_dispatch(
-        q_ranges, k_ranges, mask_types, key_for_dispatch, dist_attn_config=dist_attn_config
+        q_ranges,
+        k_ranges,
+        mask_types,
+        key_for_dispatch,
+        dist_attn_config=dist_attn_config,
+        key_for_kv_dispatch=key_for_kv_dispatch,
     )
 
 
@@ -346,13 +395,14 @@ def clear_cache(cp_group: dist.ProcessGroup | None = None) -> None:
     dist_attn_runtime_dict_mgr.clear(cp_group)
 
 
-def _plan_if_new(key: DistAttnRuntimeKey, reference: DistAttnRuntimeMgr | None = None) -> DistAttnRuntimeKey:
-    """Make ``key`` its group's most recent one, and plan for it unless that was done, keeping a reference's layouts.
+def _plan_if_new(
+    key: DistAttnRuntimeKey, layout: Layout | None = None, key_layout: Layout | None = None
+) -> DistAttnRuntimeKey:
+    """Make ``key`` its group's most recent one, and plan for it unless that was done, keeping the layouts given.
 
     Returns the key as the cache holds it: the same object is found without comparing masks.
     """
     manager = dist_attn_runtime_dict_mgr.get(key)
     if manager is None:
-        layouts = (reference.layout, reference.key_layout) if reference else ()
-        manager = dist_attn_runtime_dict_mgr[key] = build_manager(key, *layouts)
+        manager = dist_attn_runtime_dict_mgr[key] = build_manager(key, layout, key_layout)
     return manager.key

@@ -41,9 +41,7 @@ class ChunkWork:
     deal_keys: DealKeys | None = None
 
 
-def measure_chunks(
-    slices: SliceTable, total: int, chunk_size: int, deal_keys: DealKeys | None = None
-) -> ChunkWork:
+def measure_chunks(slices: SliceTable, total: int, chunk_size: int, deal_keys: DealKeys | None = None) -> ChunkWork:
     """Measure all chunks of a sequence of ``total`` rows; the cost grows with slices and chunks, not with rows."""
     bands, source = band.shrink(slices.bands())
     first = bands[:, band.Q0] // chunk_size

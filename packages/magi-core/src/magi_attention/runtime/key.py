@@ -40,6 +40,7 @@ class DistAttnRuntimeKey:
         uneven_shard: whether ranks may hold different numbers of rows; then there is no padding.
         is_deterministic_mode_enable: from the configuration, as the fields that follow.
         layout_key: the key whose layouts this one shares, if it was made for a new mask after dispatch.
+        layout_key_k: the key whose layout of keys this one shares, if that isn't ``layout_key``.
         is_same_source: whether queries and keys are of one sequence (self-attention).
         is_q_permutable: whether ranks may hold other than contiguous shares of the queries.
         is_k_permutable: the same for keys.
@@ -80,6 +81,7 @@ class DistAttnRuntimeKey:
     is_k_permutable: bool = True
     pad_size_k: int = 0
     chunk_size_k: int = 0
+    layout_key_k: "DistAttnRuntimeKey | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         config = self.dist_attn_config.resolved()
