@@ -10,12 +10,13 @@ import pytest
 
 from magi_attention.cli.demo.masks import build_mask
 from magi_attention.cli.demo.options import MaskFamily
-from magi_attention.cli.figures import figures_of_plans, work_of_plans
+from magi_attention.cli.figures import figures_of_plans
 from magi_attention.cli.picture import save_picture
 from magi_attention.cli.raster import coverage, mask_image, ownership_image, rank_colors
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.build import build_plans
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.measure_plans import work_of_plans
 from magi_attention.plan.simulate import Cluster, LayerShape
 from magi_attention.plan.stages import StageOptions
 
@@ -118,15 +119,9 @@ def test_picture_is_written(tmp_path, degree):
         assert (np.abs(pixels[..., :3] - color).max(axis=-1) < 0.01).sum() > 1000
 
 
-def test_two_hop_exchanges_are_refused():
-    layout = Layout(96, 96, 8, 4, np.arange(12) % 4)
-    plans = build_plans(SliceTable([[0, 96, 0, 96, 0]]), layout, range(4), mesh_shape=(2, 2))
-    with pytest.raises(ValueError, match="two hops"):
-        work_of_plans(plans)
-
-
 def test_work_has_one_entry_for_each_rank_and_stage():
     work = work_of_plans(plans_for(build_mask(MaskFamily.CAUSAL, ENDS), 2))
     shapes = {field.name: getattr(work, field.name).shape for field in fields(work)}
     assert shapes.pop("tokens") == (3,)
+    assert shapes.pop("hops") == shapes.pop("queries_travel") == (3,)
     assert set(shapes.values()) == {(3, 3)}

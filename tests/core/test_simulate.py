@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magi_attention.cli.figures import work_of_plans
 from magi_attention.common import bands as band
 from magi_attention.common.bands import UNBOUNDED
 from magi_attention.common.slices import SliceTable
@@ -16,9 +15,11 @@ from magi_attention.plan import simulate
 from magi_attention.plan.build import build_plans
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.measure_plans import work_of_plans
+from magi_attention.plan.qo import RowCosts
 from magi_attention.plan.simulate import TILE, Cluster, LayerShape, count_tiles, measure_stages, predict
 from magi_attention.plan.stages import StageOptions, cut_stages
-from magi_attention.testing.masks import random_masks
+from magi_attention.testing.masks import random_masks, rectangular_masks
 
 SHAPE = LayerShape()
 FAST = Cluster(exchange_latency_us=0, kernel_latency_us=0, memory_gbs=1e12, nvlink_gbs=1e12, link_gbs=1e12)
@@ -30,28 +31,55 @@ def random_layout(total, num_ranks, seed, num_real=None):
     return Layout(num_real or total, total, chunk, num_ranks, owner)
 
 
-def measure(slices, layout, degree, ranks_per_node=8, min_piece=2):
-    demand = find_demand(slices, layout)
-    remote = cut_stages(demand, layout, max(degree, 1), StageOptions(degree=degree, min_piece=min_piece))
-    return measure_stages(demand, remote, layout, degree, ranks_per_node)
+def measure(slices, layout, degree, ranks_per_node=8, min_piece=2, key_layout=None, two_hops=False):
+    key_layout = key_layout or layout
+    demand = find_demand(slices, layout, key_layout)
+    remote = cut_stages(demand, key_layout, max(degree, 1), StageOptions(degree=degree, min_piece=min_piece))
+    return measure_stages(demand, remote, layout, degree, ranks_per_node, key_layout, two_hops=two_hops)
 
 
-@settings(deadline=None, max_examples=60)
-@given(random_masks(150), st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**32 - 1))
-def test_all_ranks_at_once_measure_as_their_plans_do(mask, num_ranks, degree, seed):
-    total, slices = mask
-    layout = random_layout(total, num_ranks, seed)
-    work = measure(slices, layout, degree)
-    plans = work_of_plans(build_plans(slices, layout, range(num_ranks), StageOptions(degree=degree, min_piece=2)))
+def assert_same_work(work, plans):
     for field in fields(work):
         ours, theirs = getattr(work, field.name), getattr(plans, field.name)
         if field.name in ("tokens", "traffic"):
             assert np.array_equal(ours, theirs), field.name
-        elif field.name != "tiles":
+        elif field.name not in ("tiles", "hops"):
             # Plans leave out stages in which no rank of the group receives anything.
-            kept = np.flatnonzero(work.received.any(axis=0) | (np.arange(degree + 1) == 0))
-            assert np.array_equal(ours[:, kept], theirs), field.name
+            kept = np.flatnonzero(work.received.any(axis=0) | (np.arange(len(work.hops)) == 0))
+            assert np.array_equal(ours[..., kept], theirs), field.name
+
+
+@settings(deadline=None, max_examples=60)
+@given(random_masks(150), st.integers(1, 5), st.integers(0, 3), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_all_ranks_at_once_measure_as_their_plans_do(mask, num_ranks, degree, per_node, seed):
+    total, slices = mask
+    layout = random_layout(total, num_ranks, seed)
+    work = measure(slices, layout, degree, per_node)
+    options = StageOptions(degree=degree, min_piece=2)
+    assert_same_work(work, work_of_plans(build_plans(slices, layout, range(num_ranks), options), per_node))
     assert work.pairs.sum() == slices.area()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rectangular_masks(150),
+    st.sampled_from([(1, 2), (2, 1), (2, 2), (3, 2), (2, 4)]),
+    st.integers(0, 3),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_two_sequences_and_two_hops_measure_as_their_plans_do(mask, mesh_shape, degree, two_hops, seed):
+    totals, slices = mask
+    num_ranks = mesh_shape[0] * mesh_shape[1]
+    layout, key_layout = (random_layout(total, num_ranks, seed + side) for side, total in enumerate(totals))
+    work = measure(slices, layout, degree, mesh_shape[1], key_layout=key_layout, two_hops=two_hops)
+    options = StageOptions(degree=degree, min_piece=2)
+    mesh = mesh_shape if two_hops else None
+    plans = build_plans(slices, layout, range(num_ranks), options, mesh, key_layout=key_layout)
+    assert_same_work(work, work_of_plans(plans, mesh_shape[1]))
+    assert work.pairs.sum() == slices.area()
+    direct = measure(slices, layout, degree, mesh_shape[1], key_layout=key_layout)
+    assert (work.received_inter.sum() <= direct.received_inter.sum()) or not two_hops
 
 
 @settings(deadline=None, max_examples=30)
@@ -173,6 +201,44 @@ def test_a_faster_machine_is_never_slower(mask, num_ranks, degree, rate, seed):
     assert (fast.backward.seconds_by_rank <= slow.backward.seconds_by_rank * (1 + 1e-12)).all()
     if slices.area():
         assert slow.efficiency <= 1
+
+
+def test_two_hops_add_up_and_cross_once():
+    # Both ranks of the second node read all rows of rank 0.
+    layout = Layout(4 * TILE, 4 * TILE, TILE, 4, np.arange(4))
+    slices = SliceTable([[2 * TILE, 4 * TILE, 0, TILE, 0]])
+    shares = {}
+    for two_hops in (False, True):
+        work = measure(slices, layout, 1, 2, two_hops=two_hops)
+        cluster = replace(FAST, nvlink_gbs=200.0, link_gbs=50.0, ranks_per_node=2, exchange_latency_us=3.0)
+        fetch = predict(work, cluster, SHAPE).forward.fetch
+        shares[two_hops] = np.diff(fetch)[:, 1, 0].tolist()
+    crossing, inside = TILE * SHAPE.bytes_per_row / 50e9, TILE * SHAPE.bytes_per_row / 200e9
+    assert shares[False] == pytest.approx([3e-6 + 2 * crossing, 3e-6, 3e-6 + crossing, 3e-6 + crossing])
+    assert shares[True] == pytest.approx([6e-6 + crossing, 6e-6, 6e-6 + crossing + inside, 6e-6 + inside])
+
+
+def test_traveling_queries_bring_their_outputs_home():
+    # The last rank's few queries read all of the first rank's keys; nothing else is remote.
+    slices = SliceTable([[0, 4 * TILE, 0, 4 * TILE, 0], [7 * TILE, 8 * TILE, 0, 4 * TILE, 0]])
+    layout = Layout(8 * TILE, 8 * TILE, 4 * TILE, 2, np.arange(2))
+    shape = LayerShape(8, 8, 128)
+    costs = RowCosts.of_heads(shape.heads_q, shape.heads_kv, shape.head_dim)
+    assert costs.keys == sum(shape.bytes_of_key_row)
+    assert costs.queries == sum(shape.bytes_of_query_row)
+    work = work_of_plans(build_plans(slices, layout, range(2), row_costs=costs))
+    assert work.queries_travel.tolist() == [False, True, False]
+    assert work.received.tolist() == [[0, TILE, 0], [0, 0, 0]]
+    assert work.traffic.tolist() == [[0, TILE], [0, 0]]
+    cluster = replace(FAST, nvlink_gbs=100.0, memory_gbs=1000.0)
+    prediction = predict(work, cluster, shape)
+    merge = 4 * TILE * 8 * 128 * simulate.MERGE_BYTES / 1e12
+    q, number = 8 * 128 * 2, 8 * 4
+    assert np.diff(prediction.forward.fetch)[:, 1, 0] == pytest.approx([TILE * q / 1e11] * 2)
+    assert np.diff(prediction.forward.send_home)[:, 1, 0] == pytest.approx([TILE * (q + number) / 1e11 + merge] * 2)
+    assert np.diff(prediction.backward.fetch)[:, 1, 0] == pytest.approx([TILE * 2 * (q + number) / 1e11] * 2)
+    assert np.diff(prediction.backward.send_home)[:, 1, 0] == pytest.approx([TILE * q / 1e11 + merge] * 2)
+    assert (prediction.forward.send_home[:, 1, 0] >= prediction.forward.compute[:, 1, 1]).all()
 
 
 def test_nonsense_is_refused():

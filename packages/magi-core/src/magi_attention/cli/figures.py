@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common.slices import SliceTable
-from magi_attention.plan.build import Plan, Stage
-from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_attention.plan.build import Plan
 from magi_attention.plan.layout import Layout
-from magi_attention.plan.simulate import Cluster, LayerShape, Prediction, StageWork, count_tiles, predict, real_tokens
+from magi_attention.plan.measure_plans import work_of_plans
+from magi_attention.plan.simulate import Cluster, LayerShape, Prediction, StageWork, predict
 
 QUANTILES = {"most": 1.0, "95 %": 0.95, "median": 0.5, "5 %": 0.05, "least": 0.0}
 """What tables and pictures show of many ranks, by its name."""
@@ -28,7 +28,8 @@ class PlanFigures:
 
     Attributes:
         mask: the mask planned for.
-        layout: who owns which rows.
+        layout: who owns which rows, or queries.
+        key_layout: who owns which keys; in self-attention the same object as ``layout``.
         work: what every rank computes and exchanges in every stage.
         prediction: when, on ``cluster``, for heads as in ``shape``.
         cluster: the machines that the prediction assumes.
@@ -37,6 +38,7 @@ class PlanFigures:
 
     mask: SliceTable
     layout: Layout
+    key_layout: Layout
     work: StageWork
     prediction: Prediction
     cluster: Cluster
@@ -54,18 +56,33 @@ class PlanFigures:
 
     @property
     def received(self) -> NDArray[np.int64]:
-        """``(ranks,)`` key/value rows that each rank receives in one layer's forward pass."""
+        """``(ranks,)`` rows that each rank receives in one layer's forward pass, in both hops where there are two."""
         return self.work.received.sum(axis=1)
 
     @property
     def sent(self) -> NDArray[np.int64]:
-        """``(ranks,)`` key/value rows that each rank sends."""
+        """``(ranks,)`` rows that each rank sends."""
         return self.work.sent.sum(axis=1)
 
     @property
     def rows_of_others(self) -> NDArray[np.int64]:
-        """``(ranks,)`` rows that other ranks hold: what an all-gather brings to a rank, and a ring passes through."""
-        return self.layout.total - self.layout.rows_per_rank
+        """``(ranks,)`` key rows that other ranks hold: what an all-gather brings to a rank, and a ring passes through."""
+        return self.key_layout.total - self.key_layout.rows_per_rank
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether queries and keys are of two sequences."""
+        return self.key_layout is not self.layout
+
+    @property
+    def row(self) -> str:
+        """What travels, in words."""
+        return "key/value or query" if self.work.queries_travel.any() else "key/value"
+
+    @property
+    def home(self) -> str:
+        """What goes home after kernels, in words."""
+        return "outputs and gradients" if self.work.queries_travel.any() else "gradients"
 
     @property
     def seconds_by_rank(self) -> NDArray[np.float64]:
@@ -133,31 +150,6 @@ def saved_share(received: float, of_others: float) -> float:
 
 def figures_of_plans(mask: SliceTable, plans: Sequence[Plan], cluster: Cluster, shape: LayerShape) -> PlanFigures:
     """Measure plans that exist, those of all ranks in their order."""
-    work = work_of_plans(plans)
-    return PlanFigures(mask, plans[0].layout, work, predict(work, cluster, shape), cluster, shape)
-
-
-def work_of_plans(plans: Sequence[Plan]) -> StageWork:
-    """Measure the stages of plans with direct exchanges, as if all ranks shared one node."""
-    tables = [[_direct(stage, len(plans)) for stage in plan.stages] for plan in plans]
-    received = np.array([[table.num_received for table in row] for row in tables])
-    return StageWork(
-        tokens=real_tokens(plans[0].layout),
-        pairs=np.array([[stage.slices.area() for stage in plan.stages] for plan in plans]),
-        tiles=np.array([[count_tiles(stage.slices.bands()).sum() for stage in plan.stages] for plan in plans]),
-        received=received,
-        sent=np.array([[sum(table.send_counts) for table in row] for row in tables]),
-        received_inter=np.zeros_like(received),
-        sent_inter=np.zeros_like(received),
-        traffic=np.array([np.sum([table.recv_counts for table in row], axis=0) for row in tables]),
-    )
-
-
-def _direct(stage: Stage, num_ranks: int) -> ExchangeTable:
-    """The stage's exchange, an empty one where there is none."""
-    if stage.exchange is None:
-        nothing = np.empty((0, 3), np.int64)
-        return ExchangeTable(nothing, nothing, num_ranks, 0, 0)
-    if isinstance(stage.exchange, TwoHopExchange):
-        raise ValueError("exchanges in two hops cannot be drawn; plan direct ones")
-    return stage.exchange
+    work = work_of_plans(plans, cluster.ranks_per_node)
+    prediction = predict(work, cluster, shape)
+    return PlanFigures(mask, plans[0].layout, plans[0].key_layout, work, prediction, cluster, shape)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which links the rows of two-hop exchanges take, for all ranks at once.
+
+A row that a node misses crosses once, to the rank with the same place in its node as the row's owner: its *relay*. All
+ranks of the node that read the row get it from there, the relay itself without any travel.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.common.intervals import Intervals, merge
+from magi_attention.plan.demand import lift, unlift
+from magi_attention.plan.layout import Layout
+
+Table = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class TwoHopLoads:
+    """Rows that travel in one stage.
+
+    Attributes:
+        inter: ``(nodes, nodes, places)`` rows that the rank at a place of a node (the first index) receives from the
+            rank at the same place of another.
+        intra: ``(nodes, places, places)`` rows that the rank at a place (the second index) of a node receives from
+            another place of its node.
+    """
+
+    inter: Table
+    intra: Table
+
+    @property
+    def by_rank(self) -> tuple[Table, Table, Table, Table]:
+        """Rows received and sent between nodes, received and sent within nodes; ``(ranks,)`` each."""
+        sums = (self.inter.sum(1), self.inter.sum(0), self.intra.sum(2), self.intra.sum(1))
+        received_inter, sent_inter, received_intra, sent_intra = (each.ravel() for each in sums)
+        return received_inter, sent_inter, received_intra, sent_intra
+
+    @property
+    def traffic(self) -> Table:
+        """``(ranks, ranks)`` rows that a rank (the first index) receives from another, in either hop."""
+        nodes, _, places = self.inter.shape
+        table = np.zeros((nodes, places, nodes, places), np.int64)
+        place, node = np.arange(places), np.arange(nodes)
+        table[:, place, :, place] = self.inter.transpose(2, 0, 1)
+        table[node, :, node, :] += self.intra
+        return table.reshape(nodes * places, nodes * places)
+
+
+def two_hop_loads(wanted: Table, layout: Layout, ranks_per_node: int) -> TwoHopLoads:
+    """Find the loads of a stage in which ranks receive the ``(rank, start, stop)`` rows ``wanted``."""
+    nodes = layout.num_ranks // ranks_per_node
+    of_nodes = unlift(merge(lift(wanted[:, 1:], wanted[:, 0] // ranks_per_node, layout)), layout)
+    inter = _rows_by_owner(of_nodes, nodes, layout).reshape(nodes, nodes, ranks_per_node)
+    inter[np.arange(nodes), np.arange(nodes)] = 0
+    read = _rows_by_owner(wanted, layout.num_ranks, layout)
+    intra = read.reshape(nodes, ranks_per_node, nodes, ranks_per_node).sum(2)
+    intra[:, np.arange(ranks_per_node), np.arange(ranks_per_node)] = 0
+    return TwoHopLoads(inter, intra)
+
+
+def _rows_by_owner(wanted: Table, num_groups: int, layout: Layout) -> Table:
+    """``(num_groups, ranks)`` how many of the ``(group, start, stop)`` rows that a group wants every rank owns."""
+    ordered = wanted[np.argsort(wanted[:, 0], kind="stable")]
+    ends = np.searchsorted(ordered[:, 0], np.arange(num_groups + 1))
+    return np.stack([rows_sent(ordered[a:b, 1:], layout) for a, b in zip(ends[:-1], ends[1:], strict=True)])
+
+
+def rows_sent(wanted: Intervals, layout: Layout) -> Table:
+    """``(ranks,)`` how many of the ``wanted`` rows, each counted as often as it is wanted, every rank owns.
+
+    The number of readers of a row is a step function of the row; its integral, taken at the ends of the runs, spares
+    the pairs of all readers and runs.
+    """
+    steps = np.sort(wanted, axis=0)
+    at = layout.runs[:, :2].ravel()
+    before = [np.concatenate([[0], np.cumsum(edge)]) for edge in steps.T]
+    opened, closed = (np.searchsorted(edge, at) for edge in steps.T)
+    wanted_before = (opened * at - before[0][opened]) - (closed * at - before[1][closed])
+    totals = np.zeros(layout.num_ranks, np.int64)
+    np.add.at(totals, layout.runs[:, 2], np.diff(wanted_before.reshape(-1, 2))[:, 0])
+    return totals
