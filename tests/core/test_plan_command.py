@@ -17,6 +17,7 @@ from magi_attention.cli.plan.study import SIMULATED_DEGREES, PlanStudy, find_alg
 from magi_attention.common import packed, workloads
 from magi_attention.common.enum import DispatchAlgType
 from magi_attention.common.mask import AttnMask
+from magi_attention.testing.oracle import dense_mask
 
 ENDS = [0, 300, 300, 1000, 1024]
 
@@ -146,6 +147,29 @@ def test_slices_beyond_the_tokens_are_refused(tmp_path):
         study(tmp_path, "slices.json", "[[0, 10, 0, 10], [10, 20, 50, 64]]", tokens=60)
 
 
+def test_keys_end_by_their_own_length(tmp_path):
+    text = "[[0, 10, 0, 10], [10, 20, 50, 64]]"
+    mask = study(tmp_path, "slices.json", text, tokens_k=100)
+    assert (mask.tokens, mask.tokens_k, mask.num_keys) == (20, 100, 100)
+    with pytest.raises(ValueError, match="slice 2: its keys end at 64, beyond --tokens-k 60"):
+        study(tmp_path, "slices.json", text, tokens_k=60)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (3, 2)}], ids=["full", "causal", "window"])
+def test_documents_of_two_sequences(tmp_path, options):
+    (tmp_path / "q.txt").write_text("0 300 300 1000")
+    (tmp_path / "k.json").write_text("[0, 100, 150, 400]")
+    mask = read_mask(PlanOptions(cu_seqlens=tmp_path / "q.txt", cu_seqlens_k=tmp_path / "k.json", **options))
+    assert (mask.name, mask.tokens, mask.tokens_k) == ("q.txt to k.json", 1000, 400)
+    seen = np.zeros((1000, 400), bool)
+    for q0, q1, k0, k1 in ((0, 300, 0, 100), (300, 1000, 150, 400)):
+        offset = np.arange(k0, k1) - np.arange(q0, q1)[:, None] - (k1 - q1)
+        left, right = options.get("window", (1000, 0 if options else 1000))
+        seen[q0:q1, k0:k1] = (-left <= offset) & (offset <= right)
+    assert mask.slices.area() == seen.sum()
+    assert (dense_mask(mask.slices, 1000, 400).numpy() == seen).all()
+
+
 CAUSAL = ["--mask", "causal", "--tokens", "4096"]
 
 
@@ -164,6 +188,13 @@ CAUSAL = ["--mask", "causal", "--tokens", "4096"]
             "--window takes numbers of keys, or -1 for all, not -2 0",
         ),
         (["--cu-seqlens", "nowhere.txt"], "nowhere.txt"),
+        ([*CAUSAL, "--cu-seqlens-k", "ends.txt"], "--cu-seqlens-k goes with --cu-seqlens"),
+        ([*CAUSAL, "--tokens-k", "64"], "--tokens-k goes with --slices"),
+        (["--cu-seqlens", "ends.txt", "--cu-seqlens-k", "more.txt"], "ends.txt holds 3 numbers and more.txt 4"),
+        ([*CAUSAL, "--hierarchical"], "--hierarchical needs several nodes of equally many ranks, unlike 8 ranks"),
+        ([*CAUSAL, "--simulate", "20", "--hierarchical"], "20 ranks in nodes of 8; give --nodes"),
+        ([*CAUSAL, "--nodes", "2", "--hierarchical", "--qo"], "--hierarchical and --qo cannot be combined"),
+        ([*CAUSAL, "--qo", "--overlap-degree", "2"], "leave --overlap-degree 2 away"),
         ([*CAUSAL, "--ranks", "0"], "--ranks must be at least 1, not 0"),
         ([*CAUSAL, "--ranks", "5000"], "cannot be shared by 5000 ranks"),
         ([*CAUSAL, "--ranks", "16", "--simulate", "32"], "--simulate 32 and --ranks 16 differ"),
@@ -182,6 +213,7 @@ def test_bad_flags_are_told(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "400")
     (tmp_path / "ends.txt").write_text("0 64 128")
+    (tmp_path / "more.txt").write_text("0 64 128 256")
     result = CliRunner().invoke(app, ["plan", *flags])
     assert result.exit_code == 2
     assert words in result.stderr
@@ -290,8 +322,81 @@ def test_pictures_are_written_and_the_page_stands_alone(tmp_path, tokens, ranks)
     planes = [attrs["data-plane"] for _, attrs in links.elements if "data-plane" in attrs]
     assert {"mask", "ownership", "traffic"} == set(planes)
     data = json.loads(re.search(r"const data = (.*);", page)[1])
-    assert data["tokens"] == tokens
+    assert data["queries"]["tokens"] == tokens
+    assert data["keys"] is None
     assert len(data["traffic"]) == ranks
+
+
+@pytest.fixture
+def two_sequences(tmp_path):
+    """Flags for packed texts that attend to pictures."""
+    rng = np.random.default_rng(0)
+    for name, most in (("texts", 700), ("pictures", 300)):
+        np.save(tmp_path / f"{name}.npy", np.append(0, np.cumsum(rng.integers(64, most, 60))))
+    return ["--cu-seqlens", tmp_path / "texts.npy", "--cu-seqlens-k", tmp_path / "pictures.npy"]
+
+
+@pytest.mark.parametrize("algorithm", ["locality", "min-heap"])
+@pytest.mark.parametrize("more", [[], ["--qo"], ["--nodes", 2, "--hierarchical"], ["--uneven"]], ids=str)
+def test_figures_of_two_sequences(two_sequences, algorithm, more):
+    figures = figures_of(*two_sequences, "--simulate", 8, "--algorithm", algorithm, *more)
+    mask, plan, ranks = figures["mask"], figures["plan"], figures["ranks"]
+    ends = [np.load(two_sequences[n]) for n in (1, 3)]
+    assert (mask["tokens"], mask["key_tokens"]) == (ends[0][-1], ends[1][-1])
+    assert mask["pairs"] == (np.diff(ends[0]) * np.diff(ends[1])).sum() == sum(rank["pairs"] for rank in ranks)
+    assert sum(rank["tokens"] for rank in ranks) == mask["tokens"]
+    assert sum(rank["key_tokens"] for rank in ranks) == mask["key_tokens"]
+    assert plan["keys"]["padding"] == plan["keys"]["chunks"] * plan["keys"]["chunk_size"] - mask["key_tokens"] or more
+    assert sum(rank["rows_received"] for rank in ranks) == sum(rank["rows_sent"] for rank in ranks)
+    assert figures["compared"]["ring"]["rows_received"] == 7 * mask["key_tokens"]
+    assert (plan["hops"], plan["queries_travel"]) == (1 + ("--hierarchical" in more), "--qo" in more)
+    assert plan["imbalance"] <= 1.1
+    if not more:
+        assert (
+            plan["rows_received_lower_bound"]
+            <= plan["rows_received"]
+            <= figures["compared"]["min_heap"]["rows_received"]
+        )
+    if "--qo" in more:
+        assert len(figures["simulation"]) == 1
+        assert 0 <= plan["query_rows_received"] <= plan["rows_received"]
+
+
+def test_two_hops_cross_less_and_need_as_much():
+    flags = ["--mask", "causal", "--tokens", 65536, "--simulate", 16, "--nodes", 4, "--algorithm", "locality"]
+    direct, relayed = (figures_of(*flags, *more)["plan"] for more in ([], ["--hierarchical"]))
+    # Each row crosses to a node once, not once for each of its four ranks.
+    assert relayed["rows_received_between_nodes"] <= 0.5 * direct["rows_received_between_nodes"]
+    assert relayed["rows_received"] > relayed["rows_received_between_nodes"]
+    assert (direct["hops"], relayed["hops"]) == (1, 2)
+
+
+def test_queries_travel_where_that_is_cheaper(tmp_path, monkeypatch):
+    path = tmp_path / "slices.json"
+    path.write_text("[[0, 8192, 0, 8192, 1], [16000, 16384, 0, 16384]]")
+    flags = ["--slices", path, "--ranks", 4, "--heads-q", 8, "--heads-kv", 8]
+    plan = figures_of(*flags, "--qo")["plan"]
+    assert 0 < plan["query_rows_received"] < plan["rows_received"] < figures_of(*flags)["plan"]["rows_received"]
+    monkeypatch.setenv("COLUMNS", "200")
+    words = run(*flags, "--qo")
+    assert f"{plan['query_rows_received']:,} query rows" in words
+
+
+@pytest.mark.parametrize(("ranks", "more"), [(8, ["--qo"]), (32, ["--hierarchical"])])
+def test_pictures_of_two_sequences(two_sequences, tmp_path, ranks, more):
+    png, html = tmp_path / "plan.png", tmp_path / "plan.html"
+    run(*two_sequences, "--simulate", ranks, *more, "--png", png, "--html", html)
+    assert matplotlib.image.imread(png).shape[:2] == (1690, 1690)
+    page = html.read_text()
+    links = Links()
+    links.feed(page)
+    planes = [attrs["data-plane"] for _, attrs in links.elements if "data-plane" in attrs]
+    assert set(planes) == {"mask", "ownership", "key-ownership", "traffic"}
+    data = json.loads(re.search(r"const data = (.*);", page)[1])
+    assert data["keys"]["tokens"] == np.load(two_sequences[3])[-1]
+    assert ("outputs and gradients go home" in page) == ("--qo" in more)
+    tips = [attrs["data-tip"] for _, attrs in links.elements if "data-tip" in attrs]
+    assert any("query rows" in tip for tip in tips) == ("--qo" in more)
 
 
 def test_a_name_cannot_break_the_page(tmp_path):

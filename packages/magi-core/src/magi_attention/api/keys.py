@@ -167,9 +167,9 @@ def magi_attn_varlen_key(
         window_size: ``(left, right)`` of a sliding window inside each document; -1 means no limit.
         dist_attn_config: as for :func:`magi_attn_flex_key`.
         chunk_size: deprecated, as for :func:`magi_attn_flex_key`.
-        is_same_source: whether queries and keys are of one sequence; as for :func:`magi_attn_flex_key`, as the next two.
-        is_q_permutable: whether queries may be dealt in any order.
-        is_k_permutable: whether keys may.
+        is_same_source: whether queries and keys are of one sequence, as for :func:`magi_attn_flex_key`.
+        is_q_permutable: whether queries may be dealt in any order, as there.
+        is_k_permutable: whether keys may, as there.
 
     Raises:
         ValueError: ``causal`` with a window, lengths that shrink, and all that :func:`magi_attn_flex_key` raises.
@@ -289,7 +289,7 @@ def make_flex_key_for_new_mask_after_dispatch(
 
     ``calc_attn`` with either key takes the same local tensors, and ``undispatch`` with either gives the same.
 
-    With ``key_for_kv_dispatch``, keys and values are those of another sequence, dispatched with that key: in layers that
+    With ``key_for_kv_dispatch``, keys and values are those of another sequence, dispatched with that key: where layers
     alternate between self- and cross-attention, a decoder's rows and an encoder's memory stay where their own keys laid
     them.
 

@@ -66,7 +66,7 @@ class PlanFigures:
 
     @property
     def rows_of_others(self) -> NDArray[np.int64]:
-        """``(ranks,)`` key rows that other ranks hold: what an all-gather brings to a rank, and a ring passes through."""
+        """``(ranks,)`` key rows that others hold: what an all-gather brings to a rank, and a ring passes through."""
         return self.key_layout.total - self.key_layout.rows_per_rank
 
     @property

@@ -102,6 +102,9 @@ def plan(
     cu_seqlens: Annotated[
         Path | None, typer.Option(**EXISTING_FILE, help="Documents' cumulative lengths from 0: text, .npy or .json.")
     ] = None,
+    cu_seqlens_k: Annotated[
+        Path | None, typer.Option(**EXISTING_FILE, help="The same for keys of another sequence (cross-attention).")
+    ] = None,
     causal: Annotated[bool | None, typer.Option("--causal/--full", help="Documents of --cu-seqlens.")] = None,
     window: Annotated[
         tuple[int, int] | None, typer.Option(metavar="L R", help="Keys left and right that a token sees; -1 for all.")
@@ -109,12 +112,21 @@ def plan(
     slices: Annotated[
         Path | None, typer.Option(**EXISTING_FILE, help='JSON list of slices, such as [0, 64, 0, 64, "causal"].')
     ] = None,
+    tokens_k: Annotated[
+        int | None, typer.Option(help="Length of the other sequence that the keys of --slices are of.")
+    ] = None,
     ranks: Annotated[int, typer.Option(help="Ranks of the group.")] = PLAN_DEFAULT.ranks,
     chunk_size: Annotated[int | None, typer.Option(help="Most rows of a chunk; else the planner chooses.")] = None,
     algorithm: Annotated[str | None, typer.Option(metavar="NAME", help="How chunks are dealt to ranks.")] = None,
     overlap_degree: Annotated[
         str, typer.Option(metavar="N|auto", help="Stages in which remote rows are fetched; 0 for no overlap.")
     ] = str(PLAN_DEFAULT.overlap_degree),
+    hierarchical: Annotated[
+        bool, typer.Option("--hierarchical", help="Rows cross to each node once, and are spread there.")
+    ] = PLAN_DEFAULT.hierarchical,
+    qo: Annotated[
+        bool, typer.Option("--qo", help="Let queries travel to keys where that moves fewer bytes.")
+    ] = PLAN_DEFAULT.qo,
     uneven: Annotated[
         bool, typer.Option("--uneven", help="Let ranks hold unequal numbers of tokens, instead of padding.")
     ] = PLAN_DEFAULT.uneven,
@@ -144,15 +156,19 @@ def plan(
             mask=mask,
             tokens=tokens,
             cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
             causal=causal,
             window=window,
             slices=slices,
+            tokens_k=tokens_k,
             ranks=ranks if simulate is None else simulate,
             nodes=nodes,
             simulate=simulate is not None,
             chunk_size=chunk_size,
             algorithm=algorithm,
             overlap_degree=parse_degree(overlap_degree),
+            hierarchical=hierarchical,
+            qo=qo,
             uneven=uneven,
             heads_q=heads_q,
             heads_kv=heads_kv,

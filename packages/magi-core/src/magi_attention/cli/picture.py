@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from magi_attention.cli.figures import MOST_SHOWN_RANKS, PlanFigures, saved_share, short, time_unit
 from magi_attention.cli.raster import Color, mask_image, ownership_image, rank_colors, thin_window
+from magi_attention.plan.layout import Layout
 
 BACKGROUND_COLOR = "#F3F4F6"
 EDGE_COLOR = "#C5CAD1"
@@ -56,7 +57,12 @@ def save_picture(path: Path, figures: PlanFigures, title: str) -> None:
         draw_mask(figure.add_subplot(grid[:2, 0]), figures, colors)
         (draw_work_of_many if many else draw_work)(figure.add_subplot(grid[0, 1]), figures, colors)
         (draw_rows_of_many if many else draw_rows)(figure.add_subplot(grid[1, 1]), figures, colors)
-        draw_ownership(figure.add_subplot(grid[2, 0]), figures, colors)
+        if figures.is_cross:
+            part = grid[2, 0].subgridspec(2, 1)
+            draw_ownership(figure.add_subplot(part[0]), figures.layout, colors, "queries")
+            draw_ownership(figure.add_subplot(part[1]), figures.key_layout, colors, "keys")
+        else:
+            draw_ownership(figure.add_subplot(grid[2, 0]), figures.layout, colors, "rows")
         draw_traffic(figure.add_subplot(grid[2, 1]), figures)
         draw_timeline(figure.add_subplot(grid[3, :]), figures, colors)
         figure.savefig(path, dpi=130)
@@ -65,11 +71,11 @@ def save_picture(path: Path, figures: PlanFigures, title: str) -> None:
 def draw_mask(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
     """Draw the mask with its pairs colored by rank; where it is a thin diagonal, a part of it larger in a corner."""
     size = figures.layout.num_real
-    _draw_pairs(axes, figures, colors, (0, size), MASK_PIXELS)
+    _draw_pairs(axes, figures, colors, (0, size), (0, figures.key_layout.num_real), MASK_PIXELS)
     axes.set(title="Mask: who computes which pairs", xlabel="key", ylabel="query")
-    if (window := thin_window(figures.mask, figures.layout)) is not None:
+    if (window := thin_window(figures.mask, figures.layout, figures.key_layout)) is not None:
         part = axes.inset_axes((0.03, 0.03, 0.45, 0.45))
-        _draw_pairs(part, figures, colors, window, MASK_PIXELS // 2)
+        _draw_pairs(part, figures, colors, window, window, MASK_PIXELS // 2)
         part.set_title(f"enlarged {size / (window[1] - window[0]):.0f} times", fontsize=8.5, fontweight="normal")
         part.set_xticks([])
         part.set_yticks([])
@@ -80,31 +86,33 @@ def draw_mask(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
         axes.legend(handles=handles, loc="upper right", frameon=True, framealpha=0.95, edgecolor=EDGE_COLOR)
 
 
-def _draw_pairs(axes: Axes, figures: PlanFigures, colors: Colors, window: tuple[int, int], pixels: int) -> None:
-    start, stop = window
+def _draw_pairs(
+    axes: Axes, figures: PlanFigures, colors: Colors, window: tuple[int, int], keys: tuple[int, int], pixels: int
+) -> None:
+    pixels = min(pixels, max(stop - start for start, stop in (window, keys)))
     axes.set_facecolor(BACKGROUND_COLOR)
     axes.imshow(
-        mask_image(figures.mask, figures.layout, colors, min(pixels, stop - start), window),
-        extent=(start, stop, stop, start),
+        mask_image(figures.mask, figures.layout, colors, pixels, window, keys),
+        extent=(*keys, *window[::-1]),
+        aspect="auto" if figures.is_cross else "equal",
         interpolation="antialiased",
     )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda row, _: short(row))
 
 
-def draw_ownership(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
-    """Draw which rank holds which rows of the sequence."""
-    layout = figures.layout
+def draw_ownership(axes: Axes, layout: Layout, colors: Colors, rows: str) -> None:
+    """Draw which rank holds which rows of a sequence, called ``rows``."""
     axes.set_facecolor(BACKGROUND_COLOR)
     axes.imshow(
-        ownership_image(layout, colors, min(MASK_PIXELS, layout.total), min(figures.num_ranks, 256)),
-        extent=(0, layout.total, figures.num_ranks - 0.5, -0.5),
+        ownership_image(layout, colors, min(MASK_PIXELS, layout.total), min(layout.num_ranks, 256)),
+        extent=(0, layout.total, layout.num_ranks - 0.5, -0.5),
         aspect="auto",
         interpolation="nearest",
     )
-    axes.set(title="Ownership: which rank holds which rows", xlabel="row of the sequence")
+    axes.set(title=f"Ownership: which rank holds which {rows}", xlabel="row of the sequence")
     axes.xaxis.set_major_formatter(lambda row, _: short(row))
-    _name_ranks(axes, range(figures.num_ranks))
+    _name_ranks(axes, range(layout.num_ranks))
 
 
 def draw_work(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
@@ -156,7 +164,7 @@ def draw_rows(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
     labels = [f"{short(count)} of {short(most)}" for count, most in zip(figures.received, others, strict=True)]
     _label_bars(axes, np.maximum(others, figures.sent) / unit, labels)
     _name_ranks(axes, range(figures.num_ranks))
-    axes.set(title=_rows_title(figures), xlabel=f"key/value rows{name}, per layer; a segment is a stage")
+    axes.set(title=_rows_title(figures), xlabel=f"{figures.row} rows{name}, per layer; a segment is a stage")
     _legend_above(axes)
 
 
@@ -177,7 +185,7 @@ def draw_rows_of_many(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
     axes.set_ylim(len(stages) - 0.4, -0.6)
     axes.set_xlim(0, max(work.received.max(), work.sent.max(), 1) / unit * 1.35)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set(title=_rows_title(figures), xlabel=f"key/value rows of a rank{name}: range, middle 90 %, median")
+    axes.set(title=_rows_title(figures), xlabel=f"{figures.row} rows of a rank{name}: range, middle 90 %, median")
     _legend_above(axes, [Patch(color=RECEIVED_COLOR, label="received"), Patch(color=SENT_COLOR, label="sent")])
 
 
@@ -205,7 +213,7 @@ def draw_traffic(axes: Axes, figures: PlanFigures) -> None:
 
 
 def draw_timeline(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
-    """Draw when the stages fetch rows, compute and send gradients home; of many ranks, the slowest and two others."""
+    """Draw when the stages fetch rows, compute and send results home; of many ranks, the slowest and two others."""
     passes = (figures.prediction.forward, figures.prediction.backward)
     scale, name = time_unit(figures.prediction.seconds)
     start = 0.0
@@ -235,7 +243,7 @@ def draw_timeline(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
         [
             Patch(color=colors[shown[0]], label="compute"),
             Patch(color=FETCH_COLOR, label="rows travel"),
-            Patch(color=HOME_COLOR, label="gradients go home"),
+            Patch(color=HOME_COLOR, label=f"{figures.home} go home"),
         ],
     )
 

@@ -52,16 +52,22 @@ def coverage(mask: SliceTable, rows: NDArray[np.int64], edges: NDArray[np.float6
 
 
 def mask_image(
-    mask: SliceTable, layout: Layout, colors: Sequence[Color], pixels: int, window: tuple[int, int] | None = None
+    mask: SliceTable,
+    layout: Layout,
+    colors: Sequence[Color],
+    pixels: int,
+    window: tuple[int, int] | None = None,
+    keys: tuple[int, int] | None = None,
 ) -> Pixels:
     """Color every kept pair by the rank that computes it, the owner of its query, on a grid of ``pixels``².
 
     Args:
         mask: the mask.
-        layout: who owns which rows.
+        layout: who owns which queries.
         colors: one per rank.
         pixels: the picture's height and width.
-        window: the rows, and keys, to show; None for all.
+        window: the queries to show; None for all.
+        keys: the keys to show; None for the same as ``window``.
 
     Returns:
         ``(pixels, pixels, 4)`` RGBA, transparent where no pair is kept.
@@ -71,18 +77,22 @@ def mask_image(
     rows = start + (2 * np.arange(num_samples) + 1) * (stop - start) // (2 * num_samples)
     owner = layout.owner[rows // layout.chunk_size]
     # Thin diagonals would vanish in proportion; a root keeps them visible.
-    strength = np.sqrt(coverage(mask, rows, np.linspace(start, stop, pixels + 1)))[..., None]
+    strength = np.sqrt(coverage(mask, rows, np.linspace(*(keys or (start, stop)), pixels + 1)))[..., None]
     image = np.concatenate([strength * np.array(colors)[owner][:, None], strength], axis=2)
     image = image.reshape(pixels, ROWS_PER_PIXEL, pixels, 4).mean(axis=1)
     alpha = image[..., 3:]
     return np.concatenate([image[..., :3] / np.where(alpha > 0, alpha, 1), alpha], axis=2)
 
 
-def thin_window(mask: SliceTable, layout: Layout) -> tuple[int, int] | None:
+def thin_window(mask: SliceTable, layout: Layout, key_layout: Layout) -> tuple[int, int] | None:
     """Where to zoom in on a mask that is too thin a diagonal to be made out in whole; None for other masks.
+
+    That takes queries and keys of one sequence.
 
     The window is the middle one of ``ZOOM`` equal parts of the sequence.
     """
+    if key_layout is not layout:
+        return None
     bands = mask.bands()
     reach = np.minimum(bands[:, 5], bands[:, 3] - 1 - bands[:, 0]) - np.maximum(bands[:, 4], bands[:, 2] - bands[:, 1])
     part = layout.num_real // ZOOM

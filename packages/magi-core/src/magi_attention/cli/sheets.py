@@ -68,11 +68,21 @@ def rank_sheet(figures: PlanFigures, title: str) -> Sheet:
             f"{saved_share(figures.received.sum(), others.sum()):.0%}",
         ),
         caption=of_each
-        + "Tokens are those that the rank holds. A pair is a query and a key that it sees. A row is one token's "
-        "key and value, received from another rank in one layer's forward. Saved is relative to an all-gather, which "
+        + f"{_tokens(figures)} A pair is a query and a key that it sees. {_row(figures)}, received from another "
+        "rank in one layer's forward. Saved is relative to an all-gather, which "
         f"brings each rank all rows that it does not hold ({others.sum():,} in all), or a ring, which passes the same "
         "rows through it.",
     )
+
+
+def _tokens(figures: PlanFigures) -> str:
+    return f"Tokens are those {'of the queries ' * figures.is_cross}that the rank holds."
+
+
+def _row(figures: PlanFigures) -> str:
+    queries = ", or its query" if figures.work.queries_travel.any() else ""
+    hops = " In two hops, rows that a rank passes on count in both." if (figures.work.hops > 1).any() else ""
+    return f"{hops} A row is one token's key and value{queries}".strip()
 
 
 def _quantile(column: NDArray[np.int64], share: float) -> int:

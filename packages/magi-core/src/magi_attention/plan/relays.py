@@ -6,6 +6,7 @@ ranks of the node that read the row get it from there, the relay itself without 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +66,7 @@ def _rows_by_owner(wanted: Table, num_groups: int, layout: Layout) -> Table:
     """``(num_groups, ranks)`` how many of the ``(group, start, stop)`` rows that a group wants every rank owns."""
     ordered = wanted[np.argsort(wanted[:, 0], kind="stable")]
     ends = np.searchsorted(ordered[:, 0], np.arange(num_groups + 1))
-    return np.stack([rows_sent(ordered[a:b, 1:], layout) for a, b in zip(ends[:-1], ends[1:], strict=True)])
+    return np.stack([rows_sent(ordered[a:b, 1:], layout) for a, b in pairwise(ends.tolist())])
 
 
 def rows_sent(wanted: Intervals, layout: Layout) -> Table:

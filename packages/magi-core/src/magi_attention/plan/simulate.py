@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
-from magi_attention.common.intervals import Intervals, intersect, overlaps
+from magi_attention.common.intervals import intersect, overlaps
 from magi_attention.plan.demand import Demand, lift, lifted_runs
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.relays import rows_sent, two_hop_loads
@@ -341,7 +341,7 @@ class PassTimeline:
     Attributes:
         fetch: the stage's rows travel.
         compute: the stage's kernel runs.
-        send_home: the gradients of received rows travel or, forward, the outputs of visiting queries; else of no length.
+        send_home: gradients of received rows travel or, forward, outputs of visiting queries; else of no length.
     """
 
     fetch: Seconds

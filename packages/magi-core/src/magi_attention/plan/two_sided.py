@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents of masks whose queries and keys are of two sequences, each with an axis of its own.
 
-A slice joins its query rows with its key rows. What is joined, directly or through others, is a *component*: the queries
-of a document and the keys that they read. Its rows need not be neighbors on either axis.
+A slice joins its query rows with its key rows. What is joined, directly or through others, is a *component*: the
+queries of a document and the keys that they read. Its rows need not be neighbors on either axis.
 """
 
 import numpy as np

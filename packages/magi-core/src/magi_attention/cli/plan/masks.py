@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.api.masks import infer_attn_mask_from_cu_seqlens
 from magi_attention.cli.plan.options import PlanOptions
 from magi_attention.common import packed, workloads
 from magi_attention.common.enum import AttnMaskType
@@ -22,11 +23,17 @@ TYPES = {kind.value: number for number, kind in enumerate(AttnMaskType)}
 
 @dataclass(frozen=True, eq=False)
 class NamedMask:
-    """A mask over ``tokens`` queries and as many keys, and what to call it."""
+    """A mask over ``tokens`` queries and as many keys or, of another sequence, ``tokens_k``; and what to call it."""
 
     name: str
     slices: SliceTable
     tokens: int
+    tokens_k: int | None = None
+
+    @property
+    def num_keys(self) -> int:
+        """Rows of the sequence of keys."""
+        return self.tokens if self.tokens_k is None else self.tokens_k
 
 
 def read_mask(options: PlanOptions) -> NamedMask:
@@ -40,16 +47,33 @@ def read_mask(options: PlanOptions) -> NamedMask:
         assert options.tokens is not None
         name = options.mask.replace("-", "_")
         mask = NamedMask(name, workloads.make(name, options.tokens), options.tokens)
+    elif options.cu_seqlens is not None and options.cu_seqlens_k is not None:
+        mask = _read_documents_of_two(options, options.cu_seqlens, options.cu_seqlens_k)
     elif options.cu_seqlens is not None:
         ends = read_cu_seqlens(options.cu_seqlens)
         left, right = options.window or (-1, -1 if options.causal is False else 0)
         mask = NamedMask(options.cu_seqlens.name, packed.sliding_window(ends, left, right), int(ends[-1]))
     else:
         assert options.slices is not None
-        mask = _with_length(read_slices(options.slices), options.slices, options.tokens)
+        mask = _with_lengths(read_slices(options.slices), options.slices, options.tokens, options.tokens_k)
     if not mask.slices.area():
         raise ValueError(f"the mask {mask.name} keeps no pair: no query sees any key")
     return mask
+
+
+def _read_documents_of_two(options: PlanOptions, queries: Path, keys: Path) -> NamedMask:
+    """Documents whose queries and keys are of two sequences."""
+    ends, ends_k = read_cu_seqlens(queries), read_cu_seqlens(keys)
+    if len(ends) != len(ends_k):
+        raise ValueError(
+            f"{queries} holds {len(ends)} numbers and {keys} {len(ends_k)}: both need the ends of the same documents"
+        )
+    q_ranges, k_ranges, types, tokens, tokens_k = infer_attn_mask_from_cu_seqlens(
+        ends.tolist(), ends_k.tolist(), bool(options.causal), options.window or (-1, -1)
+    )
+    kinds = [each.to_int_type() for each in types]
+    slices = SliceTable.from_lists(q_ranges.to_naive_ranges(), k_ranges.to_naive_ranges(), kinds)
+    return NamedMask(f"{queries.name} to {keys.name}", slices, tokens, tokens_k)
 
 
 def read_cu_seqlens(path: Path) -> NDArray[np.int64]:
@@ -146,13 +170,14 @@ def _parse_type(kind: Any, place: str) -> int:
     raise ValueError(f"{place}: {json.dumps(kind)} is not a type of slice; types are {known}")
 
 
-def _with_length(slices: SliceTable, path: Path, tokens: int | None) -> NamedMask:
+def _with_lengths(slices: SliceTable, path: Path, tokens: int | None, tokens_k: int | None) -> NamedMask:
     ends: Sequence[int] = slices.rows[:, [1, 3]].max(axis=0, initial=0).tolist()
-    for side, column, end in zip(("queries", "keys"), (1, 3), ends, strict=True):
-        if tokens is not None and end > tokens:
+    limits = (("--tokens", tokens), ("--tokens", tokens) if tokens_k is None else ("--tokens-k", tokens_k))
+    for side, column, end, (flag, limit) in zip(("queries", "keys"), (1, 3), ends, limits, strict=True):
+        if limit is not None and end > limit:
             index = int(slices.rows[:, column].argmax())
-            raise ValueError(f"{path}, slice {index + 1}: its {side} end at {end}, beyond --tokens {tokens}")
-    return NamedMask(path.name, slices, tokens or max(ends))
+            raise ValueError(f"{path}, slice {index + 1}: its {side} end at {end}, beyond {flag} {limit}")
+    return NamedMask(path.name, slices, tokens or (max(ends) if tokens_k is None else ends[0]), tokens_k)
 
 
 def _read_json_list(path: Path, of_what: str) -> list[Any]:

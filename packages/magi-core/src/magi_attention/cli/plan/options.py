@@ -15,16 +15,20 @@ class PlanOptions:
         mask: name of a mask of :mod:`magi_attention.common.workloads`.
         tokens: length of the sequence; needed with ``mask``, and no shorter than the slices' ends with ``slices``.
         cu_seqlens: file of the documents' cumulative lengths.
-        causal: whether documents are causal or, if False, see all of themselves; None, for causal, unless ``window``
-            says more.
+        cu_seqlens_k: the same for keys of another sequence, to which the documents' queries attend.
+        causal: whether documents are causal or, if False, see all of themselves; None for causal, with
+            ``cu_seqlens_k`` for all, unless ``window`` says more.
         window: keys that a token of a document sees to its left and right; -1 for all.
         slices: file of a JSON list of slices.
+        tokens_k: length of the sequence of keys, where the keys of ``slices`` are of another sequence.
         ranks: size of the group.
         nodes: machines that the ranks are spread over evenly; None for as many as 8 ranks to a node take.
         simulate: whether to compare overlap degrees.
         chunk_size: the most rows of a chunk; None for the planner's choice.
         algorithm: name of the dispatch algorithm; None for the default.
         overlap_degree: remote stages; None for automatic.
+        hierarchical: whether rows cross between nodes once, to be spread there (two hops).
+        qo: whether queries travel to the keys, and outputs back, where that moves fewer bytes.
         uneven: whether ranks may hold unequal numbers of tokens, instead of padding.
         heads_q: query heads.
         heads_kv: key/value heads.
@@ -37,15 +41,19 @@ class PlanOptions:
     mask: str | None = None
     tokens: int | None = None
     cu_seqlens: Path | None = None
+    cu_seqlens_k: Path | None = None
     causal: bool | None = None
     window: tuple[int, int] | None = None
     slices: Path | None = None
+    tokens_k: int | None = None
     ranks: int = 8
     nodes: int | None = None
     simulate: bool = False
     chunk_size: int | None = None
     algorithm: str | None = None
     overlap_degree: int | None = 1
+    hierarchical: bool = False
+    qo: bool = False
     uneven: bool = False
     heads_q: int = 32
     heads_kv: int = 8
@@ -57,7 +65,7 @@ class PlanOptions:
     def __post_init__(self) -> None:
         """Refuse what cannot work, in the words of the command line."""
         self._check_mask()
-        for name in ("ranks", "nodes", "tokens", "chunk_size", "heads_q", "heads_kv", "head_dim"):
+        for name in ("ranks", "nodes", "tokens", "tokens_k", "chunk_size", "heads_q", "heads_kv", "head_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{_flag(name)} must be at least 1, not {value}")
@@ -68,6 +76,19 @@ class PlanOptions:
             raise ValueError(f"--heads-q {self.heads_q} must be a multiple of --heads-kv {self.heads_kv}")
         if self.nodes is not None and self.ranks % self.nodes:
             raise ValueError(f"--nodes {self.nodes} must divide the {self.ranks} ranks: every node has as many")
+        self._check_exchanges()
+
+    def _check_exchanges(self) -> None:
+        if self.hierarchical and self.qo:
+            raise ValueError("--hierarchical and --qo cannot be combined: queries travel in one hop only")
+        if self.hierarchical and (self.ranks <= self.ranks_per_node or self.ranks % self.ranks_per_node):
+            raise ValueError(
+                f"--hierarchical needs several nodes of equally many ranks, unlike {self.ranks} ranks in nodes of "
+                f"{self.ranks_per_node}; give --nodes"
+            )
+        if self.qo and self.overlap_degree != 1:
+            degree = "auto" if self.overlap_degree is None else self.overlap_degree
+            raise ValueError(f"--qo has one stage for each direction; leave --overlap-degree {degree} away")
 
     def _check_mask(self) -> None:
         inputs = {"--mask": self.mask, "--cu-seqlens": self.cu_seqlens, "--slices": self.slices}
@@ -78,11 +99,16 @@ class PlanOptions:
         if self.mask is not None and self.tokens is None:
             raise ValueError(f"--mask {self.mask} needs --tokens N, the length of the sequence")
         if self.cu_seqlens is None:
-            for flag, value in (("--causal/--full", self.causal), ("--window", self.window)):
+            flags = (("--causal/--full", self.causal), ("--window", self.window), ("--cu-seqlens-k", self.cu_seqlens_k))
+            for flag, value in flags:
                 if value is not None:
                     raise ValueError(f"{flag} goes with --cu-seqlens; {given[0]} says itself what is seen")
         elif self.tokens is not None:
             raise ValueError("--tokens goes with --mask or --slices; the last number of --cu-seqlens is the length")
+        if self.tokens_k is not None and self.slices is None:
+            raise ValueError(
+                "--tokens-k goes with --slices; --cu-seqlens has --cu-seqlens-k for keys of another sequence"
+            )
         if self.window is not None:
             if self.causal is not None:
                 raise ValueError("--window says what is seen on both sides; leave --causal/--full away")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -18,6 +19,7 @@ from magi_attention.cli.plan.study import PlanStudy
 from magi_attention.cli.plan.svg import Chart, ticks
 from magi_attention.cli.raster import Color, Pixels, mask_image, ownership_image, rank_colors, thin_window
 from magi_attention.cli.sheets import Sheet
+from magi_attention.plan.layout import Layout
 
 MASK_PIXELS = 720
 OWNERSHIP_COLUMNS, OWNERSHIP_ROWS = 900, 256
@@ -30,24 +32,26 @@ def page(study: PlanStudy, title: str) -> str:
     """The page's HTML."""
     figures = study.figures
     colors = rank_colors(figures.num_ranks)
-    whole = (0, figures.layout.num_real)
-    left = [
-        _panel("Mask: who computes which pairs", _mask(figures, colors, whole), _rank_legend(colors)),
-        _panel("Ownership: which rank holds which rows", _ownership(figures, colors)),
-    ]
+    whole = ((0, figures.layout.num_real), (0, figures.key_layout.num_real))
+    left = [_panel("Mask: who computes which pairs", _mask(figures, colors, *whole), _rank_legend(colors))]
+    sides = {"queries": figures.layout, "keys": figures.key_layout} if figures.is_cross else {"rows": figures.layout}
+    for rows, layout in sides.items():
+        left.append(_panel(f"Ownership: which rank holds which {rows}", _ownership(layout, colors, rows)))
     right = [
         _panel(f"Work: most / mean = {figures.imbalance:.3f}", _work(figures, colors)),
         _panel(_rows_title(figures), _rows(figures, colors), _rows_legend(figures)),
     ]
     traffic = _panel(_traffic_title(figures), _traffic(figures))
-    window = thin_window(figures.mask, figures.layout)
+    window = thin_window(figures.mask, figures.layout, figures.key_layout)
     if window is None:
         right.append(traffic)
     else:
         zoomed = figures.layout.num_real / (window[1] - window[0])
-        right.insert(0, _panel(f"The mask's middle, enlarged {zoomed:.0f} times", _mask(figures, colors, window)))
+        right.insert(
+            0, _panel(f"The mask's middle, enlarged {zoomed:.0f} times", _mask(figures, colors, window, window))
+        )
         left.append(traffic)
-    timeline = _panel(_timeline_title(figures), _timeline(figures, colors), TIMELINE_LEGEND)
+    timeline = _panel(_timeline_title(figures), _timeline(figures, colors), _timeline_legend(figures))
     template = files("magi_attention.cli.plan").joinpath("page.html").read_text(encoding="utf-8")
     values = {
         "TITLE": escape(title),
@@ -72,7 +76,8 @@ def _legend(*entries: tuple[str, str]) -> str:
     return f'<div class="legend">{keys}</div>'
 
 
-TIMELINE_LEGEND = _legend(("compute", "compute"), ("fetch", "rows travel"), ("home", "gradients go home"))
+def _timeline_legend(figures: PlanFigures) -> str:
+    return _legend(("compute", "compute"), ("fetch", "rows travel"), ("home", f"{figures.home} go home"))
 
 
 def _rows_legend(figures: PlanFigures) -> str:
@@ -90,38 +95,44 @@ def _rank_legend(colors: Colors) -> str:
     return f'<div class="legend">{keys}</div>'
 
 
-def _data(figures: PlanFigures) -> dict[str, list[int] | list[list[int]] | int]:
-    """What the page's script looks up under the mouse."""
+def _data(figures: PlanFigures) -> dict[str, Any]:
+    """What the page's script looks up under the mouse; of each sequence, its runs. Keys may share the queries'."""
+    sides = [
+        {"starts": each.runs[:, 0].tolist(), "owners": each.runs[:, 2].tolist(), "tokens": each.num_real}
+        for each in ([figures.layout, figures.key_layout] if figures.is_cross else [figures.layout])
+    ]
     return {
-        "starts": figures.layout.runs[:, 0].tolist(),
-        "owners": figures.layout.runs[:, 2].tolist(),
-        "tokens": figures.layout.num_real,
+        "queries": sides[0],
+        "keys": sides[1] if figures.is_cross else None,
         "ranks": figures.num_ranks,
         "traffic": figures.work.traffic.tolist(),
     }
 
 
-def _mask(figures: PlanFigures, colors: Colors, window: tuple[int, int]) -> str:
-    start, stop = window
-    chart = Chart(560, 560, (start, stop), (start, stop), left=58)
-    pixels = min(MASK_PIXELS, stop - start)
-    chart.image(_png(mask_image(figures.mask, figures.layout, colors, pixels, window)), "mask")
-    places = [start + (stop - start) * part / 4 for part in range(5)]
-    names = [(place, short(round(place))) for place in places]
-    chart.x_axis("key", names)
-    chart.y_names(names)
+def _mask(figures: PlanFigures, colors: Colors, window: tuple[int, int], keys: tuple[int, int]) -> str:
+    chart = Chart(560, 560, keys, window, left=58)
+    pixels = min(MASK_PIXELS, max(stop - start for start, stop in (window, keys)))
+    chart.image(_png(mask_image(figures.mask, figures.layout, colors, pixels, window, keys)), "mask")
+    chart.x_axis("key", _quarters(*keys))
+    chart.y_names(_quarters(*window))
     return chart.render("The mask's pairs, colored by the rank that computes them")
 
 
-def _ownership(figures: PlanFigures, colors: Colors) -> str:
-    layout, num_ranks = figures.layout, figures.num_ranks
+def _quarters(start: int, stop: int) -> list[tuple[float, str]]:
+    places = [start + (stop - start) * part / 4 for part in range(5)]
+    return [(place, short(round(place))) for place in places]
+
+
+def _ownership(layout: Layout, colors: Colors, rows: str) -> str:
+    num_ranks = layout.num_ranks
     chart = Chart(560, 300, (0, layout.total), (-0.5, num_ranks - 0.5), left=58)
     width, height = min(OWNERSHIP_COLUMNS, layout.total), min(num_ranks, OWNERSHIP_ROWS)
-    chart.image(_png(ownership_image(layout, colors, width, height)), "ownership")
+    plane = "key-ownership" if rows == "keys" else "ownership"
+    chart.image(_png(ownership_image(layout, colors, width, height)), plane)
     places = [layout.total * part // 4 for part in range(5)]
     chart.x_axis("row of the sequence", [(place, short(place)) for place in places])
     chart.y_names(_rank_names(num_ranks))
-    return chart.render("Which rank holds which rows of the sequence")
+    return chart.render(f"Which rank holds which {rows}")
 
 
 def _rank_names(num_ranks: int) -> list[tuple[float, str]]:
@@ -179,7 +190,7 @@ def _rows(figures: PlanFigures, colors: Colors) -> str:
         end = max(others[rank], figures.sent[rank])
         chart.text(end, rank, f"{short(figures.received[rank])} of {short(others[rank])}", dx=6)
     factor, unit = _unit(largest)
-    chart.x_axis(f"key/value rows{unit}, per layer", factor=factor)
+    chart.x_axis(f"{figures.row} rows{unit}, per layer", factor=factor)
     return chart.render("Rows that each rank receives in each stage, and sends")
 
 
@@ -203,7 +214,7 @@ def _rows_of_many(figures: PlanFigures) -> str:
             chart.text(most, place + offset, f"{short(middle)}, most {short(most)}", dx=6)
     chart.y_names([(place, f"stage {stage}") for place, stage in enumerate(stages)])
     factor, unit = _unit(largest)
-    chart.x_axis(f"key/value rows of a rank{unit}: range, middle 90 %, median", factor=factor)
+    chart.x_axis(f"{figures.row} rows of a rank{unit}: range, middle 90 %, median", factor=factor)
     return chart.render("Rows that ranks receive and send in each stage")
 
 
@@ -234,20 +245,22 @@ def _timeline(figures: PlanFigures, colors: Colors) -> str:
     start = 0.0
     chart.x_axis(f"{unit}; {figures.assumptions}")
     tables = (figures.work.pairs, figures.work.received, figures.work.sent)
+    queries_travel = figures.work.queries_travel.tolist()
     for name, timeline in (("forward", prediction.forward), ("backward", prediction.backward)):
         for place, rank in enumerate(shown):
             for stage in range(timeline.compute.shape[1]):
                 head = f"rank {rank}, {name}, stage {stage}"
                 pairs, rows, sent = (table[rank, stage] for table in tables)
+                row, result = ("query rows", "results") if queries_travel[stage] else ("rows", "gradients")
                 for style, spans, top, bottom, what in (
                     ("bar", timeline.compute, -0.4, 0.1, f"computes {pairs:,} pairs"),
-                    ("fetch", timeline.fetch, 0.14, 0.28, f"receives {rows:,} rows and sends {sent:,}"),
+                    ("fetch", timeline.fetch, 0.14, 0.28, f"receives {rows:,} {row} and sends {sent:,}"),
                     (
                         "home",
                         timeline.send_home,
                         0.3,
                         0.44,
-                        f"gradients of {rows:,} rows go home, those of {sent:,} come",
+                        f"{result} of {rows:,} {row} go home, those of {sent:,} come",
                     ),
                 ):
                     first, last = spans[rank, stage]
@@ -259,7 +272,7 @@ def _timeline(figures: PlanFigures, colors: Colors) -> str:
         start += timeline.seconds
         chart.line(start * scale, -0.6, start * scale, len(shown) - 0.4, "mean")
     chart.y_names(list(enumerate(figures.names_of_ranks_to_show())))
-    return chart.render("When stages receive rows, compute and send gradients home")
+    return chart.render(f"When stages receive rows, compute and send {figures.home} home")
 
 
 def _row_height(num_rows: int) -> int:

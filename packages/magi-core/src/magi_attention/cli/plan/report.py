@@ -9,7 +9,8 @@ import numpy as np
 from magi_attention.cli.figures import PlanFigures, saved_share, time_unit
 from magi_attention.cli.plan.study import BOUND_TOLERANCE, PlanStudy
 from magi_attention.cli.sheets import Sheet, rank_sheet
-from magi_attention.plan.simulate import Prediction
+from magi_attention.plan.layout import Layout
+from magi_attention.plan.simulate import Prediction, real_tokens
 
 JSON_VERSION = 1
 
@@ -21,17 +22,43 @@ def sheets_of(study: PlanStudy) -> list[Sheet]:
 
 
 def headline(study: PlanStudy) -> str:
-    """The mask and the plan in two sentences."""
-    layout, figures = study.layout, study.figures
-    chunks = f"{len(layout.owner):,} chunks of {layout.chunk_size:,}"
-    padding = f" and {layout.total - layout.num_real:,} rows of padding" if layout.total > layout.num_real else ""
+    """The mask and the plan in a few sentences."""
+    figures, mask, options = study.figures, study.mask, study.options
+    tokens = f"{mask.tokens:,} tokens"
+    dealt = _chunks(study.layout)
+    if mask.tokens_k is not None:
+        tokens = f"{mask.tokens:,} queries and {mask.tokens_k:,} keys"
+        dealt = f"queries in {dealt}, keys in {_chunks(study.key_layout)}"
+    stages = "queries or keys travel" if options.qo else f"{study.degree} remote stages"
+    hops = ", in two hops" if options.hierarchical else ""
     return (
-        f"{study.mask.name}: {study.mask.tokens:,} tokens in {len(study.mask.slices):,} slices that keep "
-        f"{study.mask.slices.area():,} pairs; {chunks}{padding} dealt to {layout.num_ranks:,} ranks by "
-        f"{type(study.dispatch.alg).__name__}, {study.degree} remote stages. "
-        f"The busiest rank computes {figures.imbalance:.3f} times the mean. Predicted for one layer: "
-        f"{milliseconds(figures.prediction)}, {figures.prediction.efficiency:.0%} of ideal."
+        f"{mask.name}: {tokens} in {len(mask.slices):,} slices that keep {mask.slices.area():,} pairs; {dealt} "
+        f"dealt to {study.layout.num_ranks:,} ranks by {type(study.dispatch.alg).__name__}, {stages}{hops}. "
+        f"The busiest rank computes {figures.imbalance:.3f} times the mean. {_traveling(study)}"
+        f"Predicted for one layer: {milliseconds(figures.prediction)}, "
+        f"{figures.prediction.efficiency:.0%} of ideal."
     )
+
+
+def _chunks(layout: Layout) -> str:
+    padding = f" and {layout.total - layout.num_real:,} rows of padding" if layout.total > layout.num_real else ""
+    return f"{len(layout.owner):,} chunks of {layout.chunk_size:,}{padding}"
+
+
+def _traveling(study: PlanStudy) -> str:
+    """What is special about the exchanges, if anything."""
+    work = study.figures.work
+    if study.options.qo:
+        queries = _query_rows(study.figures)
+        return f"{queries:,} query rows and {work.received.sum() - queries:,} key/value rows travel. "
+    if study.options.hierarchical:
+        return f"{work.received_inter.sum():,} rows cross between nodes. "
+    return ""
+
+
+def _query_rows(figures: PlanFigures) -> int:
+    """Query rows that all ranks receive."""
+    return int(figures.work.received[:, figures.work.queries_travel].sum())
 
 
 def milliseconds(prediction: Prediction) -> str:
@@ -45,8 +72,17 @@ def comparison_sheet(study: PlanStudy) -> Sheet:
     """Show what others would receive, and how even their work would be."""
     figures = study.figures
     everything = int(figures.rows_of_others.sum())
+    note = ""
+    received = study.rows_needed
+    if study.options.qo:
+        received = int(figures.received.sum())
+        of_query, of_key = sum(study.shape.bytes_of_query_row), sum(study.shape.bytes_of_key_row)
+        note = f" This plan's rows include {_query_rows(figures):,} of queries, which travel with their outputs: "
+        note += f"{of_query:,} bytes in both passes, where a key/value row takes {of_key:,}."
+    if study.options.hierarchical:
+        note = f" Rows are counted where they are read. {figures.work.received_inter.sum():,} cross between nodes."
     entries = [
-        (f"this plan ({type(study.dispatch.alg).__name__})", int(figures.received.sum()), f"{figures.imbalance:.3f}"),
+        (f"this plan ({type(study.dispatch.alg).__name__})", received, f"{figures.imbalance:.3f}"),
         *((each.name, each.rows_received, f"{each.imbalance:.3f}") for each in study.baselines.values()),
     ]
     if study.lower_bound is not None:
@@ -56,7 +92,7 @@ def comparison_sheet(study: PlanStudy) -> Sheet:
         columns=("", "rows received", "saved", "most / mean pairs"),
         rows=[(name, f"{rows:,}", f"{saved_share(rows, everything):.0%}", even) for name, rows, even in entries],
         caption="Most / mean is the work of the busiest rank over the mean: 1 is perfect. The lower bound may be out "
-        "of reach.",
+        f"of reach.{note}",
     )
 
 
@@ -98,6 +134,7 @@ def to_json(study: PlanStudy) -> dict[str, Any]:
         "mask": {
             "name": study.mask.name,
             "tokens": study.mask.tokens,
+            "key_tokens": study.mask.tokens_k,
             "slices": len(study.mask.slices),
             "pairs": study.mask.slices.area(),
         },
@@ -108,9 +145,14 @@ def to_json(study: PlanStudy) -> dict[str, Any]:
             "chunk_size": layout.chunk_size,
             "chunks": len(layout.owner),
             "padding": layout.total - layout.num_real,
+            "keys": _key_plan(study),
             "overlap_degree": study.degree,
+            "hops": 2 if study.options.hierarchical else 1,
+            "queries_travel": study.options.qo,
             "imbalance": figures.imbalance,
             "rows_received": int(figures.received.sum()),
+            "rows_received_between_nodes": int(figures.work.received_inter.sum()),
+            "query_rows_received": _query_rows(figures),
             "rows_received_lower_bound": study.lower_bound,
         },
         "compared": {
@@ -124,6 +166,15 @@ def to_json(study: PlanStudy) -> dict[str, Any]:
             {"overlap_degree": degree, **_predicted(each)} for degree, each in study.simulation.items()
         ],
     }  # fmt: skip
+
+
+def _key_plan(study: PlanStudy) -> dict[str, int] | None:
+    """How the keys are cut, where they are of another sequence."""
+    layout = study.key_layout
+    if not study.figures.is_cross:
+        return None
+    padding = layout.total - layout.num_real
+    return {"chunk_size": layout.chunk_size, "chunks": len(layout.owner), "padding": padding}
 
 
 def _predicted(figures: PlanFigures) -> dict[str, float]:
@@ -140,6 +191,7 @@ def _ranks(figures: PlanFigures) -> list[dict[str, Any]]:
     prediction = figures.prediction
     columns = {
         "tokens": figures.work.tokens,
+        "key_tokens": real_tokens(figures.key_layout),
         "pairs": figures.pairs,
         "rows_received": figures.received,
         "rows_sent": figures.sent,

@@ -13,10 +13,14 @@ from magi_attention.cli.plan.options import PlanOptions
 from magi_attention.common.enum import DispatchAlgType
 from magi_attention.config import DispatchAlg, DispatchConfig, MinHeapDispatchAlg
 from magi_attention.plan.bounds import received_lower_bound
+from magi_attention.plan.build import build_plans
 from magi_attention.plan.demand import Demand, find_demand
 from magi_attention.plan.dispatch import make_layout
+from magi_attention.plan.key_dispatch import make_key_layout
 from magi_attention.plan.layout import Layout
-from magi_attention.plan.simulate import Cluster, LayerShape, measure_stages, predict
+from magi_attention.plan.measure_plans import work_of_plans
+from magi_attention.plan.qo import RowCosts
+from magi_attention.plan.simulate import Cluster, LayerShape, StageWork, measure_stages, predict
 from magi_attention.plan.stages import StageOptions, choose_degree, cut_stages
 
 BACKWARD_SHARE = 5 / 6
@@ -50,7 +54,8 @@ class PlanStudy:
         options: what was asked for.
         mask: the mask.
         dispatch: how chunks are dealt.
-        layout: who owns which rows.
+        layout: who owns which rows, or queries.
+        key_layout: who owns which keys; the same object in self-attention.
         demand: what the ranks compute and need.
         cluster: the machines that predictions assume.
         shape: the layer that they assume.
@@ -60,8 +65,8 @@ class PlanStudy:
     def __init__(self, options: PlanOptions, mask: NamedMask) -> None:
         self.options, self.mask = options, mask
         self.dispatch = DispatchConfig(options.chunk_size, options.uneven, find_algorithm(options.algorithm))
-        self.layout = self._deal(self.dispatch.alg)
-        self.demand = find_demand(mask.slices, self.layout)
+        self.layout, self.key_layout = self._deal(self.dispatch.alg)
+        self.demand = find_demand(mask.slices, self.layout, self.key_layout)
         self.cluster = Cluster(
             ranks_per_node=options.ranks_per_node,
             link_gbs=options.link,
@@ -72,17 +77,38 @@ class PlanStudy:
         self.shape = LayerShape(options.heads_q, options.heads_kv, options.head_dim)
         self.degree = choose_degree(self.demand, self._stage_options(options.overlap_degree))
 
-    def _deal(self, algorithm: DispatchAlg) -> Layout:
-        tokens, ranks = self.mask.tokens, self.options.ranks
-        chunk_size = resolve_chunk_size(tokens, ranks, self.dispatch.chunk_size, algorithm)
-        return make_layout(
-            self.mask.slices,
-            num_real=tokens,
-            total=tokens if self.dispatch.uneven_shard else -(-tokens // (chunk_size * ranks)) * chunk_size * ranks,
+    def _deal(self, algorithm: DispatchAlg) -> tuple[Layout, Layout]:
+        """The layouts of queries and of keys."""
+        mask, tokens_k = self.mask, self.mask.tokens_k
+        total, chunk_size = self._cut(mask.tokens, algorithm)
+        total_k, chunk_size_k = self._cut(mask.num_keys, algorithm)
+
+        def deal_keys(layout: Layout) -> Layout:
+            return make_key_layout(
+                mask.slices,
+                layout,
+                num_real=mask.num_keys,
+                total=total_k,
+                chunk_size=chunk_size_k,
+                is_permutable=True,
+            )
+
+        layout = make_layout(
+            mask.slices,
+            num_real=mask.tokens,
+            total=total,
             chunk_size=chunk_size,
-            num_ranks=ranks,
+            num_ranks=self.options.ranks,
             algorithm=algorithm,
+            deal_keys=None if tokens_k is None else deal_keys,
         )
+        return layout, layout if tokens_k is None else deal_keys(layout)
+
+    def _cut(self, tokens: int, algorithm: DispatchAlg) -> tuple[int, int]:
+        """The rows of a sequence, padding included, and of its chunks."""
+        chunk_size = resolve_chunk_size(tokens, self.options.ranks, self.dispatch.chunk_size, algorithm)
+        unit = 1 if self.dispatch.uneven_shard else chunk_size * self.options.ranks
+        return -(-tokens // unit) * unit, chunk_size
 
     def _stage_options(self, degree: int | None) -> StageOptions:
         link = self.cluster.nvlink_gbs if self.options.ranks <= self.cluster.ranks_per_node else self.cluster.link_gbs
@@ -94,10 +120,21 @@ class PlanStudy:
 
     def figures_at(self, degree: int) -> PlanFigures:
         """Measure the plan with a given overlap degree."""
-        remote = cut_stages(self.demand, self.layout, max(degree, 1), self._stage_options(degree))
-        work = measure_stages(self.demand, remote, self.layout, degree, self.cluster.ranks_per_node)
+        work = self._work_both_ways() if self.options.qo else self._work_at(degree)
         prediction = predict(work, self.cluster, self.shape)
-        return PlanFigures(self.mask.slices, self.layout, work, prediction, self.cluster, self.shape)
+        return PlanFigures(self.mask.slices, self.layout, self.key_layout, work, prediction, self.cluster, self.shape)
+
+    def _work_at(self, degree: int) -> StageWork:
+        remote = cut_stages(self.demand, self.key_layout, max(degree, 1), self._stage_options(degree))
+        per_node, two_hops = self.cluster.ranks_per_node, self.options.hierarchical
+        return measure_stages(self.demand, remote, self.layout, degree, per_node, self.key_layout, two_hops=two_hops)
+
+    def _work_both_ways(self) -> StageWork:
+        """Who sends queries to whom is found rank by rank, from the plans of all."""
+        costs = RowCosts.of_heads(self.shape.heads_q, self.shape.heads_kv, self.shape.head_dim)
+        ranks = range(self.options.ranks)
+        plans = build_plans(self.mask.slices, self.layout, ranks, row_costs=costs, key_layout=self.key_layout)
+        return work_of_plans(plans, self.cluster.ranks_per_node)
 
     @cached_property
     def figures(self) -> PlanFigures:
@@ -106,9 +143,11 @@ class PlanStudy:
 
     @cached_property
     def simulation(self) -> dict[int, PlanFigures]:
-        """Measures by overlap degree, if asked for."""
+        """Measures by overlap degree, if asked for; where queries travel there is but one."""
         if not self.options.simulate:
             return {}
+        if self.options.qo:
+            return {self.degree: self.figures}
         return {degree: self.figures_at(degree) for degree in sorted({*SIMULATED_DEGREES, self.degree})}
 
     @cached_property
@@ -116,14 +155,22 @@ class PlanStudy:
         """Rows that any deal of equally many rows and nearly equal work makes the ranks receive; None if uneven."""
         if self.dispatch.uneven_shard:
             return None
-        return received_lower_bound(self.mask.slices, self.layout.total, self.options.ranks, BOUND_TOLERANCE)
+        total_keys = None if self.mask.tokens_k is None else self.key_layout.total
+        return received_lower_bound(
+            self.mask.slices, self.layout.total, self.options.ranks, BOUND_TOLERANCE, total_keys
+        )
+
+    @property
+    def rows_needed(self) -> int:
+        """Key/value rows that all ranks read and do not own, in one layer's forward pass."""
+        return _num_rows(self.demand)
 
     @cached_property
     def baselines(self) -> dict[str, Baseline]:
         """What all-gather, ring and the minimum heap would do with this mask."""
         zigzag = _find_demand_of_zigzag(self.mask, self.options.ranks)
-        heap = find_demand(self.mask.slices, self._deal(MinHeapDispatchAlg()))
-        everything = self.mask.tokens * (self.options.ranks - 1)
+        heap = find_demand(self.mask.slices, *self._deal(MinHeapDispatchAlg()))
+        everything = self.mask.num_keys * (self.options.ranks - 1)
         return {
             "all_gather": Baseline("all-gather, zigzag shards", everything, imbalance(zigzag.area)),
             "ring": Baseline("ring, zigzag shards", everything, imbalance(zigzag.area)),
@@ -149,9 +196,10 @@ def _descendants(algorithm: type[DispatchAlg]) -> list[type[DispatchAlg]]:
 
 def _find_demand_of_zigzag(mask: NamedMask, num_ranks: int) -> Demand:
     """Shards of two chunks, the n-th from the front and the n-th from the back: even for a causal mask."""
-    chunk = -(-mask.tokens // (2 * num_ranks))
     owner = np.concatenate([np.arange(num_ranks), np.arange(num_ranks)[::-1]])
-    return find_demand(mask.slices, Layout(mask.tokens, chunk * 2 * num_ranks, chunk, num_ranks, owner))
+    chunks = [-(-tokens // (2 * num_ranks)) for tokens in (mask.tokens, mask.num_keys)]
+    layout, keys = (Layout(chunk * 2 * num_ranks, chunk * 2 * num_ranks, chunk, num_ranks, owner) for chunk in chunks)
+    return find_demand(mask.slices, layout, keys)
 
 
 def _num_rows(demand: Demand) -> int:
