@@ -15,7 +15,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from magi_attention.api import AttnRanges, calc_attn, dispatch, get_position_ids, magi_attn_flex_key, undispatch
+from magi_attention.api import calc_attn, dispatch, get_position_ids, magi_attn_varlen_key, undispatch
 from magi_attention.common.enum import AttnRole
 
 
@@ -26,18 +26,13 @@ def main() -> None:
         dist.init_process_group("gloo")
     torch.manual_seed(0)
     heads, kv_heads, head_dim, width = 8, 2, 32, 128
-    texts = AttnRanges.from_ranges([(0, 300), (300, 420), (420, 700)])
-    memories = AttnRanges.from_ranges([(0, 900), (900, 1000), (1000, 1900)])
     text, memory = torch.randn(700, width), torch.randn(1900, width)  # whole, the same on every rank
     to_queries = torch.nn.Linear(width, heads * head_dim)
     to_keys_and_values = torch.nn.Linear(width, 2 * kv_heads * head_dim)
 
-    key = magi_attn_flex_key(
-        q_ranges=texts,
-        k_ranges=memories,
-        attn_mask_type="full",
-        total_seqlen_q=len(text),
-        total_seqlen_k=len(memory),
+    key = magi_attn_varlen_key(
+        cu_seqlens_q=[0, 300, 420, 700],  # where the texts start and end
+        cu_seqlens_k=[0, 900, 1000, 1900],  # the same of their memories
         num_heads_q=heads,
         num_heads_kv=kv_heads,
         head_dim=head_dim,

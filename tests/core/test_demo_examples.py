@@ -25,7 +25,7 @@ def numbers_printed(command):
     return [float(number) for number in re.findall(r"\d+\.\d+", line)]
 
 
-@pytest.mark.parametrize("name", ["quickstart.py", "second_mask.py", "cross_attention.py"])
+@pytest.mark.parametrize("name", ["quickstart.py", "second_mask.py", "cross_attention.py", "encoder_decoder.py"])
 def test_example_gives_the_same_on_one_process_and_on_two(name):
     alone = numbers_printed([str(EXAMPLES / name)])
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -75,6 +75,13 @@ class PlanFigures:
         return self.key_layout is not self.layout
 
     @property
+    def mask_title(self) -> str:
+        """What the colors of the mask's picture tell: where queries travel, their pairs are computed by others."""
+        return (
+            "Mask: whose queries see which keys" if self.work.queries_travel.any() else "Mask: who computes which pairs"
+        )
+
+    @property
     def row(self) -> str:
         """What travels, in words."""
         return "key/value or query" if self.work.queries_travel.any() else "key/value"

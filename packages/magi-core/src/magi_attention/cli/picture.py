@@ -72,7 +72,7 @@ def draw_mask(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
     """Draw the mask with its pairs colored by rank; where it is a thin diagonal, a part of it larger in a corner."""
     size = figures.layout.num_real
     _draw_pairs(axes, figures, colors, (0, size), (0, figures.key_layout.num_real), MASK_PIXELS)
-    axes.set(title="Mask: who computes which pairs", xlabel="key", ylabel="query")
+    axes.set(title=figures.mask_title, xlabel="key", ylabel="query")
     if (window := thin_window(figures.mask, figures.layout, figures.key_layout)) is not None:
         part = axes.inset_axes((0.03, 0.03, 0.45, 0.45))
         _draw_pairs(part, figures, colors, window, window, MASK_PIXELS // 2)
@@ -113,6 +113,9 @@ def draw_ownership(axes: Axes, layout: Layout, colors: Colors, rows: str) -> Non
     axes.set(title=f"Ownership: which rank holds which {rows}", xlabel="row of the sequence")
     axes.xaxis.set_major_formatter(lambda row, _: short(row))
     _name_ranks(axes, range(layout.num_ranks))
+    if rows != "rows":  # two pictures share the room of one
+        axes.set_yticks([0, layout.num_ranks - 1])
+        axes.set_ylabel("rank")
 
 
 def draw_work(axes: Axes, figures: PlanFigures, colors: Colors) -> None:

@@ -81,8 +81,8 @@ def _tokens(figures: PlanFigures) -> str:
 
 def _row(figures: PlanFigures) -> str:
     queries = ", or its query" if figures.work.queries_travel.any() else ""
-    hops = " In two hops, rows that a rank passes on count in both." if (figures.work.hops > 1).any() else ""
-    return f"{hops} A row is one token's key and value{queries}".strip()
+    hops = ", in either hop" if (figures.work.hops > 1).any() else ""
+    return f"A row is one token's key and value{queries}{hops}"
 
 
 def _quantile(column: NDArray[np.int64], share: float) -> int:

@@ -20,7 +20,7 @@ def run_plan(options: PlanOptions, mask: NamedMask, png: Path | None, html: Path
         ValueError: if the mask cannot be spread over so many ranks, or the options contradict each other.
     """
     study = PlanStudy(options, mask)
-    title = f"{mask.name}: {mask.tokens:,} tokens on {options.ranks:,} ranks"
+    title = f"{mask.name}: {mask.size} on {options.ranks:,} ranks"
     written = []
     if png is not None:
         from magi_attention.cli.picture import save_picture

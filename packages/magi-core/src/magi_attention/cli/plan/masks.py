@@ -35,6 +35,13 @@ class NamedMask:
         """Rows of the sequence of keys."""
         return self.tokens if self.tokens_k is None else self.tokens_k
 
+    @property
+    def size(self) -> str:
+        """How many rows there are, in words."""
+        if self.tokens_k is None:
+            return f"{self.tokens:,} tokens"
+        return f"{self.tokens:,} queries and {self.tokens_k:,} keys"
+
 
 def read_mask(options: PlanOptions) -> NamedMask:
     """Build or read the mask that the options name.

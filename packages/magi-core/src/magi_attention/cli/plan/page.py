@@ -33,7 +33,7 @@ def page(study: PlanStudy, title: str) -> str:
     figures = study.figures
     colors = rank_colors(figures.num_ranks)
     whole = ((0, figures.layout.num_real), (0, figures.key_layout.num_real))
-    left = [_panel("Mask: who computes which pairs", _mask(figures, colors, *whole), _rank_legend(colors))]
+    left = [_panel(figures.mask_title, _mask(figures, colors, *whole), _rank_legend(colors))]
     sides = {"queries": figures.layout, "keys": figures.key_layout} if figures.is_cross else {"rows": figures.layout}
     for rows, layout in sides.items():
         left.append(_panel(f"Ownership: which rank holds which {rows}", _ownership(layout, colors, rows)))

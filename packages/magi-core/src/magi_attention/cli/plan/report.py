@@ -24,15 +24,13 @@ def sheets_of(study: PlanStudy) -> list[Sheet]:
 def headline(study: PlanStudy) -> str:
     """The mask and the plan in a few sentences."""
     figures, mask, options = study.figures, study.mask, study.options
-    tokens = f"{mask.tokens:,} tokens"
     dealt = _chunks(study.layout)
     if mask.tokens_k is not None:
-        tokens = f"{mask.tokens:,} queries and {mask.tokens_k:,} keys"
         dealt = f"queries in {dealt}, keys in {_chunks(study.key_layout)}"
     stages = "queries or keys travel" if options.qo else f"{study.degree} remote stages"
     hops = ", in two hops" if options.hierarchical else ""
     return (
-        f"{mask.name}: {tokens} in {len(mask.slices):,} slices that keep {mask.slices.area():,} pairs; {dealt} "
+        f"{mask.name}: {mask.size} in {len(mask.slices):,} slices that keep {mask.slices.area():,} pairs; {dealt} "
         f"dealt to {study.layout.num_ranks:,} ranks by {type(study.dispatch.alg).__name__}, {stages}{hops}. "
         f"The busiest rank computes {figures.imbalance:.3f} times the mean. {_traveling(study)}"
         f"Predicted for one layer: {milliseconds(figures.prediction)}, "
