@@ -43,7 +43,7 @@ def _clean_environment(monkeypatch):
 
 def test_defaults():
     config = DistAttnConfig()
-    assert config.dispatch_config == DispatchConfig(chunk_size=None, uneven_shard=False, alg=MinHeapDispatchAlg())
+    assert config.dispatch_config == DispatchConfig(chunk_size=None, uneven_shard=False, alg=LocalityDispatchAlg())
     overlap = config.overlap_config
     assert (overlap.mode, overlap.degree, overlap.dynamic_max_degree) == (STATIC, 1, 8)
     assert (overlap.min_chunk_size, overlap.max_num_chunks, overlap.alg) == (512, 64, UniformOverlapAlg())

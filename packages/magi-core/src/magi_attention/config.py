@@ -68,7 +68,7 @@ class DispatchConfig:
 
     chunk_size: int | None = None
     uneven_shard: bool = False
-    alg: DispatchAlg = field(default_factory=MinHeapDispatchAlg)
+    alg: DispatchAlg = field(default_factory=LocalityDispatchAlg)
 
     def __post_init__(self) -> None:
         check_positive(self, ["chunk_size"], int, type(None))
