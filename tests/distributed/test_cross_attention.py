@@ -381,7 +381,7 @@ def test_fewer_keys_than_ranks_are_refused(pool):
 
 def differ_in_a_flag(rank: int, world_size: int) -> str:
     documents = SliceTable([[n, n + 2, n, n + 2, 0] for n in range(0, 64, 2)])
-    case = Case(64, documents, 4, total_k=64, is_k_permutable=rank != 1)
+    case = Case(64, documents, 4, config=config_of(), total_k=64, is_k_permutable=rank != 1)
     with pytest.raises(RuntimeError) as error:
         key_of(case, dist.group.WORLD)
     return str(error.value)
