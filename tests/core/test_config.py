@@ -147,7 +147,7 @@ def test_degrees_up_to_one_are_static(degree):
 CONTRADICTIONS = [
     (lambda: OverlapConfig(degree=None), "DYNAMIC"),
     (lambda: OverlapConfig(degree=65), "max_num_chunks=64"),
-    (lambda: OverlapConfig(mode=DYNAMIC, degree=2), "pass None, not 2"),
+    (lambda: OverlapConfig(mode=DYNAMIC, degree=2), "pass None or .auto., not 2"),
     (lambda: OverlapConfig(mode=DYNAMIC, degree=None, dynamic_max_degree=0), "dynamic_max_degree.*not 0"),
     (lambda: OverlapConfig(mode=DYNAMIC, degree=None, dynamic_max_degree=None), "dynamic_max_degree"),
     (lambda: OverlapConfig(degree=-1), "not -1"),

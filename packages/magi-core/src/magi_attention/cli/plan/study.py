@@ -13,11 +13,13 @@ from magi_attention.cli.plan.options import PlanOptions
 from magi_attention.common.enum import DispatchAlgType
 from magi_attention.config import DispatchAlg, DispatchConfig, MinHeapDispatchAlg
 from magi_attention.plan.bounds import received_lower_bound
+from magi_attention.plan.degree import choose_degree
 from magi_attention.plan.demand import Demand, find_demand
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.layout import Layout
-from magi_attention.plan.simulate import Cluster, LayerShape, measure_stages, predict
-from magi_attention.plan.stages import StageOptions, choose_degree, cut_stages
+from magi_attention.plan.rates import Cluster, LayerShape
+from magi_attention.plan.simulate import measure_stages, predict
+from magi_attention.plan.stages import StageOptions, cut_stages
 
 BACKWARD_SHARE = 5 / 6
 """Rate of backward kernels over that of forward kernels; about what FlashAttention reaches on H100."""
@@ -70,7 +72,7 @@ class PlanStudy:
             backward_tflops=options.tflops * BACKWARD_SHARE,
         )
         self.shape = LayerShape(options.heads_q, options.heads_kv, options.head_dim)
-        self.degree = choose_degree(self.demand, self._stage_options(options.overlap_degree))
+        self.degree = choose_degree(self.demand, self.layout, self.layout, self._stage_options(options.overlap_degree))
 
     def _deal(self, algorithm: DispatchAlg) -> Layout:
         tokens, ranks = self.mask.tokens, self.options.ranks
@@ -85,12 +87,7 @@ class PlanStudy:
         )
 
     def _stage_options(self, degree: int | None) -> StageOptions:
-        link = self.cluster.nvlink_gbs if self.options.ranks <= self.cluster.ranks_per_node else self.cluster.link_gbs
-        return StageOptions(
-            degree=degree,
-            seconds_per_pair=self.shape.flop_per_pair / (self.cluster.forward_tflops * 1e12),
-            seconds_per_row=self.shape.bytes_per_row / (link * 1e9),
-        )
+        return StageOptions(degree=degree, cluster=self.cluster, shape=self.shape)
 
     def figures_at(self, degree: int) -> PlanFigures:
         """Measure the plan with a given overlap degree."""
