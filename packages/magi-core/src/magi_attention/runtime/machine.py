@@ -7,6 +7,7 @@ from itertools import groupby
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from magi_attention.comm.group import group_size
 from magi_attention.common.enum import MagiAttentionPrecision
@@ -60,27 +61,48 @@ class Layer:
 
 
 def layer_of(key: DistAttnRuntimeKey) -> Layer:
-    """What ``key`` will compute; where it takes the data type of tensors, bfloat16 on GPUs and float32 on CPUs.
+    """What ``key`` will compute, as :func:`make_layer` says."""
+    options = key.dist_attn_config.runtime_config
+    return make_layer(
+        (key.num_heads_q, key.num_heads_kv, key.head_dim),
+        group_device(key.cp_group),
+        options.precision or "input",
+        options.kernel_backend or "auto",
+        deterministic=bool(options.deterministic),
+    )
+
+
+def make_layer(
+    heads: tuple[int, int, int], device: torch.device, precision: str, backend: str, *, deterministic: bool = False
+) -> Layer:
+    """Find the kernels of an attention.
+
+    Args:
+        heads: query heads, key/value heads, size of a head.
+        device: where to compute.
+        precision: bf16, fp16, fp32 or fp64; ``"input"`` for what tensors mostly are: bfloat16 on GPUs, float32 on CPUs.
+        backend: the kernel backend by name, or ``"auto"``.
+        deterministic: whether the same bits are wanted in every run.
 
     Raises:
+        ValueError: the query heads are no multiple of the key/value heads, or there is no such backend.
         RuntimeError: no kernel backend can compute it.
     """
-    options, device = key.dist_attn_config.runtime_config, group_device(key.cp_group)
-    if options.precision in (None, "input"):
+    if precision == "input":
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     else:
-        dtype = MagiAttentionPrecision(options.precision).to_torch_dtype()
+        dtype = MagiAttentionPrecision(precision).to_torch_dtype()
+    shape = LayerShape(*heads, dtype.itemsize)
     request = AttentionRequest(
         device=device,
         dtype=dtype,
-        num_heads_q=key.num_heads_q,
-        num_heads_kv=key.num_heads_kv,
-        head_dim=key.head_dim,
-        head_dim_v=key.head_dim,
-        deterministic=bool(options.deterministic),
+        num_heads_q=shape.heads_q,
+        num_heads_kv=shape.heads_kv,
+        head_dim=shape.head_dim,
+        head_dim_v=shape.head_dim,
+        deterministic=deterministic,
     )
-    backend = choose_backend(request, options.kernel_backend or "auto")
-    return Layer(LayerShape(key.num_heads_q, key.num_heads_kv, key.head_dim, dtype.itemsize), dtype, device, backend)
+    return Layer(shape, dtype, device, choose_backend(request, backend))
 
 
 def machine_of(layer: Layer, group: dist.ProcessGroup | None, transport: str, ranks_per_node: int) -> Machine:
@@ -109,17 +131,16 @@ def group_device(group: dist.ProcessGroup | None) -> torch.device:
     return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
 
-def count_ranks_per_node(key: DistAttnRuntimeKey) -> int:
-    """How many neighboring ranks of the key's group share a node.
+def count_ranks_per_node(group: dist.ProcessGroup | None, mesh: DeviceMesh | None = None) -> int:
+    """How many neighboring ranks of a group share a node.
 
     A 2-D mesh says it. Else the launcher's ``LOCAL_WORLD_SIZE`` tells the node of a rank; without, all ranks count as
     being on one, and where nodes hold unequal runs of the group's ranks, each rank as being on its own.
     """
-    num_ranks = group_size(key.cp_group)
-    if key.cp_mesh is not None and key.cp_mesh.ndim == 2:
-        return key.cp_mesh.size(1)
+    if mesh is not None and mesh.ndim == 2:
+        return mesh.size(1)
     local = comm_env.local_world_size()
-    if key.cp_group is None or local is None:
-        return num_ranks
-    runs = [len(list(run)) for _, run in groupby(rank // local for rank in dist.get_process_group_ranks(key.cp_group))]
+    if group is None or local is None:
+        return group_size(group)
+    runs = [len(list(run)) for _, run in groupby(rank // local for rank in dist.get_process_group_ranks(group))]
     return runs[0] if len(set(runs)) == 1 else 1

@@ -24,13 +24,13 @@ from magi_attention.plan.layout import Layout
 from magi_attention.plan.rates import BACKWARD_OVER_FORWARD_FLOP, MERGE_BYTES
 from magi_attention.runtime.machine import Layer
 
-NUM_BATCHES, CALLS_PER_BATCH = 3, 2
+NUM_BATCHES, CALLS_PER_BATCH = 5, 2
 
 FEW_TOKENS = 16
 """So few that a kernel takes its latency."""
 
 FIRST_TOKENS = {"cpu": 128, "cuda": 1024}
-ENOUGH_SECONDS = {"cpu": 0.005, "cuda": 0.004}
+ENOUGH_SECONDS = {"cpu": 0.02, "cuda": 0.004}
 MOST_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Kernels are measured on twice as many tokens until they take ``ENOUGH_SECONDS``, or q has ``MOST_NUMBERS``."""
 

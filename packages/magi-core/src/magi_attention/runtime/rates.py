@@ -7,7 +7,7 @@ ranks measure, and the slowest of each counts.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import TypeVar
 
@@ -47,7 +47,7 @@ def agree_on_cluster(key: DistAttnRuntimeKey, layer: Layer, collectives: GroupCo
     Raises:
         RuntimeError: on every rank, if ranks don't come or are about something else.
     """
-    ranks_per_node = count_ranks_per_node(key)
+    ranks_per_node = count_ranks_per_node(key.cp_group, key.cp_mesh)
     machine = machine_of(layer, key.cp_group, collectives.name, ranks_per_node)
     rates = _agreed.get((key.group_ranks, machine))
     if rates is None and layer.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -73,7 +73,15 @@ def _agree(key: DistAttnRuntimeKey, layer: Layer, machine: Machine, collectives:
         return found[0]
     mesh = key.cp_mesh if options.hierarchical_comm else None
     mesh_shape = None if mesh is None else (mesh.size(0), mesh.size(1))
-    return measure_together(layer, machine, key.cp_group, collectives, mesh_shape)
+    try:
+        return measure_together(layer, machine, key.cp_group, collectives, mesh_shape)
+    except MeasurementError as error:
+        logger.warning("%s; round numbers for such a device stand in", error)
+        return default_rates(machine.device)
+
+
+class MeasurementError(RuntimeError):
+    """A rank can't measure, for want of memory, say; raised on all ranks."""
 
 
 def measure_together(
@@ -82,10 +90,9 @@ def measure_together(
     group: dist.ProcessGroup | None,
     collectives: GroupCollectives,
     mesh_shape: tuple[int, int] | None = None,
+    on_step: Callable[[str], None] = lambda step: None,
 ) -> Rates:
     """Measure on all ranks of ``group``, which must all call this, and keep the result in every node's cache folder.
-
-    Where a rank fails to (for want of memory, say), all take the default rates, which aren't kept.
 
     Args:
         layer: the attention to measure.
@@ -93,21 +100,26 @@ def measure_together(
         group: the group; None for this process alone, of which kernels and memory are measured.
         collectives: how rows travel.
         mesh_shape: ``(nodes, ranks per node)`` for exchanges in two hops; None for direct ones.
+        on_step: hears what is about to be measured.
 
     Returns:
         The slowest rank's rates; for links that the group doesn't have, default ones.
+
+    Raises:
+        MeasurementError: a rank's kernels failed; on all ranks.
     """
-    start, rank, default = time.perf_counter(), group_rank(group), default_rates(machine.device)
+    start, rank = time.perf_counter(), group_rank(group)
+    on_step("kernels and memory")
     kernels = _gather(_try_kernels(layer), group)
     failures = {number: each for number, each in enumerate(kernels) if isinstance(each, str)}
     if failures:
-        logger.warning("rates can't be measured, so defaults for %s stand in: %s", machine.device, failures)
-        return default
+        raise MeasurementError(f"the rates of {machine.device} can't be measured: rank by rank, {failures}")
     links: Sequence[LinkTimes] = []
     if group_size(group) > 1:
+        on_step("links")
         mine = measure_links(layer, collectives, rank, machine.num_ranks, machine.ranks_per_node, mesh_shape)
         links = _gather(mine, group)
-    rates = _slowest([each for each in kernels if isinstance(each, KernelTimes)], links, default)
+    rates = _slowest([each for each in kernels if isinstance(each, KernelTimes)], links, machine.device)
     path = save_rates(machine, rates) if rank % machine.ranks_per_node == 0 else None
     if rank == 0:
         logger.info(
@@ -136,9 +148,9 @@ def _gather(mine: Each, group: dist.ProcessGroup | None) -> list[Each]:
     return everyone
 
 
-def _slowest(kernels: Sequence[KernelTimes], links: Sequence[LinkTimes], default: Rates) -> Rates:
+def _slowest(kernels: Sequence[KernelTimes], links: Sequence[LinkTimes], device: str) -> Rates:
     """The least of each rate, and the greatest of each latency, rounded; the default for what nobody measured."""
-    values = default.to_json()
+    values = default_rates(device).to_json()
     for name in values:
         measured = [value for each in (*kernels, *links) if (value := getattr(each, name, None)) is not None]
         if measured:
