@@ -28,7 +28,7 @@ from tests.distributed.attention_case import Case, assert_right, attend, group_o
 NUM_CPU_RANKS = 4
 CAUSAL = SliceTable([[0, 256, 0, 256, 1]])
 # Links that are worth hiding in several stages, and kernels that are not worth launching twice.
-SLOW_LINKS = Rates(nvlink_gbs=1e-3, forward_tflops=1e-4, backward_tflops=2.5e-4, exchange_latency_us=0)
+SLOW_LINKS = Rates(nvlink_gbs=2e-4, forward_tflops=1e-4, backward_tflops=2.5e-4, exchange_latency_us=0)
 SLOW_LAUNCHES = Rates(kernel_latency_us=1e6)
 
 
