@@ -17,7 +17,7 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.plan.build import build_plans
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.measure_plans import work_of_plans
-from magi_attention.plan.simulate import Cluster, LayerShape
+from magi_attention.plan.rates import Cluster, LayerShape
 from magi_attention.plan.stages import StageOptions
 
 ENDS = np.array([0, 37, 60, 90])
@@ -121,7 +121,8 @@ def test_picture_is_written(tmp_path, degree):
 
 def test_work_has_one_entry_for_each_rank_and_stage():
     work = work_of_plans(plans_for(build_mask(MaskFamily.CAUSAL, ENDS), 2))
-    shapes = {field.name: getattr(work, field.name).shape for field in fields(work)}
+    shapes = {field.name: np.shape(getattr(work, field.name)) for field in fields(work)}
     assert shapes.pop("tokens") == (3,)
     assert shapes.pop("hops") == shapes.pop("queries_travel") == (3,)
+    assert shapes.pop("links") == (4, 3, 3)
     assert set(shapes.values()) == {(3, 3)}

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from magi_attention.common import bands as band
 from magi_attention.common.bands import UNBOUNDED
 from magi_attention.common.slices import SliceTable
-from magi_attention.plan import simulate
+from magi_attention.plan import stage_work
 from magi_attention.plan.build import build_plans
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.measure_plans import work_of_plans
 from magi_attention.plan.qo import RowCosts
-from magi_attention.plan.simulate import TILE, Cluster, LayerShape, count_tiles, measure_stages, predict
+from magi_attention.plan.rates import MERGE_BYTES, TILE, Cluster, LayerShape
+from magi_attention.plan.simulate import predict
+from magi_attention.plan.stage_work import count_tiles, measure_stages, real_tokens
 from magi_attention.plan.stages import StageOptions, cut_stages
 from magi_attention.testing.masks import random_masks, rectangular_masks
 
@@ -46,7 +48,7 @@ def assert_same_work(work, plans):
         elif field.name not in ("tiles", "hops"):
             # Plans leave out stages in which no rank of the group receives anything.
             kept = np.flatnonzero(work.received.any(axis=0) | (np.arange(len(work.hops)) == 0))
-            assert np.array_equal(ours[..., kept], theirs), field.name
+            assert np.array_equal(np.array(ours)[..., kept], theirs), field.name
 
 
 @settings(deadline=None, max_examples=60)
@@ -79,7 +81,7 @@ def test_two_sequences_and_two_hops_measure_as_their_plans_do(mask, mesh_shape, 
     assert_same_work(work, work_of_plans(plans, mesh_shape[1]))
     assert work.pairs.sum() == slices.area()
     direct = measure(slices, layout, degree, mesh_shape[1], key_layout=key_layout)
-    assert (work.received_inter.sum() <= direct.received_inter.sum()) or not two_hops
+    assert (work.links.received_inter.sum() <= direct.links.received_inter.sum()) or not two_hops
 
 
 @settings(deadline=None, max_examples=30)
@@ -95,21 +97,21 @@ def test_rows_between_nodes_against_every_single_row(mask, num_ranks, per_node, 
         away = sources[sources // per_node != reader // per_node]
         received[reader] += len(away)
         np.add.at(sent, away, 1)
-    assert work.received_inter.sum(axis=1).tolist() == received.tolist()
-    assert work.sent_inter.sum(axis=1).tolist() == sent.tolist()
+    assert work.links.received_inter.sum(axis=1).tolist() == received.tolist()
+    assert work.links.sent_inter.sum(axis=1).tolist() == sent.tolist()
 
 
 def test_padding_is_no_token():
     layout = random_layout(100, 3, seed=1, num_real=83)
     owner = np.repeat(layout.owner, layout.chunk_size)[:83]
-    assert simulate.real_tokens(layout).tolist() == np.bincount(owner, minlength=3).tolist()
+    assert real_tokens(layout).tolist() == np.bincount(owner, minlength=3).tolist()
 
 
 def test_groups_of_ranks_share_an_entry_of_the_traffic(monkeypatch):
     layout = random_layout(120, 5, seed=2)
     slices = SliceTable([[0, 120, 0, 120, 1]])
     single = measure(slices, layout, 1).traffic
-    monkeypatch.setattr(simulate, "MOST_GROUPS", 3)
+    monkeypatch.setattr(stage_work, "MOST_GROUPS", 3)
     grouped = measure(slices, layout, 1).traffic
     edges = [0, 2, 4]
     assert np.array_equal(grouped, np.add.reduceat(np.add.reduceat(single, edges, axis=0), edges, axis=1))
@@ -232,7 +234,7 @@ def test_traveling_queries_bring_their_outputs_home():
     assert work.traffic.tolist() == [[0, TILE], [0, 0]]
     cluster = replace(FAST, nvlink_gbs=100.0, memory_gbs=1000.0)
     prediction = predict(work, cluster, shape)
-    merge = 4 * TILE * 8 * 128 * simulate.MERGE_BYTES / 1e12
+    merge = 4 * TILE * 8 * 128 * MERGE_BYTES / 1e12
     q, number = 8 * 128 * 2, 8 * 4
     assert np.diff(prediction.forward.fetch)[:, 1, 0] == pytest.approx([TILE * q / 1e11] * 2)
     assert np.diff(prediction.forward.send_home)[:, 1, 0] == pytest.approx([TILE * (q + number) / 1e11 + merge] * 2)

@@ -3,7 +3,6 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch.distributed as dist
 from torch import Tensor
@@ -21,12 +20,10 @@ from magi_attention.api.groups import GroupOrMesh, resolve_group
 from magi_attention.api.masks import apply_padding, compute_pad_size, infer_attn_mask_from_cu_seqlens
 from magi_attention.api.tensors import dispatch
 from magi_attention.comm.group import group_size
-from magi_attention.common.enum import AttnMaskType
-from magi_attention.common.errors import MagiValueError
 from magi_attention.common.ranges import AttnRanges
 from magi_attention.config import DistAttnConfig
 from magi_attention.plan.layout import Layout
-from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr, find_manager
+from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.manager import build_manager
 
@@ -132,7 +129,7 @@ def magi_attn_flex_key(
         pad_size_k=pad_size_k,
         chunk_size_k=chunk_size_k,
     )
-    return _plan_if_new(key)
+    return plan_if_new(key)
 
 
 def magi_attn_varlen_key(
@@ -274,110 +271,6 @@ def magi_attn_varlen_dispatch(
     return dispatch(x, key), key
 
 
-def make_flex_key_for_new_mask_after_dispatch(
-    q_ranges: AttnRanges,
-    k_ranges: AttnRanges,
-    attn_mask_type: GeneralAttnMaskType,
-    key_for_dispatch: DistAttnRuntimeKey,
-    num_heads_q: int | None = None,
-    num_heads_kv: int | None = None,
-    head_dim: int | None = None,
-    dist_attn_config: DistAttnConfig | None = None,
-    key_for_kv_dispatch: DistAttnRuntimeKey | None = None,
-) -> DistAttnRuntimeKey:
-    """Plan another mask over tensors that are already dispatched with ``key_for_dispatch``.
-
-    ``calc_attn`` with either key takes the same local tensors, and ``undispatch`` with either gives the same.
-
-    With ``key_for_kv_dispatch``, keys and values are those of another sequence, dispatched with that key: where layers
-    alternate between self- and cross-attention, a decoder's rows and an encoder's memory stay where their own keys laid
-    them.
-
-    Args:
-        q_ranges: query rows of the new mask's slices.
-        k_ranges: key rows of the slices.
-        attn_mask_type: the slices' types; a single type stands for all.
-        key_for_dispatch: the key whose layouts, of queries and of keys, are kept, with their chunks, padding, group and
-            dispatch config.
-        num_heads_q: query heads; those of the old key for None.
-        num_heads_kv: key and value heads; those of the old key for None.
-        head_dim: size of a head; that of the old key for None.
-        dist_attn_config: overlap and runtime config are taken from here; from the old key for None.
-        key_for_kv_dispatch: the key whose layout of keys is kept; ``key_for_dispatch`` for None.
-
-    Raises:
-        ValueError: The cache doesn't hold one of the keys, they are of different groups, and all that
-            :func:`magi_attn_flex_key` raises for masks.
-    """
-    old = key_for_dispatch
-    old_k = old if key_for_kv_dispatch is None else key_for_kv_dispatch
-    layout, key_layout = find_manager(old).layout, find_manager(old_k).key_layout
-    if old_k.group_ranks != old.group_ranks:
-        raise MagiValueError(
-            f"key_for_dispatch is of the ranks {list(old.group_ranks)} and key_for_kv_dispatch of "
-            f"{list(old_k.group_ranks)}; both must be made with the same group"
-        )
-    source = dist_attn_config or old.dist_attn_config
-    config = DistAttnConfig(
-        dispatch_config=old.dist_attn_config.dispatch_config,
-        overlap_config=source.overlap_config,
-        runtime_config=source.runtime_config,
-    ).resolved()
-    check_ranges(q_ranges, k_ranges, old.total_seqlen_q, old_k.total_seqlen_k)
-    mask_types: Sequence[AttnMaskType] = resolve_mask_types(attn_mask_type, len(q_ranges))
-    resolve_group(old.cp_group if old.cp_mesh is None else old.cp_mesh, bool(config.runtime_config.hierarchical_comm))
-    if old.pad_size:
-        num_real = old.total_seqlen_q - old.pad_size
-        q_ranges, k_ranges, mask_types = apply_padding(q_ranges, k_ranges, mask_types, num_real, old.pad_size)
-    key = replace(
-        old,
-        q_ranges=q_ranges,
-        k_ranges=k_ranges,
-        attn_mask_type=tuple(mask_types),
-        num_heads_q=old.num_heads_q if num_heads_q is None else num_heads_q,
-        num_heads_kv=old.num_heads_kv if num_heads_kv is None else num_heads_kv,
-        head_dim=old.head_dim if head_dim is None else head_dim,
-        dist_attn_config=config,
-        layout_key=old.layout_key or old,
-        total_seqlen_k=old_k.total_seqlen_k,
-        pad_size_k=old_k.pad_size_k,
-        chunk_size_k=old_k.chunk_size_k,
-        is_same_source=layout is key_layout,
-        is_k_permutable=old_k.is_k_permutable,
-        layout_key_k=_key_of_key_layout(old, old_k),
-    )
-    return _plan_if_new(key, layout, key_layout)
-
-
-def _key_of_key_layout(old: DistAttnRuntimeKey, old_k: DistAttnRuntimeKey) -> DistAttnRuntimeKey | None:
-    """The key that the layout of keys of ``old_k`` was first made for; None if the layout of queries of ``old`` was."""
-    queries, keys = old.layout_key or old, old_k.layout_key_k or old_k.layout_key or old_k
-    return None if keys == queries else keys
-
-
-def make_varlen_key_for_new_mask_after_dispatch(
-    cu_seqlens_q: Tensor | Sequence[int],
-    cu_seqlens_k: Tensor | Sequence[int],
-    key_for_dispatch: DistAttnRuntimeKey,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    dist_attn_config: DistAttnConfig | None = None,
-    key_for_kv_dispatch: DistAttnRuntimeKey | None = None,
-) -> DistAttnRuntimeKey:
-    """As :func:`make_flex_key_for_new_mask_after_dispatch`, for packed documents as in :func:`magi_attn_varlen_key`."""
-    q_ranges, k_ranges, mask_types, _, _ = infer_attn_mask_from_cu_seqlens(
-        cu_seqlens_q, cu_seqlens_k, causal, window_size
-    )
-    return make_flex_key_for_new_mask_after_dispatch(
-        q_ranges,
-        k_ranges,
-        mask_types,
-        key_for_dispatch,
-        dist_attn_config=dist_attn_config,
-        key_for_kv_dispatch=key_for_kv_dispatch,
-    )
-
-
 def get_most_recent_key(cp_group: dist.ProcessGroup) -> DistAttnRuntimeKey:
     """The group's key that was made, asked for or used last.
 
@@ -395,7 +288,7 @@ def clear_cache(cp_group: dist.ProcessGroup | None = None) -> None:
     dist_attn_runtime_dict_mgr.clear(cp_group)
 
 
-def _plan_if_new(
+def plan_if_new(
     key: DistAttnRuntimeKey, layout: Layout | None = None, key_layout: Layout | None = None
 ) -> DistAttnRuntimeKey:
     """Make ``key`` its group's most recent one, and plan for it unless that was done, keeping the layouts given.

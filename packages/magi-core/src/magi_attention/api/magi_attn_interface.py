@@ -10,6 +10,8 @@ from magi_attention.api.keys import (
     magi_attn_flex_key,
     magi_attn_varlen_dispatch,
     magi_attn_varlen_key,
+)
+from magi_attention.api.keys_after_dispatch import (
     make_flex_key_for_new_mask_after_dispatch,
     make_varlen_key_for_new_mask_after_dispatch,
 )

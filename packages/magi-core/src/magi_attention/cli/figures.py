@@ -11,7 +11,9 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.plan.build import Plan
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.measure_plans import work_of_plans
-from magi_attention.plan.simulate import Cluster, LayerShape, Prediction, StageWork, predict
+from magi_attention.plan.rates import Cluster, LayerShape
+from magi_attention.plan.simulate import Prediction, predict
+from magi_attention.plan.stage_work import StageWork
 
 QUANTILES = {"most": 1.0, "95 %": 0.95, "median": 0.5, "5 %": 0.05, "least": 0.0}
 """What tables and pictures show of many ranks, by its name."""

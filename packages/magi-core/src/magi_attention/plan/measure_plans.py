@@ -8,7 +8,8 @@ import numpy as np
 from magi_attention.plan.build import Plan, Stage
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.plan.relays import TwoHopLoads
-from magi_attention.plan.simulate import StageWork, Table, count_tiles, group_traffic, real_tokens
+from magi_attention.plan.stage_work import StageWork, count_tiles, group_traffic, real_tokens
+from magi_attention.plan.traffic import LinkRows, Table
 
 
 def work_of_plans(plans: Sequence[Plan], ranks_per_node: int | None = None) -> StageWork:
@@ -26,33 +27,29 @@ def work_of_plans(plans: Sequence[Plan], ranks_per_node: int | None = None) -> S
         loads, rows = _link_loads(each, ranks_per_node or num_ranks)
         links.append(loads)
         traffic += rows
-    received_inter, sent_inter, received_intra, sent_intra = np.array(links).transpose(1, 2, 0)
     return StageWork(
         tokens=real_tokens(plans[0].layout),
         pairs=np.array([[stage.slices.area() for stage in plan.stages] for plan in plans]),
         tiles=np.array([[count_tiles(stage.slices.bands()).sum() for stage in plan.stages] for plan in plans]),
-        received_inter=received_inter,
-        sent_inter=sent_inter,
-        received_intra=received_intra,
-        sent_intra=sent_intra,
+        links=LinkRows(*np.array(links).transpose(1, 2, 0)),
         hops=np.array([2 if isinstance(each[0].exchange, TwoHopExchange) else 1 for each in stages]),
         queries_travel=np.array([each[0].queries_travel for each in stages]),
         traffic=group_traffic(traffic),
     )
 
 
-def _link_loads(stages: Sequence[Stage], ranks_per_node: int) -> tuple[Table, Table]:
-    """One stage of all ranks: rows received and sent between and within nodes, ``(4, ranks)``, and who from whom."""
+def _link_loads(stages: Sequence[Stage], ranks_per_node: int) -> tuple[LinkRows, Table]:
+    """One stage of all ranks: what each receives and sends, and who from whom."""
     exchanges = [stage.exchange for stage in stages]
     if isinstance(exchanges[0], TwoHopExchange):
         loads = _two_hop_loads([each for each in exchanges if isinstance(each, TwoHopExchange)])
-        return np.stack(loads.by_rank), loads.traffic
+        return loads.by_rank, loads.traffic
     counts = [each.recv_counts if isinstance(each, ExchangeTable) else [0] * len(stages) for each in exchanges]
     traffic = np.array(counts)
     node = np.arange(len(stages)) // ranks_per_node
     inside = np.where(node[:, None] == node, traffic, 0)
     between = traffic - inside
-    return np.stack([between.sum(1), between.sum(0), inside.sum(1), inside.sum(0)]), traffic
+    return LinkRows(between.sum(1), between.sum(0), inside.sum(1), inside.sum(0)), traffic
 
 
 def _two_hop_loads(exchanges: Sequence[TwoHopExchange]) -> TwoHopLoads:

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
-from magi_attention.common.intervals import Intervals, merge
+from magi_attention.common.intervals import merge
 from magi_attention.plan.demand import lift, unlift
 from magi_attention.plan.layout import Layout
-
-Table = NDArray[np.int64]
+from magi_attention.plan.traffic import LinkRows, Table, rows_sent
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +31,10 @@ class TwoHopLoads:
     intra: Table
 
     @property
-    def by_rank(self) -> tuple[Table, Table, Table, Table]:
-        """Rows received and sent between nodes, received and sent within nodes; ``(ranks,)`` each."""
+    def by_rank(self) -> LinkRows:
+        """What every rank receives and sends, ``(ranks,)`` each."""
         sums = (self.inter.sum(1), self.inter.sum(0), self.intra.sum(2), self.intra.sum(1))
-        received_inter, sent_inter, received_intra, sent_intra = (each.ravel() for each in sums)
-        return received_inter, sent_inter, received_intra, sent_intra
+        return LinkRows(*(each.ravel() for each in sums))
 
     @property
     def traffic(self) -> Table:
@@ -67,19 +64,3 @@ def _rows_by_owner(wanted: Table, num_groups: int, layout: Layout) -> Table:
     ordered = wanted[np.argsort(wanted[:, 0], kind="stable")]
     ends = np.searchsorted(ordered[:, 0], np.arange(num_groups + 1))
     return np.stack([rows_sent(ordered[a:b, 1:], layout) for a, b in pairwise(ends.tolist())])
-
-
-def rows_sent(wanted: Intervals, layout: Layout) -> Table:
-    """``(ranks,)`` how many of the ``wanted`` rows, each counted as often as it is wanted, every rank owns.
-
-    The number of readers of a row is a step function of the row; its integral, taken at the ends of the runs, spares
-    the pairs of all readers and runs.
-    """
-    steps = np.sort(wanted, axis=0)
-    at = layout.runs[:, :2].ravel()
-    before = [np.concatenate([[0], np.cumsum(edge)]) for edge in steps.T]
-    opened, closed = (np.searchsorted(edge, at) for edge in steps.T)
-    wanted_before = (opened * at - before[0][opened]) - (closed * at - before[1][closed])
-    totals = np.zeros(layout.num_ranks, np.int64)
-    np.add.at(totals, layout.runs[:, 2], np.diff(wanted_before.reshape(-1, 2))[:, 0])
-    return totals

@@ -10,7 +10,8 @@ from magi_attention.cli.figures import PlanFigures, saved_share, time_unit
 from magi_attention.cli.plan.study import BOUND_TOLERANCE, PlanStudy
 from magi_attention.cli.sheets import Sheet, rank_sheet
 from magi_attention.plan.layout import Layout
-from magi_attention.plan.simulate import Prediction, real_tokens
+from magi_attention.plan.simulate import Prediction
+from magi_attention.plan.stage_work import real_tokens
 
 JSON_VERSION = 1
 
@@ -50,7 +51,7 @@ def _traveling(study: PlanStudy) -> str:
         queries = _query_rows(study.figures)
         return f"{queries:,} query rows and {work.received.sum() - queries:,} key/value rows travel. "
     if study.options.hierarchical:
-        return f"{work.received_inter.sum():,} rows cross between nodes. "
+        return f"{work.links.received_inter.sum():,} rows cross between nodes. "
     return ""
 
 
@@ -78,7 +79,9 @@ def comparison_sheet(study: PlanStudy) -> Sheet:
         note = f" This plan's rows include {_query_rows(figures):,} of queries, which travel with their outputs: "
         note += f"{of_query:,} bytes in both passes, where a key/value row takes {of_key:,}."
     if study.options.hierarchical:
-        note = f" Rows are counted where they are read. {figures.work.received_inter.sum():,} cross between nodes."
+        note = (
+            f" Rows are counted where they are read. {figures.work.links.received_inter.sum():,} cross between nodes."
+        )
     entries = [
         (f"this plan ({type(study.dispatch.alg).__name__})", received, f"{figures.imbalance:.3f}"),
         *((each.name, each.rows_received, f"{each.imbalance:.3f}") for each in study.baselines.values()),
@@ -149,7 +152,7 @@ def to_json(study: PlanStudy) -> dict[str, Any]:
             "queries_travel": study.options.qo,
             "imbalance": figures.imbalance,
             "rows_received": int(figures.received.sum()),
-            "rows_received_between_nodes": int(figures.work.received_inter.sum()),
+            "rows_received_between_nodes": int(figures.work.links.received_inter.sum()),
             "query_rows_received": _query_rows(figures),
             "rows_received_lower_bound": study.lower_bound,
         },
