@@ -123,8 +123,10 @@ def draw_work(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
     pairs = figures.pairs
     unit, name = _unit(float(pairs.max()))
     axes.barh(np.arange(len(pairs)), pairs / unit, color=list(colors), height=0.72)
-    _label_bars(axes, pairs / unit, [short(count) for count in pairs])
     mean = pairs.mean()
+    # The mean's line must not cross the number beside a bar that ends shortly before it.
+    places = np.where(pairs > 0.75 * mean, np.maximum(pairs, mean), pairs)
+    _label_bars(axes, places / unit, [short(count) for count in pairs])
     axes.axvline(mean / unit, color=TEXT_COLOR, linewidth=1, linestyle=(0, (4, 3)), label=f"mean {short(mean)}")
     _name_ranks(axes, range(len(pairs)))
     axes.set(title=f"Work: most / mean = {figures.imbalance:.3f}", xlabel=f"(query, key) pairs computed{name}")
@@ -158,7 +160,7 @@ def draw_rows(axes: Axes, figures: PlanFigures, colors: Colors) -> None:
     others = figures.rows_of_others
     unit, name = _unit(float(max(others.max(), figures.sent.max())))
     ranks = np.arange(figures.num_ranks)
-    axes.barh(ranks, others / unit, color=REFERENCE_COLOR, height=0.78, label="all-gather or ring")
+    axes.barh(ranks, others / unit, color=REFERENCE_COLOR, height=0.78, label="all-gather, ring")
     left = np.zeros(figures.num_ranks)
     for rows in figures.work.received.T:
         axes.barh(ranks - 0.12, rows / unit, left=left / unit, color=list(colors), height=0.44, edgecolor="white")
@@ -270,8 +272,9 @@ def _legend_above(axes: Axes, handles: Sequence[Patch] | None = None) -> None:
         ncols=3,
         frameon=False,
         borderaxespad=0,
-        handlelength=1.4,
-        columnspacing=1.2,
+        fontsize=8.5,
+        handlelength=1,
+        columnspacing=1,
     )
 
 
