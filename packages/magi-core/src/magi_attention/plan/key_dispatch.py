@@ -50,7 +50,7 @@ def make_key_layout(
     return Layout(num_real, total, chunk_size, layout.num_ranks, owner)
 
 
-def _rows_read(slices: SliceTable, layout: Layout, key_layout: Layout) -> NDArray[np.int64]:
+def _rows_read(slices: SliceTable, layout: Layout, key_layout: Layout) -> NDArray[np.int32]:
     """``(num_chunks, num_ranks)``: how many rows of each chunk of keys each rank's queries read."""
     demand = find_demand(slices, layout, key_layout)
     keys = lift(demand.bands[:, band.K0 : band.D0], layout.runs[demand.run, 2], key_layout)
@@ -60,22 +60,26 @@ def _rows_read(slices: SliceTable, layout: Layout, key_layout: Layout) -> NDArra
     entry, step = expand_counts(-(-stop // size) - first)
     chunk = first[entry] + step
     rows = np.minimum(stop[entry], (chunk + 1) * size) - np.maximum(start[entry], chunk * size)
-    counts = np.bincount(chunk * layout.num_ranks + rank[entry], weights=rows, minlength=shape[0] * shape[1])
-    return counts.astype(np.int64).reshape(shape)
+    counts = np.zeros(shape, np.int32)
+    np.add.at(counts, (chunk, rank[entry]), rows.astype(np.int32))
+    return counts
 
 
-def _give_to_readers(reads: NDArray[np.int64], room: NDArray[np.int64]) -> NDArray[np.int64]:
+def _give_to_readers(reads: NDArray[np.int32], room: NDArray[np.int64]) -> NDArray[np.int64]:
     """The owner of each chunk; ``room`` tells how many chunks each rank takes."""
     room = room.copy()
     owner = np.empty(len(reads), np.int64)
-    second, best = np.partition(reads, -2, axis=1)[:, -2:].T
-    for chunk in np.argsort(second - best, kind="stable"):
+    first = reads.argmax(axis=1)[:, None]
+    best = np.take_along_axis(reads, first, axis=1)
+    others = reads.copy()
+    np.put_along_axis(others, first, -1, axis=1)
+    for chunk in np.argsort(others.max(axis=1) - best[:, 0], kind="stable"):
         rank = np.argmax(np.where(room > 0, reads[chunk], -1))
         owner[chunk] = rank
         room[rank] -= 1
     return owner
 
 
-def _rows_at_home(reads: NDArray[np.int64], owner: NDArray[np.int64]) -> int:
+def _rows_at_home(reads: NDArray[np.int32], owner: NDArray[np.int64]) -> int:
     """Rows that are read by their chunk's owner and so don't travel to it."""
     return int(reads[np.arange(len(owner)), owner].sum())
