@@ -7,6 +7,9 @@ ranks). *max/mean* is the largest rank's mask area over the mean; *received* the
 together, in millions; *bound* what any deal of equally many rows with areas within 2 % must receive. The original's
 figures (``planner_original.csv``: MagiAttention v1.1.1, Python backend, minimum heap, one stage, the exchange of its
 planning data included) were recorded once on two cores; they are not measured in this run.
+
+``encoder_decoder`` is cross-attention: in packed documents, every query sees all of its document's keys, of which there
+are four times as many; *tokens* are the keys.
 """
 
 import argparse
@@ -14,6 +17,8 @@ import csv
 import statistics
 import time
 from pathlib import Path
+
+import numpy as np
 
 from magi_attention.api.checks import resolve_chunk_size
 from magi_attention.common import workloads
@@ -23,6 +28,8 @@ from magi_attention.plan.bounds import received_lower_bound
 from magi_attention.plan.build import Plan, build_plan
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.dispatch import make_layout
+from magi_attention.plan.key_dispatch import make_key_layout
+from magi_attention.plan.layout import Layout
 
 ORIGINAL = Path(__file__).with_name("planner_original.csv")
 LARGEST = {"tokens": str(4 << 20), "cp": "1024"}  # beyond what was recorded of the original
@@ -31,32 +38,62 @@ LARGEST = {"tokens": str(4 << 20), "cp": "1024"}  # beyond what was recorded of 
 ALGORITHMS = {"locality": LocalityDispatchAlg(), "min-heap": MinHeapDispatchAlg()}
 
 
-def plan_for_one_rank(slices: SliceTable, num_real: int, num_ranks: int, algorithm: DispatchAlg) -> Plan:
-    """All that one rank derives for a sequence, with chunks of the size that a key gets if the user names none."""
-    chunk_size = resolve_chunk_size(num_real, num_ranks, None, algorithm)
+CROSS = "encoder_decoder"
+CROSS_SIZES = ({"tokens": str(1 << 20), "cp": "64"}, LARGEST)
+KEYS_PER_QUERY = 4
+
+
+def plan_for_one_rank(
+    slices: SliceTable, num_queries: int, num_keys: int | None, num_ranks: int, algorithm: DispatchAlg
+) -> Plan:
+    """All that one rank derives, with chunks of the size that a key gets if the user names none.
+
+    With ``num_keys``, keys are of another sequence.
+    """
+
+    def padded(num_real: int) -> dict[str, int]:
+        chunk_size = resolve_chunk_size(num_real, num_ranks, None, algorithm)
+        total = -(-num_real // (chunk_size * num_ranks)) * chunk_size * num_ranks
+        return {"num_real": num_real, "total": total, "chunk_size": chunk_size}
+
+    def deal_keys(queries: Layout) -> Layout:
+        return queries if num_keys is None else make_key_layout(slices, queries, **padded(num_keys), is_permutable=True)
+
     layout = make_layout(
         slices,
-        num_real=num_real,
-        total=-(-num_real // (chunk_size * num_ranks)) * chunk_size * num_ranks,
-        chunk_size=chunk_size,
+        **padded(num_queries),
         num_ranks=num_ranks,
         algorithm=algorithm,
+        deal_keys=None if num_keys is None else deal_keys,
     )
-    return build_plan(slices, layout, rank=num_ranks // 2)
+    return build_plan(slices, layout, rank=num_ranks // 2, key_layout=deal_keys(layout))
+
+
+def make_mask(name: str, tokens: int) -> SliceTable:
+    """One of the workloads; in cross-attention, over so many keys."""
+    if name != CROSS:
+        return workloads.make(name, tokens)
+    keys = workloads.document_ends(tokens)
+    queries = keys // KEYS_PER_QUERY
+    full = np.zeros(len(keys) - 1, np.int64)
+    return SliceTable(np.column_stack([queries[:-1], queries[1:], keys[:-1], keys[1:], full]))
 
 
 def measure(row: dict[str, str], repeat: int, algorithm: DispatchAlg) -> None:
     """Measure one row of the table and print it."""
     tokens, num_ranks = int(row["tokens"]), int(row["cp"])
-    slices = workloads.make(row["mask"], tokens)
+    num_queries, num_keys = (tokens // KEYS_PER_QUERY, tokens) if row["mask"] == CROSS else (tokens, None)
+    slices = make_mask(row["mask"], tokens)
     seconds = []
     for _ in range(repeat):
         start = time.perf_counter()
-        plan = plan_for_one_rank(slices, tokens, num_ranks, algorithm)
+        plan = plan_for_one_rank(slices, num_queries, num_keys, num_ranks, algorithm)
         seconds.append(time.perf_counter() - start)
-    demand = find_demand(slices, plan.layout)
+    demand = find_demand(slices, plan.layout, plan.key_layout)
     received = int((demand.remote[:, 2] - demand.remote[:, 1]).sum())
-    bound = received_lower_bound(slices, plan.layout.total, num_ranks)
+    bound = received_lower_bound(
+        slices, plan.layout.total, num_ranks, total_keys=None if num_keys is None else plan.key_layout.total
+    )
     original_ms = float(row.get("plan_ms", "nan")) + float(row.get("exchange_ms", "nan"))
     limit_ms = 400.0 if num_ranks == 1024 else min(max(original_ms / 10, 10.0), 100.0)
     original = float(row.get("received_millions", "nan"))
@@ -77,6 +114,7 @@ def main() -> None:
     print(f"{'mask':24}{'tokens':>8}{'cp':>5}{'chunk':>7}{'plan ms':>9}{'limit':>7}{'original':>10}", end="")
     print(f"{'max/mean':>10}{'original':>9}{'received M':>12}{'original':>9}{'ratio':>7}{'bound M':>9}{'ratio':>7}")
     rows = [*csv.DictReader(ORIGINAL.open()), *({"mask": name, **LARGEST} for name in workloads.WORKLOADS)]
+    rows += [{"mask": CROSS, **size} for size in CROSS_SIZES]
     for row in rows:
         if arguments.only in row["mask"]:
             measure(row, arguments.repeat, ALGORITHMS[arguments.algorithm])
