@@ -61,7 +61,7 @@ def _classify(slices: SliceTable) -> str:
         return "general" if (_left_moves(bands) | _right_moves(bands)).any() else "block_sparse"
     slabs = _slabs(bands)
     document = np.cumsum(~_continues(slabs)) - 1
-    areas = np.bincount(document, weights=slabs.area)
+    areas = np.bincount(document, weights=slabs.area).astype(np.float64)
     kinds = _kinds_of_documents(slabs, document, areas)
     share = np.bincount(kinds, weights=areas, minlength=5) / areas.sum()
     if share[SLIDING] > 0.5:
@@ -126,7 +126,7 @@ def _continues(slabs: _Slabs) -> NDArray[np.bool_]:
 
 def _kinds_of_documents(slabs: _Slabs, document: Indices, areas: NDArray[np.float64]) -> Indices:
     def area_of(chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
-        return np.bincount(document, weights=slabs.area * chosen, minlength=len(areas))
+        return np.bincount(document, weights=slabs.area * chosen, minlength=len(areas)).astype(np.float64)
 
     same = document[1:] == document[:-1]
     regular = slabs.shape <= RAMP
