@@ -3,27 +3,25 @@
 
 For each mask and number of tokens, in both directions together (queries to keys, keys to queries), with tiles of
 128 x 128. *plan* is the classification into runs of full and partial tiles, on the host; *lists* their expansion into
-padded index lists, *rows* the interval tables of rows and columns; each on the host in numpy and, behind it, on the
-device in torch, upload and waiting included. Times are the best of several, in milliseconds. *full* and *partial*
-count the tiles of one direction, *runs* what is uploaded of them, *MB* is the size of all tables on the device (flex's
-padding of both lists to a common width not included).
+index lists, *rows* the interval tables of rows and columns; each on the host in numpy and, behind it, on the device in
+torch, the lists padded, upload and waiting included. Times are the best of several, in milliseconds. *full* and
+*partial* count the tiles of one direction, *runs* what is uploaded of them, *MB* is the size of all tables on the
+device (flex's padding of both lists to a common width not included).
 """
 
 import argparse
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from magi_attention.common import bands as band
 from magi_attention.common import workloads
-from magi_attention.common.bands import Bands
 from magi_attention.kernels.device_tiles import DeviceIntervals, DeviceLists, device_row_intervals, padded_lists
-from magi_attention.kernels.tiles import RowIntervals, TileRuns, row_intervals, tile_runs
+from magi_attention.kernels.tiles import IndexLists, RowIntervals, TileRuns, row_intervals, tile_runs
 
 BLOCK = 128
-MOST_HOST_INDICES = 1 << 27
+MOST_HOST_INDICES = 1 << 26
 """Beyond it the host's lists are not made: a dense mask of a million tokens takes gigabytes as int64."""
 
 
@@ -59,13 +57,13 @@ def measure(name: str, tokens: int, device: torch.device, repeat: int) -> None:
 
     lists = [runs for tiles in plan() for runs in (tiles.full, tiles.partial)]
 
-    def host_lists() -> list[np.ndarray]:
-        return [each.expanded().padded(int(each.sizes.max())) for each in lists]
+    def host_lists() -> list[IndexLists]:
+        return [each.expanded() for each in lists]
 
     def device_lists() -> list[DeviceLists]:
         return [padded_lists(each, device) for each in lists]
 
-    indices = sum(int(each.sizes.max()) * len(each.sizes) for each in lists)
+    indices = sum(int(each.sizes.sum()) for each in lists)
     times = [
         best_ms(plan, repeat, wait),
         best_ms(host_lists, repeat, wait) if indices <= MOST_HOST_INDICES else float("nan"),

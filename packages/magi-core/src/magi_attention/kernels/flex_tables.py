@@ -78,7 +78,8 @@ def _layer(
     by_key = tile_runs(band.transpose(bands), columns * BLOCK, num_q, BLOCK, BLOCK)
     lists = [*_padded_lists(by_query, rows, device), *_padded_lists(by_key, columns, device)]
     width = next(number for number in INTERVALS_PER_LAYER if number >= last - first)
-    return LayerTables(*lists, interval_bounds(intervals, first, last, width, rows * BLOCK))
+    lists.append(interval_bounds(intervals, first, last, width, rows * BLOCK))
+    return LayerTables(*lists)
 
 
 def _padded_lists(runs: TileRuns, num_rows: int, device: torch.device) -> list[Tensor]:

@@ -28,21 +28,29 @@ logger = logging.getLogger(__name__)
 _logged: set[object] = set()
 
 
-class _Unloadable:
-    """Stands for an installed backend whose module fails to import, so that the others remain usable."""
+class UnloadableBackend:
+    """Stands for an installed backend whose module fails to import, so that the others remain usable.
+
+    Attributes:
+        name: its entry point.
+        reason: why it cannot be loaded.
+    """
 
     def __init__(self, name: str, error: Exception) -> None:
         self.name = name
-        self._support = Support(False, f"its package is installed but cannot be loaded: {error!r}")
+        self.reason = f"its package is installed but cannot be loaded: {error!r}"
 
     def supports(self, request: AttentionRequest) -> Support:
-        return self._support
+        """No."""
+        return Support(False, self.reason)
 
     def expected_tflops(self, request: AttentionRequest) -> float:
+        """Nothing."""
         return 0.0
 
     def forward(self, *args: object) -> None:
-        raise RuntimeError(f"backend {self.name!r}: {self._support.reason}")
+        """Raise the ``RuntimeError`` that the answer of ``supports`` announces."""
+        raise RuntimeError(f"backend {self.name!r}: {self.reason}")
 
     backward = forward
 
@@ -56,7 +64,7 @@ def installed_backends() -> dict[str, KernelBackend]:
             backends[point.name] = point.load()
         except Exception as error:  # a plug-in's import may fail in any way
             logger.warning("The kernel backend %r cannot be loaded: %r", point.name, error)
-            backends[point.name] = _Unloadable(point.name, error)
+            backends[point.name] = UnloadableBackend(point.name, error)
     return dict(sorted(backends.items()))
 
 
