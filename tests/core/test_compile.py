@@ -116,6 +116,16 @@ def test_without_gradients_of_the_lse():
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_new_masks_of_one_shape_compile_twice():
+    counter = CompileCounterWithBackend("aot_eager")
+    model = Attention(by_key, with_sink=False)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for cut in (10, 20, 30, 40):
+        key = make_key(cut, 50)
+        torch.testing.assert_close(run(compiled, tokens(50), key), run(model, tokens(50), key))
+    assert counter.frame_count == 2
+
+
 def test_new_masks_and_lengths_do_not_compile_again_and_again():
     counter = CompileCounterWithBackend("aot_eager")
     model = Attention(by_key, with_sink=False)
