@@ -68,9 +68,7 @@ class Blocks(NamedTuple):
 
     def blocks(self, buffer: Tensor, tensor: int, rows: Sequence[Rows]) -> list[tuple[Rows, Tensor]]:
         """For each peer that has any, the ``rows`` that belong to the peer and one tensor's block of them."""
-        return [
-            (rows[peer], self.block(buffer, tensor, peer)) for peer, count in enumerate(self.counts) if count
-        ]
+        return [(rows[peer], self.block(buffer, tensor, peer)) for peer, count in enumerate(self.counts) if count]
 
 
 @lru_cache(maxsize=4096)

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sum over peers of a group reduce as one GPU kernel, with the bits of one addition per peer after the other."""
 
-from functools import cache
-from importlib.util import find_spec
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,19 +9,15 @@ from torch import Tensor
 from magi_attention.comm.packing import Blocks
 from magi_attention.comm.routes import Routes
 from magi_attention.common.slices import expand_counts
+from magi_attention.utils.triton import has_triton
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def can_add_segments(into: Tensor, blocks: Blocks, tensor: int) -> bool:
     """Whether :func:`add_segments` can do it."""
     row = blocks.formats[tensor]
-    return into.is_cuda and row.dtype in _DTYPES and into.dtype in _DTYPES and into.is_contiguous() and _has_triton()
+    return into.is_cuda and row.dtype in _DTYPES and into.dtype in _DTYPES and into.is_contiguous() and has_triton()
 
 
 def add_segments(into: Tensor, buffer: Tensor, blocks: Blocks, tensor: int, routes: Routes) -> None:

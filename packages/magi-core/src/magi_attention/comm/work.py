@@ -43,8 +43,8 @@ class PendingWork(Generic[Result]):
 class StreamWork(Generic[Result]):
     """All of a collective, enqueued on another CUDA stream.
 
-    Made when everything is enqueued. Lives at least until the stream that was current then is behind the collective, and
-    so do the buffers: a work that nobody waits for makes that stream wait when it goes.
+    Made when everything is enqueued. It keeps the buffers until the stream that they belong to is behind the
+    collective; a work that nobody waits for makes that stream wait when it goes.
 
     Args:
         stream: the stream that it is enqueued on.
