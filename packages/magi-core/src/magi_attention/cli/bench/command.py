@@ -59,9 +59,7 @@ def _measure_under_torchrun(options: BenchOptions) -> Measurement | None:
         dist.destroy_process_group()
 
 
-def _print(
-    options: BenchOptions, found: Measurement, overlap: Overlap | None, as_json: bool, console: Console
-) -> None:
+def _print(options: BenchOptions, found: Measurement, overlap: Overlap | None, as_json: bool, console: Console) -> None:
     if as_json:
         chosen: dict[str, Any] = asdict(options) | {"trace": None if options.trace is None else str(options.trace)}
         measured = asdict(found) | {"overlap": None if overlap is None else asdict(overlap) | {"share": overlap.share}}

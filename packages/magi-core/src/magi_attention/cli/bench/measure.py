@@ -26,7 +26,13 @@ from magi_attention.runtime.key import DistAttnRuntimeKey
 
 @dataclass(frozen=True)
 class PassTimes:
-    """Medians over the timed passes, each of its slowest rank, in seconds; and the most memory of any rank, in bytes."""
+    """What passes took.
+
+    Attributes:
+        forward: median over the timed passes of the slowest rank's time, in seconds.
+        backward: the same for backward passes.
+        peak_bytes: the most memory that any rank's tensors took; 0 on a CPU.
+    """
 
     forward: float
     backward: float
@@ -108,7 +114,7 @@ def measure(options: BenchOptions, device: torch.device) -> Measurement:
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
     def forward() -> Tensor:
-        return calc_attn(*inputs, key)[0]
+        return calc_attn(q, k, v, key)[0]
 
     def backward(out: Tensor) -> None:
         torch.autograd.grad(out, inputs, dout)
@@ -135,7 +141,7 @@ def measure(options: BenchOptions, device: torch.device) -> Measurement:
 
 def time_passes(
     forward: Callable[[], Tensor],
-    backward: Callable[[Tensor], None],
+    backward: Callable[[Tensor], object],
     device: torch.device,
     warmup: int,
     repeat: int,
@@ -187,7 +193,7 @@ def _seconds(start: "torch.cuda.Event | float", stop: "torch.cuda.Event | float"
 
 
 def trace_pass(
-    forward: Callable[[], Tensor], backward: Callable[[Tensor], None], device: torch.device, path: str
+    forward: Callable[[], Tensor], backward: Callable[[Tensor], object], device: torch.device, path: str
 ) -> None:
     """Run both passes under the profiler; rank 0 writes its Chrome trace."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")

@@ -37,9 +37,9 @@ def read_overlap(path: Path) -> Overlap | None:
     A kernel counts as communication, or as attention, if it was launched in a range of that name: the profiler shows
     such a range on the stream of its kernels too.
     """
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as file:
-        return overlap_of(json.load(file)["traceEvents"])
+    data = path.read_bytes()
+    trace = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+    return overlap_of(trace["traceEvents"])
 
 
 def overlap_of(events: list[dict[str, Any]]) -> Overlap | None:
