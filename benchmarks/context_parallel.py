@@ -103,7 +103,8 @@ class AllGather:
         works = [_all_gather(all_rows, own, async_op=True) for all_rows, own in zip(whole, (k, v), strict=True)]
         for work in works:
             work.wait()
-        self.saved = q, *whole, self.kernel.forward(q, *whole, self.slices)
+        keys, values = whole
+        self.saved = q, keys, values, self.kernel.forward(q, keys, values, self.slices)
         return self.saved[-1].out
 
     def backward(self, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +144,8 @@ class Ring:
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the rank's output; what the backward pass needs is kept."""
         total: AttentionResult | None = None
-        rows, coming, works = [k, v], [k, v], []
+        rows, coming = [k, v], [k, v]
+        works: list[dist.Work] = []
         for step, slices in enumerate(self.steps):
             if step + 1 < self.num_ranks:
                 coming, works = self._pass_on(rows)
@@ -164,7 +166,8 @@ class Ring:
         """Return the gradients of the rank's q, k and v."""
         q, k, v, result = self.saved
         dq: Tensor | None = None
-        rows, coming, works = [k, v], [k, v], []
+        rows, coming = [k, v], [k, v]
+        works: list[dist.Work] = []
         gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (k, v)]
         gradient_works: list[dist.Work] = []
         for step, slices in enumerate(self.steps):

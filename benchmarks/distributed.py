@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ from magi_attention.common import workloads
 from magi_attention.common.enum import AttnRole
 from magi_attention.plan.simulate import BACKWARD_OVER_FORWARD_FLOP
 from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr, find_manager
+from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.testing.distributed import RankError, RankPool
 
 MASKS = ("full", "causal", "varlen_causal", "varlen_block_causal_4k")
@@ -96,7 +98,7 @@ def run_cell(rank: int, world_size: int, cell: Cell) -> tuple[PassTimes, int]:
         with ExitStack() as stack:
             if key is not None:
                 leaves = [x.requires_grad_() for x in (q, k, v)]
-                forward, backward = differentiable(lambda: calc_attn(*leaves, key)[0], leaves, dout)
+                forward, backward = differentiable(partial(calc, key, *leaves), leaves, dout)
             elif cell.method == "torch":
                 forward, backward = torch_context_parallel(options, q, k, v, dout, stack)
             else:
@@ -113,6 +115,11 @@ def _world() -> dist.ProcessGroup:
     world = dist.group.WORLD
     assert world is not None
     return world
+
+
+def calc(key: DistAttnRuntimeKey, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Our attention's output."""
+    return calc_attn(q, k, v, key)[0]
 
 
 def differentiable(forward: Callable[[], Tensor], leaves: list[Tensor], dout: Tensor) -> Passes:

@@ -11,24 +11,8 @@ from typer.testing import CliRunner
 from magi_attention.cli.bench.overlap import Overlap, overlap_of, read_overlap
 from magi_attention.cli.main import app
 
-SMALL = [
-    "--tokens",
-    "512",
-    "--heads-q",
-    "4",
-    "--heads-kv",
-    "2",
-    "--head-dim",
-    "16",
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-    "--repeat",
-    "2",
-    "--warmup",
-    "1",
-]
+SMALL = ["--tokens", "512", "--heads-q", "4", "--heads-kv", "2", "--head-dim", "16", "--precision", "fp32"]
+SMALL += ["--device", "cpu", "--repeat", "2", "--warmup", "1"]
 
 
 def run(*arguments: str):
