@@ -43,7 +43,7 @@ def _clean_environment(monkeypatch):
 
 def test_defaults():
     config = DistAttnConfig()
-    assert config.dispatch_config == DispatchConfig(chunk_size=None, uneven_shard=False, alg=MinHeapDispatchAlg())
+    assert config.dispatch_config == DispatchConfig(chunk_size=None, uneven_shard=False, alg=LocalityDispatchAlg())
     overlap = config.overlap_config
     assert (overlap.mode, overlap.degree, overlap.dynamic_max_degree) == (STATIC, 1, 8)
     assert (overlap.min_chunk_size, overlap.max_num_chunks, overlap.alg) == (512, 64, UniformOverlapAlg())
@@ -96,10 +96,29 @@ def test_some_algorithms_are_not_exported():
     assert all(hasattr(config_module, name) for name in config_module.__all__)
 
 
+def test_an_automatic_degree_is_dynamic():
+    for mode in (STATIC, DYNAMIC):
+        overlap = OverlapConfig(mode=mode, degree="auto")
+        assert (overlap.mode, overlap.enable, overlap.no_overlap) == (DYNAMIC, True, False)
+    with pytest.raises(AssertionError, match="dynamic_max_degree"):
+        OverlapConfig(degree="auto", dynamic_max_degree=None)
+
+
+def test_an_automatic_degree_is_1_where_queries_travel(monkeypatch):
+    automatic = OverlapConfig(degree="auto")
+    traveling = RuntimeConfig(qo_comm=True)
+    assert DistAttnConfig(overlap_config=automatic, runtime_config=traveling).overlap_config == OverlapConfig(degree=1)
+    monkeypatch.setenv("MAGI_ATTENTION_QO_COMM", "1")
+    assert DistAttnConfig(overlap_config=automatic).overlap_config == OverlapConfig(degree=1)
+    staying = RuntimeConfig(qo_comm=False)
+    assert DistAttnConfig(overlap_config=automatic, runtime_config=staying).overlap_config == automatic
+
+
 DIFFERENT = [
     DistAttnConfig(),
     DistAttnConfig(overlap_config=OverlapConfig(degree=0)),
     DistAttnConfig(overlap_config=OverlapConfig(degree=4)),
+    DistAttnConfig(overlap_config=OverlapConfig(degree="auto")),
     DistAttnConfig(overlap_config=OverlapConfig(degree=None, mode=DYNAMIC)),
     DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=64)),
     DistAttnConfig(dispatch_config=DispatchConfig(uneven_shard=True)),
@@ -147,12 +166,13 @@ def test_degrees_up_to_one_are_static(degree):
 CONTRADICTIONS = [
     (lambda: OverlapConfig(degree=None), "DYNAMIC"),
     (lambda: OverlapConfig(degree=65), "max_num_chunks=64"),
-    (lambda: OverlapConfig(mode=DYNAMIC, degree=2), "pass None, not 2"),
+    (lambda: OverlapConfig(mode=DYNAMIC, degree=2), "pass None or .auto., not 2"),
     (lambda: OverlapConfig(mode=DYNAMIC, degree=None, dynamic_max_degree=0), "dynamic_max_degree.*not 0"),
     (lambda: OverlapConfig(mode=DYNAMIC, degree=None, dynamic_max_degree=None), "dynamic_max_degree"),
     (lambda: OverlapConfig(degree=-1), "not -1"),
     (lambda: OverlapConfig(min_chunk_size=0), "min_chunk_size.*not 0"),
     (lambda: OverlapConfig(max_num_chunks=0), "max_num_chunks.*not 0"),
+    (lambda: OverlapConfig(degree="automatic"), "a number, 'auto' or None, not 'automatic'"),
     (lambda: OverlapConfig(calc_cost_factor=0.0), "calc_cost_factor"),
     (lambda: OverlapConfig(comm_cost_factor=-1.0), "comm_cost_factor"),
     (lambda: DispatchConfig(chunk_size=0), "chunk_size.*not 0"),

@@ -16,7 +16,7 @@ from magi_attention.cli.raster import coverage, mask_image, ownership_image, ran
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.build import build_plans
 from magi_attention.plan.layout import Layout
-from magi_attention.plan.simulate import Cluster, LayerShape
+from magi_attention.plan.rates import Cluster, LayerShape
 from magi_attention.plan.stages import StageOptions
 
 ENDS = np.array([0, 37, 60, 90])

@@ -59,6 +59,8 @@ PUBLIC = [
     "MAGI_ATTENTION_CHECK_PLAN",
     "MAGI_ATTENTION_CHECK_PLAN_TIMEOUT",
     "MAGI_ATTENTION_SKIP_OVERLAP_CHECK",
+    "MAGI_ATTENTION_CACHE_DIR",
+    "MAGI_ATTENTION_MEASURE_RATES",
     "LOCAL_WORLD_SIZE",
 ]
 
@@ -112,6 +114,7 @@ def test_one_switches_a_flag_on_and_anything_else_off(monkeypatch, name):
         (general.ffa_backward_sm_margin, "MAGI_ATTENTION_FFA_BACKWARD_SM_MARGIN", "0", 0, 4),
         (general.cuda_device_max_connections, "CUDA_DEVICE_MAX_CONNECTIONS", "1", 1, 8),
         (general.log_level, "MAGI_ATTENTION_LOG_LEVEL", "debug", "DEBUG", "WARNING"),
+        (general.cache_dir, "MAGI_ATTENTION_CACHE_DIR", "/c", Path("/c"), Path.home() / ".cache/magi_attention"),
         (general.world_size_filter, "MAGI_ATTENTION_TEST_WORLD_SIZE", "4", 4, None),
         (comm.dsink_all_reduce_op, "MAGI_ATTENTION_DSINK_ALL_REDUCE_OP", "AVG", "avg", "none"),
         (comm.local_world_size, "LOCAL_WORLD_SIZE", "8", 8, None),

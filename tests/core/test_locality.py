@@ -73,6 +73,21 @@ def test_packed_documents_are_balanced_and_move_half_the_heaps_rows(kind: str, n
     assert received >= received_lower_bound(slices, total, num_ranks)
 
 
+@pytest.mark.parametrize(("kind", "ratio"), [("causal", 1.5), ("inverse", 1.5), ("prefix", 1.8), ("blocks", 1.5)])
+def test_no_rank_sends_much_more_than_another_receives(kind: str, ratio: float) -> None:
+    total, chunk_size, num_ranks = 1 << 17, 64, 64
+    slices = packed(total, kind)
+    owner = deal(slices, total, chunk_size, num_ranks)
+    reader, start, stop = find_demand(slices, Layout(total, total, chunk_size, num_ranks, owner)).remote.T
+    received = np.bincount(reader, weights=stop - start, minlength=num_ranks)
+    readers = np.zeros(total + 1, np.int64)
+    np.add.at(readers, start, 1)
+    np.add.at(readers, stop, -1)
+    sent = np.bincount(owner.repeat(chunk_size), weights=np.cumsum(readers)[:-1], minlength=num_ranks)
+    assert sent.sum() == received.sum()
+    assert sent.max() <= ratio * received.max()
+
+
 @pytest.mark.parametrize("num_ranks", [2, 7, 16])
 def test_causal_mask_comes_within_the_tolerance_of_its_bound(num_ranks: int) -> None:
     total, chunk_size = 64 * 16 * num_ranks, 16

@@ -16,7 +16,8 @@ from magi_attention.plan import simulate
 from magi_attention.plan.build import build_plans
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.layout import Layout
-from magi_attention.plan.simulate import TILE, Cluster, LayerShape, count_tiles, measure_stages, predict
+from magi_attention.plan.rates import TILE, Cluster, LayerShape
+from magi_attention.plan.simulate import count_tiles, measure_stages, predict
 from magi_attention.plan.stages import StageOptions, cut_stages
 from magi_attention.testing.masks import random_masks
 

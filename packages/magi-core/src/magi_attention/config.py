@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from magi_attention.common.algorithms import BatchToppHeapDispatchAlg as BatchToppHeapDispatchAlg
 from magi_attention.common.algorithms import (
@@ -68,7 +68,7 @@ class DispatchConfig:
 
     chunk_size: int | None = None
     uneven_shard: bool = False
-    alg: DispatchAlg = field(default_factory=MinHeapDispatchAlg)
+    alg: DispatchAlg = field(default_factory=LocalityDispatchAlg)
 
     def __post_init__(self) -> None:
         check_positive(self, ["chunk_size"], int, type(None))
@@ -88,9 +88,11 @@ class OverlapConfig:
 
     Attributes:
         mode: whether ``degree`` is given (static) or chosen by the planner (dynamic). A degree of 0 or 1 is always
-            static.
+            static, ``"auto"`` always dynamic.
         degree: 0: exchange, then compute everything in one call. 1: one remote stage, exchanged while the rank computes
-            with its own rows. N: N remote stages. None: the planner chooses; only with the dynamic mode.
+            with its own rows. N: N remote stages. ``"auto"``: the planner chooses from 0 on by the rates of this
+            machine, both passes, and the key's heads. None: the planner chooses from 1 on by ``calc_cost_factor`` and
+            ``comm_cost_factor``; only with the dynamic mode.
         dynamic_max_degree: the most stages that the planner may choose.
         min_chunk_size: the least rows in a piece of remote keys that a stage takes as a whole.
         max_num_chunks: the most such pieces.
@@ -100,7 +102,7 @@ class OverlapConfig:
     """
 
     mode: AttnOverlapMode = AttnOverlapMode.STATIC
-    degree: int | None = 1
+    degree: int | Literal["auto"] | None = 1
     dynamic_max_degree: int | None = 8
     min_chunk_size: int = 512
     max_num_chunks: int = 64
@@ -112,10 +114,15 @@ class OverlapConfig:
         check_type(self, "mode", AttnOverlapMode)
         if not hasattr(check_type(self, "alg", OverlapAlg), "type"):
             raise MagiTypeError("OverlapConfig.alg must be one of OverlapAlg's subclasses, not OverlapAlg itself")
-        check_type(self, "degree", int, type(None))
+        if self.degree == "auto":
+            object.__setattr__(self, "mode", AttnOverlapMode.DYNAMIC)
+        elif isinstance(self.degree, str):
+            raise MagiValueError(f"OverlapConfig.degree must be a number, 'auto' or None, not {self.degree!r}")
+        else:
+            check_type(self, "degree", int, type(None))
         check_positive(self, ["min_chunk_size", "max_num_chunks"], int)
         check_positive(self, ["calc_cost_factor", "comm_cost_factor"], int, float)
-        if self.degree is not None and self.degree < 0:
+        if isinstance(self.degree, int) and self.degree < 0:
             raise MagiValueError(f"OverlapConfig.degree must be at least 0, not {self.degree}")
         if self.degree in (0, 1):
             object.__setattr__(self, "mode", AttnOverlapMode.STATIC)
@@ -125,7 +132,7 @@ class OverlapConfig:
             self._check_dynamic()
 
     def _check_static(self) -> None:
-        if self.degree is None:
+        if not isinstance(self.degree, int):
             raise MagiValueError("OverlapConfig.degree=None needs mode=AttnOverlapMode.DYNAMIC")
         if self.degree > self.max_num_chunks:
             raise MagiValueError(
@@ -134,8 +141,10 @@ class OverlapConfig:
             )
 
     def _check_dynamic(self) -> None:
-        if self.degree is not None:
-            raise MagiValueError(f"OverlapConfig.mode=DYNAMIC chooses the degree itself: pass None, not {self.degree}")
+        if isinstance(self.degree, int):
+            raise MagiValueError(
+                f"OverlapConfig.mode=DYNAMIC chooses the degree itself: pass None or 'auto', not {self.degree}"
+            )
         if self.dynamic_max_degree is None:
             raise MagiValueError("OverlapConfig.mode=DYNAMIC needs a positive dynamic_max_degree, not None")
         check_positive(self, ["dynamic_max_degree"], int)
@@ -148,7 +157,7 @@ class OverlapConfig:
     @property
     def enable(self) -> bool:
         """Whether the remote rows are, or may be, split into several stages."""
-        return self.degree is None or self.degree >= 2
+        return not isinstance(self.degree, int) or self.degree >= 2
 
 
 @dataclass(frozen=True)
@@ -330,7 +339,7 @@ class DistAttnConfig:
     """Everything that can be chosen about one distributed attention.
 
     While ``MAGI_ATTENTION_QO_COMM`` is 1 and ``runtime_config`` doesn't say otherwise, the overlap config is replaced
-    by ``OverlapConfig(degree=1)``, the only one that traveling queries allow.
+    by ``OverlapConfig(degree=1)``, the only one that traveling queries allow; ``degree="auto"`` becomes it as well.
     """
 
     dispatch_config: DispatchConfig = field(default_factory=DispatchConfig)
@@ -343,7 +352,7 @@ class DistAttnConfig:
         check_type(self, "overlap_config", OverlapConfig)
         check_type(self, "grpcoll_config", GrpCollConfig)
         qo_comm = check_type(self, "runtime_config", RuntimeConfig).qo_comm
-        if qo_comm is None and comm_env.is_qo_comm_enable():
+        if (qo_comm is None and comm_env.is_qo_comm_enable()) or (qo_comm and self.overlap_config.degree == "auto"):
             object.__setattr__(self, "overlap_config", OverlapConfig(degree=1))
         elif qo_comm and self.overlap_config.degree != 1:
             raise MagiValueError(

@@ -11,7 +11,8 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.plan.build import Plan, Stage
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.plan.layout import Layout
-from magi_attention.plan.simulate import Cluster, LayerShape, Prediction, StageWork, count_tiles, predict, real_tokens
+from magi_attention.plan.rates import Cluster, LayerShape
+from magi_attention.plan.simulate import Prediction, StageWork, count_tiles, predict, real_tokens
 
 QUANTILES = {"most": 1.0, "95 %": 0.95, "median": 0.5, "5 %": 0.05, "least": 0.0}
 """What tables and pictures show of many ranks, by its name."""

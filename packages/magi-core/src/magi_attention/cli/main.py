@@ -128,9 +128,15 @@ def plan(
         int | None, typer.Option(metavar="RANKS", help="As --ranks, and compare overlap degrees.")
     ] = None,
     nodes: Annotated[int | None, typer.Option(help="Machines of the cluster; 8 ranks each if not given.")] = None,
-    link: Annotated[float, typer.Option(metavar="GB/s", help="Each rank's link to other nodes.")] = PLAN_DEFAULT.link,
-    nvlink: Annotated[float, typer.Option(metavar="GB/s", help="The same within a node.")] = PLAN_DEFAULT.nvlink,
-    tflops: Annotated[float, typer.Option(metavar="T", help="Rate of the forward kernel.")] = PLAN_DEFAULT.tflops,
+    rates: Annotated[
+        str | None,
+        typer.Option(metavar="measured|FILE", help="Rates as magi calibrate writes them; else round numbers for H100."),
+    ] = None,
+    link: Annotated[
+        float | None, typer.Option(metavar="GB/s", help="Each rank's link to other nodes; 50 unless --rates say more.")
+    ] = None,
+    nvlink: Annotated[float | None, typer.Option(metavar="GB/s", help="The same within a node; else 400.")] = None,
+    tflops: Annotated[float | None, typer.Option(metavar="T", help="Rate of the forward kernel; else 600.")] = None,
     png: Annotated[Path | None, typer.Option(help="Where to draw the plan (PNG, SVG or PDF).")] = None,
     html: Annotated[Path | None, typer.Option(help="Where to write the plan as a page for a browser.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON, and nothing else.")] = False,
@@ -160,6 +166,7 @@ def plan(
             heads_q=heads_q,
             heads_kv=heads_kv,
             head_dim=head_dim,
+            rates=rates,
             link=link,
             nvlink=nvlink,
             tflops=tflops,
@@ -174,6 +181,33 @@ def plan(
     try:
         run_plan(options, read_mask(options), png, html, as_json)
     except ValueError as error:
+        fail(error)
+
+
+@app.command()
+def calibrate(
+    heads_q: Annotated[int, typer.Option(min=1, help="Query heads.")] = PLAN_DEFAULT.heads_q,
+    heads_kv: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = PLAN_DEFAULT.heads_kv,
+    head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = PLAN_DEFAULT.head_dim,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Numbers to compute with; else bf16 on GPUs and fp32 on CPUs.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Kernel backend, by its name; auto takes the best.")] = "auto",
+    device: Annotated[Device, typer.Option(help="auto takes GPUs if each process can have one.")] = Device.AUTO,
+) -> None:
+    """Measure this machine's kernels, memory and links, and keep the rates for OverlapConfig(degree="auto").
+
+    Alone, it measures kernels and memory. Under torchrun it measures the links between all ranks as well:
+    torchrun --nproc-per-node 8 -m magi_attention.cli calibrate.
+    """
+    from rich.console import Console
+
+    from magi_attention.cli.calibrate import run_calibrate
+
+    wanted = "input" if precision is None else precision.value
+    try:
+        run_calibrate((heads_q, heads_kv, head_dim), wanted, backend, device.value, Console())
+    except (ValueError, RuntimeError) as error:
         fail(error)
 
 

@@ -2,6 +2,7 @@
 """Environment variables of attention and planning. A switch is on if its text is ``1``."""
 
 from importlib import metadata
+from pathlib import Path
 
 from magi_attention.common.enum import MagiAttentionKernelBackend, MagiAttentionPrecision
 from magi_attention.env.variables import is_set, parse_choice, parse_flag, parse_int, variable
@@ -121,6 +122,21 @@ def _sm_margin(text: str) -> int:
 def cuda_device_max_connections(text: str) -> int:
     """CUDA's number of hardware queues; 1 also means that kernels leave no multiprocessors to communication."""
     return parse_int(text, minimum=1)
+
+
+@variable("MAGI_ATTENTION_CACHE_DIR", "~/.cache/magi_attention")
+def cache_dir(text: str) -> Path:
+    """The folder of what is measured once and kept: the rates of machines, for ``OverlapConfig(degree="auto")``."""
+    return Path(text).expanduser()
+
+
+@variable("MAGI_ATTENTION_MEASURE_RATES", "1")
+def is_rate_measurement_enable(text: str) -> bool:
+    """Measure this machine's rates if the first key with ``OverlapConfig(degree="auto")`` finds none in the cache.
+
+    Otherwise round numbers for a device of this name stand in.
+    """
+    return parse_flag(text)
 
 
 @variable("MAGI_ATTENTION_LOG_LEVEL", "WARN")

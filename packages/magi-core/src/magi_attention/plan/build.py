@@ -12,11 +12,12 @@ from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
 from magi_attention.common.intervals import overlaps
 from magi_attention.common.slices import SliceTable
+from magi_attention.plan.degree import choose_degree
 from magi_attention.plan.demand import Demand, find_demand
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange, exchange_of_stage, two_hop_exchange
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.qo import RowCosts, choose_directions
-from magi_attention.plan.stages import StageOptions, choose_degree, cut_stages
+from magi_attention.plan.stages import StageOptions, cut_stages
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ def build_plans(
     """Plan the shares of several ranks, deriving what all ranks have in common once."""
     key_layout = key_layout or layout
     demand = find_demand(slices, layout, key_layout)
-    degree = choose_degree(demand, options)
+    degree = choose_degree(demand, layout, key_layout, options)
     digest = _digest(slices, layout, key_layout, replace(options, degree=degree), mesh_shape, row_costs)
     if row_costs is not None:
         stages = [_stages_both_ways(demand, layout, key_layout, rank, row_costs) for rank in ranks]

@@ -2,6 +2,7 @@
 """What each rank computes, and which rows of other ranks it reads for that."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,15 +23,30 @@ class Demand:
         run: ``(n,)`` the run (row of the query layout's ``runs``) of each band.
         remote: ``(m, 3)`` rows ``(rank, start, stop)``: the key rows that a rank needs and does not own, sorted and
             disjoint within a rank.
-        area_own: ``(num_ranks,)`` the (query, key) pairs whose key is the rank's own.
-        area: ``(num_ranks,)`` all (query, key) pairs of the rank.
+        layout: who owns which queries.
+        key_layout: who owns which keys.
     """
 
     bands: Bands
     run: NDArray[np.int64]
     remote: NDArray[np.int64]
-    area_own: NDArray[np.int64]
-    area: NDArray[np.int64]
+    layout: Layout
+    key_layout: Layout
+
+    @cached_property
+    def area(self) -> NDArray[np.int64]:
+        """``(num_ranks,)`` all (query, key) pairs of each rank."""
+        return _sum_by_rank(self.layout.runs[self.run, 2], band.area(self.bands), self.layout.num_ranks)
+
+    @cached_property
+    def area_own(self) -> NDArray[np.int64]:
+        """``(num_ranks,)`` the (query, key) pairs of each rank whose key is the rank's own."""
+        rank = self.layout.runs[self.run, 2]
+        own = lifted_runs(self.key_layout, self.key_layout.runs[:, 2])
+        piece, tile = overlaps(lift(self.bands[:, band.K0 : band.D0], rank, self.key_layout), own)
+        own_rows = unlift(own[tile], self.key_layout)
+        local = band.clip(self.bands[piece], band.K0, own_rows[:, 1], own_rows[:, 2])
+        return _sum_by_rank(rank[piece], band.area(local), self.layout.num_ranks)
 
 
 def find_demand(slices: SliceTable, layout: Layout, key_layout: Layout | None = None) -> Demand:
@@ -52,16 +68,7 @@ def find_demand(slices: SliceTable, layout: Layout, key_layout: Layout | None = 
     keys = lift(pieces[:, band.K0 : band.D0], rank, key_layout)
     own = lifted_runs(key_layout, key_layout.runs[:, 2])
     remote = unlift(subtract(merge(keys), own), key_layout)
-    piece, tile = overlaps(keys, own)
-    own_rows = unlift(own[tile], key_layout)
-    local = band.clip(pieces[piece], band.K0, own_rows[:, 1], own_rows[:, 2])
-    return Demand(
-        bands=pieces,
-        run=run,
-        remote=remote,
-        area_own=_sum_by_rank(rank[piece], band.area(local), layout.num_ranks),
-        area=_sum_by_rank(rank, band.area(pieces), layout.num_ranks),
-    )
+    return Demand(pieces, run, remote, layout, key_layout)
 
 
 def lift(intervals: Intervals, group: NDArray[np.int64], layout: Layout) -> Intervals:

@@ -9,16 +9,17 @@ the piece. Hence, one rank after the other:
 1. The document with the heaviest rows left is the rank's anchor. If it fits, as the lightest chunks fill the rank, it
    is taken whole, and so are further documents, the heaviest first, as long as one fits.
 2. Otherwise the rank gets the longest piece from the anchor's heavy end that its area allows, and chunks of the
-   anchor's own light end where those are lighter than what else is left: the rank reads their keys anyway.
+   anchor's own light end where those are lighter than what else is left: the rank reads their keys anyway. If many
+   ranks do, each takes a share of the light end in any case, lest the last of them send it to all others.
 3. The rest is filled with whole light documents and one piece, chosen so that the area comes out right and the cut
    costs little.
 
 For a causal mask this ends in pairs of runs from both ends, for a sliding window in one run per rank.
 """
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,9 @@ from magi_attention.plan.layout import Layout
 Owner = NDArray[np.int64]
 
 # A rank aims at this share of the mean area. What the first ones take above the mean saves pieces of long documents.
-AIM = 1.018
+# It saves too little to be worth the imbalance where there are fewer documents than FEW of the ranks, unless all chunks
+# are about equally heavy and runs of equal length almost balanced.
+AIM, AIM_OF_FEW, FEW = 1.018, 1.002, 0.25
 # A rank's aim is at most this multiple of the mean of what is left, so that the last ranks are not left idle.
 LEAD = 1.08
 # Short neighboring documents are joined up to this share of a rank's tokens and area, less SMALL_GROUP / num_ranks: a
@@ -78,7 +81,7 @@ def deal_by_locality(
     each, more = divmod(num_chunks, num_ranks)
     joined_share = max(0.0, JOINED_SHARE - SMALL_GROUP / num_ranks)
     documents = find_documents(slices, work, total, chunk_size, num_ranks, joined_share)
-    dealt = _Deal(documents, [each + (rank < more) for rank in range(num_ranks)]).run()
+    dealt = _Deal(documents, [each + (rank < more) for rank in range(num_ranks)], chunk_size).run()
     limit = int(documents.area[-1]) * LIMIT // (1000 * num_ranks)
     owner = np.empty(num_chunks, np.int64)
     owner[documents.line] = even_out(dealt, documents, num_ranks, limit)
@@ -110,7 +113,7 @@ def _received(slices: SliceTable, owner: Owner, total: int, chunk_size: int, num
 class _Deal:
     """The state of the deal. Each document's chunks that are still free are always one interval of the line."""
 
-    def __init__(self, documents: Documents, capacities: Sequence[int]) -> None:
+    def __init__(self, documents: Documents, capacities: Sequence[int], chunk_size: int) -> None:
         self.documents = documents
         self.capacities = capacities
         self.owner = np.full(len(documents.line), -1, np.int64)
@@ -119,6 +122,7 @@ class _Deal:
         self.low, self.high = self.start.tolist(), self.stop.tolist()
         self.area, self.cut = documents.area.tolist(), documents.cut.tolist()
         self.chunk_area = np.diff(documents.area)
+        self.area_float = documents.area.astype(np.float64)
         length = self.stop - self.start
         self.end_length = np.clip(length // 4, 1, max(1, max(capacities))).tolist()
         self.heaviness = [self._heaviness(document) for document in range(len(length))]
@@ -126,12 +130,20 @@ class _Deal:
             -((documents.area[self.stop] - documents.area[self.start]) // length), kind="stable"
         ).tolist()
         self.blocks = self._cut_into_blocks(max(1, max(capacities)))
+        self.chunk_size = chunk_size
+        # The most chunks that one row of each document reads, and the chunks of its light end that each of its ranks
+        # takes: None until the first of them is served.
+        most_area = np.maximum.reduceat(np.append(self.chunk_area, 0), np.column_stack([self.start, self.stop]).ravel())
+        self.chunks_read = (most_area[::2] / chunk_size**2).tolist()
+        self.most_chunks_read = max(self.chunks_read)
+        self.light_share: list[int | None] = [None] * len(length)
         self.rank = self.room = self.budget = self.mean = self.price = 0
 
     def run(self) -> Owner:
         """Deal all chunks; returns the rank of each place of the line."""
         rest, num_ranks = self.area[-1], len(self.capacities)
-        aim = int(rest * AIM / num_ranks)
+        few = len(self.heaviness) <= FEW * num_ranks and 4 * rest < 3 * int(self.chunk_area.max()) * len(self.owner)
+        aim = int(rest * (AIM_OF_FEW if few else AIM) / num_ranks)
         for rank, capacity in enumerate(self.capacities[:-1]):
             if rank % RELIST == 0:
                 self.light_first = self._list_blocks()
@@ -246,28 +258,69 @@ class _Deal:
     def _take_ends(self, anchor: int, tokens: list[int], areas: list[int]) -> None:
         """Take as much of the anchor's heavy end as the budget allows, and its light end where nothing is lighter."""
         low, high, room = self.low[anchor], self.high[anchor], self.room
-        most = min(room, high - low)
-        lengths = [b - a for a, b in pairwise(tokens)]
-        densities = [(b - a) // length for (a, b), length in zip(pairwise(areas), lengths, strict=True)]
-        own = self.chunk_area[low : low + most]
-        filling = np.sort(np.concatenate([own, np.repeat(np.array(densities, np.int64), lengths)]))[:room]
-        filled = np.full(room + 1, np.iinfo(np.int64).max // 4)
-        filled[0] = 0
-        np.cumsum(filling, out=filled[1 : len(filling) + 1])
-        # From the longest piece of the heavy end to none at all, all with the lightest filling.
-        area = self.area[high] - self.documents.area[high - most : high + 1] + filled[room - most :]
-        allowed = area <= self.budget
-        longest = int(np.argmax(allowed))
-        taken = most - longest if allowed[longest] else 0
-        light = 0
-        if taken < room and len(filling):
-            dearest = filling[min(room - taken, len(filling)) - 1]
-            light = min(int(np.count_nonzero(own < dearest)), high - low - taken, room - taken)
+        share = self.light_share[anchor]
+        if share is None:
+            taken, _ = self._split_room(anchor, 0, tokens, areas)
+            share = self.light_share[anchor] = self._share_of_light_end(anchor, taken)
+        taken, light = self._split_room(anchor, share, tokens, areas)
         light = max(light, room - taken - tokens[-1])  # there is nothing else
         if taken:
             self._take(anchor, high - taken, high)
         if light:
             self._take(anchor, low, low + light)
+
+    def _split_room(self, anchor: int, share: int, tokens: list[int], areas: list[int]) -> tuple[int, int]:
+        """How many chunks of the anchor's heavy end fit the budget, and how many of its light end to take with them.
+
+        ``share`` chunks of the light end are taken in any case, more where they are lighter than what else is left.
+        """
+        low, high, room = self.low[anchor], self.high[anchor], self.room
+        share = min(share, room, high - low)
+        most = min(room, high - low) - share
+        ends = np.array([tokens, areas])
+        lengths, weights = ends[:, 1:] - ends[:, :-1]
+        own = self.chunk_area[low + share : low + share + most]
+        filling = np.concatenate([own, (weights // lengths).repeat(lengths)])
+        filling.sort()
+        filling = filling[: room - share]
+        filled = np.full(room - share + 1, np.iinfo(np.int64).max // 4)
+        filled[0] = self.area[low + share] - self.area[low]
+        filled[1 : len(filling) + 1] = filled[0] + np.cumsum(filling)
+        # From the longest piece of the heavy end to none at all, all with the lightest filling.
+        area = self.area[high] - self.documents.area[high - most : high + 1] + filled[room - share - most :]
+        allowed = area <= self.budget
+        longest = int(np.argmax(allowed))
+        taken = most - longest if allowed[longest] else 0
+        light = 0
+        if share + taken < room and len(filling):
+            dearest = filling[min(room - share - taken, len(filling)) - 1]
+            light = min(int(np.count_nonzero(own < dearest)), high - low - share - taken, room - share - taken)
+        return taken, share + light
+
+    def _share_of_light_end(self, anchor: int, taken: int) -> int:
+        """How many chunks of the anchor's light end each of its ranks should take, so that none sends much too much.
+
+        Let a causal document of length L be dealt in pieces of equal area to m ranks, ``m p² / L²`` of them below
+        position p. The piece at p has ``L² / (2 m p)`` rows and ``m (1 - p² / L²)`` readers, and so sends
+        ``(L / p - p / L) L / 2`` rows. The rank with the document's last row receives L. Hence no rank sends more than
+        the busiest of all documents' ranks receives, R, if all share the rows below the p for which both are equal:
+        ``p / L = sqrt(g² + 1) - g`` with ``g = R / L``. Other masks are treated alike, L being the most that a row
+        reads.
+
+        Args:
+            anchor: the document.
+            taken: how many chunks of the heavy end its first rank would take without such a share.
+        """
+        low, high = self.low[anchor], self.high[anchor]
+        reads_light_end = 4 * self.cut[high - taken] >= 3 * (high - taken - low) * self.chunk_size
+        pieces_differ = 2 * self.chunk_area[low] < self.chunk_area[high - 1]
+        if not (taken and reads_light_end and pieces_differ):
+            return 0
+        # The first rank takes the lightest filling, the last ones none.
+        mean_area = (self.area[high] - self.area[high - taken] + self.budget) / 2
+        num_ranks = (self.area[high] - self.area[low]) / mean_area
+        ratio = self.most_chunks_read / self.chunks_read[anchor]
+        return int((math.sqrt(ratio**2 + 1) - ratio) * self.chunks_read[anchor] / num_ranks)
 
     def _fill(self, anchor: int, pieces: list[tuple[int, int, int]], tokens: list[int], areas: list[int]) -> None:
         """Fill the room with some of the lightest pieces and one end of one more document."""
@@ -290,24 +343,25 @@ class _Deal:
         if not len(candidates):
             self._fill_with_anything(pieces)
             return
-        spare = length[candidates] - size
+        # One plane for pieces from the light ends, one for pieces from the heavy ends.
+        low, high = self.start.take(candidates), self.stop.take(candidates)
+        inner = np.array([low + size, high - size])
+        spare = inner[1] - low
         unusable = spare < 0
         if longest > 1:
             self._mark_used(unusable, candidates, pieces[: longest - 1], prefixes)
-        # One plane for pieces from the light ends, one for pieces from the heavy ends.
-        low, high = self.start[candidates], self.stop[candidates]
-        inner = np.empty((2, *spare.shape), np.int64)
-        np.minimum(low + size, high, out=inner[0])
-        np.maximum(high - size, low, out=inner[1])
-        lack = self.documents.area[inner]
-        np.subtract(lack[0], self.documents.area[low], out=lack[0])
-        np.subtract(self.documents.area[high], lack[1], out=lack[1])
-        np.subtract(np.array([[self.budget - areas[prefix]] for prefix in prefixes]), lack, out=lack)
+        lack = self.area_float.take(inner, mode="clip")
+        lack[0] -= self.area_float.take(low)
+        np.subtract(self.area_float.take(high), lack[1], out=lack[1])
+        np.subtract(np.array([[self.budget - areas[prefix]] for prefix in prefixes], float), lack, out=lack)
         dearness = self.price / max(self.mean, 1)
-        cost = np.maximum(lack * (LACK * dearness), lack * (-EXCESS * dearness))
-        cost += self.documents.cut[inner] * (spare != 0)
-        cost += np.array([[paid[prefix]] for prefix in prefixes])
-        cost[:, unusable] = np.inf
+        cost = lack * (LACK * dearness)
+        lack *= -EXCESS * dearness
+        np.maximum(cost, lack, out=cost)
+        parting = self.documents.cut.take(inner, mode="clip")
+        parting *= spare != 0
+        cost += parting
+        cost += np.where(unusable, np.inf, np.array([[paid[prefix]] for prefix in prefixes]))
         best = int(np.argmin(cost))
         if cost.flat[best] == np.inf:
             self._fill_with_anything(pieces)

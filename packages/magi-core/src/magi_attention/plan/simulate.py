@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predict how long one attention layer takes on a cluster, from the plan of all its ranks.
 
-The model, for a rank, a stage and one pass (symbols are fields of :class:`Cluster` and :class:`LayerShape`)::
+The model, for a rank, a stage and one pass (symbols are fields of :class:`~plan.rates.Cluster` and
+:class:`~plan.rates.LayerShape`)::
 
     compute = kernel_latency + tiles * TILE² * flop_per_pair / flop_rate + merge
     merge   = tokens * heads_q * head_dim * MERGE_BYTES / memory_rate               (for a second and later partial)
@@ -19,94 +20,24 @@ rank; within it, no rank waits for another. Left out: everything but the attenti
 slowing down of kernels by communication.
 """
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
-from magi_attention.common.intervals import Intervals, intersect, overlaps
+from magi_attention.common.intervals import overlaps
 from magi_attention.plan.demand import Demand, lift, lifted_runs
 from magi_attention.plan.layout import Layout
-
-TILE = 128
-"""Queries and keys of a kernel's tile: a tile of which the mask keeps any pair is computed as a whole."""
-
-MERGE_BYTES = 10
-"""Memory traffic to merge one number of a partial result: read in bf16, the float32 sum read and written."""
-
-BACKWARD_OVER_FORWARD_FLOP = 2.5
+from magi_attention.plan.rates import BACKWARD_OVER_FORWARD_FLOP, MERGE_BYTES, TILE, Cluster, LayerShape
+from magi_attention.plan.traffic import rows_sent, rows_within_nodes
 
 MOST_GROUPS = 64
 """Side of the traffic matrix: with more ranks, an entry stands for neighboring ranks together."""
 
 Table = NDArray[np.int64]
 Seconds = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Rates of a cluster's machines, each way. The defaults are round numbers for H100 in bf16.
-
-    Attributes:
-        ranks_per_node: ranks that NVLink joins.
-        link_gbs: what one rank can send, and receive, from other nodes, in GB/s.
-        nvlink_gbs: the same within its node.
-        forward_tflops: rate of the forward kernel on full tiles, in Tflop/s.
-        backward_tflops: rate of the backward kernel.
-        memory_gbs: rate of the device's memory, in GB/s.
-        exchange_latency_us: time that an exchange takes however few rows travel, in microseconds.
-        kernel_latency_us: time that a kernel takes however few pairs it computes.
-    """
-
-    ranks_per_node: int = 8
-    link_gbs: float = 50.0
-    nvlink_gbs: float = 400.0
-    forward_tflops: float = 600.0
-    backward_tflops: float = 500.0
-    memory_gbs: float = 3000.0
-    exchange_latency_us: float = 20.0
-    kernel_latency_us: float = 10.0
-
-    def __post_init__(self) -> None:
-        for field, value in zip(fields(self), astuple(self), strict=True):
-            if value < 0 or (value == 0 and "latency" not in field.name):
-                raise ValueError(f"{field.name} must be positive, not {value}")
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """The heads of an attention layer.
-
-    Attributes:
-        heads_q: query heads.
-        heads_kv: key/value heads; must divide ``heads_q``.
-        head_dim: size of a head.
-        bytes_per_number: of what travels; 2 for bf16.
-    """
-
-    heads_q: int = 32
-    heads_kv: int = 8
-    head_dim: int = 128
-    bytes_per_number: int = 2
-
-    def __post_init__(self) -> None:
-        for field, value in zip(fields(self), astuple(self), strict=True):
-            if value < 1:
-                raise ValueError(f"{field.name} must be at least 1, not {value}")
-        if self.heads_q % self.heads_kv:
-            raise ValueError(f"heads_q must be a multiple of heads_kv={self.heads_kv}, not {self.heads_q}")
-
-    @property
-    def flop_per_pair(self) -> int:
-        """Floating-point operations per (query, key) pair, forward, all heads."""
-        return 4 * self.heads_q * self.head_dim
-
-    @property
-    def bytes_per_row(self) -> int:
-        """Bytes of one token's keys and values, or of their gradients."""
-        return 2 * self.heads_kv * self.head_dim * self.bytes_per_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +93,8 @@ def measure_stages(
     num_ranks, num_stages = layout.num_ranks, degree + 1
     stage = remote[:, 3] + (1 if degree else 0)
     received = _sums(remote[:, 0], stage, remote[:, 2] - remote[:, 1], (num_ranks, num_stages))
-    sent = np.column_stack([_rows_sent(remote[stage == each, 1:3], layout) for each in range(num_stages)])
-    received_intra, sent_intra = _within_nodes(remote, stage, layout, ranks_per_node, received, sent)
+    sent = np.column_stack([rows_sent(remote[stage == each, 1:3], layout) for each in range(num_stages)])
+    received_intra, sent_intra = _within_nodes(remote, stage, layout, ranks_per_node, num_stages)
     pieces, rank, piece_stage = _cut_by_stage(demand, remote, stage, layout)
     group_size = -(-num_ranks // MOST_GROUPS)
     return StageWork(
@@ -177,7 +108,7 @@ def measure_stages(
         traffic=np.stack(
             [
                 np.add.reduceat(
-                    _rows_sent(remote[remote[:, 0] // group_size == group, 1:3], layout),
+                    rows_sent(remote[remote[:, 0] // group_size == group, 1:3], layout),
                     np.arange(0, num_ranks, group_size),
                 )
                 for group in range(-(-num_ranks // group_size))
@@ -208,45 +139,16 @@ def _cut_by_stage(
     return cut, rank[piece[kept]], tile_stage[tile[kept]]
 
 
-def _rows_sent(wanted: Intervals, layout: Layout) -> Table:
-    """``(ranks,)`` how many of the ``wanted`` rows, each counted as often as it is wanted, every rank owns.
-
-    The number of readers of a row is a step function of the row; its integral, taken at the ends of the runs, spares
-    the pairs of all readers and runs.
-    """
-    steps = np.sort(wanted, axis=0)
-    at = layout.runs[:, :2].ravel()
-    before = [np.concatenate([[0], np.cumsum(edge)]) for edge in steps.T]
-    opened, closed = (np.searchsorted(edge, at) for edge in steps.T)
-    wanted_before = (opened * at - before[0][opened]) - (closed * at - before[1][closed])
-    num_runs = len(layout.runs)
-    one_stage = np.zeros(num_runs, np.int64)
-    wanted_of_run = np.diff(wanted_before.reshape(num_runs, 2))[:, 0]
-    return _sums(layout.runs[:, 2], one_stage, wanted_of_run, (layout.num_ranks, 1))[:, 0]
-
-
 def _within_nodes(
-    remote: NDArray[np.int64], stage: Table, layout: Layout, ranks_per_node: int, received: Table, sent: Table
+    remote: NDArray[np.int64], stage: Table, layout: Layout, ranks_per_node: int, num_stages: int
 ) -> tuple[Table, Table]:
     """Rows received and sent inside nodes, ``(ranks, stages)`` each."""
-    if layout.num_ranks <= ranks_per_node:
-        return received, sent
-    # Every reader meets the runs of its own node only.
-    node = layout.runs[:, 2] // ranks_per_node
-    by_node = np.argsort(node, kind="stable")
-    node_first = np.searchsorted(node[by_node], np.arange((layout.num_ranks - 1) // ranks_per_node + 2))
-    reader_node = np.arange(layout.num_ranks) // ranks_per_node
-    counts = np.diff(node_first)[reader_node]
-    reader = np.repeat(np.arange(layout.num_ranks), counts)
-    offset = np.arange(len(reader)) - np.repeat(np.cumsum(counts) - counts, counts)
-    run = by_node[node_first[reader_node[reader]] + offset]
-    tiles = lift(layout.runs[run, :2], reader, layout)
-    pieces, request, tile = intersect(lift(remote[:, 1:3], remote[:, 0], layout), tiles)
-    length = pieces[:, 1] - pieces[:, 0]
-    return (
-        _sums(remote[request, 0], stage[request], length, received.shape),
-        _sums(layout.runs[run[tile], 2], stage[request], length, sent.shape),
-    )
+    received, sent = np.zeros((2, layout.num_ranks, num_stages), np.int64)
+    for each in range(num_stages):
+        part = remote[stage == each, :3]
+        rows, sent[:, each] = rows_within_nodes(part, layout, ranks_per_node)
+        np.add.at(received[:, each], part[:, 0], rows)
+    return received, sent
 
 
 def _sums(rank: Table, stage: Table, values: Table, shape: tuple[int, int]) -> Table:

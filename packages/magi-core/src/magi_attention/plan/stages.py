@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cut the rows that travel into overlap stages, and choose how many stages there are."""
+"""Cut the rows that travel into overlap stages."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,7 @@ from numpy.typing import NDArray
 from magi_attention.common.intervals import split_at
 from magi_attention.plan.demand import Demand, lift, unlift
 from magi_attention.plan.layout import Layout
-
-# A degree that is predicted to gain less than this is not worth its extra kernel launches and merges.
-WORTHWHILE_GAIN = 0.01
+from magi_attention.plan.rates import Cluster, LayerShape
 
 
 @dataclass(frozen=True)
@@ -23,8 +21,10 @@ class StageOptions:
         max_degree: the largest degree to choose.
         min_piece: the fewest rows, but for the last piece, that are moved from one stage to another.
         max_pieces: the most pieces that a rank's remote rows are cut into.
-        seconds_per_pair: predicted time to compute one (query, key) pair, in any unit.
+        seconds_per_pair: predicted time to compute one (query, key) pair, in any unit; to choose without a cluster.
         seconds_per_row: predicted time to receive one key row, in the same unit.
+        cluster: whose rates decide, for both passes; None for ``seconds_per_pair`` and ``seconds_per_row``.
+        shape: the layer to predict on the cluster.
         random_seed: if given, stages end at random pieces drawn from this seed: uneven stages, for tests.
     """
 
@@ -34,29 +34,15 @@ class StageOptions:
     max_pieces: int = 64
     seconds_per_pair: float = 1.0
     seconds_per_row: float = 1.0
+    cluster: Cluster | None = None
+    shape: LayerShape = LayerShape()
     random_seed: int | None = None
 
 
-def choose_degree(demand: Demand, options: StageOptions) -> int:
-    """The smallest degree whose predicted forward time, for the slowest rank, is within 1 % of the best.
-
-    While a stage is computed the next one travels, and the first travels while the own rows are computed. With ``own``
-    and ``remote`` the time to compute, ``travel`` the time to receive, and equal stages, degree n takes
-    ``max(own, travel/n) + (n - 1) max(remote/n, travel/n) + remote/n``.
-    """
-    if options.degree is not None:
-        return options.degree
-    rank, start, stop = demand.remote.T
-    rows = np.bincount(rank, weights=stop - start, minlength=len(demand.area))
-    own = demand.area_own * options.seconds_per_pair
-    remote = (demand.area - demand.area_own) * options.seconds_per_pair
-    travel = rows * options.seconds_per_row
-    degrees = np.arange(1, options.max_degree + 1)[:, None]
-    slowest = (
-        np.maximum(own, travel / degrees) + (degrees - 1) * np.maximum(remote, travel) / degrees + remote / degrees
-    )
-    predicted = slowest.max(axis=1)
-    return int(np.flatnonzero(predicted <= predicted.min() * (1 + WORTHWHILE_GAIN))[0]) + 1
+def piece_sizes(rows: NDArray[np.int64], options: StageOptions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For ranks that receive so many rows, the length of their pieces and the number of these."""
+    piece = np.maximum(options.min_piece, -(-rows // options.max_pieces))
+    return piece, -(-rows // piece)
 
 
 def cut_stages(demand: Demand, key_layout: Layout, degree: int, options: StageOptions) -> NDArray[np.int64]:
@@ -68,8 +54,7 @@ def cut_stages(demand: Demand, key_layout: Layout, degree: int, options: StageOp
     """
     rank, start, stop = demand.remote.T
     rows = np.bincount(rank, weights=stop - start, minlength=key_layout.num_ranks).astype(np.int64)
-    piece = np.maximum(options.min_piece, -(-rows // options.max_pieces))
-    num_pieces = -(-rows // piece)
+    piece, num_pieces = piece_sizes(rows, options)
     share = np.arange(1, degree + 1) / degree
     if options.random_seed is not None:
         share[:-1] = np.sort(np.random.default_rng(options.random_seed).random(degree - 1))

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands behind a key: the rank's plan and everything that is derived from it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.agreement import check_agreement, report_failure
 from magi_attention.comm.alltoall import AllToAllCollectives
+from magi_attention.comm.group import group_rank, group_size
 from magi_attention.comm.registry import make_collectives
 from magi_attention.common.enum import AttnMaskType, AttnRole, AttnType
 from magi_attention.common.errors import MagiValueError
@@ -16,7 +19,7 @@ from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.common.range import AttnRange
 from magi_attention.common.slices import SliceTable, find_double_cover
 from magi_attention.config import GreedyOverlapAlg, OverlapConfig, SequentialDispatchAlg, UniformOverlapAlg
-from magi_attention.plan.build import build_plan
+from magi_attention.plan.build import Plan, build_plan
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.key_dispatch import make_key_layout
 from magi_attention.plan.layout import Layout
@@ -27,6 +30,8 @@ from magi_attention.runtime.dispatch import dispatch_rows, undispatch_rows
 from magi_attention.runtime.dispatch_meta import DispatchMeta
 from magi_attention.runtime.job import DistAttnRuntime
 from magi_attention.runtime.key import DistAttnRuntimeKey
+from magi_attention.runtime.machine import group_device, layer_of
+from magi_attention.runtime.rates import agree_on_cluster
 from magi_attention.runtime.roll import roll_rows
 
 
@@ -140,7 +145,7 @@ class DistAttnRuntimeMgr:
         else on the current CUDA device.
         """
         layout, rank = self.layout_of(attn_role), self.rank
-        where = _group_device(self.key.cp_group) if device is None else torch.device(device)
+        where = group_device(self.key.cp_group) if device is None else torch.device(device)
         return layout.derived(("position ids", rank, where), lambda: _positions(layout, rank).to(where))
 
     def release_tables(self) -> None:
@@ -168,38 +173,54 @@ def build_manager(
         NotImplementedError: an overlap algorithm without implementation.
         RuntimeError: on every rank, if the ranks disagree or one of them failed; it names them.
     """
-    group, options = key.cp_group, key.dist_attn_config.runtime_config
-    try:
-        check_plannable(key)
-        runtime = _plan_runtime(key, layout, key_layout)
-    except Exception as error:
-        if options.check_plan:
-            report_failure(f"{type(error).__name__}: {error}", group)
-        raise
-    if options.check_plan:
-        asked = (options, key.num_heads_q, key.num_heads_kv, key.head_dim, runtime.collectives.name)
-        digest = sha256(runtime.plan.digest + repr(asked).encode()).digest()
-        check_agreement(digest, group, float(options.check_plan_timeout or 0))
-    return DistAttnRuntimeMgr(key, runtime)
-
-
-def _plan_runtime(key: DistAttnRuntimeKey, layout: Layout | None, key_layout: Layout | None) -> DistAttnRuntime:
-    config, group = key.dist_attn_config, key.cp_group
+    group, config = key.cp_group, key.dist_attn_config
     options = config.runtime_config
-    collectives = make_collectives(group, key.cp_mesh, config)
-    rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    layer = cluster = None
+    with _failures_reported(key):
+        check_plannable(key)
+        collectives = make_collectives(group, key.cp_mesh, config)
+        if config.overlap_config.degree == "auto" and group_size(group) > 1:
+            layer = layer_of(key)
+    if layer is not None:
+        cluster = agree_on_cluster(key, layer, collectives)
+    with _failures_reported(key):
+        overlap = _stage_options(config.overlap_config)
+        if layer is not None:
+            overlap = replace(overlap, cluster=cluster, shape=layer.shape)
+        plan = _make_plan(key, overlap, layout, key_layout)
+    if options.check_plan:
+        asked = (options, key.num_heads_q, key.num_heads_kv, key.head_dim, collectives.name)
+        digest = sha256(plan.digest + repr(asked).encode()).digest()
+        check_agreement(digest, group, float(options.check_plan_timeout or 0))
+    return DistAttnRuntimeMgr(key, DistAttnRuntime(plan, collectives, group, options))
+
+
+@contextmanager
+def _failures_reported(key: DistAttnRuntimeKey) -> Iterator[None]:
+    """Let all other ranks know of an error in the block, so that they raise as well."""
+    try:
+        yield
+    except Exception as error:
+        if key.dist_attn_config.runtime_config.check_plan:
+            report_failure(f"{type(error).__name__}: {error}", key.cp_group)
+        raise
+
+
+def _make_plan(
+    key: DistAttnRuntimeKey, overlap: StageOptions, layout: Layout | None, key_layout: Layout | None
+) -> Plan:
+    options, num_ranks = key.dist_attn_config.runtime_config, group_size(key.cp_group)
     mesh = key.cp_mesh if options.hierarchical_comm else None
     layout = layout or _layout_for(key, num_ranks)
-    plan = build_plan(
+    return build_plan(
         key.slices,
         layout,
-        rank,
-        _stage_options(config.overlap_config),
+        group_rank(key.cp_group),
+        overlap,
         mesh_shape=None if mesh is None else (mesh.size(0), mesh.size(1)),
         row_costs=_row_costs(key) if options.qo_comm else None,
         key_layout=layout if key.is_same_source else key_layout or _key_layout_for(key, layout),
     )
-    return DistAttnRuntime(plan, collectives, group, options)
 
 
 def check_plannable(key: DistAttnRuntimeKey) -> None:
@@ -245,7 +266,7 @@ def _key_layout_for(key: DistAttnRuntimeKey, layout: Layout) -> Layout:
 def _stage_options(overlap: OverlapConfig) -> StageOptions:
     assert isinstance(overlap.alg, UniformOverlapAlg), overlap.alg
     return StageOptions(
-        degree=0 if overlap.no_overlap else overlap.degree,
+        degree=overlap.degree if isinstance(overlap.degree, int) else None,
         max_degree=overlap.dynamic_max_degree or 1,
         min_piece=overlap.min_chunk_size,
         max_pieces=overlap.max_num_chunks,
@@ -268,8 +289,3 @@ def _row_costs(key: DistAttnRuntimeKey) -> RowCosts:
 
 def _positions(layout: Layout, rank: int) -> Tensor:
     return torch.from_numpy(layout.positions(rank)).clamp_(max=layout.num_real - 1)
-
-
-def _group_device(group: dist.ProcessGroup | None) -> torch.device:
-    on_cpu = not torch.cuda.is_available() or (group is not None and dist.get_backend(group) == "gloo")
-    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())

@@ -20,7 +20,7 @@ from magi_attention.cli.picture import save_picture
 from magi_attention.cli.sheets import rank_sheet
 from magi_attention.kernels.protocol import AttentionRequest
 from magi_attention.kernels.registry import choose_backend
-from magi_attention.plan.simulate import Cluster, LayerShape
+from magi_attention.plan.rates import Cluster, LayerShape
 
 DTYPES = {
     Precision.FP64: torch.float64,

@@ -29,9 +29,10 @@ class PlanOptions:
         heads_q: query heads.
         heads_kv: key/value heads.
         head_dim: size of a head.
-        link: GB/s that a rank can send, and receive, from other nodes.
+        rates: file of measured rates, or ``"measured"`` for those measured last; None for round numbers.
+        link: GB/s that a rank can send, and receive, from other nodes; None to leave it to ``rates``.
         nvlink: the same within its node.
-        tflops: rate of the forward kernel, in Tflop/s.
+        tflops: rate of the forward kernel, in Tflop/s, and by it that of the backward kernel; None likewise.
     """
 
     mask: str | None = None
@@ -50,9 +51,10 @@ class PlanOptions:
     heads_q: int = 32
     heads_kv: int = 8
     head_dim: int = 128
-    link: float = 50.0
-    nvlink: float = 400.0
-    tflops: float = 600.0
+    rates: str | None = None
+    link: float | None = None
+    nvlink: float | None = None
+    tflops: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, in the words of the command line."""
@@ -62,8 +64,9 @@ class PlanOptions:
             if value is not None and value < 1:
                 raise ValueError(f"{_flag(name)} must be at least 1, not {value}")
         for name in ("link", "nvlink", "tflops"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{_flag(name)} must be more than 0, not {getattr(self, name):g}")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{_flag(name)} must be more than 0, not {value:g}")
         if self.heads_q % self.heads_kv:
             raise ValueError(f"--heads-q {self.heads_q} must be a multiple of --heads-kv {self.heads_kv}")
         if self.nodes is not None and self.ranks % self.nodes:

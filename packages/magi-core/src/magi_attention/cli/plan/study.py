@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plan a mask for all ranks of a group, measure the plan, and measure beside it what others would do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -13,17 +14,23 @@ from magi_attention.cli.plan.options import PlanOptions
 from magi_attention.common.enum import DispatchAlgType
 from magi_attention.config import DispatchAlg, DispatchConfig, MinHeapDispatchAlg
 from magi_attention.plan.bounds import received_lower_bound
+from magi_attention.plan.degree import choose_degree
 from magi_attention.plan.demand import Demand, find_demand
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.layout import Layout
-from magi_attention.plan.simulate import Cluster, LayerShape, measure_stages, predict
-from magi_attention.plan.stages import StageOptions, choose_degree, cut_stages
+from magi_attention.plan.rates import Cluster, LayerShape, Rates
+from magi_attention.plan.simulate import measure_stages, predict
+from magi_attention.plan.stages import StageOptions, cut_stages
+from magi_attention.runtime.rates_file import newest_rates_path, read_rates
 
 BACKWARD_SHARE = 5 / 6
 """Rate of backward kernels over that of forward kernels; about what FlashAttention reaches on H100."""
 
 BOUND_TOLERANCE = 0.02
 """How far the busiest rank may exceed the mean in the deals that the lower bound holds for."""
+
+MEASURED = "measured"
+"""What ``--rates`` takes instead of a file."""
 
 SIMULATED_DEGREES = (0, 1, 2, 3, 4, 6, 8)
 
@@ -62,15 +69,9 @@ class PlanStudy:
         self.dispatch = DispatchConfig(options.chunk_size, options.uneven, find_algorithm(options.algorithm))
         self.layout = self._deal(self.dispatch.alg)
         self.demand = find_demand(mask.slices, self.layout)
-        self.cluster = Cluster(
-            ranks_per_node=options.ranks_per_node,
-            link_gbs=options.link,
-            nvlink_gbs=options.nvlink,
-            forward_tflops=options.tflops,
-            backward_tflops=options.tflops * BACKWARD_SHARE,
-        )
+        self.cluster = find_cluster(options)
         self.shape = LayerShape(options.heads_q, options.heads_kv, options.head_dim)
-        self.degree = choose_degree(self.demand, self._stage_options(options.overlap_degree))
+        self.degree = choose_degree(self.demand, self.layout, self.layout, self._stage_options(options.overlap_degree))
 
     def _deal(self, algorithm: DispatchAlg) -> Layout:
         tokens, ranks = self.mask.tokens, self.options.ranks
@@ -85,12 +86,7 @@ class PlanStudy:
         )
 
     def _stage_options(self, degree: int | None) -> StageOptions:
-        link = self.cluster.nvlink_gbs if self.options.ranks <= self.cluster.ranks_per_node else self.cluster.link_gbs
-        return StageOptions(
-            degree=degree,
-            seconds_per_pair=self.shape.flop_per_pair / (self.cluster.forward_tflops * 1e12),
-            seconds_per_row=self.shape.bytes_per_row / (link * 1e9),
-        )
+        return StageOptions(degree=degree, cluster=self.cluster, shape=self.shape)
 
     def figures_at(self, degree: int) -> PlanFigures:
         """Measure the plan with a given overlap degree."""
@@ -129,6 +125,28 @@ class PlanStudy:
             "ring": Baseline("ring, zigzag shards", everything, imbalance(zigzag.area)),
             "min_heap": Baseline("greedy heap (MinHeapDispatchAlg)", _num_rows(heap), imbalance(heap.area)),
         }
+
+
+def find_cluster(options: PlanOptions) -> Cluster:
+    """The machines to predict for: measured or default rates, with what is given beside.
+
+    Raises:
+        ValueError: there is no such file of rates, or it holds something else.
+    """
+    path = None if options.rates is None else Path(options.rates)
+    if options.rates == MEASURED:
+        path = newest_rates_path()
+        if path is None:
+            raise ValueError(f"--rates {MEASURED}: nothing was measured on this machine yet; run magi calibrate")
+    try:
+        rates = Rates() if path is None else read_rates(path)
+    except OSError as error:
+        raise ValueError(f"--rates {options.rates}: {error.strerror or error}") from None
+    given = {"link_gbs": options.link, "nvlink_gbs": options.nvlink, "forward_tflops": options.tflops}
+    if options.tflops is not None:
+        given["backward_tflops"] = options.tflops * BACKWARD_SHARE
+    changed = {name: value for name, value in given.items() if value is not None}
+    return Cluster.of_nodes(replace(rates, **changed), options.ranks_per_node)
 
 
 def find_algorithm(name: str | None) -> DispatchAlg:

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choose how many overlap stages there are.
+
+For equal stages the timeline of :mod:`plan.simulate` has a closed form. With ``own`` and ``stage`` the time to compute
+with own rows and with one stage's, and ``fetch`` that to receive a stage's rows or to send their gradients home (links
+carry both directions at once, so both take as long), n stages take::
+
+    forward  = max(own, fetch) + (n - 1) max(stage, fetch) + stage
+    backward = max(own, fetch) + max(stage, fetch) + (n - 2) max(stage, 2 fetch) + max(stage, fetch) + fetch
+    backward = max(own, fetch) + stage + fetch                                                            (for n = 1)
+
+since the first stage's rows travel while the own rows are computed, every other stage's while the one before is, and
+backward a stage's gradients go home on the same link, before the rows of the stage after the next. With degree 0 a
+single kernel waits for all rows, which are copied behind the own ones: ``fetch + copy + own + stage``, and ``fetch``
+once more backward.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.plan.demand import Demand
+from magi_attention.plan.layout import Layout
+from magi_attention.plan.rates import BACKWARD_OVER_FORWARD_FLOP, MERGE_BYTES, TILE, Cluster, LayerShape
+from magi_attention.plan.simulate import count_tiles, real_tokens
+from magi_attention.plan.stages import StageOptions, piece_sizes
+from magi_attention.plan.traffic import rows_sent, rows_within_nodes
+
+# A degree that is predicted to gain less than this is not worth its extra kernel launches and merges.
+WORTHWHILE_GAIN = 0.01
+
+Values = NDArray[np.floating]
+
+
+def choose_degree(demand: Demand, layout: Layout, key_layout: Layout, options: StageOptions) -> int:
+    """The given degree or, if that is None, the smallest whose predicted time is within 1 % of the best.
+
+    Degree 0, which hides nothing if the links turn out slower, is chosen only where it is the best by 1 %.
+
+    Args:
+        demand: what the ranks compute and need.
+        layout: who owns which queries.
+        key_layout: who owns which keys.
+        options: with a ``cluster``, both passes are predicted at its rates, the slowest rank's of each; without, the
+            forward pass by ``seconds_per_pair`` and ``seconds_per_row``.
+    """
+    if options.degree is not None:
+        return options.degree
+    if not len(demand.remote):
+        return 1
+    if options.cluster is None:
+        at_once, staged = np.inf, _predict_by_factors(demand, options)
+    else:
+        at_once, staged = _predict_layer(demand, layout, key_layout, options, options.cluster)
+    if at_once * (1 + WORTHWHILE_GAIN) < staged.min():
+        return 0
+    return int(np.flatnonzero(staged <= staged.min() * (1 + WORTHWHILE_GAIN))[0]) + 1
+
+
+def _predict_by_factors(demand: Demand, options: StageOptions) -> Values:
+    """The forward pass with each degree from 1."""
+    rank, start, stop = demand.remote.T
+    rows = np.bincount(rank, weights=stop - start, minlength=len(demand.area))
+    n = np.arange(1, options.max_degree + 1)[:, None]
+    stages = _Stages(
+        degree=n,
+        own=demand.area_own * options.seconds_per_pair,
+        stage=(demand.area - demand.area_own) * options.seconds_per_pair / n,
+        fetch=rows * options.seconds_per_row / n,
+    )
+    return stages.forward().max(axis=1)
+
+
+def _predict_layer(
+    demand: Demand, layout: Layout, key_layout: Layout, options: StageOptions, cluster: Cluster
+) -> tuple[float, Values]:
+    """Both passes with degree 0, and with each degree from 1."""
+    rank, start, stop = demand.remote.T
+    rows = np.bincount(rank, weights=stop - start, minlength=key_layout.num_ranks).astype(np.int64)
+    _, num_pieces = piece_sizes(rows, options)
+    # Further stages than the ranks have pieces would be empty.
+    degrees = np.arange(1, min(options.max_degree, int(num_pieces.max())) + 1)
+    n = np.minimum(degrees[:, None], np.maximum(num_pieces, 1))
+    travel = _link_seconds(demand, rows, key_layout, cluster, options.shape)
+    exchange_latency, latency = cluster.exchange_latency_us * 1e-6, cluster.kernel_latency_us * 1e-6
+    numbers = options.shape.heads_q * options.shape.head_dim
+    merge = real_tokens(layout) * (numbers * MERGE_BYTES / (cluster.memory_gbs * 1e9))
+    tile_pairs = np.zeros(layout.num_ranks)
+    np.add.at(tile_pairs, layout.runs[demand.run, 2], count_tiles(demand.bands) * float(TILE**2))
+    own_share = demand.area_own / np.maximum(demand.area, 1)
+
+    def stages(compute: Values) -> _Stages:
+        own, remote = compute * own_share, compute * (1 - own_share)
+        return _Stages(n, own + latency, remote / n + latency + merge, travel / n + exchange_latency)
+
+    flop = options.shape.flop_per_pair
+    forward = tile_pairs * (flop / (cluster.forward_tflops * 1e12))
+    backward = tile_pairs * (flop * BACKWARD_OVER_FORWARD_FLOP / (cluster.backward_tflops * 1e12))
+    fetch = travel + exchange_latency
+    read_and_written = 2 * (key_layout.rows_per_rank + rows) * options.shape.bytes_per_row
+    before_kernel = fetch + read_and_written / (cluster.memory_gbs * 1e9) + latency
+    at_once = (before_kernel + forward).max() + (before_kernel + backward + fetch).max()
+    staged = stages(forward).forward().max(axis=1) + stages(backward).backward().max(axis=1)
+    return float(at_once), staged
+
+
+def _link_seconds(
+    demand: Demand, rows: NDArray[np.int64], key_layout: Layout, cluster: Cluster, shape: LayerShape
+) -> Values:
+    """``(ranks,)`` how long all rows of a pass keep each rank's links busy, in the busier direction."""
+    sent = rows_sent(demand.remote[:, 1:], key_layout)
+    received_intra = np.zeros_like(rows)
+    from_node, sent_intra = rows_within_nodes(demand.remote, key_layout, cluster.ranks_per_node)
+    np.add.at(received_intra, demand.remote[:, 0], from_node)
+    intra = np.maximum(received_intra, sent_intra)
+    inter = np.maximum(rows - received_intra, sent - sent_intra)
+    busy = np.maximum(intra / (cluster.nvlink_gbs * 1e9), inter / (cluster.link_gbs * 1e9))
+    return busy * shape.bytes_per_row
+
+
+@dataclass(frozen=True, eq=False)
+class _Stages:
+    """Seconds of each part, as the top of this module names them; arrays that broadcast to ``(degrees, ranks)``."""
+
+    degree: NDArray[np.int64]
+    own: Values
+    stage: Values
+    fetch: Values
+
+    def forward(self) -> Values:
+        first = np.maximum(self.own, self.fetch)
+        return first + (self.degree - 1) * np.maximum(self.stage, self.fetch) + self.stage
+
+    def backward(self) -> Values:
+        either = np.maximum(self.stage, self.fetch)
+        several = 2 * either + (self.degree - 2) * np.maximum(self.stage, 2 * self.fetch)
+        return np.maximum(self.own, self.fetch) + np.where(self.degree > 1, several, self.stage) + self.fetch
