@@ -7,9 +7,6 @@ table. Masks with more than eight intervals in some row are computed in layers a
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,6 +16,7 @@ from magi_attention.kernels.flex_layer import AttendLayer, attend_compiled
 from magi_attention.kernels.flex_tables import BLOCK, layers_of, num_blocks
 from magi_attention.kernels.merge import merge_partials
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, AttentionResult, Support
+from magi_attention.utils.triton import has_triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(16, 257)
@@ -64,7 +62,7 @@ class FlexBackend:
             return Support(False, f"head dims are {dims}, must be {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}")
         if request.max_logits and request.softcap:
             return Support(False, "FlexAttention returns the largest score only after the softcap")
-        if not _has_triton():
+        if not has_triton():
             return Support(False, "triton is not installed: pip install triton")
         if request.device.type == "cuda" and torch.version.hip is None:
             capability = torch.cuda.get_device_capability(request.device)
@@ -137,11 +135,6 @@ class FlexBackend:
 
 
 BACKEND = FlexBackend()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _by_block(x: Tensor) -> Tensor:
