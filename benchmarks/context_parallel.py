@@ -17,7 +17,7 @@ from torch import Tensor
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.merge import merge_into
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, AttentionResult
-from magi_attention.kernels.registry import choose_backend
+from magi_attention.kernels.registry import backends_for_slices
 
 Deal = Literal["contiguous", "zigzag"]
 Runs = list[tuple[int, int]]
@@ -53,18 +53,20 @@ class Kernel:
     """The attention kernel of one device, for one head shape."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> None:
-        self.backend = choose_backend(AttentionRequest.of_tensors(q, k, v), backend)
+        self.request, self.backend = AttentionRequest.of_tensors(q, k, v), backend
         self.scale = q.shape[-1] ** -0.5
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, slices: SliceTable) -> AttentionResult:
         """Attend q to k and v."""
-        return self.backend.forward(q, k, v, AttentionCall(slices, self.scale))
+        backend = backends_for_slices(slices, self.request, self.backend).forward
+        return backend.forward(q, k, v, AttentionCall(slices, self.scale))
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, result: AttentionResult, slices: SliceTable
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Differentiate by q, k and v, given the final result."""
-        return self.backend.backward(dout, q, k, v, result.out, result.lse, None, AttentionCall(slices, self.scale))
+        backend = backends_for_slices(slices, self.request, self.backend).backward
+        return backend.backward(dout, q, k, v, result.out, result.lse, None, AttentionCall(slices, self.scale))
 
 
 class SingleDevice:

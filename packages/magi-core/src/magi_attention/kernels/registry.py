@@ -97,6 +97,11 @@ class BackendPair(NamedTuple):
     forward: KernelBackend
     backward: KernelBackend
 
+    @property
+    def name(self) -> str:
+        """The backend's name, or ``forward/backward`` where they differ."""
+        return "/".join(dict.fromkeys(backend.name for backend in self))
+
 
 def choose_backend(request: AttentionRequest, name: str = "auto") -> KernelBackend:
     """Choose the backend for ``request``, in its direction.

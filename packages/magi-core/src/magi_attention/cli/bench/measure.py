@@ -18,7 +18,7 @@ from magi_attention.common import AttnMaskType, AttnRanges, workloads
 from magi_attention.common.enum import AttnOverlapMode, AttnRole
 from magi_attention.config import DistAttnConfig, OverlapConfig, RuntimeConfig
 from magi_attention.kernels.protocol import AttentionRequest
-from magi_attention.kernels.registry import choose_backend
+from magi_attention.kernels.registry import backends_for_slices
 from magi_attention.plan.simulate import BACKWARD_OVER_FORWARD_FLOP
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
@@ -126,9 +126,10 @@ def measure(options: BenchOptions, device: torch.device) -> Measurement:
     pairs = workloads.make(options.mask.replace("-", "_"), options.tokens).area()
     shape = (pairs, dist.get_world_size(), options.heads_q, options.head_dim)
     request = AttentionRequest.of_tensors(q, k, v)
+    names = [backends_for_slices(stage.slices, request, options.backend).name for stage in plan.stages]
     return Measurement(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        backend=choose_backend(request, options.backend).name,
+        backend=", ".join(dict.fromkeys(names)),
         ranks=dist.get_world_size(),
         pairs=pairs,
         rows_received=sum(stage.num_received for stage in plan.stages),
