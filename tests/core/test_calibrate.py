@@ -110,7 +110,7 @@ def test_kernels_of_a_gpu_are_measured():
     layer = make_layer((16, 4, 128), torch.device("cuda", 0), "input", "auto")
     state = torch.cuda.get_rng_state()
     times = measure_kernels(layer)
-    print(layer.backend.name, times)
+    print(layer.backends.name, times)
     assert torch.equal(state, torch.cuda.get_rng_state())
     # What no GPU that runs this is below, or beyond.
     assert 1 < times.forward_tflops < 10_000

@@ -199,9 +199,9 @@ def test_refusals_name_their_reason(changes, reason):
 
 
 def test_old_gpus_and_missing_triton_are_refused(monkeypatch):
-    monkeypatch.setattr(flex, "_has_triton", lambda: False)
+    monkeypatch.setattr(flex, "has_triton", lambda: False)
     assert "pip install triton" in BACKEND.supports(request()).reason
-    monkeypatch.setattr(flex, "_has_triton", lambda: True)
+    monkeypatch.setattr(flex, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "(7, 5)" in BACKEND.supports(request()).reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -221,6 +221,26 @@ def test_views_can_be_sent(pool):
     pool.run(views_as_sources)
 
 
+def cast_into_given_rows(rank: int, world_size: int, hops: int) -> None:
+    device = device_of_backend()
+    for seed in range(3):
+        collectives, needs, table = make_case(rank, world_size, seed, hops, 0.5)
+        sources = [random_tensor(r, (n, 5), torch.bfloat16) for r, n in enumerate(needs.num_rows)]
+        whole = torch.zeros(2 + len(needs.needs[rank]), 5, dtype=torch.bfloat16, device=device)
+        (received,) = collectives.cast([sources[rank].to(device)], table, out=[whole[2:]]).wait()
+        assert received.data_ptr() == whole[2:].data_ptr()
+        assert torch.equal(whole[2:].cpu(), needs.received(sources, rank))
+        assert not whole[:2].any()
+        for wrong in ([whole], [whole[2:].float()], [whole[2:], whole[2:]]):
+            with pytest.raises(ValueError, match=r"out must hold|can't be received in 2"):
+                collectives.cast([sources[rank].to(device)], table, out=wrong)
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+def test_rows_can_be_received_in_given_tensors(pool, hops):
+    pool.run(cast_into_given_rows, hops)
+
+
 def test_a_process_alone_needs_no_group():
     needs = RandomNeeds(seed=5, num_ranks=1)
     collectives = make_collectives(None, None, DistAttnConfig())

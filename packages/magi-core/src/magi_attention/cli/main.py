@@ -6,6 +6,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.demo.options import DemoOptions, Device, MaskFamily, Precision
 from magi_attention.cli.plan.options import PlanOptions
 
@@ -13,8 +14,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 DEFAULT = DemoOptions()
 PLAN_DEFAULT = PlanOptions(mask="causal", tokens=1)
+BENCH_DEFAULT = BenchOptions()
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 PAGE_SUFFIXES = (".html", ".htm")
+TRACE_SUFFIXES = (".json", ".gz")
 EXISTING_FILE: dict[str, Any] = {"metavar": "FILE", "exists": True, "dir_okay": False, "readable": True}
 
 
@@ -221,6 +224,125 @@ def calibrate(
     try:
         run_calibrate((heads_q, heads_kv, head_dim), wanted, backend, device.value, Console())
     except (ValueError, RuntimeError) as error:
+        fail(error)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print all findings as JSON, and nothing else.")] = False,
+) -> None:
+    """Show what is installed, what each kernel backend can run here and why not, and check that it works.
+
+    Computes a small attention with every backend, forward and backward, and compares with float64. Exit status 1 if
+    anything is wrong.
+    """
+    from magi_attention.cli.doctor.command import run_doctor
+
+    raise typer.Exit(run_doctor(as_json))
+
+
+@app.command()
+def precompile(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="Architecture such as sm_90, whatever GPU is here; by default its own.")
+    ] = None,
+    head_dim: Annotated[
+        list[str] | None,
+        typer.Option(metavar="D|D/DV", help="Size of a head; both where values differ. By default 64 and 128."),
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bf16 (by default), fp16 or fp32.")] = None,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option(metavar="Q/KV", help="Query heads and key/value heads. By default 32/32 and 32/8."),
+    ] = None,
+    direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "both",
+    backend: Annotated[list[str] | None, typer.Option(help="A backend's name; by default all that can.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Compilers at a time.")] = 4,
+) -> None:
+    """Compile kernels into the backends' caches on disk, also for another GPU and on a machine without one.
+
+    Options but --direction and --jobs can be given several times; all combinations are compiled. What the cache has is
+    left alone. The environment variable MAGI_ATTENTION_FFA_FA4_CACHE_DIR names the cache's folder.
+    """
+    from rich.console import Console
+
+    from magi_attention.cli.precompile.command import run_precompile
+    from magi_attention.cli.precompile.options import read_selections
+    from magi_attention.cli.precompile.worker import find_tasks
+
+    try:
+        selections = read_selections(arch or [], dtype or [], heads or [], head_dim or [], direction)
+        tasks = find_tasks(selections, backend or [])
+        if not tasks:
+            raise ValueError("no backend supports any of these combinations; there is nothing to compile")
+    except ValueError as error:
+        fail(error)
+    raise typer.Exit(run_precompile(tasks, jobs, Console()))
+
+
+@app.command()
+def bench(
+    mask: Annotated[
+        str, typer.Option(metavar="NAME", help="A mask by name, one of those of magi plan.")
+    ] = BENCH_DEFAULT.mask,
+    tokens: Annotated[int, typer.Option(help="Length of the sequence, over all ranks.")] = BENCH_DEFAULT.tokens,
+    processes: Annotated[
+        int | None, typer.Option("--processes", "-p", help="Ranks to start here; none under torchrun, else 1.")
+    ] = None,
+    heads_q: Annotated[int, typer.Option(help="Query heads.")] = BENCH_DEFAULT.heads_q,
+    heads_kv: Annotated[int, typer.Option(help="Key/value heads.")] = BENCH_DEFAULT.heads_kv,
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = BENCH_DEFAULT.head_dim,
+    precision: Annotated[Precision, typer.Option(help="Of the inputs.")] = BENCH_DEFAULT.precision,
+    backend: Annotated[
+        str, typer.Option(help="Kernel backend, by its name; auto takes the best.")
+    ] = BENCH_DEFAULT.backend,
+    device: Annotated[
+        Device, typer.Option(help="auto takes GPUs if each process can have one.")
+    ] = BENCH_DEFAULT.device,
+    overlap_degree: Annotated[
+        str, typer.Option(metavar="N|auto", help="Stages in which remote rows are fetched; 0 for no overlap.")
+    ] = str(BENCH_DEFAULT.overlap_degree),
+    sm_margin: Annotated[
+        int, typer.Option(help="Multiprocessors that kernels leave to communication.")
+    ] = BENCH_DEFAULT.sm_margin,
+    warmup: Annotated[int, typer.Option(help="Passes before the timed ones.")] = BENCH_DEFAULT.warmup,
+    repeat: Annotated[int, typer.Option(help="Timed passes; the median counts.")] = BENCH_DEFAULT.repeat,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a Chrome trace (.json, .json.gz) and measure overlap.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")] = False,
+) -> None:
+    """Time one distributed attention, forward and backward, on GPUs or CPUs.
+
+    Starts its own ranks, or runs on those of torchrun: torchrun --nproc-per-node 4 -m magi_attention.cli bench.
+    """
+    try:
+        options = BenchOptions(
+            mask=mask,
+            tokens=tokens,
+            processes=processes,
+            heads_q=heads_q,
+            heads_kv=heads_kv,
+            head_dim=head_dim,
+            precision=precision,
+            backend=backend,
+            device=device,
+            overlap_degree=parse_degree(overlap_degree),
+            sm_margin=sm_margin,
+            warmup=warmup,
+            repeat=repeat,
+            trace=None if trace is None else trace.absolute(),
+        )
+        check_output("--trace", trace, TRACE_SUFFIXES)
+    except ValueError as error:
+        fail(error)
+    from rich.console import Console
+
+    from magi_attention.cli.bench.command import run_bench
+
+    try:
+        run_bench(options, as_json, Console())
+    except (ValueError, RuntimeError, TimeoutError) as error:
         fail(error)
 
 

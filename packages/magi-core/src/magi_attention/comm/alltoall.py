@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group collectives by one ``all_to_all_single`` per exchange, on any backend of torch.distributed that has it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.group import group_size, let_go_at_exit
-from magi_attention.comm.packing import pack, row_formats, unpack
-from magi_attention.comm.protocol import ReduceOp, Work
+from magi_attention.comm.packing import Blocks, deliver, lay_out, pack, row_formats
+from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
-from magi_attention.comm.routes import routes_of
-from magi_attention.comm.work import PendingWork
+from magi_attention.comm.routes import Routes, routes_of
+from magi_attention.comm.streams import communication_stream, running_on
+from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 
 
 class AllToAllCollectives:
     """Group cast and group reduce over one process group.
 
-    Tensors that are being sent must not change before ``wait`` returns: they need not have been copied.
+    Tensors that are being sent must not change before ``wait`` returns: they need not have been copied. CUDA tensors
+    are packed, sent, unpacked and reduced on the group's :func:`~magi_attention.comm.streams.communication_stream`.
 
     Args:
         group: the process group; None for this process alone.
@@ -33,17 +35,40 @@ class AllToAllCollectives:
         self.num_ranks = group_size(group)
 
     @torch.no_grad()
-    def cast(self, tensors: Sequence[Tensor], table: ExchangeTable | TwoHopExchange) -> Work[list[Tensor]]:
+    def cast(
+        self,
+        tensors: Sequence[Tensor],
+        table: ExchangeTable | TwoHopExchange,
+        out: Sequence[Tensor] | None = None,
+    ) -> PendingWork[list[Tensor]] | StreamWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         table = self._checked(table)
         _check_rows("tensors", tensors, table.num_source)
+        if out is not None:
+            check_out(out, tensors, table.num_received)
         routes = routes_of(table, tensors[0].device)
-        packed = pack(tensors, routes.source, routes.num_sent)
-        transfer, arrived = self._exchange(packed, routes.send_counts, routes.recv_counts)
         formats = row_formats(tensors)
-        return PendingWork(
-            transfer, lambda: [unpack(arrived, row, routes.packed) for row in formats], buffers=(packed, arrived)
-        )
+        leaving, coming = lay_out(formats, routes.send_counts), lay_out(formats, routes.recv_counts)
+        arrived = None
+        if out is not None:
+            received = [*out]
+        elif routes.has_one_sender:  # then what arrives is the result as it is
+            arrived = tensors[0].new_empty(coming.num_words, dtype=torch.int64)
+            sender = max(range(self.num_ranks), key=routes.recv_counts.__getitem__)
+            received = [coming.block(arrived, number, sender) for number in range(len(tensors))]
+        else:
+            received = [x.new_empty((table.num_received, *x.shape[1:])) for x in tensors]
+
+        @torch.no_grad()
+        def finish(landed: Tensor) -> list[Tensor]:
+            if arrived is None:
+                deliver(landed, routes.received, coming, received)
+            return received
+
+        def gather() -> Tensor:
+            return pack(tensors, routes.source, routes.source_run, leaving)
+
+        return self._exchange(gather, leaving, coming, finish, (routes, [*tensors, *received]), arrived)
 
     @torch.no_grad()
     def reduce(
@@ -54,7 +79,7 @@ class AllToAllCollectives:
         op: ReduceOp = "sum",
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
-    ) -> Work[None]:
+    ) -> PendingWork[None] | StreamWork[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         table = self._checked(table)
         check_reduce(partials, into, op, partial_lse, into_lse)
@@ -62,28 +87,67 @@ class AllToAllCollectives:
         _check_rows("partials", sent, table.num_received)
         _check_rows("into", into, table.num_source)
         routes = routes_of(table, sent[0].device)
-        packed = pack(sent, routes.received, table.num_received)
-        transfer, arrived = self._exchange(packed, routes.recv_counts, routes.send_counts)
         formats = row_formats(sent)
+        leaving, coming = lay_out(formats, routes.recv_counts), lay_out(formats, routes.send_counts)
+
+        def gather() -> Tensor:
+            return pack(sent, routes.received, routes.received_run, leaving)
 
         @torch.no_grad()
-        def combine() -> None:
-            if partial_lse is not None and into_lse is not None:
-                merge_partials_by_lse(into[0], into_lse, arrived, formats[0], formats[1], routes)
+        def combine(landed: Tensor) -> None:
+            if into_lse is not None:
+                merge_partials_by_lse(into[0], into_lse, landed, coming, routes)
                 return
-            for target, row in zip(into, formats, strict=True):
-                add_partials(target, arrived, row, routes, average=op == "avg")
+            for number, target in enumerate(into):
+                add_partials(target, landed, coming, number, routes, average=op == "avg")
 
-        return PendingWork(transfer, combine, buffers=(packed, arrived))
+        targets = [*into] if into_lse is None else [*into, into_lse]
+        return self._exchange(gather, leaving, coming, combine, (routes, [*sent, *targets]))
 
     def _exchange(
-        self, packed: Tensor, send_counts: list[int], recv_counts: list[int]
-    ) -> tuple[dist.Work | None, Tensor]:
+        self,
+        gather: Callable[[], Tensor],
+        leaving: Blocks,
+        coming: Blocks,
+        finish: Callable[[Tensor], Result],
+        kept: tuple[Routes, Sequence[Tensor]],
+        arrived: Tensor | None = None,
+    ) -> PendingWork[Result] | StreamWork[Result]:
+        """Send what ``gather`` returns; ``finish`` makes the result of what arrives.
+
+        On CUDA all of it runs on the group's stream. On the CPU ``finish`` runs in ``wait``.
+
+        Args:
+            gather: packs the rows to send.
+            leaving: layout of the rows to send.
+            coming: layout of the rows to receive.
+            finish: computes the result from what arrived; called once.
+            kept: what the exchange reads or writes, kept alive until it is over.
+            arrived: where to receive; None for a new buffer.
+        """
+        device = kept[1][0].device
+        stream = communication_stream(self.group, device)
+        if stream is None:
+            packed = gather()
+            landed, transfer = self._send(packed, leaving, coming, arrived, async_op=True)
+            return PendingWork(transfer, lambda: finish(landed), buffers=(packed, landed, *kept[1]))
+        caller = torch.cuda.current_stream(device)
+        with running_on(stream):
+            packed = gather()
+            is_packed = stream.record_event()
+            # Not asynchronous, so that it runs on this very stream and with its priority; the host does not wait.
+            landed, _ = self._send(packed, leaving, coming, arrived, async_op=False)
+            return StreamWork(stream, caller, finish(landed), kept, is_packed)
+
+    def _send(
+        self, packed: Tensor, leaving: Blocks, coming: Blocks, arrived: Tensor | None, async_op: bool
+    ) -> tuple[Tensor, dist.Work | None]:
+        if arrived is None:
+            arrived = packed.new_empty(coming.num_words)
         if self.num_ranks == 1:
-            return None, packed.clone()  # a result never shares memory with what was sent
-        arrived = packed.new_empty((sum(recv_counts), packed.shape[1]))
-        transfer = dist.all_to_all_single(arrived, packed, recv_counts, send_counts, self.group, async_op=True)
-        return transfer, arrived
+            return arrived.copy_(packed), None  # a result never shares memory with what was sent
+        send, recv = list(leaving.words_per_peer), list(coming.words_per_peer)
+        return arrived, dist.all_to_all_single(arrived, packed, recv, send, self.group, async_op=async_op)
 
     def _checked(self, table: ExchangeTable | TwoHopExchange) -> ExchangeTable:
         if isinstance(table, TwoHopExchange):
@@ -112,6 +176,17 @@ def check_reduce(
         raise ValueError("op 'lse' takes one partial, partial_lse and into_lse")
     if op != "lse" and not (partial_lse is None and into_lse is None):
         raise ValueError(f"only op 'lse' takes partial_lse and into_lse, not {op!r}")
+
+
+def check_out(out: Sequence[Tensor], tensors: Sequence[Tensor], num_rows: int) -> None:
+    """Raise ``ValueError`` unless rows of ``tensors`` can be received in ``out``."""
+    if len(out) != len(tensors):
+        raise ValueError(f"{len(tensors)} tensors can't be received in {len(out)}")
+    for target, source in zip(out, tensors, strict=True):
+        fits = target.shape == (num_rows, *source.shape[1:]) and target.dtype == source.dtype
+        if not (fits and target.is_contiguous() and target.device == source.device):
+            wanted = f"a contiguous {(num_rows, *source.shape[1:])} of {source.dtype} on {source.device}"
+            raise ValueError(f"out must hold {wanted}, not {tuple(target.shape)} of {target.dtype} on {target.device}")
 
 
 def _check_rows(name: str, tensors: Sequence[Tensor], num_rows: int) -> None:

@@ -15,6 +15,13 @@ Result = TypeVar("Result", covariant=True)
 class Work(Protocol[Result]):
     """A collective under way."""
 
+    def wait_packed(self) -> None:
+        """Let the current stream go on once the rows to send are gathered and nothing but the transfer is left.
+
+        A kernel that is launched next then doesn't take all multiprocessors before the transfer can have the few that
+        it needs. Call it on the stream that the collective was called on.
+        """
+
     def wait(self) -> Result:
         """Return the result once it may be used on the current stream; the host waits only for CPU tensors."""
 
@@ -25,11 +32,16 @@ class GroupCollectives(Protocol):
 
     name: str
 
-    def cast(self, tensors: Sequence[Tensor], table: ExchangeTable | TwoHopExchange) -> Work[list[Tensor]]:
+    def cast(
+        self,
+        tensors: Sequence[Tensor],
+        table: ExchangeTable | TwoHopExchange,
+        out: Sequence[Tensor] | None = None,
+    ) -> Work[list[Tensor]]:
         """Send rows of ``tensors``, each ``[num_source, ...]``, to the ranks that need them, in one exchange.
 
-        Returns a work whose result is, for each tensor, ``[num_received, ...]`` of the same dtype, contiguous.
-        Every rank of the group must call it with its own side of the same plan.
+        Returns a work whose result is, for each tensor, ``[num_received, ...]`` of the same dtype, contiguous: those of
+        ``out``, if given, else new ones. Every rank of the group must call it with its own side of the same plan.
         """
 
     def reduce(
@@ -43,8 +55,9 @@ class GroupCollectives(Protocol):
     ) -> Work[None]:
         """Bring ``partials``, each ``[num_received, ...]``, back to the rows' owners and combine them there.
 
-        ``wait`` accumulates onto ``into``, each ``[num_source, ...]``, in place and in ascending order of the peers, so
-        that the result has the same bits in every run. ``"avg"`` divides by the number of terms, the old value of
+        They are accumulated onto ``into``, each ``[num_source, ...]``, in place and in ascending order of the peers, so
+        that the result has the same bits in every run. From the call until ``wait`` returns, ``into`` belongs to the
+        collective: it may be written at any time. ``"avg"`` divides by the number of terms, the old value of
         ``into`` counting as one. ``"lse"`` takes one partial ``[num_received, heads, dim]`` with ``partial_lse``
         ``[num_received, heads]`` and merges by log-sum-exp into ``into[0]`` and ``into_lse``. Partials travel in their
         own dtype and are combined in at least float32.

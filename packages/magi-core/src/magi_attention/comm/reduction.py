@@ -1,28 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Combining the partial results that a group reduce brings back, peer by peer and so in a fixed order."""
+"""Combining the partial results that a group reduce brings back, in ascending order of the peers."""
 
 import torch
 from torch import Tensor
 
-from magi_attention.comm.packing import RowFormat
+from magi_attention.comm.packing import Blocks
 from magi_attention.comm.routes import Routes, Rows
+from magi_attention.comm.segments import add_segments, can_add_segments
 from magi_attention.common.logsumexp import accumulation_dtype, merge_lse, rescale_weight
 
 
-def add_partials(into: Tensor, buffer: Tensor, row: RowFormat, routes: Routes, average: bool) -> None:
-    """Add the packed rows of ``buffer`` to the rows of ``into`` that they belong to.
+def add_partials(into: Tensor, buffer: Tensor, blocks: Blocks, tensor: int, routes: Routes, average: bool) -> None:
+    """Add the rows that came back in ``buffer`` to the rows of ``into`` that they belong to.
 
     Args:
-        into: ``[num_source, *row.shape]``, changed in place and rounded once.
-        buffer: packed rows, as they came.
-        row: where in the buffer the partial's rows are.
+        into: ``[num_source, ...]``, changed in place and rounded once.
+        buffer: what arrived.
+        blocks: the buffer's layout.
+        tensor: which of its tensors to add.
         routes: of the exchange table.
         average: divide by the number of terms, the old value of ``into`` counting as one.
     """
     if routes.num_sent == 0:
         return
-    total = _accumulator(into, row.dtype)
-    for rows, partial in _by_peer(routes, row.elements(buffer)):
+    if not average and can_add_segments(into, blocks, tensor):
+        add_segments(into, buffer, blocks, tensor, routes)
+        return
+    total = _accumulator(into, blocks.formats[tensor].dtype)
+    for rows, partial in blocks.blocks(buffer, tensor, routes.source):
         _add_rows(total, rows, partial)
     if average:
         terms = (1 + routes.casts_per_row).view(-1, *[1] * (total.dim() - 1))
@@ -31,9 +36,7 @@ def add_partials(into: Tensor, buffer: Tensor, row: RowFormat, routes: Routes, a
         into.copy_(total)
 
 
-def merge_partials_by_lse(
-    into: Tensor, into_lse: Tensor, buffer: Tensor, row: RowFormat, row_lse: RowFormat, routes: Routes
-) -> None:
+def merge_partials_by_lse(into: Tensor, into_lse: Tensor, buffer: Tensor, blocks: Blocks, routes: Routes) -> None:
     """Merge partial outputs over disjoint keys: each is weighted by ``exp(lse - final lse)``.
 
     Partials and old values whose lse is -inf stand for no keys at all and are skipped, whatever they hold.
@@ -41,21 +44,20 @@ def merge_partials_by_lse(
     Args:
         into: ``[num_source, heads, dim]``, changed in place.
         into_lse: ``[num_source, heads]``, changed in place.
-        buffer: packed rows, as they came.
-        row: where in the buffer the partial outputs are.
-        row_lse: where in the buffer their log-sum-exps are.
+        buffer: what arrived: partial outputs and their log-sum-exps.
+        blocks: the buffer's layout.
         routes: of the exchange table.
     """
     if routes.num_sent == 0:
         return
-    old_lse = _accumulator(into_lse, row_lse.dtype)
+    outs, lses = (blocks.blocks(buffer, tensor, routes.source) for tensor in range(2))
+    old_lse = _accumulator(into_lse, blocks.formats[1].dtype)
     final_lse = old_lse.clone()
-    for rows, lse in _by_peer(routes, row_lse.elements(buffer)):
+    for rows, lse in lses:
         final_lse[rows] = merge_lse(final_lse[rows], lse).to(final_lse.dtype)
-    total = _accumulator(into, row.dtype)
+    total = _accumulator(into, blocks.formats[0].dtype)
     _weigh(total, old_lse, final_lse)
-    partials = _by_peer(routes, row.elements(buffer))
-    for (rows, partial), (_, lse) in zip(partials, _by_peer(routes, row_lse.elements(buffer)), strict=True):
+    for (rows, partial), (_, lse) in zip(outs, lses, strict=True):
         share = partial.to(total.dtype, copy=True)
         _weigh(share, lse.to(final_lse.dtype), final_lse[rows])
         _add_rows(total, rows, share)
@@ -69,12 +71,6 @@ def _accumulator(into: Tensor, partial_dtype: torch.dtype) -> Tensor:
     if not into.is_floating_point():
         return into
     return into.to(accumulation_dtype(into, torch.empty(0, dtype=partial_dtype)))
-
-
-def _by_peer(routes: Routes, packed: Tensor) -> list[tuple[Rows, Tensor]]:
-    """For each peer that got any, the source rows sent to it and their packed rows."""
-    peers = zip(routes.peer_source, packed.split(routes.send_counts), strict=True)
-    return [(rows, part) for rows, part in peers if len(part)]
 
 
 def _add_rows(total: Tensor, rows: Rows, terms: Tensor) -> None:

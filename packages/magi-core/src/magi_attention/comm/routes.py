@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from magi_attention.common.derived import KeepsDerived
 from magi_attention.common.slices import expand_counts
 from magi_attention.plan.exchange import ExchangeTable
 
@@ -18,36 +19,57 @@ Rows = slice | Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Routes:
-    """An exchange table's rows on a device. *Packed* rows lie peer by peer, in the order in which they travel.
+class Routes(KeepsDerived):
+    """An exchange table's rows on a device, peer by peer, each peer's in the order in which they travel.
 
     Attributes:
-        source: the source row of each packed row to send.
-        received: the row of the receive buffer of each packed row to receive.
-        packed: the inverse of ``received``: the packed row of each row of the receive buffer.
-        peer_source: for each peer, the source rows sent to it.
-        send_counts: packed rows for each peer to send.
-        recv_counts: packed rows for each peer to receive.
+        source: the source rows sent to each peer.
+        received: the rows of the receive buffer that come from each peer.
+        source_run: the source rows sent to all peers together, where they are one run.
+        received_run: the rows of the receive buffer that come from all peers together, where they are one run.
+        send_counts: how many rows each peer is sent.
+        recv_counts: how many rows come from each peer.
     """
 
-    source: Rows
-    received: Rows
-    packed: Rows
-    peer_source: list[Rows]
-    send_counts: list[int]
-    recv_counts: list[int]
-    _casts_per_row: NDArray[np.int64]
+    source: tuple[Rows, ...]
+    received: tuple[Rows, ...]
+    source_run: slice | None
+    received_run: slice | None
+    send_counts: tuple[int, ...]
+    recv_counts: tuple[int, ...]
+    _all_source: NDArray[np.int64]
+    _num_source: int
     _device: torch.device
 
     @property
     def num_sent(self) -> int:
-        """Packed rows to send to all peers together."""
-        return sum(self.send_counts)
+        """Rows sent to all peers together."""
+        return len(self._all_source)
+
+    @property
+    def has_one_sender(self) -> bool:
+        """Whether all rows come from one peer, in the order in which the receive buffer holds them."""
+        return self.received_run is not None and sum(count > 0 for count in self.recv_counts) <= 1
 
     @cached_property
     def casts_per_row(self) -> Tensor:
         """``(num_source,)`` int64: to how many peers each source row goes."""
-        return torch.from_numpy(self._casts_per_row).to(self._device)
+        return torch.from_numpy(np.bincount(self._all_source, minlength=self._num_source)).to(self._device)
+
+    @cached_property
+    def segments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the partial results of each row that was sent come back, for one reduction over all peers.
+
+        Returns:
+            The rows ``(n,)``, ascending; ``offsets`` ``(n + 1,)``; and ``places`` ``(num_sent,)``: row i's results are
+            those with the numbers ``places[offsets[i]:offsets[i + 1]]`` of all that were sent, by ascending peer. All
+            int32.
+        """
+        places = np.argsort(self._all_source, kind="stable")
+        rows, counts = np.unique(self._all_source, return_counts=True)
+        tables = (rows, np.append(0, np.cumsum(counts)), places)
+        rows_, offsets, places_ = (torch.from_numpy(table.astype(np.int32)).to(self._device) for table in tables)
+        return rows_, offsets, places_
 
 
 def routes_of(table: ExchangeTable, device: torch.device) -> Routes:
@@ -57,17 +79,15 @@ def routes_of(table: ExchangeTable, device: torch.device) -> Routes:
 
 def _build(table: ExchangeTable, device: torch.device) -> Routes:
     source, received = _listed(table.send), _listed(table.recv)
-    send_counts = table.send_counts
-    starts = [0, *accumulate(send_counts)]
-    sent = _on_device(source, device)
     return Routes(
-        source=sent,
-        received=_on_device(received, device),
-        packed=_on_device(np.argsort(received), device),
-        peer_source=[_on_device(source[start:stop], device) for start, stop in pairwise(starts)],
-        send_counts=send_counts,
-        recv_counts=table.recv_counts,
-        _casts_per_row=np.bincount(source, minlength=table.num_source),
+        source=_by_peer(source, table.send_counts, device),
+        received=_by_peer(received, table.recv_counts, device),
+        source_run=_as_run(source),
+        received_run=_as_run(received),
+        send_counts=tuple(table.send_counts),
+        recv_counts=tuple(table.recv_counts),
+        _all_source=source,
+        _num_source=table.num_source,
         _device=device,
     )
 
@@ -78,18 +98,13 @@ def _listed(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
     return ranges[owner, 1] + offset
 
 
-def _part(source: NDArray[np.int64], sent: Rows, start: int, stop: int) -> Rows:
-    """The rows of one peer; a view of the index tensor of all peers' rows where they are not one run."""
-    run = _as_run(source[start:stop])
-    if run is not None:
-        return run
-    assert isinstance(sent, Tensor), "rows that are one run have no part that is not"
-    return sent[start:stop]
-
-
-def _on_device(rows: NDArray[np.int64], device: torch.device) -> Rows:
-    run = _as_run(rows)
-    return torch.from_numpy(rows).to(device) if run is None else run
+def _by_peer(rows: NDArray[np.int64], counts: list[int], device: torch.device) -> tuple[Rows, ...]:
+    """Cut rows by peer; those that are not one run are views of one index tensor."""
+    runs = [_as_run(rows[start:stop]) for start, stop in pairwise([0, *accumulate(counts)])]
+    if all(run is not None for run in runs):
+        return tuple(run for run in runs if run is not None)
+    parts = torch.from_numpy(rows).to(device).split(counts)
+    return tuple(part if run is None else run for run, part in zip(runs, parts, strict=True))
 
 
 def _as_run(rows: NDArray[np.int64]) -> slice | None:

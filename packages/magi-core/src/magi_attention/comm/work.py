@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class PendingWork(Generic[Result]):
-    """Waits for a transfer, then finishes it on the stream that is current in ``wait``.
+    """A transfer of CPU tensors: waits for it, then finishes it.
 
     Args:
         transfer: the transfer under way; None if there is nothing to wait for.
@@ -27,14 +27,64 @@ class PendingWork(Generic[Result]):
         self._finish: Callable[[], Result] | None = finish
         self._buffers = buffers
 
+    def wait_packed(self) -> None:
+        """See :class:`~magi_attention.comm.protocol.Work`."""
+
     def wait(self) -> Result:
-        """Return the result; it may be used on the current stream. A second call returns the same again."""
+        """Return the result. A second call returns the same again."""
         if self._finish is not None:
             if self._transfer is not None:
                 self._transfer.wait()
-            for buffer in self._buffers:
-                if buffer.is_cuda:  # its memory may come from another stream than the one that uses it now
-                    buffer.record_stream(torch.cuda.current_stream(buffer.device))
             self._result = self._finish()
             self._finish, self._transfer, self._buffers = None, None, ()
         return self._result
+
+
+class StreamWork(Generic[Result]):
+    """All of a collective, enqueued on another CUDA stream.
+
+    Made when everything is enqueued. It keeps the buffers until the stream that they belong to is behind the
+    collective; a work that nobody waits for makes that stream wait when it goes.
+
+    Args:
+        stream: the stream that it is enqueued on.
+        caller: the stream that ``buffers`` and the result belong to.
+        result: what ``wait`` returns.
+        buffers: what the collective reads or writes of ``caller``'s, kept alive.
+        packed: recorded on ``stream`` once the rows to send had been gathered.
+    """
+
+    def __init__(
+        self,
+        stream: torch.cuda.Stream,
+        caller: torch.cuda.Stream,
+        result: Result,
+        buffers: Sequence[object],
+        packed: torch.cuda.Event | None = None,
+    ) -> None:
+        self._caller, self._result, self._buffers, self.packed = caller, result, buffers, packed
+        self._done: torch.cuda.Event | None = stream.record_event()
+
+    def precede(self, stream: torch.cuda.Stream) -> None:
+        """Let another stream wait, which gives up no buffers."""
+        if self._done is not None:
+            stream.wait_event(self._done)
+
+    def wait_packed(self) -> None:
+        """See :class:`~magi_attention.comm.protocol.Work`."""
+        if self.packed is not None:
+            self._caller.wait_event(self.packed)
+
+    def wait(self) -> Result:
+        """Return the result; it may be used on the current stream. A second call returns the same again."""
+        if self._done is not None:
+            current = torch.cuda.current_stream(self._caller.device)
+            current.wait_event(self._done)
+            if current != self._caller:
+                self._caller.wait_event(self._done)
+            self._done, self._buffers = None, ()
+        return self._result
+
+    def __del__(self) -> None:
+        if self._done is not None:
+            self._caller.wait_event(self._done)

@@ -7,9 +7,6 @@ table. Masks with more than eight intervals in some row are computed in layers a
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,10 +16,25 @@ from magi_attention.kernels.flex_layer import AttendLayer, attend_compiled
 from magi_attention.kernels.flex_tables import BLOCK, layers_of, num_blocks
 from magi_attention.kernels.merge import merge_partials
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, AttentionResult, Support
+from magi_attention.utils.triton import has_triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(16, 257)
 MIN_CAPABILITY = (8, 0)
+
+# Forward and backward, 64 query and 8 key heads, 8k tokens; the classes that were not measured take the like of them.
+TFLOPS = {
+    "full": (441.0, 403.0),
+    "causal": (370.0, 329.0),
+    "varlen_full": (303.0, 249.0),
+    "varlen_causal": (241.0, 185.0),
+    "sliding_window": (274.0, 235.0),
+    "block_causal": (273.0, 233.0),
+    "block_sparse": (273.0, 233.0),
+    "general": (241.0, 185.0),
+}
+FLOAT32_SPEED = 0.05
+"""Without tensor cores, relative to half precision."""
 
 
 class FlexBackend:
@@ -35,7 +47,6 @@ class FlexBackend:
     """
 
     name = "flex"
-    priority = 10
 
     def __init__(self, attend: AttendLayer | None = None) -> None:
         self._attend = attend or attend_compiled
@@ -51,13 +62,18 @@ class FlexBackend:
             return Support(False, f"head dims are {dims}, must be {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}")
         if request.max_logits and request.softcap:
             return Support(False, "FlexAttention returns the largest score only after the softcap")
-        if not _has_triton():
+        if not has_triton():
             return Support(False, "triton is not installed: pip install triton")
         if request.device.type == "cuda" and torch.version.hip is None:
             capability = torch.cuda.get_device_capability(request.device)
             if capability < MIN_CAPABILITY:
                 return Support(False, f"the GPU has compute capability {capability}, needs at least {MIN_CAPABILITY}")
         return Support(True)
+
+    def expected_tflops(self, request: AttentionRequest) -> float:
+        """See the protocol. Measured on one H100, with head dim 128 in bfloat16; taken for other GPUs as well."""
+        tflops = TFLOPS[request.mask_class][request.direction == "backward"]
+        return tflops * FLOAT32_SPEED if request.dtype == torch.float32 else tflops
 
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
@@ -119,11 +135,6 @@ class FlexBackend:
 
 
 BACKEND = FlexBackend()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _by_block(x: Tensor) -> Tensor:

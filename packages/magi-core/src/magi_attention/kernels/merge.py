@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging attention outputs over disjoint keys, by their log-sum-exps."""
 
+import torch
 from torch import Tensor
 
 from magi_attention.common.logsumexp import accumulation_dtype, merge_lse, rescale_weight
+from magi_attention.utils.triton import has_triton
+
+_FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def merge_partials(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,6 +27,22 @@ def merge_partials(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> tupl
     merged = rescale(out, lse, merged_lse)
     merged += rescale(out2, lse2, merged_lse)
     return merged, merged_lse
+
+
+def merge_into(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> None:
+    """:func:`merge_partials` in place of ``out`` and ``lse``, rounded once to their dtypes.
+
+    On a GPU it is one kernel, which leaves rows alone that the second attention has no keys for.
+    """
+    dtypes_fit = out.dtype in _FUSED_DTYPES and out2.dtype in _FUSED_DTYPES and lse.dtype == lse2.dtype == torch.float32
+    if out.is_cuda and dtypes_fit and out.stride(-1) == out2.stride(-1) == 1 and has_triton():
+        from magi_attention.kernels.triton_merge import launch_merge
+
+        launch_merge(out, lse, out2, lse2)
+        return
+    merged, merged_lse = merge_partials(out, lse, out2, lse2)
+    out.copy_(merged)
+    lse.copy_(merged_lse)
 
 
 def rescale(out: Tensor, lse: Tensor, final_lse: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
-from magi_attention.comm.protocol import Work
 from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.plan.build import Stage
 from magi_attention.runtime.job import AttentionJob
+from magi_attention.runtime.streams import Returns
 
 
 class SavedAttention(NamedTuple):
@@ -34,18 +35,21 @@ def differentiate(
     total = _GradientSums(job, q, k, v)
     queries_travel = any(stage.queries_travel for stage in job.runtime.plan.stages)
     travelers = [q, dout, lse, _row_term(saved, dout, dlse)] if queries_travel else [q]
-    for stage, rows, keys, values in job.walk(travelers, k, v):
-        call = job.call_for(stage, backward=True)
-        if not len(stage.slices):
-            dq, dk, dv = torch.zeros_like(rows[0]), torch.zeros_like(keys), torch.zeros_like(values)
-        elif stage.queries_travel:
-            queries, douts, lses, row_terms = rows
-            no_out = torch.zeros_like(douts)
-            dq, dk, dv = job.backend.backward(douts, queries, keys, values, no_out, lses, row_terms, call)
-        else:
-            dq, dk, dv = job.backend.backward(dout, q, keys, values, out, lse, dlse, call)
-        total.add_queries(stage, dq)
-        total.add_keys(stage, dk, dv)
+    for number, stage, rows, keys, values in job.walk(travelers, k, v):
+        total.send()
+        call, backend = job.call_for(stage, backward=True), job.backends[number].backward
+        with record_function(f"magi: attention stage {number}"):
+            if not len(stage.slices):
+                dq, dk, dv = torch.zeros_like(rows[0]), torch.zeros_like(keys), torch.zeros_like(values)
+            elif stage.queries_travel:
+                queries, douts, lses, row_terms = rows
+                no_out = torch.zeros_like(douts)
+                dq, dk, dv = backend.backward(douts, queries, keys, values, no_out, lses, row_terms, call)
+            else:
+                dq, dk, dv = backend.backward(dout, q, keys, values, out, lse, dlse, call)
+        total.add_queries(number, stage, dq)
+        total.add_keys(number, stage, dk, dv)
+        del rows, keys, values, dq, dk, dv
     return total.finish()
 
 
@@ -56,40 +60,61 @@ def _row_term(saved: SavedAttention, dout: Tensor, dlse: Tensor | None) -> Tenso
 
 
 class _GradientSums:
-    """Sums of the stages' gradients; those of received rows are under way to their owners until ``finish``."""
+    """Sums of the stages' gradients; those of received rows are under way to their owners until ``finish``.
+
+    The first gradient of q is kept as it is, and a second and last one is added in its dtype, rounded once like the sum
+    of both in float32. All other sums are kept in at least float32.
+    """
 
     def __init__(self, job: AttentionJob, q: Tensor, k: Tensor, v: Tensor) -> None:
-        dtype = accumulation_dtype(q)
-        self.collectives = job.runtime.collectives
-        self.result_dtype = q.dtype
-        self.travel_dtype = dtype if job.runtime.options.backward_high_precision_reduce else q.dtype
-        self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-        self.traveling: Work[None] | None = None
+        self.inputs = q, k, v
+        self.dtype = accumulation_dtype(q)
+        high_precision = job.runtime.options.backward_high_precision_reduce
+        self.returns = Returns(job.runtime.collectives, self.dtype if high_precision else q.dtype)
+        self.send = self.returns.send
+        stages = job.runtime.plan.stages
+        self.num_dq_left = sum(1 for stage in stages if len(stage.slices) and not stage.queries_travel)
+        self.keys_add_up = any(stage.exchange is not None for stage in stages)
+        self.dq: Tensor | None = None
+        self.dq_from_away: Tensor | None = None
+        self.dk: Tensor | None = None
+        self.dv: Tensor | None = None
 
-    def add_queries(self, stage: Stage, dq: Tensor) -> None:
+    def add_queries(self, number: int, stage: Stage, dq: Tensor) -> None:
+        """Add the gradient of a stage's queries."""
         if stage.queries_travel:
-            self._send_home(stage, [dq], [self.dq])
+            assert self.dq_from_away is None
+            self.dq_from_away = torch.zeros_like(self.inputs[0], dtype=self.dtype)
+            self.returns.put(number, stage, [dq], [self.dq_from_away])
         elif len(stage.slices):
-            self.dq += dq
+            self.num_dq_left -= 1
+            if self.dq is None:
+                self.dq = dq
+                return
+            if self.num_dq_left:
+                self.dq = self.dq.to(self.dtype)
+            rows = slice(int(stage.slices.rows[:, 0].min()), int(stage.slices.rows[:, 1].max()))
+            self.dq[rows] += dq[rows]
 
-    def add_keys(self, stage: Stage, dk: Tensor, dv: Tensor) -> None:
-        num_own = len(self.dk) if stage.reads_own else 0
-        if num_own:
-            self.dk += dk[:num_own]
-            self.dv += dv[:num_own]
+    def add_keys(self, number: int, stage: Stage, dk: Tensor, dv: Tensor) -> None:
+        """Add the gradients of a stage's keys and values. Stages that read own rows come before those that don't."""
+        num_own = len(self.inputs[1]) if stage.reads_own else 0
+        if self.dk is None or self.dv is None:
+            dtype = self.dtype if self.keys_add_up else dk.dtype
+            self.dk, self.dv = dk[:num_own].to(dtype), dv[:num_own].to(dtype)
+        elif num_own:
+            self.dk += dk
+            self.dv += dv
         if stage.exchange is not None and not stage.queries_travel:
-            self._send_home(stage, [dk[num_own:], dv[num_own:]], [self.dk, self.dv])
-
-    def _send_home(self, stage: Stage, partials: list[Tensor], into: list[Tensor]) -> None:
-        assert stage.exchange is not None
-        partials = [x.to(self.travel_dtype) for x in partials]
-        arriving = self.traveling
-        self.traveling = self.collectives.reduce(partials, stage.exchange, into)
-        if arriving is not None:  # of the stage before; what is added now need not be kept any longer
-            arriving.wait()
+            self.returns.put(number, stage, [dk[num_own:], dv[num_own:]], [self.dk, self.dv])
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.traveling is not None:
-            self.traveling.wait()
-        dq, dk, dv = (x.to(self.result_dtype) for x in (self.dq, self.dk, self.dv))
-        return dq, dk, dv
+        """The gradients, in the inputs' dtypes."""
+        self.returns.finish()
+        q, k, v = self.inputs
+        assert self.dk is not None
+        assert self.dv is not None
+        dq = torch.zeros_like(q) if self.dq is None else self.dq
+        if self.dq_from_away is not None:
+            dq = self.dq_from_away.add_(dq)
+        return dq.to(q.dtype), self.dk.to(k.dtype), self.dv.to(v.dtype)

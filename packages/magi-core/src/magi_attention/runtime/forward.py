@@ -4,9 +4,10 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from magi_attention.common.logsumexp import accumulation_dtype
-from magi_attention.kernels.merge import merge_partials
+from magi_attention.kernels.merge import merge_into
 from magi_attention.kernels.protocol import AttentionResult
 from magi_attention.kernels.sink import apply_sink
 from magi_attention.plan.build import Stage
@@ -26,18 +27,21 @@ def attend(job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | No
     Returns:
         ``out`` in q's dtype; ``lse``, sink included, in at least float32; ``max_logits`` of the group if asked for.
     """
-    result: AttentionResult | None = None
+    total = _Total(sum(1 for stage in job.runtime.plan.stages if len(stage.slices) or stage.queries_travel))
     visits = []
-    for stage, (queries,), keys, values in job.walk([q], k, v):
-        partial = job.backend.forward(queries, keys, values, job.call_for(stage)) if len(stage.slices) else None
+    for number, stage, (queries,), keys, values in job.walk([q], k, v):
+        partial = None
+        if len(stage.slices):
+            with record_function(f"magi: attention stage {number}"):
+                partial = job.backends[number].forward.forward(queries, keys, values, job.call_for(stage))
         if stage.queries_travel:
             visits.append(_Visit(job, stage, partial or _nothing(queries, v), q))
         elif partial is not None:
-            result = partial if result is None else _merged(result, partial)
+            total.merge(partial)
+        del queries, keys, values, partial
     for visit in visits:
-        away = visit.wait()
-        result = away if result is None else _merged(result, away)
-    out, lse, max_logits = result or _nothing(q, v)
+        total.merge(visit.wait())
+    out, lse, max_logits = total.result or _nothing(q, v)
     if sink is not None:
         out, lse = apply_sink(out, lse, sink)
     if job.max_logits:
@@ -64,11 +68,33 @@ class _Visit:
         return AttentionResult(self.out, self.lse, self.max_logits)
 
 
-def _merged(first: AttentionResult, second: AttentionResult) -> AttentionResult:
-    out, lse = merge_partials(first.out, first.lse, second.out, second.lse)
-    if first.max_logits is None or second.max_logits is None:
-        return AttentionResult(out, lse, second.max_logits if first.max_logits is None else first.max_logits)
-    return AttentionResult(out, lse, torch.maximum(first.max_logits, second.max_logits))
+class _Total:
+    """The merge of partial results, in their dtype where there are at most two, else in at least float32 meanwhile.
+
+    Args:
+        num_partials: how many will be merged.
+    """
+
+    def __init__(self, num_partials: int) -> None:
+        self.result: AttentionResult | None = None
+        self._num_left = num_partials
+
+    def merge(self, partial: AttentionResult) -> None:
+        """Merge one more, which must not be used afterwards."""
+        self._num_left -= 1
+        if self.result is None:
+            self.result = partial
+            return
+        out, lse, largest = self.result
+        if self._num_left:
+            out = out.to(accumulation_dtype(out))
+        with record_function("magi: merge"):
+            merge_into(out, lse, partial.out, partial.lse)
+        if largest is None:
+            largest = partial.max_logits
+        elif partial.max_logits is not None:
+            largest = torch.maximum(largest, partial.max_logits)
+        self.result = AttentionResult(out, lse, largest)
 
 
 def _nothing(q: Tensor, v: Tensor) -> AttentionResult:

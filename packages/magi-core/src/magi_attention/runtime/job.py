@@ -3,17 +3,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.group import let_go_at_exit
-from magi_attention.comm.protocol import GroupCollectives, Work
+from magi_attention.comm.protocol import GroupCollectives
 from magi_attention.config import RuntimeConfig
-from magi_attention.kernels.protocol import AttentionCall, KernelBackend
+from magi_attention.kernels.protocol import AttentionCall
+from magi_attention.kernels.registry import BackendPair
 from magi_attention.plan.build import Plan, Stage
+from magi_attention.runtime.streams import StageInputs, walk_stages
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,28 +36,12 @@ class DistAttnRuntime:
         let_go_at_exit(self, "group")
 
 
-class StageInputs(NamedTuple):
-    """What a stage reads once its rows have arrived.
-
-    Attributes:
-        stage: the stage.
-        queries: tensors of the query side, ``[tq, ...]``: the rank's own or, where queries travel, the visitors'.
-        keys: ``[tk, hk, d]``.
-        values: ``[tk, hk, dv]``.
-    """
-
-    stage: Stage
-    queries: Sequence[Tensor]
-    keys: Tensor
-    values: Tensor
-
-
 @dataclass(frozen=True, eq=False)
 class AttentionJob:
-    """One call of a distributed attention: the runtime, the chosen backend and the call's own parameters."""
+    """One call of a distributed attention: the runtime, the stages' backends and the call's own parameters."""
 
     runtime: DistAttnRuntime
-    backend: KernelBackend
+    backends: Sequence[BackendPair]
     softmax_scale: float
     softcap: float
     max_logits: bool
@@ -76,30 +60,11 @@ class AttentionJob:
         )
 
     def walk(self, queries: Sequence[Tensor], k: Tensor, v: Tensor) -> Iterator[StageInputs]:
-        """Walk the stages; the next stage's rows travel while one is computed.
+        """Walk the stages; the next stages' rows travel while one is computed. See :func:`walk_stages`.
 
         Args:
             queries: the rank's tensors of the query side, all of which travel where queries do.
             k: the rank's keys.
             v: the rank's values.
         """
-        stages = self.runtime.plan.stages
-        traveling = self._start_cast(stages[0], queries, k, v)
-        for stage, following in zip(stages, [*stages[1:], None], strict=True):
-            arriving = traveling
-            if following is not None:
-                traveling = self._start_cast(following, queries, k, v)
-            arrived = None if arriving is None else arriving.wait()
-            if arrived is None:
-                yield StageInputs(stage, queries, k, v)
-            elif stage.queries_travel:
-                yield StageInputs(stage, arrived, k, v)
-            elif stage.reads_own:
-                yield StageInputs(stage, queries, torch.cat([k, arrived[0]]), torch.cat([v, arrived[1]]))
-            else:
-                yield StageInputs(stage, queries, *arrived)
-
-    def _start_cast(self, stage: Stage, queries: Sequence[Tensor], k: Tensor, v: Tensor) -> Work[list[Tensor]] | None:
-        if stage.exchange is None:
-            return None
-        return self.runtime.collectives.cast(queries if stage.queries_travel else [k, v], stage.exchange)
+        return walk_stages(self.runtime.plan.stages, self.runtime.collectives, queries, k, v)

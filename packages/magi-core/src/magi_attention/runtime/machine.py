@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What measured rates hold for: devices, kernels, links and versions, as a key's group uses them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import groupby
 
@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from magi_attention.comm.group import group_size
 from magi_attention.common.enum import MagiAttentionPrecision
 from magi_attention.env import comm as comm_env
-from magi_attention.kernels.protocol import AttentionRequest, KernelBackend
-from magi_attention.kernels.registry import choose_backend
+from magi_attention.kernels.protocol import AttentionRequest
+from magi_attention.kernels.registry import BackendPair, choose_backends
 from magi_attention.plan.rates import LayerShape
 from magi_attention.runtime.key import DistAttnRuntimeKey
 
@@ -51,13 +51,13 @@ class Layer:
         shape: its heads, and the size of a number.
         dtype: the numbers that it is computed in.
         device: where.
-        backend: what computes it.
+        backends: what computes it.
     """
 
     shape: LayerShape
     dtype: torch.dtype
     device: torch.device
-    backend: KernelBackend
+    backends: BackendPair
 
 
 def layer_of(key: DistAttnRuntimeKey) -> Layer:
@@ -102,7 +102,7 @@ def make_layer(
         head_dim_v=shape.head_dim,
         deterministic=deterministic,
     )
-    return Layer(shape, dtype, device, choose_backend(request, backend))
+    return Layer(shape, dtype, device, choose_backends(replace(request, mask_class="full"), backend))
 
 
 def machine_of(layer: Layer, group: dist.ProcessGroup | None, transport: str, ranks_per_node: int) -> Machine:
@@ -110,7 +110,7 @@ def machine_of(layer: Layer, group: dist.ProcessGroup | None, transport: str, ra
     cuda = f", cuda {torch.version.cuda}" if torch.version.cuda else ""
     return Machine(
         device=device_name(layer.device),
-        kernel_backend=layer.backend.name,
+        kernel_backend=layer.backends.name,
         dtype=str(layer.dtype).removeprefix("torch."),
         head_dim=layer.shape.head_dim,
         transport=f"{transport} over {dist.get_backend(group)}" if group_size(group) > 1 else "",

@@ -95,10 +95,10 @@ def _passes(layer: Layer, num_tokens: int) -> list[Callable[[], object]]:
 
     q, k, v, dout = (draw(heads) for heads in (layer.shape.heads_q, *2 * [layer.shape.heads_kv], layer.shape.heads_q))
     call = AttentionCall(SliceTable([[0, num_tokens, 0, num_tokens, 0]]), layer.shape.head_dim**-0.5)
-    out, lse, _ = layer.backend.forward(q, k, v, call)
+    out, lse, _ = layer.backends.forward.forward(q, k, v, call)
     return [
-        partial(layer.backend.forward, q, k, v, call),
-        partial(layer.backend.backward, dout, q, k, v, out.to(layer.dtype), lse, None, call),
+        partial(layer.backends.forward.forward, q, k, v, call),
+        partial(layer.backends.backward.backward, dout, q, k, v, out.to(layer.dtype), lse, None, call),
     ]
 
 

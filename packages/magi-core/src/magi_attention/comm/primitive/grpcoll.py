@@ -130,7 +130,7 @@ def group_reduce(
         dst_index: for each split of the input the rank of the group to send it to.
         src_indices: for each split of the output the ranks that send a split to combine there.
         group: the process group.
-        async_op: return before the output is written: ``wait_post_process`` accumulates onto what it is given.
+        async_op: return before the output is complete, which is not to be touched until ``wait_post_process``.
         reduce_op: "sum", "avg" or "lse" (``[rows, heads, dim]`` weighted by the exponential of their lse).
         acc_reduce: combine on top of what the output holds, which counts as one term of "avg"; else overwrite it.
         comm_dtype: dtype in which the input travels; its own by default. Sums are kept in at least float32.
@@ -150,6 +150,10 @@ def group_reduce(
     # The mean of the received terms alone is not what "avg" computes, so it is made from their sum.
     mean_of_received = reduce_op == "avg" and not acc_reduce
     total = torch.zeros_like(output, dtype=accumulation_dtype(output)) if mean_of_received else output
+    if not acc_reduce:
+        output.zero_()
+        if output_lse is not None:
+            output_lse.fill_(-torch.inf)
     work = AllToAllCollectives(group).reduce(
         [partial],
         table,
@@ -161,10 +165,6 @@ def group_reduce(
 
     @torch.no_grad()
     def finish() -> None:
-        if not acc_reduce:
-            output.zero_()
-            if output_lse is not None:
-                output_lse.fill_(-torch.inf)
         work.wait()
         if mean_of_received:
             terms = np.repeat([max(1, len(ranks)) for ranks in src_indices], output_split_sizes)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distributed attention against other ways of context parallelism: ``python benchmarks/distributed.py``.
+
+Every number is TFLOP/s per GPU of the pairs that the mask keeps, from the median over the passes of the slowest rank's
+time. All methods run in the same processes, one after another; all but ``torch`` call the same kernel backend.
+
+single      the kernel alone, on every GPU at once without communication: the same mask family, over as many tokens as
+            have (to 256 tokens) the mask area that a GPU has in the distributed attention.
+magi/N      ours, with N remote stages.
+eff         the best magi/N over single.
+gather      all-gather of keys and values, reduce-scatter of their gradients; contiguous shards.
+gather-zz   the same with zigzag shards.
+ring-zz     a ring over zigzag shards, double-buffered, merged by log-sum-exp.
+torch       torch's own context parallelism: its ring around SDPA, zigzag where causal. Full and causal masks alone.
+best/base   the best magi/N over the best of gather, gather-zz, ring-zz and torch.
+
+A cell that fails shows why below the table; the others go on. On a CPU (``--device cpu``) toy sizes work.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from context_parallel import AllGather, Kernel, Ring, SingleDevice
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from magi_attention.api import calc_attn
+from magi_attention.cli.bench.measure import PassTimes, make_key, tflops, time_passes
+from magi_attention.cli.bench.options import BenchOptions
+from magi_attention.cli.demo.command import DTYPES
+from magi_attention.cli.demo.options import Precision
+from magi_attention.common import workloads
+from magi_attention.common.enum import AttnRole
+from magi_attention.plan.simulate import BACKWARD_OVER_FORWARD_FLOP
+from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr, find_manager
+from magi_attention.runtime.key import DistAttnRuntimeKey
+from magi_attention.testing.distributed import RankError, RankPool
+
+MASKS = ("full", "causal", "varlen_causal", "varlen_block_causal_4k")
+BASELINES = ("gather", "gather-zz", "ring-zz", "torch")
+SINGLE_STEP = 256
+CELL_TIMEOUT_S = 240.0
+
+Passes = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: a method on a mask; ``options.tokens`` are those of all ranks together."""
+
+    method: str
+    options: BenchOptions
+
+
+def area(mask: str, tokens: int) -> int:
+    return workloads.make(mask, tokens).area()
+
+
+def tokens_for_area(mask: str, wanted: float, most: int) -> int:
+    """The tokens, a multiple of 256 and at most ``most``, over which the mask's area is next to the one wanted."""
+    low, high = 1, -(-most // SINGLE_STEP)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if area(mask, middle * SINGLE_STEP) < wanted else (low, middle)
+    return min((max(low - 1, 1), low), key=lambda n: abs(area(mask, n * SINGLE_STEP) - wanted)) * SINGLE_STEP
+
+
+def run_cell(rank: int, world_size: int, cell: Cell) -> tuple[PassTimes, int]:
+    """Time a cell on this rank; returns the times and the mask area per rank that they are for."""
+    on_gpu = dist.get_backend() == "nccl"
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    options = cell.options
+    slices = workloads.make(options.mask, options.tokens)
+    tokens, pairs = options.tokens // world_size, slices.area() // world_size
+    if cell.method == "single":
+        tokens = tokens_for_area(options.mask, pairs, options.tokens)
+        slices = workloads.make(options.mask, tokens)
+        pairs = slices.area()
+    key = None
+    if cell.method.startswith("magi/"):
+        key = make_key(options, _world())
+        tokens = find_manager(key).num_local_rows(AttnRole.QUERY)
+    draw = torch.Generator(device).manual_seed(rank)
+    q, k, v, dout = (
+        torch.randn(tokens, heads, options.head_dim, generator=draw, device=device, dtype=DTYPES[options.precision])
+        for heads in (options.heads_q, options.heads_kv, options.heads_kv, options.heads_q)
+    )
+    try:
+        with ExitStack() as stack:
+            if key is not None:
+                leaves = [x.requires_grad_() for x in (q, k, v)]
+                forward, backward = differentiable(partial(calc, key, *leaves), leaves, dout)
+            elif cell.method == "torch":
+                forward, backward = torch_context_parallel(options, q, k, v, dout, stack)
+            else:
+                forward, backward = baseline(cell, Kernel(q, k, v, options.backend), q, k, v, dout)
+            times = time_passes(forward, backward, device, options.warmup, options.repeat)
+    finally:
+        dist_attn_runtime_dict_mgr.clear()
+        if on_gpu:
+            torch.cuda.empty_cache()
+    return times, pairs
+
+
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    return world
+
+
+def calc(key: DistAttnRuntimeKey, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Our attention's output."""
+    return calc_attn(q, k, v, key)[0]
+
+
+def differentiable(forward: Callable[[], Tensor], leaves: list[Tensor], dout: Tensor) -> Passes:
+    """Passes whose backward pass is autograd's."""
+    return forward, lambda out: torch.autograd.grad(out, leaves, dout)
+
+
+def baseline(cell: Cell, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Passes:
+    """The passes of one of our own baselines, or of the kernel alone."""
+    mask, tokens = cell.options.mask, cell.options.tokens
+    method: SingleDevice | AllGather | Ring
+    if cell.method == "single":
+        method = SingleDevice(kernel, workloads.make(mask, len(q)))
+    elif cell.method == "ring-zz":
+        method = Ring(kernel, workloads.make(mask, tokens), tokens)
+    else:
+        is_zigzag = cell.method == "gather-zz"
+        method = AllGather(kernel, workloads.make(mask, tokens), tokens, "zigzag" if is_zigzag else "contiguous")
+    return lambda: method.forward(q, k, v), lambda _: method.backward(dout)
+
+
+def torch_context_parallel(
+    options: BenchOptions, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, stack: ExitStack
+) -> Passes:
+    """The passes of torch's context parallelism, which is on until ``stack`` closes."""
+    from torch.distributed.tensor.experimental import context_parallel
+
+    if options.mask not in ("full", "causal"):
+        raise ValueError("torch's context parallelism has full and causal masks alone")
+    mesh = dist.init_device_mesh(q.device.type, (dist.get_world_size(),))
+    # The context wants a buffer to shard, from which it takes the sequence's length; q, k and v are shards already.
+    positions = torch.arange(options.tokens, device=q.device)
+    queries, keys, values = leaves = [x.transpose(0, 1)[None].contiguous().requires_grad_() for x in (q, k, v)]
+    stack.enter_context(sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True))
+    stack.enter_context(
+        context_parallel(mesh, buffers=[positions], buffer_seq_dims=[0], no_restore_buffers={positions})
+    )
+
+    def forward() -> Tensor:
+        is_causal, is_grouped = options.mask == "causal", q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=is_causal, enable_gqa=is_grouped)
+
+    return differentiable(forward, leaves, dout.transpose(0, 1)[None].contiguous())
+
+
+def measure_row(
+    pool: RankPool, world_size: int, options: BenchOptions, methods: list[str]
+) -> tuple[dict[str, tuple[float, float]], list[str], list[dict[str, object]]]:
+    """Measure all methods on one mask: rates (forward, backward) by method, what failed, and records for JSON."""
+    rates, failures, records = {}, [], []
+    for method in methods:
+        degree = int(method.removeprefix("magi/")) if method.startswith("magi/") else None
+        cell = Cell(method, replace(options, overlap_degree=degree))
+        where = f"{world_size} x {options.tokens // world_size} {options.mask} {method}"
+        record: dict[str, object] = {"ranks": world_size, "mask": options.mask, "tokens": options.tokens}
+        records.append(record | {"method": method})
+        try:
+            times, pairs = pool.run(run_cell, cell, timeout_s=CELL_TIMEOUT_S)[0]
+        except (RankError, TimeoutError) as error:
+            reason = [line for line in str(error).splitlines() if line and not line.startswith("(ranks")][-1]
+            failures.append(f"{where}: {reason}")
+            records[-1] |= {"error": reason}
+            continue
+        forward = tflops(pairs, 1, options.heads_q, options.head_dim, times.forward)
+        backward = BACKWARD_OVER_FORWARD_FLOP * tflops(pairs, 1, options.heads_q, options.head_dim, times.backward)
+        rates[method] = forward, backward
+        records[-1] |= {"forward_tflops": forward, "backward_tflops": backward, **asdict(times)}
+    return rates, failures, records
+
+
+def print_row(
+    world_size: int, options: BenchOptions, methods: list[str], rates: dict[str, tuple[float, float]]
+) -> None:
+    """Print a row's two passes."""
+    for number, name in enumerate(("fwd", "bwd")):
+        rate = {method: passes[number] for method, passes in rates.items()}
+        ours = max((rate[method] for method in rate if method.startswith("magi/")), default=float("nan"))
+        best = max((rate[method] for method in rate if method in BASELINES), default=float("nan"))
+        print(f"{world_size:>4}{options.tokens // world_size:>8}  {options.mask:24}{name:4}", end="")
+        for method in methods:
+            print(f"{rate.get(method, float('nan')):>10.4g}", end="")
+        print(f"{ours / rate.get('single', float('nan')):>7.3f}{ours / best:>10.3f}", flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[1, 2, 4], help="group sizes; larger than present: left out"
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="tokens per GPU")
+    parser.add_argument("--masks", nargs="+", choices=sorted(workloads.WORKLOADS), default=MASKS)
+    parser.add_argument("--methods", nargs="+", choices=("magi", *BASELINES), default=("magi", *BASELINES))
+    parser.add_argument("--overlap-degree", type=int, nargs="+", default=[1], help="remote stages of magi")
+    parser.add_argument("--heads", type=int, nargs=2, metavar=("Q", "KV"), default=[64, 8])
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--precision", choices=list(Precision), default=Precision.BF16)
+    parser.add_argument("--backend", default="auto", help="kernel backend")
+    parser.add_argument("--sm-margin", type=int, default=0, help="multiprocessors that our kernels leave to others")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=5, help="timed passes; the median counts")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table."""
+    arguments = parse_arguments()
+    on_gpu = arguments.device == "cuda"
+    present = torch.cuda.device_count() if on_gpu else max(arguments.gpus)
+    sizes = [size for size in arguments.gpus if size <= present]
+    if not sizes:
+        sys.exit(f"{present} GPUs are present, fewer than any of --gpus {arguments.gpus}; --device cpu needs none")
+    ours = [f"magi/{degree}" for degree in arguments.overlap_degree] if "magi" in arguments.methods else []
+    methods = ["single", *ours, *(name for name in BASELINES if name in arguments.methods)]
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    print(
+        f"{name}, {arguments.heads[0]}/{arguments.heads[1]} heads of {arguments.head_dim}, {arguments.precision}, "
+        f"kernel backend {arguments.backend}; TFLOP/s per GPU"
+    )
+    print(f"{'gpus':>4}{'tokens':>8}  {'mask':24}{'':4}" + "".join(f"{method:>10}" for method in methods), end="")
+    print(f"{'eff':>7}{'best/base':>10}")
+    failures: list[str] = []
+    records: list[dict[str, object]] = []
+    for world_size in sizes:
+        with RankPool(world_size, "nccl" if on_gpu else "gloo") as pool:
+            for mask in arguments.masks:
+                for tokens in arguments.tokens:
+                    options = BenchOptions(
+                        mask=mask,
+                        tokens=tokens * world_size,
+                        heads_q=arguments.heads[0],
+                        heads_kv=arguments.heads[1],
+                        head_dim=arguments.head_dim,
+                        precision=Precision(arguments.precision),
+                        backend=arguments.backend,
+                        sm_margin=arguments.sm_margin,
+                        warmup=arguments.warmup,
+                        repeat=arguments.repeat,
+                    )
+                    usable = [
+                        method
+                        for method in methods
+                        if (world_size > 1 or method not in BASELINES)
+                        and (method != "torch" or mask in ("full", "causal"))
+                    ]
+                    rates, failed, measured = measure_row(pool, world_size, options, usable)
+                    print_row(world_size, options, methods, rates)
+                    failures += failed
+                    records += measured
+    for failure in failures:
+        print(f"failed: {failure}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"version": 1, "device": name, "cells": records}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carry out ``magi bench``."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from magi_attention.cli.bench.measure import Measurement, measure
+from magi_attention.cli.bench.options import BenchOptions
+from magi_attention.cli.bench.overlap import Overlap, read_overlap
+from magi_attention.cli.demo.command import choose_device
+from magi_attention.testing.distributed import run_ranks
+
+TIMEOUT_S = 1800.0
+
+
+def run_bench(options: BenchOptions, as_json: bool, console: Console) -> None:
+    """Measure on the ranks of torchrun, or on ranks of its own, and print what was found.
+
+    Raises:
+        ValueError: ``--processes`` under torchrun, or more processes than GPUs.
+        RuntimeError: a rank failed.
+    """
+    if dist.is_torchelastic_launched():
+        if options.processes is not None:
+            raise ValueError("--processes starts ranks itself, but torchrun has started them; leave one of them away")
+        found = _measure_under_torchrun(options)
+    else:
+        processes = options.processes or 1
+        device = choose_device(options.device, processes, torch.cuda.device_count())
+        backend = "nccl" if device == "cuda" else "gloo"
+        found = run_ranks(processes, _measure_on_rank, options, backend=backend, timeout_s=TIMEOUT_S)[0]
+    if found is not None:
+        overlap = read_overlap(options.trace) if options.trace else None
+        _print(options, found, overlap, as_json, console)
+
+
+def _measure_on_rank(rank: int, world_size: int, options: BenchOptions) -> Measurement:
+    on_gpu = dist.get_backend() == "nccl"
+    return measure(options, torch.device("cuda", rank) if on_gpu else torch.device("cpu"))
+
+
+def _measure_under_torchrun(options: BenchOptions) -> Measurement | None:
+    """What rank 0 found; None on other ranks."""
+    device = torch.device(choose_device(options.device, 1, torch.cuda.device_count()))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        if device.type == "cuda":
+            device = torch.device("cuda", dist.get_node_local_rank())
+            torch.cuda.set_device(device)
+        found = measure(options, device)
+        return found if dist.get_rank() == 0 else None
+    finally:
+        dist.destroy_process_group()
+
+
+def _print(options: BenchOptions, found: Measurement, overlap: Overlap | None, as_json: bool, console: Console) -> None:
+    if as_json:
+        chosen: dict[str, Any] = asdict(options) | {"trace": None if options.trace is None else str(options.trace)}
+        measured = asdict(found) | {"overlap": None if overlap is None else asdict(overlap) | {"share": overlap.share}}
+        print(json.dumps({"version": 1, "options": chosen, "measured": measured}))
+        return
+    heads = f"{options.heads_q}/{options.heads_kv} heads of {options.head_dim}, {options.precision.value}"
+    console.print(
+        f"[bold]{options.mask}[/bold], {options.tokens:,} tokens, {heads}; {found.ranks} x {found.device}, kernel "
+        f"backend {found.backend}; {found.stages} stages, rank 0 receives {found.rows_received:,} key rows",
+        highlight=False,
+    )
+    table = Table()
+    for name in ("pass", "ms", "TFLOP/s per rank"):
+        table.add_column(name, justify="right")
+    for name, seconds, rate in (
+        ("forward", found.times.forward, found.forward_tflops),
+        ("backward", found.times.backward, found.backward_tflops),
+    ):
+        table.add_row(name, f"{seconds * 1e3:.3f}", f"{rate:.3g}")
+    console.print(table)
+    if found.times.peak_bytes:
+        console.print(f"Most memory of a rank: {found.times.peak_bytes / 2**30:.2f} GiB", highlight=False)
+    if options.trace is not None:
+        console.print(f"Trace of rank 0: [bold]{options.trace}[/bold]", highlight=False)
+        console.print(_overlap_line(overlap), highlight=False)
+
+
+def _overlap_line(overlap: Overlap | None) -> str:
+    if overlap is None:
+        return "It has no kernels: overlap is measured on GPUs only."
+    return (
+        f"Overlap: communication ran for {overlap.communication * 1e3:.3f} ms, of which {overlap.both * 1e3:.3f} ms "
+        f"({overlap.share:.0%}) beside attention kernels, which ran for {overlap.attention * 1e3:.3f} ms."
+    )

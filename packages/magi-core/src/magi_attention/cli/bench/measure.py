@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time the passes of one distributed attention on every rank of a group."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from magi_attention.api import calc_attn, magi_attn_flex_key
+from magi_attention.cli.bench.options import BenchOptions
+from magi_attention.cli.demo.command import DTYPES
+from magi_attention.common import AttnMaskType, AttnRanges, workloads
+from magi_attention.common.enum import AttnOverlapMode, AttnRole
+from magi_attention.config import DistAttnConfig, OverlapConfig, RuntimeConfig
+from magi_attention.kernels.protocol import AttentionRequest
+from magi_attention.kernels.registry import backends_for_slices
+from magi_attention.plan.simulate import BACKWARD_OVER_FORWARD_FLOP
+from magi_attention.runtime.cache import find_manager
+from magi_attention.runtime.key import DistAttnRuntimeKey
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """What passes took.
+
+    Attributes:
+        forward: median over the timed passes of the slowest rank's time, in seconds.
+        backward: the same for backward passes.
+        peak_bytes: the most memory that any rank's tensors took; 0 on a CPU.
+    """
+
+    forward: float
+    backward: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one measurement found.
+
+    Attributes:
+        device: the device's name.
+        backend: the kernel backend.
+        ranks: size of the group.
+        pairs: (query, key) pairs that the mask keeps, over all ranks.
+        rows_received: key rows that rank 0 receives in each pass.
+        stages: kernel calls of each rank in each pass.
+        times: of the passes.
+        forward_tflops: per rank, of the pairs that the mask keeps: four floating-point operations per pair, query head
+            and element of a head.
+        backward_tflops: likewise, with 2.5 times as many.
+    """
+
+    device: str
+    backend: str
+    ranks: int
+    pairs: int
+    rows_received: int
+    stages: int
+    times: PassTimes
+    forward_tflops: float
+    backward_tflops: float
+
+
+def tflops(pairs: int, ranks: int, heads_q: int, head_dim: int, seconds: float) -> float:
+    """A forward pass's rate per rank, in Tflop/s."""
+    return 4 * pairs * heads_q * head_dim / ranks / seconds / 1e12
+
+
+def make_key(options: BenchOptions, group: dist.ProcessGroup) -> DistAttnRuntimeKey:
+    """Plan the options' mask for the ranks of a group."""
+    slices = workloads.make(options.mask.replace("-", "_"), options.tokens)
+    rows = slices.rows.tolist()
+    is_auto = options.overlap_degree is None
+    overlap = OverlapConfig(AttnOverlapMode.DYNAMIC if is_auto else AttnOverlapMode.STATIC, options.overlap_degree)
+    runtime = RuntimeConfig(
+        kernel_backend=options.backend,
+        forward_sm_margin=options.sm_margin,
+        backward_sm_margin=options.sm_margin,
+    )
+    return magi_attn_flex_key(
+        q_ranges=AttnRanges.from_ranges([row[0:2] for row in rows]),
+        k_ranges=AttnRanges.from_ranges([row[2:4] for row in rows]),
+        attn_mask_type=[AttnMaskType.from_int_type(row[4]) for row in rows],
+        total_seqlen_q=options.tokens,
+        total_seqlen_k=options.tokens,
+        num_heads_q=options.heads_q,
+        num_heads_kv=options.heads_kv,
+        head_dim=options.head_dim,
+        pad_size=0,
+        cp_group_or_mesh=group,
+        dist_attn_config=DistAttnConfig(overlap_config=overlap, runtime_config=runtime),
+    )
+
+
+def measure(options: BenchOptions, device: torch.device) -> Measurement:
+    """Time an attention over the default group; every rank calls it. Rank 0 writes the trace, if one is asked for."""
+    group = dist.group.WORLD
+    assert group is not None
+    key = make_key(options, group)
+    manager = find_manager(key)
+    rows = manager.num_local_rows(AttnRole.QUERY)
+    shapes = ((options.heads_q,), (options.heads_kv,), (options.heads_kv,), (options.heads_q,))
+    draw = torch.Generator(device).manual_seed(dist.get_rank())
+    q, k, v, dout = (
+        torch.randn(rows, *heads, options.head_dim, generator=draw, device=device, dtype=DTYPES[options.precision])
+        for heads in shapes
+    )
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def forward() -> Tensor:
+        return calc_attn(q, k, v, key)[0]
+
+    def backward(out: Tensor) -> None:
+        torch.autograd.grad(out, inputs, dout)
+
+    times = time_passes(forward, backward, device, options.warmup, options.repeat)
+    if options.trace is not None:
+        trace_pass(forward, backward, device, str(options.trace))
+    plan = manager.dist_attn_runtime.plan
+    pairs = workloads.make(options.mask.replace("-", "_"), options.tokens).area()
+    shape = (pairs, dist.get_world_size(), options.heads_q, options.head_dim)
+    request = AttentionRequest.of_tensors(q, k, v)
+    names = [backends_for_slices(stage.slices, request, options.backend).name for stage in plan.stages]
+    return Measurement(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        backend=", ".join(dict.fromkeys(names)),
+        ranks=dist.get_world_size(),
+        pairs=pairs,
+        rows_received=sum(stage.num_received for stage in plan.stages),
+        stages=len(plan.stages),
+        times=times,
+        forward_tflops=tflops(*shape, times.forward),
+        backward_tflops=BACKWARD_OVER_FORWARD_FLOP * tflops(*shape, times.backward),
+    )
+
+
+def time_passes(
+    forward: Callable[[], Tensor],
+    backward: Callable[[Tensor], object],
+    device: torch.device,
+    warmup: int,
+    repeat: int,
+) -> PassTimes:
+    """Time both passes; the ranks of the default group start each pair together, and the slowest counts.
+
+    Args:
+        forward: computes the output.
+        backward: computes its gradients.
+        device: what they compute on.
+        warmup: pairs of passes that are not timed.
+        repeat: pairs of passes that are.
+    """
+    seconds = torch.zeros(repeat, 2, dtype=torch.float64, device=device)
+    for number in range(-warmup, repeat):
+        if number == 0 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        dist.barrier()
+        marks = [_mark(device)]
+        out = forward()
+        marks.append(_mark(device))
+        backward(out)
+        marks.append(_mark(device))
+        del out
+        if number >= 0:
+            seconds[number] = torch.tensor([_seconds(*marks[:2]), _seconds(*marks[1:])], dtype=torch.float64)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    peak = torch.tensor(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, device=device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    per_pass = [statistics.median(column) for column in seconds.T.tolist()]
+    return PassTimes(per_pass[0], per_pass[1], int(peak))
+
+
+def _mark(device: torch.device) -> "torch.cuda.Event | float":
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(start: "torch.cuda.Event | float", stop: "torch.cuda.Event | float") -> float:
+    if isinstance(start, float) or isinstance(stop, float):
+        assert isinstance(start, float)
+        assert isinstance(stop, float)
+        return stop - start
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
+
+
+def trace_pass(
+    forward: Callable[[], Tensor], backward: Callable[[Tensor], object], device: torch.device, path: str
+) -> None:
+    """Run both passes under the profiler; rank 0 writes its Chrome trace."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    dist.barrier()
+    with profile(activities=activities) as profiler:
+        backward(forward())
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    if dist.get_rank() == 0:
+        profiler.export_chrome_trace(path)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA stream on which a process group communicates, beside the stream that computes.
+
+Who owns memory: what a collective returns, or reads of its caller, belongs to the caller's stream, and is neither freed
+nor used again before that stream has waited for the collective. What only the collective uses is allocated on, and
+belongs to, the communication stream. So memory is never used too early, and the allocator need not be told of streams.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+import torch.distributed as dist
+
+_HIGHEST_PRIORITY = -1
+
+
+@cache
+def _stream_of(group_name: str, device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=_HIGHEST_PRIORITY)
+
+
+def communication_stream(group: dist.ProcessGroup | None, device: torch.device) -> "torch.cuda.Stream | None":
+    """The group's stream on ``device``, always the same one; None on a CPU.
+
+    Its priority is high: where a transfer and an attention kernel both wait for multiprocessors, the transfer, which
+    needs few of them, goes first.
+    """
+    if device.type != "cuda":
+        return None
+    return _stream_of("" if group is None else group.group_name, device)
+
+
+@contextmanager
+def running_on(stream: "torch.cuda.Stream | None") -> Iterator[None]:
+    """Enqueue what follows on ``stream``, after all that the current stream has been given; None changes nothing."""
+    if stream is None:
+        yield
+        return
+    stream.wait_event(torch.cuda.current_stream(stream.device).record_event())
+    with torch.cuda.stream(stream):
+        yield

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``magi bench`` on the CPU: what it prints, what it refuses, and how overlap is read from a trace."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from magi_attention.cli.bench.overlap import Overlap, overlap_of, read_overlap
+from magi_attention.cli.main import app
+
+SMALL = ["--tokens", "512", "--heads-q", "4", "--heads-kv", "2", "--head-dim", "16", "--precision", "fp32"]
+SMALL += ["--device", "cpu", "--repeat", "2", "--warmup", "1"]
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["bench", *SMALL, *arguments])
+
+
+def test_json_and_trace(tmp_path):
+    trace = tmp_path / "trace.json"
+    result = run("-p", "2", "--mask", "causal", "--json", "--trace", str(trace))
+    assert result.exit_code == 0, result.output
+    measured = json.loads(result.stdout)["measured"]
+    assert (measured["ranks"], measured["stages"], measured["backend"]) == (2, 2, "reference")
+    assert measured["pairs"] == 512 * 513 // 2
+    assert measured["overlap"] is None
+    for name in ("forward", "backward"):
+        rate = 4 * measured["pairs"] * 4 * 16 / 2 / measured["times"][name] / 1e12
+        assert measured[f"{name}_tflops"] == pytest.approx(rate * (2.5 if name == "backward" else 1))
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    wanted = {"magi: cast stage 1", "magi: attention stage 0", "magi: attention stage 1", "magi: merge"}
+    assert names >= {*wanted, "magi: reduce stage 1"}
+
+
+def test_one_process_prints_a_table():
+    result = run("--mask", "varlen-causal")
+    assert result.exit_code == 0, result.output
+    assert "1 stages, rank 0 receives 0 key rows" in " ".join(result.output.split())
+    assert "backward" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeat", "0"], "--repeat must be at least 1, not 0"),
+        (["--sm-margin", "-1"], "--sm-margin must be at least 0, not -1"),
+        (["--heads-q", "3"], "--heads-q 3 must be a multiple of --heads-kv 2"),
+        (["--trace", "trace.txt"], "--trace trace.txt must end in one of .json, .gz"),
+        (["--overlap-degree", "many"], "--overlap-degree must be 0 or more, or auto, not many"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def test_an_unknown_mask_is_named():
+    result = run("--mask", "nothing")
+    assert result.exit_code == 2
+    assert "there is no mask 'nothing'" in result.output
+
+
+def test_more_processes_than_gpus_are_refused():
+    too_many = torch.cuda.device_count() + 1
+    result = CliRunner().invoke(app, ["bench", "--device", "cuda", "-p", str(too_many)])
+    assert result.exit_code == 2
+    assert "needs a GPU for each process" in result.output
+
+
+def kernel(stream: int, start: float, stop: float, kind: str = "kernel", name: str = "k") -> dict:
+    return {"cat": kind, "tid": stream, "ts": start, "dur": stop - start, "name": name}
+
+
+def annotation(name: str, stream: int, start: float, stop: float) -> dict:
+    return kernel(stream, start, stop, "gpu_user_annotation", f"magi: {name}")
+
+
+def test_overlap_counts_kernels_in_ranges_of_their_stream():
+    events = [
+        annotation("cast stage 1", 20, 0, 10),
+        kernel(20, 0, 2),
+        kernel(20, 4, 10),  # from 2 to 4 the stream only waits
+        annotation("reduce stage 1", 20, 30, 40),
+        kernel(20, 30, 40),
+        annotation("attention stage 0", 7, 1, 8),
+        kernel(7, 1, 8),
+        kernel(7, 8, 35),  # in no range
+        annotation("attention stage 1", 7, 35, 38),
+        kernel(7, 35, 38),
+        {"cat": "cpu_op", "name": "other", "ts": 0, "dur": 100, "tid": 1},
+    ]
+    overlap = overlap_of(events)
+    assert overlap == Overlap(communication=18e-6, attention=10e-6, both=8e-6)
+    assert overlap.share == pytest.approx(8 / 18)
+    assert overlap_of(events[-1:]) is None
+    assert overlap_of([kernel(7, 0, 1)]).share == 1
+
+
+def test_compressed_traces_are_read(tmp_path):
+    path = tmp_path / "trace.json.gz"
+    events = [annotation("cast stage 1", 3, 0, 1), kernel(3, 0, 1)]
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    assert read_overlap(path) == Overlap(1e-6, 0.0, 0.0)
