@@ -4,6 +4,8 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +49,18 @@ class Stage:
         return self.exchange.num_received if self.exchange else 0
 
 
+class KernelWork(NamedTuple):
+    """What a stage's kernel computes.
+
+    Attributes:
+        queries: the rows of the stage's queries that the kernel takes, a run of them.
+        slices: the stage's slices, their query rows counted from the start of the run.
+    """
+
+    queries: slice
+    slices: SliceTable
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What one rank computes and exchanges. Stage 0 reads its own rows; every rank has the same number of stages.
@@ -64,6 +78,29 @@ class Plan:
     rank: int
     stages: tuple[Stage, ...]
     digest: bytes
+
+    @cached_property
+    def kernel_work(self) -> tuple[KernelWork, ...]:
+        """What the kernel of each stage computes.
+
+        The first stage that computes anything for the rank's own queries takes all of them, so that its result has all
+        rows. The others, to be merged with it, take the run of those that they have slices for. Visiting queries are
+        all taken.
+        """
+        whole = slice(0, int(self.layout.rows_per_rank[self.rank]))
+        work, is_first = [], True
+        for stage in self.stages:
+            if stage.queries_travel or not len(stage.slices):
+                work.append(KernelWork(slice(0, stage.num_received) if stage.queries_travel else whole, stage.slices))
+                continue
+            run = slice(int(stage.slices.rows[:, 0].min()), int(stage.slices.rows[:, 1].max()))
+            work.append(KernelWork(whole, stage.slices) if is_first or run == whole else _taking(run, stage.slices))
+            is_first = False
+        return tuple(work)
+
+
+def _taking(run: slice, slices: SliceTable) -> KernelWork:
+    return KernelWork(run, slices.shift(-run.start, 0))
 
 
 def build_plan(

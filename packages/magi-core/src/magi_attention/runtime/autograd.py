@@ -82,7 +82,7 @@ def make_job(
     names = options.kernel_backend or "auto", options.kernel_backend_backward or "same"
     return AttentionJob(
         runtime=runtime,
-        backends=[backends_for_slices(stage.slices, request, *names) for stage in runtime.plan.stages],
+        backends=[backends_for_slices(work.slices, request, *names) for work in runtime.plan.kernel_work],
         softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
         softcap=softcap,
         max_logits=max_logits,

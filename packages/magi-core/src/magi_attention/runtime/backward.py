@@ -37,7 +37,8 @@ def differentiate(
     travelers = [q, dout, lse, _row_term(saved, dout, dlse)] if queries_travel else [q]
     for number, stage, rows, keys, values in job.walk(travelers, k, v):
         total.send()
-        call, backend = job.call_for(stage, backward=True), job.backends[number].backward
+        call, backend = job.call_for(number, backward=True), job.backends[number].backward
+        run = job.runtime.plan.kernel_work[number].queries
         with record_function(f"magi: attention stage {number}"):
             if not len(stage.slices):
                 dq, dk, dv = torch.zeros_like(rows[0]), torch.zeros_like(keys), torch.zeros_like(values)
@@ -46,8 +47,9 @@ def differentiate(
                 no_out = torch.zeros_like(douts)
                 dq, dk, dv = backend.backward(douts, queries, keys, values, no_out, lses, row_terms, call)
             else:
-                dq, dk, dv = backend.backward(dout, q, keys, values, out, lse, dlse, call)
-        total.add_queries(number, stage, dq)
+                dlse_run = None if dlse is None else dlse[run]
+                dq, dk, dv = backend.backward(dout[run], q[run], keys, values, out[run], lse[run], dlse_run, call)
+        total.add_queries(number, stage, dq, run)
         total.add_keys(number, stage, dk, dv)
         del rows, keys, values, dq, dk, dv
     return total.finish()
@@ -80,8 +82,8 @@ class _GradientSums:
         self.dk: Tensor | None = None
         self.dv: Tensor | None = None
 
-    def add_queries(self, number: int, stage: Stage, dq: Tensor) -> None:
-        """Add the gradient of a stage's queries."""
+    def add_queries(self, number: int, stage: Stage, dq: Tensor, rows: slice) -> None:
+        """Add the gradient of a stage's queries, of which the kernel took ``rows``."""
         if stage.queries_travel:
             assert self.dq_from_away is None
             self.dq_from_away = torch.zeros_like(self.inputs[0], dtype=self.dtype)
@@ -93,8 +95,7 @@ class _GradientSums:
                 return
             if self.num_dq_left:
                 self.dq = self.dq.to(self.dtype)
-            rows = slice(int(stage.slices.rows[:, 0].min()), int(stage.slices.rows[:, 1].max()))
-            self.dq[rows] += dq[rows]
+            self.dq[rows] += dq
 
     def add_keys(self, number: int, stage: Stage, dk: Tensor, dv: Tensor) -> None:
         """Add the gradients of a stage's keys and values. Stages that read own rows come before those that don't."""

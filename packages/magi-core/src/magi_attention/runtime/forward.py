@@ -30,17 +30,18 @@ def attend(job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | No
     total = _Total(sum(1 for stage in job.runtime.plan.stages if len(stage.slices) or stage.queries_travel))
     visits = []
     for number, stage, (queries,), keys, values in job.walk([q], k, v):
-        partial = None
+        partial, run = None, job.runtime.plan.kernel_work[number].queries
         if len(stage.slices):
             with record_function(f"magi: attention stage {number}"):
-                partial = job.backends[number].forward.forward(queries, keys, values, job.call_for(stage))
+                backend = job.backends[number].forward
+                partial = backend.forward(queries[run], keys, values, job.call_for(number))
         if stage.queries_travel:
             visits.append(_Visit(job, stage, partial or _nothing(queries, v), q))
         elif partial is not None:
-            total.merge(partial)
+            total.merge(partial, run)
         del queries, keys, values, partial
     for visit in visits:
-        total.merge(visit.wait())
+        total.merge(visit.wait(), slice(None))
     out, lse, max_logits = total.result or _nothing(q, v)
     if sink is not None:
         out, lse = apply_sink(out, lse, sink)
@@ -79,8 +80,8 @@ class _Total:
         self.result: AttentionResult | None = None
         self._num_left = num_partials
 
-    def merge(self, partial: AttentionResult) -> None:
-        """Merge one more, which must not be used afterwards."""
+    def merge(self, partial: AttentionResult, rows: slice) -> None:
+        """Merge one more, which is of those ``rows`` and must not be used afterwards. The first is of all rows."""
         self._num_left -= 1
         if self.result is None:
             self.result = partial
@@ -89,7 +90,7 @@ class _Total:
         if self._num_left:
             out = out.to(accumulation_dtype(out))
         with record_function("magi: merge"):
-            merge_into(out, lse, partial.out, partial.lse)
+            merge_into(out[rows], lse[rows], partial.out, partial.lse)
         if largest is None:
             largest = partial.max_logits
         elif partial.max_logits is not None:

@@ -12,7 +12,7 @@ from magi_attention.comm.protocol import GroupCollectives
 from magi_attention.config import RuntimeConfig
 from magi_attention.kernels.protocol import AttentionCall
 from magi_attention.kernels.registry import BackendPair
-from magi_attention.plan.build import Plan, Stage
+from magi_attention.plan.build import Plan
 from magi_attention.runtime.streams import StageInputs, walk_stages
 
 
@@ -46,12 +46,12 @@ class AttentionJob:
     softcap: float
     max_logits: bool
 
-    def call_for(self, stage: Stage, *, backward: bool = False) -> AttentionCall:
-        """The kernel call of one stage."""
+    def call_for(self, number: int, *, backward: bool = False) -> AttentionCall:
+        """The kernel call of the stage of that number."""
         options = self.runtime.options
         margin = options.backward_sm_margin if backward else options.forward_sm_margin
         return AttentionCall(
-            slices=stage.slices,
+            slices=self.runtime.plan.kernel_work[number].slices,
             softmax_scale=self.softmax_scale,
             softcap=self.softcap,
             deterministic=bool(options.deterministic),

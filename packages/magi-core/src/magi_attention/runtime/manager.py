@@ -153,8 +153,10 @@ class DistAttnRuntimeMgr:
         """Drop what takes memory on the device and can be derived again: tile lists, index tensors, position ids."""
         self.layout.forget_derived()
         self.key_layout.forget_derived()
-        for stage in self.dist_attn_runtime.plan.stages:
-            stage.slices.forget_derived()
+        plan = self.dist_attn_runtime.plan
+        for work in plan.kernel_work:
+            work.slices.forget_derived()
+        for stage in plan.stages:
             for table in stage.exchange.tables if stage.exchange else ():
                 table.forget_derived()
 

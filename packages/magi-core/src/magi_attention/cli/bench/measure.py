@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -126,7 +127,7 @@ def measure(options: BenchOptions, device: torch.device) -> Measurement:
     pairs = workloads.make(options.mask.replace("-", "_"), options.tokens).area()
     shape = (pairs, dist.get_world_size(), options.heads_q, options.head_dim)
     request = AttentionRequest.of_tensors(q, k, v)
-    names = [backends_for_slices(stage.slices, request, options.backend).name for stage in plan.stages]
+    names = [backends_for_slices(work.slices, request, options.backend).name for work in plan.kernel_work]
     return Measurement(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         backend=", ".join(dict.fromkeys(names)),
@@ -147,7 +148,10 @@ def time_passes(
     warmup: int,
     repeat: int,
 ) -> PassTimes:
-    """Time both passes; the ranks of the default group start each pair together, and the slowest counts.
+    """Time both passes, one pair after another without a pause, as layers of a model follow each other.
+
+    On a GPU, the host is then ahead of the device if it can be, and what it takes to launch a pass is hidden. The
+    slowest rank counts.
 
     Args:
         forward: computes the output.
@@ -156,19 +160,21 @@ def time_passes(
         warmup: pairs of passes that are not timed.
         repeat: pairs of passes that are.
     """
-    seconds = torch.zeros(repeat, 2, dtype=torch.float64, device=device)
+    marks = []
     for number in range(-warmup, repeat):
-        if number == 0 and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        dist.barrier()
-        marks = [_mark(device)]
+        if number in (-warmup, 0):
+            dist.barrier()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
+        marks.append([_mark(device)])
         out = forward()
-        marks.append(_mark(device))
+        marks[-1].append(_mark(device))
         backward(out)
-        marks.append(_mark(device))
+        marks[-1].append(_mark(device))
         del out
-        if number >= 0:
-            seconds[number] = torch.tensor([_seconds(*marks[:2]), _seconds(*marks[1:])], dtype=torch.float64)
+    timed = [[_seconds(*pair) for pair in pairwise(each)] for each in marks[warmup:]]
+    seconds = torch.tensor(timed, dtype=torch.float64, device=device)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     peak = torch.tensor(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, device=device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
