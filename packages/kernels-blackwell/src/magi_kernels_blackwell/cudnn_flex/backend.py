@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backend ``cudnn_flex``: block-sparse attention of NVIDIA's cuDNN frontend, on Hopper and Blackwell.
+
+Its kernels take exactly what a mask is here: sorted, disjoint key intervals of every query. A plan on the device, with
+tile lists, bit masks of the partial tiles and an order of work, is built once per mask and geometry.
+
+Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
+"""
+
+import torch
+from torch import Tensor
+
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, AttentionResult, Support
+from magi_kernels_blackwell.cudnn_flex import launch, library
+from magi_kernels_blackwell.masks import has_pairs
+from magi_kernels_blackwell.measured import tflops
+from magi_kernels_blackwell.support import gpu_support, refuse
+from magi_kernels_blackwell.wheels import CUDNN_FRONTEND, HOPPER, capability_of
+
+SMALL_DIMS = range(8, 129, 8)
+LARGE_DIMS = ((192, 128), (256, 256))
+
+
+class CudnnFlexBackend:
+    """See :class:`magi_attention.kernels.protocol.KernelBackend`. Results have the inputs' dtype."""
+
+    name = "cudnn_flex"
+    priority = 25
+
+    def supports(self, request: AttentionRequest) -> Support:
+        """See the protocol."""
+        if (refusal := gpu_support(request, CUDNN_FRONTEND)) is not None:
+            return refusal
+        return self.supports_on(capability_of(request.device), request)
+
+    def supports_on(self, arch: int, request: AttentionRequest) -> Support:
+        """Whether the kernels of an architecture, ``10 * major + minor``, can serve a request; wherever this runs."""
+        dims = (request.head_dim, request.head_dim_v)
+        if dims not in LARGE_DIMS and not (dims[0] in SMALL_DIMS and dims[1] in SMALL_DIMS):
+            return refuse(f"head dims are {dims}, must be multiples of 8 up to 128, or one of {LARGE_DIMS}")
+        if request.softcap:
+            return refuse("cudnn.flex_attention has no softcap; use the backend 'blackwell'")
+        return Support(True)
+
+    def expected_tflops(self, request: AttentionRequest) -> float:
+        """See the protocol."""
+        return tflops("cudnn_flex", request)
+
+    @torch.no_grad()
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
+        """See the protocol."""
+        if not has_pairs(call.slices):
+            lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+            max_logits = lse.new_full(q.shape[1:2], -torch.inf) if call.max_logits else None
+            return AttentionResult(q.new_zeros(*q.shape[:2], v.shape[2]), lse, max_logits)
+        with torch.cuda.device(q.device):
+            out, lse, max_logits = launch.launch_forward(library.load(), q, k, v, call)
+        return AttentionResult(out, lse.T, max_logits)
+
+    @torch.no_grad()
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the protocol.
+
+        Raises:
+            RuntimeError: For 256 dims on Blackwell, if ``dlse`` is given: those kernels cannot take it.
+        """
+        if dlse is not None and q.shape[2] == 256 and capability_of(q.device) != HOPPER:
+            raise RuntimeError(
+                "cudnn.flex_attention cannot differentiate lse for 256 dims on Blackwell; use the backend 'flex'"
+            )
+        if not has_pairs(call.slices):
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        lse, dlse = (None if x is None else x.float().T.contiguous() for x in (lse, dlse))
+        with torch.cuda.device(q.device):
+            return launch.launch_backward(
+                library.load(), dout.to(q.dtype), q, k, v, out.to(q.dtype), lse, dlse, call
+            )
+
+
+BACKEND = CudnnFlexBackend()

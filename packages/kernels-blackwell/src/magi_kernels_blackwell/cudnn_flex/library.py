@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only door to cudnn.flex_attention: imports it when a kernel is first needed, with the cache on disk set up."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from threading import RLock
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from magi_kernels_blackwell.cache import use_cache
+
+logger = logging.getLogger(__name__)
+_silencing = RLock()
+
+
+class Library(NamedTuple):
+    """What the backend uses.
+
+    Attributes:
+        create_mask_plan: builds tile lists and bit masks on the device.
+        aligned: returns a tensor, or a copy that the kernels can read: ``aligned(x, align_bytes)``.
+        dispatch: the module that compiles and launches kernels.
+        builder: the module that builds plans.
+    """
+
+    create_mask_plan: Callable[..., Any]
+    aligned: Callable[..., Any]
+    dispatch: ModuleType
+    builder: ModuleType
+
+
+@cache
+def load() -> Library:
+    """Import cudnn.flex_attention."""
+    use_cache("cudnn.flex_attention.runtime.compile_cache", "FLEX_ATTENTION", "cudnn_flex")
+    from cudnn.flex_attention import create_mask_plan, dispatch
+    from cudnn.flex_attention.plan import builder
+    from cudnn.flex_attention.runtime.dsl_utils import maybe_contiguous
+
+    return Library(create_mask_plan, maybe_contiguous, dispatch, builder)
+
+
+@contextmanager
+def quiet(library: Library) -> Iterator[None]:
+    """Log what the library prints while it compiles, instead of letting it write to stdout."""
+
+    def log(*words: object) -> None:
+        logger.info(" ".join(map(str, words)))
+
+    modules = (library.dispatch, library.builder)
+    with _silencing:
+        for module in modules:
+            module.print = log  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.print  # type: ignore[attr-defined]
