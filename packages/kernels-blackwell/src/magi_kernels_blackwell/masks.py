@@ -45,9 +45,7 @@ def intervals_of_queries(slices: SliceTable, num_q: int) -> RowIntervals:
 
 def intervals_of_keys(slices: SliceTable, num_k: int) -> RowIntervals:
     """Return the queries that see each key. Built once and kept with the table."""
-    return slices.derived(
-        ("column intervals", num_k), lambda: row_intervals(band.transpose(slices.bands()), num_k)
-    )
+    return slices.derived(("column intervals", num_k), lambda: row_intervals(band.transpose(slices.bands()), num_k))
 
 
 def has_pairs(slices: SliceTable) -> bool:

@@ -58,3 +58,21 @@ def compiling_for(arch: int, num_sms: int) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: 0))
         stack.enter_context(FakeTensorMode())
         yield
+
+
+@contextmanager
+def compiling_plans_for(arch: int) -> Iterator[None]:
+    """Inside :func:`compiling_for`, let ``create_mask_plan`` of cudnn.flex_attention compile its kernels as well."""
+    from magi_kernels_blackwell.cudnn_flex import library
+
+    library.load()
+    from cudnn.flex_attention.plan import builder, validation
+
+    def empty_offsets(counts: torch.Tensor) -> torch.Tensor:
+        return counts.new_empty(counts.numel() + 1, dtype=torch.int32)
+
+    with (
+        mock.patch.object(validation, "get_device_arch", lambda index=None: arch),
+        mock.patch.object(builder, "_exclusive_offsets", empty_offsets),
+    ):
+        yield

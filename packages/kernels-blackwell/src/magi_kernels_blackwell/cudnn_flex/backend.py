@@ -82,9 +82,7 @@ class CudnnFlexBackend:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         lse, dlse = (None if x is None else x.float().T.contiguous() for x in (lse, dlse))
         with torch.cuda.device(q.device):
-            return launch.launch_backward(
-                library.load(), dout.to(q.dtype), q, k, v, out.to(q.dtype), lse, dlse, call
-            )
+            return launch.launch_backward(library.load(), dout.to(q.dtype), q, k, v, out.to(q.dtype), lse, dlse, call)
 
 
 BACKEND = CudnnFlexBackend()

@@ -123,9 +123,7 @@ def launch_backward(
             *batch,
             mask_mod=library.masks.by_intervals,
             aux_tensors=[tables.offsets, tables.bounds],
-            block_sparse_tensors=_sparse(
-                library, tables, (tiling.block_q, tiling.block_k), ranks=call.deterministic
-            ),
+            block_sparse_tensors=_sparse(library, tables, (tiling.block_q, tiling.block_k), ranks=call.deterministic),
             **options,
         )
     return gradients

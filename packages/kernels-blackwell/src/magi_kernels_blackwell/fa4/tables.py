@@ -110,9 +110,7 @@ def backward_tables(slices: SliceTable, num_q: int, num_k: int, tiling: Tiling, 
 
 def _tiles(slices: SliceTable, num_q: int, num_k: int, tiling: Tiling) -> Tiles:
     key = ("tiles", num_q, num_k, tiling.block_q, tiling.block_k)
-    return slices.derived(
-        key, lambda: classify_tiles(slices.bands(), num_q, num_k, tiling.block_q, tiling.block_k)
-    )
+    return slices.derived(key, lambda: classify_tiles(slices.bands(), num_q, num_k, tiling.block_q, tiling.block_k))
 
 
 def _tables(
