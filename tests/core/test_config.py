@@ -164,6 +164,8 @@ CONTRADICTIONS = [
     (lambda: GrpCollConfig.get_default_group_cast_config(3), "num_ranks.*not 3"),
     (lambda: GrpCollConfig.get_default_group_reduce_config(7), "num_ranks.*not 7"),
     (lambda: RuntimeConfig(kernel_backend="nope"), "kernel_backend.*auto.*'nope'"),
+    (lambda: RuntimeConfig(kernel_backend_backward="nope"), "kernel_backend_backward.*same, auto.*'nope'"),
+    (lambda: RuntimeConfig(kernel_backend_backward="fa4", deterministic=True), "fa4 and deterministic"),
     (lambda: RuntimeConfig(precision="fp8"), "precision.*bf16.*'fp8'"),
     (lambda: RuntimeConfig(sink_grad_reduce="max"), "sink_grad_reduce.*none, sum, avg.*'max'"),
     (lambda: RuntimeConfig(forward_sm_margin=-1), "forward_sm_margin"),
@@ -229,6 +231,7 @@ def test_resolving_without_any_variable():
     resolved = DistAttnConfig().resolved()
     assert resolved.runtime_config == RuntimeConfig(
         kernel_backend="auto",
+        kernel_backend_backward="same",
         precision="input",
         deterministic=False,
         hierarchical_comm=False,
@@ -250,6 +253,7 @@ def test_resolving_without_any_variable():
 
 FIELDS = [
     ("kernel_backend", "MAGI_ATTENTION_KERNEL_BACKEND", "FLEX", "flex", "reference"),
+    ("kernel_backend_backward", "MAGI_ATTENTION_KERNEL_BACKEND_BACKWARD", "Flex", "flex", "same"),
     ("precision", "MAGI_ATTENTION_PRECISION", "bf16", "bf16", "input"),
     ("deterministic", "MAGI_ATTENTION_DETERMINISTIC_MODE", "1", True, False),
     ("hierarchical_comm", "MAGI_ATTENTION_HIERARCHICAL_COMM", "1", True, False),

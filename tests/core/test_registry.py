@@ -1,25 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend serves a request, and what a user is told when none does."""
+"""Which backend serves a request in which direction, and what a user is told when none does."""
 
+import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from magi_attention.common.slices import SliceTable
 from magi_attention.kernels import registry
 from magi_attention.kernels.protocol import AttentionRequest, KernelBackend, Support
-from magi_attention.kernels.registry import choose_backend, installed_backends
+from magi_attention.kernels.registry import (
+    backends_for_slices,
+    choose_backend,
+    choose_backends,
+    explain_choice,
+    installed_backends,
+)
 
 REQUEST = AttentionRequest(torch.device("cpu"), torch.float32, 4, 2, 64, 64)
 
 
 class FakeBackend:
-    def __init__(self, name: str, priority: int, reason: str = "") -> None:
-        self.name, self.priority, self.reason = name, priority, reason
+    """Refuses with ``reason`` if there is one; as fast as ``forward`` and ``backward``, by mask class if a dict."""
+
+    def __init__(self, name: str, forward: float | dict, backward: float | None = None, reason: str = "") -> None:
+        self.name, self.reason = name, reason
+        self.speeds = {"forward": forward, "backward": forward if backward is None else backward}
 
     def supports(self, request: AttentionRequest) -> Support:
         return Support(not self.reason, self.reason)
+
+    def expected_tflops(self, request: AttentionRequest) -> float:
+        speed = self.speeds[request.direction]
+        return speed[request.mask_class] if isinstance(speed, dict) else speed
 
 
 @pytest.fixture
@@ -48,10 +64,94 @@ def test_the_core_installs_its_own_backends():
     assert choose_backend(REQUEST).name == "reference"
 
 
-def test_the_greatest_priority_that_supports_the_request_wins(install):
-    install(low=FakeBackend("low", 1), high=FakeBackend("high", 9), best=FakeBackend("best", 10, "too old a GPU"))
-    assert choose_backend(REQUEST).name == "high"
-    assert list(installed_backends()) == ["best", "high", "low"]
+def test_the_fastest_that_supports_the_request_wins(install):
+    install(slow=FakeBackend("slow", 1), fast=FakeBackend("fast", 9), best=FakeBackend("best", 10, reason="old GPU"))
+    assert choose_backend(REQUEST).name == "fast"
+    choice = explain_choice(REQUEST)
+    assert (choice.speeds, choice.refusals) == ({"fast": 9, "slow": 1}, {"best": "old GPU"})
+
+
+def test_each_direction_has_its_own_backend(install):
+    install(a=FakeBackend("a", 2, 1), b=FakeBackend("b", 1, 2))
+    assert [backend.name for backend in choose_backends(REQUEST)] == ["a", "b"]
+    assert [backend.name for backend in choose_backends(REQUEST, "b")] == ["b", "b"]
+    assert [backend.name for backend in choose_backends(REQUEST, "auto", "A")] == ["a", "a"]
+    assert [backend.name for backend in choose_backends(REQUEST, "b", "auto")] == ["b", "b"]
+
+
+def test_the_backward_pass_is_asked_for_without_max_logits(install):
+    class NoLogits(FakeBackend):
+        def supports(self, request: AttentionRequest) -> Support:
+            return Support(not request.max_logits, "no max_logits")
+
+    install(plain=FakeBackend("plain", 1), quick=NoLogits("quick", 5))
+    assert [backend.name for backend in choose_backends(replace(REQUEST, max_logits=True))] == ["plain", "quick"]
+
+
+def test_the_class_of_the_mask_decides(install):
+    install(a=FakeBackend("a", {"full": 2, "causal": 1}), b=FakeBackend("b", {"full": 1, "causal": 2}))
+    full, causal = SliceTable([[0, 9, 0, 9, 0]]), SliceTable([[0, 9, 0, 9, 1]])
+    assert backends_for_slices(full, REQUEST).forward.name == "a"
+    assert backends_for_slices(causal, REQUEST).forward.name == "b"
+
+
+def test_a_choice_is_made_once_per_mask(install):
+    install(a=FakeBackend("a", 1))
+    slices = SliceTable([[0, 9, 0, 9, 0]])
+    first = backends_for_slices(slices, REQUEST)
+    install()
+    assert backends_for_slices(slices, REQUEST) is first
+
+
+@pytest.fixture
+def speeds(tmp_path, monkeypatch):
+    def write(entries: object) -> None:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        path.write_text(entries if isinstance(entries, str) else json.dumps(entries))
+        monkeypatch.setenv("MAGI_ATTENTION_KERNEL_SPEEDS", str(path))
+
+    return write
+
+
+def test_measured_figures_override_those_of_the_backends(install, speeds):
+    install(a=FakeBackend("a", 3), b=FakeBackend("b", 2))
+    speeds(
+        [
+            {"backend": "b", "tflops": 1},
+            {"backend": "b", "tflops": 5, "direction": "backward", "arch": "cpu", "head_dim": 64},
+            {"backend": "b", "tflops": 9, "direction": "forward", "mask_class": "causal"},
+            {"backend": "b", "tflops": 99, "arch": "sm_90"},
+        ]
+    )
+    assert [backend.name for backend in choose_backends(REQUEST)] == ["a", "b"]
+    assert [backend.name for backend in choose_backends(replace(REQUEST, mask_class="causal"))] == ["b", "b"]
+    assert [backend.name for backend in choose_backends(replace(REQUEST, head_dim=128))] == ["a", "a"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("no json", "not a readable JSON"),
+        ({}, "must hold a list, not dict"),
+        ([{"backend": "a", "tflops": 1}, {"backend": "a"}], "entry 1: must be an object with backend and tflops"),
+        ([{"backend": "a", "tflops": 1, "mask": "full"}], "mask_class"),
+        ([{"backend": "a", "tflops": "1"}], "number of at least 0, got '1'"),
+        ([{"backend": "a", "tflops": 1, "direction": "up"}], "forward or backward, got 'up'"),
+        ([{"backend": "a", "tflops": 1, "mask_class": "odd"}], "one of full, causal.*got 'odd'"),
+    ],
+)
+def test_a_file_of_figures_that_makes_no_sense(install, speeds, entries, message):
+    install(a=FakeBackend("a", 3))
+    speeds(entries)
+    with pytest.raises(ValueError, match=f"MAGI_ATTENTION_KERNEL_SPEEDS=.*{message}"):
+        choose_backend(REQUEST)
+
+
+def test_a_file_of_figures_that_is_not_there(install, monkeypatch):
+    install(a=FakeBackend("a", 3))
+    monkeypatch.setenv("MAGI_ATTENTION_KERNEL_SPEEDS", "/nowhere.json")
+    with pytest.raises(ValueError, match=r"/nowhere\.json: not a readable"):
+        choose_backend(REQUEST)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "sdpa_ol", "SDPA", "reference"])
@@ -69,6 +169,8 @@ def test_a_missing_wheel_is_named_with_its_install_command(install):
 def test_an_alias_leads_to_an_installed_wheel(install):
     install(hopper=FakeBackend("hopper", 5))
     assert choose_backend(REQUEST, "ffa").name == "hopper"
+    install(hopper=FakeBackend("hopper", 5), ffa=FakeBackend("ffa", 1))
+    assert choose_backend(REQUEST, "ffa").name == "ffa"
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones(install):
@@ -78,7 +180,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(install):
 
 
 def test_every_refusal_is_reported_with_its_reason(install):
-    install(a=FakeBackend("a", 1, "needs a GPU"), b=FakeBackend("b", 2, "head dim too large"))
+    install(a=FakeBackend("a", 1, reason="needs a GPU"), b=FakeBackend("b", 2, reason="head dim too large"))
     with pytest.raises(RuntimeError) as error:
         choose_backend(REQUEST)
     assert "a: needs a GPU" in str(error.value)
@@ -103,10 +205,9 @@ def test_a_backend_that_cannot_be_imported_does_not_hide_the_others(install, cap
 
 
 def test_each_new_choice_is_logged_once_with_what_was_passed_over(install, caplog):
-    install(a=FakeBackend("a", 1), b=FakeBackend("b", 2, "no such GPU"))
+    install(a=FakeBackend("a", 1), b=FakeBackend("b", 2, reason="no such GPU"))
     with caplog.at_level(logging.INFO, logger="magi_attention"):
-        choose_backend(REQUEST)
-        choose_backend(REQUEST)
+        choose_backends(REQUEST)
+        choose_backends(REQUEST)
     assert len(caplog.records) == 1
-    assert "'a'" in caplog.text
-    assert "not b: no such GPU" in caplog.text
+    assert "forward 'a' (expected 1 TFLOP/s; not b: no such GPU), backward 'a'" in caplog.text

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from magi_attention.common import bands as band
 from magi_attention.common.slices import SliceTable
-from magi_attention.kernels.tiles import IndexLists, bands_from_intervals, classify_tiles, row_intervals
+from magi_attention.kernels.tiles import IndexLists, bands_from_intervals, classify_tiles, row_intervals, tile_runs
 from magi_attention.testing.masks import random_masks
 from magi_attention.testing.oracle import dense_mask
 
@@ -126,3 +126,28 @@ def test_a_million_causal_tokens_by_intervals_and_coarse_tiles():
 def test_padded_lists():
     lists = IndexLists.from_pairs(np.array([2, 0, 2]), np.array([5, 1, 3]), 3)
     assert lists.padded(3).tolist() == [[1, 0, 0], [0, 0, 0], [3, 5, 0]]
+
+
+@settings(max_examples=150)
+@given(random_masks(70), st.integers(1, 20), st.integers(1, 20), st.integers(0, 9), st.integers(0, 9))
+def test_runs_of_tiles_in_both_directions(mask, block_q, block_k, more_q, more_k):
+    """Runs of the transposed mask are the transposed tiles, and runs are as long as can be."""
+    total, slices = mask
+    num_q, num_k = total + more_q, total + more_k
+    tiles = classify_tiles(slices.bands(), num_q, num_k, block_q, block_k)
+    runs = tile_runs(band.transpose(slices.bands()), num_k, num_q, block_k, block_q)
+    for by_query, by_key in ((tiles.full, runs.full), (tiles.partial, runs.partial)):
+        assert lists_of(by_key.expanded()) == lists_of(by_query.transposed(-(-num_k // block_k)))
+        same_row = np.diff(np.repeat(np.arange(len(by_key.counts)), by_key.counts)) == 0
+        assert (by_key.starts[1:] > by_key.stops[:-1])[same_row].all()
+        assert by_key.sizes.tolist() == by_key.expanded().counts.tolist()
+
+
+def test_rows_cut_finer_than_tiles_cost_no_more_for_many_keys():
+    total = 1 << 20
+    cuts = np.arange(0, total, 1000)
+    ends = np.minimum(cuts + 1000, total)
+    slices = SliceTable(np.column_stack([cuts, ends, 0 * cuts, 0 * cuts + total, 0 * cuts]))
+    runs = tile_runs(slices.bands(), total, total, 128, 128)
+    assert len(runs.full.starts) == len(runs.full.counts) == total // 128
+    assert len(runs.partial.starts) == 0

@@ -14,11 +14,14 @@ class HopperBackend:
     """The place that the sm_90a kernels will take: it supports nothing and says so."""
 
     name = "hopper"
-    priority = 30
 
     def supports(self, request: AttentionRequest) -> Support:
         """Answer no to every request, with the reason and the backend to use instead."""
         return Support(False, REASON)
+
+    def expected_tflops(self, request: AttentionRequest) -> float:
+        """Nothing."""
+        return 0.0
 
     def forward(self, *args: object, **kwargs: object) -> NoReturn:
         """Raise the ``RuntimeError`` that the answer of ``supports`` announces."""

@@ -212,8 +212,9 @@ class RuntimeConfig:
     """What computes, in which precision, and what travels. None takes the environment variable's value.
 
     Attributes:
-        kernel_backend: ``"auto"`` (the best that supports the call), ffa, fa4, sdpa, sdpa_ol, reference, flex, or the
-            name of an installed plug-in.
+        kernel_backend: ``"auto"`` (for each stage and pass the fastest that supports it), ffa, fa4, sdpa, sdpa_ol,
+            reference, flex, or the name of an installed plug-in.
+        kernel_backend_backward: the same for the backward pass alone, or ``"same"``.
         precision: the data type to compute in: bf16, fp16, fp32, fp64, or ``"input"`` for that of the tensors.
         deterministic: the same bits in every run.
         hierarchical_comm: exchange in two hops; needs a 2-D mesh.
@@ -233,6 +234,7 @@ class RuntimeConfig:
     """
 
     kernel_backend: str | None = None
+    kernel_backend_backward: str | None = None
     precision: str | None = None
     deterministic: bool | None = None
     hierarchical_comm: bool | None = None
@@ -258,10 +260,8 @@ class RuntimeConfig:
                 raise MagiValueError(f"RuntimeConfig.{name} must be at least 0, not {margin}")
         self._check_choice("precision", ["input", *MagiAttentionPrecision])
         self._check_choice("sink_grad_reduce", ["none", "sum", "avg"])
-        backend = check_type(self, "kernel_backend", str, type(None))
-        if backend is not None and not general_env.is_known_kernel_backend(backend):
-            known = ", ".join(general_env.known_kernel_backends())
-            raise MagiValueError(f"RuntimeConfig.kernel_backend must be one of {known}, not {backend!r}")
+        self._check_backend("kernel_backend")
+        self._check_backend("kernel_backend_backward", "same")
         self._check_combinations()
 
     def _check_choice(self, name: str, choices: Sequence[str]) -> None:
@@ -269,9 +269,15 @@ class RuntimeConfig:
         if value is not None and value not in choices:
             raise MagiValueError(f"RuntimeConfig.{name} must be one of {', '.join(choices)}, not {value!r}")
 
+    def _check_backend(self, name: str, *also: str) -> None:
+        backend = check_type(self, name, str, type(None))
+        if backend is not None and backend not in also and not general_env.is_known_kernel_backend(backend):
+            known = ", ".join([*also, *general_env.known_kernel_backends()])
+            raise MagiValueError(f"RuntimeConfig.{name} must be one of {known}, not {backend!r}")
+
     def _check_combinations(self) -> None:
         asked = [name for name in _SWITCHES if getattr(self, name)]
-        if self.kernel_backend in ("fa4", "blackwell"):
+        if {self.kernel_backend, self.kernel_backend_backward} & {"fa4", "blackwell"}:
             asked.append("fa4")
         for one, other in _CONTRADICTIONS:
             if one in asked and other in asked:
@@ -290,6 +296,7 @@ class RuntimeConfig:
 
 _ENVIRONMENT = {
     "kernel_backend": general_env.kernel_backend,
+    "kernel_backend_backward": general_env.kernel_backend_backward,
     "precision": general_env.precision,
     "deterministic": general_env.is_deterministic_mode_enable,
     "hierarchical_comm": comm_env.is_hierarchical_comm_enable,

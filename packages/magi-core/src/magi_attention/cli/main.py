@@ -174,6 +174,59 @@ def plan(
         fail(error)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print all findings as JSON, and nothing else.")] = False,
+) -> None:
+    """Show what is installed, what each kernel backend can run here and why not, and check that it works.
+
+    Computes a small attention with every backend, forward and backward, and compares with float64. Exit status 1 if
+    anything is wrong.
+    """
+    from magi_attention.cli.doctor.command import run_doctor
+
+    raise typer.Exit(run_doctor(as_json))
+
+
+@app.command()
+def precompile(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="Architecture such as sm_90, whatever GPU is here; by default its own.")
+    ] = None,
+    head_dim: Annotated[
+        list[str] | None,
+        typer.Option(metavar="D|D/DV", help="Size of a head; both where values differ. By default 64 and 128."),
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bf16 (by default), fp16 or fp32.")] = None,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option(metavar="Q/KV", help="Query heads and key/value heads. By default 32/32 and 32/8."),
+    ] = None,
+    direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "both",
+    backend: Annotated[list[str] | None, typer.Option(help="A backend's name; by default all that can.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Compilers at a time.")] = 4,
+) -> None:
+    """Compile kernels into the backends' caches on disk, also for another GPU and on a machine without one.
+
+    Options but --direction and --jobs can be given several times; all combinations are compiled. What the cache has is
+    left alone. The environment variable MAGI_ATTENTION_FFA_FA4_CACHE_DIR names the cache's folder.
+    """
+    from rich.console import Console
+
+    from magi_attention.cli.precompile.command import run_precompile
+    from magi_attention.cli.precompile.options import read_selections
+    from magi_attention.cli.precompile.worker import find_tasks
+
+    try:
+        selections = read_selections(arch or [], dtype or [], heads or [], head_dim or [], direction)
+        tasks = find_tasks(selections, backend or [])
+        if not tasks:
+            raise ValueError("no backend supports any of these combinations; there is nothing to compile")
+    except ValueError as error:
+        fail(error)
+    raise typer.Exit(run_precompile(tasks, jobs, Console()))
+
+
 def parse_degree(text: str) -> int | None:
     """Return the overlap degree, None for ``auto``."""
     if text == "auto":

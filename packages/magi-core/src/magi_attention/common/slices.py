@@ -98,9 +98,9 @@ def find_double_cover(table: SliceTable) -> tuple[int, int] | None:
     if len(bands) < 2:
         return None
     transposed = band.transpose(bands)
-    if _count_slab_pieces(transposed) < _count_slab_pieces(bands):
+    if count_slab_pieces(transposed) < count_slab_pieces(bands):
         bands = transposed
-    pieces, owner, slab = _cut_into_slabs(bands)
+    pieces, owner, slab = cut_into_slabs(bands)
     # One sortable key per (slab, column): a piece overlaps the later pieces of its slab that start before it ends.
     span = int(pieces[:, band.K1].max() - pieces[:, band.K0].min()) + 1
     base = slab * span - int(pieces[:, band.K0].min())
@@ -124,12 +124,13 @@ def _slabs_of(bands: Bands) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArr
     return ends, np.searchsorted(ends, bands[:, band.Q0]), np.searchsorted(ends, bands[:, band.Q1])
 
 
-def _count_slab_pieces(bands: Bands) -> int:
+def count_slab_pieces(bands: Bands) -> int:
+    """How many pieces :func:`cut_into_slabs` cuts bands into."""
     _, first, last = _slabs_of(bands)
     return int((last - first).sum())
 
 
-def _cut_into_slabs(bands: Bands) -> tuple[Bands, NDArray[np.int64], NDArray[np.int64]]:
+def cut_into_slabs(bands: Bands) -> tuple[Bands, NDArray[np.int64], NDArray[np.int64]]:
     """Cut bands at all ends of rows: the trimmed pieces, by slab and column, and the band and the slab of each."""
     ends, first, last = _slabs_of(bands)
     owner, step = expand_counts(last - first)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Environment variables that once steered compilation. Nothing is compiled at run time here, so all are ignored."""
+"""Environment variables of compilation. Most once steered a compiler that is no part of this package: ignored."""
 
 from magi_attention.env.variables import parse_flag, parse_int, variable
 
@@ -94,9 +94,9 @@ def is_force_cxx11_abi_enable(text: str) -> bool:
     return parse_flag(text)
 
 
-@variable("MAGI_ATTENTION_FFA_FA4_CACHE_DIR", "", ignored=True)
+@variable("MAGI_ATTENTION_FFA_FA4_CACHE_DIR", "")
 def ffa_fa4_cache_dir(text: str) -> str:
-    """The folder for compiled Blackwell kernels."""
+    """The folder for kernels that backends compile, filled by ``magi precompile``; unset, one in the user's cache."""
     return text
 
 

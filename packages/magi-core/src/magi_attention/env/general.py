@@ -10,7 +10,7 @@ LOG_LEVELS = {"DEBUG": "DEBUG", "INFO": "INFO", "WARN": "WARNING", "WARNING": "W
 LOG_LEVELS["CRITICAL"] = "CRITICAL"
 
 
-_FIXED_KERNEL_BACKENDS = [*map(str, MagiAttentionKernelBackend), "hopper", "blackwell"]
+_FIXED_KERNEL_BACKENDS = [*map(str, MagiAttentionKernelBackend), "hopper", "blackwell", "cudnn_flex"]
 
 
 def known_kernel_backends() -> list[str]:
@@ -38,10 +38,10 @@ def is_fa4_backend_enable(text: str) -> bool:
 
 @variable("MAGI_ATTENTION_KERNEL_BACKEND", "auto")
 def kernel_backend(text: str) -> str:
-    """The attention kernels to use, in any case.
+    """The attention kernels to use in both passes, in any case.
 
-    auto (the best that support the call), ffa, fa4, flex, reference (also called sdpa and sdpa_ol), or the name of an
-    installed plug-in.
+    auto (for each pass the fastest that support it), ffa, fa4, flex, reference (also called sdpa and sdpa_ol), or the
+    name of an installed plug-in.
     """
     older = {"sdpa": is_sdpa_backend_enable(), "fa4": is_fa4_backend_enable()}
     legacy = [name for name, enabled in older.items() if enabled]
@@ -52,6 +52,20 @@ def kernel_backend(text: str) -> str:
     if legacy:
         return legacy[0]
     return text.lower() if is_known_kernel_backend(text.lower()) else parse_choice(text, known_kernel_backends())
+
+
+@variable("MAGI_ATTENTION_KERNEL_BACKEND_BACKWARD", "same")
+def kernel_backend_backward(text: str) -> str:
+    """The attention kernels of the backward pass, by the same names; ``same`` for those of both passes."""
+    if text.lower() == "same" or is_known_kernel_backend(text.lower()):
+        return text.lower()
+    return parse_choice(text, ["same", *known_kernel_backends()])
+
+
+@variable("MAGI_ATTENTION_KERNEL_SPEEDS", "")
+def kernel_speeds(text: str) -> str:
+    """A JSON file of measured kernel speeds, which override those that the backends expect of themselves."""
+    return text
 
 
 @variable("MAGI_ATTENTION_PRECISION", "")

@@ -86,6 +86,12 @@ def parse_choice(text: str, choices: Collection[str]) -> str:
     return text.lower()
 
 
+def texts_set() -> dict[str, str]:
+    """The texts of all variables in the table that are set, and of others whose names look as if they belonged."""
+    ours = [name for name in os.environ if name in VARIABLES or name.startswith("MAGI_ATTENTION_")]
+    return {name: os.environ[name] for name in sorted(ours) if os.environ[name].strip()}
+
+
 def is_set(name: str) -> bool:
     """Whether a variable has any text at all."""
     return bool(os.environ.get(name, "").strip())

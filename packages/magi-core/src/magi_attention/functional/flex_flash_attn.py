@@ -134,4 +134,5 @@ def flex_flash_attn_func(
         sm_margin=sm_margin,
         return_max_logits=return_max_logits,
         backend="auto" if backend in ("sdpa", "sdpa_ol") else backend,
+        backward_backend=environment.kernel_backend_backward(),
     )

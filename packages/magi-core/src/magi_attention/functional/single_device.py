@@ -20,8 +20,8 @@ from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.common.slices import SliceTable, find_double_cover
 from magi_attention.env import general as environment
 from magi_attention.kernels.autograd import owned, without_autocast
-from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, KernelBackend
-from magi_attention.kernels.registry import choose_backend
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
+from magi_attention.kernels.registry import BackendPair, backends_for_slices
 from magi_attention.kernels.sink import apply_sink, sink_gradient
 
 # Masks whose tables are kept, so that a loop over a few masks derives nothing twice.
@@ -41,12 +41,13 @@ def attend_on_one_device(
     sm_margin: int = 0,
     return_max_logits: bool = False,
     backend: str = "auto",
+    backward_backend: str = "same",
 ) -> tuple[Tensor, AttnForwardMeta]:
     """Attend q ``[tq, hq, d]`` to k ``[tk, hk, d]`` and v ``[tk, hk, dv]`` over ``slices``.
 
     Gradients flow from out and lse to q, k, v and sink. The names and their meaning are those of
-    :class:`magi_attention.kernels.protocol.AttentionCall`; ``backend`` is a name as
-    :func:`magi_attention.kernels.registry.choose_backend` takes it.
+    :class:`magi_attention.kernels.protocol.AttentionCall`; ``backend`` and
+    ``backward_backend`` are names as :func:`magi_attention.kernels.registry.choose_backends` takes them.
     """
     _check_tensors(q, k, v)
     if not 0 <= softcap < math.inf:
@@ -62,14 +63,14 @@ def attend_on_one_device(
         max_logits=return_max_logits,
         sm_margin=sm_margin,
     )
-    job = _Job(choose_backend(request, backend), call)
+    job = _Job(backends_for_slices(slices, request, backend, backward_backend), call)
     out, lse, max_logits = _Attention.apply(q, k, v, sink, job)
     return out, AttnForwardMeta(lse=lse, max_logits=max_logits)
 
 
 @dataclass(frozen=True)
 class _Job:
-    backend: KernelBackend
+    backends: BackendPair
     call: AttentionCall
 
 
@@ -81,7 +82,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: _Job
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         with without_autocast(q):
-            out, lse, max_logits = job.backend.forward(q, k, v, job.call)
+            out, lse, max_logits = job.backends.forward.forward(q, k, v, job.call)
             if sink is not None:
                 out, lse = apply_sink(out, lse, sink)
         out, lse = owned(out.to(q.dtype)), owned(lse)
@@ -98,7 +99,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, sink = ctx.saved_tensors
         dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout
         with without_autocast(q):
-            gradients = ctx.job.backend.backward(dout, q, k, v, out, lse, dlse, ctx.job.call)
+            gradients = ctx.job.backends.backward.backward(dout, q, k, v, out, lse, dlse, ctx.job.call)
             dq, dk, dv = (gradient.to(q.dtype) for gradient in gradients)
             dsink = sink_gradient(sink, out, dout, lse, dlse).to(sink.dtype) if ctx.needs_input_grad[3] else None
         return dq, dk, dv, dsink, None

@@ -24,6 +24,20 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(16, 257)
 MIN_CAPABILITY = (8, 0)
 
+# Forward and backward, 64 query and 8 key heads, 8k tokens; the classes that were not measured take the like of them.
+TFLOPS = {
+    "full": (441.0, 403.0),
+    "causal": (370.0, 329.0),
+    "varlen_full": (303.0, 249.0),
+    "varlen_causal": (241.0, 185.0),
+    "sliding_window": (274.0, 235.0),
+    "block_causal": (273.0, 233.0),
+    "block_sparse": (273.0, 233.0),
+    "general": (241.0, 185.0),
+}
+FLOAT32_SPEED = 0.05
+"""Without tensor cores, relative to half precision."""
+
 
 class FlexBackend:
     """See :class:`magi_attention.kernels.protocol.KernelBackend`.
@@ -35,7 +49,6 @@ class FlexBackend:
     """
 
     name = "flex"
-    priority = 10
 
     def __init__(self, attend: AttendLayer | None = None) -> None:
         self._attend = attend or attend_compiled
@@ -58,6 +71,11 @@ class FlexBackend:
             if capability < MIN_CAPABILITY:
                 return Support(False, f"the GPU has compute capability {capability}, needs at least {MIN_CAPABILITY}")
         return Support(True)
+
+    def expected_tflops(self, request: AttentionRequest) -> float:
+        """See the protocol. Measured on one H100, with head dim 128 in bfloat16; taken for other GPUs as well."""
+        tflops = TFLOPS[request.mask_class][request.direction == "backward"]
+        return tflops * FLOAT32_SPEED if request.dtype == torch.float32 else tflops
 
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:

@@ -4,20 +4,14 @@
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
 from magi_attention.common.slices import SliceTable
-from magi_attention.kernels.tiles import (
-    IndexLists,
-    RowIntervals,
-    bands_from_intervals,
-    classify_tiles,
-    row_intervals,
-)
+from magi_attention.kernels.device_tiles import DeviceIntervals, interval_bounds, interval_table, padded_lists
+from magi_attention.kernels.tiles import TileRuns, bands_from_intervals, row_intervals, tile_runs
 
 BLOCK = 128
 """Queries and keys of a tile."""
@@ -60,46 +54,39 @@ def layers_of(slices: SliceTable, num_q: int, num_k: int, device: torch.device) 
     """Return the layers whose union is the mask, none for a mask without pairs. Built once and kept with the table."""
 
     def build() -> list[LayerTables]:
-        intervals = row_intervals(slices.bands(), num_q)
-        most = int(intervals.counts.max(initial=0))
+        bands = slices.bands()
+        intervals = interval_table(bands, num_q, device)
+        most = int(intervals.counts.max()) if num_q else 0
         if most <= INTERVALS_PER_LAYER[-1]:
-            parts = [(slices.bands(), 0, most)] if most else []
+            parts = [(bands, 0, most)] if most else []
         else:
+            on_host = row_intervals(bands, num_q)
             cuts = [*range(0, most, INTERVALS_PER_LAYER[-1]), most]
-            parts = [(bands_from_intervals(intervals, first, last), first, last) for first, last in pairwise(cuts)]
-        return [_layer(bands, intervals, first, last, num_q, num_k, device) for bands, first, last in parts]
+            parts = [(bands_from_intervals(on_host, first, last), first, last) for first, last in pairwise(cuts)]
+        return [_layer(part, intervals, first, last, num_q, num_k, device) for part, first, last in parts]
 
     return slices.derived(("flex layers", num_q, num_k, device), build)
 
 
 def _layer(
-    bands: Bands, intervals: RowIntervals, first: int, last: int, num_q: int, num_k: int, device: torch.device
+    bands: Bands, intervals: DeviceIntervals, first: int, last: int, num_q: int, num_k: int, device: torch.device
 ) -> LayerTables:
     # Measured against the padded keys, a tile that reaches into the padding is partial: no padded key is ever seen.
     # Padded queries may see keys: nobody reads their output, and their gradient is zero.
     rows, columns = num_blocks(num_q), num_blocks(num_k)
-    tiles = classify_tiles(bands, num_q, columns * BLOCK, BLOCK, BLOCK)
-    lists = [
-        *_padded_lists(tiles.partial, tiles.full, rows),
-        *_padded_lists(tiles.partial.transposed(columns), tiles.full.transposed(columns), columns),
-    ]
+    by_query = tile_runs(bands, num_q, columns * BLOCK, BLOCK, BLOCK)
+    by_key = tile_runs(band.transpose(bands), columns * BLOCK, num_q, BLOCK, BLOCK)
+    lists = [*_padded_lists(by_query, rows, device), *_padded_lists(by_key, columns, device)]
     width = next(number for number in INTERVALS_PER_LAYER if number >= last - first)
-    bounds = np.zeros((2 * width, rows * BLOCK), np.int64)
-    for number in range(first, last):
-        row = np.flatnonzero(intervals.counts > number)
-        bounds[2 * (number - first), row] = intervals.starts[intervals.offsets[row] + number]
-        bounds[2 * (number - first) + 1, row] = intervals.stops[intervals.offsets[row] + number]
-    return LayerTables(*(torch.from_numpy(table.astype(np.int32)).to(device) for table in (*lists, bounds)))
+    lists.append(interval_bounds(intervals, first, last, width, rows * BLOCK))
+    return LayerTables(*lists)
 
 
-def _padded_lists(partial: IndexLists, full: IndexLists, num_rows: int) -> list[NDArray[np.int64]]:
+def _padded_lists(runs: TileRuns, num_rows: int, device: torch.device) -> list[Tensor]:
     """Return counts ``[1, 1, num_rows]`` and indices ``[1, 1, num_rows, W]`` of both, rows that are missing empty.
 
     The kernels find both kinds' lists by the strides of the partial ones, so that both must be equally wide.
     """
-    width = max(int(partial.counts.max(initial=0)), int(full.counts.max(initial=0)), 2)
-    tables = []
-    for lists in (partial, full):
-        missing = num_rows - len(lists.counts)
-        tables += [np.pad(lists.counts, (0, missing)), np.pad(lists.padded(width), ((0, missing), (0, 0)))]
-    return [table[None, None] for table in tables]
+    width = max(int(runs.partial.sizes.max(initial=0)), int(runs.full.sizes.max(initial=0)), 2)
+    lists = [padded_lists(each, device, width=width, num_rows=num_rows) for each in (runs.partial, runs.full)]
+    return [table[None, None] for pair in lists for table in pair]

@@ -1,18 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an attention kernel backend must offer. Shape suffixes: t tokens, h heads, d head dim; q queries, k keys."""
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from magi_attention.common.slices import SliceTable
 
+Direction = Literal["forward", "backward"]
+
 
 @dataclass(frozen=True)
 class AttentionRequest:
-    """What a caller is going to ask of a backend: all that decides whether it can."""
+    """What a caller is going to ask of a backend: all that decides whether it can, and how fast.
+
+    Attributes:
+        device: where the tensors are.
+        dtype: their data type.
+        num_heads_q: query heads.
+        num_heads_kv: key and value heads.
+        head_dim: size of a head of queries and keys.
+        head_dim_v: size of a head of values.
+        softcap: whether scores are capped.
+        max_logits: whether the largest score per head is wanted; only ever in the forward direction.
+        deterministic: whether the same bits are wanted in every run.
+        direction: the pass; forward and backward of one attention may be of different backends.
+        mask_class: one of :data:`magi_attention.kernels.mask_class.MASK_CLASSES`. It tells how fast a backend will be,
+            never whether it can: a backend that supports a request supports every mask.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -23,6 +41,8 @@ class AttentionRequest:
     softcap: bool = False
     max_logits: bool = False
     deterministic: bool = False
+    direction: Direction = "forward"
+    mask_class: str = "general"
 
     @classmethod
     def of_tensors(
@@ -47,6 +67,15 @@ class AttentionRequest:
             softcap=softcap > 0,
             max_logits=max_logits,
             deterministic=deterministic,
+        )
+
+    def toward(self, direction: Direction, mask_class: str | None = None) -> "AttentionRequest":
+        """The same attention in the given direction, by default of the same mask class."""
+        return replace(
+            self,
+            direction=direction,
+            max_logits=self.max_logits and direction == "forward",
+            mask_class=mask_class or self.mask_class,
         )
 
 
@@ -100,10 +129,17 @@ class KernelBackend(Protocol):
     """A family of attention kernels. ``BACKEND`` objects of this type stand behind the entry points."""
 
     name: str
-    priority: int  # where several backends support a request, the greatest wins
 
     def supports(self, request: AttentionRequest) -> Support:
         """Say whether this backend can serve ``request`` on this machine, without compiling or allocating."""
+
+    def expected_tflops(self, request: AttentionRequest) -> float:
+        """The speed to expect of a request that is supported: the fastest backend is chosen.
+
+        Measured figures by architecture, direction, mask class and head dim, in 10^12 floating point operations per
+        second over the pairs that the mask keeps: ``4 * pairs * heads * head_dim`` operations forward, 2.5 times that
+        backward. Must be quick: no compiling, no measuring.
+        """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
         """Attend q ``[tq, hq, d]`` to k ``[tk, hk, d]`` and v ``[tk, hk, dv]``; query head h reads h // (hq/hk)."""
@@ -126,4 +162,68 @@ class KernelBackend(Protocol):
         gradient 0.
 
         Returns ``dq, dk, dv``, in the inputs' dtype or the precision they were accumulated in.
+        """
+
+
+@dataclass(frozen=True)
+class KernelSelection:
+    """Which kernels to compile ahead of time: every combination of what is listed.
+
+    Attributes:
+        arch: the architecture, such as ``"sm_90"``; kernels are compiled for it whatever GPU is here, if any.
+        dtypes: data types of the tensors.
+        heads: pairs of query heads and key/value heads.
+        head_dims: pairs of the head dims of queries and keys, and of values.
+        directions: which passes.
+    """
+
+    arch: str
+    dtypes: tuple[torch.dtype, ...]
+    heads: tuple[tuple[int, int], ...]
+    head_dims: tuple[tuple[int, int], ...]
+    directions: tuple[Direction, ...] = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class PrecompileCase:
+    """One kernel to compile: a combination of a :class:`KernelSelection`.
+
+    ``variant`` names what else a backend compiles apart, such as ``"softcap"``; empty for the plain kernel.
+    """
+
+    arch: str
+    dtype: torch.dtype
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    direction: Direction
+    variant: str = ""
+
+    def __str__(self) -> str:
+        dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
+        parts = [str(self.dtype).removeprefix("torch."), f"{self.num_heads_q}/{self.num_heads_kv} heads", f"dim {dims}"]
+        return " ".join([self.arch, *parts, self.direction, self.variant]).rstrip()
+
+
+@runtime_checkable
+class Precompiles(Protocol):
+    """The optional ability of a backend to fill its on-disk cache ahead of time; ``magi precompile`` uses it."""
+
+    def precompile_cases(self, selection: KernelSelection) -> Sequence[PrecompileCase]:
+        """List the kernels that the backend would launch for ``selection``, leaving out what it does not support.
+
+        Quick, and without a GPU. Several variants of a combination are cases of their own.
+        """
+
+    def precompile(self, case: PrecompileCase) -> bool:
+        """Compile one case into the cache on disk.
+
+        Called in a fresh process, which compiles for one architecture only, with or without a GPU; several processes
+        may share the cache's folder.
+
+        Returns whether it was compiled: False if the cache had it.
+
+        Raises:
+            Exception: whatever kept it from being compiled; the message is shown.
         """

@@ -25,6 +25,7 @@ from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, Att
 # Scores held at once, over all heads: what a core's cache holds, or what fills a GPU.
 SCORES_PER_BLOCK = {"cpu": 1 << 18, "gpu": 1 << 25}
 ROWS_PER_BLOCK = {"cpu": 128, "gpu": 1024}
+TFLOPS = {"cpu": 0.05, "gpu": 5.0}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -43,13 +44,16 @@ class ReferenceBackend:
     """See :class:`magi_attention.kernels.protocol.KernelBackend`. Results are in the accumulation dtype."""
 
     name = "reference"
-    priority = 0
 
     def supports(self, request: AttentionRequest) -> Support:
         """See the protocol."""
         if request.dtype not in DTYPES:
             return Support(False, f"{request.dtype} is not one of {', '.join(map(str, DTYPES))}")
         return Support(True)
+
+    def expected_tflops(self, request: AttentionRequest) -> float:
+        """See the protocol. Of the right order only: any kernel is faster."""
+        return TFLOPS["cpu" if request.device.type == "cpu" else "gpu"]
 
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:

@@ -1,96 +1,177 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which attention kernel backends are installed, and which of them serves a request.
+"""Which attention kernel backends are installed, and which of them serves a request, in each direction.
 
 Backends are found by entry points of the group ``magi_attention.kernels``; those of the core are listed there too.
 """
 
 import logging
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
+from typing import NamedTuple
 
+from magi_attention.common.slices import SliceTable
+from magi_attention.kernels.mask_class import mask_class
 from magi_attention.kernels.protocol import AttentionRequest, KernelBackend, Support
+from magi_attention.kernels.speeds import measured_tflops
 
 ENTRY_POINT_GROUP = "magi_attention.kernels"
 
-# Names that callers of the original use. `sdpa` and `sdpa_ol` were its two plain torch backends.
+# Names that callers of the original use, where no backend has the name itself. `sdpa` and `sdpa_ol` were its two plain
+# torch backends.
 ALIASES = {"ffa": "hopper", "fa4": "blackwell", "sdpa": "reference", "sdpa_ol": "reference"}
 
-# The extras of the distribution that bring backends.
-EXTRAS = ("hopper", "blackwell")
+# The extras of the distribution that bring backends, by the backends' names.
+EXTRAS = {"hopper": "hopper", "blackwell": "blackwell", "fa4": "blackwell", "cudnn_flex": "blackwell"}
 
 logger = logging.getLogger(__name__)
-_logged: set[tuple[AttentionRequest, str]] = set()
+_logged: set[object] = set()
 
 
-class _Unloadable:
-    """Stands for an installed backend whose module fails to import, so that the others remain usable."""
+class UnloadableBackend:
+    """Stands for an installed backend whose module fails to import, so that the others remain usable.
 
-    priority = 0
+    Attributes:
+        name: its entry point.
+        reason: why it cannot be loaded.
+    """
 
     def __init__(self, name: str, error: Exception) -> None:
         self.name = name
-        self._support = Support(False, f"its package is installed but cannot be loaded: {error!r}")
+        self.reason = f"its package is installed but cannot be loaded: {error!r}"
 
     def supports(self, request: AttentionRequest) -> Support:
-        return self._support
+        """No."""
+        return Support(False, self.reason)
+
+    def expected_tflops(self, request: AttentionRequest) -> float:
+        """Nothing."""
+        return 0.0
 
     def forward(self, *args: object) -> None:
-        raise RuntimeError(f"backend {self.name!r}: {self._support.reason}")
+        """Raise the ``RuntimeError`` that the answer of ``supports`` announces."""
+        raise RuntimeError(f"backend {self.name!r}: {self.reason}")
 
     backward = forward
 
 
 @cache
 def installed_backends() -> dict[str, KernelBackend]:
-    """Load every installed backend; returns them by the names of their entry points, best first."""
+    """Load every installed backend; returns them by the names of their entry points, sorted."""
     backends = {}
     for point in entry_points(group=ENTRY_POINT_GROUP):
         try:
             backends[point.name] = point.load()
         except Exception as error:  # a plug-in's import may fail in any way
             logger.warning("The kernel backend %r cannot be loaded: %r", point.name, error)
-            backends[point.name] = _Unloadable(point.name, error)
-    return dict(sorted(backends.items(), key=lambda item: (-item[1].priority, item[0])))
+            backends[point.name] = UnloadableBackend(point.name, error)
+    return dict(sorted(backends.items()))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend chosen for one direction, and why.
+
+    Attributes:
+        name: of the backend's entry point.
+        backend: the backend.
+        speeds: TFLOP/s expected of every backend that supports the request, by name, the fastest first.
+        refusals: why the others do not, by name.
+    """
+
+    name: str
+    backend: KernelBackend
+    speeds: dict[str, float]
+    refusals: dict[str, str]
+
+    def __str__(self) -> str:
+        slower = [f"{name} {speed:.4g}" for name, speed in self.speeds.items() if name != self.name]
+        reasons = [*slower, *(f"not {name}: {reason}" for name, reason in self.refusals.items())]
+        expected = f"{self.name!r} (expected {self.speeds[self.name]:.4g} TFLOP/s"
+        return "; ".join([expected, *reasons]) + ")"
+
+
+class BackendPair(NamedTuple):
+    """What computes the two passes of one attention."""
+
+    forward: KernelBackend
+    backward: KernelBackend
 
 
 def choose_backend(request: AttentionRequest, name: str = "auto") -> KernelBackend:
-    """Choose the backend for ``request``.
+    """Choose the backend for ``request``, in its direction.
 
     Args:
         request: what will be asked of the backend.
         name: an installed backend's name, one of the aliases ``ffa``, ``fa4``, ``sdpa``, ``sdpa_ol``, or ``auto`` for
-            the backend of greatest priority that supports the request. Case does not matter.
+            the one that is expected to be the fastest of those that support the request. Case does not matter.
 
     Raises:
         ValueError: If no backend of that name exists.
         RuntimeError: If its package is not installed, or if no backend can serve the request; with the reasons.
     """
+    return explain_choice(request, name).backend
+
+
+def choose_backends(request: AttentionRequest, name: str = "auto", backward_name: str = "same") -> BackendPair:
+    """Choose the backends for both passes of an attention; each new choice is one line of the log.
+
+    Args:
+        request: the forward pass.
+        name: as for :func:`choose_backend`.
+        backward_name: the same for the backward pass; ``same`` for ``name``.
+
+    Raises:
+        ValueError: as :func:`choose_backend`.
+        RuntimeError: as :func:`choose_backend`.
+    """
+    forward = explain_choice(request.toward("forward"), name)
+    backward = explain_choice(request.toward("backward"), name if backward_name.lower() == "same" else backward_name)
+    if (request, forward.name, backward.name) not in _logged:
+        _logged.add((request, forward.name, backward.name))
+        logger.info("Kernel backends for %s: forward %s, backward %s", request, forward, backward)
+    return BackendPair(forward.backend, backward.backend)
+
+
+def backends_for_slices(
+    slices: SliceTable, request: AttentionRequest, name: str = "auto", backward_name: str = "same"
+) -> BackendPair:
+    """Choose as :func:`choose_backends` does, by the class of this mask; once per request, kept with the table."""
+    return slices.derived(
+        ("kernel backends", request, name, backward_name),
+        lambda: choose_backends(replace(request, mask_class=mask_class(slices)), name, backward_name),
+    )
+
+
+def explain_choice(request: AttentionRequest, name: str = "auto") -> Choice:
+    """Choose as :func:`choose_backend` does, and say what was considered."""
     backends = installed_backends()
-    wanted = ALIASES.get(name.lower(), name.lower())
-    if wanted != "auto":
+    if name.lower() != "auto":
+        wanted = name.lower() if name.lower() in backends else ALIASES.get(name.lower(), name.lower())
         backends = {wanted: _named(wanted, name, backends)}
+    speeds: dict[str, float] = {}
     refusals: dict[str, str] = {}
     for label, backend in backends.items():
         support = backend.supports(request)
         if support:
-            _log_once(request, label, refusals)
-            return backend
-        refusals[label] = support.reason
-    reasons = "".join(f"\n  {label}: {reason}" for label, reason in refusals.items())
-    raise RuntimeError(f"No kernel backend can serve {request}:{reasons or ' none is installed'}")
+            measured = measured_tflops(label, request)
+            speeds[label] = backend.expected_tflops(request) if measured is None else measured
+        else:
+            refusals[label] = support.reason
+    if not speeds:
+        reasons = "".join(f"\n  {label}: {reason}" for label, reason in refusals.items())
+        raise RuntimeError(f"No kernel backend can serve {request}:{reasons or ' none is installed'}")
+    fastest_first = dict(sorted(speeds.items(), key=lambda item: -item[1]))
+    chosen = next(iter(fastest_first))
+    return Choice(chosen, backends[chosen], fastest_first, refusals)
 
 
 def _named(wanted: str, given: str, backends: dict[str, KernelBackend]) -> KernelBackend:
     if wanted in backends:
         return backends[wanted]
     if wanted in EXTRAS:
-        raise RuntimeError(f"The kernel backend {given!r} is not installed: pip install 'magi-attention[{wanted}]'")
+        raise RuntimeError(
+            f"The kernel backend {given!r} is not installed: pip install 'magi-attention[{EXTRAS[wanted]}]'"
+        )
     known = ", ".join(["auto", *ALIASES, *backends])
     raise ValueError(f"There is no kernel backend {given!r}; known are {known}")
-
-
-def _log_once(request: AttentionRequest, label: str, refusals: dict[str, str]) -> None:
-    if (request, label) not in _logged:
-        _logged.add((request, label))
-        passed = "; ".join(f"not {other}: {reason}" for other, reason in refusals.items())
-        logger.info("Kernel backend %r serves %s%s", label, request, f" ({passed})" if passed else "")

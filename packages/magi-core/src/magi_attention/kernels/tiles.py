@@ -2,8 +2,10 @@
 """Exact tables of a mask for block-sparse kernels: which tiles are full, which partial, and each row's key intervals.
 
 A tile is a block of ``block_q`` queries times a block of ``block_k`` keys, cut from the origin; those at the far ends
-may be ragged. Everything is vectorized numpy over bands, and costs grow with the tiles' and rows' number, never with
-their product. The tables of the keys' side come from the same code, applied to the transposed bands.
+may be ragged. Everything is vectorized numpy over bands, and costs grow with the blocks and rows that slices span,
+never with the number of tiles: these come as runs (:func:`tile_runs`), which a device expands
+(:mod:`magi_attention.kernels.device_tiles`). The tables of the keys' side come from the same code, applied to the
+transposed bands.
 """
 
 from dataclasses import dataclass
@@ -56,21 +58,8 @@ class IndexLists:
 
 
 @dataclass(frozen=True, eq=False)
-class Tiles:
-    """The tiles that a mask touches: for each block of queries, blocks of keys.
-
-    Attributes:
-        full: tiles of which every pair that lies inside the tensors is kept, by one slice or by several together.
-        partial: tiles of which some pairs are kept, but not all.
-    """
-
-    full: IndexLists
-    partial: IndexLists
-
-
-@dataclass(frozen=True, eq=False)
 class RowIntervals:
-    """The keys that each query sees, as ascending intervals that neither overlap nor touch.
+    """Ascending intervals per row that neither overlap nor touch: of the keys that a query sees, or of blocks.
 
     Attributes:
         offsets: ``(num_rows + 1,)``; row i's intervals are those with numbers ``offsets[i]`` to ``offsets[i + 1]``.
@@ -86,9 +75,55 @@ class RowIntervals:
         """How many intervals each row has."""
         return np.diff(self.offsets)
 
+    @property
+    def sizes(self) -> Indices:
+        """How many indices the intervals of each row hold together."""
+        return np.diff(_offsets(self.stops - self.starts)[self.offsets])
+
+    def expanded(self) -> IndexLists:
+        """List the indices one by one."""
+        interval, step = expand_counts(self.stops - self.starts)
+        return IndexLists(_offsets(self.sizes), self.starts[interval] + step)
+
+
+@dataclass(frozen=True, eq=False)
+class TileRuns:
+    """The tiles that a mask touches: for each block of queries, runs of blocks of keys.
+
+    Attributes:
+        full: tiles of which every pair that lies inside the tensors is kept, by one slice or by several together.
+        partial: tiles of which some pairs are kept, but not all.
+    """
+
+    full: RowIntervals
+    partial: RowIntervals
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """The tiles that a mask touches: for each block of queries, blocks of keys.
+
+    Attributes:
+        full: tiles of which every pair that lies inside the tensors is kept, by one slice or by several together.
+        partial: tiles of which some pairs are kept, but not all.
+    """
+
+    full: IndexLists
+    partial: IndexLists
+
 
 def classify_tiles(bands: Bands, num_q: int, num_k: int, block_q: int, block_k: int) -> Tiles:
-    """Sort the tiles that ``bands`` touch into full and partial ones. No pair may be covered twice.
+    """Sort the tiles that ``bands`` touch into full and partial ones, listed one by one; see :func:`tile_runs`."""
+    runs = tile_runs(bands, num_q, num_k, block_q, block_k)
+    return Tiles(runs.full.expanded(), runs.partial.expanded())
+
+
+def tile_runs(bands: Bands, num_q: int, num_k: int, block_q: int, block_k: int) -> TileRuns:
+    """Sort the tiles that ``bands`` touch into runs of full and of partial ones. No pair may be covered twice.
+
+    Along a block of queries, every band keeps the same number of pairs of each block of keys that all its rows see
+    entirely, and another number of the few beside these. Summed up from left to right, that tells the pairs kept of
+    every tile, by which also tiles that several slices complete together are found to be full.
 
     Args:
         bands: which (query, key) pairs count, as ``SliceTable.bands()`` gives them.
@@ -99,32 +134,39 @@ def classify_tiles(bands: Bands, num_q: int, num_k: int, block_q: int, block_k: 
     """
     num_q_blocks, num_k_blocks = -(-num_q // block_q), -(-num_k // block_k)
     pieces = _cut_rows(band.shrink(bands)[0], block_q)
-    q_block = pieces[:, band.Q0] // block_q
-    inner_from, inner_to = _blocks_that_all_rows_see(pieces, num_q, num_k, block_q, block_k)
-    owner, step = expand_counts(inner_to - inner_from)
-    full_q, full_k = q_block[owner], inner_from[owner] + step
+    inner_from, inner_to = _blocks_that_all_rows_see(pieces, block_k)
+    row = pieces[:, band.Q0] // block_q
 
-    # What is left and right of the inner blocks is counted tile by tile: slices may complete each other.
+    # The blocks left and right of the inner ones: at most a few, since a piece has no more rows than a tile.
     first, last = pieces[:, band.K0] // block_k, -(-pieces[:, band.K1] // block_k)
-    outer_from = np.concatenate([first, inner_to])
-    outer_to = np.concatenate([inner_from, last])
+    outer_from, outer_to = np.concatenate([first, inner_to]), np.concatenate([inner_from, last])
     owner, step = expand_counts(outer_to - outer_from)
-    k_block = outer_from[owner] + step
+    outer = outer_from[owner] + step
     owner %= max(len(pieces), 1)
-    start = k_block * block_k
-    areas = band.area(band.clip(pieces[owner], band.K0, start, start + block_k))
-    tile, member = np.unique(q_block[owner] * num_k_blocks + k_block, return_inverse=True)
-    kept = np.bincount(member, weights=areas, minlength=len(tile)).astype(np.int64)
-    tile_q, tile_k = tile // max(num_k_blocks, 1), tile % max(num_k_blocks, 1)
-    rows = np.minimum(num_q - tile_q * block_q, block_q)
-    columns = np.minimum(num_k - tile_k * block_k, block_k)
-    whole, some = kept == rows * columns, (kept > 0) & (kept < rows * columns)
-    return Tiles(
-        full=IndexLists.from_pairs(
-            np.concatenate([full_q, tile_q[whole]]), np.concatenate([full_k, tile_k[whole]]), num_q_blocks
-        ),
-        partial=IndexLists.from_pairs(tile_q[some], tile_k[some], num_q_blocks),
+    outer_area = band.area(band.clip(pieces[owner], band.K0, outer * block_k, (outer + 1) * block_k))
+
+    # One ascending axis for the blocks of all rows, with a place behind each row's last block.
+    stride = num_k_blocks + 1
+    some = inner_to > inner_from
+    inner_area = (pieces[:, band.Q1] - pieces[:, band.Q0])[some] * block_k
+    begins = np.concatenate([row[some] * stride + inner_from[some], row[owner] * stride + outer])
+    ends = np.concatenate([row[some] * stride + inner_to[some], row[owner] * stride + outer + 1])
+    areas = np.concatenate([inner_area, outer_area])
+    place, change = np.unique(np.concatenate([begins, ends]), return_inverse=True)
+    changes = np.bincount(change, weights=np.concatenate([areas, -areas]), minlength=len(place))
+    kept = np.cumsum(changes.astype(np.int64))[:-1]
+    start, stop = place[:-1], place[1:]
+
+    # A ragged last block of keys is never an inner one, and so a run of its own.
+    run_row, block = np.divmod(start, stride)
+    rows = np.minimum(num_q - run_row * block_q, block_q)
+    columns = np.minimum(num_k - block * block_k, block_k)
+    is_full = kept >= rows * columns
+    full, partial = (
+        _joined(start[chosen], stop[chosen], stride, num_q_blocks)
+        for chosen in (is_full & (kept > 0), ~is_full & (kept > 0))
     )
+    return TileRuns(full, partial)
 
 
 def row_intervals(bands: Bands, num_rows: int) -> RowIntervals:
@@ -185,22 +227,26 @@ def _cut_rows(bands: Bands, block_q: int) -> Bands:
     return band.shrink(band.clip(bands[owner], band.Q0, start, start + block_q))[0]
 
 
-def _blocks_that_all_rows_see(
-    pieces: Bands, num_q: int, num_k: int, block_q: int, block_k: int
-) -> tuple[Indices, Indices]:
-    """For each piece of a block of queries, the range of key blocks that it fills alone.
+def _blocks_that_all_rows_see(pieces: Bands, block_k: int) -> tuple[Indices, Indices]:
+    """For each piece of a block of queries, the whole blocks of keys that each of the piece's rows sees entirely.
 
     An empty range lies inside the piece's own range of blocks.
     """
     q0, q1, k0, k1, d0, d1 = pieces.T
-    first, last = k0 // block_k, -(-k1 // block_k)
-    all_rows = (q0 % block_q == 0) & (q1 == np.minimum(q0 + block_q, num_q))
     seen_from, seen_to = np.maximum(k0, q1 - 1 + d0), np.minimum(k1, q0 + d1 + 1)
-    # The last block of keys is filled where the keys end.
-    inner_from = -(-seen_from // block_k)
-    inner_to = np.where(seen_to == num_k, last, seen_to // block_k)
-    some = all_rows & (inner_to > inner_from)
+    inner_from, inner_to = -(-seen_from // block_k), seen_to // block_k
+    some = inner_to > inner_from
+    first = k0 // block_k
     return np.where(some, inner_from, first), np.where(some, inner_to, first)
+
+
+def _joined(start: Indices, stop: Indices, stride: int, num_rows: int) -> RowIntervals:
+    """Join ascending intervals that touch, and tell them apart by rows of ``stride`` places."""
+    opens = np.append(True, start[1:] > stop[:-1])[: len(start)]
+    head = np.flatnonzero(opens)
+    tail = np.append(head[1:], len(start))[: len(head)] - 1
+    row, first = np.divmod(start[head], stride)
+    return RowIntervals(_offsets(np.bincount(row, minlength=num_rows)), first, stop[tail] - row * stride)
 
 
 def _offsets(counts: Indices) -> Indices:

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.kernels.autograd import owned, without_autocast
 from magi_attention.kernels.protocol import AttentionRequest
-from magi_attention.kernels.registry import choose_backend
+from magi_attention.kernels.registry import backends_for_slices
 from magi_attention.kernels.sink import sink_gradient
 from magi_attention.runtime.backward import SavedAttention, differentiate
 from magi_attention.runtime.forward import attend
@@ -58,9 +58,10 @@ def dist_attn_func(
         max_logits=return_max_logits,
         deterministic=bool(options.deterministic),
     )
+    names = options.kernel_backend or "auto", options.kernel_backend_backward or "same"
     job = AttentionJob(
         runtime=dist_attn_runtime,
-        backend=choose_backend(request, options.kernel_backend or "auto"),
+        backends=[backends_for_slices(stage.slices, request, *names) for stage in dist_attn_runtime.plan.stages],
         softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
         softcap=softcap,
         max_logits=return_max_logits,

@@ -34,16 +34,16 @@ def differentiate(
     total = _GradientSums(job, q, k, v)
     queries_travel = any(stage.queries_travel for stage in job.runtime.plan.stages)
     travelers = [q, dout, lse, _row_term(saved, dout, dlse)] if queries_travel else [q]
-    for stage, rows, keys, values in job.walk(travelers, k, v):
+    for stage, backends, rows, keys, values in job.walk(travelers, k, v):
         call = job.call_for(stage, backward=True)
         if not len(stage.slices):
             dq, dk, dv = torch.zeros_like(rows[0]), torch.zeros_like(keys), torch.zeros_like(values)
         elif stage.queries_travel:
             queries, douts, lses, row_terms = rows
             no_out = torch.zeros_like(douts)
-            dq, dk, dv = job.backend.backward(douts, queries, keys, values, no_out, lses, row_terms, call)
+            dq, dk, dv = backends.backward.backward(douts, queries, keys, values, no_out, lses, row_terms, call)
         else:
-            dq, dk, dv = job.backend.backward(dout, q, keys, values, out, lse, dlse, call)
+            dq, dk, dv = backends.backward.backward(dout, q, keys, values, out, lse, dlse, call)
         total.add_queries(stage, dq)
         total.add_keys(stage, dk, dv)
     return total.finish()

@@ -28,8 +28,8 @@ def attend(job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | No
     """
     result: AttentionResult | None = None
     visits = []
-    for stage, (queries,), keys, values in job.walk([q], k, v):
-        partial = job.backend.forward(queries, keys, values, job.call_for(stage)) if len(stage.slices) else None
+    for stage, backends, (queries,), keys, values in job.walk([q], k, v):
+        partial = backends.forward.forward(queries, keys, values, job.call_for(stage)) if len(stage.slices) else None
         if stage.queries_travel:
             visits.append(_Visit(job, stage, partial or _nothing(queries, v), q))
         elif partial is not None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from magi_attention.comm.group import let_go_at_exit
 from magi_attention.comm.protocol import GroupCollectives, Work
 from magi_attention.config import RuntimeConfig
-from magi_attention.kernels.protocol import AttentionCall, KernelBackend
+from magi_attention.kernels.protocol import AttentionCall
+from magi_attention.kernels.registry import BackendPair
 from magi_attention.plan.build import Plan, Stage
 
 
@@ -41,12 +42,14 @@ class StageInputs(NamedTuple):
 
     Attributes:
         stage: the stage.
+        backends: what computes it.
         queries: tensors of the query side, ``[tq, ...]``: the rank's own or, where queries travel, the visitors'.
         keys: ``[tk, hk, d]``.
         values: ``[tk, hk, dv]``.
     """
 
     stage: Stage
+    backends: BackendPair
     queries: Sequence[Tensor]
     keys: Tensor
     values: Tensor
@@ -54,10 +57,10 @@ class StageInputs(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AttentionJob:
-    """One call of a distributed attention: the runtime, the chosen backend and the call's own parameters."""
+    """One call of a distributed attention: the runtime, the stages' backends and the call's own parameters."""
 
     runtime: DistAttnRuntime
-    backend: KernelBackend
+    backends: Sequence[BackendPair]
     softmax_scale: float
     softcap: float
     max_logits: bool
@@ -85,19 +88,19 @@ class AttentionJob:
         """
         stages = self.runtime.plan.stages
         traveling = self._start_cast(stages[0], queries, k, v)
-        for stage, following in zip(stages, [*stages[1:], None], strict=True):
+        for stage, backends, following in zip(stages, self.backends, [*stages[1:], None], strict=True):
             arriving = traveling
             if following is not None:
                 traveling = self._start_cast(following, queries, k, v)
             arrived = None if arriving is None else arriving.wait()
             if arrived is None:
-                yield StageInputs(stage, queries, k, v)
+                yield StageInputs(stage, backends, queries, k, v)
             elif stage.queries_travel:
-                yield StageInputs(stage, arrived, k, v)
+                yield StageInputs(stage, backends, arrived, k, v)
             elif stage.reads_own:
-                yield StageInputs(stage, queries, torch.cat([k, arrived[0]]), torch.cat([v, arrived[1]]))
+                yield StageInputs(stage, backends, queries, torch.cat([k, arrived[0]]), torch.cat([v, arrived[1]]))
             else:
-                yield StageInputs(stage, queries, *arrived)
+                yield StageInputs(stage, backends, queries, *arrived)
 
     def _start_cast(self, stage: Stage, queries: Sequence[Tensor], k: Tensor, v: Tensor) -> Work[list[Tensor]] | None:
         if stage.exchange is None:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carry out ``magi doctor``."""
+
+import json
+import sys
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from magi_attention.cli.doctor.backends import capabilities, check_backends, choices, default_device
+from magi_attention.cli.doctor.communication import check_communication, communication_facts, peer_access
+from magi_attention.cli.doctor.findings import Capability, Check, Findings, attempt
+from magi_attention.cli.doctor.machine import gpu_facts, machine_facts, package_versions
+from magi_attention.cli.doctor.settings import check_planner, check_variables, variables_set
+
+MARKS = {"ok": "[green]ok[/green]", "failed": "[bold red]failed[/bold red]", "skipped": "[dim]skipped[/dim]"}
+
+
+def run_doctor(as_json: bool) -> int:
+    """Examine and print; returns the exit code: 0, or 1 if a check failed."""
+    progress = Console(stderr=True)
+    with progress.status("Examining..."):
+        findings = examine(progress)
+    if as_json:
+        json.dump(findings.to_json(), sys.stdout)
+        sys.stdout.write("\n")
+    else:
+        print_findings(findings, Console())
+    return int(bool(findings.failed))
+
+
+def examine(progress: Console) -> Findings:
+    """Collect all findings; what takes long is told to ``progress``."""
+    device = default_device()
+    checks = [*check_variables(), check_planner(), *check_communication()]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+
+    def choose() -> str:
+        found.update(choices(device))
+        return f"every class of masks has a backend in both directions on {device}"
+
+    checks.append(attempt("choice of backends", choose))
+    if device.type == "cuda":
+        progress.print("Compiling and running kernels; the first time, this takes a minute or more.")
+    checks += check_backends(device)
+    return Findings(
+        machine=machine_facts(),
+        gpus=gpu_facts(),
+        packages=package_versions(),
+        backends=capabilities(device),
+        choices=found,
+        communication=communication_facts(),
+        peers=peer_access(),
+        variables=variables_set(),
+        checks=checks,
+    )
+
+
+def print_findings(findings: Findings, console: Console) -> None:
+    """Print everything for people."""
+    console.print(_facts("Machine", findings.machine))
+    for number, gpu in enumerate(findings.gpus):
+        console.print(_facts(f"GPU {number}", gpu))
+    if not findings.gpus:
+        console.print("[bold]No GPU[/bold] is visible to torch: kernels run on the CPU.", highlight=False)
+    console.print(_facts("Packages", findings.packages))
+    console.print(_capability_table(findings.backends))
+    for line in _refusals(findings.backends):
+        console.print(line, highlight=False)
+    if findings.choices:
+        console.print(_choice_table(findings.choices))
+    console.print(_facts("Communication", findings.communication))
+    if findings.peers:
+        console.print(_facts("GPU to GPU", findings.peers))
+    if findings.variables:
+        texts = {name: f"{each['text']}  ({each['meaning']})" for name, each in findings.variables.items()}
+        console.print(_facts("Environment variables that are set", texts))
+    console.print(_check_table(findings.checks))
+    console.print(
+        f"[bold red]{len(findings.failed)} checks failed." if findings.failed else "[bold green]Nothing is wrong.",
+        highlight=False,
+    )
+
+
+def _facts(title: str, facts: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in facts.items():
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def _capability_table(backends: list[Capability]) -> Table:
+    title = f"Kernel backends on {'the GPU' if torch.cuda.is_available() else 'this CPU'}"
+    table = Table("backend", "pass", "dtypes", "head dims", "features", "TFLOP/s", title=title, title_justify="left")
+    for each in backends:
+        speeds = each.tflops.values()
+        expected = f"{min(speeds):g} to {max(speeds):g}" if speeds else ""
+        cells = (", ".join(each.dtypes), ", ".join(each.head_dims), ", ".join(each.features), expected)
+        table.add_row(escape(each.backend), each.direction, *(cell or "[dim]none[/dim]" for cell in cells))
+    table.caption = "TFLOP/s is what the backend expects of itself for 8 heads of 128, over the classes of masks."
+    return table
+
+
+def _refusals(backends: list[Capability]) -> list[str]:
+    """One line per backend and reason: what it refuses and why."""
+    lines = []
+    for each in backends:
+        by_reason: dict[str, list[str]] = {}
+        for asked, reason in each.refusals.items():
+            by_reason.setdefault(reason, []).append(asked)
+        for reason, labels in by_reason.items():
+            what = ", ".join(labels) if each.dtypes else "anything"
+            lines.append(f"[bold]{escape(each.backend)}[/bold] {each.direction}, not {escape(what)}: {escape(reason)}")
+    return lines
+
+
+def _choice_table(choices: dict[str, dict[str, dict[str, float]]]) -> Table:
+    table = Table("mask", "forward", "backward", title="What would be chosen", title_justify="left")
+    for mask_class, each in choices.items():
+        cells = [", ".join(f"{name} {speed:g}" for name, speed in speeds.items()) for speeds in each.values()]
+        table.add_row(mask_class, *map(escape, cells))
+    table.caption = "The fastest first, with the TFLOP/s that are expected of each."
+    return table
+
+
+def _check_table(checks: list[Check]) -> Table:
+    table = Table("check", "", "seen", title="Checks", title_justify="left")
+    for each in checks:
+        table.add_row(escape(each.name), MARKS[each.status], escape(each.detail))
+    return table

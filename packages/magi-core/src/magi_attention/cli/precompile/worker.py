@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiling cases in processes of their own."""
+
+import io
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from itertools import groupby
+from multiprocessing import get_context
+from typing import Literal
+
+from magi_attention.kernels.protocol import KernelSelection, PrecompileCase, Precompiles
+from magi_attention.kernels.registry import installed_backends
+
+
+@dataclass(frozen=True)
+class Task:
+    """A case of a backend, named so that another process finds it."""
+
+    backend: str
+    case: PrecompileCase
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task.
+
+    Attributes:
+        task: the task.
+        status: ``"cached"`` if there was nothing to compile.
+        seconds: how long it took.
+        reason: why it failed.
+    """
+
+    task: Task
+    status: Literal["compiled", "cached", "failed"]
+    seconds: float = 0.0
+    reason: str = ""
+
+
+def find_tasks(selections: Sequence[KernelSelection], names: Sequence[str]) -> list[Task]:
+    """Ask the backends for their cases, by architecture.
+
+    Args:
+        selections: what to compile.
+        names: the backends to ask; empty for all that can compile ahead of time.
+
+    Raises:
+        ValueError: if a backend is not installed or compiles nothing ahead of time.
+    """
+    able = {name: each for name, each in installed_backends().items() if isinstance(each, Precompiles)}
+    for name in names:
+        if name not in able:
+            known = ", ".join(able) or "none: pip install 'magi-attention[blackwell]'"
+            raise ValueError(f"backend {name!r} compiles nothing ahead of time; those that do: {known}")
+    if not able:
+        raise ValueError("no installed kernel backend compiles ahead of time: pip install 'magi-attention[blackwell]'")
+    chosen = {name: each for name, each in able.items() if not names or name in names}
+    return [
+        Task(name, case)
+        for selection in selections
+        for name, backend in chosen.items()
+        for case in backend.precompile_cases(selection)
+    ]
+
+
+def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
+    """Compile in ``jobs`` processes, which are never shared by two architectures; outcomes come as they finish."""
+    for _, group in groupby(tasks, key=lambda task: task.case.arch):
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            running = {pool.submit(compile_one, task): task for task in group}
+            for future in as_completed(running):
+                yield _outcome_of(future, running[future])
+
+
+def compile_one(task: Task) -> Outcome:
+    """Compile one task in this process."""
+    backend = installed_backends()[task.backend]
+    assert isinstance(backend, Precompiles)
+    start = time.perf_counter()
+    try:
+        with redirect_stdout(io.StringIO()):  # compilers talk
+            compiled = backend.precompile(task.case)
+    except Exception as error:  # shown in the summary, whatever it is
+        return Outcome(task, "failed", time.perf_counter() - start, f"{type(error).__name__}: {error}")
+    return Outcome(task, "compiled" if compiled else "cached", time.perf_counter() - start)
+
+
+def _outcome_of(future: "Future[Outcome]", task: Task) -> Outcome:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return Outcome(task, "failed", reason="a compiling process died; try again with --jobs 1 to see which")

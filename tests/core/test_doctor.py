@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`magi doctor`: what it finds on a machine without a GPU, and that it notices what is wrong."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from magi_attention.cli.doctor import command
+from magi_attention.cli.doctor.backends import capabilities, check_backends, choices
+from magi_attention.cli.doctor.communication import check_communication, communication_facts, peer_access
+from magi_attention.cli.doctor.machine import machine_facts, package_versions
+from magi_attention.cli.doctor.settings import check_planner, check_variables, variables_set
+from magi_attention.cli.main import app
+from magi_attention.kernels import registry
+from magi_attention.kernels.mask_class import MASK_CLASSES
+from magi_attention.kernels.protocol import AttentionResult
+from magi_attention.kernels.reference import BACKEND as REFERENCE
+from magi_attention.kernels.reference import ReferenceBackend
+from magi_attention.kernels.registry import UnloadableBackend
+
+CPU = torch.device("cpu")
+
+
+class WrongBackend(ReferenceBackend):
+    """Its output is too large, and its gradients are not numbers."""
+
+    name = "wrong"
+
+    def forward(self, *args):
+        result = super().forward(*args)
+        return AttentionResult(result.out * 1.2, result.lse, result.max_logits)
+
+    def backward(self, *args):
+        return tuple(x * torch.nan for x in super().backward(*args))
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Pretend that exactly these backends are installed."""
+
+    def pretend(**backends):
+        points = [SimpleNamespace(name=name, load=lambda b=backend: b) for name, backend in backends.items()]
+        monkeypatch.setattr(registry, "entry_points", lambda group: points)
+        registry.installed_backends.cache_clear()
+
+    yield pretend
+    registry.installed_backends.cache_clear()
+
+
+def status_of(checks):
+    return {check.name: check.status for check in checks}
+
+
+def test_facts():
+    assert machine_facts()["torch"] == torch.__version__
+    assert {"magi-attention", "torch", "numpy"} <= set(package_versions())
+    assert communication_facts()["gloo"] == "available"
+    assert "alltoall" in communication_facts()["transports"]
+    assert set(peer_access()) == {
+        f"{i}-{j}" for i in range(torch.cuda.device_count()) for j in range(torch.cuda.device_count()) if i != j
+    }
+
+
+def test_what_the_reference_can_do():
+    forward, backward = (each for each in capabilities(CPU) if each.backend == "reference")
+    assert (forward.direction, backward.direction) == ("forward", "backward")
+    assert forward.dtypes == ["bfloat16", "float16", "float32", "float64"]
+    assert "192/128" in forward.head_dims
+    assert forward.features == ["grouped heads", "softcap", "max_logits", "deterministic"]
+    assert "max_logits" not in backward.features
+    assert not forward.refusals
+    assert set(forward.tflops) == set(MASK_CLASSES)
+
+
+def test_refusals_are_told_with_what_was_asked_for():
+    flex = next(each for each in capabilities(CPU) if each.backend == "flex")
+    assert not flex.dtypes
+    assert "no backward pass on a CPU" in flex.refusals["head dim 128"]
+
+
+def test_choices(install):
+    install(reference=REFERENCE)
+    both = {"forward": {"reference": 0.05}, "backward": {"reference": 0.05}}
+    assert choices(CPU) == dict.fromkeys(MASK_CLASSES, both)
+
+
+def test_backends_are_held_against_the_oracle(install):
+    install(reference=REFERENCE, wrong=WrongBackend(), broken=UnloadableBackend("broken", ImportError("libx.so")))
+    checks = {check.name: check for check in check_backends(CPU)}
+    assert status_of(checks.values()) == {
+        "broken": "failed",
+        "reference forward": "ok",
+        "reference backward": "ok",
+        "wrong forward": "failed",
+        "wrong backward": "failed",
+    }
+    assert "libx.so" in checks["broken"].detail
+    assert "largest error of out" in checks["wrong forward"].detail
+    assert "nan" in checks["wrong backward"].detail
+
+
+def test_planner_and_communication_are_well():
+    assert check_planner().status == "ok"
+    assert "rows travel" in check_planner().detail
+    checks = status_of(check_communication())
+    assert checks["gloo"] == "ok"
+    assert checks["nccl"] == ("ok" if torch.cuda.is_available() else "skipped")
+
+
+def test_variables(monkeypatch, tmp_path):
+    (tmp_path / "speeds.json").write_text('[{"backend": "flex", "tflops": 1}]')
+    monkeypatch.setenv("MAGI_ATTENTION_KERNEL_SPEEDS", str(tmp_path / "speeds.json"))
+    monkeypatch.setenv("MAGI_ATTENTION_PRECISION", "fp8")
+    monkeypatch.setenv("MAGI_ATTENTION_CATGQA", "1")
+    monkeypatch.setenv("MAGI_ATTENTION_KERNEL_BACKENDS", "flex")
+    found = variables_set()
+    assert found["MAGI_ATTENTION_CATGQA"]["meaning"].startswith("ignored: ")
+    checks = {check.name: check for check in check_variables()}
+    assert status_of(checks[name] for name in checks if "MAGI" in name or name == "configuration") == {
+        "MAGI_ATTENTION_CATGQA": "ok",
+        "MAGI_ATTENTION_KERNEL_BACKENDS": "failed",
+        "MAGI_ATTENTION_KERNEL_SPEEDS": "ok",
+        "MAGI_ATTENTION_PRECISION": "failed",
+        "configuration": "failed",
+    }
+    assert checks["MAGI_ATTENTION_KERNEL_SPEEDS"].detail == "1 measured figures"
+    assert "fp8" in checks["MAGI_ATTENTION_PRECISION"].detail
+    assert "misspelled" in checks["MAGI_ATTENTION_KERNEL_BACKENDS"].detail
+
+
+def test_the_command_prints_everything_and_exits_with_0():
+    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    for text in ("Machine", "Packages", "Kernel backends", "reference backward", "What would be chosen", "gloo"):
+        assert text in result.stdout
+    assert "Nothing is wrong" in result.stdout
+
+
+def test_json_and_exit_status_of_a_failure(install):
+    install(reference=REFERENCE, wrong=WrongBackend())
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert (found["version"], found["healthy"]) == (1, False)
+    assert {check["name"] for check in found["checks"] if check["status"] == "failed"} == {
+        "wrong forward",
+        "wrong backward",
+    }
+    assert found["choices"]["causal"]["forward"] == {"reference": 0.05, "wrong": 0.05}
+
+
+def test_a_machine_without_any_backend(install, capsys):
+    install()
+    assert command.run_doctor(as_json=False) == 1
+    assert "none is installed" in capsys.readouterr().out.replace("\n", " ")

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`magi precompile` with a backend that pretends to compile, found by its entry point in the compiling processes."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from magi_attention.cli.main import app
+from magi_attention.cli.precompile.options import read_selections
+from magi_attention.cli.precompile.worker import Task, compile_one, find_tasks
+from magi_attention.kernels import registry
+from magi_attention.kernels.protocol import KernelSelection, PrecompileCase, Precompiles
+from magi_attention.kernels.reference import BACKEND as REFERENCE
+
+SOURCE = """
+import os
+from itertools import product
+from pathlib import Path
+
+from magi_attention.env.build import ffa_fa4_cache_dir
+from magi_attention.kernels.protocol import PrecompileCase
+from magi_attention.kernels.reference import ReferenceBackend
+
+
+class PretendingBackend(ReferenceBackend):
+    def precompile_cases(self, selection):
+        combinations = product(selection.dtypes, selection.heads, selection.head_dims, selection.directions)
+        return [
+            PrecompileCase(selection.arch, dtype, *heads, *dims, direction, variant)
+            for dtype, heads, dims, direction in combinations
+            if dims != (96, 96)
+            for variant in ("", "softcap")
+        ]
+
+    def precompile(self, case):
+        print("talking compiler")
+        if case.head_dim == 256:
+            raise RuntimeError("no registers left [sad]")
+        if case.head_dim == 512:
+            os._exit(1)
+        path = Path(ffa_fa4_cache_dir()) / str(case).replace("/", "-")
+        cached = path.exists()
+        path.write_text(str(os.getpid()))
+        return not cached
+
+
+BACKEND = PretendingBackend()
+"""
+
+
+@pytest.fixture
+def pretending(tmp_path, monkeypatch):
+    """Install the backend for this process and its children; returns the cache's folder."""
+    code, cache = tmp_path / "code", tmp_path / "cache"
+    (code / "pretending-1.0.dist-info").mkdir(parents=True)
+    cache.mkdir()
+    (code / "pretending.py").write_text(SOURCE)
+    (code / "pretending-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: pretending\nVersion: 1.0\n"
+    )
+    (code / "pretending-1.0.dist-info" / "entry_points.txt").write_text(
+        "[magi_attention.kernels]\npretending = pretending:BACKEND\n"
+    )
+    monkeypatch.syspath_prepend(str(code))
+    monkeypatch.setenv("MAGI_ATTENTION_FFA_FA4_CACHE_DIR", str(cache))
+    registry.installed_backends.cache_clear()
+    yield cache
+    registry.installed_backends.cache_clear()
+
+
+def run(*flags):
+    return CliRunner().invoke(app, ["precompile", *map(str, flags)], env={"COLUMNS": "160"})
+
+
+def words(result):
+    return [line.replace("│", " ").split() for line in result.stdout.splitlines()]
+
+
+def test_selections():
+    read = read_selections(["sm_90", "sm_100", "sm_90"], ["bf16", "fp16"], ["8", "8/2"], ["64", "192/128"], "backward")
+    assert [each.arch for each in read] == ["sm_90", "sm_100"]
+    assert read[0] == KernelSelection(
+        "sm_90", (torch.bfloat16, torch.float16), ((8, 8), (8, 2)), ((64, 64), (192, 128)), ("backward",)
+    )
+    assert read_selections(["sm_90"], [], [], [], "both") == [
+        KernelSelection(
+            "sm_90", (torch.bfloat16,), ((32, 32), (32, 8)), ((64, 64), (128, 128)), ("forward", "backward")
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arch", "90"], "--arch must be like sm_90"),
+        (["--dtype", "fp8"], "--dtype must be one of bf16"),
+        (["--heads", "8/3"], "multiple of the key/value heads"),
+        (["--heads", "0/0"], "--heads must be a number or two"),
+        (["--head-dim", "64x64"], "--head-dim must be a number or two"),
+        (["--direction", "sideways"], "--direction must be"),
+        (["--backend", "flex"], "'flex' compiles nothing ahead of time; those that do: pretending"),
+        (["--head-dim", "96"], "nothing to compile"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(pretending, flags, message):
+    result = run(*(() if "--arch" in flags else ("--arch", "sm_90")), *flags)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU names the architecture")
+def test_without_a_gpu_the_architecture_must_be_named(pretending):
+    result = run()
+    assert result.exit_code == 2
+    assert "--arch sm_90" in result.stderr
+
+
+def test_without_a_backend_that_can(monkeypatch):
+    monkeypatch.setattr("magi_attention.cli.precompile.worker.installed_backends", lambda: {"reference": REFERENCE})
+    assert not isinstance(REFERENCE, Precompiles)
+    with pytest.raises(ValueError, match="no installed kernel backend compiles ahead of time"):
+        find_tasks([], [])
+
+
+def test_compiling_caching_and_failing(pretending):
+    flags = ("--arch", "sm_90", "--arch", "sm_100", "--head-dim", 64, "--heads", "4/2", "--jobs", 1)
+    first = run(*flags, "--direction", "forward")
+    assert first.exit_code == 0, first.output
+    assert ["pretending", "sm_90", "2", "0", "0"] in [line[:5] for line in words(first)]
+    assert ["pretending", "sm_100", "2", "0", "0"] in [line[:5] for line in words(first)]
+    assert "talking" not in first.output
+    assert str(pretending) in first.stdout.replace("\n", "")
+    names = {path.name for path in pretending.iterdir()}
+    assert "sm_100 bfloat16 4-2 heads dim 64 forward softcap" in names
+    # A process compiles for one architecture only.
+    workers = {arch: {path.read_text() for path in pretending.glob(f"{arch} *")} for arch in ("sm_90", "sm_100")}
+    assert not workers["sm_90"] & workers["sm_100"]
+    second = run("--arch", "sm_90", "--heads", "4/2", "--jobs", 1, "--head-dim", 64, "--head-dim", 256)
+    assert second.exit_code == 1
+    assert ["pretending", "sm_90", "2", "2", "4"] in [line[:5] for line in words(second)]
+    assert "dim 256 backward softcap: RuntimeError: no registers left [sad]" in " ".join(second.stdout.split())
+
+
+def test_a_compiler_that_dies(pretending):
+    result = run("--arch", "sm_90", "--heads", "4/2", "--jobs", 1, "--head-dim", 512, "--direction", "forward")
+    assert result.exit_code == 1
+    assert "a compiling process died" in " ".join(result.stdout.split())
+
+
+def test_one_case_in_this_process(pretending):
+    case = PrecompileCase("sm_90", torch.float16, 8, 8, 192, 128, "backward")
+    assert str(case) == "sm_90 float16 8/8 heads dim 192/128 backward"
+    assert [compile_one(Task("pretending", case)).status for _ in range(2)] == ["compiled", "cached"]
