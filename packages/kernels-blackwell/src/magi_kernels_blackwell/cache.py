@@ -6,7 +6,8 @@ these projects' own variables keep what they set.
 """
 
 import os
-from importlib import import_module
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from magi_attention.env.build import ffa_fa4_cache_dir
@@ -19,18 +20,26 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magi_attention" / "cute_kernels"
 
 
-def use_cache(module_name: str, variable_prefix: str, folder: str) -> None:
-    """Let a project whose cache settings live in ``module_name`` keep compiled kernels in ``folder``.
+@contextmanager
+def kept_in(folder: str, variable_prefix: str) -> Iterator[None]:
+    """Import a project inside, to have it keep compiled kernels in a folder; it reads its settings while imported.
 
-    Must be called before anything else of that project is imported; later, it changes nothing.
+    If it was imported before, this changes nothing.
 
     Args:
-        module_name: the module with the constants ``CUTE_DSL_CACHE_ENABLED`` and ``CUTE_DSL_CACHE_DIR``.
+        folder: a folder below :func:`cache_dir`. Kernels of different architectures need different ones: neither
+            project tells all of them apart.
         variable_prefix: what the project's own environment variables begin with.
-        folder: a folder below :func:`cache_dir`.
     """
-    if f"{variable_prefix}_CUTE_DSL_CACHE_ENABLED" in os.environ:
+    enabled, directory = f"{variable_prefix}_CUTE_DSL_CACHE_ENABLED", f"{variable_prefix}_CUTE_DSL_CACHE_DIR"
+    if enabled in os.environ:
+        yield
         return
-    settings = import_module(module_name)
-    settings.CUTE_DSL_CACHE_ENABLED = True  # type: ignore[attr-defined]
-    settings.CUTE_DSL_CACHE_DIR = str(cache_dir() / folder)  # type: ignore[attr-defined]
+    before = os.environ.get(directory)
+    os.environ |= {enabled: "1", directory: str(cache_dir() / folder)}
+    try:
+        yield
+    finally:
+        del os.environ[enabled], os.environ[directory]
+        if before is not None:
+            os.environ[directory] = before

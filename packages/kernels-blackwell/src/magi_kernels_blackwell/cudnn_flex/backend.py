@@ -7,15 +7,25 @@ tile lists, bit masks of the partial tiles and an order of work, is built once p
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, AttentionResult, Support
-from magi_kernels_blackwell.cudnn_flex import launch, library
+from magi_attention.kernels.protocol import (
+    AttentionCall,
+    AttentionRequest,
+    AttentionResult,
+    KernelSelection,
+    PrecompileCase,
+    Support,
+)
+from magi_kernels_blackwell.cases import arch_number, combinations, request_of
+from magi_kernels_blackwell.cudnn_flex import launch, library, precompile
 from magi_kernels_blackwell.masks import has_pairs
 from magi_kernels_blackwell.measured import tflops
-from magi_kernels_blackwell.support import gpu_support, refuse
-from magi_kernels_blackwell.wheels import CUDNN_FRONTEND, HOPPER, capability_of
+from magi_kernels_blackwell.support import DTYPES, gpu_support, refuse
+from magi_kernels_blackwell.wheels import CUDNN_FRONTEND, HOPPER, capability_of, missing_wheels
 
 SMALL_DIMS = range(8, 129, 8)
 LARGE_DIMS = ((192, 128), (256, 256))
@@ -46,6 +56,27 @@ class CudnnFlexBackend:
         """See the protocol."""
         return tflops("cudnn_flex", request)
 
+    def precompile_cases(self, selection: KernelSelection) -> Sequence[PrecompileCase]:
+        """See :class:`magi_attention.kernels.protocol.Precompiles`."""
+        arch = arch_number(selection.arch)
+        return [
+            case
+            for case in combinations(selection, precompile.VARIANTS)
+            if case.dtype in DTYPES
+            and self.supports_on(arch, request_of(case))
+            and not ("deterministic" in case.variant and case.direction == "forward")
+        ]
+
+    def precompile(self, case: PrecompileCase) -> bool:
+        """See :class:`magi_attention.kernels.protocol.Precompiles`.
+
+        Raises:
+            RuntimeError: If a wheel is missing.
+        """
+        if missing := missing_wheels(tuple(CUDNN_FRONTEND.items())):
+            raise RuntimeError(missing)
+        return precompile.compile_case(case)
+
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
         """See the protocol."""
@@ -54,7 +85,7 @@ class CudnnFlexBackend:
             max_logits = lse.new_full(q.shape[1:2], -torch.inf) if call.max_logits else None
             return AttentionResult(q.new_zeros(*q.shape[:2], v.shape[2]), lse, max_logits)
         with torch.cuda.device(q.device):
-            out, lse, max_logits = launch.launch_forward(library.load(), q, k, v, call)
+            out, lse, max_logits = launch.launch_forward(library.load(q.device), q, k, v, call)
         return AttentionResult(out, lse.T, max_logits)
 
     @torch.no_grad()
@@ -82,7 +113,7 @@ class CudnnFlexBackend:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         lse, dlse = (None if x is None else x.float().T.contiguous() for x in (lse, dlse))
         with torch.cuda.device(q.device):
-            return launch.launch_backward(library.load(), dout.to(q.dtype), q, k, v, out.to(q.dtype), lse, dlse, call)
+            return launch.launch_backward(library.load(q.device), dout.to(q.dtype), q, k, v, out.to(q.dtype), lse, dlse, call)
 
 
 BACKEND = CudnnFlexBackend()

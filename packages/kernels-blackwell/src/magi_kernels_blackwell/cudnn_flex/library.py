@@ -9,7 +9,10 @@ from threading import RLock
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from magi_kernels_blackwell.cache import use_cache
+import torch
+
+from magi_kernels_blackwell.cache import kept_in
+from magi_kernels_blackwell.wheels import capability_of
 
 logger = logging.getLogger(__name__)
 _silencing = RLock()
@@ -31,13 +34,18 @@ class Library(NamedTuple):
     builder: ModuleType
 
 
+def load(device: torch.device) -> Library:
+    """Import cudnn.flex_attention for the GPU ``device``."""
+    return load_for(capability_of(device))
+
+
 @cache
-def load() -> Library:
-    """Import cudnn.flex_attention."""
-    use_cache("cudnn.flex_attention.runtime.compile_cache", "FLEX_ATTENTION", "cudnn_flex")
-    from cudnn.flex_attention import create_mask_plan, dispatch
-    from cudnn.flex_attention.plan import builder
-    from cudnn.flex_attention.runtime.dsl_utils import maybe_contiguous
+def load_for(arch: int) -> Library:
+    """Import cudnn.flex_attention. Each architecture has its folder: small kernels' names on disk don't tell it."""
+    with kept_in(f"cudnn_flex/sm_{arch}", "FLEX_ATTENTION"):
+        from cudnn.flex_attention import create_mask_plan, dispatch
+        from cudnn.flex_attention.plan import builder
+        from cudnn.flex_attention.runtime.dsl_utils import maybe_contiguous
 
     return Library(create_mask_plan, maybe_contiguous, dispatch, builder)
 

@@ -7,15 +7,25 @@ others run block-sparse, each row's or column's intervals read from a table.
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, AttentionResult, Support
-from magi_kernels_blackwell.fa4 import launch, library
+from magi_attention.kernels.protocol import (
+    AttentionCall,
+    AttentionRequest,
+    AttentionResult,
+    KernelSelection,
+    PrecompileCase,
+    Support,
+)
+from magi_kernels_blackwell.cases import arch_number, combinations, request_of
+from magi_kernels_blackwell.fa4 import launch, library, precompile
 from magi_kernels_blackwell.masks import has_pairs
 from magi_kernels_blackwell.measured import tflops
-from magi_kernels_blackwell.support import gpu_support, refuse
-from magi_kernels_blackwell.wheels import FLASH_ATTENTION, HOPPER, capability_of
+from magi_kernels_blackwell.support import DTYPES, gpu_support, refuse
+from magi_kernels_blackwell.wheels import FLASH_ATTENTION, HOPPER, capability_of, missing_wheels
 
 SQUARE_DIMS = (64, 96, 128, 192, 256)
 LATENT_DIMS = (192, 128)
@@ -60,6 +70,27 @@ class FlashAttention4Backend:
     def expected_tflops(self, request: AttentionRequest) -> float:
         """See the protocol."""
         return tflops("fa4", request)
+
+    def precompile_cases(self, selection: KernelSelection) -> Sequence[PrecompileCase]:
+        """See :class:`magi_attention.kernels.protocol.Precompiles`."""
+        arch = arch_number(selection.arch)
+        return [
+            case
+            for case in combinations(selection, precompile.VARIANTS)
+            if case.dtype in DTYPES
+            and self.supports_on(arch, request_of(case))
+            and not ("deterministic" in case.variant and case.direction == "forward")
+        ]
+
+    def precompile(self, case: PrecompileCase) -> bool:
+        """See :class:`magi_attention.kernels.protocol.Precompiles`.
+
+        Raises:
+            RuntimeError: If a wheel is missing.
+        """
+        if missing := missing_wheels(tuple(FLASH_ATTENTION.items())):
+            raise RuntimeError(missing)
+        return precompile.compile_case(case)
 
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from magi_kernels_blackwell.cache import use_cache
+from magi_kernels_blackwell.cache import kept_in
 from magi_kernels_blackwell.wheels import capability_of, num_multiprocessors
 
 
@@ -34,10 +34,10 @@ def load(device: torch.device) -> Library:
 @cache
 def load_for(arch: int, num_sms: int) -> Library:
     """Import FlashAttention-4. Some kernels are compiled for a number of multiprocessors, so each has its folder."""
-    use_cache("flash_attn.cute.cache_utils", "FLASH_ATTENTION", f"flash_attention/sm_{arch}_{num_sms}")
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+    with kept_in(f"flash_attention/sm_{arch}_{num_sms}", "FLASH_ATTENTION"):
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+        from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
-    from magi_kernels_blackwell.fa4 import masks
+        from magi_kernels_blackwell.fa4 import masks
 
     return Library(_flash_attn_fwd, _flash_attn_bwd, BlockSparseTensorsTorch, masks)
