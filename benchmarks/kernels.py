@@ -28,8 +28,13 @@ from magi_attention.kernels.registry import installed_backends
 from magi_attention.kernels.tiles import row_intervals
 
 MASKS = ("full", "causal", "varlen_full", "varlen_causal", "swa_causal_1024", "varlen_block_causal_4k")
-NATIVE = {"full": (None, None), "causal": (None, 0), "varlen_full": (None, None), "varlen_causal": (None, 0)}
-NATIVE["swa_causal_1024"] = (workloads.WINDOW - 1, 0)
+NATIVE: dict[str, tuple[int | None, int | None]] = {
+    "full": (None, None),
+    "causal": (None, 0),
+    "varlen_full": (None, None),
+    "varlen_causal": (None, 0),
+    "swa_causal_1024": (workloads.WINDOW - 1, 0),
+}
 TOKENS = (4096, 8192, 16384, 32768)
 DENSE_PAIRS = {"full": False, "causal": True}
 LEFT_OUT = ("reference",)

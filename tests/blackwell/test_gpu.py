@@ -41,9 +41,7 @@ def inputs(
 def skip_unless_supported(backend, x: Inputs, **changes: object) -> None:
     for direction in ("forward", "backward"):
         request = AttentionRequest.of_tensors(x.q, x.k, x.v, **changes)
-        if hasattr(request, "direction"):
-            request = request.toward(direction)
-        if not (support := backend.supports(request)):
+        if not (support := backend.supports(request.toward(direction))):
             pytest.skip(f"{backend.name}: {support.reason}")
 
 

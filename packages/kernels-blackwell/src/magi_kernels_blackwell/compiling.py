@@ -32,6 +32,7 @@ class Compiler:
         self.count = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compile."""
         self.count += 1
         return self._compiler(*args, **kwargs)
 
@@ -91,7 +92,7 @@ def compiling_for(arch: int) -> Iterator[Compiler]:
 
         compiler = stack.enter_context(mock.patch.object(cute, "compile", Compiler(cute.compile)))
         stack.enter_context(mock.patch.object(cutlass.utils, "HardwareInfo", _Hardware(num_sms)))
-        stack.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: 0))
+        stack.enter_context(mock.patch.object(torch.cuda, "current_device", return_value=0))
         stack.enter_context(FakeTensorMode())
         yield compiler
 
@@ -105,7 +106,7 @@ def planning_for(arch: int) -> Iterator[None]:
         return counts.new_empty(counts.numel() + 1, dtype=torch.int32)
 
     with (
-        mock.patch.object(validation, "get_device_arch", lambda index=None: arch),
+        mock.patch.object(validation, "get_device_arch", return_value=arch),
         mock.patch.object(builder, "_exclusive_offsets", empty_offsets),
     ):
         yield

@@ -38,8 +38,8 @@ _DIM_FACTOR = {64: 0.75, 96: 0.8, 192: 0.95, 256: 0.9}
 def tflops(backend: str, request: AttentionRequest) -> float:
     """The expected speed of ``"fa4"`` or ``"cudnn_flex"`` in TFLOP/s, over the pairs that the mask keeps."""
     by_mask = _H100[backend]
-    forward, backward = by_mask.get(getattr(request, "mask_class", "general"), by_mask["general"])
-    speed = backward if getattr(request, "direction", "forward") == "backward" else forward
+    forward, backward = by_mask.get(request.mask_class, by_mask["general"])
+    speed = backward if request.direction == "backward" else forward
     speed *= _DIM_FACTOR.get(request.head_dim, 1.0)
     on_hopper = request.device.type != "cuda" or capability_of(request.device) == HOPPER
     return speed if on_hopper else speed * _BLACKWELL_OVER_HOPPER

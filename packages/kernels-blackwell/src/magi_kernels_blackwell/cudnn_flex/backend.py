@@ -35,7 +35,6 @@ class CudnnFlexBackend:
     """See :class:`magi_attention.kernels.protocol.KernelBackend`. Results have the inputs' dtype."""
 
     name = "cudnn_flex"
-    priority = 25
 
     def supports(self, request: AttentionRequest) -> Support:
         """See the protocol."""
@@ -111,9 +110,11 @@ class CudnnFlexBackend:
             )
         if not has_pairs(call.slices):
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        lse, dlse = (None if x is None else x.float().T.contiguous() for x in (lse, dlse))
+        lse = lse.float().T.contiguous()
+        dlse = None if dlse is None else dlse.float().T.contiguous()
+        dout, out = dout.to(q.dtype), out.to(q.dtype)
         with torch.cuda.device(q.device):
-            return launch.launch_backward(library.load(q.device), dout.to(q.dtype), q, k, v, out.to(q.dtype), lse, dlse, call)
+            return launch.launch_backward(library.load(q.device), dout, q, k, v, out, lse, dlse, call)
 
 
 BACKEND = CudnnFlexBackend()

@@ -65,4 +65,4 @@ def quiet(library: Library) -> Iterator[None]:
             yield
         finally:
             for module in modules:
-                del module.print  # type: ignore[attr-defined]
+                del module.print

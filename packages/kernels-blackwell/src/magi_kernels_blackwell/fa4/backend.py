@@ -36,7 +36,6 @@ class FlashAttention4Backend:
     """See :class:`magi_attention.kernels.protocol.KernelBackend`. Results have the inputs' dtype."""
 
     name = "blackwell"
-    priority = 30
 
     def supports(self, request: AttentionRequest) -> Support:
         """See the protocol."""
@@ -46,7 +45,7 @@ class FlashAttention4Backend:
 
     def supports_on(self, arch: int, request: AttentionRequest) -> Support:
         """Whether the kernels of an architecture, ``10 * major + minor``, can serve a request; wherever this runs."""
-        dims, backward = (request.head_dim, request.head_dim_v), getattr(request, "direction", "backward") == "backward"
+        dims, backward = (request.head_dim, request.head_dim_v), request.direction == "backward"
         grouped = request.num_heads_q != request.num_heads_kv
         if request.max_logits:
             return refuse("FlashAttention-4 returns no max_logits; use the backend 'cudnn_flex'")
@@ -117,7 +116,8 @@ class FlashAttention4Backend:
         """See the protocol."""
         if not has_pairs(call.slices):
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        lse, dlse = (None if x is None else x.float().T.contiguous() for x in (lse, dlse))
+        lse = lse.float().T.contiguous()
+        dlse = None if dlse is None else dlse.float().T.contiguous()
         with torch.cuda.device(q.device):
             return launch.launch_backward(
                 library.load(q.device),

@@ -96,7 +96,7 @@ class IntervalMask(AttentionMask):
         mask_local: cutlass.Constexpr[bool] = False,
         mask_mod: cutlass.Constexpr = None,
         aux_data: AuxData = AuxData(),  # noqa: B008  the base class's
-        fastdiv_mods=(None, None),  # noqa: ANN001  the base class's
+        fastdiv_mods: tuple[Any, Any] = (None, None),
     ) -> None:
         """Mask a tile of an SM90 kernel. Lines are the rows of the matrix product: keys if it is swapped."""
         if const_expr(mask_mod is by_intervals):
@@ -156,7 +156,7 @@ class IntervalMask(AttentionMask):
         batch_idx: Int32 = None,
         head_idx: Int32 = None,
         aux_data: AuxData = AuxData(),  # noqa: B008  the base class's
-        fastdiv_mods=(None, None),  # noqa: ANN001  the base class's
+        fastdiv_mods: tuple[Any, Any] = (None, None),
         is_full_block: bool = False,
         check_m_boundary: bool = True,
     ) -> None:

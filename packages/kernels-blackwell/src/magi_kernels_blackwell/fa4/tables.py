@@ -136,7 +136,8 @@ def _tables(
         return to_device(IndexLists(of.offsets, values).padded(width)[None, None], device)
 
     partial_tiles, full_tiles = lists(tiles.partial, tiles.partial.indices), lists(tiles.full, tiles.full.indices)
-    assert partial_tiles is not None and full_tiles is not None
+    assert partial_tiles is not None
+    assert full_tiles is not None
     return SparseTables(
         partial_counts=to_device(tiles.partial.counts[None, None], device),
         partial_tiles=partial_tiles,

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must hold for the code of a compiled kernel."""
+
+from pathlib import Path
+
+from magi_attention.kernels.protocol import PrecompileCase
+from magi_kernels_blackwell.cases import NATIVE_MASKS
+from tests.blackwell.sass import Kernel
+
+MAIN = ("fwd", "bwd")
+"""The folders of attention kernels; the other objects prepare and finish their work."""
+
+STACK_LIMITS = {("fa4", "sm_100", "forward"): 48}
+"""Bytes of local memory per thread, by backend, architecture and direction; none for all that is not listed."""
+
+TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+
+
+def is_main(obj: Path) -> bool:
+    """Whether an object holds attention kernels."""
+    return obj.parent.name in MAIN
+
+
+def broken_rules(backend: str, case: PrecompileCase, kernel: Kernel) -> list[str]:
+    """Say what is wrong with an attention kernel: what it must use but does not, and too much local memory."""
+    required = [TENSOR_CORE[case.arch], "UTMALDG"]
+    if not set(case.variant.split()) & set(NATIVE_MASKS):
+        required.append("R2P")
+    wrong = [f"has no {each}" for each in required if not kernel.instructions[each]]
+    allowed = STACK_LIMITS.get((backend, case.arch, case.direction), 0)
+    if kernel.stack > allowed:
+        wrong.append(f"uses {kernel.stack} bytes of stack per thread, {allowed} are allowed")
+    return wrong
