@@ -28,7 +28,10 @@ from magi_kernels_blackwell.support import DTYPES, gpu_support, refuse
 from magi_kernels_blackwell.wheels import CUDNN_FRONTEND, HOPPER, capability_of, missing_wheels
 
 SMALL_DIMS = range(8, 129, 8)
-LARGE_DIMS = ((192, 128), (256, 256))
+LATENT_DIMS = (192, 128)
+"""Head dims of multi-head latent attention: those of queries and keys, and of values."""
+
+LARGE_DIMS = (LATENT_DIMS, (256, 256))
 
 
 class CudnnFlexBackend:
@@ -49,6 +52,9 @@ class CudnnFlexBackend:
             return refuse(f"head dims are {dims}, must be multiples of 8 up to 128, or one of {LARGE_DIMS}")
         if request.softcap:
             return refuse("cudnn.flex_attention has no softcap; use the backend 'blackwell'")
+        grouped = request.num_heads_q != request.num_heads_kv
+        if arch == HOPPER and request.direction == "backward" and dims == LATENT_DIMS and grouped:
+            return refuse(f"its backward pass on Hopper has no grouped heads for head dims {dims}; use 'flex'")
         return Support(True)
 
     def expected_tflops(self, request: AttentionRequest) -> float:

@@ -56,9 +56,7 @@ class FlashAttention4Backend:
             if backward and request.deterministic:
                 return refuse("its block-sparse backward pass on Hopper is not deterministic; use 'cudnn_flex'")
             if backward and dims == LATENT_DIMS and grouped:
-                return refuse(
-                    f"its backward pass on Hopper has no grouped heads for head dims {dims}; use 'cudnn_flex'"
-                )
+                return refuse(f"its backward pass on Hopper has no grouped heads for head dims {dims}; use 'flex'")
             return Support(True)
         if dims == (192, 192):
             return refuse("FlashAttention-4 has no kernels for 192 dims of values on Blackwell; use the backend 'flex'")
