@@ -34,7 +34,7 @@ SUITES: dict[str, tuple[str, ...]] = {
         "validate-pyproject-schema-store",
     ),
     "hopper": ("-e", "packages/kernels-hopper"),
-    "blackwell": ("-e", "packages/kernels-blackwell"),
+    "blackwell": ("-e", "packages/kernels-blackwell[test]"),
     "comm": ("-e", "packages/comm-grpcoll"),
 }
 DEFAULT_SUITES = ("core", "distributed", "workspace")
@@ -68,6 +68,13 @@ def demo(session: nox.Session) -> None:
 def test(session: nox.Session) -> None:
     """Run the suites named after `--`: core, distributed, workspace (these by default), hopper, blackwell, comm."""
     run_suites(session, session.posargs or DEFAULT_SUITES)
+
+
+@nox.session
+def compile_kernels(session: nox.Session) -> None:
+    """Compile all kernels of kernels-blackwell, without a GPU, check their code and write docs/compiled-kernels.md."""
+    install(session, "-e", "packages/magi-core[test]", *SUITES["blackwell"])
+    session.run("python", "-m", "tests.blackwell.matrix", "docs/compiled-kernels.md")
 
 
 @nox.session

@@ -32,17 +32,19 @@ from importlib.metadata import distribution
 
 import torch
 
-(point,) = distribution(sys.argv[1]).entry_points
-loaded = point.load()
-assert loaded.name == point.name, (loaded.name, point.name)
-request = torch.device("cpu")
-if point.group == "magi_attention.kernels":
-    from magi_attention.kernels.protocol import AttentionRequest, KernelBackend
+points = distribution(sys.argv[1]).entry_points
+assert points
+for point in points:
+    loaded = point.load()
+    assert loaded.name == point.name, (loaded.name, point.name)
+    request = torch.device("cpu")
+    if point.group == "magi_attention.kernels":
+        from magi_attention.kernels.protocol import AttentionRequest, KernelBackend
 
-    assert isinstance(loaded, KernelBackend)
-    request = AttentionRequest(torch.device("cpu"), torch.float32, 2, 1, 16, 16)
-support = loaded.supports(request)
-assert not support and support.reason, support
+        assert isinstance(loaded, KernelBackend)
+        request = AttentionRequest(torch.device("cpu"), torch.float32, 2, 1, 16, 16)
+    support = loaded.supports(request)
+    assert not support and support.reason, support
 """
 
 

@@ -1,33 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention kernels for NVIDIA Blackwell GPUs (sm_100a): the backend ``blackwell``, not implemented yet."""
+"""Attention kernels on published wheels, for NVIDIA Blackwell and Hopper GPUs: backends ``blackwell``, ``cudnn_flex``.
 
-from typing import NoReturn
+Importing this package imports neither wheel and needs no GPU.
+"""
 
-from magi_attention.kernels.protocol import AttentionRequest, KernelBackend, Support
+from magi_kernels_blackwell.cudnn_flex.backend import BACKEND as CUDNN_FLEX_BACKEND
+from magi_kernels_blackwell.fa4.backend import BACKEND as FLASH_ATTENTION_4_BACKEND
 
-__all__ = ["BACKEND", "BlackwellBackend"]
-
-REASON = "the Blackwell kernels (sm_100a) are not implemented yet: use backend 'flex', which runs on Blackwell GPUs"
-
-
-class BlackwellBackend:
-    """The place that the sm_100a kernels will take: it supports nothing and says so."""
-
-    name = "blackwell"
-
-    def supports(self, request: AttentionRequest) -> Support:
-        """Answer no to every request, with the reason and the backend to use instead."""
-        return Support(False, REASON)
-
-    def expected_tflops(self, request: AttentionRequest) -> float:
-        """Nothing."""
-        return 0.0
-
-    def forward(self, *args: object, **kwargs: object) -> NoReturn:
-        """Raise the ``RuntimeError`` that the answer of ``supports`` announces."""
-        raise RuntimeError(REASON)
-
-    backward = forward
-
-
-BACKEND: KernelBackend = BlackwellBackend()
+__all__ = ["CUDNN_FLEX_BACKEND", "FLASH_ATTENTION_4_BACKEND"]

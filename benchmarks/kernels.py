@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time attention kernels on this GPU: ``python benchmarks/kernels.py``. Every cell is TFLOP/s, forward / backward.
+
+Rows are masks and lengths, columns our backends beside cuDNN's and FlashAttention-4's own dense kernels and PyTorch's
+FlexAttention, all in one run on the same tensors. FLOPs are those of the pairs that the mask keeps:
+``4 * pairs * heads * dim`` forward, 2.5 times that backward. A time is the median of several launches between CUDA
+events, after warm-up. What a kernel cannot do is left out; an error ends its cell alone and is told below the table.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from magi_attention.common import workloads
+from magi_attention.common.slices import SliceTable
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
+from magi_attention.kernels.registry import installed_backends
+from magi_attention.kernels.tiles import row_intervals
+
+MASKS = ("full", "causal", "varlen_full", "varlen_causal", "swa_causal_1024", "varlen_block_causal_4k")
+NATIVE: dict[str, tuple[int | None, int | None]] = {
+    "full": (None, None),
+    "causal": (None, 0),
+    "varlen_full": (None, None),
+    "varlen_causal": (None, 0),
+    "swa_causal_1024": (workloads.WINDOW - 1, 0),
+}
+TOKENS = (4096, 8192, 16384, 32768)
+DENSE_PAIRS = {"full": False, "causal": True}
+LEFT_OUT = ("reference",)
+
+
+class Case(NamedTuple):
+    """What every contender computes: q, k, v and dout are ``[tokens, heads, dim]``."""
+
+    mask: str
+    slices: SliceTable
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+
+
+Passes = tuple[Callable[[], object], Callable[[], object]]
+"""A forward and a backward pass, ready to be launched again and again."""
+
+
+def by_backend(name: str, case: Case) -> Passes | None:
+    """One of our backends."""
+    backend = installed_backends()[name]
+    if not backend.supports(AttentionRequest.of_tensors(case.q, case.k, case.v)):
+        return None
+    call = AttentionCall(case.slices, case.q.shape[-1] ** -0.5)
+    tensors = (case.q, case.k, case.v)
+    out, lse, _ = backend.forward(*tensors, call)
+    return (
+        lambda: backend.forward(*tensors, call),
+        lambda: backend.backward(case.dout, *tensors, out, lse, None, call),
+    )
+
+
+def by_cudnn_sdpa(case: Case) -> Passes | None:
+    """PyTorch's scaled_dot_product_attention by cuDNN; full and causal masks only."""
+    if case.mask not in DENSE_PAIRS:
+        return None
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (x.transpose(0, 1)[None].detach().requires_grad_() for x in (case.q, case.k, case.v))
+
+    def forward() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=DENSE_PAIRS[case.mask], enable_gqa=True
+            )
+
+    return with_autograd(forward, (q, k, v), case.dout.transpose(0, 1)[None])
+
+
+def by_fa4_native(case: Case) -> Passes | None:
+    """FlashAttention-4's public functions, without our masks."""
+    if case.mask not in NATIVE:
+        return None
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+    window = {"window_size": NATIVE[case.mask]}
+    if case.mask.startswith("varlen"):
+        leaves = tuple(x.detach().requires_grad_() for x in (case.q, case.k, case.v))
+        ends = torch.tensor(workloads.document_ends(len(case.q)), dtype=torch.int32, device="cuda")
+        longest = int(ends.diff().max())
+        attend = partial(
+            flash_attn_varlen_func,
+            cu_seqlens_q=ends,
+            cu_seqlens_k=ends,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            **window,
+        )
+        return with_autograd(lambda: attend(*leaves)[0], leaves, case.dout)
+    leaves = tuple(x[None].detach().requires_grad_() for x in (case.q, case.k, case.v))
+    return with_autograd(lambda: flash_attn_func(*leaves, **window)[0], leaves, case.dout[None])
+
+
+def by_flex_attention(case: Case) -> Passes | None:
+    """PyTorch's FlexAttention, its mask function reading the ends of each query's one interval."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    intervals = row_intervals(case.slices.bands(), len(case.q))
+    if (intervals.counts != 1).any():
+        return None
+    starts, stops = (torch.tensor(ends.astype(np.int32), device="cuda") for ends in (intervals.starts, intervals.stops))
+
+    def is_seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= starts[query]) & (key < stops[query])
+
+    total = len(case.q)
+    block_mask = torch.compile(create_block_mask)(is_seen, None, None, total, total)
+    attend = torch.compile(flex_attention, dynamic=False)
+    q, k, v = (x.transpose(0, 1)[None].contiguous().detach().requires_grad_() for x in (case.q, case.k, case.v))
+    return with_autograd(
+        lambda: attend(q, k, v, block_mask=block_mask, enable_gqa=True),
+        (q, k, v),
+        case.dout.transpose(0, 1)[None].contiguous(),
+    )
+
+
+def with_autograd(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...], dout: Tensor) -> Passes:
+    """Passes of a differentiable function."""
+    out = forward()
+    return forward, lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+
+def contenders() -> dict[str, Callable[[Case], Passes | None]]:
+    """Everything that can be measured, by its name: our backends first."""
+    ours = {name: partial(by_backend, name) for name in installed_backends() if name not in LEFT_OUT}
+    others = {"cudnn-sdpa": by_cudnn_sdpa, "fa4-native": by_fa4_native, "flex-attention": by_flex_attention}
+    return {**ours, **others}
+
+
+def median_seconds(launch: Callable[[], object], repeat: int) -> float:
+    """The median time on the device of ``repeat`` launches, after three others."""
+    for _ in range(3):
+        launch()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
+    torch.cuda.synchronize()
+    marks[0].record()
+    for mark in marks[1:]:
+        launch()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks)) / 1e3
+
+
+def measure(name: str, case: Case, repeat: int) -> dict[str, object]:
+    """One cell: TFLOP/s of both passes, or why there are none."""
+    cell: dict[str, object] = {"mask": case.mask, "tokens": len(case.q), "contender": name}
+    try:
+        passes = contenders()[name](case)
+        if passes is not None:
+            flops = 4 * case.slices.area() * case.q.shape[1] * case.q.shape[2]
+            cell["forward"] = flops / median_seconds(passes[0], repeat) / 1e12
+            cell["backward"] = 2.5 * flops / median_seconds(passes[1], repeat) / 1e12
+    except Exception as error:  # whatever one kernel does, the others are measured
+        cell["error"] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+    torch.cuda.empty_cache()
+    return cell
+
+
+def make_case(mask: str, tokens: int, options: argparse.Namespace) -> Case:
+    """Draw the tensors of a row."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(heads: int) -> Tensor:
+        return torch.randn(tokens, heads, options.dim, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v, dout = (draw(heads) for heads in (options.heads, options.kv_heads, options.kv_heads, options.heads))
+    return Case(mask, workloads.make(mask, tokens), q, k, v, dout)
+
+
+def show(cell: dict[str, object]) -> str:
+    """A cell as the table has it."""
+    if "error" in cell:
+        return "error" if "forward" not in cell else f"{cell['forward']:.0f} / error"
+    return f"{cell['forward']:.0f} / {cell['backward']:.0f}" if "forward" in cell else "–"
+
+
+def best_ratio(cells: list[dict[str, object]], direction: str) -> str:
+    """The best of our backends over the best of the others."""
+    ours = [cell[direction] for cell in cells if direction in cell and cell["contender"] in installed_backends()]
+    others = [cell[direction] for cell in cells if direction in cell and cell["contender"] not in installed_backends()]
+    return f"{max(ours) / max(others):.2f}" if ours and others else "–"  # type: ignore[type-var, operator]
+
+
+def plot(cells: list[dict[str, object]], path: str) -> None:
+    """Draw a panel for each mask and pass: TFLOP/s over tokens."""
+    from matplotlib import pyplot
+
+    masks = list(dict.fromkeys(cell["mask"] for cell in cells))
+    figure, axes = pyplot.subplots(2, len(masks), figsize=(3.2 * len(masks), 6), sharex=True, squeeze=False)
+    for column, mask in enumerate(masks):
+        for row, direction in enumerate(("forward", "backward")):
+            axis = axes[row][column]
+            for name in dict.fromkeys(cell["contender"] for cell in cells):
+                points = [c for c in cells if (c["mask"], c["contender"]) == (mask, name) and direction in c]
+                axis.plot([c["tokens"] for c in points], [c[direction] for c in points], marker="o", label=name)
+            axis.set(title=f"{mask}\n{direction}", xscale="log", ylim=(0, None), ylabel="TFLOP/s" if not column else "")
+    axes[0][0].legend(fontsize="x-small")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--masks", nargs="+", default=MASKS, choices=workloads.WORKLOADS)
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument(
+        "--backends", nargs="+", help="contenders, ours or others; by default all", choices=contenders()
+    )
+    parser.add_argument("--heads", type=int, default=64)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--json", help="write all cells to this file")
+    parser.add_argument("--plot", help="draw them into this file (.png, .pdf or .svg)")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/kernels.py needs a GPU")
+    names = options.backends or list(contenders())
+    gpu = torch.cuda.get_device_name()
+    print(f"{gpu}, torch {torch.__version__}, {options.heads}/{options.kv_heads} heads of {options.dim}, bfloat16")
+    print(f"{'mask':24}{'tokens':>7}", *(f"{name:>14}" for name in names), "ours/others forward, backward")
+    cells: list[dict[str, object]] = []
+    for tokens in options.tokens:
+        for mask in options.masks:
+            case = make_case(mask, tokens, options)
+            row = [measure(name, case, options.repeat) for name in names]
+            ratios = ", ".join(best_ratio(row, direction) for direction in ("forward", "backward"))
+            print(f"{mask:24}{tokens:7}", *(f"{show(cell):>14}" for cell in row), ratios, flush=True)
+            cells += row
+    for message in dict.fromkeys(f"{cell['contender']}: {cell['error']}" for cell in cells if "error" in cell):
+        print(message)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"gpu": gpu, "torch": torch.__version__, "cells": cells}, indent=1))
+    if options.plot:
+        plot(cells, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the backends say of themselves: which requests they serve, how fast, what they compile. Needs no wheel."""
+
+import tomllib
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from magi_attention.common.slices import SliceTable
+from magi_attention.kernels.mask_class import MASK_CLASSES
+from magi_attention.kernels.protocol import (
+    AttentionCall,
+    AttentionRequest,
+    KernelBackend,
+    KernelSelection,
+    PrecompileCase,
+    Precompiles,
+)
+from magi_attention.kernels.registry import choose_backend, installed_backends
+from magi_kernels_blackwell import CUDNN_FLEX_BACKEND, FLASH_ATTENTION_4_BACKEND, support, wheels
+from magi_kernels_blackwell.cases import NATIVE_MASKS, SHORT_LENGTH, call_of, request_of
+from magi_kernels_blackwell.masks import packed_mask
+
+FA4, CUDNN = FLASH_ATTENTION_4_BACKEND, CUDNN_FLEX_BACKEND
+of_each_backend = pytest.mark.parametrize("backend", [FA4, CUDNN], ids=lambda backend: backend.name)
+ROOT = Path(__file__).parents[2]
+PINNED = wheels.FLASH_ATTENTION | wheels.CUDNN_FRONTEND
+PLAIN = AttentionRequest(torch.device("cuda"), torch.bfloat16, 8, 2, 128, 128)
+
+
+def asked(dims: tuple[int, int] = (128, 128), heads: tuple[int, int] = (8, 2), **changes) -> AttentionRequest:
+    return replace(PLAIN, head_dim=dims[0], head_dim_v=dims[1], num_heads_q=heads[0], num_heads_kv=heads[1], **changes)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend to be a machine: machine(capability, versions of wheels)."""
+
+    def pretend(capability: int, versions: dict[str, str] | None = None) -> None:
+        known = PINNED if versions is None else versions
+
+        def version(project: str) -> str:
+            if project not in known:
+                raise wheels.PackageNotFoundError(project)
+            return known[project]
+
+        monkeypatch.setattr(wheels, "version", version)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability > 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
+        clear()
+
+    def clear() -> None:
+        wheels.missing_wheels.cache_clear()
+        wheels.capability_of.cache_clear()
+
+    yield pretend
+    clear()
+
+
+def test_wheels_are_pinned_as_the_package_requires_them():
+    project = tomllib.loads((ROOT / "packages/kernels-blackwell/pyproject.toml").read_text())["project"]
+    pinned = dict(need.split("==") for need in project["dependencies"] if "==" in need)
+    assert {name.split("[")[0]: version for name, version in pinned.items()} == PINNED
+
+
+def test_backends_are_found_by_their_entry_points():
+    for name, backend in (("blackwell", FA4), ("cudnn_flex", CUDNN)):
+        assert installed_backends()[name] is backend
+        assert backend.name == name
+        assert isinstance(backend, KernelBackend)
+        assert isinstance(backend, Precompiles)
+
+
+@of_each_backend
+@pytest.mark.parametrize("capability", [90, 100, 103])
+def test_supported_machines(machine, backend, capability):
+    machine(capability)
+    assert backend.supports(PLAIN)
+    assert backend.supports(replace(PLAIN, dtype=torch.float16, direction="backward"))
+
+
+@of_each_backend
+@pytest.mark.parametrize("capability", [80, 89, 120])
+def test_other_gpus_are_refused(machine, backend, capability):
+    machine(capability)
+    answer = backend.supports(PLAIN)
+    assert not answer
+    assert f"compute capability {capability / 10}" in answer.reason
+    assert "9.0 Hopper" in answer.reason
+
+
+@of_each_backend
+def test_what_no_gpu_can_help(machine, backend):
+    machine(90)
+    for dtype in (torch.float32, torch.float64):
+        answer = backend.supports(replace(PLAIN, dtype=dtype))
+        assert not answer
+        assert str(dtype) in answer.reason
+    answer = backend.supports(replace(PLAIN, device=torch.device("cpu")))
+    assert not answer
+    assert "on cpu" in answer.reason
+    machine(0)
+    assert backend.supports(PLAIN).reason == "no CUDA device is available"
+    assert choose_backend(replace(PLAIN, device=torch.device("cpu"))).name == "reference"
+
+
+@of_each_backend
+def test_missing_and_unfit_wheels_are_named(machine, backend):
+    machine(90, {})
+    answer = backend.supports(PLAIN)
+    assert not answer
+    assert answer.reason.endswith("is not installed: pip install 'magi-attention[blackwell]'")
+    machine(90, dict.fromkeys(PINNED, "0.0.1"))
+    assert "0.0.1 is installed, needed is" in backend.supports(PLAIN).reason
+    case = PrecompileCase("sm_90", torch.bfloat16, 8, 2, 128, 128, "forward")
+    with pytest.raises(RuntimeError, match="is installed, needed is"):
+        backend.precompile(case)
+
+
+# Head dims of queries and keys, of values -> architectures whose kernels take them forward, and backward (grouped).
+FA4_DIMS = {
+    (64, 64): ({90, 100, 103}, {90, 100, 103}),
+    (96, 96): ({90, 100, 103}, {90, 100, 103}),
+    (128, 128): ({90, 100, 103}, {90, 100, 103}),
+    (192, 128): ({90, 100, 103}, {100, 103}),
+    (192, 192): ({90}, {90}),
+    (256, 256): ({90, 100, 103}, {90}),
+    (32, 32): (set(), set()),
+    (128, 64): (set(), set()),
+    (512, 512): (set(), set()),
+}
+CUDNN_DIMS = {(8, 128): True, (64, 64): True, (72, 40): True, (128, 128): True, (192, 128): True, (256, 256): True}
+CUDNN_DIMS |= {(4, 4): False, (100, 100): False, (136, 136): False, (192, 192): False, (256, 128): False}
+
+
+@pytest.mark.parametrize("arch", [90, 100, 103])
+def test_head_dims(arch):
+    for dims, served in FA4_DIMS.items():
+        for direction, archs in zip(("forward", "backward"), served, strict=True):
+            answer = FA4.supports_on(arch, asked(dims, direction=direction))
+            assert bool(answer) == (arch in archs), (dims, direction, answer)
+            assert answer or answer.reason
+    for dims, served in CUDNN_DIMS.items():
+        for direction in ("forward", "backward"):
+            answer = CUDNN.supports_on(arch, asked(dims, (8, 8), direction=direction))
+            assert bool(answer) == served, (dims, direction, answer)
+            assert answer or str(dims) in answer.reason
+
+
+@of_each_backend
+def test_grouped_heads_of_latent_attention_have_no_backward_pass_on_hopper(backend):
+    assert backend.supports_on(90, asked((192, 128), (8, 8), direction="backward"))
+    assert backend.supports_on(90, asked((192, 128), (8, 2), direction="forward"))
+    refused = backend.supports_on(90, asked((192, 128), (8, 2), direction="backward"))
+    assert not refused
+    assert "no grouped heads" in refused.reason
+
+
+@pytest.mark.parametrize("arch", [90, 100, 103])
+def test_options(arch):
+    assert FA4.supports_on(arch, asked(softcap=True))
+    assert "'blackwell'" in CUDNN.supports_on(arch, asked(softcap=True)).reason
+    assert CUDNN.supports_on(arch, asked(max_logits=True))
+    assert "'cudnn_flex'" in FA4.supports_on(arch, asked(max_logits=True)).reason
+    for backend, direction in product((FA4, CUDNN), ("forward", "backward")):
+        served = not (backend is FA4 and direction == "backward" and arch == 90)
+        answer = backend.supports_on(arch, asked(deterministic=True, direction=direction))
+        assert bool(answer) == served
+        assert served or "not deterministic" in answer.reason
+
+
+@of_each_backend
+def test_speeds(machine, backend):
+    """Figures are positive, dense masks are faster than irregular ones, and Blackwell is faster than Hopper."""
+    machine(90)
+    for direction in ("forward", "backward"):
+        speeds = {
+            each: backend.expected_tflops(replace(PLAIN, mask_class=each, direction=direction)) for each in MASK_CLASSES
+        }
+        assert min(speeds.values()) > 0
+        assert max(speeds, key=speeds.__getitem__) == "full"
+        assert speeds["full"] > speeds["causal"] > speeds["general"]
+    assert backend.expected_tflops(asked((64, 64))) < backend.expected_tflops(PLAIN)
+    hopper = backend.expected_tflops(PLAIN)
+    machine(100)
+    assert backend.expected_tflops(PLAIN) > hopper
+
+
+@of_each_backend
+def test_cases_to_compile_are_what_is_supported(backend):
+    dims = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512))
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for arch in ("sm_90", "sm_100", "sm_103"):
+        cases = backend.precompile_cases(KernelSelection(arch, dtypes, ((8, 8), (8, 2)), dims))
+        assert len(set(cases)) == len(cases) > 0
+        assert {case.arch for case in cases} == {arch}
+        assert {case.direction for case in cases} == {"forward", "backward"}
+        assert {case.dtype for case in cases} == set(support.DTYPES)
+        assert all(backend.supports_on(int(arch[3:]), request_of(case)) for case in cases)
+    assert not backend.precompile_cases(KernelSelection("sm_80", dtypes, ((8, 8),), dims))
+    forward = backend.precompile_cases(KernelSelection("sm_100", (torch.float16,), ((8, 8),), dims, ("forward",)))
+    assert {case.direction for case in forward} == {"forward"}
+    assert not any("deterministic" in case.variant for case in forward)
+
+
+def test_cases_launch_the_kernels_that_they_name():
+    def call(variant: str) -> AttentionCall:
+        return call_of(PrecompileCase("sm_90", torch.bfloat16, 8, 2, 128, 128, "forward", variant))
+
+    def packed(slices: SliceTable):
+        length = int(slices.rows[:, 1].max())
+        return packed_mask(slices, length, length)
+
+    assert packed(call("").slices) is None
+    assert packed(call("short").slices) is None
+    assert call("short").slices.rows.max() <= SHORT_LENGTH
+    found = {mask: packed(call(mask).slices) for mask in NATIVE_MASKS}
+    assert all(mask is not None and mask.num_documents == 1 for mask in found.values())
+    limits = {mask: (each.left is None, each.right) for mask, each in found.items()}
+    assert limits["full"] == (True, None)
+    assert limits["causal"] == (True, 0)
+    assert limits["window"] == (False, 0)
+    assert limits["left_window"] == (False, None)
+    assert limits["right_window"][0]
+    assert limits["right_window"][1] > 0
+    for mask in NATIVE_MASKS:
+        assert packed(call(f"documents {mask}").slices).num_documents == 2
+    options = call("causal softcap deterministic max_logits")
+    assert options.softcap > 0
+    assert options.deterministic
+    assert options.max_logits
