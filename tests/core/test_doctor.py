@@ -149,7 +149,7 @@ def test_json_and_exit_status_of_a_failure(install):
         "wrong forward",
         "wrong backward",
     }
-    assert found["choices"]["causal"]["forward"] == {"reference": 0.05, "wrong": 0.05}
+    assert set(found["choices"]["causal"]["forward"]) == {"reference", "wrong"}
 
 
 def test_a_machine_without_any_backend(install, capsys):

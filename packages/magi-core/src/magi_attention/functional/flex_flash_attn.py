@@ -3,13 +3,14 @@
 
 import logging
 
+import torch
 from torch import Tensor
 
 from magi_attention.common.enum import AttnSinkLayout
 from magi_attention.common.errors import MagiValueError
 from magi_attention.common.forward_meta import AttnForwardMeta
-from magi_attention.env import general as environment
-from magi_attention.functional.single_device import attend_on_one_device, slices_from_tensors
+from magi_attention.functional.compiled import flex_flash_attn_compiled
+from magi_attention.functional.single_device import attend_on_one_device, configured_backends, slices_from_tensors
 from magi_attention.functional.utils import check_sink
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,23 @@ def flex_flash_attn_func(
         raise MagiValueError(
             "swap_bwd_qk_loop cannot be combined with deterministic or disable_bwd_dkv_atomic_reduction"
         )
+    if torch.compiler.is_compiling():
+        return flex_flash_attn_compiled(
+            q,
+            k,
+            v,
+            q_ranges,
+            k_ranges,
+            attn_type_map,
+            sink,
+            sink_layout,
+            softmax_scale,
+            softcap,
+            deterministic,
+            sm_margin,
+            return_max_logits,
+            skip_overlap_check,
+        )
     hints = {
         "disable_fwd_atomic_reduction": disable_fwd_atomic_reduction,
         "disable_bwd_dkv_atomic_reduction": disable_bwd_dkv_atomic_reduction,
@@ -120,8 +138,7 @@ def flex_flash_attn_func(
         logger.debug("flex_flash_attn_func: hints without effect on the result: %s", given)
     if sink is not None:
         check_sink(sink, q.shape[0], q.shape[1], sink_layout)
-    # The two SDPA backends were only ever meant for `calc_attn`.
-    backend = environment.kernel_backend()
+    backend, backward_backend = configured_backends()
     return attend_on_one_device(
         q,
         k,
@@ -133,6 +150,6 @@ def flex_flash_attn_func(
         deterministic=deterministic,
         sm_margin=sm_margin,
         return_max_logits=return_max_logits,
-        backend="auto" if backend in ("sdpa", "sdpa_ol") else backend,
-        backward_backend=environment.kernel_backend_backward(),
+        backend=backend,
+        backward_backend=backward_backend,
     )

@@ -49,6 +49,46 @@ def attend_on_one_device(
     :class:`magi_attention.kernels.protocol.AttentionCall`; ``backend`` and
     ``backward_backend`` are names as :func:`magi_attention.kernels.registry.choose_backends` takes them.
     """
+    job = make_job(
+        q,
+        k,
+        v,
+        slices,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        deterministic=deterministic,
+        sm_margin=sm_margin,
+        return_max_logits=return_max_logits,
+        backend=backend,
+        backward_backend=backward_backend,
+    )
+    out, lse, max_logits = _Attention.apply(q, k, v, sink, job)
+    return out, AttnForwardMeta(lse=lse, max_logits=max_logits)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call: what computes it, and what the backends are told."""
+
+    backends: BackendPair
+    call: AttentionCall
+
+
+def make_job(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slices: SliceTable,
+    *,
+    softmax_scale: float | None,
+    softcap: float,
+    deterministic: bool,
+    sm_margin: int,
+    return_max_logits: bool,
+    backend: str,
+    backward_backend: str,
+) -> Job:
+    """Check a call and choose its backends; arguments are those of :func:`attend_on_one_device`."""
     _check_tensors(q, k, v)
     if not 0 <= softcap < math.inf:
         raise MagiValueError(f"softcap must be positive, or 0 for none, got {softcap}")
@@ -63,29 +103,42 @@ def attend_on_one_device(
         max_logits=return_max_logits,
         sm_margin=sm_margin,
     )
-    job = _Job(backends_for_slices(slices, request, backend, backward_backend), call)
-    out, lse, max_logits = _Attention.apply(q, k, v, sink, job)
-    return out, AttnForwardMeta(lse=lse, max_logits=max_logits)
+    return Job(backends_for_slices(slices, request, backend, backward_backend), call)
 
 
-@dataclass(frozen=True)
-class _Job:
-    backends: BackendPair
-    call: AttentionCall
+def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: Job) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute out in q's dtype, lse and max_logits. The whole call is a single stage, final but for the sink."""
+    with without_autocast(q):
+        out, lse, max_logits = job.backends.forward.forward(q, k, v, job.call)
+        if sink is not None:
+            out, lse = apply_sink(out, lse, sink)
+    return out.to(q.dtype), lse, max_logits
+
+
+def differentiate(
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    sink: Tensor | None,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    job: Job,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of q, k, v and sink, given q, k, v, out and lse of the forward pass."""
+    q, k, v, out, lse = saved
+    dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout
+    with without_autocast(q):
+        gradients = job.backends.backward.backward(dout, q, k, v, out, lse, dlse, job.call)
+        dq, dk, dv = (gradient.to(q.dtype) for gradient in gradients)
+        dsink = None if sink is None else sink_gradient(sink, out, dout, lse, dlse).to(sink.dtype)
+    return dq, dk, dv, dsink
 
 
 class _Attention(torch.autograd.Function):
-    """The whole call as a single stage: the backend's out and lse are final but for the sink."""
-
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: _Job
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: Job
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        with without_autocast(q):
-            out, lse, max_logits = job.backends.forward.forward(q, k, v, job.call)
-            if sink is not None:
-                out, lse = apply_sink(out, lse, sink)
-        out, lse = owned(out.to(q.dtype)), owned(lse)
+        out, lse, max_logits = attend(q, k, v, sink, job)
+        out, lse = owned(out), owned(lse)
         ctx.job = job
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, sink)
@@ -96,13 +149,15 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, sink = ctx.saved_tensors
-        dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout
-        with without_autocast(q):
-            gradients = ctx.job.backends.backward.backward(dout, q, k, v, out, lse, dlse, ctx.job.call)
-            dq, dk, dv = (gradient.to(q.dtype) for gradient in gradients)
-            dsink = sink_gradient(sink, out, dout, lse, dlse).to(sink.dtype) if ctx.needs_input_grad[3] else None
-        return dq, dk, dv, dsink, None
+        *saved, sink = ctx.saved_tensors
+        return *differentiate(tuple(saved), sink if ctx.needs_input_grad[3] else None, dout, dlse, ctx.job), None
+
+
+def configured_backends() -> tuple[str, str]:
+    """The names of the backends that the environment asks for, of both passes and of the backward pass alone."""
+    backend = environment.kernel_backend()
+    # The two SDPA backends were only ever meant for `calc_attn`.
+    return "auto" if backend in ("sdpa", "sdpa_ol") else backend, environment.kernel_backend_backward()
 
 
 def slices_from_tensors(

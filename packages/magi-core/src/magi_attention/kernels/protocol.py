@@ -51,15 +51,14 @@ class AttentionRequest:
         k: Tensor,
         v: Tensor,
         *,
-        dtype: torch.dtype | None = None,
         softcap: float = 0.0,
         max_logits: bool = False,
         deterministic: bool = False,
     ) -> "AttentionRequest":
-        """What q ``[tq, hq, d]``, k ``[tk, hk, d]`` and v ``[tk, hk, dv]``, cast to ``dtype``, ask for."""
+        """What q ``[tq, hq, d]``, k ``[tk, hk, d]`` and v ``[tk, hk, dv]`` ask for."""
         return cls(
             device=q.device,
-            dtype=dtype or q.dtype,
+            dtype=q.dtype,
             num_heads_q=q.shape[1],
             num_heads_kv=k.shape[1],
             head_dim=q.shape[2],

@@ -47,28 +47,60 @@ def dist_attn_func(
         ``out`` ``[n_local, hq, dv]`` in q's dtype, and its ``lse`` ``[n_local, hq]`` and ``max_logits`` ``[hq]``.
         Gradients flow from ``out`` and ``lse`` to q, k, v and sink.
     """
-    options = dist_attn_runtime.options
-    compute_dtype = _COMPUTE_DTYPES.get(options.precision or "input", q.dtype)
+    dtype = compute_dtype(dist_attn_runtime.options.precision, q.dtype)
+    given = q.dtype
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    job = make_job(dist_attn_runtime, q, k, v, softmax_scale, softcap, return_max_logits)
+    out, lse, max_logits = _DistributedAttention.apply(q, k, v, sink, job)
+    return out.to(given), AttnForwardMeta(lse=lse, max_logits=max_logits)
+
+
+def compute_dtype(precision: str | None, given: torch.dtype) -> torch.dtype:
+    """The data type to compute in, for the configuration's ``precision`` and the dtype of the tensors."""
+    return _COMPUTE_DTYPES.get(precision or "input", given)
+
+
+def make_job(
+    runtime: DistAttnRuntime,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    softcap: float,
+    max_logits: bool,
+) -> AttentionJob:
+    """Choose the backends of every stage for tensors of the dtype to compute in."""
+    options = runtime.options
     request = AttentionRequest.of_tensors(
         q,
         k,
         v,
-        dtype=compute_dtype,
         softcap=softcap,
-        max_logits=return_max_logits,
+        max_logits=max_logits,
         deterministic=bool(options.deterministic),
     )
     names = options.kernel_backend or "auto", options.kernel_backend_backward or "same"
-    job = AttentionJob(
-        runtime=dist_attn_runtime,
-        backends=[backends_for_slices(stage.slices, request, *names) for stage in dist_attn_runtime.plan.stages],
+    return AttentionJob(
+        runtime=runtime,
+        backends=[backends_for_slices(stage.slices, request, *names) for stage in runtime.plan.stages],
         softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
         softcap=softcap,
-        max_logits=return_max_logits,
+        max_logits=max_logits,
     )
-    inputs = [x.to(compute_dtype) for x in (q, k, v)]
-    out, lse, max_logits = _DistributedAttention.apply(*inputs, sink, job)
-    return out.to(q.dtype), AttnForwardMeta(lse=lse, max_logits=max_logits)
+
+
+def differentiate_with_sink(
+    job: AttentionJob, saved: SavedAttention, sink: Tensor | None, dout: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of this rank's q, k and v, and of the sink, if it is given."""
+    dout = torch.zeros_like(saved.out) if dout is None else dout
+    dsink = None
+    with without_autocast(dout):
+        dq, dk, dv = differentiate(job, saved, dout, dlse)
+        if sink is not None:
+            dsink = sink_gradient(sink, saved.out, dout, saved.lse, dlse)
+            dsink = _reduce_sink_gradient(job.runtime, dsink).to(sink.dtype)
+    return dq, dk, dv, dsink
 
 
 class _DistributedAttention(torch.autograd.Function):
@@ -90,15 +122,8 @@ class _DistributedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         *tensors, sink = ctx.saved_tensors
-        saved = SavedAttention(*tensors)
-        dout = torch.zeros_like(saved.out) if dout is None else dout
-        dsink = None
-        with without_autocast(dout):
-            dq, dk, dv = differentiate(ctx.job, saved, dout, dlse)
-            if sink is not None and ctx.needs_input_grad[3]:
-                dsink = sink_gradient(sink, saved.out, dout, saved.lse, dlse)
-                dsink = _reduce_sink_gradient(ctx.job.runtime, dsink).to(sink.dtype)
-        return dq, dk, dv, dsink, None
+        sink = sink if ctx.needs_input_grad[3] else None
+        return *differentiate_with_sink(ctx.job, SavedAttention(*tensors), sink, dout, dlse), None
 
 
 _warned_about_sink = False

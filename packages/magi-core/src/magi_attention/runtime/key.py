@@ -3,7 +3,9 @@
 
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from itertools import count
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,6 +17,9 @@ from magi_attention.common.range import InvalidRangeError
 from magi_attention.common.ranges import AttnRanges
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import DistAttnConfig
+
+_handles = count()
+_keys_by_handle: "WeakValueDictionary[int, DistAttnRuntimeKey]" = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class DistAttnRuntimeKey:
     is_k_permutable: bool = True
     pad_size_k: int = 0
     chunk_size_k: int = 0
+    # Set on each instance, but no field: equal keys have different handles.
+    handle: ClassVar[int]
 
     def __post_init__(self) -> None:
         config = self.dist_attn_config.resolved()
@@ -107,6 +114,7 @@ class DistAttnRuntimeKey:
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         let_go_at_exit(self, "cp_group", "cp_mesh")
+        self._take_handle()
         if not len(self.q_ranges) == len(self.k_ranges) == len(self.attn_mask_type):
             raise MagiValueError(
                 f"every slice needs a q range, a k range and a mask type, but there are {len(self.q_ranges)} q ranges, "
@@ -116,6 +124,11 @@ class DistAttnRuntimeKey:
             raise MagiValueError(
                 f"chunk_size_k is {self.chunk_size_k}; keys of another source need chunks of their own"
             )
+
+    def _take_handle(self) -> None:
+        """Give the key a number of its own, by which compiled programs name it: they hold no objects."""
+        object.__setattr__(self, "handle", next(_handles))
+        _keys_by_handle[self.handle] = self
 
     @cached_property
     def slices(self) -> SliceTable:
@@ -136,8 +149,27 @@ class DistAttnRuntimeKey:
         return self._hash
 
     def __getstate__(self) -> dict[str, Any]:
-        # The memoized hash holds in this process only.
-        return {name: value for name, value in vars(self).items() if name != "_hash"}
+        # The memoized hash and the handle hold in this process only, and the handle for this object only.
+        return {name: value for name, value in vars(self).items() if name not in ("_hash", "handle")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._take_handle()
+
+
+def key_of_handle(handle: int) -> DistAttnRuntimeKey:
+    """The key with this ``handle``, as long as somebody keeps it: the user, or the cache of planned attentions.
+
+    Raises:
+        ValueError: nobody does any longer.
+    """
+    key = _keys_by_handle.get(handle)
+    if key is None:
+        raise ValueError(
+            "a compiled attention was called for a key that no longer exists: keep the key until the backward pass is "
+            "done, or keep more keys (MAGI_ATTENTION_DIST_ATTN_RUNTIME_DICT_SIZE)"
+        )
+    return key
 
 
 def sorted_global_ranks(cp_group: dist.ProcessGroup | None) -> tuple[int, ...]:

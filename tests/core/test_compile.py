@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention inside torch.compile: one graph, the same results and gradients, few compilations."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from magi_attention.api import calc_attn, clear_cache, flex_flash_attn_func, magi_attn_varlen_key
+from magi_attention.config import DistAttnConfig, RuntimeConfig
+from magi_attention.runtime.key import key_of_handle
+
+HEADS, KV_HEADS, DIM = 4, 2, 8
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    clear_cache()
+    torch._dynamo.reset()
+
+
+def make_key(*ends: int, **runtime: object):
+    config = DistAttnConfig(runtime_config=RuntimeConfig(**runtime))
+    cu_seqlens = [0, *ends]
+    return magi_attn_varlen_key(
+        cu_seqlens, cu_seqlens, HEADS, KV_HEADS, DIM, 0, None, causal=True, dist_attn_config=config
+    )
+
+
+class Attention(nn.Module):
+    """Projections around an attention, with a learnable sink."""
+
+    def __init__(self, attend, with_sink: bool, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attend = attend
+        self.qkv = nn.Linear(16, (HEADS + 2 * KV_HEADS) * DIM, dtype=dtype)
+        self.sink = nn.Parameter(torch.randn(1, HEADS, dtype=dtype)) if with_sink else None
+
+    def forward(self, x: Tensor, *mask: object) -> tuple[Tensor, Tensor, Tensor | None]:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, DIM)).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+        out, meta = self.attend(q, k, v, self.sink, *mask)
+        return out.flatten(1).tanh(), meta.lse, meta.max_logits
+
+
+def by_key(q, k, v, sink, key):
+    return calc_attn(q, k, v, key, sink=sink, softcap=3.0)
+
+
+def by_key_with_logits(q, k, v, sink, key):
+    return calc_attn(q, k, v, key, sink=sink, return_max_logits=True)
+
+
+def by_slices(q, k, v, sink, ranges, types):
+    return flex_flash_attn_func(q, k, v, ranges, ranges, types, sink=sink, softcap=3.0, return_max_logits=True)
+
+
+def by_slices_of_one_type(q, k, v, sink, ranges):
+    return flex_flash_attn_func(q, k, v, ranges, ranges, sink=sink, deterministic=True)
+
+
+def run(model: nn.Module, x: Tensor, *mask: object) -> list[Tensor]:
+    """Outputs, and the gradients of all parameters and of x, through out and lse."""
+    x = x.clone().requires_grad_()
+    out, lse, max_logits = model(x, *mask)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(out.square().sum() + lse.sin().sum(), [x, *parameters])
+    return [out, lse, *([] if max_logits is None else [max_logits]), *gradients]
+
+
+def tokens(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(count, 16, generator=torch.Generator().manual_seed(count), dtype=dtype)
+
+
+def assert_compiles(attend, with_sink: bool, *mask: object, dtype: torch.dtype = torch.float64) -> None:
+    model = Attention(attend, with_sink, dtype)
+    x = tokens(50, dtype)
+    expected = run(model, x, *mask)
+    actual = run(torch.compile(model, backend="aot_eager", fullgraph=True), x, *mask)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert all(not each.requires_grad or each.grad_fn is not None for each in actual)
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+@pytest.mark.parametrize("attend", [by_key, by_key_with_logits])
+def test_calc_attn(attend, with_sink):
+    assert_compiles(attend, with_sink, make_key(30, 50, sink_grad_reduce="sum"))
+
+
+@pytest.mark.parametrize("precision", ["input", "fp64"])
+def test_calc_attn_in_another_precision(precision):
+    assert_compiles(by_key, True, make_key(30, 50, precision=precision), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_flex_flash_attn_func(with_sink):
+    ranges = torch.tensor([[0, 30], [30, 50]])
+    assert_compiles(by_slices, with_sink, ranges, torch.tensor([1, 3]))
+    assert_compiles(by_slices_of_one_type, with_sink, ranges)
+
+
+def test_without_gradients_of_the_lse():
+    """What is not used has no gradient, and backends are not asked for it."""
+    key, x = make_key(30, 50), tokens(50)
+    model = Attention(by_key, with_sink=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected, actual = (
+        torch.autograd.grad(each(x, key)[0].sum(), list(model.parameters())) for each in (model, compiled)
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_new_masks_of_one_shape_compile_twice():
+    counter = CompileCounterWithBackend("aot_eager")
+    model = Attention(by_key, with_sink=False)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for cut in (10, 20, 30, 40):
+        key = make_key(cut, 50)
+        torch.testing.assert_close(run(compiled, tokens(50), key), run(model, tokens(50), key))
+    assert counter.frame_count == 2
+
+
+def test_new_masks_and_lengths_do_not_compile_again_and_again():
+    counter = CompileCounterWithBackend("aot_eager")
+    model = Attention(by_key, with_sink=False)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for length in (40, 50, 64, 72, 90):
+        key = make_key(length // 3, length)
+        torch.testing.assert_close(run(compiled, tokens(length), key), run(model, tokens(length), key))
+    assert counter.frame_count <= 2
+    counter.clear()
+    model = Attention(by_slices_of_one_type, with_sink=False)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for length in (40, 50, 64, 72, 90):
+        ranges = torch.tensor([[0, length // 3], [length // 3, length]])
+        torch.testing.assert_close(run(compiled, tokens(length), ranges), run(model, tokens(length), ranges))
+    assert counter.frame_count <= 2
+
+
+def test_mistakes_are_told_as_without_compiling():
+    key = make_key(30, 50)
+    compiled = torch.compile(by_key, backend="aot_eager", fullgraph=True)
+    q, k = torch.randn(50, HEADS, DIM), torch.randn(50, KV_HEADS, DIM)
+    with pytest.raises(ValueError, match="row"):
+        compiled(q[:20], k[:20], k[:20], None, key)
+    clear_cache()
+    with pytest.raises(ValueError, match="key does not exist"):
+        compiled(q, k, k, None, key)
+
+
+def test_handles_belong_to_objects():
+    key = make_key(30, 50)
+    assert key_of_handle(key.handle) is key
+    for other in (copy.copy(key), pickle.loads(pickle.dumps(key))):
+        assert other == key
+        assert hash(other) == hash(key)
+        assert other.handle != key.handle
+        assert key_of_handle(other.handle) is other
+
+
+def test_a_handle_does_not_keep_its_key():
+    handle = make_key(30, 50).handle
+    clear_cache()
+    gc.collect()
+    with pytest.raises(ValueError, match="no longer exists: keep the key"):
+        key_of_handle(handle)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_operators_keep_their_promises():
+    """Schema, fake results, autograd registration and tracing, as torch.library checks them."""
+    key = make_key(30, 50)
+    q = torch.randn(50, HEADS, DIM, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(50, KV_HEADS, DIM, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    sink = torch.randn(1, HEADS, dtype=torch.float64, requires_grad=True)
+    ops = torch.ops.magi_attention
+    torch.library.opcheck(ops.calc_attn.default, (q, k, v, sink, key.handle, None, 0.0, True))
+    ranges = torch.tensor([[0, 30], [30, 50]])
+    options = (0.3, 2.0, False, 0, False, None)
+    torch.library.opcheck(ops.flex_flash_attn.default, (q, k, v, ranges, ranges, None, sink, *options))
