@@ -4,6 +4,10 @@
 Each kernel compiles for 2 to 10 seconds where the cache on disk doesn't have it, so that combinations are few.
 """
 
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +15,15 @@ import torch
 from magi_attention.common.slices import SliceTable
 from magi_attention.functional import flex_flash_attn_func
 from magi_attention.kernels.merge import merge_partials
-from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, PrecompileCase
+from magi_attention.kernels.speeds import arch_of
 from magi_attention.testing.masks import MASK_FAMILIES
 from magi_attention.testing.metric import assert_within_pytorch_error
 from magi_attention.testing.oracle import dense_attention, dense_mask, masked_attention
 from magi_attention.testing.stages import Inputs, assert_stage_is_right, random_inputs, run_dense, run_stage
 from magi_kernels_blackwell import CUDNN_FLEX_BACKEND, FLASH_ATTENTION_4_BACKEND
+from magi_kernels_blackwell.cases import call_of, tensors_of
+from tests.blackwell.matrix import keep_in
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 
@@ -183,6 +190,31 @@ def test_functional_interface_with_a_sink(backend, monkeypatch):
     plain = differentiate(torch.bfloat16, lambda q, k, v, s: masked_attention(q, k, v, mask, sink=s)[:2])
     for actual, reference, pytorch in zip(differentiate(torch.bfloat16, ours), truth, plain, strict=True):
         assert_within_pytorch_error(actual, reference, pytorch)
+
+
+@of_each_backend
+@pytest.mark.parametrize("variant", ["", "causal", "documents window"])
+def test_precompiled_kernels_are_those_that_are_launched(backend, variant, tmp_path):
+    """Each step in a process of its own; the launches write nothing into the cache, so they found all there."""
+    arch = arch_of(torch.device("cuda"))
+    cases = [PrecompileCase(arch, torch.bfloat16, 8, 2, 128, 128, each, variant) for each in ("forward", "backward")]
+    written = []
+    for step in (backend.precompile, partial(launch_case, backend)):
+        with ProcessPoolExecutor(1, get_context("spawn"), keep_in, (tmp_path,)) as pool:
+            list(pool.map(step, cases))
+        written.append({path.relative_to(tmp_path) for path in tmp_path.rglob("*.o")})
+    assert written[0]
+    assert written[1] == written[0]
+
+
+def launch_case(backend, case: PrecompileCase) -> None:
+    call, x = call_of(case), tensors_of(case)
+    lse = x.lse.T.zero_()
+    if case.direction == "forward":
+        backend.forward(x.q, x.k, x.v, call)
+    else:
+        backend.backward(x.dout, x.q, x.k, x.v, x.out, lse, None, call)
+    torch.cuda.synchronize()
 
 
 def test_other_users_of_flash_attention_4_get_its_own_masks():

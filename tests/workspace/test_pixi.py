@@ -137,11 +137,12 @@ def test_tasks_name_suites_and_packages_of_the_noxfile() -> None:
 def needs(session: str, arguments: list[str]) -> set[str]:
     """The packages that a session installs beside the workspace's own, where pixi's environment doesn't hold them."""
     tools = {"lint": NOXFILE["LINTERS"], "docs": NOXFILE["DOCUMENTATION_TOOLS"]}.get(session, ())
-    suites = [NOXFILE["SUITES"][suite] for suite in arguments] if session == "test" else []
+    named = {"test": arguments, "compile_kernels": ["blackwell"]}.get(session, [])
+    suites = [NOXFILE["SUITES"][suite] for suite in named]
     names = {name for names in (tools, *suites) for name in names if name != "-e"}
     return {
         tomllib.loads((ROOT / name / "pyproject.toml").read_text())["project"]["name"] if "/" in name else name
-        for name in names
+        for name in (name.partition("[")[0] for name in names)
     }
 
 
