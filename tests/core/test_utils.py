@@ -140,14 +140,18 @@ def test_wrong_slices_are_refused(arguments, words):
 PROGRAM = """
 import torch, torch.distributed as dist
 from magi_attention.utils import clearup_dist_env, setup_dist_env
-env = setup_dist_env(backend="gloo", base_seed=40, seed_bias=lambda rank: 10 * rank)
-rank, local_rank, world_size, num_nodes, num_local_ranks, world_group, device, seed = env
-x = torch.tensor([float(rank)])
-dist.all_reduce(x, group=world_group)
-print(rank, local_rank, world_size, num_nodes, num_local_ranks, device, seed, torch.initial_seed(), x.item())
-assert setup_dist_env(backend="gloo").world_group is world_group
-clearup_dist_env()
-print(dist.is_initialized())
+
+def main():  # a gloo group in a variable of the module would outlive the interpreter, and may abort it
+    env = setup_dist_env(backend="gloo", base_seed=40, seed_bias=lambda rank: 10 * rank)
+    rank, local_rank, world_size, num_nodes, num_local_ranks, world_group, device, seed = env
+    x = torch.tensor([float(rank)])
+    dist.all_reduce(x, group=world_group)
+    print(rank, local_rank, world_size, num_nodes, num_local_ranks, device, seed, torch.initial_seed(), x.item())
+    assert setup_dist_env(backend="gloo").world_group is world_group
+    clearup_dist_env()
+    print(dist.is_initialized())
+
+main()
 """
 
 
