@@ -319,6 +319,19 @@ def test_permuted_keys_travel_no_more_than_contiguous_ones(case):
     assert moved[1] <= moved[0]
 
 
+@pytest.mark.parametrize("kind", [0, 1], ids=["full", "causal"])
+def test_keys_that_several_ranks_read_lie_at_one_of_them(kind):
+    # Four documents, in another order than their keys; the queries of each are spread over two of eight ranks.
+    place = [2, 0, 3, 1]
+    slices = SliceTable([[64 * n, 64 * n + 64, 128 * place[n], 128 * place[n] + 128, kind] for n in range(4)])
+    layout = Layout(256, 256, 8, 8, np.repeat([0, 2, 4, 6], 8) + np.arange(32) % 2)
+    keys = key_layout_of(slices, layout, 512, 8)
+    assert (np.bincount(keys.owner) == 8).all()
+    assert [sorted({*keys.owner[16 * place[n] : 16 * place[n] + 16]}) for n in range(4)] == [
+        [2 * n, 2 * n + 1] for n in range(4)
+    ]
+
+
 def test_keys_lie_where_they_are_read():
     # Four documents; rank 0 has the queries of the second and the last, rank 1 the others: so with the keys.
     slices = SliceTable([[8 * n, 8 * n + 8, 4 * n, 4 * n + 4, 0] for n in range(4)])

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deal the chunks of keys to ranks where keys are of another sequence than the queries."""
 
+import heapq
+
 import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
-from magi_attention.common.intervals import merge
-from magi_attention.common.slices import SliceTable, expand_counts
+from magi_attention.common.intervals import Intervals, merge, subtract
+from magi_attention.common.slices import SliceTable
 from magi_attention.config import SequentialDispatchAlg
-from magi_attention.plan.demand import find_demand, lift, unlift
+from magi_attention.plan.demand import find_demand, lift, lifted_runs, unlift
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.layout import Layout
+
+Array = NDArray[np.int64]
 
 
 def make_key_layout(
@@ -43,43 +47,89 @@ def make_key_layout(
     )
     if not is_permutable or layout.num_ranks == 1:
         return contiguous
-    reads = _rows_read(slices, layout, contiguous)
-    owner = _give_to_readers(reads, np.bincount(contiguous.owner))
-    if _rows_at_home(reads, owner) <= _rows_at_home(reads, contiguous.owner):
-        return contiguous
-    return Layout(num_real, total, chunk_size, layout.num_ranks, owner)
+    demand = find_demand(slices, layout, contiguous)
+    keys = merge(lift(demand.bands[:, band.K0 : band.D0], layout.runs[demand.run, 2], contiguous))
+    owner = _give_to_readers(unlift(keys, contiguous), contiguous)
+    dealt = Layout(num_real, total, chunk_size, layout.num_ranks, owner)
+    travel = subtract(keys, lifted_runs(dealt, dealt.runs[:, 2]))
+    return dealt if _length(travel) < _length(demand.remote[:, 1:]) else contiguous
 
 
-def _rows_read(slices: SliceTable, layout: Layout, key_layout: Layout) -> NDArray[np.int32]:
-    """``(num_chunks, num_ranks)``: how many rows of each chunk of keys each rank's queries read."""
-    demand = find_demand(slices, layout, key_layout)
-    keys = lift(demand.bands[:, band.K0 : band.D0], layout.runs[demand.run, 2], key_layout)
-    rank, start, stop = unlift(merge(keys), key_layout).T
-    size, shape = key_layout.chunk_size, (len(key_layout.owner), layout.num_ranks)
-    first = start // size
-    entry, step = expand_counts(-(-stop // size) - first)
-    chunk = first[entry] + step
-    rows = np.minimum(stop[entry], (chunk + 1) * size) - np.maximum(start[entry], chunk * size)
-    counts = np.zeros(shape, np.int32)
-    np.add.at(counts, (chunk, rank[entry]), rows.astype(np.int32))
-    return counts
+def _length(intervals: Intervals) -> int:
+    return int((intervals[:, 1] - intervals[:, 0]).sum())
 
 
-def _give_to_readers(reads: NDArray[np.int32], room: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The owner of each chunk; ``room`` tells how many chunks each rank takes."""
-    room = room.copy()
-    owner = np.empty(len(reads), np.int64)
-    first = reads.argmax(axis=1)[:, None]
-    best = np.take_along_axis(reads, first, axis=1)
-    others = reads.copy()
-    np.put_along_axis(others, first, -1, axis=1)
-    for chunk in np.argsort(others.max(axis=1) - best[:, 0], kind="stable"):
-        rank = np.argmax(np.where(room > 0, reads[chunk], -1))
-        owner[chunk] = rank
-        room[rank] -= 1
+def _give_to_readers(wanted: Array, contiguous: Layout) -> Array:
+    """The owner of each chunk where ranks read the ``(rank, start, stop)`` keys ``wanted``.
+
+    Ranks take as many chunks as of ``contiguous``.
+    """
+    reads, whole = _find_reads(wanted, contiguous)
+    num_chunks = len(contiguous.owner)
+    room = np.bincount(contiguous.owner).tolist()
+    owner = np.full(num_chunks, -1)
+    is_shared = _sum_over_chunks(whole, np.ones(len(whole), np.int64), num_chunks) > 1
+    # Where several ranks read all, the choice doesn't matter. Elsewhere it does by what the second reads less.
+    bounds = np.searchsorted(reads[:, 0], np.arange(num_chunks + 1))
+    rows, readers = np.append(reads[:, 2], [0, 0]), reads[:, 1].tolist()
+    most, second = (np.where(np.diff(bounds) > n, rows[bounds[:-1] + n], 0) for n in range(2))
+    order = np.argsort(second - most, kind="stable")
+    for chunk in order[~is_shared[order]].tolist():
+        for rank in readers[bounds[chunk] : bounds[chunk + 1]]:
+            if room[rank]:
+                owner[chunk] = rank
+                room[rank] -= 1
+                break
+    _give_shared(owner, np.flatnonzero(is_shared), whole, room)
+    owner[owner < 0] = np.repeat(np.arange(len(room)), room)
     return owner
 
 
-def _rows_at_home(reads: NDArray[np.int32], owner: NDArray[np.int64]) -> int:
-    """Rows that are read by their chunk's owner and so don't travel to it."""
-    return int(reads[np.arange(len(owner)), owner].sum())
+def _find_reads(wanted: Array, layout: Layout) -> tuple[Array, Array]:
+    """How ranks that read the ``(rank, start, stop)`` keys ``wanted`` read the chunks of ``layout``.
+
+    There may be as many pairs of a chunk and a rank that reads all of it as chunks times ranks. So they are kept as
+    intervals, but for those that are the chunk's only one.
+
+    Returns:
+        ``(n, 3)`` entries ``(chunk, rank, rows)``, of each chunk those with the most rows first, and ``(m, 3)`` entries
+        ``(first, last, rank)``: the rank reads all rows of the chunks ``[first, last)``.
+    """
+    size, num_chunks = layout.chunk_size, len(layout.owner)
+    rank, start, stop = wanted.T
+    first, last = start // size, (stop - 1) // size
+    several = np.flatnonzero(last > first)
+    entry, chunk = np.append(np.arange(len(wanted)), several), np.append(first, last[several])
+    rows = np.minimum(stop[entry], (chunk + 1) * size) - np.maximum(start[entry], chunk * size)
+    whole = np.column_stack([first + 1, last, rank])[last > first + 1]
+    sole = np.flatnonzero(_sum_over_chunks(whole, np.ones(len(whole), np.int64), num_chunks) == 1)
+    sole_rank = _sum_over_chunks(whole, whole[:, 2], num_chunks)[sole]
+    pair = np.append(chunk, sole) * layout.num_ranks + np.append(rank[entry], sole_rank)
+    pair, inverse = np.unique(pair, return_inverse=True)
+    rows = np.bincount(inverse, weights=np.append(rows, np.full(len(sole), size))).astype(np.int64)
+    chunk, rank = np.divmod(pair, layout.num_ranks)
+    order = np.lexsort((-rows, chunk))
+    return np.column_stack([chunk, rank, rows])[order], whole
+
+
+def _sum_over_chunks(intervals: Array, values: Array, num_chunks: int) -> Array:
+    """``(num_chunks,)`` the sum of the values of the intervals of chunks, ``(first, last, ...)``, over each."""
+    steps = np.zeros(num_chunks + 1, np.int64)
+    np.add.at(steps, intervals[:, 0], values)
+    np.add.at(steps, intervals[:, 1], -values)
+    return np.cumsum(steps)[:-1]
+
+
+def _give_shared(owner: Array, chunks: Array, whole: Array, room: list[int]) -> None:
+    """Give the ascending ``chunks`` to ranks that read all of them, first to those whose intervals end first."""
+    coming = whole[np.argsort(-whole[:, 0], kind="stable")].tolist()
+    reading: list[tuple[int, int]] = []
+    for chunk in chunks.tolist():
+        while coming and coming[-1][0] <= chunk:
+            _, last, rank = coming.pop()
+            heapq.heappush(reading, (last, rank))
+        while reading and (reading[0][0] <= chunk or not room[reading[0][1]]):
+            heapq.heappop(reading)
+        if reading:
+            owner[chunk] = rank = reading[0][1]
+            room[rank] -= 1
