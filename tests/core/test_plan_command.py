@@ -198,6 +198,7 @@ CAUSAL = ["--mask", "causal", "--tokens", "4096"]
         ([*CAUSAL, "--ranks", "0"], "--ranks must be at least 1, not 0"),
         ([*CAUSAL, "--ranks", "5000"], "cannot be shared by 5000 ranks"),
         ([*CAUSAL, "--ranks", "16", "--simulate", "32"], "--simulate 32 and --ranks 16 differ"),
+        ([*CAUSAL, "--ranks", "8", "--simulate", "32"], "--simulate 32 and --ranks 8 differ"),
         ([*CAUSAL, "--simulate", "12", "--nodes", "5"], "--nodes 5 must divide the 12 ranks"),
         ([*CAUSAL, "--link", "0"], "--link must be more than 0, not 0"),
         ([*CAUSAL, "--heads-kv", "5"], "--heads-q 32 must be a multiple of --heads-kv 5"),

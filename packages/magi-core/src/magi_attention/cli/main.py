@@ -118,7 +118,7 @@ def plan(
     tokens_k: Annotated[
         int | None, typer.Option(help="Length of the other sequence that the keys of --slices are of.")
     ] = None,
-    ranks: Annotated[int, typer.Option(help="Ranks of the group.")] = PLAN_DEFAULT.ranks,
+    ranks: Annotated[int | None, typer.Option(help=f"Ranks of the group; {PLAN_DEFAULT.ranks} if not given.")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Most rows of a chunk; else the planner chooses.")] = None,
     algorithm: Annotated[str | None, typer.Option(metavar="NAME", help="How chunks are dealt to ranks.")] = None,
     overlap_degree: Annotated[
@@ -159,7 +159,7 @@ def plan(
     shared_question.
     """
     try:
-        if simulate is not None and ranks not in (simulate, PLAN_DEFAULT.ranks):
+        if simulate is not None and ranks not in (simulate, None):
             raise ValueError(f"--simulate {simulate} and --ranks {ranks} differ; give one of them")
         options = PlanOptions(
             mask=mask,
@@ -170,7 +170,7 @@ def plan(
             window=window,
             slices=slices,
             tokens_k=tokens_k,
-            ranks=ranks if simulate is None else simulate,
+            ranks=next((number for number in (simulate, ranks) if number is not None), PLAN_DEFAULT.ranks),
             nodes=nodes,
             simulate=simulate is not None,
             chunk_size=chunk_size,

@@ -91,4 +91,9 @@ def _quantile(column: NDArray[np.int64], share: float) -> int:
 
 def _cells(numbers: Sequence[int], of_mean: str) -> tuple[str, ...]:
     tokens, pairs, received, sent = numbers
-    return f"{tokens:,}", f"{pairs:,}" if pairs < 10**9 else short(pairs), of_mean, f"{received:,}", f"{sent:,}"
+    return f"{tokens:,}", _narrow(pairs), of_mean, _narrow(received), _narrow(sent)
+
+
+def _narrow(number: int) -> str:
+    """The number, or three digits of it where all would make a table too wide for a terminal of 80 columns."""
+    return f"{number:,}" if number < 10**8 else short(number)

@@ -28,7 +28,7 @@ def headline(study: PlanStudy) -> str:
     dealt = _chunks(study.layout)
     if mask.tokens_k is not None:
         dealt = f"queries in {dealt}, keys in {_chunks(study.key_layout)}"
-    stages = "queries or keys travel" if options.qo else f"{study.degree} remote stages"
+    stages = "queries or keys travel" if options.qo else f"{study.degree} remote stage{'s' * (study.degree != 1)}"
     hops = ", in two hops" if options.hierarchical else ""
     return (
         f"{mask.name}: {mask.size} in {len(mask.slices):,} slices that keep {mask.slices.area():,} pairs; {dealt} "
