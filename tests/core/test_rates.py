@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magi_attention.common import workloads
-from magi_attention.config import LocalityDispatchAlg
+from magi_attention.config import LocalityDispatchAlg, MinHeapDispatchAlg
 from magi_attention.plan.degree import _Stages, choose_degree
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.dispatch import make_layout
@@ -158,11 +158,9 @@ def test_the_closed_form_is_the_timeline_of_equal_stages(degree, work, latency, 
         assert float(method(stages)) == pytest.approx(timeline.seconds)
 
 
-def planned(name, total, num_ranks):
-    mask, chunk = workloads.make(name, total), total // (8 * num_ranks)
-    layout = make_layout(
-        mask, num_real=total, total=total, chunk_size=chunk, num_ranks=num_ranks, algorithm=LocalityDispatchAlg()
-    )
+def planned(name, total, num_ranks, algorithm=LocalityDispatchAlg(), chunks_per_rank=8):  # noqa: B008
+    mask, chunk = workloads.make(name, total), total // (chunks_per_rank * num_ranks)
+    layout = make_layout(mask, num_real=total, total=total, chunk_size=chunk, num_ranks=num_ranks, algorithm=algorithm)
     return find_demand(mask, layout), layout
 
 
@@ -201,6 +199,17 @@ def test_the_chosen_degree_is_close_to_the_best_in_two_hops(name):
     assert predicted[chosen] <= 1.05 * min(predicted)
     if name == "causal":  # all ranks of a node read the same rows, of which far fewer cross than in one hop
         assert chosen < choose_degree(demand, layout, layout, options)
+
+
+@pytest.mark.parametrize("name", ["varlen_causal", "varlen_block_causal_4k", "prefix_lm"])
+def test_rows_that_cross_in_several_stages_count(name):
+    # The heap gives all ranks of a node chunks of one document, so that many rows that they share cross in most stages.
+    demand, layout = planned(name, 1 << 20, 64, MinHeapDispatchAlg(), 64)
+    options = StageOptions(degree=None, cluster=Cluster(link_gbs=20))
+    predicted = predicted_by_degree(demand, layout, options, two_hops=True)
+    chosen = choose_degree(demand, layout, layout, options, mesh_shape=(8, 8))
+    assert predicted[chosen] <= 1.05 * min(predicted)
+    assert predicted[8] > 1.15 * min(predicted)
 
 
 def test_the_links_that_rows_take_count():

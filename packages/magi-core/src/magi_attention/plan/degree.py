@@ -12,9 +12,11 @@ carry both directions at once, so both take as long), n stages take::
 since the first stage's rows travel while the own rows are computed, every other stage's while the one before is, and
 backward a stage's gradients go home on the same link, before the rows of the stage after the next. With degree 0 a
 single kernel waits for all rows, which are copied behind the own ones: ``fetch + copy + own + stage``, and ``fetch``
-once more backward. In two hops an exchange takes the time of both; that rows may cross in several stages is left out.
+once more backward. In two hops an exchange takes the time of both. There more rows cross in more stages, once for each
+stage in which ranks of a node fetch them: their number is taken to grow with a power of n, found by cutting two stages.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +25,10 @@ from numpy.typing import NDArray
 from magi_attention.plan.demand import Demand
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.rates import BACKWARD_OVER_FORWARD_FLOP, MERGE_BYTES, TILE, Cluster
-from magi_attention.plan.relays import two_hop_loads
+from magi_attention.plan.relays import rows_crossing, two_hop_loads
 from magi_attention.plan.stage_work import count_tiles, real_tokens
-from magi_attention.plan.stages import StageOptions, piece_sizes
-from magi_attention.plan.traffic import direct_links
+from magi_attention.plan.stages import StageOptions, cut_stages, piece_sizes
+from magi_attention.plan.traffic import Table, direct_links
 
 # A degree that is predicted to gain less than this is not worth its extra kernel launches and merges.
 WORTHWHILE_GAIN = 0.01
@@ -96,10 +98,11 @@ def _predict_layer(
     degrees = np.arange(1, min(options.max_degree, int(num_pieces.max())) + 1)
     n = np.minimum(degrees[:, None], np.maximum(num_pieces, 1))
     if mesh_shape is None:
-        hops, links = 1, direct_links(demand.remote, key_layout, cluster.ranks_per_node)
+        hops, links, growth = 1, direct_links(demand.remote, key_layout, cluster.ranks_per_node), 0.0
     else:
         hops, links = 2, two_hop_loads(demand.remote, key_layout, mesh_shape[1]).by_rank
-    travel = links.busy_seconds(options.shape.bytes_per_row, hops, cluster)
+        growth = _growth_of_crossing(demand, key_layout, options, mesh_shape[1])
+    travel = links.busy_seconds(options.shape.bytes_per_row, hops, cluster) * n**growth
     exchange_latency, latency = hops * cluster.exchange_latency_us * 1e-6, cluster.kernel_latency_us * 1e-6
     numbers = options.shape.heads_q * options.shape.head_dim
     merge = real_tokens(layout) * (numbers * MERGE_BYTES / (cluster.memory_gbs * 1e9))
@@ -114,12 +117,24 @@ def _predict_layer(
     flop = options.shape.flop_per_pair
     forward = tile_pairs * (flop / (cluster.forward_tflops * 1e12))
     backward = tile_pairs * (flop * BACKWARD_OVER_FORWARD_FLOP / (cluster.backward_tflops * 1e12))
-    fetch = travel + exchange_latency
+    fetch = travel[0] + exchange_latency
     read_and_written = 2 * (key_layout.rows_per_rank + rows) * options.shape.bytes_per_row
     before_kernel = fetch + read_and_written / (cluster.memory_gbs * 1e9) + latency
     at_once = (before_kernel + forward).max() + (before_kernel + backward + fetch).max()
     staged = stages(forward).forward().max(axis=1) + stages(backward).backward().max(axis=1)
     return float(at_once), staged
+
+
+def _growth_of_crossing(demand: Demand, key_layout: Layout, options: StageOptions, ranks_per_node: int) -> float:
+    """The power of the number of stages with which rows crossing to other nodes grow, for the busiest rank."""
+
+    def busiest(stages: Sequence[Table]) -> int:
+        crossing = [rows_crossing(each, key_layout, ranks_per_node) for each in stages]
+        return int(sum(np.maximum(each.sum(axis=0), each.sum(axis=1)) for each in crossing).max())
+
+    whole = busiest([demand.remote])
+    halves = cut_stages(demand, key_layout, 2, options)
+    return float(np.log2(busiest([halves[halves[:, 3] == each, :3] for each in range(2)]) / whole)) if whole else 0.0
 
 
 @dataclass(frozen=True, eq=False)

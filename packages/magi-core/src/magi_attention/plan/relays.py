@@ -50,13 +50,19 @@ class TwoHopLoads:
 def two_hop_loads(wanted: Table, layout: Layout, ranks_per_node: int) -> TwoHopLoads:
     """Find the loads of a stage in which ranks receive the ``(rank, start, stop)`` rows ``wanted``."""
     nodes = layout.num_ranks // ranks_per_node
-    of_nodes = unlift(merge(lift(wanted[:, 1:], wanted[:, 0] // ranks_per_node, layout)), layout)
-    inter = _rows_by_owner(of_nodes, nodes, layout).reshape(nodes, nodes, ranks_per_node)
-    inter[np.arange(nodes), np.arange(nodes)] = 0
     read = _rows_by_owner(wanted, layout.num_ranks, layout)
     intra = read.reshape(nodes, ranks_per_node, nodes, ranks_per_node).sum(2)
     intra[:, np.arange(ranks_per_node), np.arange(ranks_per_node)] = 0
-    return TwoHopLoads(inter, intra)
+    return TwoHopLoads(rows_crossing(wanted, layout, ranks_per_node), intra)
+
+
+def rows_crossing(wanted: Table, layout: Layout, ranks_per_node: int) -> Table:
+    """The ``inter`` of :class:`TwoHopLoads` alone, which is found much faster."""
+    nodes = layout.num_ranks // ranks_per_node
+    of_nodes = unlift(merge(lift(wanted[:, 1:], wanted[:, 0] // ranks_per_node, layout)), layout)
+    inter = _rows_by_owner(of_nodes, nodes, layout).reshape(nodes, nodes, ranks_per_node)
+    inter[np.arange(nodes), np.arange(nodes)] = 0
+    return inter
 
 
 def _rows_by_owner(wanted: Table, num_groups: int, layout: Layout) -> Table:
