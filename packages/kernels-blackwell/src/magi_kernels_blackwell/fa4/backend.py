@@ -7,41 +7,24 @@ others run block-sparse, each row's or column's intervals read from a table.
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from magi_attention.kernels.protocol import (
-    AttentionCall,
-    AttentionRequest,
-    AttentionResult,
-    KernelSelection,
-    PrecompileCase,
-    Support,
-)
-from magi_kernels_blackwell.cases import arch_number, combinations, request_of
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, PrecompileCase, Support
+from magi_kernels_blackwell.backend import LATENT_DIMS, WheelBackend
 from magi_kernels_blackwell.fa4 import launch, library, precompile
-from magi_kernels_blackwell.masks import has_pairs
-from magi_kernels_blackwell.measured import tflops
-from magi_kernels_blackwell.support import DTYPES, gpu_support, refuse
-from magi_kernels_blackwell.wheels import FLASH_ATTENTION, HOPPER, capability_of, missing_wheels
+from magi_kernels_blackwell.support import refuse
+from magi_kernels_blackwell.wheels import FLASH_ATTENTION, HOPPER, capability_of
 
 SQUARE_DIMS = (64, 96, 128, 192, 256)
-LATENT_DIMS = (192, 128)
-"""Head dims of multi-head latent attention: those of queries and keys, and of values."""
 
 
-class FlashAttention4Backend:
-    """See :class:`magi_attention.kernels.protocol.KernelBackend`. Results have the inputs' dtype."""
+class FlashAttention4Backend(WheelBackend):
+    """See :class:`WheelBackend`."""
 
     name = "blackwell"
-
-    def supports(self, request: AttentionRequest) -> Support:
-        """See the protocol."""
-        if (refusal := gpu_support(request, FLASH_ATTENTION)) is not None:
-            return refusal
-        return self.supports_on(capability_of(request.device), request)
+    wheels = FLASH_ATTENTION
+    measured_as = "fa4"
+    variants = precompile.VARIANTS
 
     def supports_on(self, arch: int, request: AttentionRequest) -> Support:
         """Whether the kernels of an architecture, ``10 * major + minor``, can serve a request; wherever this runs."""
@@ -64,43 +47,17 @@ class FlashAttention4Backend:
             return refuse("its backward pass for 256 dims on Blackwell is not block-sparse; use 'cudnn_flex'")
         return Support(True)
 
-    def expected_tflops(self, request: AttentionRequest) -> float:
-        """See the protocol."""
-        return tflops("fa4", request)
-
-    def precompile_cases(self, selection: KernelSelection) -> Sequence[PrecompileCase]:
-        """See :class:`magi_attention.kernels.protocol.Precompiles`."""
-        arch = arch_number(selection.arch)
-        return [
-            case
-            for case in combinations(selection, precompile.VARIANTS)
-            if case.dtype in DTYPES
-            and self.supports_on(arch, request_of(case))
-            and not ("deterministic" in case.variant and case.direction == "forward")
-        ]
-
-    def precompile(self, case: PrecompileCase) -> bool:
-        """See :class:`magi_attention.kernels.protocol.Precompiles`.
-
-        Raises:
-            RuntimeError: If a wheel is missing.
-        """
-        if missing := missing_wheels(tuple(FLASH_ATTENTION.items())):
-            raise RuntimeError(missing)
+    def compile_case(self, case: PrecompileCase) -> bool:
+        """See :class:`WheelBackend`."""
         return precompile.compile_case(case)
 
-    @torch.no_grad()
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
-        """See the protocol."""
-        if not has_pairs(call.slices):
-            lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-            return AttentionResult(q.new_zeros(*q.shape[:2], v.shape[2]), lse)
-        with torch.cuda.device(q.device):
-            out, lse = launch.launch_forward(library.load(q.device), capability_of(q.device), q, k, v, call)
-        return AttentionResult(out, lse.T)
+    def launch_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See :class:`WheelBackend`."""
+        return *launch.launch_forward(library.load(q.device), capability_of(q.device), q, k, v, call), None
 
-    @torch.no_grad()
-    def backward(
+    def launch_backward(
         self,
         dout: Tensor,
         q: Tensor,
@@ -111,24 +68,9 @@ class FlashAttention4Backend:
         dlse: Tensor | None,
         call: AttentionCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See the protocol."""
-        if not has_pairs(call.slices):
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        lse = lse.float().T.contiguous()
-        dlse = None if dlse is None else dlse.float().T.contiguous()
-        with torch.cuda.device(q.device):
-            return launch.launch_backward(
-                library.load(q.device),
-                capability_of(q.device),
-                dout.to(q.dtype),
-                q,
-                k,
-                v,
-                out.to(q.dtype),
-                lse,
-                dlse,
-                call,
-            )
+        """See :class:`WheelBackend`."""
+        arch = capability_of(q.device)
+        return launch.launch_backward(library.load(q.device), arch, dout, q, k, v, out, lse, dlse, call)
 
 
 BACKEND = FlashAttention4Backend()

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the backends of this package have in common.
+
+Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from magi_attention.kernels.protocol import (
+    AttentionCall,
+    AttentionRequest,
+    AttentionResult,
+    KernelSelection,
+    PrecompileCase,
+    Support,
+)
+from magi_kernels_blackwell.cases import arch_number, combinations, request_of
+from magi_kernels_blackwell.masks import has_pairs
+from magi_kernels_blackwell.measured import tflops
+from magi_kernels_blackwell.support import DTYPES, gpu_support
+from magi_kernels_blackwell.wheels import capability_of, missing_wheels
+
+LATENT_DIMS = (192, 128)
+"""Head dims of multi-head latent attention: those of queries and keys, and of values."""
+
+
+class WheelBackend(ABC):
+    """A backend on published wheels; see :class:`magi_attention.kernels.protocol.KernelBackend`.
+
+    Results have the inputs' dtype.
+
+    Attributes:
+        name: of the backend.
+        wheels: the projects that it needs, with their exact versions.
+        measured_as: its name in :mod:`magi_kernels_blackwell.measured`.
+        variants: of kernels to compile ahead of time, as :mod:`magi_kernels_blackwell.cases` names them.
+    """
+
+    name: str
+    wheels: ClassVar[dict[str, str]]
+    measured_as: ClassVar[str]
+    variants: ClassVar[Sequence[str]]
+
+    @abstractmethod
+    def supports_on(self, arch: int, request: AttentionRequest) -> Support:
+        """Whether the kernels of an architecture, ``10 * major + minor``, can serve a request; wherever this runs."""
+
+    @abstractmethod
+    def compile_case(self, case: PrecompileCase) -> bool:
+        """Compile a case, its wheels being here; returns False if the cache had all of it."""
+
+    @abstractmethod
+    def launch_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return out ``[tq, hq, dv]``, lse ``[hq, tq]`` and max_logits ``[hq]`` if asked for; there are some pairs."""
+
+    @abstractmethod
+    def launch_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv. dout and out have q's dtype; lse and dlse are ``[hq, tq]``; there are some pairs."""
+
+    def supports(self, request: AttentionRequest) -> Support:
+        """See the protocol."""
+        if (refusal := gpu_support(request, self.wheels)) is not None:
+            return refusal
+        return self.supports_on(capability_of(request.device), request)
+
+    def expected_tflops(self, request: AttentionRequest) -> float:
+        """See the protocol."""
+        return tflops(self.measured_as, request)
+
+    def precompile_cases(self, selection: KernelSelection) -> Sequence[PrecompileCase]:
+        """See :class:`magi_attention.kernels.protocol.Precompiles`."""
+        arch = arch_number(selection.arch)
+        return [
+            case
+            for case in combinations(selection, self.variants)
+            if case.dtype in DTYPES
+            and self.supports_on(arch, request_of(case))
+            and not ("deterministic" in case.variant and case.direction == "forward")
+        ]
+
+    def precompile(self, case: PrecompileCase) -> bool:
+        """See :class:`magi_attention.kernels.protocol.Precompiles`.
+
+        Raises:
+            RuntimeError: If a wheel is missing.
+        """
+        if missing := missing_wheels(tuple(self.wheels.items())):
+            raise RuntimeError(missing)
+        return self.compile_case(case)
+
+    @torch.no_grad()
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
+        """See the protocol."""
+        if not has_pairs(call.slices):
+            lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+            max_logits = lse.new_full(q.shape[1:2], -torch.inf) if call.max_logits else None
+            return AttentionResult(q.new_zeros(*q.shape[:2], v.shape[2]), lse, max_logits)
+        with torch.cuda.device(q.device):
+            out, lse, max_logits = self.launch_forward(q, k, v, call)
+        return AttentionResult(out, lse.T, max_logits)
+
+    @torch.no_grad()
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the protocol."""
+        if not has_pairs(call.slices):
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        lse = lse.float().T.contiguous()
+        dlse = None if dlse is None else dlse.float().T.contiguous()
+        with torch.cuda.device(q.device):
+            return self.launch_backward(dout.to(q.dtype), q, k, v, out.to(q.dtype), lse, dlse, call)
