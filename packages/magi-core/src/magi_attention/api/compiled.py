@@ -12,8 +12,8 @@ from torch import Tensor
 
 from magi_attention.api.attention_checks import check_attention_call
 from magi_attention.common.forward_meta import AttnForwardMeta
-from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.kernels.autograd import without_autocast
+from magi_attention.kernels.opaque import gradients_like, operator_gradients, operator_result, result_like
 from magi_attention.runtime.autograd import compute_dtype, differentiate_with_sink, make_job
 from magi_attention.runtime.backward import SavedAttention
 from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr, find_manager
@@ -52,8 +52,7 @@ def _attend(
     check_attention_call(q, k, v, manager, sink, softmax_scale, softcap, return_max_logits)
     job = make_job(manager.dist_attn_runtime, q, k, v, softmax_scale, softcap, return_max_logits)
     with without_autocast(q):
-        out, lse, max_logits = attend(job, q, k, v, sink)
-    return out.contiguous(), lse.contiguous(), lse.new_empty(0) if max_logits is None else max_logits.to(lse.dtype)
+        return operator_result(*attend(job, q, k, v, sink))
 
 
 @_attend.register_fake
@@ -67,8 +66,7 @@ def _(
     softcap: float,
     return_max_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
-    return q.new_empty(*q.shape[:2], v.shape[2]), lse, lse.new_empty(q.shape[1] if return_max_logits else 0)
+    return result_like(q, v, return_max_logits)
 
 
 @torch.library.custom_op("magi_attention::calc_attn_backward", mutates_args=())
@@ -87,26 +85,13 @@ def _differentiate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     runtime = dist_attn_runtime_dict_mgr[key_of_handle(handle)].dist_attn_runtime
     job = make_job(runtime, q, k, v, softmax_scale, softcap, False)
-    dq, dk, dv, dsink = differentiate_with_sink(job, SavedAttention(q, k, v, out, lse), sink, dout, dlse)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous(), q.new_empty(0) if dsink is None else dsink.contiguous()
+    return operator_gradients(*differentiate_with_sink(job, SavedAttention(q, k, v, out, lse), sink, dout, dlse))
 
 
 @_differentiate.register_fake
-def _(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sink: Tensor | None,
-    handle: int,
-    softmax_scale: float | None,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = [x.new_empty(x.shape) for x in (q, k, v)]
-    return gradients[0], gradients[1], gradients[2], q.new_empty(0) if sink is None else sink.new_empty(sink.shape)
+def _(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    _out, _lse, sink, *_ = others
+    return gradients_like(q, k, v, sink)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

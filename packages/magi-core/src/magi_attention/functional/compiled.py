@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from magi_attention.common.forward_meta import AttnForwardMeta
-from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.functional.single_device import (
     Job,
     attend,
@@ -22,6 +21,7 @@ from magi_attention.functional.single_device import (
     slices_from_tensors,
 )
 from magi_attention.functional.utils import check_sink
+from magi_attention.kernels.opaque import gradients_like, operator_gradients, operator_result, result_like
 
 
 def flex_flash_attn_compiled(
@@ -66,28 +66,13 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = softmax_scale, softcap, deterministic, sm_margin, return_max_logits, skip_overlap_check
     job = _job(q, k, v, q_ranges, k_ranges, attn_type_map, *options)
-    out, lse, max_logits = attend(q, k, v, sink, job)
-    return out.contiguous(), lse.contiguous(), lse.new_empty(0) if max_logits is None else max_logits.to(lse.dtype)
+    return operator_result(*attend(q, k, v, sink, job))
 
 
 @_attend.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_ranges: Tensor,
-    k_ranges: Tensor,
-    attn_type_map: Tensor | None,
-    sink: Tensor | None,
-    softmax_scale: float | None,
-    softcap: float,
-    deterministic: bool,
-    sm_margin: int,
-    return_max_logits: bool,
-    skip_overlap_check: bool | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
-    return q.new_empty(*q.shape[:2], v.shape[2]), lse, lse.new_empty(q.shape[1] if return_max_logits else 0)
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, return_max_logits, _skip_overlap_check = others
+    return result_like(q, v, return_max_logits)
 
 
 @torch.library.custom_op("magi_attention::flex_flash_attn_backward", mutates_args=())
@@ -111,30 +96,13 @@ def _differentiate(
     # The mask was checked in the forward pass.
     options = softmax_scale, softcap, deterministic, sm_margin, False, True
     job = _job(q, k, v, q_ranges, k_ranges, attn_type_map, *options)
-    dq, dk, dv, dsink = differentiate((q, k, v, out, lse), sink, dout, dlse, job)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous(), q.new_empty(0) if dsink is None else dsink.contiguous()
+    return operator_gradients(*differentiate((q, k, v, out, lse), sink, dout, dlse, job))
 
 
 @_differentiate.register_fake
-def _(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q_ranges: Tensor,
-    k_ranges: Tensor,
-    attn_type_map: Tensor | None,
-    sink: Tensor | None,
-    softmax_scale: float | None,
-    softcap: float,
-    deterministic: bool,
-    sm_margin: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv, q.new_empty(0) if sink is None else sink.new_empty(sink.shape)
+def _(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    _out, _lse, _q_ranges, _k_ranges, _attn_type_map, sink, *_ = others
+    return gradients_like(q, k, v, sink)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
