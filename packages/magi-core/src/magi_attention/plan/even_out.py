@@ -5,6 +5,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.plan.documents import Documents
+from magi_attention.plan.totals import totals
 
 Array = NDArray[np.int64]
 Ends = tuple[Array, Array, Array, Array]
@@ -26,9 +27,7 @@ def even_out(owner: Array, documents: Documents, num_ranks: int, limit: int) -> 
         A new array like ``owner``.
     """
     owner = owner.copy()
-    areas = np.diff(documents.area)
-    load = np.zeros(num_ranks, np.int64)
-    np.add.at(load, owner, areas)
+    load = totals(owner, np.diff(documents.area), num_ranks)
     for _ in range(SWAPS_PER_RANK * num_ranks):
         heavy = int(np.argmax(load))
         if load[heavy] <= limit:
