@@ -32,8 +32,8 @@ Floats = NDArray[np.float64]
 
 # A rank aims at this share of the mean area. What the first ones take above the mean saves pieces of long documents.
 # It saves too little to be worth the imbalance where there are fewer documents than FEW of the ranks, unless all chunks
-# are about equally heavy and runs of equal length almost balanced.
-AIM, AIM_OF_FEW, FEW = 1.018, 1.002, 0.25
+# are about equally heavy and runs of equal length almost balanced, or some are heavier than FINE of the mean area.
+AIM, AIM_OF_FEW, FEW, FINE = 1.018, 1.002, 0.25, 0.05
 # A rank's aim is at most this multiple of the mean of what is left, so that the last ranks are not left idle.
 LEAD = 1.08
 # Costs of a filling are in rows. A filling of a given number of tokens that falls short of the budget by a share of the
@@ -103,8 +103,9 @@ class Deal:
     def run(self) -> Array:
         """Deal all chunks; returns the rank of each place of the line."""
         rest, num_ranks = self.area[-1], len(self.capacities)
-        few = len(self.heaviness) <= FEW * num_ranks and 4 * rest < 3 * int(self.chunk_area.max()) * len(self.owner)
-        aim = int(rest * (AIM_OF_FEW if few else AIM) / num_ranks)
+        heaviest = int(self.chunk_area.max())
+        few = len(self.heaviness) <= FEW * num_ranks and 4 * rest < 3 * heaviest * len(self.owner)
+        aim = int(rest * (AIM_OF_FEW if few and heaviest * num_ranks <= FINE * rest else AIM) / num_ranks)
         for rank, capacity in enumerate(self.capacities[:-1]):
             if rank % RELIST == 0:
                 self.light_first = self._list_blocks()
