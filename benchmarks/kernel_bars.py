@@ -12,10 +12,12 @@ The bars, for the backend that ``auto`` chooses, forward and backward:
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from magi_attention.kernels.protocol import Direction
+
 Cell = dict[str, Any]
 """A figure of the benchmark: ``mask``, ``tokens``, ``contender``, and TFLOP/s ``forward`` and ``backward``, if any."""
 
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 # TFLOP/s forward and backward: 64/8 heads of 128, bfloat16.
 ORIGINAL_FFA = {

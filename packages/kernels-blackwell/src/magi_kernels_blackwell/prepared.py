@@ -119,10 +119,10 @@ class PreparedBackward:
 
     def __call__(
         self,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+        tensors: Sequence[Tensor],
         lse: Tensor,
         dlse: Tensor | None,
-        gradients: tuple[Tensor, Tensor, Tensor],
+        gradients: Sequence[Tensor],
         scale: float,
     ) -> None:
         """Launch with dout, q, k, v and out, and write dq, dk and dv; all shaped as in the noted call."""

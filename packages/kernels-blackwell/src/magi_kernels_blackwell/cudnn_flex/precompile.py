@@ -52,11 +52,12 @@ def _compile_plan_kernels(builder: Any, arch: int, config: Any, backward: bool, 
     counts, offsets, sections = ints(1, 4), ints(5), ints(4)
     cost, invalid = ints(4, dtype=torch.int64), ints(1, dtype=torch.uint32)
     histogram, work = ints(4, 4), ints(4, 4)
-    of_keys = (bits(), bits(), *(counts,) * 4) if backward else (None,) * 6
-    builder._compile_plan_workspace_init(arch, bits(), bits(), counts, counts, invalid, histogram, cost, *of_keys)
+    bits_of_keys = (bits(), bits(), *(counts,) * 4) if backward else (None,) * 6
+    builder._compile_plan_workspace_init(arch, bits(), bits(), counts, counts, invalid, histogram, cost, *bits_of_keys)
     tables = (counts, counts, offsets, offsets)
-    of_keys = tables if backward else (None,) * 4
-    of_dq = tables if backward and has_256_dims and arch != HOPPER else (None,) * 4
+    of_keys, of_dq = (
+        tables if there else (None,) * 4 for there in (backward, backward and has_256_dims and arch != HOPPER)
+    )
     header = ints(9, dtype=torch.int64)
     builder._compile_fixed_scan_header(arch, *tables, *of_keys, *of_dq, invalid, header)
     sequences = ints(4, 8) if has_256_dims and arch != HOPPER else None

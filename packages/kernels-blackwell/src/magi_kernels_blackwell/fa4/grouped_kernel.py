@@ -21,7 +21,6 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import cutlass
@@ -104,10 +103,10 @@ def kernels(geometry: Geometry, has_dlse: bool) -> Kernels:
     g, dtype = geometry, torch2cute_dtype_map[geometry.dtype]
     config = tile_config(g.head_dim, g.head_dim_v, g.block_q)
     multiple = 64 if config.dKV_swapAB else 32
-    before = (dtype, g.head_dim, g.head_dim_v, g.block_q, False, False, has_dlse)
+    before: tuple[Any, ...] = (dtype, g.head_dim, g.head_dim_v, g.block_q, False, False, has_dlse)
     before += (True, False, True, True, False, False, 1, 1, False, multiple, False)
     threads = 128 if config.dQ_single_wg else config.num_wg * 128
-    after = (dtype, g.head_dim, g.block_q, threads, config.AtomLayoutMdQ, config.dQ_swapAB)
+    after: tuple[Any, ...] = (dtype, g.head_dim, g.block_q, threads, config.AtomLayoutMdQ, config.dQ_swapAB)
     after += (False, False, False, 1, ARCH, False, None, multiple, None)
     return Kernels(
         _find_or_compile(_bwd_preprocess.compile_cache, before, lambda: _compile_bwd_preprocess(*before)),
@@ -211,7 +210,7 @@ def _kernel_class(group: int) -> type:
     module.consume_block_sparse_mma_bwd_sm90 = _multiply_tiles
     module.dQaccum_store_block_sparse_bwd_sm90 = _store_tiles
 
-    class GroupedBackward(module.FlashAttentionBackwardSm90):  # type: ignore[misc, name-defined]
+    class GroupedBackward(module.FlashAttentionBackwardSm90):  # type: ignore[name-defined]
         """A kernel with a head for each group, whose sequence holds the group's query heads one after another."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -231,7 +230,7 @@ def _kernel_class(group: int) -> type:
     return GroupedBackward
 
 
-def _private_copy(name: str, label: str) -> ModuleType:
+def _private_copy(name: str, label: str) -> Any:
     original = find_spec(name)
     assert original is not None
     assert original.origin is not None
@@ -254,7 +253,9 @@ class _GroupLengths(SeqlenInfoQK):
 
 
 @cute.jit
-def _count_runs(runs: Any, batch: Any, head: Any, n_block: Any, q_subtile_factor: cutlass.Constexpr, m_block_max: Any):
+def _count_runs(
+    runs: Any, batch: Any, head: Any, n_block: Any, q_subtile_factor: cutlass.Constexpr, m_block_max: Any
+) -> Any:
     """Return how many runs a block of keys has: the kernel asks only whether there are any."""
     partial_runs = runs.mask_block_cnt[n_block + 1] - runs.mask_block_cnt[n_block]
     return partial_runs + runs.full_block_cnt[n_block + 1] - runs.full_block_cnt[n_block]
@@ -281,7 +282,7 @@ def _load_tiles(
     Q_stage_eq_dO_stage: cutlass.Constexpr,
     q_subtile_factor: cutlass.Constexpr,
     m_block_max: Any,
-):
+) -> Any:
     """Load the tiles' queries and what belongs to them, with the first tile keys and values: the producer's loop."""
     load = partial(
         _load_tile,
@@ -328,7 +329,7 @@ def _load_tile(
     bytes_k: Any,
     bytes_v: Any,
     same_stages: cutlass.Constexpr,
-):
+) -> Any:
     state = state_q if const_expr(same_stages) else state_dout
     if is_first:
         pipeline_q.producer_acquire(state_q, extra_tx_count=bytes_k)
@@ -372,7 +373,7 @@ def _multiply_tiles(
     m_block_max: Any,
     aux_data: Any,
     fastdiv_mods: Any,
-):
+) -> Any:
     """Compute the tiles: the loop of the warps that multiply."""
     apply_mask = partial(
         mask.apply_mask,
@@ -414,7 +415,7 @@ def _store_tiles(
     num_dQ_warp_groups: cutlass.Constexpr,
     num_threads_per_warp_group: cutlass.Constexpr,
     tma_copy_bytes_dQ: Any,
-):
+) -> Any:
     """Add each tile's dq to the sum in global memory: the loop of the warp that stores."""
     store = partial(
         _store_tile,
@@ -442,7 +443,7 @@ def _store_tile(
     warp_groups: cutlass.Constexpr,
     num_threads: cutlass.Constexpr,
     num_bytes: Any,
-):
+) -> Any:
     for group in cutlass.range_constexpr(warp_groups):
         # The group may overwrite its part of shared memory once the sum before has been read from there.
         cute.arch.cp_async_bulk_wait_group(warp_groups - 1 - group, read=True)

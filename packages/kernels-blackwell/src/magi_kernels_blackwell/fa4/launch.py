@@ -67,8 +67,14 @@ def _prepare_forward(
 ) -> PreparedForward | None:
     """Find the kernel for tensors as they are given to it; None where it is only compiled."""
     q, k, v, out, lse = tensors
-    options = {"softmax_scale": call.softmax_scale, "softcap": call.softcap or None, "_arch": arch, "return_lse": True}
-    options |= {"out": out, "lse": lse}
+    options: dict[str, Any] = {
+        "softmax_scale": call.softmax_scale,
+        "softcap": call.softcap or None,
+        "_arch": arch,
+        "return_lse": True,
+        "out": out,
+        "lse": lse,
+    }
     if packed is not None:
         options |= _window(packed) | _documents(packed, q.device)
     else:
@@ -115,14 +121,14 @@ def launch_backward(
         # FlashAttention-4's own kernels don't have grouped heads of unequal dims either.
         return Gradients(*launch_grouped_backward(library, dout, q, k, v, out, lse, dlse, call))
     gradients = Gradients(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)))
-    tensors, stats = _as_batch(packed, dout, q, k, v, out), _as_batch(packed, lse, dlse)
-    results = _as_batch(packed, *gradients)
+    tensors, results = _as_batch(packed, dout, q, k, v, out), _as_batch(packed, *gradients)
+    lse, dlse = _as_batch(packed, lse, dlse)
     key = ("fa4 backward", arch, call.softcap, call.deterministic, dlse is None, *layout_of(q, k, v, dout, out))
     prepared = call.slices.derived(
-        key, lambda: _prepare_backward(library, arch, tensors, *stats, results, packed, call)
+        key, lambda: _prepare_backward(library, arch, tensors, lse, dlse, results, packed, call)
     )
     if prepared is not None:
-        prepared(tensors, *stats, results, call.softmax_scale)
+        prepared(tensors, lse, dlse, results, call.softmax_scale)
     return gradients
 
 
