@@ -26,7 +26,7 @@ SOFTCAP_STACK_LIMITS = {
 """The same with softcap, for which both passes keep more values per score."""
 
 SMALL_STACK_LIMIT = 8
-"""Bytes for the kernels that prepare and finish: one that orders a plan's work on sm_100 spills a value, once a mask."""
+"""Bytes for the kernels around them: one that orders the work of a plan on sm_100 spills a value, once a mask."""
 
 TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 
