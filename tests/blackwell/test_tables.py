@@ -22,6 +22,7 @@ from magi_kernels_blackwell.fa4.tables import (
     forward_tables,
     forward_tiling,
     grouped_tiling,
+    longest_first,
     run_tables,
 )
 from magi_kernels_blackwell.masks import PackedMask, has_pairs, intervals_of_queries, packed_mask
@@ -81,14 +82,15 @@ def test_both_passes_tables_say_the_mask(mask, tiling):
 def test_runs_of_tiles_say_the_mask(mask, tiling):
     """Walked as the kernel does: full tiles may reach past the last query, but not past the last key."""
     (num_q, num_k), slices = mask
-    tables = run_tables(slices, num_q, num_k, tiling, CPU)
+    tables = run_tables(slices, num_q, num_k, 3, tiling, CPU)
     lines = lines_of(tables, num_q, num_k) if tiling.lines == "queries" else lines_of(tables, num_k, num_q).T
     seen = torch.zeros(num_q, num_k, dtype=torch.bool)
     for offsets, runs, is_full in (
         (tables.partial_offsets, tables.partial_runs, False),
         (tables.full_offsets, tables.full_runs, True),
     ):
-        assert offsets.dtype == runs.dtype == torch.int32
+        assert offsets.dtype == runs.dtype == tables.work.dtype == torch.int32
+        assert sorted(tables.work.tolist()) == list(range(3 * (len(offsets) - 1)))
         assert len(offsets) == -(-num_k // tiling.block_k) + 1
         assert len(runs) >= 2
         for row, (first, last) in enumerate(pairwise(offsets.tolist())):
@@ -102,6 +104,13 @@ def test_runs_of_tiles_say_the_mask(mask, tiling):
                 assert not is_full or tile[1].stop <= num_k
                 seen[tile] = True if is_full else lines[tile]
     assert torch.equal(seen, dense_mask(slices, num_q, num_k))
+
+
+def test_long_work_comes_first_and_alike_work_stays_together():
+    tiles = np.array([1, 100, 90, 0, 8, 101])
+    assert longest_first(tiles, 2).tolist() == [2, 4, 10, 3, 5, 11, 8, 9, 0, 6, 1, 7]
+    assert longest_first(np.full(3, 7), 2).tolist() == [0, 2, 4, 1, 3, 5]
+    assert longest_first(np.zeros(0, int), 2).tolist() == []
 
 
 @settings(max_examples=40)

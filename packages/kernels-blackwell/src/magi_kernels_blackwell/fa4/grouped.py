@@ -14,6 +14,7 @@ from magi_kernels_blackwell.fa4.tables import Tiling, grouped_tiling, run_tables
 
 def launch_grouped_backward(
     library: Library,
+    arch: int,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -28,6 +29,7 @@ def launch_grouped_backward(
 
     Args:
         library: the loaded wheel.
+        arch: 90; the kernel is for Hopper alone.
         dout, out: ``[tq, hq, dv]``, of q's dtype. All tensors are aligned as the library wants.
         q: ``[tq, hq, d]``.
         k: ``[tk, hk, d]``.
@@ -38,7 +40,7 @@ def launch_grouped_backward(
     """
     (num_q, heads_q, dim), (num_k, heads_k, dim_v) = q.shape, v.shape
     tiling = tiling or grouped_tiling(dim)
-    tables = run_tables(call.slices, num_q, num_k, tiling, q.device)
+    tables = run_tables(call.slices, num_q, num_k, heads_k, tiling, q.device)
     grouped = library.grouped
     geometry = grouped.Geometry(q.dtype, dim, dim_v, heads_q // heads_k, tiling.block_q, call.softcap)
     kernels = grouped.kernels(geometry, dlse is not None)
@@ -48,12 +50,17 @@ def launch_grouped_backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     if library.is_tracing():
         return dq, dk, dv
-    q, k, v, dout, out = (x.unsqueeze(0) for x in (q, k, v, dout, out))
+    q, k, v, dout, out = (_without_broadcast(x).unsqueeze(0) for x in (q, k, v, dout, out))
     dlse = None if dlse is None else dlse.unsqueeze(0)
     before = (out, dout, dpsum, lse.unsqueeze(0), lse2, dq_sum, None, None, dlse, None, None, 1.0, None, None)
     kernels.before(*before)
     by_group = (x.view(1, heads_k, -1) for x in (lse2, dpsum, dq_sum))
     tensors = (q, k, v, dout, *by_group, dk.unsqueeze(0), dv.unsqueeze(0))
-    kernels.main(*grouped.arguments(tensors, call.softmax_scale, tables[4:], grouped.Runs(*tables[:4])))
+    kernels.main(*grouped.arguments(tensors, call.softmax_scale, tables[5:], grouped.Runs(*tables[:5])))
     kernels.after(dq_sum, dq.unsqueeze(0), call.softmax_scale, None, None, None, None)
     return dq, dk, dv
+
+
+def _without_broadcast(x: Tensor) -> Tensor:
+    """Return a tensor whose elements lie apart, as the kernel is compiled for."""
+    return x.contiguous() if 0 in x.stride() else x

@@ -37,11 +37,13 @@ from flash_attn.cute.interface import (
 )
 from flash_attn.cute.named_barrier import NamedBarrierBwd
 from flash_attn.cute.seqlen_info import SeqlenInfoQK
+from flash_attn.cute.tile_scheduler import SingleTileScheduler, WorkTileInfo
 from flash_attn.cute.utils import AuxData, create_softcap_scoremod, create_softcap_scoremod_bwd
 from quack import copy_utils
 from quack.compile_utils import make_fake_tensor
 
 from magi_kernels_blackwell.fa4.masks import IntervalMask, by_intervals
+from magi_kernels_blackwell.prepared import direct
 
 ARCH, WARP = 90, 32
 _CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
@@ -52,11 +54,13 @@ class Runs(NamedTuple):
     """A mask's tiles, int32 on the device: block n of keys meets the blocks of queries that its runs hold.
 
     Attributes:
+        work: ``[blocks of keys * key heads]``, the order of the work: ``block * heads + head``.
         partial_offsets: ``[n + 1]``; the block's runs of partial tiles are those with these numbers, and
         partial_runs: ``[runs, 2]``, ``(start, stop)`` of each.
         full_offsets, full_runs: the same for full tiles.
     """
 
+    work: Any
     partial_offsets: Any
     partial_runs: Any
     full_offsets: Any
@@ -108,11 +112,12 @@ def kernels(geometry: Geometry, has_dlse: bool) -> Kernels:
     threads = 128 if config.dQ_single_wg else config.num_wg * 128
     after: tuple[Any, ...] = (dtype, g.head_dim, g.block_q, threads, config.AtomLayoutMdQ, config.dQ_swapAB)
     after += (False, False, False, 1, ARCH, False, None, multiple, None)
-    return Kernels(
+    found = (
         _find_or_compile(_bwd_preprocess.compile_cache, before, lambda: _compile_bwd_preprocess(*before)),
         _find_or_compile(_main_cache, (_CODE, str(g.dtype), *g[1:]), lambda: _compile_main(g)),
         _find_or_compile(_bwd_postprocess_convert.compile_cache, after, lambda: _compile_bwd_postprocess(*after)),
     )
+    return Kernels(*map(direct, found))
 
 
 def arguments(tensors: tuple[Any, ...], scale: Any, intervals: tuple[Any, Any], runs: Runs) -> tuple[Any, ...]:
@@ -125,7 +130,8 @@ def arguments(tensors: tuple[Any, ...], scale: Any, intervals: tuple[Any, Any], 
         intervals: offsets and bounds of the lines that masks are looked up by.
         runs: the tiles.
     """
-    return (*tensors, scale, *(None,) * 9, AuxData(list(intervals), None), BlockSparseTensors(*runs), None)
+    work, *lists = runs
+    return (*tensors, scale, *(None,) * 9, AuxData(list(intervals), None), BlockSparseTensors(*lists), work)
 
 
 def tile_config(head_dim: int, head_dim_v: int, block_q: int) -> Any:
@@ -186,7 +192,7 @@ def _compile_main(geometry: Geometry) -> Any:
         tensor(1, tk, heads_k, dv),
     )
     blocks = num()
-    runs = Runs(table(blocks), table(num(), 2), table(blocks), table(num(), 2))
+    runs = Runs(table(num()), table(blocks), table(num(), 2), table(blocks), table(num(), 2))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     inputs = arguments(tensors, Float32(1.0), (table(num()), table(num(), 2)), runs)
     return cute.compile(kernel, *inputs, stream, options="--enable-tvm-ffi")
@@ -200,9 +206,13 @@ def _kernel_class(group: int) -> type:
     """
     module = _private_copy("flash_attn.cute.flash_bwd_sm90", f"group_of_{group}")
     schedule = module.TileSchedulerArguments
-    module.TileSchedulerArguments = lambda blocks, heads, *args, **named: schedule(
-        blocks, heads // group, *args, **named
-    )
+
+    def schedule_groups(blocks: Any, heads: Any, *args: Any, cu_total_m_blocks_ptr: Any, **named: Any) -> Any:
+        # The order of work comes in the place of a table that only packed documents have.
+        return schedule(blocks, heads // group, *args, num_splits_dynamic_ptr=cu_total_m_blocks_ptr, **named)
+
+    module.TileSchedulerArguments = schedule_groups
+    module.SingleTileScheduler = _ListedWork
     module.AttentionMask = IntervalMask
     module.SeqlenInfoQK = _GroupLengths
     module.get_total_q_block_count_bwd = _count_runs
@@ -241,6 +251,27 @@ def _private_copy(name: str, label: str) -> Any:
     sys.modules[spec.name] = module  # where classes look up their module while they are made
     spec.loader.exec_module(module)
     return module
+
+
+class _ListedWork(SingleTileScheduler):
+    """FlashAttention-4's scheduler of one piece of work for each thread block, taken from a list."""
+
+    @staticmethod
+    def create(params: Any, ctx: Any = None, *, loc: Any = None, ip: Any = None) -> Any:
+        """Make one for this thread block."""
+        return _ListedWork(params, cute.arch.block_idx(), loc=loc, ip=ip)
+
+    def get_current_work(self, *, loc: Any = None, ip: Any = None) -> Any:
+        """Return block, head, batch and split."""
+        x, y, batch = self._blk_coord
+        work = self.params.num_splits_dynamic_ptr[y * self.params.num_block + x]
+        heads = self.params.num_head
+        return WorkTileInfo((work // heads, work % heads, batch, Int32(0)), self._is_first_block)
+
+    def __new_from_mlir_values__(self, values: Any) -> Any:
+        other = super().__new_from_mlir_values__(values)
+        other.__class__ = _ListedWork
+        return other
 
 
 class _GroupLengths(SeqlenInfoQK):

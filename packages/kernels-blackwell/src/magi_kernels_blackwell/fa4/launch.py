@@ -117,10 +117,36 @@ def launch_backward(
     """
     dout, q, k, v, out = (library.aligned(x) for x in (dout, q, k, v, out))
     packed = packed_mask(call.slices, q.shape[0], k.shape[0])
-    if arch == HOPPER and (packed is None or (q.shape[2] != v.shape[2] and q.shape[1] != v.shape[1])):
-        # FlashAttention-4's own kernels don't have grouped heads of unequal dims either.
-        return Gradients(*launch_grouped_backward(library, dout, q, k, v, out, lse, dlse, call))
-    gradients = Gradients(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)))
+    launch = launch_grouped_backward if arch == HOPPER and _suits_groups(packed, q, k, v) else launch_own_backward
+    return Gradients(*launch(library, arch, dout, q, k, v, out, lse, dlse, call))
+
+
+def _suits_groups(packed: PackedMask | None, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel for groups of heads is needed on Hopper, or faster than FlashAttention-4's as it is.
+
+    It is faster for windows, of which a block of keys sees few queries, and all blocks as many. The other kernel has
+    no grouped heads of unequal dims.
+    """
+    if packed is None or (q.shape[2] != v.shape[2] and q.shape[1] != k.shape[1]):
+        return True
+    return packed.left is not None or packed.right not in (None, 0)
+
+
+def launch_own_backward(
+    library: Library,
+    arch: int,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    call: AttentionCall,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients by FlashAttention-4's backward pass as it is; arguments as of :func:`launch_backward`."""
+    packed = packed_mask(call.slices, q.shape[0], k.shape[0])
+    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     tensors, results = _as_batch(packed, dout, q, k, v, out), _as_batch(packed, *gradients)
     lse, dlse = _as_batch(packed, lse, dlse)
     key = ("fa4 backward", arch, call.softcap, call.deterministic, dlse is None, *layout_of(q, k, v, dout, out))
@@ -129,7 +155,8 @@ def launch_backward(
     )
     if prepared is not None:
         prepared(tensors, lse, dlse, results, call.softmax_scale)
-    return gradients
+    dq, dk, dv = gradients
+    return dq, dk, dv
 
 
 def _prepare_backward(

@@ -64,6 +64,7 @@ class RunTables(NamedTuple):
     """A mask for a backward pass that walks runs of tiles, int32. Shapes: R rows of tiles (blocks of keys), L lines.
 
     Attributes:
+        work: ``[R * key heads]``, the rows in the order of work, each as ``row * heads + head``.
         partial_offsets: ``[R + 1]``, and
         partial_runs: ``[.., 2]``: row r has the partial tiles of the blocks of queries ``start`` to ``stop`` of the
             runs ``partial_runs[partial_offsets[r]:partial_offsets[r + 1]]``.
@@ -72,6 +73,7 @@ class RunTables(NamedTuple):
         offsets, bounds: as of :class:`SparseTables`.
     """
 
+    work: Tensor
     partial_offsets: Tensor
     partial_runs: Tensor
     full_offsets: Tensor
@@ -132,7 +134,9 @@ def grouped_tiling(head_dim: int) -> Tiling:
     return Tiling(64, 96 if head_dim <= 192 else 64, "queries")
 
 
-def run_tables(slices: SliceTable, num_q: int, num_k: int, tiling: Tiling, device: torch.device) -> RunTables:
+def run_tables(
+    slices: SliceTable, num_q: int, num_k: int, heads_k: int, tiling: Tiling, device: torch.device
+) -> RunTables:
     """Return the runs of tiles of a backward pass. Built once and kept with the slices."""
 
     def build() -> RunTables:
@@ -142,10 +146,23 @@ def run_tables(slices: SliceTable, num_q: int, num_k: int, tiling: Tiling, devic
             partial, full = _last_row_moved(full, partial)
         of_queries = tiling.lines == "queries"
         intervals = intervals_of_queries(slices, num_q) if of_queries else intervals_of_keys(slices, num_k)
-        tables = (partial.offsets, _pairs(partial), full.offsets, _pairs(full), *_line_tables(intervals))
+        work = longest_first(partial.sizes + full.sizes, heads_k)
+        tables = (work, partial.offsets, _pairs(partial), full.offsets, _pairs(full), *_line_tables(intervals))
         return RunTables(*(to_device(table, device) for table in tables))
 
-    return slices.derived(("fa4 runs", num_q, num_k, tiling, device), build)
+    return slices.derived(("fa4 runs", num_q, num_k, heads_k, tiling, device), build)
+
+
+def longest_first(tiles: NDArray[np.int64], heads: int) -> NDArray[np.int64]:
+    """Order the work of all heads: as ``row * heads + head``, rows of more tiles first.
+
+    Thread blocks take work as they become free, so that the last ones should be short. Rows whose number of tiles is
+    about the same, to a quarter, stay together by head and in order, since they read the same queries.
+    """
+    size_class = np.floor(np.log(np.maximum(tiles, 1)) / np.log(1.25))
+    head, row = (each.ravel() for each in np.indices((heads, len(tiles))))
+    order = np.lexsort((row, head, -size_class[row]))
+    return (row * heads + head)[order]
 
 
 def _last_row_moved(source: RowIntervals, target: RowIntervals) -> tuple[RowIntervals, RowIntervals]:
