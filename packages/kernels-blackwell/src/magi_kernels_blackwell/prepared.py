@@ -146,6 +146,12 @@ class PreparedBackward:
             kernel(*given, *noted)
 
 
+def settle(device: torch.device) -> None:
+    """Wait for tables that were just made on the current stream, so that launches on all streams may read them."""
+    if torch.cuda.is_available():
+        torch.cuda.current_stream(device).synchronize()
+
+
 def layout_of(*tensors: Tensor) -> tuple[Any, ...]:
     """What kernels are compiled and launched by, beside the mask: device, dtype, shapes and strides."""
     first = tensors[0]

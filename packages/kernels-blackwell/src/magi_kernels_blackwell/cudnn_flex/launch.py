@@ -14,7 +14,7 @@ from magi_attention.kernels.protocol import AttentionCall
 from magi_kernels_blackwell.cudnn_flex.library import Library, quiet
 from magi_kernels_blackwell.cudnn_flex.tables import row_functions
 from magi_kernels_blackwell.masks import intervals_of_queries
-from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, watched
+from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, settle, watched
 from magi_kernels_blackwell.wheels import HOPPER
 
 SCALE_AT = 6
@@ -41,6 +41,7 @@ class MaskPlans:
             table = row_functions(intervals_of_queries(slices, batch[0].shape[1]))
             functions = torch.from_numpy(table).to(batch[0].device)
             self._plan = library.create_mask_plan(functions, *batch, build_backward=backward)
+            settle(functions.device)
         return self._plan
 
 

@@ -21,7 +21,7 @@ from magi_kernels_blackwell.fa4.tables import (
     to_device,
 )
 from magi_kernels_blackwell.masks import PackedMask, packed_mask
-from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, watched
+from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, settle, watched
 from magi_kernels_blackwell.wheels import HOPPER
 
 SCALE_AT = 5
@@ -88,6 +88,7 @@ def _prepare_forward(
         }
     with watched(library.forward) as (launches,), library.masks.bound():
         library.forward(q, k, v, **options)
+        settle(q.device)
     return PreparedForward.of_launch(launches[-1], SCALE_AT) if launches else None
 
 
@@ -192,6 +193,7 @@ def _prepare_backward(
         }
     with watched(*library.backward_parts) as (before, main, after), library.masks.bound():
         library.backward(q, k, v, out, dout, lse, **options)
+        settle(q.device)
     return PreparedBackward(before[0], main[0], after, DLSE_AT, SEMAPHORES_AT) if main else None
 
 
