@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of this rank that all ranks of a group can write, and theirs."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class SharedMemory:
+    """As many bytes on every rank, mapped on all of them: PyTorch's symmetric memory. Making it is a collective.
+
+    Args:
+        num_bytes: the same on all ranks.
+        device: this rank's GPU.
+        group: the process group.
+
+    Attributes:
+        local: ``[num_bytes]`` uint8, this rank's.
+        addresses: ``(num_ranks,)`` int64: where each rank's memory is mapped here.
+        device_addresses: the same on the device, for kernels.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self.local: Tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+        self._mapping = symmetric_memory.rendezvous(self.local, group)
+        self.addresses: NDArray[np.int64] = np.array(self._mapping.buffer_ptrs, np.int64)
+        self.device_addresses = torch.from_numpy(self.addresses).to(device)
+
+
+class Arena:
+    """A ring's slots on every rank.
+
+    Attributes:
+        slot_bytes: size of a slot.
+        memory: the slots, one after another; None while nothing has been sent.
+    """
+
+    _STEP = 1 << 21
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots, self.slot_bytes = num_slots, 0
+        self.memory: SharedMemory | None = None
+
+    def fits(self, num_bytes: int) -> bool:
+        """Whether a slot can hold so many bytes."""
+        return self.memory is not None and num_bytes <= self.slot_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all slots."""
+        return self.num_slots * self.slot_bytes
+
+    def size_for(self, num_bytes: int) -> int:
+        """What all slots would take after they have grown to hold so many bytes."""
+        spare = num_bytes + num_bytes // 8 if self.slot_bytes else num_bytes
+        return self.num_slots * -(-max(spare, 1) // self._STEP) * self._STEP
+
+    def grow(self, num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> None:
+        """Make new slots, a collective. Nobody may write the old ones any more; tensors in them stay valid."""
+        self.slot_bytes = self.size_for(num_bytes) // self.num_slots
+        self.memory = None
+        self.memory = SharedMemory(self.num_slots * self.slot_bytes, device, group)
+
+    def slot(self, number: int) -> Tensor:
+        """``[slot_bytes]`` uint8: one of this rank's slots."""
+        assert self.memory is not None
+        return self.memory.local[number * self.slot_bytes : (number + 1) * self.slot_bytes]

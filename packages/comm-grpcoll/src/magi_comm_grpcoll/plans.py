@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all ranks must know of an exchange before its first run: gathered on the host once per table and row format."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from magi_attention.comm.packing import RowFormat
+from magi_attention.plan.exchange import ExchangeTable
+from magi_comm_grpcoll.errors import PlanMismatchError
+from magi_comm_grpcoll.handshake import Handshake
+from magi_comm_grpcoll.tables import (
+    ByteCopies,
+    SlotLayout,
+    byte_copies,
+    cast_copies,
+    check_match,
+    lay_out_slots,
+    reduce_copies,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One rank's part of a cast or a reduce of tensors of given row formats.
+
+    Attributes:
+        copies: the pieces that this rank sends.
+        layout: where the tensors lie in every rank's slot.
+        sources: the ranks that send something to this one, itself included.
+    """
+
+    copies: ByteCopies
+    layout: SlotLayout
+    sources: tuple[int, ...]
+
+
+def gather_plan(
+    handshake: Handshake, operation: str, table: ExchangeTable, formats: Sequence[RowFormat], rank: int
+) -> Plan:
+    """Show this rank's table to the others, and make the plan from everybody's. All ranks must call it.
+
+    Args:
+        handshake: with the ranks of the group.
+        operation: "cast" or "reduce".
+        table: this rank's.
+        formats: of the tensors that travel.
+        rank: this rank.
+
+    Raises:
+        PlanMismatchError: the ranks' calls don't fit each other; on every rank.
+    """
+    answers = [_parse(answer) for answer in handshake.exchange(_message(operation, table, formats))]
+    _check_same_call([header for header, _ in answers])
+    tables = [_table(header, ranges) for header, ranges in answers]
+    return make_plan(operation, tables, formats, rank)
+
+
+def make_plan(operation: str, tables: Sequence[ExchangeTable], formats: Sequence[RowFormat], rank: int) -> Plan:
+    """The plan of ``rank``, given the tables of all ranks. See :func:`gather_plan`."""
+    check_match(tables)
+    row_bytes = [row.num_elements * row.dtype.itemsize for row in formats]
+    mine = tables[rank]
+    if operation == "cast":
+        runs, rows, counts = cast_copies(tables, rank), [table.num_received for table in tables], mine.recv_counts
+    else:
+        runs, rows, counts = reduce_copies(tables, rank), [sum(t.send_counts) for t in tables], mine.send_counts
+    layout = lay_out_slots(rows, row_bytes)
+    sources = tuple(source for source, count in enumerate(counts) if count)
+    return Plan(byte_copies(runs, layout, row_bytes, rank), layout, sources)
+
+
+def _message(operation: str, table: ExchangeTable, formats: Sequence[RowFormat]) -> bytes:
+    header = {
+        "call": [operation, [[str(row.dtype), list(row.shape)] for row in formats]],
+        "table": [table.num_ranks, table.num_source, table.num_received, len(table.send)],
+    }
+    ranges = np.concatenate([table.send, table.recv]).astype("<i8")
+    return json.dumps(header).encode() + b"\n" + ranges.tobytes()
+
+
+def _parse(message: bytes) -> tuple[dict[str, Any], bytes]:
+    header, _, ranges = message.partition(b"\n")
+    return json.loads(header), ranges
+
+
+def _table(header: dict[str, Any], ranges: bytes) -> ExchangeTable:
+    num_ranks, num_source, num_received, num_sent = header["table"]
+    both = np.frombuffer(ranges, "<i8").astype(np.int64).reshape(-1, 3)
+    return ExchangeTable(both[:num_sent], both[num_sent:], num_ranks, num_source, num_received)
+
+
+def _check_same_call(headers: Sequence[dict[str, Any]]) -> None:
+    calls = [header["call"] for header in headers]
+    differing = [rank for rank, call in enumerate(calls) if call != calls[0]]
+    if differing:
+        other = differing[0]
+        raise PlanMismatchError(
+            f"ranks {differing} of the group call another collective than rank 0: a {_told(calls[other])} on rank "
+            f"{other}, a {_told(calls[0])} on rank 0"
+        )
+
+
+def _told(call: Any) -> str:
+    operation, formats = call
+    return f"{operation} of rows {', '.join(f'{tuple(shape)} {dtype}' for dtype, shape in formats)}"
