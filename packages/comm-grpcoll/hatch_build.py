@@ -20,10 +20,8 @@ class FatbinHook(BuildHookInterface):
     """Run nvcc for every CUDA source that is newer than its fatbin."""
 
     def dependencies(self) -> list[str]:
-        """Ask for PyPI's nvcc where the machine has none; an editable install goes without."""
-        if is_switched_off() or shutil.which("nvcc") or self.target_name != "wheel":
-            return []
-        return ["cuda-pathfinder>=1.5", *NVCC_WHEELS]
+        """Ask for PyPI's nvcc where the machine has none."""
+        return [] if is_switched_off() or shutil.which("nvcc") else ["cuda-pathfinder>=1.5", *NVCC_WHEELS]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile. The wheel holds no code for the host's processor, so it serves every machine."""
@@ -38,6 +36,7 @@ class FatbinHook(BuildHookInterface):
             fatbin = output / f"{source.stem}.fatbin"
             if not fatbin.exists() or fatbin.stat().st_mtime < newest:
                 compile_fatbin(source, fatbin)
+        build_data["artifacts"].append(f"{self.config['output']}/*.fatbin")
 
     def clean(self, versions: list[str]) -> None:
         """Remove what was compiled."""

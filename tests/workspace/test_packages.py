@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The four packages agree with each other, and their wheels hold what they must."""
 
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -58,10 +60,12 @@ def validate() -> Validator:
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A wheel of each package."""
     built = {}
+    without_compiler = {} if shutil.which("nvcc") else {"MAGI_GRPCOLL_NO_KERNELS": "1"}
     for name, path in FILES.items():
         target = tmp_path_factory.mktemp(name)
         command = ["-m", "build", "--wheel", "--no-isolation", "--outdir", target, path.parent]
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        environment = {**os.environ, **without_compiler}
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         (built[name],) = target.iterdir()
     return built
