@@ -11,6 +11,7 @@ from magi_attention.comm import AllToAllCollectives
 from magi_attention.comm.packing import row_formats
 from magi_attention.testing.distributed import RankPool
 from magi_comm_grpcoll import GroupContext, NativeCollectives, NotNativeError, PlanMismatchError
+from magi_comm_grpcoll.capability import reason_against
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.plans import gather_plan
 from tests.distributed.exchanges import RandomNeeds, random_tensor
@@ -81,7 +82,9 @@ def fall_back(rank: int, world_size: int) -> None:
     assert lines == (
         []
         if rank
-        else ["the native group collectives are replaced by all-to-all: on rank 0 it needs CUDA GPUs, not cpu"]
+        else [
+            f"the native group collectives are replaced by all-to-all: on rank 0 {reason_against(torch.device('cpu'))}"
+        ]
     )
     needs = RandomNeeds(3, world_size, 0.5)
     rows = random_tensor(rank, (int(needs.num_rows[rank]), 4), torch.float32)

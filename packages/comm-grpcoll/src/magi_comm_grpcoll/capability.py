@@ -17,7 +17,9 @@ _MEMORY_OPERATIONS = 122
 def reason_against(device: torch.device) -> str:
     """Why this process can't take part on ``device``, whoever the others are; empty if it can."""
     if device.type != "cuda":
-        return f"it needs CUDA GPUs, not {device}"
+        return f"it needs CUDA GPUs, not {device}: switch native_grpcoll off, all-to-all runs on every device"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA GPU"
     if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         needed = ".".join(map(str, LEAST_CAPABILITY))
         return f"{torch.cuda.get_device_name(device)} is older than compute capability {needed} (Hopper)"

@@ -10,18 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.alltoall import AllToAllCollectives
-from magi_attention.comm.group import group_rank, group_size
+from magi_attention.comm.group import GroupHandle, group_rank, group_size
 from magi_attention.comm.packing import row_formats
 from magi_attention.comm.protocol import ReduceOp, Work
 from magi_attention.kernels.protocol import Support
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_comm_grpcoll.capability import reason_against
 from magi_comm_grpcoll.combine import formats_combine
 from magi_comm_grpcoll.context import GroupContext, NotNativeError
 
 logger = logging.getLogger(__name__)
 
 # One context for each process group, since its memory and its flags are the group's.
-_contexts: dict[str, tuple[dist.ProcessGroup, GroupContext | None]] = {}
+_contexts: dict[str, tuple[GroupHandle, GroupContext | None]] = {}
 
 
 class NativeCollectives:
@@ -42,10 +43,9 @@ class NativeCollectives:
 
     @classmethod
     def supports(cls, device: torch.device) -> Support:
-        """Whether tensors of a device can travel at all: those of the CPU can't."""
-        if device.type != "cuda":
-            return Support(False, "it needs CUDA GPUs: switch native_grpcoll off, all-to-all runs on every device")
-        return Support(True)
+        """Whether tensors of a device could travel natively, whoever the other ranks are."""
+        reason = reason_against(device)
+        return Support(not reason, reason)
 
     def cast(
         self,
@@ -82,7 +82,7 @@ class NativeCollectives:
 def context_of(group: dist.ProcessGroup) -> GroupContext | None:
     """The context of a process group, made by the first call, a collective; None where there can't be one."""
     known = _contexts.get(group.group_name)
-    if known is not None and known[0] is group:
+    if known is not None and known[0].group is group:
         return known[1]
     try:
         context = GroupContext(group)
@@ -90,7 +90,7 @@ def context_of(group: dist.ProcessGroup) -> GroupContext | None:
         context = None
         if group_rank(group) == 0:
             logger.warning("the native group collectives are replaced by all-to-all: %s", error)
-    _contexts[group.group_name] = group, context
+    _contexts[group.group_name] = GroupHandle(group), context
     return context
 
 
