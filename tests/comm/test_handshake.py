@@ -10,10 +10,10 @@ import torch.distributed as dist
 from magi_attention.comm import AllToAllCollectives
 from magi_attention.comm.packing import row_formats
 from magi_attention.testing.distributed import RankPool
-from magi_comm_grpcoll import GroupContext, NativeCollectives, NotNativeError, PlanMismatchError
+from magi_comm_grpcoll import CapacityError, GroupContext, NativeCollectives, NotNativeError, PlanMismatchError
 from magi_comm_grpcoll.capability import reason_against
 from magi_comm_grpcoll.handshake import Handshake
-from magi_comm_grpcoll.plans import gather_plan
+from magi_comm_grpcoll.plans import gather_plans
 from tests.distributed.exchanges import RandomNeeds, random_tensor
 
 
@@ -47,10 +47,10 @@ def test_a_rank_that_does_not_come_is_named(pool):
     pool.run(stay_away)
 
 
-def gather_plans(rank: int, world_size: int) -> None:
+def gather_all(rank: int, world_size: int) -> None:
     handshake, needs = Handshake(dist.group.WORLD, 30), RandomNeeds(5, world_size, 0.5)
     formats = row_formats([torch.zeros(1, 4, 8)])
-    plan = gather_plan(handshake, "cast", needs.table(rank), formats, rank)
+    (plan,) = gather_plans(handshake, "cast", needs.table(rank), formats, rank)
     assert plan.layout.sizes.tolist() == [-(-len(needed) * 128 // 256) * 256 for needed in needs.needs]
     assert plan.copies.size.sum() == 128 * needs.table(rank).send_counts[0] + sum(
         128 * count for count in needs.table(rank).send_counts[1:]
@@ -58,15 +58,20 @@ def gather_plans(rank: int, world_size: int) -> None:
     with pytest.raises(
         PlanMismatchError, match=r"ranks \[2\] .* than rank 0: a reduce of rows \(4, 8\) torch.float32 on"
     ):
-        gather_plan(handshake, "reduce" if rank == 2 else "cast", needs.table(rank), formats, rank)
+        gather_plans(handshake, "reduce" if rank == 2 else "cast", needs.table(rank), formats, rank)
     other = RandomNeeds(6, world_size, 0.9)
     with pytest.raises(PlanMismatchError, match=r"rank \d sends \d+ rows to rank \d, which expects"):
-        gather_plan(handshake, "cast", (needs if rank else other).table(rank), formats, rank)
-    gather_plan(handshake, "cast", needs.table(rank), formats, rank)  # and the group is still good
+        gather_plans(handshake, "cast", (needs if rank else other).table(rank), formats, rank)
+    parts = gather_plans(handshake, "cast", needs.table(rank), formats, rank, most_bytes=512)
+    assert len(parts) > 1
+    assert all(part.slot_bytes <= 512 for part in parts)
+    with pytest.raises(CapacityError, match=r"needs slots of 256 bytes even in .* rounds, but 100 is the most"):
+        gather_plans(handshake, "cast", needs.table(rank), formats, rank, most_bytes=100)
+    gather_plans(handshake, "cast", needs.table(rank), formats, rank)  # and the group is still good
 
 
 def test_plans_are_gathered_and_compared(pool):
-    pool.run(gather_plans)
+    pool.run(gather_all)
 
 
 def fall_back(rank: int, world_size: int) -> None:

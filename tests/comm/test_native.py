@@ -241,9 +241,10 @@ def misuse(rank: int, world_size: int) -> None:
     del dropped  # gives back what it lent
     for _ in range(3):
         assert torch.equal(native.cast([rows], table).wait()[0], rows.new_ones(table.num_received, 8))
-    small = GroupContext(dist.group.WORLD, ContextOptions(capacity_bytes=1 << 20))
-    with pytest.raises(CapacityError, match="over the capacity of 1048576 bytes"):
-        small.cast([rows], fragmented_table(rank, world_size, 3, 4))
+    small = GroupContext(dist.group.WORLD, ContextOptions(capacity_bytes=8 << 20))
+    wide = torch.zeros(table.num_source, 1 << 20, device=device())
+    with pytest.raises(CapacityError, match="but 2097152 is the most"):
+        small.cast([wide], fragmented_table(rank, world_size, 3, 4))
     small.close()
     with pytest.raises(RuntimeError, match="closed"):
         small.cast([rows], table)
@@ -267,3 +268,28 @@ def use_the_entry_point(rank: int, world_size: int) -> None:
 
 def test_all_objects_of_a_group_share_a_context(pool):
     pool.run(use_the_entry_point, timeout_s=60)
+
+
+def run_in_rounds(rank: int, world_size: int) -> None:
+    small, whole = GroupContext(dist.group.WORLD, ContextOptions(capacity_bytes=8 << 20)), context()
+    for table in (fragmented_table(rank, world_size, 200, 5), RandomNeeds(3, world_size, 0.9, 3000).table(rank)):
+        sources = [
+            random_tensor(rank + i, (table.num_source, *shape), dtype).to(device())
+            for i, (shape, dtype) in enumerate(FORMATS[0])
+        ]
+        sources = [torch.cat([x, x, x, x], dim=-1) for x in sources]
+        expected = whole.cast(sources, table).wait()
+        for lend in (False, True):
+            work = small.cast(sources, table, lend=lend)
+            assert all(torch.equal(x, y) for x, y in zip(work.wait(), expected, strict=True))
+            work.release()
+        for op in ("sum", "avg"):
+            totals = [[x.clone() for x in sources] for _ in range(2)]
+            whole.reduce(expected, table, totals[0], op).wait()
+            small.reduce(expected, table, totals[1], op).wait()
+            assert all(torch.equal(x, y) for x, y in zip(*totals, strict=True))
+    small.close()
+
+
+def test_what_does_not_fit_goes_in_rounds_with_the_same_bits(pool):
+    pool.run(run_in_rounds, timeout_s=60)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from magi_attention.comm.packing import RowFormat
 from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll.errors import PlanMismatchError
-from magi_comm_grpcoll.plans import make_plan
-from magi_comm_grpcoll.tables import ALIGNMENT, TASK, ByteCopies, cast_copies, cut, tasks_of
+from magi_comm_grpcoll.plans import make_plans
+from magi_comm_grpcoll.tables import ALIGNMENT, TASK, ByteCopies, cast_copies, check_match, cut, tasks_of
 from tests.distributed.exchanges import RandomNeeds
 
 cases = st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([0.1, 0.5, 0.9]))
@@ -24,6 +24,11 @@ FORMATS = [
         *[RowFormat(torch.int8, torch.Size([5]))] * 4,
     ),
 ]
+
+
+def plan_of(operation, tables, formats, rank):
+    (plan,) = make_plans(operation, tables, formats, rank)
+    return plan
 
 
 def random_rows(rng: np.random.Generator, num_rows: int, row: RowFormat) -> np.ndarray:
@@ -55,7 +60,7 @@ def test_cast_brings_every_row_to_its_place(case, formats, most_bytes):
     needs, rng = RandomNeeds(seed, num_ranks, share), np.random.default_rng(seed)
     tables = [needs.table(rank) for rank in range(num_ranks)]
     sources = [[random_rows(rng, needs.num_rows[rank], row) for row in formats] for rank in range(num_ranks)]
-    plans = [make_plan("cast", tables, formats, rank) for rank in range(num_ranks)]
+    plans = [plan_of("cast", tables, formats, rank) for rank in range(num_ranks)]
     slots = carry_out(plans, sources, most_bytes)
     for rank, plan in enumerate(plans):
         assert set(plan.sources) == {int(owner) for owner in needs.needs[rank][:, 0]}
@@ -72,7 +77,7 @@ def test_reduce_brings_partials_to_slots_in_the_order_of_the_ranks(case, formats
     needs, rng = RandomNeeds(seed, num_ranks, share), np.random.default_rng(seed)
     tables = [needs.table(rank) for rank in range(num_ranks)]
     partials = [[random_rows(rng, len(needs.needs[rank]), row) for row in formats] for rank in range(num_ranks)]
-    plans = [make_plan("reduce", tables, formats, rank) for rank in range(num_ranks)]
+    plans = [plan_of("reduce", tables, formats, rank) for rank in range(num_ranks)]
     slots = carry_out(plans, partials, 64)
     for owner, plan in enumerate(plans):
         # The slots' rows, as the reduction numbers them: everything sent, by ascending peer.
@@ -83,6 +88,33 @@ def test_reduce_brings_partials_to_slots_in_the_order_of_the_ranks(case, formats
             for place, (peer, index) in enumerate(sent):
                 ((_, at),) = [found for found in needs.partials_of(owner, index) if found[0] == peer]
                 assert np.array_equal(arrived[place], partials[peer][number][at])
+
+
+@given(cases, st.integers(2, 9))
+def test_rounds_bring_every_row_once_and_all_partials_of_a_row_together(case, num_rounds):
+    seed, num_ranks, share = case
+    formats = FORMATS[0]
+    needs, rng = RandomNeeds(seed, num_ranks, share), np.random.default_rng(seed)
+    tables = [needs.table(rank) for rank in range(num_ranks)]
+    sources = [[random_rows(rng, needs.num_rows[rank], row) for row in formats] for rank in range(num_ranks)]
+    casts = [make_plans("cast", tables, formats, rank, num_rounds) for rank in range(num_ranks)]
+    received = [[np.full((len(needed), 16), 255, np.uint8) for _ in formats] for needed in needs.needs]
+    for plans in zip(*casts, strict=True):
+        slots = carry_out(plans, sources, 64)
+        for rank, plan in enumerate(plans):
+            for number, row in enumerate(formats):
+                width = row.num_elements * row.dtype.itemsize
+                rows = tensor_in(slots[rank], plan.layout.starts[rank, number], plan.num_rows, width)
+                received[rank][number][plan.landing, :width] = rows
+    for rank, needed in enumerate(needs.needs):
+        assert sorted(np.concatenate([plan.landing for plan in casts[rank]])) == list(range(len(needed)))
+        for place, (owner, index) in enumerate(needed):
+            assert np.array_equal(received[rank][0][place], sources[owner][0][index])
+    for owner in range(num_ranks):
+        rounds = make_plans("reduce", tables, formats, owner, num_rounds)
+        sent = [{row for _, start, stop in plan.table.send.tolist() for row in range(start, stop)} for plan in rounds]
+        assert sum(map(len, sent)) == len(set().union(*sent))
+        assert sum(plan.num_rows for plan in rounds) == sum(tables[owner].send_counts)
 
 
 def table(send, recv, num_ranks=2, num_source=8) -> ExchangeTable:
@@ -104,17 +136,17 @@ def test_ranks_that_start_together_send_to_different_peers():
         table([(peer, 0, 8) for peer in range(4)], [(peer, 8 * peer, 8 * peer + 8) for peer in range(4)], 4)
     ] * 4
     row = (RowFormat(torch.int8, torch.Size([16])),)
-    firsts = [make_plan("cast", everything, row, rank).copies.peer for rank in range(4)]
+    firsts = [plan_of("cast", everything, row, rank).copies.peer for rank in range(4)]
     for turn in zip(*firsts, strict=True):
         assert sorted(turn) == [0, 1, 2, 3]
-    assert cut(make_plan("cast", everything, row, 0).copies, 64).peer.tolist() == [1, 2, 3, 0] * 2
+    assert cut(plan_of("cast", everything, row, 0).copies, 64).peer.tolist() == [1, 2, 3, 0] * 2
 
 
 def test_tables_that_do_not_match_are_refused_with_the_ranks():
     with pytest.raises(PlanMismatchError, match="rank 0 sends 3 rows to rank 1, which expects 2; 1 pairs"):
-        make_plan("cast", [table([(1, 0, 3)], []), table([], [(0, 0, 2)])], FORMATS[1], 0)
+        check_match([table([(1, 0, 3)], []), table([], [(0, 0, 2)])])
     with pytest.raises(PlanMismatchError, match="rank 1's table is for 3 ranks, not 2"):
-        make_plan("cast", [table([], []), table([], [], num_ranks=3)], FORMATS[1], 0)
+        check_match([table([], []), table([], [], num_ranks=3)])
 
 
 def test_granule_is_what_divides_everything():

@@ -45,23 +45,27 @@ class Arena:
         self.num_slots, self.slot_bytes = num_slots, 0
         self.memory: SharedMemory | None = None
 
+    @classmethod
+    def most_in(cls, num_bytes: int, num_slots: int) -> int:
+        """The size of a slot of which so many take at most ``num_bytes``."""
+        return num_bytes // num_slots // cls._STEP * cls._STEP
+
     def fits(self, num_bytes: int) -> bool:
         """Whether a slot can hold so many bytes."""
         return self.memory is not None and num_bytes <= self.slot_bytes
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of all slots."""
-        return self.num_slots * self.slot_bytes
+    def grow(self, num_bytes: int, most_bytes: int | None, device: torch.device, group: dist.ProcessGroup) -> None:
+        """Make new slots, a collective. Nobody may write the old ones any more; tensors in them stay valid.
 
-    def size_for(self, num_bytes: int) -> int:
-        """What all slots would take after they have grown to hold so many bytes."""
-        spare = num_bytes + num_bytes // 8 if self.slot_bytes else num_bytes
-        return self.num_slots * -(-max(spare, 1) // self._STEP) * self._STEP
-
-    def grow(self, num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> None:
-        """Make new slots, a collective. Nobody may write the old ones any more; tensors in them stay valid."""
-        self.slot_bytes = self.size_for(num_bytes) // self.num_slots
+        Args:
+            num_bytes: what a slot must hold.
+            most_bytes: the most that it may hold; None for no limit.
+            device: where.
+            group: the process group.
+        """
+        spare = num_bytes + num_bytes // 8 if self.slot_bytes else max(num_bytes, 1)
+        size = -(-spare // self._STEP) * self._STEP
+        self.slot_bytes = size if most_bytes is None else min(size, most_bytes)
         self.memory = None
         self.memory = SharedMemory(self.num_slots * self.slot_bytes, device, group)
 

@@ -22,12 +22,13 @@ from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.capability import agree
 from magi_comm_grpcoll.combine import add_slots, formats_combine, merge_slots
-from magi_comm_grpcoll.errors import CapacityError, PeerTimeoutError
-from magi_comm_grpcoll.exchange import Prepared, SlotExchange
+from magi_comm_grpcoll.errors import PeerTimeoutError
+from magi_comm_grpcoll.exchange import SlotExchange
 from magi_comm_grpcoll.handshake import Handshake
-from magi_comm_grpcoll.plans import Plan, gather_plan
+from magi_comm_grpcoll.lane import Lane, Round
+from magi_comm_grpcoll.plans import gather_plans
 from magi_comm_grpcoll.ring import Ring
-from magi_comm_grpcoll.routes import Transport, make_route
+from magi_comm_grpcoll.routes import Transport
 from magi_comm_grpcoll.watchdog import RELEASED, Watchdog, Watched
 from magi_comm_grpcoll.wires import DeviceWires, Words
 from magi_comm_grpcoll.work import NativeWork
@@ -35,7 +36,7 @@ from magi_comm_grpcoll.work import NativeWork
 logger = logging.getLogger(__name__)
 
 CAST, REDUCE = 0, 1
-_RING_NAMES = ("cast", "reduce")
+LANES = ("cast", "reduce")
 _HIGH_PRIORITY = -1
 _MAX_ROUNDS_OF_RELEASE = 1000
 
@@ -48,7 +49,8 @@ class ContextOptions:
         transport: ``"copy_engine"``, ``"push"``, or None for the faster one for each exchange.
         num_slots: how many casts, and how many reduces, may hold rows at a time.
         timeout_s: seconds until a rank that does not come is an error; None for the process group's own timeout.
-        capacity_bytes: the most memory that the slots may take, casts and reduces together; None for no limit.
+        capacity_bytes: the most memory that the slots may take, half for casts and half for reduces; None for no limit.
+            An exchange that needs more goes in several rounds.
     """
 
     transport: Transport | None = None
@@ -61,6 +63,8 @@ class ContextOptions:
             raise ValueError(f"transport must be 'copy_engine', 'push' or None, not {self.transport!r}")
         if self.num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, not {self.num_slots}")
+        if self.capacity_bytes is not None and not Arena.most_in(self.capacity_bytes // len(LANES), self.num_slots):
+            raise ValueError(f"capacity_bytes gives none of {self.num_slots} slots 2 MiB: {self.capacity_bytes}")
         if self.timeout_s is not None and self.timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive, not {self.timeout_s}")
 
@@ -97,26 +101,27 @@ class GroupContext:
         if reason := agree(self._handshake, self.device):
             raise NotNativeError(reason)
         self._error: PeerTimeoutError | None = None
+        self._closed = False
         self._streams = _Streams(self.device)
         self._make_rings()
-        rings = [Watched(name, progress) for name, progress in zip(_RING_NAMES, self._progress.numpy(), strict=True)]
+        rings = [Watched(name, progress) for name, progress in zip(LANES, self._progress.numpy(), strict=True)]
         self._watchdog = Watchdog(rings, weakref.WeakMethod(self._give_up), timeout_s)
         self._timeout_s = timeout_s
 
     def _make_rings(self) -> None:
-        num_rings = len(_RING_NAMES)
+        num_rings, num_slots = len(LANES), self.options.num_slots
         self._control = SharedMemory(num_rings * Words.num_bytes(self.num_ranks), self.device, self.group)
         self._control.local.zero_()
         self._progress = torch.zeros(num_rings, 2, dtype=torch.int64, pin_memory=True)
         torch.cuda.synchronize(self.device)
         self._handshake.exchange(b"flags are zero")
         self._words = [Words(self.num_ranks, number) for number in range(num_rings)]
-        self._rings = []
+        self._lanes = []
         for number, words in enumerate(self._words):
             streams = self._streams.send, self._streams.arrive[number], self._streams.credit
             wires = DeviceWires(self._control, words, self.rank, self._progress[number], *streams)
-            ring = Ring(self.options.num_slots)
-            self._rings.append(_Lane(SlotExchange(ring, wires), wires, Arena(self.options.num_slots)))
+            exchange, arena = SlotExchange(Ring(num_slots), wires), Arena(num_slots)
+            self._lanes.append(Lane(exchange, wires, arena, self._control, self.rank, self.options.transport))
 
     @torch.no_grad()
     def cast(
@@ -131,33 +136,25 @@ class GroupContext:
         _check_rows("tensors", tensors, table.num_source, self.device)
         if out is not None:
             check_out(out, tensors, table.num_received)
-        lane, prepared = self._rings[CAST], self._prepare(CAST, table, row_formats(tensors))
+        lane, rounds = self._lanes[CAST], self._prepare(CAST, table, row_formats(tensors))
+        caller, arrive = torch.cuda.current_stream(self.device), lane.wires.arrive
         tensors = [tensor.contiguous() for tensor in tensors]
-        if lend and out is None:
-            received = None
-        else:
-            received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
-        started = self._start(lane, prepared, tensors)
-        landed, arrive = prepared.views(started.slot), lane.wires.arrive
-        if received is not None:
+        if lend and out is None and len(rounds) == 1:
+            started = rounds[0].start(tensors, caller)
+            lane.exchange.finish(started.epoch)
+            give_back = partial(lane.exchange.release, started.epoch)
+            lent, kept = [*rounds[0].landed(started.slot)], [rounds, *tensors]
+            return NativeWork(arrive, caller, lent, kept, started.packed, self._check, give_back)
+        received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
+        for part in rounds:
+            started = part.start(tensors, caller)
             arrive.wait_event(started.ready)
             with torch.cuda.stream(arrive):
-                for target, rows in zip(received, landed, strict=True):
-                    target.copy_(rows)
-        lane.exchange.finish(started.epoch)
-        give_back = partial(lane.exchange.release, started.epoch)
-        buffers = [prepared, *tensors, *(received or ())]
-        if received is not None:
-            give_back(arrive.record_event())
-        return NativeWork(
-            arrive,
-            started.caller,
-            list(landed) if received is None else received,
-            buffers,
-            started.packed,
-            self._check,
-            give_back if received is None else None,
-        )
+                part.deliver(started.slot, received)
+            lane.exchange.finish(started.epoch)
+            lane.exchange.release(started.epoch, arrive.record_event())
+        kept = [rounds, *tensors, *received]
+        return NativeWork(arrive, caller, received, kept, started.packed, self._check)
 
     @torch.no_grad()
     def reduce(
@@ -181,76 +178,52 @@ class GroupContext:
         _check_rows("partials", sent, table.num_received, self.device)
         _check_rows("into", targets, table.num_source, self.device)
         check_combine(sent, targets, op)
-        lane, prepared = self._rings[REDUCE], self._prepare(REDUCE, table, row_formats(sent))
+        lane, rounds = self._lanes[REDUCE], self._prepare(REDUCE, table, row_formats(sent))
+        caller, arrive = torch.cuda.current_stream(self.device), lane.wires.arrive
         sent = [tensor.contiguous() for tensor in sent]
         written = [tensor.contiguous() for tensor in targets]
         old_lse = written[-1].clone() if op == "lse" else None
-        started = self._start(lane, prepared, sent)
-        slots, arrive = prepared.views(started.slot), lane.wires.arrive
-        routes = routes_of(table, self.device)
-        arrive.wait_event(started.ready)
-        if old_lse is not None:
-            merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], routes)
-        else:
-            for target, rows in zip(written, slots, strict=True):
-                add_slots(arrive, target, rows, routes, average=op == "avg")
+        for part in rounds:
+            started, routes = part.start(sent, caller), routes_of(part.plan.table, self.device)
+            arrive.wait_event(started.ready)
+            slots = part.landed(started.slot)
+            if old_lse is not None:
+                merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], routes)
+            else:
+                for target, rows in zip(written, slots, strict=True):
+                    add_slots(arrive, target, rows, routes, average=op == "avg")
+            lane.exchange.finish(started.epoch)
+            lane.exchange.release(started.epoch, arrive.record_event())
         with torch.cuda.stream(arrive):
             for target, result in zip(targets, written, strict=True):
                 if target is not result:
                     target.copy_(result)
-        lane.exchange.finish(started.epoch)
-        lane.exchange.release(started.epoch, arrive.record_event())
-        buffers = [prepared, routes, old_lse, *sent, *written, *targets]
-        return NativeWork(arrive, started.caller, None, buffers, started.packed, self._check)
+        kept = [rounds, old_lse, *sent, *written, *targets]
+        return NativeWork(arrive, caller, None, kept, started.packed, self._check)
 
     def close(self) -> None:
         """Give the memory back. A collective of the host; waits until all that was enqueued is done."""
         self._quiesce(b"close")
         self._watchdog.stop()
         self._closed = True
-        for lane in self._rings:
-            lane.arena = Arena(self.options.num_slots)
+        for lane in self._lanes:
+            lane.arena.memory = None
 
-    _closed = False
-
-    def _start(self, lane: "_Lane", prepared: "_Prepared", tensors: Sequence[Tensor]) -> "_Started":
-        """Enqueue what sends the tensors, and let the arriving stream wait for that and for what comes."""
-        caller, send = torch.cuda.current_stream(self.device), lane.wires.send
-        ready = caller.record_event()
-        send.wait_event(ready)
-        bound = prepared.bind(lane, self)
-        epoch = lane.exchange.begin()
-        # A kernel that pushes needs multiprocessors, and shall find some before the next kernel takes them all.
-        packed = send.record_event() if prepared.transport == "push" else None
-        lane.exchange.send(bound, epoch, [tensor.data_ptr() for tensor in tensors])
-        lane.wires.arrive.wait_event(send.record_event())
-        return _Started(epoch, epoch % self.options.num_slots, caller, ready, packed)
-
-    def _prepare(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> "_Prepared":
+    def _prepare(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> list[Round]:
         if table.num_ranks != self.num_ranks:
             raise ValueError(f"an exchange among {table.num_ranks} ranks can't run in a group of {self.num_ranks}")
         return table.derived((self, number, formats), lambda: self._plan(number, table, formats))
 
-    def _plan(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> "_Prepared":
-        plan = gather_plan(self._handshake, _RING_NAMES[number], table, formats, self.rank)
-        self._make_room(number, int(plan.layout.sizes.max()))
-        rows = table.num_received if number == CAST else sum(table.send_counts)
-        return _Prepared(plan, formats, rows)
-
-    def _make_room(self, number: int, num_bytes: int) -> None:
-        """Let all slots of a ring hold so many bytes. All ranks come here with the same number."""
-        arena = self._rings[number].arena
-        if arena.fits(num_bytes):
-            return
-        grown, others = arena.size_for(num_bytes), sum(lane.arena.num_bytes for lane in self._rings) - arena.num_bytes
-        limit = self.options.capacity_bytes
-        if limit is not None and grown + others > limit:
-            raise CapacityError(
-                f"a {_RING_NAMES[number]} needs {num_bytes} bytes in each of {arena.num_slots} slots; with {others} "
-                f"bytes for other exchanges that is over the capacity of {limit} bytes"
-            )
-        self._quiesce(b"grow")
-        arena.grow(num_bytes, self.device, self.group)
+    def _plan(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> list[Round]:
+        lane, num_slots, most = self._lanes[number], self.options.num_slots, None
+        if self.options.capacity_bytes is not None:
+            most = Arena.most_in(self.options.capacity_bytes // len(LANES), num_slots)
+        plans = gather_plans(self._handshake, LANES[number], table, formats, self.rank, most)
+        needed = max(plan.slot_bytes for plan in plans)
+        if not lane.arena.fits(needed):  # on all ranks alike
+            self._quiesce(b"grow")
+            lane.arena.grow(needed, most, self.device, self.group)
+        return [Round(plan, formats, lane) for plan in plans]
 
     def _quiesce(self, why: bytes) -> None:
         """Wait until no rank has anything under way."""
@@ -274,7 +247,7 @@ class GroupContext:
             late = {rank for at, least in needed for rank in np.flatnonzero(seen[at // 8] < least).tolist()}
             ranks = tuple(sorted(late))
             self._error = PeerTimeoutError(
-                f"ranks {list(ranks)} of the group did not do their part of {_RING_NAMES[number]} number {epoch} "
+                f"ranks {list(ranks)} of the group did not do their part of {LANES[number]} number {epoch} "
                 f"within {self._timeout_s:g} s; this group can't be used natively any more",
                 ranks,
             )
@@ -293,71 +266,9 @@ class _Streams:
 
     def __init__(self, device: torch.device) -> None:
         self.send, self.credit, self.watch, *self.arrive = (
-            torch.cuda.Stream(device, priority=_HIGH_PRIORITY) for _ in range(3 + len(_RING_NAMES))
+            torch.cuda.Stream(device, priority=_HIGH_PRIORITY) for _ in range(3 + len(LANES))
         )
         self.all = [self.send, self.credit, *self.arrive]
-
-
-@dataclass
-class _Lane:
-    """One kind of collective: its ring, flags and slots."""
-
-    exchange: SlotExchange
-    wires: DeviceWires
-    arena: Arena
-
-
-@dataclass(frozen=True)
-class _Started:
-    """An exchange that has been enqueued."""
-
-    epoch: int
-    slot: int
-    caller: "torch.cuda.Stream"
-    ready: "torch.cuda.Event"
-    packed: "torch.cuda.Event | None"
-
-
-class _Prepared:
-    """A plan, bound to the slots of its ring; bound again when these have moved.
-
-    Args:
-        plan: the plan.
-        formats: of the tensors.
-        num_rows: rows of each tensor in this rank's slot.
-    """
-
-    def __init__(self, plan: Plan, formats: tuple[RowFormat, ...], num_rows: int) -> None:
-        self._plan, self._formats, self._num_rows = plan, formats, num_rows
-        self._memory: SharedMemory | None = None
-        self.transport: Transport | None = None
-
-    def bind(self, lane: _Lane, context: GroupContext) -> Prepared:
-        """The pieces with their addresses."""
-        if self._memory is not lane.arena.memory or self._memory is None:
-            self._memory = lane.arena.memory
-            route, self.transport = make_route(
-                self._plan.copies, context.rank, lane.arena, lane.wires, context._control, context.options.transport
-            )
-            self._bound = Prepared(route, self._plan.sources)
-            starts = self._plan.layout.starts[context.rank]
-            slots = [lane.arena.slot(number) for number in range(lane.arena.num_slots)]
-            self._views = [
-                tuple(
-                    _rows_at(slot, start, row, self._num_rows) for start, row in zip(starts, self._formats, strict=True)
-                )
-                for slot in slots
-            ]
-        return self._bound
-
-    def views(self, slot: int) -> tuple[Tensor, ...]:
-        """This rank's tensors in a slot."""
-        return self._views[slot]
-
-
-def _rows_at(slot: Tensor, start: int, row: RowFormat, num_rows: int) -> Tensor:
-    num_bytes = num_rows * row.num_elements * row.dtype.itemsize
-    return slot[start : start + num_bytes].view(row.dtype).view(num_rows, *row.shape)
 
 
 def group_timeout_s(group: dist.ProcessGroup, device: torch.device) -> float:
