@@ -175,7 +175,7 @@ def run_table(pool: RankPool, options: argparse.Namespace, cells: dict[str, Any]
         values = {}
         for method in METHODS:
             arguments = method, options.mib << 20, kib << 10, options.times
-            values[method] = attempt(lambda arguments=arguments: pool.run(time_alone, *arguments, timeout_s=60)[0])
+            values[method] = attempt(partial(pool.run, time_alone, *arguments, timeout_s=60))
         cells[f"alone {kib}"] = values
         text = "".join(f"{values[method][0]:8.0f}{values[method][1]:6.0f}" for method in METHODS)
         best = max(values["copies"][0], values["push"][0])
@@ -185,17 +185,16 @@ def run_table(pool: RankPool, options: argparse.Namespace, cells: dict[str, Any]
         values = {}
         for method in METHODS:
             arguments = method, options.mib << 20, kib << 10, options.times
-            run = partial(pool.run, time_beside_attention, *arguments, timeout_s=60)
-            values[method] = attempt(lambda run=run: run()[0])
+            values[method] = attempt(partial(pool.run, time_beside_attention, *arguments, timeout_s=60))
         cells[f"beside {kib}"] = values
         text = "".join(f"{values[method][0]:8.0f}{values[method][1]:8.1%}" for method in METHODS)
         print(f"{kib:6d}KiB {text}", flush=True)
 
 
-def attempt(run: Callable[[], tuple[float, float]]) -> tuple[float, float]:
-    """The cell's numbers, or none and why."""
+def attempt(run: Callable[[], list[tuple[float, float]]]) -> tuple[float, float]:
+    """The numbers of rank 0, or none and why."""
     try:
-        return run()
+        return run()[0]
     except (RuntimeError, TimeoutError) as error:
         print(f"failed: {error}", flush=True)
         return float("nan"), float("nan")
