@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from magi_attention.comm.packing import RowFormat
 from magi_attention.plan.exchange import ExchangeTable
+from magi_comm_grpcoll.driver import WAIT_VALUE, WRITE_VALUE, memory_operations
 from magi_comm_grpcoll.errors import PlanMismatchError
 from magi_comm_grpcoll.plans import make_plans
 from magi_comm_grpcoll.tables import ALIGNMENT, TASK, ByteCopies, cast_copies, check_match, cut, tasks_of
@@ -160,6 +161,17 @@ def test_granule_is_what_divides_everything():
         2,
         1,
     ]
+
+
+def test_memory_operations_have_the_layout_of_the_union():
+    operations = memory_operations(np.array([8, 16]), [64])
+    assert operations.itemsize == 48
+    words = operations.view(np.uint64).reshape(3, 6)
+    assert words[:, 0].tolist() == [WRITE_VALUE, WAIT_VALUE, WAIT_VALUE]
+    assert words[:, 1].tolist() == [64, 8, 16]
+    operations["value"][1:].fill(7)
+    assert words[:, 2].tolist() == [0, 7, 7]
+    assert not words[:, 3:].any()
 
 
 def test_tasks_have_the_layout_of_the_struct():

@@ -6,6 +6,7 @@ ten times what the driver needs for all of them.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -48,7 +49,7 @@ class Driver:
         if count:
             self._check(self._copy_batch(targets, sources, sizes, count, *self._attributes, 1, stream))
 
-    def memory_operations(self, operations: int, count: int, stream: int) -> None:
+    def enqueue_memory_operations(self, operations: int, count: int, stream: int) -> None:
         """Enqueue waits for and writes of words, given the address of ``count`` :data:`MEMORY_OPERATION`."""
         if count:
             self._check(self._memory_operations(stream, count, operations, 0))
@@ -80,15 +81,12 @@ def driver() -> Driver:
     return Driver()
 
 
-def wait_for(words: NDArray[np.uint64]) -> NDArray[np.void]:
-    """Operations that wait until each of the words at these addresses has reached ``value``, which is to be set."""
-    operations = np.zeros(len(words), MEMORY_OPERATION)
-    operations["operation"], operations["address"] = WAIT_VALUE, words
-    return operations
+def memory_operations(waits: NDArray[np.int64], writes: Sequence[int] = ()) -> NDArray[np.void]:
+    """Operations whose values are to be set: writes to the words at some addresses, then waits for words at others.
 
-
-def write_to(word: int) -> NDArray[np.void]:
-    """The operation that writes ``value``, which is to be set, to the word at this address."""
-    operations = np.zeros(1, MEMORY_OPERATION)
-    operations["operation"], operations["address"] = WRITE_VALUE, word
+    A wait ends when the word has reached the value.
+    """
+    operations = np.zeros(len(writes) + len(waits), MEMORY_OPERATION)
+    operations["operation"] = [WRITE_VALUE] * len(writes) + [WAIT_VALUE] * len(waits)
+    operations["address"] = [*writes, *waits.tolist()]
     return operations

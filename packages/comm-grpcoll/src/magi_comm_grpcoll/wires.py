@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from magi_comm_grpcoll.arena import SharedMemory
-from magi_comm_grpcoll.driver import MOST_MEMORY_OPERATIONS, driver, wait_for, write_to
+from magi_comm_grpcoll.driver import MOST_MEMORY_OPERATIONS, driver, memory_operations
 
 WORD = 8
+_NONE = np.empty(0, np.int64)
 
 
 class Wires(Protocol):
@@ -58,38 +59,36 @@ class Words:
 
 
 class _Operations:
-    """Waits for words, with a mark before or without; made once, and enqueued with other values each time."""
+    """Writes of one number to some words, then waits until others have reached another; enqueued with any numbers."""
 
-    def __init__(self, words: NDArray[np.int64], mark: int | None = None) -> None:
-        marks = [] if mark is None else [write_to(mark)]
-        self._table = np.concatenate([*marks, wait_for(words.astype(np.uint64))])
-        self._waits = self._table["value"][len(marks) :]
-        self._mark = self._table["value"][: len(marks)]
+    def __init__(self, waits: NDArray[np.int64], writes: Sequence[int] = ()) -> None:
+        self._table = memory_operations(waits, writes)
+        self._write, self._wait = np.split(self._table["value"], [len(writes)])
+        size = self._table.itemsize
         self._parts = [
-            (self._table.ctypes.data + first * self._table.itemsize, min(MOST_MEMORY_OPERATIONS, left))
+            (self._table.ctypes.data + first * size, min(MOST_MEMORY_OPERATIONS, len(self._table) - first))
             for first in range(0, len(self._table), MOST_MEMORY_OPERATIONS)
-            if (left := len(self._table) - first)
         ]
 
-    def enqueue(self, stream: int, value: int, mark: int = 0) -> None:
-        self._waits.fill(value)
-        self._mark.fill(mark)
+    def enqueue(self, stream: int, write: int = 0, wait: int = 0) -> None:
+        self._write.fill(write)
+        self._wait.fill(wait)
         for address, count in self._parts:
-            driver().memory_operations(address, count, stream)
+            driver().enqueue_memory_operations(address, count, stream)
 
 
 class _Letter:
     """Writes a word of this rank, and copies it to the same place on every rank."""
 
     def __init__(self, outbox: int, targets: NDArray[np.int64]) -> None:
-        self._outbox = _Operations(np.empty(0, np.int64), mark=outbox)
+        self._outbox = _Operations(_NONE, [outbox])
         self._targets = targets.astype(np.uint64)
         self._sources = np.full(len(targets), outbox, np.uint64)
         self._sizes = np.full(len(targets), WORD, np.uint64)
         self._batch = self._targets.ctypes.data, self._sources.ctypes.data, self._sizes.ctypes.data, len(targets)
 
     def enqueue(self, stream: int, value: int) -> None:
-        self._outbox.enqueue(stream, 0, mark=value)
+        self._outbox.enqueue(stream, write=value)
         driver().copy(*self._batch, stream)
 
 
@@ -120,15 +119,15 @@ class DeviceWires:
         here = int(control.addresses[rank])
         self._arrived = here + words.arrived
         self.flag_offset = int(words.arrived[rank])
-        self._finished = _Operations(np.empty(0, np.int64), mark=progress.data_ptr() + WORD)
-        self._credits = _Operations(here + words.credit, mark=progress.data_ptr())
+        self._finished = _Operations(_NONE, [progress.data_ptr() + WORD])
+        self._credits = _Operations(here + words.credit, [progress.data_ptr()])
         self._arrivals: dict[tuple[int, ...], _Operations] = {}
         self._arrival_letter = _Letter(here + words.outbox_arrived, control.addresses + words.arrived[rank])
         self._credit_letter = _Letter(here + words.outbox_credit, control.addresses + words.credit[rank])
 
     def await_credit(self, value: int, epoch: int) -> None:
         """See :class:`Wires`."""
-        self._credits.enqueue(self.send.cuda_stream, value, mark=epoch + 1)
+        self._credits.enqueue(self.send.cuda_stream, write=epoch + 1, wait=value)
 
     def tell_arrival(self, value: int) -> None:
         """See :class:`Wires`."""
@@ -139,11 +138,11 @@ class DeviceWires:
         key = tuple(sources)
         if key not in self._arrivals:
             self._arrivals[key] = _Operations(self._arrived[list(key)])
-        self._arrivals[key].enqueue(self.arrive.cuda_stream, value)
+        self._arrivals[key].enqueue(self.arrive.cuda_stream, wait=value)
 
     def tell_finished(self, value: int) -> None:
         """See :class:`Wires`."""
-        self._finished.enqueue(self.arrive.cuda_stream, 0, mark=value)
+        self._finished.enqueue(self.arrive.cuda_stream, write=value)
 
     def tell_credit(self, value: int, after: "torch.cuda.Event") -> None:
         """See :class:`Wires`."""
