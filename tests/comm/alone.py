@@ -40,7 +40,7 @@ def push(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         wires = SimpleNamespace(send=torch.cuda.current_stream(), flag_offset=8 * rank)
         route = PushRoute(plan.copies, arena, wires, control)
         for _ in range(2):  # the counter of blocks is ready again
-            route.send([source.data_ptr()] * 2, 1, 7 + rank)
+            route.send([source.data_ptr()] * 2, 1, 6 + rank)
     torch.cuda.synchronize()
     for rank, plan in enumerate(plans):
         expected = needs.received([x.cpu() for x in sources], rank).contiguous().view(torch.uint8).flatten()

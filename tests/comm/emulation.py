@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,14 @@ _streams: dict[int, "Stream"] = {}
 
 
 class Event:
+    """Waits are for what was recorded last before them."""
+
     def __init__(self) -> None:
         self.done = threading.Event()
+
+    def record(self, stream: "Stream") -> None:
+        self.done = threading.Event()
+        stream.enqueue(self.done.set)
 
     def synchronize(self) -> None:
         self.done.wait()
@@ -56,11 +63,11 @@ class Stream:
 
     def record_event(self) -> Event:
         event = Event()
-        self.enqueue(event.done.set)
+        event.record(self)
         return event
 
     def wait_event(self, event: Event) -> None:
-        self.enqueue(event.synchronize)
+        self.enqueue(event.done.wait)
 
     def synchronize(self) -> None:
         self._queue.join()
@@ -131,9 +138,7 @@ def _add(
 ) -> None:
     width = int(columns)
     bounds = _array(offsets, np.int32, int(num_rows) + 1)
-    for row, (first, last) in zip(
-        _array(rows, np.int32, int(num_rows)), zip(bounds, bounds[1:], strict=False), strict=True
-    ):
+    for row, (first, last) in zip(_array(rows, np.int32, int(num_rows)), pairwise(bounds), strict=True):
         target = _array(into + int(row) * width * 4, np.float32, width)
         for place in _array(places, np.int32, int(last))[first:].tolist():
             target += _array(slots + place * width * 4, np.float32, width)
@@ -188,6 +193,7 @@ def emulate(monkeypatch: Any) -> None:
         (kernels, "kernel", lambda fatbin, name, device, shared=0: (fatbin, name)),
         (kernels, "launch_config", lambda *arguments: arguments),
         (torch.cuda, "Stream", Stream),
+        (torch.cuda, "Event", Event),
         (torch.cuda, "stream", stream_of_block),
         (torch.cuda, "current_stream", current_stream),
         (torch.cuda, "synchronize", lambda device=None: None),

@@ -164,7 +164,7 @@ def test_granule_is_what_divides_everything():
 
 
 def test_memory_operations_have_the_layout_of_the_union():
-    operations = memory_operations(np.array([8, 16]), [64])
+    operations = memory_operations((WRITE_VALUE, np.array([64])), (WAIT_VALUE, np.array([8, 16])))
     assert operations.itemsize == 48
     words = operations.view(np.uint64).reshape(3, 6)
     assert words[:, 0].tolist() == [WRITE_VALUE, WAIT_VALUE, WAIT_VALUE]

@@ -141,7 +141,6 @@ class GroupContext:
         tensors = [tensor.contiguous() for tensor in tensors]
         if lend and out is None and len(rounds) == 1:
             started = rounds[0].start(tensors, caller)
-            lane.exchange.finish(started.epoch)
             give_back = partial(lane.exchange.release, started.epoch)
             lent, kept = [*rounds[0].landed(started.slot)], [rounds, *tensors]
             return NativeWork(arrive, caller, lent, kept, started.packed, self._check, give_back)
@@ -151,7 +150,6 @@ class GroupContext:
             arrive.wait_event(started.ready)
             with torch.cuda.stream(arrive):
                 part.deliver(started.slot, received)
-            lane.exchange.finish(started.epoch)
             lane.exchange.release(started.epoch, arrive.record_event())
         kept = [rounds, *tensors, *received]
         return NativeWork(arrive, caller, received, kept, started.packed, self._check)
@@ -192,7 +190,6 @@ class GroupContext:
             else:
                 for target, rows in zip(written, slots, strict=True):
                     add_slots(arrive, target, rows, routes, average=op == "avg")
-            lane.exchange.finish(started.epoch)
             lane.exchange.release(started.epoch, arrive.record_event())
         with torch.cuda.stream(arrive):
             for target, result in zip(targets, written, strict=True):

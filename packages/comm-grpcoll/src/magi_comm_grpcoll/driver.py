@@ -6,7 +6,6 @@ ten times what the driver needs for all of them.
 """
 
 import ctypes
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -81,12 +80,14 @@ def driver() -> Driver:
     return Driver()
 
 
-def memory_operations(waits: NDArray[np.int64], writes: Sequence[int] = ()) -> NDArray[np.void]:
-    """Operations whose values are to be set: writes to the words at some addresses, then waits for words at others.
+def memory_operations(*parts: tuple[int, NDArray[np.int64]]) -> NDArray[np.void]:
+    """Operations on words, in this order; their values are to be set.
 
-    A wait ends when the word has reached the value.
+    Args:
+        parts: what to do, :data:`WAIT_VALUE` (until a word has reached the value) or :data:`WRITE_VALUE`, and the
+            addresses of the words to do it to.
     """
-    operations = np.zeros(len(writes) + len(waits), MEMORY_OPERATION)
-    operations["operation"] = [WRITE_VALUE] * len(writes) + [WAIT_VALUE] * len(waits)
-    operations["address"] = [*writes, *waits.tolist()]
+    operations = np.zeros(sum(len(words) for _, words in parts), MEMORY_OPERATION)
+    operations["operation"] = np.repeat([what for what, _ in parts], [len(words) for _, words in parts])
+    operations["address"] = np.concatenate([words for _, words in parts])
     return operations

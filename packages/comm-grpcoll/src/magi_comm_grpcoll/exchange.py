@@ -41,14 +41,12 @@ class SlotExchange:
         return epoch
 
     def send(self, prepared: Prepared, epoch: int, bases: Sequence[int]) -> None:
-        """Enqueue the sending of the tensors at ``bases``, and the wait for what comes from others."""
-        prepared.route.send(bases, epoch % self._ring.num_slots, epoch + 1)
-        if prepared.sources:
-            self._wires.await_arrival(prepared.sources, epoch + 1)
+        """Enqueue the sending of the tensors at ``bases``."""
+        prepared.route.send(bases, epoch % self._ring.num_slots, epoch)
 
-    def finish(self, epoch: int) -> None:
-        """Enqueue, behind all that reads the slot on the arriving stream, the sign that nothing is missing."""
-        self._wires.tell_finished(epoch + 1)
+    def arrive(self, prepared: Prepared, epoch: int) -> None:
+        """Enqueue the wait for what comes, on a stream that is behind all that was sent."""
+        self._wires.await_arrival(prepared.sources, epoch)
 
     def release(self, epoch: int, after: Any) -> None:
         """Give the epoch's slot back to the senders once the event ``after`` has come."""

@@ -43,7 +43,7 @@ class Started:
     Attributes:
         epoch: its number.
         slot: where it arrives.
-        ready: recorded on the caller's stream before it.
+        ready: recorded on the caller's stream before it; until the next one.
         packed: recorded when a kernel that pushes could start; None for copy engines.
     """
 
@@ -66,19 +66,23 @@ class Round:
         self.plan, self._formats, self._lane = plan, formats, lane
         self._memory: SharedMemory | None = None
         self._transport: Transport | None = None
+        self._events = torch.cuda.Event(), torch.cuda.Event()  # recorded anew each time
         device = lane.control.local.device
         self._landing = None if plan.landing is None else torch.from_numpy(plan.landing).to(device)
 
     def start(self, tensors: Sequence[Tensor], caller: "torch.cuda.Stream") -> Started:
         """Enqueue what sends the tensors, and let the arriving stream wait for that and for what comes."""
         bound, wires, exchange = self._bind(), self._lane.wires, self._lane.exchange
-        ready = caller.record_event()
+        ready, sent = self._events
+        ready.record(caller)
         wires.send.wait_event(ready)
         epoch = exchange.begin()
         # A kernel that pushes needs multiprocessors, and shall find some before the next kernel takes them all.
         packed = wires.send.record_event() if self._transport == "push" else None
         exchange.send(bound, epoch, [tensor.data_ptr() for tensor in tensors])
-        wires.arrive.wait_event(wires.send.record_event())
+        sent.record(wires.send)
+        wires.arrive.wait_event(sent)
+        exchange.arrive(bound, epoch)
         return Started(epoch, epoch % self._lane.arena.num_slots, ready, packed)
 
     def landed(self, slot: int) -> tuple[Tensor, ...]:

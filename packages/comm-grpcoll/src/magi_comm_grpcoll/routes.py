@@ -34,13 +34,13 @@ def choose_transport(copies: ByteCopies) -> Transport:
 class Route(Protocol):
     """The pieces of one exchange, ready to be sent."""
 
-    def send(self, bases: Sequence[int], slot: int, value: int) -> None:
+    def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
         """Enqueue the pieces of the tensors at these addresses, to that slot of every peer, and what tells them.
 
         Args:
             bases: the first byte of each tensor.
             slot: number of the slot.
-            value: what ``arrived`` becomes.
+            epoch: what arrives.
         """
 
 
@@ -56,6 +56,7 @@ class CopyEngineRoute:
     def __init__(self, copies: ByteCopies, arena: Arena, wires: DeviceWires) -> None:
         assert arena.memory is not None
         self._wires, self._tensor, self._offsets = wires, copies.tensor, copies.source
+        self._stream, self._bases = wires.send.cuda_stream, [0]
         self._sources, self._sizes = np.empty_like(copies.source), copies.size.copy()
         base = arena.memory.addresses[copies.peer] + copies.target
         self._targets = [base + number * arena.slot_bytes for number in range(arena.num_slots)]
@@ -64,12 +65,13 @@ class CopyEngineRoute:
             for targets in self._targets
         ]
 
-    def send(self, bases: Sequence[int], slot: int, value: int) -> None:
+    def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
         """See :class:`Route`."""
-        np.take(np.array(bases, np.int64), self._tensor, out=self._sources)
-        np.add(self._sources, self._offsets, out=self._sources)
-        driver().copy(*self._fixed[slot], self._wires.send.cuda_stream)
-        self._wires.tell_arrival(value)
+        if bases != self._bases:
+            self._bases = [*bases]
+            np.add(np.take(np.array(bases, np.int64), self._tensor), self._offsets, out=self._sources)
+        driver().copy(*self._fixed[slot], self._stream)
+        self._wires.tell_arrival(epoch)
 
 
 class PushRoute:
@@ -107,10 +109,10 @@ class PushRoute:
         self._kept += [arena.memory.device_addresses, control.device_addresses]
         self._flag_offset = np.uint64(wires.flag_offset)
 
-    def send(self, bases: Sequence[int], slot: int, value: int) -> None:
+    def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
         """See :class:`Route`."""
         kernel, config = self._kernel(bases)
-        offset, flag = np.uint64(slot * self._slot_bytes), np.uint64(value)
+        offset, flag = np.uint64(slot * self._slot_bytes), np.uint64(epoch + 1)
         for first, stop, tasks, num_tasks, num_told in self._launches:
             sources = [*bases[first:stop], *[0] * (_MOST_TENSORS - (stop - first))]
             kernels.launch(
@@ -156,10 +158,10 @@ class RouteWithOwn:
     def __init__(self, own: Route, others: Route) -> None:
         self._own, self._others = own, others
 
-    def send(self, bases: Sequence[int], slot: int, value: int) -> None:
+    def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
         """See :class:`Route`."""
-        self._own.send(bases, slot, value)
-        self._others.send(bases, slot, value)
+        self._own.send(bases, slot, epoch)
+        self._others.send(bases, slot, epoch)
 
 
 def make_route(

@@ -13,33 +13,31 @@ import torch
 from numpy.typing import NDArray
 
 from magi_comm_grpcoll.arena import SharedMemory
-from magi_comm_grpcoll.driver import MOST_MEMORY_OPERATIONS, driver, memory_operations
+from magi_comm_grpcoll.driver import MOST_MEMORY_OPERATIONS, WAIT_VALUE, WRITE_VALUE, driver, memory_operations
 
 WORD = 8
-_NONE = np.empty(0, np.int64)
 
 
 class Wires(Protocol):
     """What an exchange does to the flags of its ring, on one rank. Every call only enqueues."""
 
-    def await_credit(self, value: int, epoch: int) -> None:
-        """Before sending: wait until every rank's credit has reached ``value``."""
+    def await_credit(self, credit: int, epoch: int) -> None:
+        """Before sending: wait until every rank's credit has reached the number."""
 
-    def tell_arrival(self, value: int) -> None:
-        """After sending: tell every rank that so many epochs of this rank have arrived."""
+    def tell_arrival(self, epoch: int) -> None:
+        """After sending: tell every rank that this epoch of this rank has arrived."""
 
-    def await_arrival(self, sources: Sequence[int], value: int) -> None:
-        """Before reading: wait until so many epochs of these ranks have arrived."""
+    def await_arrival(self, sources: Sequence[int], epoch: int) -> None:
+        """Before reading: wait until this epoch of these ranks has arrived."""
 
-    def tell_finished(self, value: int) -> None:
-        """Tell the watchdog of this rank that so many epochs have been read or lent out."""
-
-    def tell_credit(self, value: int, after: "torch.cuda.Event") -> None:
+    def tell_credit(self, credit: int, after: "torch.cuda.Event") -> None:
         """After ``after``: tell every rank that this one is done with so many epochs."""
 
 
 class Words:
-    """The addresses of one ring's words in a rank's control block: ``arrived`` and ``credit`` of each rank, ``outbox``.
+    """Where one ring's words are in a rank's control block.
+
+    They are ``arrived`` and ``credit`` of each rank, and outboxes from which a number is copied to the others.
 
     Args:
         num_ranks: ranks of the group.
@@ -50,7 +48,7 @@ class Words:
         first = ring * self.num_bytes(num_ranks)
         self.arrived = first + WORD * np.arange(num_ranks)
         self.credit = self.arrived + WORD * num_ranks
-        self.outbox_arrived, self.outbox_credit = (first + WORD * (2 * num_ranks + i) for i in range(2))
+        self.outboxes = first + WORD * (2 * num_ranks + np.arange(2))
 
     @staticmethod
     def num_bytes(num_ranks: int) -> int:
@@ -59,36 +57,35 @@ class Words:
 
 
 class _Operations:
-    """Writes of one number to some words, then waits until others have reached another; enqueued with any numbers."""
+    """Operations on words, one after another, made once and enqueued with other numbers each time."""
 
-    def __init__(self, waits: NDArray[np.int64], writes: Sequence[int] = ()) -> None:
-        self._table = memory_operations(waits, writes)
-        self._write, self._wait = np.split(self._table["value"], [len(writes)])
+    def __init__(self, *parts: tuple[int, NDArray[np.int64]]) -> None:
+        self._table = memory_operations(*parts)
+        stops = np.cumsum([len(words) for _, words in parts])
+        self._values = np.split(self._table["value"], stops[:-1])
         size = self._table.itemsize
-        self._parts = [
+        self._calls = [
             (self._table.ctypes.data + first * size, min(MOST_MEMORY_OPERATIONS, len(self._table) - first))
             for first in range(0, len(self._table), MOST_MEMORY_OPERATIONS)
         ]
 
-    def enqueue(self, stream: int, write: int = 0, wait: int = 0) -> None:
-        self._write.fill(write)
-        self._wait.fill(wait)
-        for address, count in self._parts:
+    def enqueue(self, stream: int, *numbers: int) -> None:
+        for values, number in zip(self._values, numbers, strict=True):
+            values.fill(number)
+        for address, count in self._calls:
             driver().enqueue_memory_operations(address, count, stream)
 
 
 class _Letter:
-    """Writes a word of this rank, and copies it to the same place on every rank."""
+    """Copies a word of this rank to the same place on every rank."""
 
     def __init__(self, outbox: int, targets: NDArray[np.int64]) -> None:
-        self._outbox = _Operations(_NONE, [outbox])
         self._targets = targets.astype(np.uint64)
         self._sources = np.full(len(targets), outbox, np.uint64)
         self._sizes = np.full(len(targets), WORD, np.uint64)
         self._batch = self._targets.ctypes.data, self._sources.ctypes.data, self._sizes.ctypes.data, len(targets)
 
-    def enqueue(self, stream: int, value: int) -> None:
-        self._outbox.enqueue(stream, write=value)
+    def enqueue(self, stream: int) -> None:
         driver().copy(*self._batch, stream)
 
 
@@ -116,35 +113,44 @@ class DeviceWires:
         credit: "torch.cuda.Stream",
     ) -> None:
         self.send, self.arrive, self.credit = send, arrive, credit
-        here = int(control.addresses[rank])
+        here, mark = int(control.addresses[rank]), progress.data_ptr()
         self._arrived = here + words.arrived
         self.flag_offset = int(words.arrived[rank])
-        self._finished = _Operations(_NONE, [progress.data_ptr() + WORD])
-        self._credits = _Operations(here + words.credit, [progress.data_ptr()])
-        self._arrivals: dict[tuple[int, ...], _Operations] = {}
-        self._arrival_letter = _Letter(here + words.outbox_arrived, control.addresses + words.arrived[rank])
-        self._credit_letter = _Letter(here + words.outbox_credit, control.addresses + words.credit[rank])
+        outboxes = here + words.outboxes
+        started, self._finished = _word(mark), _word(mark + WORD)
+        # What is to be told after sending is written first, in one call with the rest.
+        self._before_sending = _Operations(
+            (WRITE_VALUE, started), (WRITE_VALUE, outboxes[:1]), (WAIT_VALUE, here + words.credit)
+        )
+        self._before_reading: dict[tuple[int, ...], _Operations] = {}
+        self._before_crediting = _Operations((WRITE_VALUE, outboxes[1:]))
+        self._arrival_letter = _Letter(int(outboxes[0]), control.addresses + words.arrived[rank])
+        self._credit_letter = _Letter(int(outboxes[1]), control.addresses + words.credit[rank])
+        self._handles = send.cuda_stream, arrive.cuda_stream, credit.cuda_stream
 
-    def await_credit(self, value: int, epoch: int) -> None:
+    def await_credit(self, credit: int, epoch: int) -> None:
         """See :class:`Wires`."""
-        self._credits.enqueue(self.send.cuda_stream, write=epoch + 1, wait=value)
+        self._before_sending.enqueue(self._handles[0], epoch + 1, epoch + 1, credit)
 
-    def tell_arrival(self, value: int) -> None:
-        """See :class:`Wires`."""
-        self._arrival_letter.enqueue(self.send.cuda_stream, value)
+    def tell_arrival(self, epoch: int) -> None:
+        """See :class:`Wires`; ``await_credit`` of the epoch came before."""
+        self._arrival_letter.enqueue(self._handles[0])
 
-    def await_arrival(self, sources: Sequence[int], value: int) -> None:
-        """See :class:`Wires`."""
+    def await_arrival(self, sources: Sequence[int], epoch: int) -> None:
+        """See :class:`Wires`; also marks the epoch as finished, so the stream must be behind all that was sent."""
         key = tuple(sources)
-        if key not in self._arrivals:
-            self._arrivals[key] = _Operations(self._arrived[list(key)])
-        self._arrivals[key].enqueue(self.arrive.cuda_stream, wait=value)
+        if key not in self._before_reading:
+            self._before_reading[key] = _Operations(
+                (WAIT_VALUE, self._arrived[list(key)]), (WRITE_VALUE, self._finished)
+            )
+        self._before_reading[key].enqueue(self._handles[1], epoch + 1, epoch + 1)
 
-    def tell_finished(self, value: int) -> None:
-        """See :class:`Wires`."""
-        self._finished.enqueue(self.arrive.cuda_stream, write=value)
-
-    def tell_credit(self, value: int, after: "torch.cuda.Event") -> None:
+    def tell_credit(self, credit: int, after: "torch.cuda.Event") -> None:
         """See :class:`Wires`."""
         self.credit.wait_event(after)
-        self._credit_letter.enqueue(self.credit.cuda_stream, value)
+        self._before_crediting.enqueue(self._handles[2], credit)
+        self._credit_letter.enqueue(self._handles[2])
+
+
+def _word(address: int) -> NDArray[np.int64]:
+    return np.array([address])
