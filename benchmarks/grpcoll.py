@@ -26,32 +26,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
 from magi_attention.comm import AllToAllCollectives
-from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.testing.distributed import RankPool
 from magi_comm_grpcoll import ContextOptions, GroupContext
+from magi_comm_grpcoll.calibrate import exchange_in_turns
 from magi_comm_grpcoll.routes import Transport
 
 ROW_BYTES = 4096
 METHODS = ("copies", "push", "a2a", "nccl")
 _TRANSPORTS: dict[str, Transport] = {"copies": "copy_engine", "push": "push"}
 _contexts: dict[str, GroupContext] = {}
-
-
-def fragmented(rank: int, num_ranks: int, peer_bytes: int, range_bytes: int) -> ExchangeTable:
-    """All ranks send the same rows to all others, whose ranges land in turns and backwards."""
-    rows, count = range_bytes // ROW_BYTES, peer_bytes // range_bytes
-    peers = [peer for peer in range(num_ranks) if peer != rank]
-    ranges = np.arange(count) * rows
-    send = np.concatenate([np.column_stack([np.full(count, peer), ranges, ranges + rows]) for peer in peers])
-    landing = [(np.arange(count)[::-1] * len(peers) + turn) * rows for turn in range(len(peers))]
-    recv = [np.column_stack([np.full(count, p), at, at + rows]) for p, at in zip(peers, landing, strict=True)]
-    return ExchangeTable(send, np.concatenate(recv), num_ranks, count * rows, count * rows * len(peers))
 
 
 def context(method: str) -> GroupContext:
@@ -71,7 +59,7 @@ def caster(method: str, rank: int, num_ranks: int, peer_bytes: int, range_bytes:
         sizes = [0 if peer == rank else peer_bytes for peer in range(num_ranks)]
         total = sum(sizes)
         return lambda: dist.all_to_all_single(landed[:total], packed[:total], sizes, sizes, async_op=True)
-    table = fragmented(rank, num_ranks, peer_bytes, range_bytes)
+    table = exchange_in_turns(rank, num_ranks, range_bytes // ROW_BYTES, peer_bytes // range_bytes)
     rows = torch.zeros(table.num_source, ROW_BYTES // 2, dtype=torch.bfloat16, device=device)
     collectives = AllToAllCollectives(dist.group.WORLD) if method == "a2a" else context(method)
     return lambda: collectives.cast([rows], table, lend=True)

@@ -170,7 +170,7 @@ class Handshake:
 
 
 class SharedMemory:
-    def __init__(self, num_bytes: int, device: object, group: Group) -> None:
+    def __init__(self, num_bytes: int, device: object, group: Group, handshake: Handshake) -> None:
         self.local = torch.zeros(num_bytes + 256, dtype=torch.uint8)
         self.local = self.local[-self.local.data_ptr() % 256 :][:num_bytes]
         self.parts = group.exchange("memory", self.local)
@@ -189,6 +189,7 @@ def emulate(monkeypatch: Any) -> None:
         (context, "group_size", lambda group: group.num_ranks),
         (wires, "driver", Driver),
         (routes, "driver", Driver),
+        (routes, "device_name", lambda device: "emulated"),
         (kernels, "launch", launch),
         (kernels, "kernel", lambda fatbin, name, device, shared=0: (fatbin, name)),
         (kernels, "launch_config", lambda *arguments: arguments),

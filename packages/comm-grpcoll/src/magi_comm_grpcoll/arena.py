@@ -7,6 +7,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from magi_comm_grpcoll.errors import CapacityError
+from magi_comm_grpcoll.handshake import Handshake
+
 
 class SharedMemory:
     """As many bytes on every rank, mapped on all of them: PyTorch's symmetric memory. Making it is a collective.
@@ -15,6 +18,10 @@ class SharedMemory:
         num_bytes: the same on all ranks.
         device: this rank's GPU.
         group: the process group.
+        handshake: with its ranks.
+
+    Raises:
+        CapacityError: a rank has not so much memory left; on every rank.
 
     Attributes:
         local: ``[num_bytes]`` uint8, this rank's.
@@ -22,10 +29,18 @@ class SharedMemory:
         device_addresses: the same on the device, for kernels.
     """
 
-    def __init__(self, num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> None:
+    def __init__(self, num_bytes: int, device: torch.device, group: dist.ProcessGroup, handshake: Handshake) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        self.local: Tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+        failure = ""
+        try:
+            self.local: Tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+        except RuntimeError as error:  # of which running out of memory is one
+            failure = str(error).partition("\n")[0]
+        failures = [answer.decode() for answer in handshake.exchange(failure.encode())]
+        if any(failures):
+            rank = next(rank for rank, failure in enumerate(failures) if failure)
+            raise CapacityError(f"rank {rank} can't allocate {num_bytes} bytes to receive rows in: {failures[rank]}")
         self._mapping = symmetric_memory.rendezvous(self.local, group)
         self.addresses: NDArray[np.int64] = np.array(self._mapping.buffer_ptrs, np.int64)
         self.device_addresses = torch.from_numpy(self.addresses).to(device)
@@ -54,7 +69,14 @@ class Arena:
         """Whether a slot can hold so many bytes."""
         return self.memory is not None and num_bytes <= self.slot_bytes
 
-    def grow(self, num_bytes: int, most_bytes: int | None, device: torch.device, group: dist.ProcessGroup) -> None:
+    def grow(
+        self,
+        num_bytes: int,
+        most_bytes: int | None,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        handshake: Handshake,
+    ) -> None:
         """Make new slots, a collective. Nobody may write the old ones any more; tensors in them stay valid.
 
         Args:
@@ -62,12 +84,13 @@ class Arena:
             most_bytes: the most that it may hold; None for no limit.
             device: where.
             group: the process group.
+            handshake: with its ranks.
         """
         spare = num_bytes + num_bytes // 8 if self.slot_bytes else max(num_bytes, 1)
         size = -(-spare // self._STEP) * self._STEP
         self.slot_bytes = size if most_bytes is None else min(size, most_bytes)
         self.memory = None
-        self.memory = SharedMemory(self.num_slots * self.slot_bytes, device, group)
+        self.memory = SharedMemory(self.num_slots * self.slot_bytes, device, group, handshake)
 
     def slot(self, number: int) -> Tensor:
         """``[slot_bytes]`` uint8: one of this rank's slots."""

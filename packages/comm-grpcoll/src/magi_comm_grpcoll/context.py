@@ -110,7 +110,8 @@ class GroupContext:
 
     def _make_rings(self) -> None:
         num_rings, num_slots = len(LANES), self.options.num_slots
-        self._control = SharedMemory(num_rings * Words.num_bytes(self.num_ranks), self.device, self.group)
+        num_bytes = num_rings * Words.num_bytes(self.num_ranks)
+        self._control = SharedMemory(num_bytes, self.device, self.group, self._handshake)
         self._control.local.zero_()
         self._progress = torch.zeros(num_rings, 2, dtype=torch.int64, pin_memory=True)
         torch.cuda.synchronize(self.device)
@@ -219,7 +220,7 @@ class GroupContext:
         needed = max(plan.slot_bytes for plan in plans)
         if not lane.arena.fits(needed):  # on all ranks alike
             self._quiesce(b"grow")
-            lane.arena.grow(needed, most, self.device, self.group)
+            lane.arena.grow(needed, most, self.device, self.group, self._handshake)
         return [Round(plan, formats, lane) for plan in plans]
 
     def _quiesce(self, why: bytes) -> None:

@@ -12,23 +12,27 @@ from numpy.typing import NDArray
 from magi_comm_grpcoll import kernels
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.driver import driver
+from magi_comm_grpcoll.switch import switch_bytes
 from magi_comm_grpcoll.tables import ByteCopies, cut, tasks_of
 from magi_comm_grpcoll.wires import DeviceWires
 
 Transport = Literal["copy_engine", "push"]
 
-# A copy engine spends a microsecond or two on each piece, so that from here on it beats a kernel (see docs).
-COPY_ENGINE_FROM_BYTES = 1 << 20
 # Blocks of a push, one for each multiprocessor that it takes.
 PUSH_BLOCKS = 8
 _MOST_TENSORS = 4  # of one launch
 _LEAST_TASK_BYTES, _MOST_TASK_BYTES, _TASKS_PER_BLOCK = 1 << 15, 1 << 18, 8
 
 
-def choose_transport(copies: ByteCopies) -> Transport:
-    """The faster transport for these pieces, which go to other ranks."""
-    mean = copies.size.mean() if len(copies.size) else COPY_ENGINE_FROM_BYTES
-    return "copy_engine" if mean >= COPY_ENGINE_FROM_BYTES else "push"
+def choose_transport(copies: ByteCopies, device_name: str) -> Transport:
+    """The faster transport for these pieces, which go to other ranks: a copy engine takes its time for each piece."""
+    is_long = not len(copies.size) or copies.size.mean() >= switch_bytes(device_name)
+    return "copy_engine" if is_long else "push"
+
+
+def device_name(device: torch.device) -> str:
+    """The kind of GPU."""
+    return torch.cuda.get_device_name(device)
 
 
 class Route(Protocol):
@@ -175,7 +179,7 @@ def make_route(
     """Make the route for the pieces of ``rank``, by the given transport or the faster one."""
     stays: NDArray[np.bool_] = copies.peer == rank
     others = copies.select(~stays)
-    chosen = transport or choose_transport(others)
+    chosen = transport or choose_transport(others, device_name(control.local.device))
     if chosen == "push":
         return PushRoute(copies, arena, wires, control), chosen
     by_copies = CopyEngineRoute(others, arena, wires)
