@@ -142,6 +142,9 @@ def test_wheel_holds_the_package_and_its_license(package: str, wheels: dict[str,
     expected = {str(path.relative_to(source)) for path in source.rglob("*.py")}
     for data in ("py.typed", "*.html"):
         expected |= {str(path.relative_to(source)) for path in source.rglob(data)}
+    if package == "comm-grpcoll" and shutil.which("nvcc"):
+        sources = FILES[package].parent.glob("csrc/*.cu")
+        expected |= {f"magi_comm_grpcoll/_kernels/{path.stem}.fatbin" for path in sources}
     assert expected
     with ZipFile(wheels[package]) as archive:
         names = set(archive.namelist())
