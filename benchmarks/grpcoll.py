@@ -155,28 +155,28 @@ def time_beside_attention(
     return peer_bytes * (num_ranks - 1) / seconds / 1e9, slower
 
 
-def run_table(pool: RankPool, options: argparse.Namespace, cells: dict[str, Any]) -> None:
-    print(
-        f"{'range':>9} " + "".join(f"{method:>8}{'us':>6}" for method in METHODS) + "  best/a2a best/nccl", flush=True
-    )
+def run_tables(pool: RankPool, options: argparse.Namespace) -> dict[str, dict[str, tuple[float, float]]]:
+    """Print both tables; returns their cells by range and method."""
+    cells = {}
+    print(f"{'range':>9} {''.join(f'{name:>8}    us' for name in METHODS)}  best/a2a best/nccl", flush=True)
     for kib in options.kib:
-        values = {}
-        for method in METHODS:
-            arguments = method, options.mib << 20, kib << 10, options.times
-            values[method] = attempt(partial(pool.run, time_alone, *arguments, timeout_s=60))
-        cells[f"alone {kib}"] = values
-        text = "".join(f"{values[method][0]:8.0f}{values[method][1]:6.0f}" for method in METHODS)
-        best = max(values["copies"][0], values["push"][0])
-        print(f"{kib:6d}KiB {text}  {best / values['a2a'][0]:8.2f} {best / values['nccl'][0]:9.2f}", flush=True)
-    print(f"\nbeside attention\n{'range':>9} " + "".join(f"{method:>8}{'slower':>8}" for method in METHODS), flush=True)
+        row = cells[f"alone {kib} KiB"] = run_row(pool, options, time_alone, kib)
+        text = "".join(f"{speed:8.0f}{host:6.0f}" for speed, host in row.values())
+        best = max(row["copies"][0], row["push"][0])
+        print(f"{kib:6d}KiB {text}  {best / row['a2a'][0]:8.2f} {best / row['nccl'][0]:9.2f}", flush=True)
+    print(f"\nbeside attention\n{'range':>9} {''.join(f'{name:>8}  slower' for name in METHODS)}", flush=True)
     for kib in options.beside_kib:
-        values = {}
-        for method in METHODS:
-            arguments = method, options.mib << 20, kib << 10, options.times
-            values[method] = attempt(partial(pool.run, time_beside_attention, *arguments, timeout_s=60))
-        cells[f"beside {kib}"] = values
-        text = "".join(f"{values[method][0]:8.0f}{values[method][1]:8.1%}" for method in METHODS)
-        print(f"{kib:6d}KiB {text}", flush=True)
+        row = cells[f"beside {kib} KiB"] = run_row(pool, options, time_beside_attention, kib)
+        print(f"{kib:6d}KiB {''.join(f'{speed:8.0f}{slower:8.1%}' for speed, slower in row.values())}", flush=True)
+    return cells
+
+
+def run_row(
+    pool: RankPool, options: argparse.Namespace, measure: Callable[..., tuple[float, float]], kib: int
+) -> dict[str, tuple[float, float]]:
+    """The numbers of every method for ranges of one size."""
+    arguments = options.mib << 20, kib << 10, options.times
+    return {name: attempt(partial(pool.run, measure, name, *arguments, timeout_s=60)) for name in METHODS}
 
 
 def attempt(run: Callable[[], list[tuple[float, float]]]) -> tuple[float, float]:
@@ -197,9 +197,8 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
-    cells: dict[str, Any] = {}
     with RankPool(options.ranks, "nccl") as pool:
-        run_table(pool, options, cells)
+        cells = run_tables(pool, options)
     if options.json:
         options.json.write_text(json.dumps(cells, indent=1))
 
