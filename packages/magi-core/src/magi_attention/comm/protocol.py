@@ -25,6 +25,12 @@ class Work(Protocol[Result]):
     def wait(self) -> Result:
         """Return the result once it may be used on the current stream; the host waits only for CPU tensors."""
 
+    def release(self) -> None:
+        """Give back a result that was lent: what has been enqueued on the current stream was the last to use it.
+
+        A work that goes gives back what it lent. Does nothing if nothing was lent.
+        """
+
 
 @runtime_checkable
 class GroupCollectives(Protocol):
@@ -37,11 +43,15 @@ class GroupCollectives(Protocol):
         tensors: Sequence[Tensor],
         table: ExchangeTable | TwoHopExchange,
         out: Sequence[Tensor] | None = None,
+        lend: bool = False,
     ) -> Work[list[Tensor]]:
         """Send rows of ``tensors``, each ``[num_source, ...]``, to the ranks that need them, in one exchange.
 
         Returns a work whose result is, for each tensor, ``[num_received, ...]`` of the same dtype, contiguous: those of
         ``out``, if given, else new ones. Every rank of the group must call it with its own side of the same plan.
+
+        With ``lend`` and without ``out`` they may lie in memory of the collectives, which saves a copy. They are then
+        the caller's until the work's ``release``, which must come before two more casts that lend.
         """
 
     def reduce(

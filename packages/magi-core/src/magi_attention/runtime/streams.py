@@ -69,10 +69,13 @@ def walk_stages(
         if stage.exchange is None:
             yield StageInputs(number, stage, queries, k, v)
             continue
+        fetch = traveling.popleft()
         if stage.queries_travel:
-            yield StageInputs(number, stage, traveling.popleft().wait(), k, v)
+            yield StageInputs(number, stage, fetch.wait(), k, v)
         else:
-            yield StageInputs(number, stage, queries, *traveling.popleft().wait())
+            yield StageInputs(number, stage, queries, *fetch.wait())
+        fetch.work.release()
+        del fetch
         fetch_next()
 
 
@@ -88,7 +91,7 @@ class _Fetch:
         if stage.reads_own and not stage.queries_travel:
             self._with_own = [x.new_empty((len(x) + stage.num_received, *x.shape[1:])) for x in (k, v)]
             behind = [whole[len(k) :] for whole in self._with_own]
-        self.work = collectives.cast(queries if stage.queries_travel else [k, v], stage.exchange, out=behind)
+        self.work = collectives.cast(queries if stage.queries_travel else [k, v], stage.exchange, out=behind, lend=True)
         for own, whole in zip((k, v), self._with_own or (), strict=False):
             whole[: len(own)].copy_(own)
 
