@@ -35,7 +35,7 @@ Floats = NDArray[np.float64]
 # are about equally heavy and runs of equal length almost balanced, or some are heavier than FINE of the mean area.
 AIM, AIM_OF_FEW, FEW, FINE = 1.018, 1.002, 0.25, 0.05
 # A rank's aim is at most this multiple of the mean of what is left, so that the last ranks are not left idle.
-LEAD = 1.08
+LEAD = 1.12
 # Costs of a filling are in rows. A filling of a given number of tokens that falls short of the budget by a share of the
 # mean area costs LACK times that share of the rows that a piece of the anchor reads; one that exceeds it EXCESS times.
 LACK, EXCESS = 3.0, 1000.0
@@ -375,9 +375,8 @@ class Deal:
         """
         pieces, tokens, areas = lights
         longest = bisect_right(tokens, most) - 1
-        prefixes = sorted(
-            {*range(max(0, longest - LONG_PREFIXES + 1), longest + 1), *range(min(SHORT_PREFIXES, longest))}
-        )
+        first_long = max(0, longest - LONG_PREFIXES + 1)
+        prefixes = [*range(min(SHORT_PREFIXES, first_long)), *range(first_long, longest + 1)]
         paid = [0]
         for document, _, stop in pieces[:longest]:
             paid.append(paid[-1] + (self.cut[stop] if stop < self.high[document] else 0))
@@ -388,8 +387,9 @@ class Deal:
         candidates = np.append(np.flatnonzero(length >= max(1, fewest)), anchor)
         # One plane for pieces from the light ends, one for pieces from the heavy ends.
         low, high, length = (each.take(candidates) for each in (self.start, self.stop, length))
-        count, filled, parted = np.array([[[each[k]] for k in prefixes] for each in (tokens, areas, paid)], np.float64)
-        want = np.array([[most - tokens[k]] for k in prefixes])
+        of_prefixes = np.array([each[k] for each in (tokens, areas, paid) for k in prefixes])
+        count, filled, parted = of_prefixes.reshape(3, len(prefixes), 1)
+        want = most - count
         size = np.minimum(want, length)
         inner = np.array([low + size, high - size])
         area = self.area_float.take(inner)
