@@ -49,6 +49,8 @@ SHORTER = 0.1
 GRADED = 1.3
 # How many of the longest and of the shortest prefixes of the light documents are tried.
 LONG_PREFIXES, SHORT_PREFIXES = 3, 1
+# With more documents than ALL_TRIED, those too short to fill the room are left out first.
+ALL_TRIED = 512
 # The light documents are listed anew after so many ranks.
 RELIST = 16
 # Each rank of a document takes such a share of its light end that others send at most EVENLY_SENT times the most that a
@@ -79,6 +81,7 @@ class Deal:
         self.area, self.cut = documents.area.tolist(), documents.cut.tolist()
         self.chunk_area = np.diff(documents.area)
         self.area_float = documents.area.astype(np.float64)
+        self.area_start, self.area_stop = self.area_float[self.start], self.area_float[self.stop]
         length = self.stop - self.start
         self.end_length = np.clip(length // 4, 1, max(1, max(capacities))).tolist()
         self.heaviness = [self._heaviness(document) for document in range(len(length))]
@@ -138,8 +141,10 @@ class Deal:
         self.budget -= self.area[stop] - self.area[start]
         if start == self.low[document]:
             self.low[document] = self.start[document] = stop
+            self.area_start[document] = self.area[stop]
         else:
             self.high[document] = self.stop[document] = start
+            self.area_stop[document] = self.area[start]
         self.heaviness[document] = self._heaviness(document)
         if self.last_reader[document] != self.rank:
             self.last_reader[document] = self.rank
@@ -184,6 +189,12 @@ class Deal:
         pieces: list[tuple[int, int, int]] = []
         tokens, areas, count, area = [0], [0], 0, 0
         low, high, area_before, room = self.low, self.high, self.area, self.room
+        gone = 0
+        for document, start, stop in self.light_first:
+            if max(start, low[document]) < min(stop, high[document]):
+                break
+            gone += 1
+        del self.light_first[:gone]
         for document, start, stop in self.light_first:
             if document == skip:
                 continue
@@ -382,49 +393,55 @@ class Deal:
             paid.append(paid[-1] + (self.cut[stop] if stop < self.high[document] else 0))
         length = self.stop - self.start
         length[anchor] = 0
-        # The anchor stands for no further document.
-        fewest = most - tokens[longest] - shorter
-        candidates = np.append(np.flatnonzero(length >= max(1, fewest)), anchor)
+        low, high, area_low, area_high = self.start, self.stop, self.area_start, self.area_stop
+        candidates = None
+        if len(length) > ALL_TRIED:
+            # The anchor stands for no further document.
+            candidates = np.append(np.flatnonzero(length >= max(1, most - tokens[longest] - shorter)), anchor)
+            low, high, length = low[candidates], high[candidates], length[candidates]
+            area_low, area_high = area_low[candidates], area_high[candidates]
         # One plane for pieces from the light ends, one for pieces from the heavy ends.
-        low, high, length = (each.take(candidates) for each in (self.start, self.stop, length))
         of_prefixes = np.array([each[k] for each in (tokens, areas, paid) for k in prefixes])
         count, filled, parted = of_prefixes.reshape(3, len(prefixes), 1)
         want = most - count
         size = np.minimum(want, length)
         inner = np.array([low + size, high - size])
         area = self.area_float.take(inner)
-        area[0] -= self.area_float.take(low)
-        np.subtract(self.area_float.take(high), area[1], out=area[1])
+        area[0] -= area_low
+        np.subtract(area_high, area[1], out=area[1])
         area += filled
         costs = cost(count + size, area)
-        costs += parted
+        unusable = size < want - shorter
+        self._mark_used(unusable, candidates, pieces[:longest], prefixes)
+        costs += np.where(unusable, np.inf, parted)
         parting = self.documents.cut.take(inner)
         parting *= size < length
         costs += parting
-        unusable = size < want - shorter
-        if longest:
-            self._mark_used(unusable, candidates[:-1], pieces[:longest], prefixes)
-        costs[:, unusable] = np.inf
         place = int(costs.argmin())
-        if costs.flat[place] == np.inf:
+        if costs.item(place) == np.inf:
             return False
-        plane, column = divmod(place, len(candidates))
+        plane, column = divmod(place, len(length))
         from_heavy_end, row = divmod(plane, len(prefixes))
         for piece in pieces[: prefixes[row]]:
             self._take(*piece)
-        document, number = int(candidates[column]), int(size[row, column])
+        document, number = column if candidates is None else int(candidates[column]), int(size[row, column])
         start = self.high[document] - number if from_heavy_end else self.low[document]
         self._take(document, start, start + number)
         return True
 
     @staticmethod
     def _mark_used(
-        unusable: NDArray[np.bool_], candidates: Array, pieces: list[tuple[int, int, int]], prefixes: list[int]
+        unusable: NDArray[np.bool_], candidates: Array | None, pieces: list[tuple[int, int, int]], prefixes: list[int]
     ) -> None:
-        """Mark the documents that the pieces of each prefix use already."""
-        places = np.searchsorted(candidates, [document for document, _, _ in pieces]).tolist()
-        for number, ((document, _, _), place) in enumerate(zip(pieces, places, strict=True)):
-            if place < len(candidates) and candidates[place] == document:
+        """Mark the documents (all, or the ``candidates`` and the anchor) that the pieces of each prefix use already."""
+        documents = [document for document, _, _ in pieces]
+        if candidates is None:
+            for number, document in enumerate(documents):
+                unusable[bisect_right(prefixes, number) :, document] = True
+            return
+        places = np.searchsorted(candidates[:-1], documents).tolist()
+        for number, (document, place) in enumerate(zip(documents, places, strict=True)):
+            if candidates[place] == document:
                 unusable[bisect_right(prefixes, number) :, place] = True
 
     def _fill_with_anything(self, pieces: list[tuple[int, int, int]]) -> None:
