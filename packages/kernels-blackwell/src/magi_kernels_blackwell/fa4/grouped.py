@@ -25,18 +25,10 @@ def launch_grouped_backward(
     call: AttentionCall,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``dq, dk, dv``. There must be some queries and keys. The sums of dq are in no fixed order.
+    """Return ``dq, dk, dv``, on Hopper; the sums of dq are in no fixed order.
 
-    Args:
-        library: the loaded wheel.
-        arch: 90; the kernel is for Hopper alone.
-        dout, out: ``[tq, hq, dv]``, of q's dtype. All tensors are aligned as the library wants.
-        q: ``[tq, hq, d]``.
-        k: ``[tk, hk, d]``.
-        v: ``[tk, hk, dv]``.
-        lse, dlse: ``[hq, tq]`` float32, contiguous.
-        call: the mask and how to score.
-        tiling: by default the usual for these head dims.
+    Arguments are those of :func:`magi_kernels_blackwell.fa4.launch.launch_backward`, aligned as the library wants.
+    ``tiling`` is by default the usual for these head dims.
     """
     (num_q, heads_q, dim), (num_k, heads_k, dim_v) = q.shape, v.shape
     tiling = tiling or grouped_tiling(dim)
