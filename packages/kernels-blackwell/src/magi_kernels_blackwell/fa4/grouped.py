@@ -9,7 +9,7 @@ from torch import Tensor
 
 from magi_attention.kernels.protocol import AttentionCall
 from magi_kernels_blackwell.fa4.library import Library
-from magi_kernels_blackwell.fa4.tables import Tiling, grouped_tiling, run_tables
+from magi_kernels_blackwell.fa4.tables import grouped_tiling, run_tables
 
 
 def launch_grouped_backward(
@@ -23,15 +23,13 @@ def launch_grouped_backward(
     lse: Tensor,
     dlse: Tensor | None,
     call: AttentionCall,
-    tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``dq, dk, dv``, on Hopper; the sums of dq are in no fixed order.
 
     Arguments are those of :func:`magi_kernels_blackwell.fa4.launch.launch_backward`, aligned as the library wants.
-    ``tiling`` is by default the usual for these head dims.
     """
     (num_q, heads_q, dim), (num_k, heads_k, dim_v) = q.shape, v.shape
-    tiling = tiling or grouped_tiling(dim)
+    tiling = grouped_tiling(dim)
     tables = run_tables(call.slices, num_q, num_k, heads_k, tiling, q.device)
     grouped = library.grouped
     geometry = grouped.Geometry(q.dtype, dim, dim_v, heads_q // heads_k, tiling.block_q, call.softcap)
