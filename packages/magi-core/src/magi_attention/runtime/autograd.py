@@ -11,8 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.kernels.autograd import owned, without_autocast
-from magi_attention.kernels.protocol import AttentionRequest
-from magi_attention.kernels.registry import backends_for_slices
 from magi_attention.kernels.sink import sink_gradient
 from magi_attention.runtime.backward import SavedAttention, differentiate
 from magi_attention.runtime.forward import attend
@@ -49,8 +47,9 @@ def dist_attn_func(
     """
     dtype = compute_dtype(dist_attn_runtime.options.precision, q.dtype)
     given = q.dtype
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    job = make_job(dist_attn_runtime, q, k, v, softmax_scale, softcap, return_max_logits)
+    if given != dtype:
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+    job = dist_attn_runtime.job_for(q, k, v, softmax_scale, softcap, return_max_logits)
     out, lse, max_logits = _DistributedAttention.apply(q, k, v, sink, job)
     return out.to(given), AttnForwardMeta(lse=lse, max_logits=max_logits)
 
@@ -58,35 +57,6 @@ def dist_attn_func(
 def compute_dtype(precision: str | None, given: torch.dtype) -> torch.dtype:
     """The data type to compute in, for the configuration's ``precision`` and the dtype of the tensors."""
     return _COMPUTE_DTYPES.get(precision or "input", given)
-
-
-def make_job(
-    runtime: DistAttnRuntime,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    softcap: float,
-    max_logits: bool,
-) -> AttentionJob:
-    """Choose the backends of every stage for tensors of the dtype to compute in."""
-    options = runtime.options
-    request = AttentionRequest.of_tensors(
-        q,
-        k,
-        v,
-        softcap=softcap,
-        max_logits=max_logits,
-        deterministic=bool(options.deterministic),
-    )
-    names = options.kernel_backend or "auto", options.kernel_backend_backward or "same"
-    return AttentionJob(
-        runtime=runtime,
-        backends=[backends_for_slices(work.slices, request, *names) for work in runtime.plan.kernel_work],
-        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        softcap=softcap,
-        max_logits=max_logits,
-    )
 
 
 def differentiate_with_sink(

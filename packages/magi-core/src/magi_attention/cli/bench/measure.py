@@ -127,7 +127,8 @@ def measure(options: BenchOptions, device: torch.device) -> Measurement:
     pairs = workloads.make(options.mask.replace("-", "_"), options.tokens).area()
     shape = (pairs, dist.get_world_size(), options.heads_q, options.head_dim)
     request = AttentionRequest.of_tensors(q, k, v)
-    names = [backends_for_slices(work.slices, request, options.backend).name for work in plan.kernel_work]
+    calls = manager.dist_attn_runtime.schedule.calls
+    names = [backends_for_slices(call.slices, request, options.backend).name for call in calls]
     return Measurement(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         backend=", ".join(dict.fromkeys(names)),
