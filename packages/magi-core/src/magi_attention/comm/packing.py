@@ -42,7 +42,7 @@ def row_formats(tensors: Sequence[Tensor]) -> tuple[RowFormat, ...]:
 
 
 class _Column(NamedTuple):
-    """One tensor's part of the rows of a buffer: a view of as many rows has this shape and these strides, in elements."""
+    """One tensor's part of the rows of a buffer: a view of as many rows has this shape and strides, in elements."""
 
     first_word: int
     num_words: int
@@ -98,8 +98,9 @@ def lay_out(formats: tuple[RowFormat, ...]) -> RowLayout:
 
 def pack(tensors: Sequence[Tensor], rows: Rows, num_rows: int, layout: RowLayout) -> Tensor:
     """Gather rows in a new buffer ``[num_rows, num_words]``; one run of rows of a single tensor is not copied."""
-    if len(tensors) == 1 and isinstance(rows, slice) and (words := _as_words(tensors[0])) is not None:
-        if words.is_contiguous():
+    if len(tensors) == 1 and isinstance(rows, slice):
+        words = _as_words(tensors[0])
+        if words is not None and words.is_contiguous():
             return words[rows]
     buffer = tensors[0].new_empty((num_rows, layout.num_words), dtype=torch.int64)
     for number, tensor in enumerate(tensors):

@@ -44,8 +44,8 @@ class GroupCollectives(Protocol):
 
         Returns a work whose result is, for each tensor, ``[num_received, ...]`` of the same dtype: those of ``out``, if
         given, else new ones, of which each row is contiguous. The table need not name all their rows: with
-        ``own_places``, the rank's own ``tensors`` are copied to these. Every rank of the group must call it with its own
-        side of the same plan.
+        ``own_places``, the rank's own ``tensors`` are copied to these. Every rank of the group must call it with its
+        own side of the same plan.
         """
 
     def reduce(

@@ -173,12 +173,14 @@ class WritesInPlace(Protocol):
     everywhere, the caller copies it.
     """
 
-    def forward_into(self, target: Tensor, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
-        """:meth:`KernelBackend.forward` with ``out`` written to ``target``."""
+    def forward_into(
+        self, target: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> AttentionResult:
+        """:meth:`KernelBackend.forward` with ``out`` written to ``target``, if it is given."""
 
     def backward_into(
         self,
-        target: Tensor,
+        target: Tensor | None,
         dout: Tensor,
         q: Tensor,
         k: Tensor,
@@ -188,7 +190,7 @@ class WritesInPlace(Protocol):
         dlse: Tensor | None,
         call: AttentionCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`KernelBackend.backward` with ``dq`` written to ``target``."""
+        """:meth:`KernelBackend.backward` with ``dq`` written to ``target``, if it is given."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Stage:
         queries_travel: whether ``exchange`` is of queries rather than of keys.
         received: ``(n, 3)`` rows ``(start, stop, position)``: the key rows received, by their place in the sequence,
             ascending, and where they lie among all that are received. None where queries travel.
+        most_received: rows that the rank which receives the most does; equal on all ranks.
     """
 
     slices: SliceTable
@@ -43,6 +44,7 @@ class Stage:
     exchange: ExchangeTable | TwoHopExchange | None
     queries_travel: bool = False
     received: NDArray[np.int64] | None = None
+    most_received: int = 0
 
     @property
     def num_received(self) -> int:
@@ -138,13 +140,15 @@ def _stages_of(
         for part in moved
     ]
     received = [_packed_rows(part[part[:, 0] == rank, 1:3]) for part in moved]
+    most = [int(np.bincount(part[:, 0], weights=part[:, 2] - part[:, 1]).max()) for part in moved]
     if degree == 0 and moved:
         own_then_received = np.concatenate([own, received[0] + [0, 0, key_layout.rows_per_rank[rank]]])
         by_row = np.argsort(own_then_received[:, 0])
-        return (Stage(slices_in(bands, own_then_received[by_row]), True, exchanges[0], received=received[0]),)
+        slices = slices_in(bands, own_then_received[by_row])
+        return (Stage(slices, True, exchanges[0], received=received[0], most_received=most[0]),)
     remote_stages = [
-        Stage(slices_in(bands, buffer), False, exchange, received=buffer)
-        for buffer, exchange in zip(received, exchanges, strict=True)
+        Stage(slices_in(bands, buffer), False, exchange, received=buffer, most_received=number)
+        for buffer, exchange, number in zip(received, exchanges, most, strict=True)
     ]
     return (Stage(slices_in(bands, own), True, None), *remote_stages)
 

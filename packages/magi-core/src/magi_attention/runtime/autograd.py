@@ -78,12 +78,14 @@ class _DistributedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: AttentionJob
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        kept: list[Tensor] | None = [] if job.keeps_received and any(ctx.needs_input_grad) else None
         with without_autocast(q):
-            out, lse, max_logits = attend(job, q, k, v, sink)
+            out, lse, max_logits = attend(job, q, k, v, sink, kept)
         out, lse = owned(out), owned(lse)
         ctx.job = job
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, sink)
+        ctx.keeps_received = kept is not None
+        ctx.save_for_backward(q, k, v, out, lse, sink, *(kept or ()))
         if max_logits is not None:
             ctx.mark_non_differentiable(max_logits)
         return out, lse, max_logits
@@ -91,9 +93,10 @@ class _DistributedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        *tensors, sink = ctx.saved_tensors
+        q, k, v, out, lse, sink, *kept = ctx.saved_tensors
+        saved = SavedAttention(q, k, v, out, lse, kept if ctx.keeps_received else None)
         sink = sink if ctx.needs_input_grad[3] else None
-        return *differentiate_with_sink(ctx.job, SavedAttention(*tensors), sink, dout, dlse), None
+        return *differentiate_with_sink(ctx.job, saved, sink, dout, dlse), None
 
 
 _warned_about_sink = False

@@ -14,13 +14,20 @@ from magi_attention.utils.profiling import named
 
 
 class SavedAttention(NamedTuple):
-    """What the forward pass leaves for the backward pass: its inputs, and its final output and log-sum-exp."""
+    """What the forward pass leaves for the backward pass.
+
+    Attributes:
+        q, k, v: its inputs.
+        out, lse: its final output and log-sum-exp.
+        kept: the keys and the values of every exchange, one after another; None if they are to be exchanged again.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     out: Tensor
     lse: Tensor
+    kept: Sequence[Tensor] | None = None
 
 
 class _Kernel(NamedTuple):
@@ -39,10 +46,11 @@ def differentiate(
     Partial gradients of keys travel in the inputs' dtype, or in at least float32 with
     ``backward_high_precision_reduce``; they are added up in at least float32 and in a fixed order.
     """
-    q, k, v, _, lse = saved
+    q, k, v, _, lse, kept = saved
     sums = _GradientSums(job, saved, dout, dlse)
     travelers = [q, dout, lse, _row_term(saved, dout, dlse)] if job.queries_travel else [q]
-    for each, rows, keys, values in walk_steps(job.backward.steps, job.runtime.collectives, travelers, k, v):
+    steps = (job.backward if kept is None else job.backward_with_rows).steps
+    for each, rows, keys, values in walk_steps(steps, job.runtime.collectives, travelers, k, v, kept):
         sums.returns.send()
         if each.step.queries_travel:
             sums.compute_visitors(each, rows, keys, values)
@@ -102,8 +110,8 @@ class _GradientSums:
 
     def __init__(self, job: AttentionJob, saved: SavedAttention, dout: Tensor, dlse: Tensor | None) -> None:
         self._saved, self._dout, self._dlse = saved, dout, dlse
-        q, k, v, _, _ = saved
-        schedule, steps = job.backward
+        q, k, v, *_ = saved
+        schedule, steps = job.backward if saved.kept is None else job.backward_with_rows
         self._dtype = dtype = accumulation_dtype(q)
         high_precision = job.runtime.options.backward_high_precision_reduce
         self.returns = Returns(job.runtime.collectives, dtype if high_precision else q.dtype)
@@ -153,7 +161,7 @@ class _GradientSums:
         self.returns.put(each.step, [dq], [self._dq_from_away])
 
     def _launch(self, launch: Launch, keys: Tensor, values: Tensor) -> _Kernel:
-        q, _, _, out, lse = self._saved
+        q, _, _, out, lse, _ = self._saved
         dout, dlse, run = self._dout, self._dlse, launch.queries
         if launch.keys is not None:
             keys, values = keys[launch.keys], values[launch.keys]
@@ -171,7 +179,7 @@ class _GradientSums:
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients, in the inputs' dtypes."""
         self.returns.finish()
-        q, k, v, _, _ = self._saved
+        q, k, v, *_ = self._saved
         dq = self._dq.total
         if dq is None:
             dq = torch.zeros_like(q)

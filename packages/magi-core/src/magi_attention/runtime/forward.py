@@ -15,7 +15,9 @@ from magi_attention.runtime.streams import walk_steps
 from magi_attention.utils.profiling import named
 
 
-def attend(job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> AttentionResult:
+def attend(
+    job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, kept: list[Tensor] | None = None
+) -> AttentionResult:
     """Attend this rank's queries to all keys that the mask names.
 
     Args:
@@ -24,6 +26,7 @@ def attend(job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | No
         k: ``[tk, hk, d]`` local keys.
         v: ``[tk, hk, dv]`` local values.
         sink: ``[s, hq]`` logits that join every row's softmax with value 0, or None.
+        kept: takes the keys and the values of every exchange, for the backward pass; None to drop them.
 
     Returns:
         ``out`` in q's dtype; ``lse``, sink included, in at least float32; ``max_logits`` of the group if asked for.
@@ -33,6 +36,8 @@ def attend(job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | No
     for (step, _, launches), (queries,), keys, values in walk_steps(
         job.forward.steps, job.runtime.collectives, [q], k, v
     ):
+        if kept is not None and step.exchange is not None:
+            kept += [keys, values]
         if step.queries_travel:
             visits.append(_Visit(job, step, _attend_visitors(launches, queries, keys, values), q))
         else:

@@ -20,6 +20,9 @@ from magi_attention.kernels.registry import backends_for_slices
 from magi_attention.plan.build import Plan
 from magi_attention.runtime.schedule import Costs, KernelCall, Pass, Runs, Schedule, Step, make_schedule
 
+MOST_KEPT = 0.25
+"""Received rows, with own ones among them, are kept for the backward pass if they take so much of what q and out do."""
+
 
 @dataclass(frozen=True, eq=False)
 class DistAttnRuntime:
@@ -70,11 +73,16 @@ class DistAttnRuntime:
             job = self._jobs[asked] = _make_job(self, q, k, v, softmax_scale, softcap, max_logits)
         return job
 
+    @property
+    def jobs(self) -> list["AttentionJob"]:
+        """What was asked for so far."""
+        return list(self._jobs.values())
+
     def forget_tables(self) -> None:
         """Drop what takes memory on devices and can be derived again."""
         self._jobs.clear()
-        for each in (self.schedule.forward, self.schedule.backward) if "schedule" in self.__dict__ else ():
-            for step in each.steps:
+        if "schedule" in self.__dict__:
+            for step in self.schedule.forward.steps:
                 for call in step.calls:
                     call.slices.forget_derived()
                 for table in step.exchange.tables if step.exchange else ():
@@ -133,12 +141,23 @@ class LaunchPass(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AttentionJob:
-    """A distributed attention for tensors of certain shapes: everything that is the same in every call."""
+    """A distributed attention for tensors of certain shapes: everything that is the same in every call.
+
+    Attributes:
+        runtime: the plan and the means.
+        forward: the forward pass.
+        backward: the backward pass.
+        backward_with_rows: the backward pass where the forward pass kept what it received.
+        max_logits: whether the largest scores are asked for.
+        keeps_received: whether to keep it, so that the backward pass need not exchange it again; equal on all ranks.
+    """
 
     runtime: DistAttnRuntime
     forward: LaunchPass
     backward: LaunchPass
+    backward_with_rows: LaunchPass
     max_logits: bool
+    keeps_received: bool
 
     @cached_property
     def queries_travel(self) -> bool:
@@ -198,8 +217,22 @@ def _make_job(
         return LaunchPass(of, tuple(steps))
 
     return AttentionJob(
-        runtime, prepare(schedule.forward, "forward"), prepare(schedule.backward, "backward"), max_logits
+        runtime=runtime,
+        forward=prepare(schedule.forward, "forward"),
+        backward=prepare(schedule.backward, "backward"),
+        backward_with_rows=prepare(schedule.backward_with_rows, "backward"),
+        max_logits=max_logits,
+        keeps_received=bool(options.keep_received) and _takes_little(runtime.plan, q, k, v),
     )
+
+
+def _takes_little(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the key rows of all steps together are few beside q and out, on the rank where they are the most."""
+    if any(stage.queries_travel for stage in plan.stages):
+        return False
+    rows = int(plan.key_layout.rows_per_rank.max()) + sum(stage.most_received for stage in plan.stages)
+    key_row, query_row = k[:1].numel() + v[:1].numel(), q.shape[1] * (q.shape[2] + v.shape[2])
+    return rows * key_row <= MOST_KEPT * int(plan.layout.rows_per_rank.max()) * query_row
 
 
 def _rows_of(places: Runs, device: torch.device) -> Rows:

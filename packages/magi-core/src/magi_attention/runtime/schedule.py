@@ -37,12 +37,15 @@ LEAST_EARLY_ROWS, LEAST_EARLY_SHARE = 1024, 8
 REGULAR_GAIN = 0.05
 """The share of a kernel's time that a regular mask saves."""
 
-BYTES_PER_MERGED_NUMBER = 30
-"""Memory traffic for one number of q in another kernel on the same queries, in both passes: it reads q, out and dout
-again, writes a partial out and dq, of which the latter is summed up in float32, and both are merged."""
+BYTES_PER_MERGED_NUMBER = 24
+"""What another kernel on the same queries costs in both passes, as memory traffic for one number of q: it reads q, out
+and dout again, writes a partial out and dq, the latter by way of float32, and both are merged."""
 
-LATENCIES_PER_CALL = 6
-"""Another kernel costs so many latencies of kernels in both passes: backward it is three, and tails are not filled."""
+BYTES_PER_SUMMED_NUMBER = 24
+"""Likewise for one number of k or v whose gradients of two kernels are summed up in float32."""
+
+LATENCIES_PER_CALL = 20
+"""Another kernel costs so many latencies of kernels in both passes: backward it is several, and ends are not filled."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Costs:
         fetched_row: for a key row to travel.
         exchange: latency of an exchange.
         merged_row: to merge a query row's results in both passes, and to read it once more.
+        summed_row: to sum up the gradients of a key row of several kernels.
         call: what another kernel costs in both passes, apart from its work.
     """
 
@@ -61,6 +65,7 @@ class Costs:
     fetched_row: float
     exchange: float
     merged_row: float
+    summed_row: float
     call: float
 
     @classmethod
@@ -72,6 +77,7 @@ class Costs:
             fetched_row=shape.bytes_per_row / (link * 1e9),
             exchange=rates.exchange_latency_us * 1e-6,
             merged_row=shape.heads_q * shape.head_dim * BYTES_PER_MERGED_NUMBER / (rates.memory_gbs * 1e9),
+            summed_row=2 * shape.heads_kv * shape.head_dim * BYTES_PER_SUMMED_NUMBER / (rates.memory_gbs * 1e9),
             call=LATENCIES_PER_CALL * rates.kernel_latency_us * 1e-6,
         )
 
@@ -143,10 +149,17 @@ class Pass:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """What a rank does in both passes."""
+    """What a rank does in both passes.
+
+    Attributes:
+        forward: own rows first, while others travel.
+        backward: likewise; the last of several kernels on own rows comes last, while gradients travel.
+        backward_with_rows: the backward pass where the forward pass left the received rows: own rows last.
+    """
 
     forward: Pass
     backward: Pass
+    backward_with_rows: Pass
 
     @property
     def calls(self) -> list[KernelCall]:
@@ -159,13 +172,14 @@ def make_schedule(plan: Plan, costs: Costs) -> Schedule:
     num_queries = int(plan.layout.rows_per_rank[plan.rank])
     steps = _arrange(plan, num_queries, costs)
     own, *others = steps
-    backward = steps
-    if own.exchange is None and len(own.calls) > 1 and others and not any(each.queries_travel for each in others):
-        # Then the last of them hides how the last gradients travel home.
-        before, after = replace(own, calls=own.calls[:-1]), replace(own, calls=own.calls[-1:])
-        backward = [before, *others, after]
+    backward = with_rows = steps
+    if own.exchange is None and others and not any(each.queries_travel for each in others):
+        with_rows = [*others, own]
+        if len(own.calls) > 1:
+            before, after = replace(own, calls=own.calls[:-1]), replace(own, calls=own.calls[-1:])
+            backward = [before, *others, after]
     num_keys = int(plan.key_layout.rows_per_rank[plan.rank])
-    return Schedule(*(_with_flags(each, num_queries, num_keys) for each in (steps, backward)))
+    return Schedule(*(_with_flags(each, num_queries, num_keys) for each in (steps, backward, with_rows)))
 
 
 def _arrange(plan: Plan, num_queries: int, costs: Costs) -> list[Step]:
@@ -198,6 +212,7 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
     long = max(LEAST_EARLY_ROWS, num_queries // LEAST_EARLY_SHARE)
     independent = subtract(everything, in_need)
     independent = independent[independent[:, 1] - independent[:, 0] >= long]
+    num_own = int(plan.key_layout.rows_per_rank[plan.rank])
     fetch = costs.exchange + stage.num_received * costs.fetched_row
     own_bands = slices_in(plan.bands, plan.key_layout.runs_of(plan.rank)).bands()
 
@@ -205,8 +220,9 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
         work = int(band.area(_in_rows(own_bands, early)).sum()) * costs.pair
         exposed = max(fetch - work, 0.0) + max(fetch - 2 * work, 0.0)
         merged = int(in_need[-1, 1] - in_need[0, 0]) if early is everything else 0
-        num_calls = len(early) + len(subtract(everything, early))
-        return exposed + merged * costs.merged_row + num_calls * costs.call
+        num_calls = 2 if early is everything else len(early) + len(subtract(everything, early))
+        summed = num_own if len(early) and early is not everything else 0
+        return exposed + merged * costs.merged_row + summed * costs.summed_row + num_calls * costs.call
 
     return min((everything, independent, nothing), key=overhead)
 

@@ -35,7 +35,12 @@ class StepInputs(NamedTuple):
 
 
 def walk_steps(
-    steps: Sequence[LaunchStep], collectives: GroupCollectives, queries: Sequence[Tensor], k: Tensor, v: Tensor
+    steps: Sequence[LaunchStep],
+    collectives: GroupCollectives,
+    queries: Sequence[Tensor],
+    k: Tensor,
+    v: Tensor,
+    kept: Sequence[Tensor] | None = None,
 ) -> Iterator[StepInputs]:
     """Walk the steps; the next steps' rows travel while one is computed.
 
@@ -49,7 +54,13 @@ def walk_steps(
         queries: the rank's tensors of the query side, all of which travel where queries do.
         k: the rank's keys.
         v: the rank's values.
+        kept: what the exchanges brought before, two tensors each; then there are none.
     """
+    if kept is not None:
+        pairs = iter(zip(kept[::2], kept[1::2], strict=True))
+        for each in steps:
+            yield StepInputs(each, queries, *((k, v) if each.step.exchange is None else next(pairs)))
+        return
     to_fetch = deque(each for each in steps if each.step.exchange is not None)
     traveling: deque[Work[list[Tensor]]] = deque()
 
