@@ -85,6 +85,8 @@ def check_pass(of: Pass, num_queries: int, num_own: int) -> None:
             keys += 1
     assert queries.all() or not any(step.calls for step in of.steps)
     assert of.most_results >= (queries - of.blank_queries).max(initial=0)
+    num_returns = sum(step.exchange is not None for step in of.steps)
+    assert of.most_key_results == num_returns + (keys - of.blank_keys).max(initial=0)
 
 
 @pytest.mark.parametrize("name", sorted(COSTS))

@@ -68,7 +68,7 @@ class RowLayout(NamedTuple):
         column = self.columns[number]
         elements = buffer.view(column.dtype)
         offset = elements.storage_offset() + column.first_element
-        return elements.as_strided((len(buffer), *column.shape), column.strides, offset)
+        return elements.as_strided((buffer.shape[0], *column.shape), column.strides, offset)
 
     def words(self, buffer: Tensor, number: int) -> Tensor:
         """``[rows, words]``: the same as words."""
@@ -140,16 +140,21 @@ def put_rows(target: Tensor, places: Rows, rows: Tensor) -> None:
 
 def _as_words(tensor: Tensor) -> Tensor | None:
     """``[rows, words]``: a tensor as words, which copy fastest; None if its rows are not runs of whole words."""
-    shape, strides, itemsize = tensor.shape, tensor.stride(), tensor.itemsize
-    size = 1
-    for length, stride in zip(reversed(shape[1:]), reversed(strides[1:]), strict=True):
-        if length != 1 and stride != size:
+    shape, itemsize = tensor.shape, tensor.itemsize
+    if tensor.dtype == torch.int64 and len(shape) == 2 and tensor.stride(1) == 1:
+        return tensor
+    size = shape[1:].numel()
+    if not size or size * itemsize % _WORD_BYTES or tensor.storage_offset() * itemsize % _WORD_BYTES:
+        return None
+    if not tensor.is_contiguous():
+        strides = tensor.stride()
+        run = 1
+        for length, stride in zip(reversed(shape[1:]), reversed(strides[1:]), strict=True):
+            if length != 1 and stride != run:
+                return None
+            run *= length
+        if strides[0] * itemsize % _WORD_BYTES:
             return None
-        size *= length
-    if (
-        not size
-        or any(number * itemsize % _WORD_BYTES for number in (size, strides[0], tensor.storage_offset()))
-        or tensor.data_ptr() % _WORD_BYTES
-    ):
+    if tensor.data_ptr() % _WORD_BYTES:
         return None
     return tensor.view(shape[0], size).view(torch.int64)

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What autograd functions around kernels need."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+_NOTHING = nullcontext()
+
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Keep autocast from changing the dtypes inside a kernel, which chose its precision by its inputs."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return _NOTHING
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from magi_attention.comm.routes import Rows
 from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.runtime.job import AttentionJob, Launch, LaunchStep
 from magi_attention.runtime.streams import Returns, walk_steps
@@ -101,23 +102,32 @@ class _Sum:
         return self.total
 
 
+def take_rows(x: Tensor, rows: Rows) -> Tensor:
+    """Some rows; a view where they are one run, and most of all."""
+    if not isinstance(rows, slice):
+        return x.index_select(0, rows)
+    taken = x[rows]
+    return taken if 2 * taken.shape[0] >= x.shape[0] else taken.clone()
+
+
 class _GradientSums:
     """Sums of the kernels' gradients; those of received rows are under way to their owners until ``finish``.
 
-    Where a query is computed by at most two kernels, the second gradient is added in the first one's dtype, rounded
-    once like the sum of both in float32. All other sums of several are kept in at least float32.
+    Where a row has at most two gradients, those of several ranks that come home together counting as one, the second is
+    added in the first one's dtype, rounded once like the sum of both in float32. All other sums of several are kept in
+    at least float32.
     """
 
     def __init__(self, job: AttentionJob, saved: SavedAttention, dout: Tensor, dlse: Tensor | None) -> None:
         self._saved, self._dout, self._dlse = saved, dout, dlse
         q, k, v, *_ = saved
-        schedule, steps = job.backward if saved.kept is None else job.backward_with_rows
+        schedule = (job.backward if saved.kept is None else job.backward_with_rows).schedule
         self._dtype = dtype = accumulation_dtype(q)
         high_precision = job.runtime.options.backward_high_precision_reduce
         self.returns = Returns(job.runtime.collectives, dtype if high_precision else q.dtype)
-        self._dq = _Sum(q, len(q), schedule.blank_queries, dtype if schedule.most_results > 2 else None)
-        several = any(each.step.exchange is not None for each in steps) or sum(len(each.launches) for each in steps) > 1
-        self._own = [_Sum(x, len(x), schedule.blank_keys, dtype if several else None) for x in (k, v)]
+        self._dq = _Sum(q, q.shape[0], schedule.blank_queries, dtype if schedule.most_results > 2 else None)
+        key_dtype = dtype if schedule.most_key_results > 2 else None
+        self._own = [_Sum(x, x.shape[0], schedule.blank_keys, key_dtype) for x in (k, v)]
         self._dq_from_away: Tensor | None = None
 
     def compute(self, each: LaunchStep, keys: Tensor, values: Tensor) -> None:
@@ -126,7 +136,7 @@ class _GradientSums:
         sums = self._own
         if not step.reads_own_alone:
             dtype = self._dtype if len(launches) > 1 else None
-            sums = [_Sum(x, len(x), step.blank_keys, dtype) for x in (keys, values)]
+            sums = [_Sum(x, x.shape[0], step.blank_keys, dtype) for x in (keys, values)]
         for launch in launches:
             gradients = self._launch(launch, keys, values)
             self._dq.add(launch.queries, gradients.dq, launch.queries_known)
@@ -138,9 +148,8 @@ class _GradientSums:
         into = []
         for own, partial in zip(self._own, partials, strict=True):
             if places is not None:
-                mine = partial[places] if isinstance(places, slice) else partial.index_select(0, places)
-                own.add(None, mine, own.total is not None)
-            into.append(own.allocated(self._dtype))
+                own.add(None, take_rows(partial, places), own.total is not None)
+            into.append(own.allocated(partial.dtype))
         self.returns.put(step, partials, into)
 
     def compute_visitors(self, each: LaunchStep, rows: Sequence[Tensor], keys: Tensor, values: Tensor) -> None:

@@ -139,12 +139,14 @@ class Pass:
             them, or a call finds some known and some not.
         blank_keys: the same for gradients of the rank's own keys.
         most_results: how many calls have results for a query, at most.
+        most_key_results: how many calls and returning gradients there are for one of the rank's keys, at most.
     """
 
     steps: tuple[Step, ...]
     blank_queries: bool
     blank_keys: bool
     most_results: int
+    most_key_results: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,7 +330,8 @@ def _with_flags(steps: Sequence[Step], num_queries: int, num_keys: int) -> Pass:
         if step.own_places is not None:
             own.add(slice(0, num_keys))
         flagged.append(replace(step, calls=tuple(calls), blank_keys=not keys.is_exact and not step.reads_own_alone))
-    return Pass(tuple(flagged), not queries.is_exact, not own.is_exact, queries.most)
+    num_returns = sum(step.exchange is not None and not step.queries_travel for step in steps)
+    return Pass(tuple(flagged), not queries.is_exact, not own.is_exact, queries.most, own.most + num_returns)
 
 
 class _Coverage:
