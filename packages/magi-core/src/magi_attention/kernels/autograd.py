@@ -17,5 +17,8 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def owned(x: Tensor) -> Tensor:
-    """``x``, or a copy if it is a view: an output that is a view may not be modified in place by its user."""
-    return x if x._base is None else x.clone()
+    """``x``, and not as a view: an output that is a view may not be modified in place by its user.
+
+    ``x`` and what it is a view of must be new.
+    """
+    return x if x._base is None else x.detach()
