@@ -69,7 +69,7 @@ def differentiate_with_sink(
         dq, dk, dv = differentiate(job, saved, dout, dlse)
         if sink is not None:
             dsink = sink_gradient(sink, saved.out, dout, saved.lse, dlse)
-            dsink = _reduce_sink_gradient(job.runtime, dsink).to(sink.dtype)
+            dsink = _reduce_sink_gradient(job, dsink).to(sink.dtype)
     return dq, dk, dv, dsink
 
 
@@ -102,12 +102,12 @@ class _DistributedAttention(torch.autograd.Function):
 _warned_about_sink = False
 
 
-def _reduce_sink_gradient(runtime: DistAttnRuntime, dsink: Tensor) -> Tensor:
+def _reduce_sink_gradient(job: AttentionJob, dsink: Tensor) -> Tensor:
     """The sink is replicated: add up what the ranks found, or leave that to the caller with a warning."""
     global _warned_about_sink
-    if runtime.plan.layout.num_ranks == 1:
+    if job.num_ranks == 1:
         return dsink
-    op = runtime.options.sink_grad_reduce
+    op = job.options.sink_grad_reduce
     if op == "none":
         if not _warned_about_sink:
             _warned_about_sink = True
@@ -117,5 +117,5 @@ def _reduce_sink_gradient(runtime: DistAttnRuntime, dsink: Tensor) -> Tensor:
                 stacklevel=2,
             )
         return dsink
-    dist.all_reduce(dsink, group=runtime.group)
-    return dsink / runtime.plan.layout.num_ranks if op == "avg" else dsink
+    dist.all_reduce(dsink, group=job.group)
+    return dsink / job.num_ranks if op == "avg" else dsink

@@ -51,7 +51,7 @@ def differentiate(
     sums = _GradientSums(job, saved, dout, dlse)
     travelers = [q, dout, lse, _row_term(saved, dout, dlse)] if job.queries_travel else [q]
     steps = (job.backward if kept is None else job.backward_with_rows).steps
-    for each, rows, keys, values in walk_steps(steps, job.runtime.collectives, travelers, k, v, kept):
+    for each, rows, keys, values in walk_steps(steps, job.collectives, travelers, k, v, kept):
         sums.returns.send()
         if each.step.queries_travel:
             sums.compute_visitors(each, rows, keys, values)
@@ -123,8 +123,8 @@ class _GradientSums:
         q, k, v, *_ = saved
         schedule = (job.backward if saved.kept is None else job.backward_with_rows).schedule
         self._dtype = dtype = accumulation_dtype(q)
-        high_precision = job.runtime.options.backward_high_precision_reduce
-        self.returns = Returns(job.runtime.collectives, dtype if high_precision else q.dtype)
+        high_precision = job.options.backward_high_precision_reduce
+        self.returns = Returns(job.collectives, dtype if high_precision else q.dtype)
         self._dq = _Sum(q, q.shape[0], schedule.blank_queries, dtype if schedule.most_results > 2 else None)
         key_dtype = dtype if schedule.most_key_results > 2 else None
         self._own = [_Sum(x, x.shape[0], schedule.blank_keys, key_dtype) for x in (k, v)]

@@ -33,9 +33,7 @@ def attend(
     """
     results = _Results(job, q, v)
     visits = []
-    for (step, _, launches), (queries,), keys, values in walk_steps(
-        job.forward.steps, job.runtime.collectives, [q], k, v
-    ):
+    for (step, _, launches), (queries,), keys, values in walk_steps(job.forward.steps, job.collectives, [q], k, v):
         if kept is not None and step.exchange is not None:
             kept += [keys, values]
         if step.queries_travel:
@@ -71,8 +69,8 @@ class _Visit:
         self.out, self.lse = away.out.to(away.lse.dtype), away.lse
         self.max_logits = partial.max_logits
         assert step.exchange is not None
-        travel_dtype = away.lse.dtype if job.runtime.options.forward_high_precision_reduce else q.dtype
-        self.work = job.runtime.collectives.reduce(
+        travel_dtype = away.lse.dtype if job.options.forward_high_precision_reduce else q.dtype
+        self.work = job.collectives.reduce(
             [partial.out.to(travel_dtype)], step.exchange, [self.out], "lse", partial.lse, self.lse
         )
 
@@ -173,6 +171,6 @@ def nothing(q: Tensor, v: Tensor) -> AttentionResult:
 def _group_maximum(job: AttentionJob, max_logits: Tensor | None, lse: Tensor) -> Tensor:
     if max_logits is None:
         max_logits = lse.new_full(lse.shape[1:], float("-inf"))
-    if job.runtime.plan.layout.num_ranks > 1:
-        dist.all_reduce(max_logits, dist.ReduceOp.MAX, group=job.runtime.group)
+    if job.num_ranks > 1:
+        dist.all_reduce(max_logits, dist.ReduceOp.MAX, group=job.group)
     return max_logits

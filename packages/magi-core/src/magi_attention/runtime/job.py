@@ -144,7 +144,10 @@ class AttentionJob:
     """A distributed attention for tensors of certain shapes: everything that is the same in every call.
 
     Attributes:
-        runtime: the plan and the means.
+        num_ranks: of the group.
+        collectives: how rows travel.
+        group: the context-parallel group; None for this process alone.
+        options: the key's resolved runtime configuration.
         forward: the forward pass.
         backward: the backward pass.
         backward_with_rows: the backward pass where the forward pass kept what it received.
@@ -152,12 +155,18 @@ class AttentionJob:
         keeps_received: whether to keep it, so that the backward pass need not exchange it again; equal on all ranks.
     """
 
-    runtime: DistAttnRuntime
+    num_ranks: int
+    collectives: GroupCollectives
+    group: dist.ProcessGroup | None
+    options: RuntimeConfig
     forward: LaunchPass
     backward: LaunchPass
     backward_with_rows: LaunchPass
     max_logits: bool
     keeps_received: bool
+
+    def __post_init__(self) -> None:
+        let_go_at_exit(self, "group")
 
     @cached_property
     def queries_travel(self) -> bool:
@@ -217,7 +226,10 @@ def _make_job(
         return LaunchPass(of, tuple(steps))
 
     return AttentionJob(
-        runtime=runtime,
+        num_ranks=runtime.plan.layout.num_ranks,
+        collectives=runtime.collectives,
+        group=runtime.group,
+        options=options,
         forward=prepare(schedule.forward, "forward"),
         backward=prepare(schedule.backward, "backward"),
         backward_with_rows=prepare(schedule.backward_with_rows, "backward"),
