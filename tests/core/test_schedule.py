@@ -21,16 +21,20 @@ from magi_attention.runtime.regular import MOST_RUNS, regular_runs
 from magi_attention.runtime.schedule import Costs, Pass, Schedule, Step, make_schedule
 from tests.core.test_plan import cast, dense_count, layouts, two_hop_cast
 
-FAST = Costs(pair=1.0, fetched_row=0.0, exchange=0.0, merged_row=1.0, summed_row=0.0, call=0.0)
-SLOW = Costs(pair=1.0, fetched_row=1e9, exchange=1e9, merged_row=0.0, summed_row=0.0, call=0.0)
-EVEN = Costs(pair=1.0, fetched_row=0.1, exchange=5.0, merged_row=1e6, summed_row=0.0, call=0.0)
-COSTS = {"together": FAST, "apart": SLOW, "rest together": EVEN}
+REST = {"pair": 1.0, "summed_row": 0.0, "call": 0.0, "least_work": 0.0}
+COSTS = {
+    "together": Costs(fetched_row=0.0, exchange=0.0, merged_row=1.0, **REST),
+    "apart": Costs(fetched_row=1e9, exchange=1e9, merged_row=0.0, **REST),
+    "rest together": Costs(fetched_row=0.1, exchange=5.0, merged_row=1e6, **REST),
+    "window first": Costs(fetched_row=0.5, exchange=50.0, merged_row=1.0, **REST),
+}
 
 
 @pytest.fixture(autouse=True)
 def short_runs_count(monkeypatch):
     monkeypatch.setattr(scheduling, "LEAST_EARLY_ROWS", 1)
     monkeypatch.setattr(scheduling, "LEAST_EARLY_SHARE", 1000)
+    monkeypatch.setattr(scheduling, "WINDOW_STEP", 2)
 
 
 def last_hop(step: Step) -> ExchangeTable:
@@ -139,6 +143,18 @@ def test_fast_links_leave_nothing_to_merge():
         assert schedule.forward.most_results == 1
         for call in schedule.calls:
             assert call.slices.rows[:, 4].tolist() == [1], "each kernel has a plain causal mask"
+
+
+def test_few_queries_hide_the_travel_where_all_need_what_comes():
+    tokens = 1 << 16
+    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True)
+    for schedule in two_ranks(SliceTable([[0, tokens, 0, tokens, 0]]), tokens, costs):
+        first, second = schedule.forward.steps
+        (window,) = first.calls
+        assert 0 < window.queries.stop - window.queries.start < tokens // 16
+        assert second.own_places is not None
+        assert [call.queries for call in second.calls if call.queries_known] == [window.queries]
+        assert all(call.slices.rows[:, 4].tolist() == [0] for call in schedule.calls)
 
 
 def test_slow_links_are_hidden_behind_all_own_rows():

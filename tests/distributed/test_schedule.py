@@ -34,6 +34,7 @@ def attend_arranged(rank: int, world_size: int, case: Case, name: str, both: boo
             patch.setattr(manager, "_costs", lambda key, cluster: COSTS[name])
             patch.setattr(schedule, "LEAST_EARLY_ROWS", 8)
             patch.setattr(schedule, "LEAST_EARLY_SHARE", 1000)
+            patch.setattr(schedule, "WINDOW_STEP", 8)
         try:
             answers = [attend(case, group_of(case) if case.mesh_shape else dist.group.WORLD) for _ in range(2)]
             (key,) = dist_attn_runtime_dict_mgr.keys()

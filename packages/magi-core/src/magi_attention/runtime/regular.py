@@ -49,7 +49,7 @@ class _Slabs:
         head = np.flatnonzero(np.append(True, slab[1:] != slab[:-1]))
         tail = np.append(head[1:], len(pieces)) - 1
         self.first, self.last = pieces[head, band.Q0], pieces[head, band.Q1]
-        left, right = _left_moves(pieces), _right_moves(pieces)
+        left, right = band.left_moves(pieces), band.right_moves(pieces)
         inner = np.append(slab[1:] == slab[:-1], False)
         touches = np.append(pieces[:-1, band.K1] == pieces[1:, band.K0], True) & ~right & ~np.append(left[1:], False)
         is_regular = np.logical_and.reduceat(~inner | touches, head) & ~left[head]
@@ -75,12 +75,3 @@ class _Slabs:
         alike = (is_ramp[1:] == is_ramp[:-1]) | one_row[1:] | one_row[:-1]
         follows = alike & (start[1:] == end[:-1])
         return is_next & ((both & (grows | follows)) | (~is_regular[1:] & ~is_regular[:-1]))
-
-
-def _left_moves(pieces: Bands) -> NDArray[np.bool_]:
-    """Whether the first key of a trimmed band's rows moves from row to row."""
-    return pieces[:, band.Q1] - 1 + pieces[:, band.D0] > pieces[:, band.K0]
-
-
-def _right_moves(pieces: Bands) -> NDArray[np.bool_]:
-    return pieces[:, band.Q0] + pieces[:, band.D1] + 1 < pieces[:, band.K1]

@@ -4,15 +4,18 @@
 A stage's exchange is as planned, since all ranks take part in it. Which of the rank's own pairs are computed before its
 rows arrive, and which together with theirs, concerns the rank alone. To compute all of them before hides the most
 travel, but what the received rows add must then be merged row by row, which with many query heads to a key head takes
-longer than the rows travel over fast links. So there are three arrangements, of which the one with the least predicted
+longer than the rows travel over fast links. So there are four arrangements, of which the one with the least predicted
 overhead in both passes is taken:
 
 - *apart*: own rows first, and what comes merged with that;
 - *together*: one kernel over own and received rows, in their order in the sequence, as if the rank held them all;
-- *rest together*: the same, but long runs of queries that need no received rows go before, while these travel.
+- *rest together*: the same, but long runs of queries that need no received rows go before, while these travel;
+- *window first*: the same with just as many of the first or last queries, whatever they need, as hide the travel; what
+  the received rows add to these few is merged.
 """
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -44,8 +47,18 @@ and dout again, writes a partial out and dq, the latter by way of float32, and b
 BYTES_PER_SUMMED_NUMBER = 24
 """Likewise for one number of k or v whose gradients of two kernels are summed up in float32."""
 
-LATENCIES_PER_CALL = 20
+KERNELS_OF_EXCHANGE = 4
+"""Kernels that pack and unpack, before and after the transfer of keys and of values."""
+
+LATENCIES_PER_CALL = 10
 """Another kernel costs so many latencies of kernels in both passes: backward it is several, and ends are not filled."""
+
+LEAST_LATENCIES = 150
+"""Where a forward pass takes less than so many latencies of kernels, the host would not keep up with more of them."""
+
+WINDOW_STEP, WINDOW_SLACK, MOST_OF_WINDOW = 128, 1.5, 0.5
+"""A window has a multiple of so many queries, and so many times the work that hides the travel, with at most this share
+of the rank's queries."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,7 @@ class Costs:
         merged_row: to merge a query row's results in both passes, and to read it once more.
         summed_row: to sum up the gradients of a key row of several kernels.
         call: what another kernel costs in both passes, apart from its work.
+        least_work: forward passes that take less are not cut into more kernels.
     """
 
     pair: float
@@ -67,18 +81,21 @@ class Costs:
     merged_row: float
     summed_row: float
     call: float
+    least_work: float
 
     @classmethod
     def of_layer(cls, rates: Rates, shape: LayerShape, ranks_share_node: bool) -> "Costs":
         """The costs of a layer at a machine's rates."""
         link = rates.nvlink_gbs if ranks_share_node else rates.link_gbs
+        packing = 4 / rates.memory_gbs  # read and written before it travels, and again after
         return cls(
             pair=shape.flop_per_pair / (rates.forward_tflops * 1e12),
-            fetched_row=shape.bytes_per_row / (link * 1e9),
-            exchange=rates.exchange_latency_us * 1e-6,
+            fetched_row=shape.bytes_per_row * (1 / link + packing) * 1e-9,
+            exchange=(rates.exchange_latency_us + KERNELS_OF_EXCHANGE * rates.kernel_latency_us) * 1e-6,
             merged_row=shape.heads_q * shape.head_dim * BYTES_PER_MERGED_NUMBER / (rates.memory_gbs * 1e9),
             summed_row=2 * shape.heads_kv * shape.head_dim * BYTES_PER_SUMMED_NUMBER / (rates.memory_gbs * 1e9),
             call=LATENCIES_PER_CALL * rates.kernel_latency_us * 1e-6,
+            least_work=LEAST_LATENCIES * rates.kernel_latency_us * 1e-6,
         )
 
 
@@ -202,7 +219,7 @@ def _arrange(plan: Plan, num_queries: int, costs: Costs) -> list[Step]:
     own = plan.key_layout.runs_of(plan.rank)
     calls = _calls(slices_in(_in_rows(plan.bands, early), own), early.tolist(), costs) if len(early) else ()
     own_step = [Step(0, None, calls, num_own)] if calls else []
-    return [*own_step, _together(plan, first, stage, late, costs), *rest]
+    return [*own_step, _together(plan, first, stage, early, late, costs), *rest]
 
 
 def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> Intervals:
@@ -211,9 +228,6 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
     if not len(stage.slices):
         return everything
     in_need = merge(stage.slices.rows[:, :2])
-    long = max(LEAST_EARLY_ROWS, num_queries // LEAST_EARLY_SHARE)
-    independent = subtract(everything, in_need)
-    independent = independent[independent[:, 1] - independent[:, 0] >= long]
     num_own = int(plan.key_layout.rows_per_rank[plan.rank])
     fetch = costs.exchange + stage.num_received * costs.fetched_row
     own_bands = slices_in(plan.bands, plan.key_layout.runs_of(plan.rank)).bands()
@@ -221,12 +235,40 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
     def overhead(early: Intervals) -> float:
         work = int(band.area(_in_rows(own_bands, early)).sum()) * costs.pair
         exposed = max(fetch - work, 0.0) + max(fetch - 2 * work, 0.0)
-        merged = int(in_need[-1, 1] - in_need[0, 0]) if early is everything else 0
-        num_calls = 2 if early is everything else len(early) + len(subtract(everything, early))
-        summed = num_own if len(early) and early is not everything else 0
-        return exposed + merged * costs.merged_row + summed * costs.summed_row + num_calls * costs.call
+        if early is everything:
+            return exposed + int(in_need[-1, 1] - in_need[0, 0]) * costs.merged_row + 2 * costs.call
+        merged = intersect(early, in_need)[0]
+        num_calls = len(early) + len(subtract(everything, early)) + (len(merged) > 0)
+        num_merged = int((merged[:, 1] - merged[:, 0]).sum())
+        summed = num_own if len(early) else 0
+        return exposed + num_merged * costs.merged_row + summed * costs.summed_row + num_calls * costs.call
 
-    return min((everything, independent, nothing), key=overhead)
+    candidates = [everything, nothing]
+    if int(band.area(plan.bands).sum()) * costs.pair >= costs.least_work:
+        long = max(LEAST_EARLY_ROWS, num_queries // LEAST_EARLY_SHARE)
+        independent = subtract(everything, in_need)
+        candidates.append(independent[independent[:, 1] - independent[:, 0] >= long])
+        candidates += _windows(own_bands, num_queries, WINDOW_SLACK * fetch / costs.pair)
+    return min(candidates, key=overhead)
+
+
+def _windows(bands: Bands, num_queries: int, pairs: float) -> list[Intervals]:
+    """The shortest runs of first queries and of last ones, in steps, whose bands have so many pairs."""
+    borders = np.arange(0, int(MOST_OF_WINDOW * num_queries) + 1, WINDOW_STEP)
+    first = _first_with(lambda rows: int(band.area_above(bands, np.array(rows)).sum()), borders, pairs)
+    total = int(band.area(bands).sum())
+    last = _first_with(
+        lambda rows: total - int(band.area_above(bands, np.array(num_queries - rows)).sum()), borders, pairs
+    )
+    windows = [] if first is None else [(0, first)]
+    windows += [] if last is None else [(num_queries - last, num_queries)]
+    return [np.array([each]) for each in windows]
+
+
+def _first_with(pairs_of: Callable[[int], int], borders: NDArray[np.int64], pairs: float) -> int | None:
+    """The first of ascending borders up to which there are so many pairs, if any."""
+    found = bisect_left(borders, pairs, key=pairs_of)
+    return int(borders[found]) if found < len(borders) else None
 
 
 def _as_planned(number: int, stage: Stage, num_own: int, num_queries: int, costs: Costs) -> Step:
@@ -245,8 +287,11 @@ def _as_planned(number: int, stage: Stage, num_own: int, num_queries: int, costs
     return Step(number, stage.exchange, tuple(calls), num_keys, queries_travel=stage.queries_travel)
 
 
-def _together(plan: Plan, number: int, stage: Stage, queries: Intervals, costs: Costs) -> Step:
-    """One stage's received rows and the own ones in one buffer, in their order in the sequence."""
+def _together(plan: Plan, number: int, stage: Stage, early: Intervals, late: Intervals, costs: Costs) -> Step:
+    """One stage's received rows and the own ones in one buffer, in their order in the sequence.
+
+    The late queries read both; those of the early ones that need any received rows read these alone.
+    """
     assert stage.exchange is not None
     assert stage.received is not None
     own = plan.key_layout.runs_of(plan.rank)
@@ -258,9 +303,10 @@ def _together(plan: Plan, number: int, stage: Stage, queries: Intervals, costs: 
     own_places = np.column_stack([own[:, 2], own[:, 2] + own[:, 1] - own[:, 0], start[: len(own)]])
     place = start[len(own) :]
     buffer = _joined(np.column_stack([both[order, :2], start[order]]))
-    slices = slices_in(_in_rows(plan.bands, queries), buffer)
     exchange = _received_at(stage.exchange, stage.received, place, int(length.sum()))
-    calls = _calls(slices, queries.tolist(), costs)
+    calls = _calls(slices_in(_in_rows(plan.bands, late), buffer), late.tolist(), costs)
+    received = np.column_stack([stage.received[:, :2], place])
+    calls += _calls(slices_in(_in_rows(plan.bands, early), received), early.tolist(), costs)
     return Step(number, exchange, calls, int(length.sum()), own_places[np.argsort(own_places[:, 0])])
 
 
@@ -298,7 +344,7 @@ def _calls(slices: SliceTable, runs: Iterable[Sequence[int]], costs: Costs) -> t
         parts = regular_runs(slices, start, stop)
         if len(parts) > 1:
             seconds = costs.pair * (1 + BACKWARD_OVER_FORWARD_FLOP) * slices.clip_rows(start, stop).area()
-            if seconds * REGULAR_GAIN < (len(parts) - 1) * costs.call:
+            if seconds < 2 * costs.least_work or seconds * REGULAR_GAIN < (len(parts) - 1) * costs.call:
                 parts = [(start, stop)]
         calls += [_call(slices, *part) for part in parts]
     return tuple(call for call in calls if len(call.slices))
