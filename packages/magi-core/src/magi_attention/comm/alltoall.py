@@ -135,7 +135,7 @@ class AllToAllCollectives:
             packed = gather()
             transfer = self._send(packed, landed, counts, async_op=True)
             return PendingWork(transfer, torch.no_grad()(finish), buffers=(packed, landed, *kept))
-        caller = torch.cuda.current_stream(device)
+        caller = torch.cuda.current_stream(device.index)  # a number is looked up faster than a device
         stream.wait_stream(caller)
         torch.cuda.set_stream(stream)
         try:
