@@ -41,6 +41,7 @@ class AllToAllCollectives:
         table: ExchangeTable | TwoHopExchange,
         out: Sequence[Tensor] | None = None,
         own_places: Rows | None = None,
+        lend: bool = False,
     ) -> PendingWork[list[Tensor]] | StreamWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         table = self._checked(table)

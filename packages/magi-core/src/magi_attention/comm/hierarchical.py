@@ -42,6 +42,7 @@ class HierarchicalCollectives:
         table: ExchangeTable | TwoHopExchange,
         out: Sequence[Tensor] | None = None,
         own_places: Rows | None = None,
+        lend: bool = False,
     ) -> Work[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         hops = _checked(table)

@@ -26,6 +26,12 @@ class Work(Protocol[Result]):
     def wait(self) -> Result:
         """Return the result once it may be used on the current stream; the host waits only for CPU tensors."""
 
+    def release(self) -> None:
+        """Give back a result that was lent: what has been enqueued on the current stream was the last to use it.
+
+        A work that goes gives back what it lent. Does nothing if nothing was lent.
+        """
+
 
 @runtime_checkable
 class GroupCollectives(Protocol):
@@ -39,6 +45,7 @@ class GroupCollectives(Protocol):
         table: ExchangeTable | TwoHopExchange,
         out: Sequence[Tensor] | None = None,
         own_places: Rows | None = None,
+        lend: bool = False,
     ) -> Work[list[Tensor]]:
         """Send rows of ``tensors``, each ``[num_source, ...]``, to the ranks that need them, in one exchange.
 
@@ -46,6 +53,9 @@ class GroupCollectives(Protocol):
         given, else new ones, of which each row is contiguous. The table need not name all their rows: with
         ``own_places``, the rank's own ``tensors`` are copied to these. Every rank of the group must call it with its
         own side of the same plan.
+
+        With ``lend`` and without ``out`` they may lie in memory of the collectives, which saves a copy. They are then
+        the caller's until the work's ``release``, which must come before two more casts that lend.
         """
 
     def reduce(

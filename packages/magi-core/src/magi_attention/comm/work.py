@@ -39,6 +39,9 @@ class PendingWork(Generic[Result]):
             self._finish, self._transfer, self._buffers = None, None, ()
         return self._result
 
+    def release(self) -> None:
+        """See :class:`~magi_attention.comm.protocol.Work`; nothing is lent."""
+
 
 class StreamWork(Generic[Result]):
     """All of a collective, enqueued on another CUDA stream.
@@ -84,6 +87,9 @@ class StreamWork(Generic[Result]):
                 self._caller.wait_event(self._done)
             self._done, self._buffers = None, ()
         return self._result
+
+    def release(self) -> None:
+        """See :class:`~magi_attention.comm.protocol.Work`; nothing is lent."""
 
     def __del__(self) -> None:
         if self._done is not None:

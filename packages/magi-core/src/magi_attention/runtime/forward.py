@@ -33,7 +33,8 @@ def attend(
     """
     results = _Results(job, q, v)
     visits = []
-    for (step, _, launches), (queries,), keys, values in walk_steps(job.forward.steps, job.collectives, [q], k, v):
+    steps = walk_steps(job.forward.steps, job.collectives, [q], k, v, lend=kept is None)
+    for (step, _, launches), (queries,), keys, values in steps:
         if kept is not None and step.exchange is not None:
             kept += [keys, values]
         if step.queries_travel:

@@ -41,6 +41,8 @@ def walk_steps(
     k: Tensor,
     v: Tensor,
     kept: Sequence[Tensor] | None = None,
+    *,
+    lend: bool = True,
 ) -> Iterator[StepInputs]:
     """Walk the steps; the next steps' rows travel while one is computed.
 
@@ -55,6 +57,7 @@ def walk_steps(
         k: the rank's keys.
         v: the rank's values.
         kept: what the exchanges brought before, two tensors each; then there are none.
+        lend: whether the rows of a step are used no more once the next step is asked for.
     """
     if kept is not None:
         pairs = iter(zip(kept[::2], kept[1::2], strict=True))
@@ -70,7 +73,7 @@ def walk_steps(
             assert step.exchange is not None
             with named(f"magi: cast stage {step.number}"):
                 tensors = queries if step.queries_travel else (k, v)
-                traveling.append(collectives.cast(tensors, step.exchange, own_places=places))
+                traveling.append(collectives.cast(tensors, step.exchange, own_places=places, lend=lend))
 
     fetch_next()
     if traveling and steps[0].step.exchange is None:
@@ -81,10 +84,13 @@ def walk_steps(
         if each.step.exchange is None:
             yield StepInputs(each, queries, k, v)
             continue
+        work = traveling.popleft()
         if each.step.queries_travel:
-            yield StepInputs(each, traveling.popleft().wait(), k, v)
+            yield StepInputs(each, work.wait(), k, v)
         else:
-            yield StepInputs(each, queries, *traveling.popleft().wait())
+            yield StepInputs(each, queries, *work.wait())
+        work.release()
+        del work
         fetch_next()
 
 
