@@ -53,7 +53,7 @@ def mask_plan(library: Library, slices: SliceTable, batch: list[Tensor], *, back
 
 
 def launch_forward(
-    library: Library, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    library: Library, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return out ``[tq, hq, dv]``, lse ``[hq, tq]`` and, if asked for, max_logits ``[hq]``.
 
@@ -63,9 +63,10 @@ def launch_forward(
         k: ``[tk, hk, d]``, not empty.
         v: ``[tk, hk, dv]``.
         call: the mask and how to score.
+        into: where to write out; None for a new tensor.
     """
     q, k, v = batch = [library.aligned(x, ALIGN_BYTES).unsqueeze(0) for x in (q, k, v)]
-    out = q.new_empty(*q.shape[:3], v.shape[3])
+    out = q.new_empty(*q.shape[:3], v.shape[3]) if into is None else into.unsqueeze(0)
     lse = q.new_empty(1, q.shape[2], q.shape[1], dtype=torch.float32)
     max_logits = lse.new_full(q.shape[2:3], -torch.inf) if call.max_logits else None
     key = ("cudnn flex forward", call.max_logits, *layout_of(*batch))

@@ -23,6 +23,7 @@ def launch_grouped_backward(
     lse: Tensor,
     dlse: Tensor | None,
     call: AttentionCall,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``dq, dk, dv``, on Hopper; the sums of dq are in no fixed order.
 
@@ -37,7 +38,7 @@ def launch_grouped_backward(
     rows = -(-num_q // tiling.block_q) * tiling.block_q
     lse2, dpsum = q.new_empty(2, 1, heads_q, rows, dtype=torch.float32).unbind()
     dq_sum = lse2.new_empty(1, heads_q, rows * dim)
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = gradients_like(q, k, v, into)
     if library.is_tracing():
         return dq, dk, dv
     q, k, v, dout, out = (_without_broadcast(x).unsqueeze(0) for x in (q, k, v, dout, out))
@@ -49,6 +50,11 @@ def launch_grouped_backward(
     kernels.main(*grouped.arguments(tensors, call.softmax_scale, tables[5:], grouped.Runs(*tables[:5])))
     kernels.after(dq_sum, dq.unsqueeze(0), call.softmax_scale, None, None, None, None)
     return dq, dk, dv
+
+
+def gradients_like(q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """New tensors for the gradients of q, k and v, or the one that is given."""
+    return q.new_empty(q.shape) if dq is None else dq, k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _without_broadcast(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.kernels.protocol import AttentionCall
-from magi_kernels_blackwell.fa4.grouped import launch_grouped_backward
+from magi_kernels_blackwell.fa4.grouped import gradients_like, launch_grouped_backward
 from magi_kernels_blackwell.fa4.library import Library
 from magi_kernels_blackwell.fa4.tables import (
     SparseTables,
@@ -38,7 +38,7 @@ class Gradients(NamedTuple):
 
 
 def launch_forward(
-    library: Library, arch: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    library: Library, arch: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return out ``[tq, hq, dv]`` and lse ``[hq, tq]``. There must be some queries and keys.
 
@@ -49,9 +49,10 @@ def launch_forward(
         k: ``[tk, hk, d]``.
         v: ``[tk, hk, dv]``.
         call: the mask and how to score.
+        into: where to write out; None for a new tensor.
     """
     q, k, v = (library.aligned(x) for x in (q, k, v))
-    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2]) if into is None else into
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     packed = packed_mask(call.slices, q.shape[0], k.shape[0])
     tensors = _as_batch(packed, q, k, v, out, lse)
@@ -103,6 +104,7 @@ def launch_backward(
     lse: Tensor,
     dlse: Tensor | None,
     call: AttentionCall,
+    into: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients. There must be some queries and keys.
 
@@ -115,11 +117,12 @@ def launch_backward(
         v: ``[tk, hk, dv]``.
         lse, dlse: ``[hq, tq]`` float32, contiguous.
         call: the mask and how to score.
+        into: where to write dq; None for a new tensor.
     """
     dout, q, k, v, out = (library.aligned(x) for x in (dout, q, k, v, out))
     packed = packed_mask(call.slices, q.shape[0], k.shape[0])
     launch = launch_grouped_backward if arch == HOPPER and _suits_groups(packed, q, k, v) else launch_own_backward
-    return Gradients(*launch(library, arch, dout, q, k, v, out, lse, dlse, call))
+    return Gradients(*launch(library, arch, dout, q, k, v, out, lse, dlse, call, into))
 
 
 def _suits_groups(packed: PackedMask | None, q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -144,10 +147,11 @@ def launch_own_backward(
     lse: Tensor,
     dlse: Tensor | None,
     call: AttentionCall,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by FlashAttention-4's backward pass as it is; arguments as of :func:`launch_backward`."""
     packed = packed_mask(call.slices, q.shape[0], k.shape[0])
-    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = gradients = gradients_like(q, k, v, into)
     tensors, results = _as_batch(packed, dout, q, k, v, out), _as_batch(packed, *gradients)
     lse, dlse = _as_batch(packed, lse, dlse)
     key = ("fa4 backward", arch, call.softcap, call.deterministic, dlse is None, *layout_of(q, k, v, dout, out))
@@ -156,7 +160,6 @@ def launch_own_backward(
     )
     if prepared is not None:
         prepared(tensors, lse, dlse, results, call.softmax_scale)
-    dq, dk, dv = gradients
     return dq, dk, dv
 
 
