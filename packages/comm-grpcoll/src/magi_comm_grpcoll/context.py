@@ -124,7 +124,6 @@ class GroupContext:
             exchange, arena = SlotExchange(Ring(num_slots), wires), Arena(num_slots)
             self._lanes.append(Lane(exchange, wires, arena, self._control, self.rank, self.options.transport))
 
-    @torch.no_grad()
     def cast(
         self,
         tensors: Sequence[Tensor],
@@ -138,8 +137,8 @@ class GroupContext:
         if out is not None:
             check_out(out, tensors, table.num_received)
         lane, rounds = self._lanes[CAST], self._prepare(CAST, table, row_formats(tensors))
-        caller, arrive = torch.cuda.current_stream(self.device), lane.wires.arrive
-        tensors = [tensor.contiguous() for tensor in tensors]
+        caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
+        tensors = [tensor.detach().contiguous() for tensor in tensors]
         if lend and out is None and len(rounds) == 1:
             started = rounds[0].start(tensors, caller)
             give_back = partial(lane.exchange.release, started.epoch)
@@ -149,7 +148,7 @@ class GroupContext:
         for part in rounds:
             started = part.start(tensors, caller)
             arrive.wait_event(started.ready)
-            with torch.cuda.stream(arrive):
+            with torch.no_grad(), torch.cuda.stream(arrive):
                 part.deliver(started.slot, received)
             lane.exchange.release(started.epoch, arrive.record_event())
         kept = [rounds, *tensors, *received]
@@ -178,7 +177,7 @@ class GroupContext:
         _check_rows("into", targets, table.num_source, self.device)
         check_combine(sent, targets, op)
         lane, rounds = self._lanes[REDUCE], self._prepare(REDUCE, table, row_formats(sent))
-        caller, arrive = torch.cuda.current_stream(self.device), lane.wires.arrive
+        caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
         sent = [tensor.contiguous() for tensor in sent]
         written = [tensor.contiguous() for tensor in targets]
         old_lse = written[-1].clone() if op == "lse" else None
