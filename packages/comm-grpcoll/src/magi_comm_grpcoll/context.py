@@ -138,7 +138,7 @@ class GroupContext:
             check_out(out, tensors, table.num_received)
         lane, rounds = self._lanes[CAST], self._prepare(CAST, table, row_formats(tensors))
         caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
-        tensors = [tensor.detach().contiguous() for tensor in tensors]
+        tensors = [tensor.contiguous() for tensor in tensors]
         if lend and out is None and len(rounds) == 1:
             started = rounds[0].start(tensors, caller)
             give_back = partial(lane.exchange.release, started.epoch)
