@@ -13,6 +13,7 @@ from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.comm.group import GroupHandle, group_rank, group_size
 from magi_attention.comm.packing import row_formats
 from magi_attention.comm.protocol import ReduceOp, Work
+from magi_attention.comm.routes import Rows
 from magi_attention.kernels.protocol import Support
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_comm_grpcoll.capability import reason_against
@@ -52,12 +53,13 @@ class NativeCollectives:
         tensors: Sequence[Tensor],
         table: ExchangeTable | TwoHopExchange,
         out: Sequence[Tensor] | None = None,
+        own_places: Rows | None = None,
         lend: bool = False,
     ) -> Work[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         if self.context is None:
-            return self.fallback.cast(tensors, table, out, lend)
-        return self.context.cast(tensors, _one_hop(table), out, lend)
+            return self.fallback.cast(tensors, table, out, own_places, lend)
+        return self.context.cast(tensors, _one_hop(table), out, own_places, lend)
 
     def reduce(
         self,

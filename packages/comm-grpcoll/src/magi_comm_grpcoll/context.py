@@ -15,9 +15,9 @@ from torch import Tensor
 
 from magi_attention.comm.alltoall import check_out, check_reduce
 from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
-from magi_attention.comm.packing import RowFormat, row_formats
+from magi_attention.comm.packing import RowFormat, put_rows, row_formats
 from magi_attention.comm.protocol import ReduceOp
-from magi_attention.comm.routes import routes_of
+from magi_attention.comm.routes import Rows, routes_of
 from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.capability import agree
@@ -129,6 +129,7 @@ class GroupContext:
         tensors: Sequence[Tensor],
         table: ExchangeTable,
         out: Sequence[Tensor] | None = None,
+        own_places: Rows | None = None,
         lend: bool = False,
     ) -> NativeWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
@@ -141,6 +142,8 @@ class GroupContext:
         tensors = [tensor.contiguous() for tensor in tensors]
         if lend and out is None and len(rounds) == 1:
             started = rounds[0].start(tensors, caller)
+            if own_places is not None:
+                _put_own(arrive, started.ready, rounds[0].landed(started.slot), own_places, tensors)
             give_back = partial(lane.exchange.release, started.epoch)
             lent, kept = [*rounds[0].landed(started.slot)], [rounds, *tensors]
             return NativeWork(arrive, caller, lent, kept, started.packed, self._check, give_back)
@@ -151,6 +154,8 @@ class GroupContext:
             with torch.no_grad(), torch.cuda.stream(arrive):
                 part.deliver(started.slot, received)
             lane.exchange.release(started.epoch, arrive.record_event())
+        if own_places is not None:
+            _put_own(arrive, started.ready, received, own_places, tensors)
         kept = [rounds, *tensors, *received]
         return NativeWork(arrive, caller, received, kept, started.packed, self._check)
 
@@ -266,6 +271,20 @@ class _Streams:
             torch.cuda.Stream(device, priority=_HIGH_PRIORITY) for _ in range(3 + len(LANES))
         )
         self.all = [self.send, self.credit, *self.arrive]
+
+
+def _put_own(
+    stream: "torch.cuda.Stream",
+    ready: "torch.cuda.Event",
+    received: Sequence[Tensor],
+    places: Rows,
+    tensors: Sequence[Tensor],
+) -> None:
+    """Copy this rank's own rows to their places among the received ones, once they are ``ready``."""
+    stream.wait_event(ready)
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for target, own in zip(received, tensors, strict=True):
+            put_rows(target, places, own)
 
 
 def group_timeout_s(group: dist.ProcessGroup, device: torch.device) -> float:

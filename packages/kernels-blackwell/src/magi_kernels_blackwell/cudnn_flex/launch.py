@@ -44,7 +44,7 @@ def mask_plan(library: Library, slices: SliceTable, batch: list[Tensor], *, back
 
 
 def launch_forward(
-    library: Library, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    library: Library, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return out ``[tq, hq, dv]``, lse ``[hq, tq]`` and, if asked for, max_logits ``[hq]``.
 
@@ -54,9 +54,10 @@ def launch_forward(
         k: ``[tk, hk, d]``, not empty.
         v: ``[tk, hk, dv]``.
         call: the mask and how to score.
+        into: where to write out; None for a new tensor.
     """
     batch = [library.aligned(x, ALIGN_BYTES).unsqueeze(0) for x in (q, k, v)]
-    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2]) if into is None else into
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     max_logits = lse.new_empty(q.shape[1]) if call.max_logits else None
     with quiet(library):

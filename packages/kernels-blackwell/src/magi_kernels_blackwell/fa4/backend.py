@@ -52,10 +52,10 @@ class FlashAttention4Backend(WheelBackend):
         return precompile.compile_case(case)
 
     def launch_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, into: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :class:`WheelBackend`."""
-        return *launch.launch_forward(library.load(q.device), capability_of(q.device), q, k, v, call), None
+        return *launch.launch_forward(library.load(q.device), capability_of(q.device), q, k, v, call, into), None
 
     def launch_backward(
         self,
@@ -67,10 +67,11 @@ class FlashAttention4Backend(WheelBackend):
         lse: Tensor,
         dlse: Tensor | None,
         call: AttentionCall,
+        into: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`WheelBackend`."""
         arch = capability_of(q.device)
-        return launch.launch_backward(library.load(q.device), arch, dout, q, k, v, out, lse, dlse, call)
+        return launch.launch_backward(library.load(q.device), arch, dout, q, k, v, out, lse, dlse, call, into)
 
 
 BACKEND = FlashAttention4Backend()

@@ -31,7 +31,7 @@ class Gradients(NamedTuple):
 
 
 def launch_forward(
-    library: Library, arch: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    library: Library, arch: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return out ``[tq, hq, dv]`` and lse ``[hq, tq]``. There must be some queries and keys.
 
@@ -42,10 +42,11 @@ def launch_forward(
         k: ``[tk, hk, d]``.
         v: ``[tk, hk, dv]``.
         call: the mask and how to score.
+        into: where to write out; None for a new tensor.
     """
     num_q, num_k = q.shape[0], k.shape[0]
     packed = packed_mask(call.slices, num_q, num_k)
-    out = q.new_empty(num_q, q.shape[1], v.shape[2])
+    out = q.new_empty(num_q, q.shape[1], v.shape[2]) if into is None else into
     lse = q.new_empty(q.shape[1], num_q, dtype=torch.float32)
     options = {"softmax_scale": call.softmax_scale, "softcap": call.softcap or None, "_arch": arch, "return_lse": True}
     if packed is not None and packed.num_documents > 1:
@@ -84,6 +85,7 @@ def launch_backward(
     lse: Tensor,
     dlse: Tensor | None,
     call: AttentionCall,
+    into: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients. There must be some queries and keys.
 
@@ -96,10 +98,12 @@ def launch_backward(
         v: ``[tk, hk, dv]``.
         lse, dlse: ``[hq, tq]`` float32, contiguous.
         call: the mask and how to score.
+        into: where to write dq; None for a new tensor.
     """
     num_q, num_k = q.shape[0], k.shape[0]
     packed = packed_mask(call.slices, num_q, num_k)
-    gradients = Gradients(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)))
+    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    gradients = Gradients(q.new_empty(q.shape) if into is None else into, dk, dv)
     options: dict[str, Any] = {
         "softmax_scale": call.softmax_scale,
         "softcap": call.softcap,
