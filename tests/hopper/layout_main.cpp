@@ -26,8 +26,9 @@ int main() {
         }
     }
     using Tile = PanelTile<128, 128>;
-    std::printf("k_major %d %llx\n", 0, (unsigned long long)Tile::k_major(0x8400, 64, 80));
-    std::printf("mn_major %d %llx\n", 0, (unsigned long long)Tile::mn_major(0x8400, 16, 64));
-    std::printf("k_major_64 %d %llx\n", 0, (unsigned long long)PanelTile<128, 96>::k_major(0x8400, 64, 48));
-    std::printf("mn_major_64 %d %llx\n", 0, (unsigned long long)PanelTile<128, 96>::mn_major(0x8400, 16, 32));
+    using Narrow = PanelTile<128, 96>;
+    std::printf("k_major %d %llx\n", 0, (unsigned long long)(Tile::k_major(0x8400) + Tile::from(64, 80)));
+    std::printf("mn_major %d %llx\n", 0, (unsigned long long)(Tile::mn_major(0x8400) + Tile::from(16, 64)));
+    std::printf("k_major_64 %d %llx\n", 0, (unsigned long long)(Narrow::k_major(0x8400) + Narrow::from(64, 48)));
+    std::printf("mn_major_64 %d %llx\n", 0, (unsigned long long)(Narrow::mn_major(0x8400) + Narrow::from(16, 32)));
 }

@@ -54,8 +54,8 @@ __global__ void products(__grid_constant__ Maps<D> const maps, float* scores_out
     ptx::wgmma_fence();
 #pragma unroll
     for (int column = 0; column < D; column += 16) {
-        ptx::Wgmma<kN>::ss<Element, 0, 0>(scores, TileA::k_major(ptx::shared_address(a), 0, column),
-                                          TileB::k_major(ptx::shared_address(b), 0, column), column > 0);
+        ptx::Wgmma<kN>::ss<Element, 0, 0>(scores, TileA::k_major(ptx::shared_address(a)) + TileA::from(0, column),
+                                          TileB::k_major(ptx::shared_address(b)) + TileB::from(0, column), column > 0);
     }
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<0>();
@@ -70,7 +70,7 @@ __global__ void products(__grid_constant__ Maps<D> const maps, float* scores_out
 #pragma unroll
     for (int row = 0; row < kN; row += 16) {
         ptx::Wgmma<D>::template rs<Element, 1>(out, fragments[row / 16],
-                                               TileB::mn_major(ptx::shared_address(b), row, 0), row > 0);
+                                               TileB::mn_major(ptx::shared_address(b)) + TileB::from(row, 0), row > 0);
     }
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<0>();

@@ -38,26 +38,27 @@ struct PanelTile {
         return plain ^ ((plain >> 3) & (kSwizzleBytes == 128 ? 0x70 : 0x30));
     }
 
-    // Descriptors of the wgmma operand whose first row and column these are; `base` is the tile's shared address.
+    // The descriptor of the wgmma operand that begins with the tile, whose shared address `base` is. An operand that
+    // begins elsewhere in the tile has a descriptor that is greater by a constant: one addition for each product.
 
-    // Contiguous along k: rows are those of m or n, columns k. `column` is a multiple of 16, `row` of 8.
-    MAGI_HOST_DEVICE static constexpr uint64_t k_major(uint32_t base, int row, int column) {
-        uint32_t const start = base + (column / kPanelColumns) * kPanelBytes + row * kSwizzleBytes +
-                               (column % kPanelColumns) * kBytesPerElement;
-        return descriptor(start, 16, kGroupBytes);
-    }
+    // Contiguous along k: rows are those of m or n, columns k.
+    MAGI_HOST_DEVICE static constexpr uint64_t k_major(uint32_t base) { return descriptor(base, 16); }
 
-    // Contiguous along m or n: columns are those of m or n, rows k. `row` is a multiple of 8, `column` starts a panel.
-    MAGI_HOST_DEVICE static constexpr uint64_t mn_major(uint32_t base, int row, int column) {
-        uint32_t const start = base + (column / kPanelColumns) * kPanelBytes + row * kSwizzleBytes;
-        return descriptor(start, kPanelBytes, kGroupBytes);
+    // Contiguous along m or n: columns are those of m or n, rows k.
+    MAGI_HOST_DEVICE static constexpr uint64_t mn_major(uint32_t base) { return descriptor(base, kPanelBytes); }
+
+    // What to add for an operand that begins at a row, a multiple of 8, and a column: for k_major a multiple of 16, for
+    // mn_major the first of a panel.
+    MAGI_HOST_DEVICE static constexpr uint64_t from(int row, int column) {
+        return ((column / kPanelColumns) * kPanelBytes + row * kSwizzleBytes +
+                (column % kPanelColumns) * kBytesPerElement) >> 4;
     }
 
    private:
-    MAGI_HOST_DEVICE static constexpr uint64_t descriptor(uint32_t start, uint32_t leading, uint32_t stride) {
+    MAGI_HOST_DEVICE static constexpr uint64_t descriptor(uint32_t base, uint32_t leading) {
         uint64_t const kind = kSwizzleBytes == 128 ? 1 : 2;
-        return (kind << 62) | static_cast<uint64_t>((stride >> 4) & 0x3FFF) << 32 |
-               static_cast<uint64_t>((leading >> 4) & 0x3FFF) << 16 | ((start >> 4) & 0x3FFF);
+        return (kind << 62) | static_cast<uint64_t>(kGroupBytes >> 4) << 32 | static_cast<uint64_t>(leading >> 4) << 16 |
+               (base >> 4 & 0x3FFF);
     }
 };
 

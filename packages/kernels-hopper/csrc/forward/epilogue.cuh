@@ -14,17 +14,20 @@ struct OutputRow {
 
 // What one of four neighboring threads holds of four others' words becomes four words of its own: w[j] of thread i
 // and w[i] of thread j change places.
-__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-        bool const upper = threadIdx.x & bit;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (j & bit) continue;
-            uint32_t const received = __shfl_xor_sync(~0u, upper ? w[j] : w[j | bit], bit);
-            (upper ? w[j] : w[j | bit]) = received;
-        }
+__device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high, int bit) {
+    bool const upper = threadIdx.x & bit;
+    uint32_t const received = __shfl_xor_sync(~0u, upper ? low : high, bit);
+    if (upper) {
+        low = received;
+    } else {
+        high = received;
     }
+}
+__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
+    exchange(w[0], w[1], 1);
+    exchange(w[2], w[3], 1);
+    exchange(w[0], w[2], 2);
+    exchange(w[1], w[3], 2);
 }
 
 template <typename T>
@@ -68,41 +71,38 @@ __device__ __forceinline__ void store_floats(Params const& p, float const (&o)[T
     }
 }
 
-// Writes a thread's two rows, whose accumulators are not yet divided by the rows' sums.
-template <typename T>
-__device__ __forceinline__ void store_rows(Params const& p, Softmax<T> const& softmax, float (&o)[T::kHeadDimV / 2],
-                                           OutputRow const (&rows)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float factor, weight_before = 0;
-        float lse = softmax.finish(r, factor);
-        bool keeps_all = false;
-        if (p.merges && rows[r].inside) {
-            float const before = p.lse[rows[r].index];
-            float const both = fmaxf(before, lse);
-            keeps_all = lse == -INFINITY;
-            if (!keeps_all) {
-                float const merged = both + kLn2 * __log2f(exp2_approx((before - both) * kLog2E) +
-                                                           exp2_approx((lse - both) * kLog2E));
-                weight_before = exp2_approx((before - merged) * kLog2E);
-                factor *= exp2_approx((lse - merged) * kLog2E);
-                lse = merged;
-            }
-        }
-        __syncwarp();  // the four threads of a row have read its lse, of which one now writes the new one
-#pragma unroll
-        for (int i = 2 * r; i < T::kHeadDimV / 2; i += 4) {
-            o[i] *= factor;
-            o[i + 1] *= factor;
-        }
-        OutputRow const row = {rows[r].index, rows[r].inside && !keeps_all};
-        if (p.out_is_float) {
-            store_floats<T>(p, o, r, row, weight_before);
+// Writes one of a thread's two rows, whose accumulators are not yet divided by the row's sum.
+template <typename T, int R>
+__device__ __forceinline__ void store_row(Params const& p, Softmax<T> const& softmax, float (&o)[T::kHeadDimV / 2],
+                                          OutputRow row) {
+    float factor, weight_before = 0;
+    float lse = softmax.finish(R, factor);
+    if (p.merges && row.inside) {
+        float const before = p.lse[row.index];
+        if (lse == -INFINITY) {
+            row.inside = false;  // what is there stays
         } else {
-            store_elements<T>(p, o, r, row);
+            float const both = fmaxf(before, lse);
+            float const merged =
+                both +
+                kLn2 * __log2f(exp2_approx((before - both) * kLog2E) + exp2_approx((lse - both) * kLog2E));
+            weight_before = exp2_approx((before - merged) * kLog2E);
+            factor *= exp2_approx((lse - merged) * kLog2E);
+            lse = merged;
         }
-        if (row.inside && threadIdx.x % 4 == 0) p.lse[row.index] = lse;
     }
+    __syncwarp();  // the four threads of a row have read its lse, of which one now writes the new one
+#pragma unroll
+    for (int i = 2 * R; i < T::kHeadDimV / 2; i += 4) {
+        o[i] *= factor;
+        o[i + 1] *= factor;
+    }
+    if (p.out_is_float) {
+        store_floats<T>(p, o, R, row, weight_before);
+    } else {
+        store_elements<T>(p, o, R, row);
+    }
+    if (row.inside && threadIdx.x % 4 == 0) p.lse[row.index] = lse;
 }
 
 // The largest in memory, of floats of either sign; NaN never comes here.

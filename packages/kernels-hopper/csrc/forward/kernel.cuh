@@ -23,14 +23,19 @@ constexpr uint32_t kFirstTurn = 1;  // named barriers, one for each consumer; 0 
 
 // A place in a ring of buffers, and the parity of the barriers' phase there.
 template <int Stages>
-struct RingPlace {
-    int stage = 0;
-    uint32_t parity = 0;
+class RingPlace {
+    static constexpr bool kCounts = (Stages & (Stages - 1)) == 0;  // one number holds both
+    int stage_or_count_ = 0;
+    uint32_t parity_ = 0;
 
+   public:
+    __device__ __forceinline__ int stage() const { return kCounts ? stage_or_count_ & (Stages - 1) : stage_or_count_; }
+    __device__ __forceinline__ uint32_t parity() const { return kCounts ? stage_or_count_ / Stages & 1 : parity_; }
     __device__ __forceinline__ void advance() {
-        if (++stage == Stages) {
-            stage = 0;
-            parity ^= 1;
+        stage_or_count_++;
+        if (!kCounts && stage_or_count_ == Stages) {
+            stage_or_count_ = 0;
+            parity_ ^= 1;
         }
     }
 };
@@ -79,7 +84,7 @@ struct Producer {
     }
 
     __device__ __forceinline__ void load_q(Item const& item) {
-        ptx::mbarrier_try_wait_parity(&s.q_empty, q_place.parity ^ 1);
+        ptx::mbarrier_try_wait_parity(&s.q_empty, q_place.parity() ^ 1);
         ptx::mbarrier_arrive_expect_tx(&s.q_full, T::TileQ::kBytes);
 #pragma unroll
         for (int panel = 0; panel < T::TileQ::kPanels; panel++) {
@@ -91,26 +96,26 @@ struct Producer {
     }
 
     __device__ __forceinline__ void load_k(int const (&boxes)[2], int kv_head) {
-        ptx::mbarrier_try_wait_parity(&s.k_empty[k_place.stage], k_place.parity ^ 1);
-        load_boxes<typename T::TileK>(s.k[k_place.stage], &p.k, &s.k_full[k_place.stage], boxes, kv_head);
+        ptx::mbarrier_try_wait_parity(&s.k_empty[k_place.stage()], k_place.parity() ^ 1);
+        load_boxes<typename T::TileK>(s.k[k_place.stage()], &p.k, &s.k_full[k_place.stage()], boxes, kv_head);
         k_place.advance();
     }
 
     __device__ __forceinline__ void load_v(int const (&boxes)[2], int kv_head) {
-        ptx::mbarrier_try_wait_parity(&s.v_empty[v_place.stage], v_place.parity ^ 1);
-        load_boxes<typename T::TileV>(s.v[v_place.stage], &p.v, &s.v_full[v_place.stage], boxes, kv_head);
+        ptx::mbarrier_try_wait_parity(&s.v_empty[v_place.stage()], v_place.parity() ^ 1);
+        load_boxes<typename T::TileV>(s.v[v_place.stage()], &p.v, &s.v_full[v_place.stage()], boxes, kv_head);
         v_place.advance();
     }
 
     __device__ __forceinline__ void announce(Item const& item) {
-        ptx::mbarrier_try_wait_parity(&s.item_empty[item_place.stage], item_place.parity ^ 1);
-        int* const slot = s.item[item_place.stage];
+        ptx::mbarrier_try_wait_parity(&s.item_empty[item_place.stage()], item_place.parity() ^ 1);
+        int* const slot = s.item[item_place.stage()];
         slot[0] = item.tile;
         slot[1] = item.pack;
         slot[2] = item.first_run;
         slot[3] = item.num_tiles;
         slot[4] = item.num_masked;
-        ptx::mbarrier_arrive(&s.item_full[item_place.stage]);
+        ptx::mbarrier_arrive(&s.item_full[item_place.stage()]);
         item_place.advance();
     }
 
@@ -122,6 +127,7 @@ struct Producer {
         int boxes[2] = {cursor.next(), cursor.next()};
         load_k(boxes, kv_head);
         load_q(item);
+#pragma unroll 1
         for (int i = 1; i < item.num_tiles; i++) {
             int const next[2] = {cursor.next(), cursor.next()};
             load_k(next, kv_head);
@@ -179,22 +185,23 @@ struct Consumer {
 
     // Starts scores = q k^T.
     __device__ __forceinline__ void multiply_keys() {
-        uint32_t const q = ptx::shared_address(s.q), k = ptx::shared_address(s.k[k_place.stage]);
+        uint64_t const q = T::TileQ::k_major(ptx::shared_address(s.q)) + group * T::TileQ::from(64, 0);
+        uint64_t const k = T::TileK::k_major(ptx::shared_address(s.k[k_place.stage()]));
 #pragma unroll
         for (int column = 0; column < T::kHeadDim; column += 16) {
-            ptx::Wgmma<T::kTileN>::template ss<Element, 0, 0>(scores, T::TileQ::k_major(q, 64 * group, column),
-                                                              T::TileK::k_major(k, 0, column), column > 0);
+            ptx::Wgmma<T::kTileN>::template ss<Element, 0, 0>(scores, q + T::TileQ::from(0, column),
+                                                              k + T::TileK::from(0, column), column > 0);
         }
         ptx::wgmma_commit_group();
     }
 
-    // Starts out += probabilities v, or out = … for the first tile.
-    __device__ __forceinline__ void multiply_values(bool first) {
-        uint32_t const v = ptx::shared_address(s.v[v_place.stage]);
+    // Starts out += probabilities v.
+    __device__ __forceinline__ void multiply_values() {
+        uint64_t const v = T::TileV::mn_major(ptx::shared_address(s.v[v_place.stage()]));
 #pragma unroll
         for (int row = 0; row < T::kTileN; row += 16) {
-            ptx::Wgmma<T::kHeadDimV>::template rs<Element, 1>(out, probabilities[row / 16],
-                                                              T::TileV::mn_major(v, row, 0), !first || row > 0);
+            ptx::Wgmma<T::kHeadDimV>::template rs<Element, 1>(out, probabilities[row / 16], v + T::TileV::from(row, 0),
+                                                              true);
         }
         ptx::wgmma_commit_group();
     }
@@ -206,103 +213,100 @@ struct Consumer {
 
     // Scores of the next tile while the last one's probabilities are multiplied.
     template <bool Masked>
-    __device__ __forceinline__ void step(Softmax<T>& softmax, BoxCursor<T::kBoxN>& cursor, int const (&token)[2],
-                                         bool first_values) {
+    __device__ __forceinline__ void step(Softmax<T>& softmax, BoxCursor<T::kBoxN>& cursor, int const (&token)[2]) {
         uint32_t bits[2];
         float shrink[2];
-        ptx::mbarrier_try_wait_parity(&s.k_full[k_place.stage], k_place.parity);
+        ptx::mbarrier_try_wait_parity(&s.k_full[k_place.stage()], k_place.parity());
         wait_for_turn();
         ptx::wgmma_fence();
         multiply_keys();
-        ptx::mbarrier_try_wait_parity(&s.v_full[v_place.stage], v_place.parity);
+        ptx::mbarrier_try_wait_parity(&s.v_full[v_place.stage()], v_place.parity());
         ptx::wgmma_fence();
-        multiply_values(first_values);
+        multiply_values();
         give_turn();
         if constexpr (Masked) mask_of_tile(p, cursor, token, bits);
         ptx::wgmma_wait_group<1>();
         ptx::fence_registers(scores);
-        release(&s.k_empty[k_place.stage]);
+        release(&s.k_empty[k_place.stage()]);
         k_place.advance();
         softmax.template step<Masked>(scores, bits, shrink);
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(out);
-        release(&s.v_empty[v_place.stage]);
+        release(&s.v_empty[v_place.stage()]);
         v_place.advance();
         scale_out(shrink);
         to_fragments<Element>(scores, probabilities);
     }
 
-    __device__ __forceinline__ void attend(Item const& item, Softmax<T>& softmax, int const (&token)[2]) {
+    __device__ __forceinline__ void attend(Item const& item, Softmax<T>& softmax) {
+        int const token[2] = {token_of(item, first_row()), token_of(item, first_row() + 8)};
         BoxCursor<T::kBoxN> cursor(p, item);
         uint32_t bits[2];
         float shrink[2];
         mask_of_tile(p, cursor, token, bits);
-        ptx::mbarrier_try_wait_parity(&s.q_full, q_place.parity);
-        ptx::mbarrier_try_wait_parity(&s.k_full[k_place.stage], k_place.parity);
+        ptx::mbarrier_try_wait_parity(&s.q_full, q_place.parity());
+        ptx::mbarrier_try_wait_parity(&s.k_full[k_place.stage()], k_place.parity());
         ptx::wgmma_fence();
         multiply_keys();
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(scores);
-        release(&s.k_empty[k_place.stage]);
+        release(&s.k_empty[k_place.stage()]);
         k_place.advance();
         softmax.template step<true>(scores, bits, shrink);
         to_fragments<Element>(scores, probabilities);
 
-        bool first_values = true;
-        for (int i = 1; i < item.num_masked; i++) {
-            step<true>(softmax, cursor, token, first_values);
-            first_values = false;
-        }
-        for (int i = max(item.num_masked, 1); i < item.num_tiles; i++) {
-            step<false>(softmax, cursor, token, first_values);
-            first_values = false;
-        }
+#pragma unroll 1
+        for (int i = 1; i < item.num_masked; i++) step<true>(softmax, cursor, token);
+#pragma unroll 1
+        for (int i = max(item.num_masked, 1); i < item.num_tiles; i++) step<false>(softmax, cursor, token);
         release(&s.q_empty);
         q_place.advance();
 
-        ptx::mbarrier_try_wait_parity(&s.v_full[v_place.stage], v_place.parity);
+        ptx::mbarrier_try_wait_parity(&s.v_full[v_place.stage()], v_place.parity());
         ptx::wgmma_fence();
-        multiply_values(first_values);
+        multiply_values();
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(out);
-        release(&s.v_empty[v_place.stage]);
+        release(&s.v_empty[v_place.stage()]);
         v_place.advance();
     }
 
     __device__ __forceinline__ Item next_item() {
-        ptx::mbarrier_try_wait_parity(&s.item_full[item_place.stage], item_place.parity);
-        int const* const slot = s.item[item_place.stage];
+        ptx::mbarrier_try_wait_parity(&s.item_full[item_place.stage()], item_place.parity());
+        int const* const slot = s.item[item_place.stage()];
         Item const item = {slot[0], slot[1], slot[2], slot[3], slot[4]};
-        release(&s.item_empty[item_place.stage]);
+        release(&s.item_empty[item_place.stage()]);
         item_place.advance();
         return item;
+    }
+
+    // The row of the tile that is the thread's first; the other is 8 below.
+    __device__ __forceinline__ int first_row() const { return 64 * group + accumulator_row(threadIdx.x % 128, 0); }
+
+    __device__ __forceinline__ int token_of(Item const& item, int row) const {
+        return item.tile * (T::kTileM >> p.log2_pack) + (row >> p.log2_pack);
+    }
+
+    __device__ __forceinline__ OutputRow output_row(Item const& item, int row) const {
+        int const token = token_of(item, row);
+        int const head = (item.pack << p.log2_pack) + (row & ((1 << p.log2_pack) - 1));
+        return {static_cast<int64_t>(token) * p.num_heads + head, token < p.num_q};
     }
 
     __device__ __forceinline__ void run() {
         // The first consumer has the first turn.
         if (group == T::kConsumers - 1) give_turn();
-        int const first_row = 64 * group + accumulator_row(threadIdx.x % 128, 0);
         while (true) {
             Item const item = next_item();
             if (item.tile < 0) break;
-            int token[2];
-            OutputRow rows[2];
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                int const row = first_row + 8 * r;
-                token[r] = item.tile * (T::kTileM >> p.log2_pack) + (row >> p.log2_pack);
-                int const head = (item.pack << p.log2_pack) + (row & ((1 << p.log2_pack) - 1));
-                rows[r] = {static_cast<int64_t>(token[r]) * p.num_heads + head, token[r] < p.num_q};
-            }
             Softmax<T> softmax(p);
-            if (item.num_tiles > 0) {
-                attend(item, softmax, token);
-            } else {
 #pragma unroll
-                for (int i = 0; i < T::kHeadDimV / 2; i++) out[i] = 0;
-            }
+            for (int i = 0; i < T::kHeadDimV / 2; i++) out[i] = 0;
+            if (item.num_tiles > 0) attend(item, softmax);
+            OutputRow const rows[2] = {output_row(item, first_row()), output_row(item, first_row() + 8)};
             if (p.max_logits != nullptr) store_max_logits<T>(p, softmax, rows);
-            store_rows<T>(p, softmax, out, rows);
+            store_row<T, 0>(p, softmax, out, rows[0]);
+            store_row<T, 1>(p, softmax, out, rows[1]);
         }
     }
 };

@@ -35,7 +35,9 @@ struct Params {
     int num_packs;              // of heads
     int packs_per_section;      // that are computed together, so that their keys stay in the L2 cache
     float scale;                // of scores, positive
-    float softcap;              // used by kernels with softcap only
+    float to_log2;              // from what the softmax is taken of to exponents of 2: log2(e), times scale without softcap
+    float softcap;              // the last two are for kernels with softcap only
+    float cap_slope;            // 2 log2(e) scale / softcap
     int out_is_float;           // out is float
     int merges;                 // out, which is float, and lse hold the result over other keys, to be merged with
 };

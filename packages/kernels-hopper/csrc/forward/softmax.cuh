@@ -41,20 +41,14 @@ struct Softmax {
     // Both of the scores before scale and cap.
     float largest[2] = {-INFINITY, -INFINITY};
     float sum[2] = {0, 0};  // of exp(score - largest), over this thread's columns
-    float to_log2;          // score to exponent of 2
-    float cap_slope;        // for softcap: exponent of 2 of a scaled score
-    float cap;
+    Params const& p;
 
-    __device__ __forceinline__ explicit Softmax(Params const& p) {
-        to_log2 = T::kSoftcap ? kLog2E : p.scale * kLog2E;
-        cap = p.softcap;
-        cap_slope = T::kSoftcap ? 2 * kLog2E * p.scale / p.softcap : 0;
-    }
+    __device__ __forceinline__ explicit Softmax(Params const& p) : p(p) {}
 
     // A product of query and key to what the softmax is taken of, up to to_log2: cap * tanh(scale * x / cap), or itself.
     __device__ __forceinline__ float capped(float x) const {
         if constexpr (!T::kSoftcap) return x;
-        return cap - 2 * cap * reciprocal_approx(exp2_approx(x * cap_slope) + 1);
+        return p.softcap - 2 * p.softcap * reciprocal_approx(exp2_approx(x * p.cap_slope) + 1);
     }
 
     // Takes in the scores of a tile, which become probabilities relative to the largest score so far. What was summed
@@ -75,13 +69,8 @@ struct Softmax {
             largest[r] = fmaxf(before, quad_max(tile));
             // Rows that have seen nothing yet keep -inf, of which no difference may be taken.
             float const reference = Masked && largest[r] == -INFINITY ? 0 : capped(largest[r]);
-            minus_largest[r] = -reference * to_log2;
-            shrink[r] = exp2_approx((before == -INFINITY ? before : capped(before)) * to_log2 + minus_largest[r]);
-        }
-        if constexpr (T::kSoftcap) {
-#pragma unroll
-            for (int i = 0; i < T::kTileN / 2; i++) scores[i] = capped(scores[i]);
-            if constexpr (Masked) apply_mask(scores, bits);
+            minus_largest[r] = -reference * p.to_log2;
+            shrink[r] = exp2_approx((before == -INFINITY ? before : capped(before)) * p.to_log2 + minus_largest[r]);
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -90,7 +79,9 @@ struct Softmax {
             for (int i = 2 * r; i < T::kTileN / 2; i += 4) {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    scores[i + e] = exp2_approx(fmaf(scores[i + e], to_log2, minus_largest[r]));
+                    float score = scores[i + e];
+                    if constexpr (T::kSoftcap) score = Masked && score == -INFINITY ? score : capped(score);
+                    scores[i + e] = exp2_approx(fmaf(score, p.to_log2, minus_largest[r]));
                     total[e] += scores[i + e];
                 }
             }
@@ -102,7 +93,7 @@ struct Softmax {
     __device__ __forceinline__ float finish(int r, float& factor) const {
         float const total = quad_sum(sum[r]);
         factor = total > 0 ? 1 / total : 0;
-        float const exponent = largest[r] == -INFINITY ? 0 : capped(largest[r]) * to_log2;
+        float const exponent = largest[r] == -INFINITY ? 0 : capped(largest[r]) * p.to_log2;
         return total > 0 ? (exponent + __log2f(total)) * kLn2 : -INFINITY;
     }
 };

@@ -5,6 +5,7 @@ Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
 import ctypes
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from magi_kernels_hopper.variants import ForwardVariant
 
 LARGEST_PACK = 8
 """How many query heads of a key head share a tile of queries at most."""
+
+LOG2_E = math.log2(math.e)
 
 SECTION_BYTES = 16 << 20
 """Keys and values that are computed with at a time, so that the L2 cache keeps them: a third of its 50 MB."""
@@ -47,10 +50,12 @@ class Params(ctypes.Structure):
         ("num_packs", ctypes.c_int),
         ("packs_per_section", ctypes.c_int),
         ("scale", ctypes.c_float),
+        ("to_log2", ctypes.c_float),
         ("softcap", ctypes.c_float),
+        ("cap_slope", ctypes.c_float),
         ("out_is_float", ctypes.c_int),
         ("merges", ctypes.c_int),
-        ("padding", ctypes.c_int * 5),
+        ("padding", ctypes.c_int * 3),
     )
 
 
@@ -123,6 +128,8 @@ def launch_forward(
     params.out, params.lse, params.counters = out.data_ptr(), lse.data_ptr(), counters.data_ptr()
     params.max_logits = None if max_logits is None else max_logits.data_ptr()
     params.scale, params.softcap = scale, call.softcap
+    params.to_log2 = LOG2_E if call.softcap > 0 else LOG2_E * scale
+    params.cap_slope = 2 * LOG2_E * scale / call.softcap if call.softcap > 0 else 0.0
     params.out_is_float, params.merges = out.dtype == torch.float32, merge
     multiprocessors = _multiprocessors(q.device) - call.sm_margin
     blocks = max(min(multiprocessors, params.num_tiles * params.num_packs), 1)

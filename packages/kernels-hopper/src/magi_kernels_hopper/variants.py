@@ -49,11 +49,11 @@ class ForwardSizes:
 
 
 FORWARD_SIZES = {
-    (64, 64): ForwardSizes(3, 64, 2, 160, 32),
-    (96, 96): ForwardSizes(2, 64, 2, 240, 24),
+    (64, 64): ForwardSizes(3, 56, 2, 160, 32),
+    (96, 96): ForwardSizes(2, 64, 2, 232, 40),
     (128, 128): ForwardSizes(2, 64, 2, 240, 24),
     (192, 128): ForwardSizes(2, 64, 2, 240, 24),
-    (192, 192): ForwardSizes(2, 56, 2, 240, 24),
+    (192, 192): ForwardSizes(2, 56, 2, 232, 40),
     (256, 256): ForwardSizes(2, 40, 2, 240, 24),
 }
 
