@@ -43,8 +43,10 @@ class RingPlace {
 template <typename T>
 __device__ __forceinline__ void init_barriers(Shared<T>& s) {
     constexpr uint32_t kWarps = 4 * T::kConsumers;
-    ptx::mbarrier_init(&s.q_full, 1);
-    ptx::mbarrier_init(&s.q_empty, kWarps);
+    for (int i = 0; i < T::kQStages; i++) {
+        ptx::mbarrier_init(&s.q_full[i], 1);
+        ptx::mbarrier_init(&s.q_empty[i], kWarps);
+    }
     for (int i = 0; i < T::kStages; i++) {
         ptx::mbarrier_init(&s.k_full[i], 1);
         ptx::mbarrier_init(&s.k_empty[i], kWarps);
@@ -66,7 +68,7 @@ struct Producer {
     Shared<T>& s;
     RingPlace<T::kStages> k_place, v_place;
     RingPlace<2> item_place;
-    RingPlace<1> q_place;
+    RingPlace<T::kQStages> q_place;
 
     template <typename Tile>
     __device__ __forceinline__ void load_boxes(uint8_t* target, CUtensorMap const* map, uint64_t* full,
@@ -84,11 +86,12 @@ struct Producer {
     }
 
     __device__ __forceinline__ void load_q(Item const& item) {
-        ptx::mbarrier_try_wait_parity(&s.q_empty, q_place.parity() ^ 1);
-        ptx::mbarrier_arrive_expect_tx(&s.q_full, T::TileQ::kBytes);
+        uint64_t* const full = &s.q_full[q_place.stage()];
+        ptx::mbarrier_try_wait_parity(&s.q_empty[q_place.stage()], q_place.parity() ^ 1);
+        ptx::mbarrier_arrive_expect_tx(full, T::TileQ::kBytes);
 #pragma unroll
         for (int panel = 0; panel < T::TileQ::kPanels; panel++) {
-            ptx::cp_async_bulk_tensor_3d(s.q + panel * T::TileQ::kPanelBytes, &p.q, &s.q_full,
+            ptx::cp_async_bulk_tensor_3d(s.q[q_place.stage()] + panel * T::TileQ::kPanelBytes, &p.q, full,
                                          panel * T::TileQ::kPanelColumns, item.pack << p.log2_pack,
                                          item.tile * (T::kTileM >> p.log2_pack), CacheHint::kEvictFirst);
         }
@@ -165,7 +168,7 @@ struct Consumer {
     int const group;  // which consumer
     RingPlace<T::kStages> k_place, v_place;
     RingPlace<2> item_place;
-    RingPlace<1> q_place;
+    RingPlace<T::kQStages> q_place;
     float scores[T::kTileN / 2];
     float out[T::kHeadDimV / 2];
     uint32_t probabilities[T::kTileN / 16][4];
@@ -185,7 +188,7 @@ struct Consumer {
 
     // Starts scores = q k^T.
     __device__ __forceinline__ void multiply_keys() {
-        uint64_t const q = T::TileQ::k_major(ptx::shared_address(s.q)) + group * T::TileQ::from(64, 0);
+        uint64_t const q = T::TileQ::k_major(ptx::shared_address(s.q[q_place.stage()])) + group * T::TileQ::from(64, 0);
         uint64_t const k = T::TileK::k_major(ptx::shared_address(s.k[k_place.stage()]));
 #pragma unroll
         for (int column = 0; column < T::kHeadDim; column += 16) {
@@ -214,7 +217,7 @@ struct Consumer {
     // Scores of the next tile while the last one's probabilities are multiplied.
     template <bool Masked>
     __device__ __forceinline__ void step(Softmax<T>& softmax, BoxCursor<T::kBoxN>& cursor, int const (&token)[2]) {
-        uint32_t bits[2];
+        uint32_t bits[2][2];
         float shrink[2];
         ptx::mbarrier_try_wait_parity(&s.k_full[k_place.stage()], k_place.parity());
         wait_for_turn();
@@ -241,13 +244,13 @@ struct Consumer {
     __device__ __forceinline__ void attend(Item const& item, Softmax<T>& softmax) {
         int const token[2] = {token_of(item, first_row()), token_of(item, first_row() + 8)};
         BoxCursor<T::kBoxN> cursor(p, item);
-        uint32_t bits[2];
+        uint32_t bits[2][2];
         float shrink[2];
-        mask_of_tile(p, cursor, token, bits);
-        ptx::mbarrier_try_wait_parity(&s.q_full, q_place.parity());
+        ptx::mbarrier_try_wait_parity(&s.q_full[q_place.stage()], q_place.parity());
         ptx::mbarrier_try_wait_parity(&s.k_full[k_place.stage()], k_place.parity());
         ptx::wgmma_fence();
         multiply_keys();
+        mask_of_tile(p, cursor, token, bits);
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(scores);
         release(&s.k_empty[k_place.stage()]);
@@ -259,7 +262,7 @@ struct Consumer {
         for (int i = 1; i < item.num_masked; i++) step<true>(softmax, cursor, token);
 #pragma unroll 1
         for (int i = max(item.num_masked, 1); i < item.num_tiles; i++) step<false>(softmax, cursor, token);
-        release(&s.q_empty);
+        release(&s.q_empty[q_place.stage()]);
         q_place.advance();
 
         ptx::mbarrier_try_wait_parity(&s.v_full[v_place.stage()], v_place.parity());

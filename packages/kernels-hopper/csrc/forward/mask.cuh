@@ -30,24 +30,23 @@ __device__ __forceinline__ void mask_of_box(Params const& p, int4 run, int box, 
     }
 }
 
-// The bits of a whole tile: those of its two boxes, one after another.
+// The bits of a whole tile, which is two boxes.
 template <int BoxN>
 __device__ __forceinline__ void mask_of_tile(Params const& p, BoxCursor<BoxN>& cursor, int const (&token)[2],
-                                             uint32_t (&bits)[2]) {
-    uint32_t second[2];
-    int box = cursor.next();
-    mask_of_box<BoxN>(p, cursor.run, box, token, bits);
-    box = cursor.next();
-    mask_of_box<BoxN>(p, cursor.run, box, token, second);
+                                             uint32_t (&bits)[2][2]) {
 #pragma unroll
-    for (int r = 0; r < 2; r++) bits[r] |= second[r] << (BoxN / 4);
+    for (int b = 0; b < 2; b++) {
+        int const box = cursor.next();
+        mask_of_box<BoxN>(p, cursor.run, box, token, bits[b]);
+    }
 }
 
 template <int Count>
-__device__ __forceinline__ void apply_mask(float (&scores)[Count], uint32_t const (&bits)[2]) {
+__device__ __forceinline__ void apply_mask(float (&scores)[Count], uint32_t const (&bits)[2][2]) {
 #pragma unroll
     for (int i = 0; i < Count; i++) {
-        if (!(bits[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1)) scores[i] = -INFINITY;
+        int const within = i % (Count / 2);
+        if (!(bits[i / (Count / 2)][i / 2 % 2] >> (within / 4 * 2 + within % 2) & 1)) scores[i] = -INFINITY;
     }
 }
 

@@ -54,7 +54,7 @@ struct Softmax {
     // Takes in the scores of a tile, which become probabilities relative to the largest score so far. What was summed
     // up before must be multiplied by `shrink`, which is done here for the sums.
     template <bool Masked>
-    __device__ __forceinline__ void step(float (&scores)[T::kTileN / 2], uint32_t const (&bits)[2],
+    __device__ __forceinline__ void step(float (&scores)[T::kTileN / 2], uint32_t const (&bits)[2][2],
                                          float (&shrink)[2]) {
         if constexpr (Masked) apply_mask(scores, bits);
         float minus_largest[2];

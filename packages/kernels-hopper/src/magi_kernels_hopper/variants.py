@@ -22,6 +22,7 @@ class ForwardSizes:
     Attributes:
         consumers: warpgroups that compute, each with 64 rows of scores.
         box_n: keys of a box, which the copy engine loads at once; a tile of keys is two boxes.
+        q_stages: tiles of queries in shared memory; with 2, the next one comes while one is computed with.
         stages: tiles of keys, and as many of values, in shared memory.
         consumer_registers: of each consumer's thread.
         producer_registers: of each thread of the warpgroup that loads.
@@ -29,6 +30,7 @@ class ForwardSizes:
 
     consumers: int
     box_n: int
+    q_stages: int
     stages: int
     consumer_registers: int
     producer_registers: int
@@ -45,16 +47,17 @@ class ForwardSizes:
 
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory of a block: tiles, and room for barriers and alignment, which the compiler checks."""
-        return 2 * (self.tile_m * head_dim + 2 * self.box_n * self.stages * (head_dim + head_dim_v)) + 2048
+        tiles = self.q_stages * self.tile_m * head_dim + 2 * self.box_n * self.stages * (head_dim + head_dim_v)
+        return 2 * tiles + 2048
 
 
 FORWARD_SIZES = {
-    (64, 64): ForwardSizes(3, 56, 2, 160, 32),
-    (96, 96): ForwardSizes(2, 64, 2, 232, 40),
-    (128, 128): ForwardSizes(2, 64, 2, 240, 24),
-    (192, 128): ForwardSizes(2, 64, 2, 240, 24),
-    (192, 192): ForwardSizes(2, 56, 2, 232, 40),
-    (256, 256): ForwardSizes(2, 40, 2, 240, 24),
+    (64, 64): ForwardSizes(3, 56, 2, 2, 160, 32),
+    (96, 96): ForwardSizes(2, 64, 2, 2, 232, 40),
+    (128, 128): ForwardSizes(2, 64, 2, 2, 240, 24),
+    (192, 128): ForwardSizes(2, 64, 1, 2, 240, 24),
+    (192, 192): ForwardSizes(2, 56, 1, 2, 232, 40),
+    (256, 256): ForwardSizes(2, 40, 1, 2, 240, 24),
 }
 
 
@@ -103,6 +106,7 @@ class ForwardVariant:
             "MAGI_SOFTCAP": int(self.softcap),
             "MAGI_CONSUMERS": self.sizes.consumers,
             "MAGI_BOX_N": self.sizes.box_n,
+            "MAGI_Q_STAGES": self.sizes.q_stages,
             "MAGI_STAGES": self.sizes.stages,
             "MAGI_CONSUMER_REGISTERS": self.sizes.consumer_registers,
             "MAGI_PRODUCER_REGISTERS": self.sizes.producer_registers,
