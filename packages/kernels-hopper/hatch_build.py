@@ -18,6 +18,9 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGE = Path(__file__).parent
+SLOW = ("C7508", "C7510", "C7512", "C7514", "serialized")
+"""What ptxas notes when it gives up what a kernel is built on: exchanged registers, products that overlap."""
+
 TAG = "py3-none-manylinux_2_28_x86_64"
 
 
@@ -64,21 +67,31 @@ def compile_one(nvcc: str, variants: ModuleType, variant: Any, target: Path) -> 
     part = target.with_suffix(".part")
     command = [nvcc, *variants.compiler_options(variant), str(PACKAGE / "csrc" / variant.source), "-o", str(part)]
     done = subprocess.run(command, capture_output=True, text=True)
+    said = done.stdout + done.stderr
     if done.returncode:
-        raise RuntimeError(f"nvcc could not compile {variant.name}:\n{' '.join(command)}\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"nvcc could not compile {variant.name}:\n{' '.join(command)}\n{said}")
+    if slow := [line for line in said.splitlines() if any(code in line for code in SLOW)]:
+        raise RuntimeError(f"nvcc compiled {variant.name} to something slow:\n" + "\n".join(slow))
     part.replace(target)
     return target
 
 
-def find_nvcc() -> str:
-    """Find the CUDA compiler: of ``CUDA_HOME``, on the path, in /usr/local/cuda, or of the wheel nvidia-cuda-nvcc."""
+def nvcc_places() -> list[Path]:
+    """Where the CUDA compiler may be: CUDA_HOME, the path, /usr/local/cuda, the wheel nvidia-cuda-nvcc."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     places = [Path(home) / "bin" / "nvcc" for home in homes if home]
     if on_path := shutil.which("nvcc"):
         places.append(Path(on_path))
-    places.append(Path("/usr/local/cuda/bin/nvcc"))
-    places += [Path(entry) / "nvidia" / "cu13" / "bin" / "nvcc" for entry in sys.path]
-    for place in places:
+    return [*places, Path("/usr/local/cuda/bin/nvcc"), *(Path(entry, "nvidia/cu13/bin/nvcc") for entry in sys.path)]
+
+
+def find_nvcc() -> str:
+    """Find the CUDA compiler.
+
+    Raises:
+        RuntimeError: If there is none; says what to do.
+    """
+    for place in nvcc_places():
         if place.is_file():
             return str(place)
     raise RuntimeError(
