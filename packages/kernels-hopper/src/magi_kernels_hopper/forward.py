@@ -15,13 +15,15 @@ from torch import Tensor
 from magi_attention.kernels.protocol import AttentionCall
 from magi_kernels_hopper.driver import CUBINS, Kernel, TensorMap, TensorMaps
 from magi_kernels_hopper.support import ELEMENT_OF
-from magi_kernels_hopper.tables import DeviceRowTables, device_row_tables
+from magi_kernels_hopper.tables import device_row_tables
 from magi_kernels_hopper.variants import ForwardVariant
 
 LARGEST_PACK = 8
 """How many query heads of a key head share a tile of queries at most."""
 
 LOG2_E = math.log2(math.e)
+
+MAP_BYTES = ctypes.sizeof(TensorMap)
 
 SECTION_BYTES = 16 << 20
 """Keys and values that are computed with at a time, so that the L2 cache keeps them: a third of its 50 MB."""
@@ -95,6 +97,48 @@ def geometry(variant: ForwardVariant, num_heads_q: int, num_heads_kv: int, num_k
     )
 
 
+class PreparedForward:
+    """All of a launch that does not change from call to call: made once for each mask and geometry, kept with the mask.
+
+    Args:
+        variant: the kernel.
+        call: the mask, and how to score.
+        q: ``[tq, hq, d]``.
+        k: ``[tk, hk, d]``.
+    """
+
+    def __init__(self, variant: ForwardVariant, call: AttentionCall, q: Tensor, k: Tensor) -> None:
+        cut = geometry(variant, q.shape[1], k.shape[1], k.shape[0])
+        sizes = variant.sizes
+        self.tables = device_row_tables(call.slices, q.shape[0], k.shape[0], cut.tile_q, sizes.box_n, q.device)
+        self.kernel = _kernel(variant, q.device)
+        swizzles = [128 if dim % 64 == 0 else 64 for dim in (variant.head_dim, variant.head_dim, variant.head_dim_v)]
+        rows = [(cut.pack, cut.tile_q), (1, sizes.box_n), (1, sizes.box_n)]
+        self.boxes = [(swizzle // 2, *each) for swizzle, each in zip(swizzles, rows, strict=True)]
+        self.swizzles = swizzles
+        items = len(self.tables.tiles) * cut.num_packs
+        self.blocks = max(min(_multiprocessors(q.device) - call.sm_margin, items), 1)
+        scale = abs(call.softmax_scale) or 1.0
+        capped = call.softcap > 0
+        self.template = Params(
+            tiles=self.tables.tiles.data_ptr(),
+            runs=self.tables.runs.data_ptr(),
+            pieces=self.tables.pieces.data_ptr(),
+            order=self.tables.order.data_ptr(),
+            num_q=q.shape[0],
+            num_heads=q.shape[1],
+            log2_pack=cut.pack.bit_length() - 1,
+            packs_per_kv_head=cut.packs_per_kv_head,
+            num_tiles=len(self.tables.tiles),
+            num_packs=cut.num_packs,
+            packs_per_section=cut.packs_per_section,
+            scale=scale,
+            to_log2=LOG2_E if capped else LOG2_E * scale,
+            softcap=call.softcap,
+            cap_slope=2 * LOG2_E * scale / call.softcap if capped else 0.0,
+        )
+
+
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor, lse: Tensor, *, merge: bool
 ) -> Tensor | None:
@@ -113,58 +157,40 @@ def launch_forward(
     Returns:
         max_logits ``[hq]`` if the call asks for it.
     """
-    q, k, v = (_aligned(x) for x in (q, k, v))
-    scale = call.softmax_scale
-    if scale <= 0:  # the kernel takes the largest product for the largest score
-        q, scale = q * (-1 if scale < 0 else 0), abs(scale) or 1.0
-    variant = ForwardVariant(q.shape[2], v.shape[2], ELEMENT_OF[q.dtype], call.softcap > 0)
-    cut = geometry(variant, q.shape[1], k.shape[1], k.shape[0])
-    box_k = variant.sizes.box_n
-    tables = device_row_tables(call.slices, q.shape[0], k.shape[0], cut.tile_q, box_k, q.device)
+    if call.softmax_scale <= 0:  # the kernel takes the largest product for the largest score
+        q = -q if call.softmax_scale < 0 else torch.zeros_like(q)
+    tensors = (_aligned(q), _aligned(k), _aligned(v))
+    device = q.device
+    key = ("hopper forward", device, q.dtype, q.shape, k.shape, v.shape[2], call.softmax_scale, call.softcap)
+    prepared = call.slices.derived(
+        (*key, call.sm_margin),
+        lambda: PreparedForward(
+            ForwardVariant(q.shape[2], v.shape[2], ELEMENT_OF[q.dtype], call.softcap > 0), call, q, k
+        ),
+    )
     max_logits = lse.new_full(lse.shape[1:], -torch.inf) if call.max_logits else None
-    stream = torch.cuda.current_stream(q.device).cuda_stream
-    params = _params(variant, cut, tables, q, k, v)
-    counters = _counters(q.device, stream)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    params = Params.from_buffer_copy(prepared.template)
+    maps = _tensor_maps(device)
+    address = ctypes.addressof(params)  # the maps come first
+    for x, box, swizzle_bytes in zip(tensors, prepared.boxes, prepared.swizzles, strict=True):
+        ctypes.memmove(address, maps.get(x, box, swizzle_bytes), MAP_BYTES)
+        address += MAP_BYTES
+    counters = _counters(device, stream)
     params.out, params.lse, params.counters = out.data_ptr(), lse.data_ptr(), counters.data_ptr()
-    params.max_logits = None if max_logits is None else max_logits.data_ptr()
-    params.scale, params.softcap = scale, call.softcap
-    params.to_log2 = LOG2_E if call.softcap > 0 else LOG2_E * scale
-    params.cap_slope = 2 * LOG2_E * scale / call.softcap if call.softcap > 0 else 0.0
+    if max_logits is not None:
+        params.max_logits = max_logits.data_ptr()
     params.out_is_float, params.merges = out.dtype == torch.float32, merge
-    multiprocessors = _multiprocessors(q.device) - call.sm_margin
-    blocks = max(min(multiprocessors, params.num_tiles * params.num_packs), 1)
-    _kernel(variant, q.device).launch(blocks, stream, params)
+    prepared.kernel.launch(prepared.blocks, stream, params)
     return max_logits
-
-
-def _params(variant: ForwardVariant, cut: Geometry, tables: DeviceRowTables, q: Tensor, k: Tensor, v: Tensor) -> Params:
-    """What follows from tensors and mask."""
-    maps = _tensor_maps(q.device)
-    box_k = variant.sizes.box_n
-    params = Params()
-    for name, x, rows in (("q", q, (cut.pack, cut.tile_q)), ("k", k, (1, box_k)), ("v", v, (1, box_k))):
-        swizzle_bytes = 128 if x.shape[2] % 64 == 0 else 64
-        encoded = maps.get(x, (swizzle_bytes // 2, *rows), swizzle_bytes)
-        ctypes.memmove(ctypes.addressof(getattr(params, name)), encoded, len(encoded))
-    params.tiles, params.runs = tables.tiles.data_ptr(), tables.runs.data_ptr()
-    params.pieces, params.order = tables.pieces.data_ptr(), tables.order.data_ptr()
-    params.num_q, params.num_heads = q.shape[0], q.shape[1]
-    params.log2_pack = cut.pack.bit_length() - 1
-    params.packs_per_kv_head, params.num_tiles = cut.packs_per_kv_head, len(tables.tiles)
-    params.num_packs, params.packs_per_section = cut.num_packs, cut.packs_per_section
-    return params
 
 
 def _aligned(x: Tensor) -> Tensor:
     """A tensor that the copy engine can read: x itself, or a contiguous copy."""
-    strides = (each * x.element_size() for each in x.stride()[:2])
-    if x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(each % 16 == 0 and each > 0 for each in strides):
+    token, head, element = x.stride()
+    if element == 1 and not (x.data_ptr() | token * 2 | head * 2) % 16 and token > 0 and head > 0:
         return x
-    return (
-        x.contiguous()
-        if x.data_ptr() % 16 == 0 and not x.is_contiguous()
-        else x.clone(memory_format=torch.contiguous_format)
-    )
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _counters(device: torch.device, stream: int) -> Tensor:

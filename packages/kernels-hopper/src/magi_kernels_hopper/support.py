@@ -3,15 +3,15 @@
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Final, Literal
+from typing import Final
 
 import torch
 
 from magi_attention.kernels.protocol import AttentionRequest, Support
 from magi_kernels_hopper.driver import CUBINS
-from magi_kernels_hopper.variants import HEAD_DIMS, ForwardVariant
+from magi_kernels_hopper.variants import HEAD_DIMS, Element, ForwardVariant
 
-ELEMENT_OF: Final[dict[torch.dtype, Literal["bf16", "fp16"]]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+ELEMENT_OF: Final[dict[torch.dtype, Element]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def support_of(request: AttentionRequest) -> Support:

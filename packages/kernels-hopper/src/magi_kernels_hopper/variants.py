@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-ELEMENTS = {"bf16": "__nv_bfloat16", "fp16": "__half"}
+Element = Literal["bf16", "fp16"]
+ELEMENTS: dict[Element, str] = {"bf16": "__nv_bfloat16", "fp16": "__half"}
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 """Head dims of queries and keys, and of values."""
 
@@ -74,7 +75,7 @@ class ForwardVariant:
 
     head_dim: int
     head_dim_v: int
-    element: Literal["bf16", "fp16"]
+    element: Element
     softcap: bool = False
 
     source = "forward/forward.cu"
@@ -118,7 +119,7 @@ def all_variants() -> list[ForwardVariant]:
     """Every kernel, in the order in which they are compiled."""
     return [
         ForwardVariant(*dims, element, softcap)
-        for dims, element, softcap in product(HEAD_DIMS, ("bf16", "fp16"), (False, True))
+        for dims, element, softcap in product(HEAD_DIMS, ELEMENTS, (False, True))
     ]
 
 
