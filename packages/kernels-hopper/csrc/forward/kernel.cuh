@@ -88,12 +88,12 @@ struct Producer {
     __device__ __forceinline__ void load_q(Item const& item) {
         uint64_t* const full = &s.q_full[q_place.stage()];
         ptx::mbarrier_try_wait_parity(&s.q_empty[q_place.stage()], q_place.parity() ^ 1);
-        ptx::mbarrier_arrive_expect_tx(full, T::TileQ::kBytes);
+        ptx::mbarrier_arrive_expect_tx(full, p.pack * p.tile_q * T::kHeadDim * kBytesPerElement);
 #pragma unroll
         for (int panel = 0; panel < T::TileQ::kPanels; panel++) {
             ptx::cp_async_bulk_tensor_3d(s.q[q_place.stage()] + panel * T::TileQ::kPanelBytes, &p.q, full,
-                                         panel * T::TileQ::kPanelColumns, item.pack << p.log2_pack,
-                                         item.tile * (T::kTileM >> p.log2_pack), CacheHint::kEvictFirst);
+                                         panel * T::TileQ::kPanelColumns, item.pack * p.pack, item.tile * p.tile_q,
+                                         CacheHint::kEvictFirst);
         }
         q_place.advance();
     }
@@ -297,14 +297,16 @@ struct Consumer {
     // The row of the tile that is the thread's first; the other is 8 below.
     __device__ __forceinline__ int first_row() const { return 64 * group + accumulator_row(threadIdx.x % 128, 0); }
 
+    // The token of a row, and one beyond the tile's for a row that counts for nothing.
     __device__ __forceinline__ int token_of(Item const& item, int row) const {
-        return item.tile * (T::kTileM >> p.log2_pack) + (row >> p.log2_pack);
+        return item.tile * p.tile_q + row / p.pack;
     }
 
     __device__ __forceinline__ OutputRow output_row(Item const& item, int row) const {
-        int const token = token_of(item, row);
-        int const head = (item.pack << p.log2_pack) + (row & ((1 << p.log2_pack) - 1));
-        return {static_cast<int64_t>(token) * p.num_heads + head, token < p.num_q};
+        int const within = row / p.pack;
+        int const token = item.tile * p.tile_q + within;
+        int const head = item.pack * p.pack + row - within * p.pack;
+        return {static_cast<int64_t>(token) * p.num_heads + head, within < p.tile_q && token < p.num_q};
     }
 
     __device__ __forceinline__ void store(Item const& item, Softmax<T> const& softmax) {

@@ -8,8 +8,8 @@
 
 namespace magi::forward {
 
-// A tile of queries holds `1 << log2_pack` neighboring query heads of one key head, and for each of them the same
-// tokens: row r is of token r >> log2_pack and of head r & ((1 << log2_pack) - 1) from the tile's first.
+// A tile of queries holds `pack` neighboring query heads of one key head, and for each of them the same `tile_q` tokens:
+// row r is of token r / pack and of head r % pack from the tile's first. Rows after the last of them count for nothing.
 //
 // tiles:  for each tile of queries (first run, number of tiles of keys, how many of these are masked, 0); a tile of keys
 //         is two boxes. Masked tiles come first.
@@ -29,7 +29,7 @@ struct Params {
     int4 const* pieces;
     int const* order;
     int num_q, num_heads;
-    int log2_pack;
+    int pack, tile_q;
     int packs_per_kv_head;      // query heads of a key head, divided by the pack
     int num_tiles;              // of queries
     int num_packs;              // of heads

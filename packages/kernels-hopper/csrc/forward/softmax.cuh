@@ -59,6 +59,15 @@ struct Softmax {
         return p.softcap - 2 * p.softcap * reciprocal_approx(exp2_approx(x * p.cap_slope) + 1);
     }
 
+    // The exponent of 2 of a score, relative to the largest of its row. With softcap, two additions fewer than by capped.
+    template <bool Masked>
+    __device__ __forceinline__ float exponent(float x, float minus_largest) const {
+        if constexpr (!T::kSoftcap) return fmaf(x, p.to_log2, minus_largest);
+        float const cap = p.softcap * p.to_log2;
+        float const y = fmaf(reciprocal_approx(exp2_approx(x * p.cap_slope) + 1), -2 * cap, cap + minus_largest);
+        return Masked && x == -INFINITY ? x : y;
+    }
+
     // Takes in the scores of a tile, which become probabilities relative to the largest score so far. What was summed
     // up before must be multiplied by `shrink`, which is done here for the sums.
     template <bool Masked>
@@ -87,9 +96,7 @@ struct Softmax {
             for (int i = 2 * r; i < T::kTileN / 2; i += 4) {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    float score = scores[i + e];
-                    if constexpr (T::kSoftcap) score = Masked && score == -INFINITY ? score : capped(score);
-                    scores[i + e] = exp2_approx(fmaf(score, p.to_log2, minus_largest[r]));
+                    scores[i + e] = exp2_approx(exponent<Masked>(scores[i + e], minus_largest[r]));
                     total[e] += scores[i + e];
                 }
             }

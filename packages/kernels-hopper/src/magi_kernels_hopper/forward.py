@@ -46,7 +46,8 @@ class Params(ctypes.Structure):
         ("order", ctypes.c_void_p),
         ("num_q", ctypes.c_int),
         ("num_heads", ctypes.c_int),
-        ("log2_pack", ctypes.c_int),
+        ("pack", ctypes.c_int),
+        ("tile_q", ctypes.c_int),
         ("packs_per_kv_head", ctypes.c_int),
         ("num_tiles", ctypes.c_int),
         ("num_packs", ctypes.c_int),
@@ -57,7 +58,7 @@ class Params(ctypes.Structure):
         ("cap_slope", ctypes.c_float),
         ("out_is_float", ctypes.c_int),
         ("merges", ctypes.c_int),
-        ("padding", ctypes.c_int * 3),
+        ("padding", ctypes.c_int * 2),
     )
 
 
@@ -82,9 +83,7 @@ class Geometry(NamedTuple):
 def geometry(variant: ForwardVariant, num_heads_q: int, num_heads_kv: int, num_k: int) -> Geometry:
     """Decide how to cut the work of ``num_heads_q`` query heads over ``num_k`` keys."""
     group = num_heads_q // num_heads_kv
-    pack = 1
-    while pack < LARGEST_PACK and group % (2 * pack) == 0:
-        pack *= 2
+    pack = max(each for each in range(1, LARGEST_PACK + 1) if group % each == 0)
     packs_per_kv_head = group // pack
     bytes_per_head = 2 * max(num_k, 1) * (variant.head_dim + variant.head_dim_v)
     heads_per_section = max(min(SECTION_BYTES // bytes_per_head, num_heads_kv), 1)
@@ -127,7 +126,8 @@ class PreparedForward:
             order=self.tables.order.data_ptr(),
             num_q=q.shape[0],
             num_heads=q.shape[1],
-            log2_pack=cut.pack.bit_length() - 1,
+            pack=cut.pack,
+            tile_q=cut.tile_q,
             packs_per_kv_head=cut.packs_per_kv_head,
             num_tiles=len(self.tables.tiles),
             num_packs=cut.num_packs,

@@ -58,7 +58,7 @@ FORWARD_SIZES = {
     (128, 128): ForwardSizes(2, 64, 2, 2, 240, 24),
     (192, 128): ForwardSizes(2, 64, 1, 2, 240, 24),
     (192, 192): ForwardSizes(2, 56, 1, 2, 232, 40),
-    (256, 256): ForwardSizes(2, 40, 1, 2, 240, 24),
+    (256, 256): ForwardSizes(2, 40, 1, 2, 232, 40),
 }
 
 
