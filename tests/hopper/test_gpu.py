@@ -4,11 +4,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.merge import merge_partials
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
-from magi_attention.testing.masks import MASK_FAMILIES
+from magi_attention.testing.masks import MASK_FAMILIES, rectangular_masks
 from magi_attention.testing.metric import assert_within_pytorch_error
 from magi_attention.testing.oracle import dense_attention, dense_mask, masked_attention
 from magi_attention.testing.stages import Inputs, random_inputs
@@ -59,6 +61,13 @@ def test_many_tiles():
 def test_families(family):
     for total in (333, 1024):
         assert_right(inputs(total), MASK_FAMILIES[family](total, np.random.default_rng(total)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(rectangular_masks(700), st.sampled_from([(1, 1), (2, 1), (7, 1), (8, 2)]), st.sampled_from([64, 128]))
+def test_random_masks(mask, heads, dim):
+    (num_q, num_k), slices = mask
+    assert_right(inputs(num_q, num_k, heads=heads, dims=(dim, dim)), slices, max_logits=True)
 
 
 @pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)

@@ -70,7 +70,15 @@ def test_every_kernel_fits_a_multiprocessor():
 
 @pytest.mark.parametrize(
     ("heads", "pack", "tile_q", "num_packs"),
-    [((8, 8), 1, 128, 8), ((64, 8), 8, 16, 8), ((6, 2), 3, 42, 2), ((28, 4), 7, 18, 4), ((40, 8), 5, 25, 8), ((12, 2), 6, 21, 2), ((64, 1), 8, 16, 8)],
+    [
+        ((8, 8), 1, 128, 8),
+        ((64, 8), 8, 16, 8),
+        ((6, 2), 3, 42, 2),
+        ((28, 4), 7, 18, 4),
+        ((40, 8), 5, 25, 8),
+        ((12, 2), 6, 21, 2),
+        ((64, 1), 8, 16, 8),
+    ],
 )
 def test_heads_share_tiles(heads, pack, tile_q, num_packs):
     cut = geometry(ForwardVariant(128, 128, "bf16"), *heads, num_k=1 << 20)
