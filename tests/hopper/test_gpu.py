@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 IRREGULAR = SliceTable([[0, 200, 0, 300, 0], [200, 600, 100, 500, 1], [620, 640, 300, 340, 3], [620, 640, 0, 40, 2]])
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def hopper_gpu():
     request = AttentionRequest(torch.device("cuda"), torch.bfloat16, 4, 2, 128, 128)
     if not (support := BACKEND.supports(request)):
