@@ -26,9 +26,9 @@ from magi_attention.plan.filling import Array, Filling, Floats, Lights
 # A rank aims at this share of the mean area. What the first ones take above the mean saves pieces of long documents.
 # It saves too little to be worth the imbalance where there are fewer documents than FEW of the ranks, unless all chunks
 # are about equally heavy and runs of equal length almost balanced, or some are heavier than FINE of the mean area.
-AIM, AIM_OF_FEW, FEW, FINE = 1.018, 1.002, 0.25, 0.05
+AIM, AIM_OF_FEW, FEW, FINE = 1.0188, 1.002, 0.25, 0.05
 # A rank's aim is at most this multiple of the mean of what is left, so that the last ranks are not left idle.
-LEAD = 1.12
+LEAD = 1.2
 # Costs of a filling are in rows. A filling of a given number of tokens that falls short of the budget by a share of the
 # mean area costs LACK times that share of the rows that a piece of the anchor reads; one that exceeds it EXCESS times.
 LACK, EXCESS = 3.0, 1000.0
@@ -39,7 +39,7 @@ PRICE, WASTE, RESERVE = 1.5, 1.5, 0.2
 # A filling may be shorter than planned by this share of the tokens or by as many chunks as the light end gives.
 SHORTER = 0.1
 # The light end is worth using if the heavy end's chunks weigh so many times more.
-GRADED = 1.3
+GRADED = 1.15
 # The light documents are listed anew after so many ranks.
 RELIST = 16
 
