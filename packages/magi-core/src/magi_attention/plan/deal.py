@@ -31,13 +31,13 @@ AIM, AIM_OF_FEW, FEW, FINE = 1.0188, 1.002, 0.25, 0.05
 LEAD = 1.2
 # Costs of a filling are in rows. A filling of a given number of tokens that falls short of the budget by a share of the
 # mean area costs LACK times that share of the rows that a piece of the anchor reads; one that exceeds it EXCESS times.
-LACK, EXCESS = 3.0, 1000.0
+LACK, EXCESS = 2.5, 1000.0
 # Beside both ends of the anchor, area that is not its heavy end's costs PRICE times that share, once more WASTE times
 # where nobody uses it, and a chunk of the light end RESERVE of a mean chunk more than it weighs, as it may be needed
 # later.
-PRICE, WASTE, RESERVE = 1.5, 1.5, 0.2
+PRICE, WASTE, RESERVE = 1.0, 2.5, 0.5
 # A filling may be shorter than planned by this share of the tokens or by as many chunks as the light end gives.
-SHORTER = 0.1
+SHORTER = 0.05
 # The light end is worth using if the heavy end's chunks weigh so many times more.
 GRADED = 1.15
 # The light documents are listed anew after so many ranks.
