@@ -26,20 +26,20 @@ from magi_attention.plan.filling import Array, Filling, Floats, Lights
 # A rank aims at this share of the mean area. What the first ones take above the mean saves pieces of long documents.
 # It saves too little to be worth the imbalance where there are fewer documents than FEW of the ranks, unless all chunks
 # are about equally heavy and runs of equal length almost balanced, or some are heavier than FINE of the mean area.
-AIM, AIM_OF_FEW, FEW, FINE = 1.018, 1.002, 0.25, 0.05
+AIM, AIM_OF_FEW, FEW, FINE = 1.0188, 1.002, 0.25, 0.05
 # A rank's aim is at most this multiple of the mean of what is left, so that the last ranks are not left idle.
-LEAD = 1.12
+LEAD = 1.2
 # Costs of a filling are in rows. A filling of a given number of tokens that falls short of the budget by a share of the
 # mean area costs LACK times that share of the rows that a piece of the anchor reads; one that exceeds it EXCESS times.
-LACK, EXCESS = 3.0, 1000.0
+LACK, EXCESS = 2.5, 1000.0
 # Beside both ends of the anchor, area that is not its heavy end's costs PRICE times that share, once more WASTE times
 # where nobody uses it, and a chunk of the light end RESERVE of a mean chunk more than it weighs, as it may be needed
 # later.
-PRICE, WASTE, RESERVE = 1.5, 1.5, 0.2
+PRICE, WASTE, RESERVE = 1.0, 2.5, 0.5
 # A filling may be shorter than planned by this share of the tokens or by as many chunks as the light end gives.
-SHORTER = 0.1
+SHORTER = 0.05
 # The light end is worth using if the heavy end's chunks weigh so many times more.
-GRADED = 1.3
+GRADED = 1.15
 # The light documents are listed anew after so many ranks.
 RELIST = 16
 

@@ -21,7 +21,7 @@ ALL_TRIED = 512
 # row reads; no rank is given more than MOST_SENT times that to send. Neither matters where fewer rows are sent than a
 # rank has time for while it computes: one per HIDING_PAIRS (query, key) pairs. That is between 50 GB/s and H100's rates
 # for 32 query and 8 key heads, with some distance.
-EVENLY_SENT, MOST_SENT, HIDING_PAIRS = 1.35, 2.0, 4000
+EVENLY_SENT, MOST_SENT, HIDING_PAIRS = 1.3, 2.0, 4000
 
 
 class Lights(NamedTuple):
