@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from magi_attention.common import workloads
 from magi_attention.common.slices import SliceTable
 from magi_attention.functional import flex_flash_attn_func
 from magi_attention.kernels.merge import merge_partials
@@ -173,6 +174,22 @@ def test_other_streams_and_graphs(backend, rows):
 def test_more_work_than_multiprocessors(backend, family):
     slices = MASK_FAMILIES[family](3000, np.random.default_rng(1))
     assert_stage_is_right(backend, inputs(3000, heads=(16, 8)), slices)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("mask", ["swa_causal_1024", "varlen_causal"])
+def test_backends_agree_on_long_sequences(mask, dim):
+    """Longer than the oracle can be. Results begin as NaN, so that what a kernel left out would show."""
+    tokens = 16384
+    x = random_inputs(tokens, tokens, heads=(16, 2), dims=(dim, dim), dtype=BF16, device="cuda")
+    call = AttentionCall(workloads.make(mask, tokens), dim**-0.5)
+    expected, gradients = run_stage(FLASH_ATTENTION_4_BACKEND, x, call)
+    for _ in range(3):
+        poison = [torch.full_like(each, torch.nan) for each in (x.q, x.k, x.v)]
+        del poison
+        result, ours = run_stage(CUDNN_FLEX_BACKEND, x, call)
+        for a, b in zip((*result[:2], *ours), (*expected[:2], *gradients), strict=True):
+            assert (a.float() - b.float()).norm() <= 1e-2 * b.float().norm()
 
 
 @of_each_backend

@@ -111,6 +111,7 @@ def test_long_work_comes_first_and_alike_work_stays_together():
     assert longest_first(tiles, 2).tolist() == [2, 4, 10, 3, 5, 11, 8, 9, 0, 6, 1, 7]
     assert longest_first(np.full(3, 7), 2).tolist() == [0, 2, 4, 1, 3, 5]
     assert longest_first(np.zeros(0, int), 2).tolist() == []
+    assert longest_first(np.arange(600), 2).tolist() == [*range(0, 1200, 2), *range(1, 1200, 2)]
 
 
 @settings(max_examples=40)

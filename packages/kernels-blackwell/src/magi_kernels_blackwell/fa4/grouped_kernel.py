@@ -46,7 +46,8 @@ from magi_kernels_blackwell.fa4.masks import IntervalMask, by_intervals
 from magi_kernels_blackwell.prepared import direct
 
 ARCH, WARP = 90, 32
-_CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+# Kernels are found by these, in this process and on disk: they change with the code of this module and of the masks.
+_CODE = (hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16], by_intervals.__cute_hash__)  # type: ignore[attr-defined]
 _main_cache = get_jit_cache("magi_grouped_bwd")
 
 
@@ -114,7 +115,7 @@ def kernels(geometry: Geometry, has_dlse: bool) -> Kernels:
     after += (False, False, False, 1, ARCH, False, None, multiple, None)
     found = (
         _find_or_compile(_bwd_preprocess.compile_cache, before, lambda: _compile_bwd_preprocess(*before)),
-        _find_or_compile(_main_cache, (_CODE, str(g.dtype), *g[1:]), lambda: _compile_main(g)),
+        _find_or_compile(_main_cache, (*_CODE, str(g.dtype), *g[1:]), lambda: _compile_main(g)),
         _find_or_compile(_bwd_postprocess_convert.compile_cache, after, lambda: _compile_bwd_postprocess(*after)),
     )
     return Kernels(*map(direct, found))

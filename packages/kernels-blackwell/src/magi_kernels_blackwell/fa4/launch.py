@@ -128,12 +128,13 @@ def launch_backward(
 def _suits_groups(packed: PackedMask | None, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernel for groups of heads is needed on Hopper, or faster than FlashAttention-4's as it is.
 
-    It is faster for windows, of which a block of keys sees few queries, and all blocks as many. The other kernel has
-    no grouped heads of unequal dims.
+    It is faster for windows, of which a block of keys sees few queries, and all blocks as many; measured for 128 dims,
+    while for 64 it is slower. The other kernel has no grouped heads of unequal dims.
     """
     if packed is None or (q.shape[2] != v.shape[2] and q.shape[1] != k.shape[1]):
         return True
-    return packed.left is not None or packed.right not in (None, 0)
+    is_window = packed.left is not None or packed.right not in (None, 0)
+    return is_window and q.shape[2] > 64
 
 
 def launch_own_backward(

@@ -9,8 +9,9 @@ the bits. So one compiled kernel serves every mask.
 
 The SM100 forward kernel takes such a function as it is: a mask function of 128 keys at once. All others ask the class
 ``AttentionMask`` for every tile, which :func:`bound` replaces by :class:`IntervalMask` while a kernel may be traced.
-The replacement answers the base class's way unless the kernel was asked for with the marker :func:`by_intervals`, so
-that other users of FlashAttention-4 in the process get what they always get.
+The SM90 backward kernel has it for good: see :mod:`magi_kernels_blackwell.fa4.grouped_kernel`. The replacement answers
+the base class's way unless the kernel was asked for with the marker :func:`by_intervals`, so that other users of
+FlashAttention-4 in the process get what they always get.
 
 This module imports the CUTLASS DSL: only :mod:`magi_kernels_blackwell.fa4.library` may import it.
 """
@@ -24,7 +25,6 @@ from threading import RLock
 from typing import Any
 
 import cutlass
-import flash_attn.cute.flash_bwd_sm90
 import flash_attn.cute.flash_bwd_sm100
 import flash_attn.cute.flash_fwd_sm90
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr, cute
@@ -47,7 +47,7 @@ KEYS_PER_CALL = 128
 WARPGROUPS_SM100_BACKWARD = 2
 """How many groups of warps share the scores of the SM100 backward kernel, in turns of rows."""
 
-_KERNEL_MODULES = (flash_attn.cute.flash_fwd_sm90, flash_attn.cute.flash_bwd_sm90, flash_attn.cute.flash_bwd_sm100)
+_KERNEL_MODULES = (flash_attn.cute.flash_fwd_sm90, flash_attn.cute.flash_bwd_sm100)
 _binding = RLock()
 
 

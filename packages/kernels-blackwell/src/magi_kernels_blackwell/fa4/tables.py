@@ -19,6 +19,12 @@ from magi_attention.common.slices import SliceTable, expand_counts
 from magi_attention.kernels.tiles import IndexLists, RowIntervals, Tiles, classify_tiles, tile_runs
 from magi_kernels_blackwell.masks import intervals_of_keys, intervals_of_queries
 
+MANY_PIECES = 1024
+"""So many pieces of work that their order is left: about 8 for each multiprocessor.
+
+On an H200, packed causal documents of 8k tokens are 10 % faster with the longest first, of 32k tokens 5 % slower.
+"""
+
 LINE_PADDING = 256
 """Lines that tables have beyond the tensor's: kernels look up lines of the last tile that lie past the end."""
 
@@ -157,12 +163,15 @@ def run_tables(
 
 
 def longest_first(tiles: NDArray[np.int64], heads: int) -> NDArray[np.int64]:
-    """Order the work of all heads: as ``row * heads + head``, rows of more tiles first.
+    """Order the work of all heads, as ``row * heads + head``: rows of more tiles first, if there is not much work.
 
-    Thread blocks take work as they become free, so that the last ones should be short. Rows whose number of tiles is
-    about the same, to a quarter, stay together by head and in order, since they read the same queries.
+    Multiprocessors take work as they become free, so that the last pieces should be short. But pieces that are
+    computed at once should read the same queries. So rows of about as many tiles, to a quarter, stay together by head
+    and in order; and all rows do where each multiprocessor gets many pieces, so that the last one matters little.
     """
     size_class = np.floor(np.log(np.maximum(tiles, 1)) / np.log(1.25))
+    if len(tiles) * heads > MANY_PIECES:
+        size_class[:] = 0
     head, row = (each.ravel() for each in np.indices((heads, len(tiles))))
     order = np.lexsort((row, head, -size_class[row]))
     return (row * heads + head)[order]
