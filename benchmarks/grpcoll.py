@@ -133,7 +133,7 @@ def time_beside_attention(
     torch.cuda.synchronize()
     alone = start.elapsed_time(stop) / 10
     dist.barrier()
-    count = max(10, int(2 * times * peer_bytes * (num_ranks - 1) / 100e9 / (alone / 1e3)))
+    count = max(10, int(times * peer_bytes * (num_ranks - 1) / 40e9 / (alone / 1e3)))
     beside = torch.cuda.Stream()
     attention_times = []
     for _ in range(count):

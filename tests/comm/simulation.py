@@ -64,10 +64,12 @@ class SimulatedWires:
 
     def tell_arrival(self, epoch: int) -> None:
         for peer in self.ranks:
-            self.me.enqueue("send", lambda peer=peer: peer.arrived.__setitem__(self.me.number, epoch + 1))
+            if peer is not self.me:
+                self.me.enqueue("send", lambda peer=peer: peer.arrived.__setitem__(self.me.number, epoch + 1))
 
-    def await_arrival(self, sources: Sequence[int], epoch: int) -> None:
-        self.me.enqueue("arrive", lambda: None, lambda: all(self.me.arrived[s] > epoch for s in sources))
+    def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
+        others = [source for source in sources if source != self.me.number]
+        self.me.enqueue("arrive", lambda: None, lambda: all(self.me.arrived[s] > epoch for s in others))
         self.me.enqueue("arrive", lambda: setattr(self.me, "finished", epoch + 1))
 
     def tell_credit(self, credit: int, after: Event) -> None:

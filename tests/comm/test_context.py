@@ -3,9 +3,11 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 
+from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll import CapacityError, ContextOptions, GroupContext, PeerTimeoutError, SlotLentError
 from tests.comm.emulation import emulate, run_ranks
 from tests.comm.test_native import fragmented_table
@@ -115,3 +117,28 @@ def test_a_rank_that_stops_is_named_and_nobody_hangs():
             native.reduce([rows.new_zeros(table.num_received, 4)], table, [rows])
 
     run_ranks(3, run)
+
+
+def test_own_rows_lie_among_received_ones():
+    """Rank r receives the other's rows at the even places, and has its own at the odd ones, or at the first ones."""
+
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(timeout_s=30))
+        for places in (torch.tensor([1, 3, 5, 7]), slice(0, 4)):
+            free = [0, 2, 4, 6] if isinstance(places, torch.Tensor) else [4, 5, 6, 7]
+            peer = 1 - rank
+            recv = np.array([(peer, at, at + 1) for at in free])
+            table = ExchangeTable(np.array([[peer, 0, 4]]), recv, 2, 4, 8)
+            rows = torch.arange(4.0)[:, None].expand(4, 3) + 10 * rank
+            expected = torch.empty(8, 3)
+            expected[free], expected[places] = rows + 10 * (peer - rank), rows
+            for lend in (True, False):
+                work = native.cast([rows], table, own_places=places, lend=lend)
+                assert torch.equal(work.wait_host()[0], expected)
+                work.release()
+            out = torch.full((8, 3), -1.0)
+            native.cast([rows], table, out=[out]).wait_host()
+            expected[places] = -1.0
+            assert torch.equal(out, expected)
+
+    run_ranks(2, run)

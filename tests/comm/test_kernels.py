@@ -10,7 +10,7 @@ import torch
 
 from magi_comm_grpcoll import kernels
 from magi_comm_grpcoll.combine import _NAMES, can_combine
-from tests.blackwell.sass import cuobjdump
+from tests.sass import cuobjdump
 
 NO_TOOL = "" if cuobjdump() else "there is no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
 pytestmark = pytest.mark.skipif(bool(kernels.missing_kernels() or NO_TOOL), reason=kernels.missing_kernels() or NO_TOOL)
@@ -55,7 +55,7 @@ def test_nothing_spills_and_a_block_fits_beside_others(fatbin, arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_pushes_copy_in_bulk_and_tell_the_whole_system_last(arch):
     pushes = code("push_bulk", arch)
-    assert f"push_bulk_{kernels.BULK_STAGES}_{kernels.BULK_OPEN}" in pushes
+    assert set(pushes) == {"push_bulk"}
     for instructions in pushes.values():
         assert count(instructions, "UBLKCP") == 2  # one loads, one stores
         assert count(instructions, "MEMBAR") >= 2

@@ -222,8 +222,9 @@ def misuse(rank: int, world_size: int) -> None:
         native.cast([rows[1:]], table)
     with pytest.raises(ValueError, match="on cuda"):
         native.cast([rows.cpu()], table)
+    larger = RandomNeeds(0, world_size + 1).table(0)
     with pytest.raises(ValueError, match="can't run in a group of"):
-        native.cast([rows], RandomNeeds(0, world_size + 1).table(0))
+        native.cast([torch.ones(larger.num_source, 8, device=device())], larger)
     with pytest.raises(TypeError, match=r"no kernel combines torch\.float64 onto"):
         native.reduce([rows.new_zeros(table.num_received, 8).double()], table, [rows])
     with pytest.raises(PlanMismatchError, match=r"ranks \[1.*\] of the group call another collective than rank 0"):

@@ -20,8 +20,8 @@ class LendingCollectives(AllToAllCollectives):
 
     num_lent = most_lent = num_casts = 0
 
-    def cast(self, tensors, table, out=None, lend=False):
-        work = super().cast(tensors, table, out)
+    def cast(self, tensors, table, out=None, own_places=None, lend=False):
+        work = super().cast(tensors, table, out, own_places)
         if not lend or out is not None:
             return work
         self.num_casts += 1

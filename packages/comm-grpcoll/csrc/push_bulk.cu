@@ -39,19 +39,24 @@ __device__ __forceinline__ void bulk_store(uint64_t to, uint32_t stage, uint32_t
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Walks the pieces of this block, stage by stage.
+// Walks the pieces of this block, stage by stage. A piece is read while the one before is under way.
 template <typename Visit>
 __device__ __forceinline__ void for_each_stage(const Task* __restrict__ tasks, uint32_t num_tasks, Visit visit) {
-    uint32_t number = 0;
-    for (uint32_t t = blockIdx.x; t < num_tasks; t += gridDim.x) {
-        const Task task = tasks[t];
+    uint32_t number = 0, t = blockIdx.x;
+    if (t >= num_tasks) return;
+    Task next = tasks[t];
+    while (t < num_tasks) {
+        const Task task = next;
+        t += gridDim.x;
+        if (t < num_tasks) next = tasks[t];
         for (uint32_t done = 0; done < task.bytes; done += kStageBytes, ++number)
             visit(number, task, done, min(kStageBytes, task.bytes - done));
     }
 }
 
-// kOpen stores may still be reading their stages; the other stages are being filled.
-template <int kStages, int kOpen>
+constexpr int kStages = 14;  // nearly all of a multiprocessor's shared memory
+constexpr int kOpen = 7;     // stores that may still be reading their stages; the other stages are being filled
+
 __device__ __forceinline__ void push(const Sources sources, const uint64_t* __restrict__ arenas, uint64_t slot_offset,
                                      const Task* __restrict__ tasks, uint32_t num_tasks) {
     extern __shared__ __align__(128) char ring[];
@@ -87,16 +92,10 @@ __device__ __forceinline__ void push(const Sources sources, const uint64_t* __re
 
 }  // namespace magi
 
-// Fourteen stages are nearly all of a multiprocessor's shared memory.
-#define MAGI_PUSH_BULK(STAGES, OPEN)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(64, 1) push_bulk_##STAGES##_##OPEN(                                  \
-        uint64_t first, uint64_t second, uint64_t third, uint64_t fourth, const uint64_t* arenas,                     \
-        uint64_t slot_offset, const magi::Task* tasks, uint32_t num_tasks, const uint64_t* controls,                  \
-        uint32_t num_peers, uint64_t flag_offset, uint64_t value, uint32_t* num_done) {                               \
-        magi::push<STAGES, OPEN>({first, second, third, fourth}, arenas, slot_offset, tasks, num_tasks);              \
-        magi::tell_peers(controls, num_peers, flag_offset, value, num_done);                                          \
-    }
-
-MAGI_PUSH_BULK(14, 3)
-MAGI_PUSH_BULK(14, 7)
-MAGI_PUSH_BULK(14, 11)
+extern "C" __global__ void __launch_bounds__(64, 1)
+    push_bulk(uint64_t first, uint64_t second, uint64_t third, uint64_t fourth, const uint64_t* arenas,
+              uint64_t slot_offset, const magi::Task* tasks, uint32_t num_tasks, const uint64_t* controls,
+              uint32_t num_peers, uint64_t flag_offset, uint64_t value, uint32_t* num_done) {
+    magi::push({first, second, third, fourth}, arenas, slot_offset, tasks, num_tasks);
+    magi::tell_peers(controls, num_peers, flag_offset, value, num_done);
+}

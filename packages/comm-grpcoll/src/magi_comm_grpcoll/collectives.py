@@ -11,7 +11,7 @@ from torch import Tensor
 
 from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.comm.group import GroupHandle, group_rank, group_size
-from magi_attention.comm.packing import put_rows, row_formats
+from magi_attention.comm.packing import row_formats
 from magi_attention.comm.protocol import ReduceOp, Work
 from magi_attention.comm.routes import Rows
 from magi_attention.kernels.protocol import Support
@@ -59,8 +59,7 @@ class NativeCollectives:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         if self.context is None:
             return self.fallback.cast(tensors, table, out, own_places, lend)
-        work = self.context.cast(tensors, _one_hop(table), out, lend)
-        return work if own_places is None else _AmongOwn(work, own_places, tensors)
+        return self.context.cast(tensors, _one_hop(table), out, own_places, lend)
 
     def reduce(
         self,
@@ -80,22 +79,6 @@ class NativeCollectives:
         if self.context is None or not formats_combine(row_formats(sent), [*into], op):
             return self.fallback.reduce(*arguments)
         return self.context.reduce(partials, _one_hop(table), into, op, partial_lse, into_lse)
-
-
-class _AmongOwn:
-    """A cast whose result the rank's own rows are put in once the others' have arrived."""
-
-    def __init__(self, work: Work[list[Tensor]], own_places: Rows, own: Sequence[Tensor]) -> None:
-        self._work, self._own_places, self._own = work, own_places, own
-        self.wait_packed, self.release = work.wait_packed, work.release
-
-    def wait(self) -> list[Tensor]:
-        """See :class:`~magi_attention.comm.protocol.Work`."""
-        received = self._work.wait()
-        for own, target in zip(self._own, received, strict=False):
-            put_rows(target, self._own_places, own)
-        self._own = ()
-        return received
 
 
 def context_of(group: dist.ProcessGroup) -> GroupContext | None:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from magi_attention.comm.alltoall import check_out, check_reduce
 from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
-from magi_attention.comm.packing import RowFormat, row_formats
+from magi_attention.comm.packing import RowFormat, put_rows, row_formats
 from magi_attention.comm.protocol import ReduceOp
-from magi_attention.comm.routes import routes_of
+from magi_attention.comm.routes import Rows, routes_of
 from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.capability import agree
@@ -124,12 +124,12 @@ class GroupContext:
             exchange, arena = SlotExchange(Ring(num_slots), wires), Arena(num_slots)
             self._lanes.append(Lane(exchange, wires, arena, self._control, self.rank, self.options.transport))
 
-    @torch.no_grad()
     def cast(
         self,
         tensors: Sequence[Tensor],
         table: ExchangeTable,
         out: Sequence[Tensor] | None = None,
+        own_places: Rows | None = None,
         lend: bool = False,
     ) -> NativeWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
@@ -138,10 +138,12 @@ class GroupContext:
         if out is not None:
             check_out(out, tensors, table.num_received)
         lane, rounds = self._lanes[CAST], self._prepare(CAST, table, row_formats(tensors))
-        caller, arrive = torch.cuda.current_stream(self.device), lane.wires.arrive
+        caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
         tensors = [tensor.contiguous() for tensor in tensors]
         if lend and out is None and len(rounds) == 1:
             started = rounds[0].start(tensors, caller)
+            if own_places is not None:
+                _put_own(arrive, started.ready, rounds[0].landed(started.slot), own_places, tensors)
             give_back = partial(lane.exchange.release, started.epoch)
             lent, kept = [*rounds[0].landed(started.slot)], [rounds, *tensors]
             return NativeWork(arrive, caller, lent, kept, started.packed, self._check, give_back)
@@ -149,9 +151,11 @@ class GroupContext:
         for part in rounds:
             started = part.start(tensors, caller)
             arrive.wait_event(started.ready)
-            with torch.cuda.stream(arrive):
+            with torch.no_grad(), torch.cuda.stream(arrive):
                 part.deliver(started.slot, received)
             lane.exchange.release(started.epoch, arrive.record_event())
+        if own_places is not None:
+            _put_own(arrive, started.ready, received, own_places, tensors)
         kept = [rounds, *tensors, *received]
         return NativeWork(arrive, caller, received, kept, started.packed, self._check)
 
@@ -178,7 +182,7 @@ class GroupContext:
         _check_rows("into", targets, table.num_source, self.device)
         check_combine(sent, targets, op)
         lane, rounds = self._lanes[REDUCE], self._prepare(REDUCE, table, row_formats(sent))
-        caller, arrive = torch.cuda.current_stream(self.device), lane.wires.arrive
+        caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
         sent = [tensor.contiguous() for tensor in sent]
         written = [tensor.contiguous() for tensor in targets]
         old_lse = written[-1].clone() if op == "lse" else None
@@ -267,6 +271,20 @@ class _Streams:
             torch.cuda.Stream(device, priority=_HIGH_PRIORITY) for _ in range(3 + len(LANES))
         )
         self.all = [self.send, self.credit, *self.arrive]
+
+
+def _put_own(
+    stream: "torch.cuda.Stream",
+    ready: "torch.cuda.Event",
+    received: Sequence[Tensor],
+    places: Rows,
+    tensors: Sequence[Tensor],
+) -> None:
+    """Copy this rank's own rows to their places among the received ones, once they are ``ready``."""
+    stream.wait_event(ready)
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for target, own in zip(received, tensors, strict=True):
+            put_rows(target, places, own)
 
 
 def group_timeout_s(group: dist.ProcessGroup, device: torch.device) -> float:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled CUDA kernels: found beside this file, loaded and launched by cuda.core."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,8 @@ FOLDER = Path(__file__).parent / "_kernels"
 FATBINS = ("push_bulk", "push_words", "reduce")
 SETTING = "MAGI_GRPCOLL_NO_KERNELS"
 
-# What the kernel of push_bulk.cu named so needs: its stages.
-BULK_STAGES, BULK_OPEN = 14, 7
-BULK_SHARED_BYTES = BULK_STAGES * 16384
+# The stages of push_bulk.cu.
+BULK_SHARED_BYTES = 14 * 16384
 # The least compute capability of the kernels.
 LEAST_CAPABILITY = (9, 0)
 
@@ -69,6 +69,11 @@ def core_stream(handle: int) -> Any:
 
 def launch(stream: "torch.cuda.Stream", config: Any, kernel: Any, *arguments: Any) -> None:
     """Launch a kernel; addresses are ints, numbers are numpy's scalars."""
+    _launcher()(core_stream(stream.cuda_stream), config, kernel, *arguments)
+
+
+@cache
+def _launcher() -> Callable[..., None]:
     from cuda.core import launch as launch_kernel
 
-    launch_kernel(core_stream(stream.cuda_stream), config, kernel, *arguments)
+    return launch_kernel

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.packing import RowFormat
+from magi_attention.comm.routes import routes_of
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.exchange import Prepared, SlotExchange
 from magi_comm_grpcoll.plans import Plan
@@ -69,6 +70,7 @@ class Round:
         self._events = torch.cuda.Event(), torch.cuda.Event()  # recorded anew each time
         device = lane.control.local.device
         self._landing = None if plan.landing is None else torch.from_numpy(plan.landing).to(device)
+        self._named = None if plan.names_all_rows else routes_of(plan.table, device).received
 
     def start(self, tensors: Sequence[Tensor], caller: "torch.cuda.Stream") -> Started:
         """Enqueue what sends the tensors, and let the arriving stream wait for that and for what comes."""
@@ -92,10 +94,14 @@ class Round:
     def deliver(self, slot: int, received: Sequence[Tensor]) -> None:
         """Copy what a cast brought to the rows of the receive buffers that it belongs to, on the current stream."""
         for target, rows in zip(received, self.landed(slot), strict=True):
-            if self._landing is None:
-                target.copy_(rows)
-            else:
+            if self._landing is not None:
                 target.index_copy_(0, self._landing, rows)
+            elif self._named is None:
+                target.copy_(rows)
+            elif isinstance(self._named, slice):
+                target[self._named].copy_(rows[self._named])
+            else:
+                target.index_copy_(0, self._named, rows.index_select(0, self._named))
 
     def _bind(self) -> Prepared:
         lane, memory = self._lane, self._lane.arena.memory

@@ -46,6 +46,11 @@ class Plan:
     landing: Ints | None = None
 
     @property
+    def names_all_rows(self) -> bool:
+        """Whether a cast brings every row of the receive buffer."""
+        return sum(self.table.recv_counts) == self.table.num_received
+
+    @property
     def slot_bytes(self) -> int:
         """What the largest slot must hold."""
         return int(self.layout.sizes.max())

@@ -94,7 +94,8 @@ class PushRoute:
     ) -> None:
         assert arena.memory is not None
         self._wires, self._device = wires, arena.memory.local.device
-        self._slot_bytes, self._granule = arena.slot_bytes, copies.granule
+        self._granule, self._known = copies.granule, dict[int, tuple[object, object]]()
+        self._slot_offsets = [np.uint64(number * arena.slot_bytes) for number in range(arena.num_slots)]
         share = int(copies.size.sum()) // (PUSH_BLOCKS * _TASKS_PER_BLOCK)
         most = min(max(share, _LEAST_TASK_BYTES), _MOST_TASK_BYTES) // 16384 * 16384
         pieces = cut(copies, most)
@@ -111,44 +112,33 @@ class PushRoute:
             self._launches.append((first, stop, tasks.data_ptr(), np.uint32(len(chosen.size)), np.uint32(num_told)))
         self._arenas, self._controls = arena.memory.device_addresses.data_ptr(), control.device_addresses.data_ptr()
         self._kept += [arena.memory.device_addresses, control.device_addresses]
-        self._flag_offset = np.uint64(wires.flag_offset)
+        self._flag_offset, self._num_done = np.uint64(wires.flag_offset), self._kept[0].data_ptr()
 
     def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
         """See :class:`Route`."""
-        kernel, config = self._kernel(bases)
-        offset, flag = np.uint64(slot * self._slot_bytes), np.uint64(epoch + 1)
-        for first, stop, tasks, num_tasks, num_told in self._launches:
-            sources = [*bases[first:stop], *[0] * (_MOST_TENSORS - (stop - first))]
-            kernels.launch(
-                self._wires.send,
-                config,
-                kernel,
-                *sources,
-                self._arenas,
-                offset,
-                tasks,
-                num_tasks,
-                self._controls,
-                num_told,
-                self._flag_offset,
-                flag,
-                self._kept[0].data_ptr(),
-            )
-
-    def _kernel(self, bases: Sequence[int]) -> tuple[object, object]:
         union = self._granule
         for base in bases:
             union |= base
-        index = self._device.index
-        if (granule := union & -union) >= 16:
-            name = f"push_bulk_{kernels.BULK_STAGES}_{kernels.BULK_OPEN}"
-            shared = kernels.BULK_SHARED_BYTES
-            return (
-                kernels.kernel("push_bulk", name, index, shared),
-                kernels.launch_config(PUSH_BLOCKS, (64, 1), shared),
-            )
-        words = kernels.kernel("push_words", f"push_words_{granule}", index)
-        return words, kernels.launch_config(PUSH_BLOCKS, (512, 1))
+        kernel, config = self._kernel(union & -union)
+        offset, value = self._slot_offsets[slot], np.uint64(epoch + 1)
+        for first, stop, tasks, num_tasks, num_told in self._launches:
+            sources = [*bases[first:stop], *[0] * (_MOST_TENSORS - (stop - first))]
+            pieces = self._arenas, offset, tasks, num_tasks
+            told = self._controls, num_told, self._flag_offset, value, self._num_done
+            kernels.launch(self._wires.send, config, kernel, *sources, *pieces, *told)
+
+    def _kernel(self, granule: int) -> tuple[object, object]:
+        """The kernel for pieces whose addresses and sizes are multiples of ``granule``, and its launch."""
+        if granule not in self._known:
+            index = self._device.index
+            if granule >= 16:
+                shared = kernels.BULK_SHARED_BYTES
+                kernel = kernels.kernel("push_bulk", "push_bulk", index, shared)
+                self._known[granule] = kernel, kernels.launch_config(PUSH_BLOCKS, (64, 1), shared)
+            else:
+                kernel = kernels.kernel("push_words", f"push_words_{granule}", index)
+                self._known[granule] = kernel, kernels.launch_config(PUSH_BLOCKS, (512, 1))
+        return self._known[granule]
 
 
 class RouteWithOwn:

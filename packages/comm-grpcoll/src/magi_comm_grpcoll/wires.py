@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The flags of a ring on the GPUs: words in shared memory that streams wait for, and that peers write.
 
-Nothing here takes a multiprocessor: the stream's own front end waits, and the words are written by copy engines. Since
-CUDA 13.1 a stream can't write a word of another GPU itself.
+Nothing here takes a multiprocessor, for which it would have to wait until an attention kernel ends. The stream's own
+front end waits for words and writes this rank's, and copy engines write those of others: since CUDA 13.1 a stream can't
+write a word of another GPU itself. (A copy within one GPU would be a kernel.)
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -25,10 +25,10 @@ class Wires(Protocol):
         """Before sending: wait until every rank's credit has reached the number."""
 
     def tell_arrival(self, epoch: int) -> None:
-        """After sending: tell every rank that this epoch of this rank has arrived."""
+        """After sending: tell every other rank that this epoch of this rank has arrived."""
 
-    def await_arrival(self, sources: Sequence[int], epoch: int) -> None:
-        """Before reading: wait until this epoch of these ranks has arrived."""
+    def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
+        """Before reading, behind what was sent: wait until this epoch of these ranks has arrived, but for this one."""
 
     def tell_credit(self, credit: int, after: "torch.cuda.Event") -> None:
         """After ``after``: tell every rank that this one is done with so many epochs."""
@@ -77,7 +77,7 @@ class _Operations:
 
 
 class _Letter:
-    """Copies a word of this rank to the same place on every rank."""
+    """Copies a word of this rank to words of other ranks."""
 
     def __init__(self, outbox: int, targets: NDArray[np.int64]) -> None:
         self._targets = targets.astype(np.uint64)
@@ -114,7 +114,8 @@ class DeviceWires:
     ) -> None:
         self.send, self.arrive, self.credit = send, arrive, credit
         here, mark = int(control.addresses[rank]), progress.data_ptr()
-        self._arrived = here + words.arrived
+        self._arrived, self._rank = here + words.arrived, rank
+        others = np.arange(len(control.addresses)) != rank
         self.flag_offset = int(words.arrived[rank])
         outboxes = here + words.outboxes
         started, self._finished = _word(mark), _word(mark + WORD)
@@ -123,9 +124,10 @@ class DeviceWires:
             (WRITE_VALUE, started), (WRITE_VALUE, outboxes[:1]), (WAIT_VALUE, here + words.credit)
         )
         self._before_reading: dict[tuple[int, ...], _Operations] = {}
-        self._before_crediting = _Operations((WRITE_VALUE, outboxes[1:]))
-        self._arrival_letter = _Letter(int(outboxes[0]), control.addresses + words.arrived[rank])
-        self._credit_letter = _Letter(int(outboxes[1]), control.addresses + words.credit[rank])
+        own_credit = here + words.credit[rank : rank + 1]
+        self._before_crediting = _Operations((WRITE_VALUE, outboxes[1:]), (WRITE_VALUE, own_credit))
+        self._arrival_letter = _Letter(int(outboxes[0]), (control.addresses + words.arrived[rank])[others])
+        self._credit_letter = _Letter(int(outboxes[1]), (control.addresses + words.credit[rank])[others])
         self._handles = send.cuda_stream, arrive.cuda_stream, credit.cuda_stream
 
     def await_credit(self, credit: int, epoch: int) -> None:
@@ -136,19 +138,19 @@ class DeviceWires:
         """See :class:`Wires`; ``await_credit`` of the epoch came before."""
         self._arrival_letter.enqueue(self._handles[0])
 
-    def await_arrival(self, sources: Sequence[int], epoch: int) -> None:
-        """See :class:`Wires`; also marks the epoch as finished, so the stream must be behind all that was sent."""
-        key = tuple(sources)
-        if key not in self._before_reading:
-            self._before_reading[key] = _Operations(
-                (WAIT_VALUE, self._arrived[list(key)]), (WRITE_VALUE, self._finished)
+    def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
+        """See :class:`Wires`; also marks the epoch as finished."""
+        if sources not in self._before_reading:
+            others = [source for source in sources if source != self._rank]
+            self._before_reading[sources] = _Operations(
+                (WAIT_VALUE, self._arrived[others]), (WRITE_VALUE, self._finished)
             )
-        self._before_reading[key].enqueue(self._handles[1], epoch + 1, epoch + 1)
+        self._before_reading[sources].enqueue(self._handles[1], epoch + 1, epoch + 1)
 
     def tell_credit(self, credit: int, after: "torch.cuda.Event") -> None:
         """See :class:`Wires`."""
         self.credit.wait_event(after)
-        self._before_crediting.enqueue(self._handles[2], credit)
+        self._before_crediting.enqueue(self._handles[2], credit, credit)
         self._credit_letter.enqueue(self._handles[2])
 
 

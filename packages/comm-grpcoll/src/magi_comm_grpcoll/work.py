@@ -63,7 +63,7 @@ class NativeWork(StreamWork[Result], Generic[Result]):
         give_back, self._give_back = self._give_back, None
         if self._done is not None:
             super().wait()
-        give_back(torch.cuda.current_stream(self._caller.device).record_event())
+        give_back(torch.cuda.current_stream(self._caller.device_index).record_event())
 
     def __del__(self) -> None:
         self.release()
