@@ -78,19 +78,26 @@ def check_pass(of: Pass, num_queries: int, num_own: int) -> None:
     """Follow the flags: results are blank, or written before they are added to."""
     queries = np.full(num_queries, 1 if of.blank_queries else 0)
     keys = np.full(num_own, 1 if of.blank_keys else 0)
+    late = np.full(num_own, 1 if of.blank_late_keys else 0)
+    comes_home = False
     for step in of.steps:
-        sums = keys if step.reads_own_alone else np.full(step.num_keys, 1 if step.blank_keys else 0)
+        mine = late if comes_home else keys
+        sums = mine if step.reads_own_alone else np.full(step.num_keys, 1 if step.blank_keys else 0)
         for call in step.calls:
             for total, run, known in ((queries, call.queries, call.queries_known), (sums, call.keys, call.keys_known)):
                 if known:
                     assert total[run].all()
                 total[run] += 1
         if step.own_places is not None:
-            keys += 1
+            mine += 1
+        if not step.reads_own_alone:
+            comes_home = True
+            assert keys.all()
     assert queries.all() or not any(step.calls for step in of.steps)
     assert of.most_results >= (queries - of.blank_queries).max(initial=0)
     num_returns = sum(step.exchange is not None for step in of.steps)
-    assert of.most_key_results == num_returns + (keys - of.blank_keys).max(initial=0)
+    most = (keys - of.blank_keys).max(initial=0) + (late - of.blank_late_keys).max(initial=0)
+    assert of.most_key_results == num_returns + most
 
 
 @pytest.mark.parametrize("name", sorted(COSTS))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.config import DistAttnConfig, OverlapConfig, RuntimeConfig
 from magi_attention.runtime import manager, schedule
 from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr
@@ -26,7 +27,15 @@ def pool(request):
         yield pool
 
 
-def attend_arranged(rank: int, world_size: int, case: Case, name: str, both: bool) -> Answer | None:
+def reduce_at_once(self, *arguments, _reduce=AllToAllCollectives.reduce, **options):
+    work = _reduce(self, *arguments, **options)
+    work.wait()
+    return work
+
+
+def attend_arranged(
+    rank: int, world_size: int, case: Case, name: str, both: bool, eager: bool = False
+) -> Answer | None:
     """Run the case twice, on every rank as ``name`` says, or on odd ranks as by default."""
     dist_attn_runtime_dict_mgr.clear()
     with pytest.MonkeyPatch.context() as patch:
@@ -35,6 +44,9 @@ def attend_arranged(rank: int, world_size: int, case: Case, name: str, both: boo
             patch.setattr(schedule, "LEAST_EARLY_ROWS", 8)
             patch.setattr(schedule, "LEAST_EARLY_SHARE", 1000)
             patch.setattr(schedule, "WINDOW_STEP", 8)
+        if eager:
+            # On GPUs gradients come home while kernels run; on CPUs they would only at the end.
+            patch.setattr(AllToAllCollectives, "reduce", reduce_at_once)
         try:
             answers = [attend(case, group_of(case) if case.mesh_shape else dist.group.WORLD) for _ in range(2)]
             (key,) = dist_attn_runtime_dict_mgr.keys()
@@ -50,7 +62,8 @@ def attend_arranged(rank: int, world_size: int, case: Case, name: str, both: boo
 def case_of(pool: RankPool, family: str, degree: int, **options) -> Case:
     config = DistAttnConfig(
         overlap_config=OverlapConfig(degree=degree, min_chunk_size=16),
-        runtime_config=RuntimeConfig(sink_grad_reduce="sum", **options),
+        # Kernels for GPUs may else add up in any order.
+        runtime_config=RuntimeConfig(sink_grad_reduce="sum", deterministic=True, **options),
     )
     total = 64 * pool.world_size
     slices = MASK_FAMILIES[family](total, np.random.default_rng(5))
@@ -69,6 +82,14 @@ def case_of(pool: RankPool, family: str, degree: int, **options) -> Case:
 def test_arrangements(pool, family, name, degree, keep):
     case = case_of(pool, family, degree, keep_received=keep)
     assert_right(case, pool.run(attend_arranged, case, name, True)[0])
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["exchanged again", "kept"])
+@pytest.mark.parametrize("name", sorted(COSTS))
+def test_gradients_may_come_home_at_any_time(pool, name, keep):
+    for degree in (1, 2):
+        case = case_of(pool, "varlen_causal", degree, keep_received=keep)
+        assert_right(case, pool.run(attend_arranged, case, name, True, True)[0])
 
 
 @pytest.mark.parametrize("name", sorted(COSTS))

@@ -113,9 +113,10 @@ def take_rows(x: Tensor, rows: Rows) -> Tensor:
 class _GradientSums:
     """Sums of the kernels' gradients; those of received rows are under way to their owners until ``finish``.
 
-    Where a row has at most two gradients, those of several ranks that come home together counting as one, the second is
-    added in the first one's dtype, rounded once like the sum of both in float32. All other sums of several are kept in
-    at least float32.
+    While others' gradients come home to the rank's own keys, these belong to the collectives: what kernels on own rows
+    find meanwhile is summed up apart. Where a query has at most two gradients, and a key at most three (those of
+    several ranks that come home together count as one), they are added in the first one's dtype. All other sums of
+    several are kept in at least float32.
     """
 
     def __init__(self, job: AttentionJob, saved: SavedAttention, dout: Tensor, dlse: Tensor | None) -> None:
@@ -126,14 +127,16 @@ class _GradientSums:
         high_precision = job.options.backward_high_precision_reduce
         self.returns = Returns(job.collectives, dtype if high_precision else q.dtype)
         self._dq = _Sum(q, q.shape[0], schedule.blank_queries, dtype if schedule.most_results > 2 else None)
-        key_dtype = dtype if schedule.most_key_results > 2 else None
+        key_dtype = dtype if schedule.most_key_results > 3 else None
         self._own = [_Sum(x, x.shape[0], schedule.blank_keys, key_dtype) for x in (k, v)]
+        self._late = [_Sum(x, x.shape[0], schedule.blank_late_keys, key_dtype) for x in (k, v)]
+        self._sums = self._own
         self._dq_from_away: Tensor | None = None
 
     def compute(self, each: LaunchStep, keys: Tensor, values: Tensor) -> None:
         """Launch a step's kernels, and let what belongs to others go home."""
         step, places, launches = each
-        sums = self._own
+        sums = self._sums
         if not step.reads_own_alone:
             dtype = self._dtype if len(launches) > 1 else None
             sums = [_Sum(x, x.shape[0], step.blank_keys, dtype) for x in (keys, values)]
@@ -145,12 +148,11 @@ class _GradientSums:
         if step.exchange is None:
             return
         partials = [total.allocated(self._saved.k.dtype) for total in sums]
-        into = []
-        for own, partial in zip(self._own, partials, strict=True):
-            if places is not None:
+        if places is not None:
+            for own, partial in zip(self._sums, partials, strict=True):
                 own.add(None, take_rows(partial, places), own.total is not None)
-            into.append(own.allocated(partial.dtype))
-        self.returns.put(step, partials, into)
+        self._sums = self._late
+        self.returns.put(step, partials, [own.allocated(partials[0].dtype) for own in self._own])
 
     def compute_visitors(self, each: LaunchStep, rows: Sequence[Tensor], keys: Tensor, values: Tensor) -> None:
         """Launch the kernel on visiting queries, whose gradients then go home."""
@@ -194,5 +196,8 @@ class _GradientSums:
             dq = torch.zeros_like(q)
         if self._dq_from_away is not None:
             dq = self._dq_from_away.add_(dq)
+        for own, late in zip(self._own, self._late, strict=True):
+            if late.total is not None:
+                own.add(None, late.total, own.total is not None)
         dk, dv = (total.allocated(x.dtype) for total, x in zip(self._own, (k, v), strict=True))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

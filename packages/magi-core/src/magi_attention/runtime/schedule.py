@@ -154,7 +154,8 @@ class Pass:
         steps: in the order in which they are computed.
         blank_queries: whether results of queries start as those of queries without keys, since no call is for some of
             them, or a call finds some known and some not.
-        blank_keys: the same for gradients of the rank's own keys.
+        blank_keys: the same for gradients of the rank's own keys, until those of others begin to come home.
+        blank_late_keys: the same for those of kernels on own rows after that, which must not touch what comes home.
         most_results: how many calls have results for a query, at most.
         most_key_results: how many calls and returning gradients there are for one of the rank's keys, at most.
     """
@@ -162,6 +163,7 @@ class Pass:
     steps: tuple[Step, ...]
     blank_queries: bool
     blank_keys: bool
+    blank_late_keys: bool
     most_results: int
     most_key_results: int
 
@@ -365,19 +367,27 @@ def _call(slices: SliceTable, first: int, last: int) -> KernelCall:
 
 def _with_flags(steps: Sequence[Step], num_queries: int, num_keys: int) -> Pass:
     """Find which calls add to results of earlier ones, and whether results must start blank."""
-    queries, own = _Coverage(num_queries), _Coverage(num_keys)
-    flagged = []
+    queries, own, late = _Coverage(num_queries), _Coverage(num_keys), _Coverage(num_keys)
+    flagged, num_returns = [], 0
     for step in steps:
-        keys = own if step.reads_own_alone else _Coverage(step.num_keys)
+        of_own = late if num_returns else own
+        keys = of_own if step.reads_own_alone else _Coverage(step.num_keys)
         calls = []
         for call in step.calls:
             known = False if step.queries_travel else queries.add(call.queries)
             calls.append(call._replace(queries_known=known, keys_known=keys.add(call.keys)))
         if step.own_places is not None:
-            own.add(slice(0, num_keys))
+            of_own.add(slice(0, num_keys))
+        num_returns += not step.reads_own_alone
         flagged.append(replace(step, calls=tuple(calls), blank_keys=not keys.is_exact and not step.reads_own_alone))
-    num_returns = sum(step.exchange is not None and not step.queries_travel for step in steps)
-    return Pass(tuple(flagged), not queries.is_exact, not own.is_exact, queries.most, own.most + num_returns)
+    return Pass(
+        steps=tuple(flagged),
+        blank_queries=not queries.is_exact,
+        blank_keys=not own.is_exact,
+        blank_late_keys=not late.is_exact,
+        most_results=queries.most,
+        most_key_results=own.most + late.most + num_returns,
+    )
 
 
 class _Coverage:
