@@ -2,7 +2,8 @@
 """Distributed attention against other ways of context parallelism: ``python benchmarks/distributed.py``.
 
 Every number is TFLOP/s per GPU of the pairs that the mask keeps, from the median over the passes of the slowest rank's
-time. All methods run in the same processes, one after another; all but ``torch`` call the same kernel backend.
+time. All methods run in the same processes, in several rounds in turn, since a GPU that has just rested is faster; of
+each, the median round counts. All but ``torch`` call the same kernel backend.
 
 single      the kernel alone, on every GPU at once without communication: the same mask family, over as many tokens as
             have (to 256 tokens) the mask area that a GPU has in the distributed attention.
@@ -21,10 +22,11 @@ A cell that fails shows why below the table; the others go on. On a CPU (``--dev
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -193,38 +195,63 @@ class Figures:
     host: tuple[float, float]
 
 
+@dataclass(frozen=True)
+class RowOptions:
+    """How to measure a row: its mask and shape, in how many rounds, and whether with a trace."""
+
+    bench: BenchOptions
+    rounds: int
+    breakdown: bool
+
+
 def measure_row(
-    pool: RankPool, world_size: int, options: BenchOptions, methods: list[str], breakdown: bool
+    pool: RankPool, world_size: int, options: RowOptions, methods: list[str]
 ) -> tuple[dict[str, Figures], list[str], list[dict[str, object]]]:
     """Measure all methods on one mask: figures by method, what failed, and records for JSON."""
-    figures, failures, records = {}, [], []
-    for method in methods:
-        degree = method.removeprefix("magi/") if method.startswith("magi/") else ""
-        cell_options = replace(options, overlap_degree=int(degree) if degree.isdigit() else None)
-        cell = Cell(method, cell_options, breakdown and method.startswith("magi/"))
-        where = f"{world_size} x {options.tokens // world_size} {options.mask} {method}"
-        if sys.stderr.isatty():
-            print(f"\r\033[K{where} ", end="", file=sys.stderr, flush=True)
-        record: dict[str, object] = {"ranks": world_size, "mask": options.mask, "tokens": options.tokens}
-        records.append(record | {"method": method})
-        try:
-            measured = pool.run(run_cell, cell, timeout_s=CELL_TIMEOUT_S)[0]
-        except (RankError, TimeoutError) as error:
-            reason = [line for line in str(error).splitlines() if line and not line.startswith("(ranks")][-1]
-            failures.append(f"{where}: {reason}")
-            records[-1] |= {"error": reason}
-            continue
-        times, pairs = measured.times, measured.pairs
-        forward = tflops(pairs, 1, options.heads_q, options.head_dim, times.forward)
-        backward = BACKWARD_OVER_FORWARD_FLOP * tflops(pairs, 1, options.heads_q, options.head_dim, times.backward)
-        figures[method] = Figures((forward, backward), (times.host_forward, times.host_backward))
-        records[-1] |= {"forward_tflops": forward, "backward_tflops": backward, **asdict(times)}
-        if measured.shares:
-            records[-1]["breakdown"] = [asdict(share) for share in measured.shares]
-            print_breakdown(where, measured.shares)
+    where = f"{world_size} x {options.bench.tokens // world_size} {options.bench.mask}"
+    rounds: dict[str, list[Measured]] = {method: [] for method in methods}
+    reasons: dict[str, str] = {}
+    for number in range(options.rounds):
+        for method in methods[number:] + methods[:number]:
+            if method in reasons:
+                continue
+            degree = method.removeprefix("magi/")
+            cell_options = replace(options.bench, overlap_degree=int(degree) if degree.isdigit() else None)
+            is_last = number == options.rounds - 1
+            cell = Cell(method, cell_options, options.breakdown and is_last and method.startswith("magi/"))
+            if sys.stderr.isatty():
+                print(f"\r\033[K{where} {method}, round {number + 1} ", end="", file=sys.stderr, flush=True)
+            try:
+                rounds[method].append(pool.run(run_cell, cell, timeout_s=CELL_TIMEOUT_S)[0])
+            except (RankError, TimeoutError) as error:
+                lines = [line for line in str(error).splitlines() if line and not line.startswith("(ranks")]
+                reasons[method] = lines[-1]
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-    return figures, failures, records
+    figures, records = {}, []
+    for method in methods:
+        record: dict[str, object] = {"ranks": world_size, "mask": options.bench.mask, "tokens": options.bench.tokens}
+        records.append(record | {"method": method})
+        if method in reasons:
+            records[-1] |= {"error": reasons[method]}
+            continue
+        times, shares = median_of([each.times for each in rounds[method]]), rounds[method][-1].shares
+        per_second = tflops(rounds[method][0].pairs, 1, options.bench.heads_q, options.bench.head_dim, 1.0)
+        rates = per_second / times.forward, BACKWARD_OVER_FORWARD_FLOP * per_second / times.backward
+        figures[method] = Figures(rates, (times.host_forward, times.host_backward))
+        records[-1] |= {"forward_tflops": rates[0], "backward_tflops": rates[1], **asdict(times)}
+        if shares:
+            records[-1]["breakdown"] = [asdict(share) for share in shares]
+            print_breakdown(f"{where} {method}", shares)
+    return figures, [f"{where} {method}: {reason}" for method, reason in reasons.items()], records
+
+
+def median_of(rounds: list[PassTimes]) -> PassTimes:
+    """The median of each time, and the most memory."""
+    medians = {
+        field.name: statistics.median(getattr(each, field.name) for each in rounds) for field in fields(PassTimes)
+    }
+    return PassTimes(**medians | {"peak_bytes": max(each.peak_bytes for each in rounds)})
 
 
 def print_row(
@@ -267,8 +294,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=list(Precision), default=Precision.BF16)
     parser.add_argument("--backend", default="auto", help="kernel backend")
     parser.add_argument("--sm-margin", type=int, default=0, help="multiprocessors that our kernels leave to others")
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=5, help="timed passes; the median counts")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=4, help="timed passes of a round; the median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of all methods; the median counts")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--host-time", action="store_true", help="print what the host takes to call each pass, too")
     parser.add_argument("--breakdown", action="store_true", help="print what each stream of ours did, too")
@@ -320,7 +348,8 @@ def main() -> None:
                         if (world_size > 1 or method not in BASELINES)
                         and (method != "torch" or mask in ("full", "causal"))
                     ]
-                    figures, failed, measured = measure_row(pool, world_size, options, usable, arguments.breakdown)
+                    row = RowOptions(options, arguments.rounds, arguments.breakdown)
+                    figures, failed, measured = measure_row(pool, world_size, row, usable)
                     print_row(world_size, options, methods, figures, arguments.host_time)
                     failures += failed
                     records += measured

@@ -44,7 +44,7 @@ class Stream:
     """A thread that carries out what it is given, in order and with random pauses."""
 
     def __init__(self, device: object = None, priority: int = 0) -> None:
-        self.device, self.device_index, self.cuda_stream = torch.device("cpu"), None, len(_streams) + 1
+        self.device, self.device_index, self.cuda_stream = torch.device("cpu"), 0, len(_streams) + 1
         _streams[self.cuda_stream] = self
         self._queue: queue.Queue[Callable[[], None]] = queue.Queue()
         threading.Thread(target=self._run, daemon=True).start()

@@ -36,7 +36,7 @@ class CudnnFlexBackend(WheelBackend):
             return refuse("cudnn.flex_attention has no softcap; use the backend 'blackwell'")
         grouped = request.num_heads_q != request.num_heads_kv
         if arch == HOPPER and request.direction == "backward" and dims == LATENT_DIMS and grouped:
-            return refuse(f"its backward pass on Hopper has no grouped heads for head dims {dims}; use 'flex'")
+            return refuse(f"its backward pass on Hopper has no grouped heads for head dims {dims}; use 'blackwell'")
         return Support(True)
 
     def compile_case(self, case: PrecompileCase) -> bool:

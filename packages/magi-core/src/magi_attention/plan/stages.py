@@ -10,6 +10,7 @@ from magi_attention.common.intervals import split_at
 from magi_attention.plan.demand import Demand, lift, unlift
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.rates import Cluster, LayerShape
+from magi_attention.plan.totals import totals
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def cut_stages(demand: Demand, key_layout: Layout, degree: int, options: StageOp
     Returns ``(n, 4)`` rows ``(rank, start, stop, stage)``, sorted by rank, then by start.
     """
     rank, start, stop = demand.remote.T
-    rows = np.bincount(rank, weights=stop - start, minlength=key_layout.num_ranks).astype(np.int64)
+    rows = totals(rank, stop - start, key_layout.num_ranks)
     piece, num_pieces = piece_sizes(rows, options)
     share = np.arange(1, degree + 1) / degree
     if options.random_seed is not None:

@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -159,7 +158,8 @@ def time_passes(
     """Time both passes, one pair after another without a pause, as layers of a model follow each other.
 
     On a GPU, the host is then ahead of the device if it can be, and what it takes to launch a pass is hidden. What it
-    takes is measured afterwards, apart. The slowest rank counts.
+    takes is measured afterwards, apart. All ranks begin a pass together, and the slowest one counts: else a rank that
+    is done early would wait for the others' rows in the next pass, at its expense.
 
     Args:
         forward: computes the output.
@@ -175,13 +175,16 @@ def time_passes(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
+        _align(device)
         marks.append([_mark(device)])
         out = forward()
+        marks[-1].append(_mark(device))
+        _align(device)
         marks[-1].append(_mark(device))
         backward(out)
         marks[-1].append(_mark(device))
         del out
-    timed = [[_seconds(*pair) for pair in pairwise(each)] for each in marks[warmup:]]
+    timed = [[_seconds(*each[:2]), _seconds(*each[2:])] for each in marks[warmup:]]
     seconds = torch.tensor(timed, dtype=torch.float64, device=device)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     peak = torch.tensor(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, device=device)
@@ -211,6 +214,14 @@ def _host_seconds(
                 backward(out)
             least[number] = min(least[number], time.perf_counter() - start)
     return least
+
+
+def _align(device: torch.device) -> None:
+    """Let all ranks' devices go on together; on GPUs the hosts don't wait."""
+    if device.type == "cuda":
+        dist.all_reduce(torch.empty(1, device=device))
+    else:
+        dist.barrier()
 
 
 def _mark(device: torch.device) -> "torch.cuda.Event | float":
