@@ -12,8 +12,8 @@ from magi_attention.env import general
 
 logger = logging.getLogger(__name__)
 
-# Seen on H200: a copy engine takes 1.5 us for each piece, half of the kernel's speed at this length. But beside attention
-# the kernel waits for multiprocessors and is five times as slow as copy engines, which don't.
+# Seen on H200: a copy engine takes 1.5 us for each piece, so that it has half of the kernel's speed at this length. But
+# beside attention the kernel waits for multiprocessors and is five times as slow as copy engines, which don't.
 FIRST_GUESS_BYTES = 1 << 18
 _ENOUGH = 0.5
 
