@@ -33,7 +33,7 @@ SUITES: dict[str, tuple[str, ...]] = {
         "validate-pyproject",
         "validate-pyproject-schema-store",
     ),
-    "hopper": ("-e", "packages/kernels-hopper"),
+    "hopper": ("-e", "packages/kernels-hopper[test]"),
     "blackwell": ("-e", "packages/kernels-blackwell[test]"),
     "comm": ("-e", "packages/comm-grpcoll[test]"),
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 from magi_kernels_blackwell.wheels import CUDNN_FRONTEND, FLASH_ATTENTION
 from tests.blackwell.matrix import Compiled
 from tests.blackwell.rules import SOFTCAP_STACK_LIMITS, STACK_LIMITS, TENSOR_CORE, broken_rules, is_main
-from tests.blackwell.sass import Kernel, kernels_of
+from tests.sass import Kernel, kernels_of
 
 HEAD = """# Compiled kernels
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from magi_attention.kernels.protocol import PrecompileCase
 from magi_kernels_blackwell.cases import NATIVE_MASKS
-from tests.blackwell.sass import Kernel
+from tests.sass import Kernel
 
 MAIN = ("fwd", "bwd", "magi_grouped_bwd")
 """The folders of attention kernels; the other objects prepare and finish their work."""

@@ -14,7 +14,7 @@ from magi_attention.kernels.protocol import PrecompileCase
 from magi_kernels_blackwell.wheels import CUDNN_FRONTEND, FLASH_ATTENTION, missing_wheels
 from tests.blackwell import matrix
 from tests.blackwell.rules import SMALL_STACK_LIMIT, broken_rules, is_main
-from tests.blackwell.sass import cuobjdump, kernels_of
+from tests.sass import cuobjdump, kernels_of
 
 MISSING = missing_wheels(tuple((FLASH_ATTENTION | CUDNN_FRONTEND).items()))
 NO_TOOL = "" if cuobjdump() else "there is no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"

@@ -10,7 +10,7 @@ import torch
 
 from magi_comm_grpcoll import kernels
 from magi_comm_grpcoll.combine import _NAMES, can_combine
-from tests.blackwell.sass import cuobjdump
+from tests.sass import cuobjdump
 
 NO_TOOL = "" if cuobjdump() else "there is no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
 pytestmark = pytest.mark.skipif(bool(kernels.missing_kernels() or NO_TOOL), reason=kernels.missing_kernels() or NO_TOOL)

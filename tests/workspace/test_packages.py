@@ -140,7 +140,7 @@ def test_wheel_of_a_plugin_announces_what_it_can_do(package: str, wheels: dict[s
 def test_wheel_holds_the_package_and_its_license(package: str, wheels: dict[str, Path]) -> None:
     source = FILES[package].parent / "src"
     expected = {str(path.relative_to(source)) for path in source.rglob("*.py")}
-    for data in ("py.typed", "*.html"):
+    for data in ("py.typed", "*.html", "*.cubin"):
         expected |= {str(path.relative_to(source)) for path in source.rglob(data)}
     if package == "comm-grpcoll" and shutil.which("nvcc"):
         sources = FILES[package].parent.glob("csrc/*.cu")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from magi_attention.kernels.protocol import AttentionCall
 from magi_kernels_blackwell.fa4.library import Library
-from magi_kernels_blackwell.fa4.tables import Tiling, grouped_tiling, run_tables
+from magi_kernels_blackwell.fa4.tables import grouped_tiling, run_tables
 
 
 def launch_grouped_backward(
@@ -24,24 +24,13 @@ def launch_grouped_backward(
     dlse: Tensor | None,
     call: AttentionCall,
     into: Tensor | None = None,
-    tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``dq, dk, dv``. There must be some queries and keys. The sums of dq are in no fixed order.
+    """Return ``dq, dk, dv``, on Hopper; the sums of dq are in no fixed order.
 
-    Args:
-        library: the loaded wheel.
-        arch: 90; the kernel is for Hopper alone.
-        dout, out: ``[tq, hq, dv]``, of q's dtype. All tensors are aligned as the library wants.
-        q: ``[tq, hq, d]``.
-        k: ``[tk, hk, d]``.
-        v: ``[tk, hk, dv]``.
-        lse, dlse: ``[hq, tq]`` float32, contiguous.
-        call: the mask and how to score.
-        into: where to write dq; None for a new tensor.
-        tiling: by default the usual for these head dims.
+    Arguments are those of :func:`magi_kernels_blackwell.fa4.launch.launch_backward`, aligned as the library wants.
     """
     (num_q, heads_q, dim), (num_k, heads_k, dim_v) = q.shape, v.shape
-    tiling = tiling or grouped_tiling(dim)
+    tiling = grouped_tiling(dim)
     tables = run_tables(call.slices, num_q, num_k, heads_k, tiling, q.device)
     grouped = library.grouped
     geometry = grouped.Geometry(q.dtype, dim, dim_v, heads_q // heads_k, tiling.block_q, call.softcap)

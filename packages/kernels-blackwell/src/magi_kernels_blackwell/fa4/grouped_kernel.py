@@ -329,26 +329,18 @@ def _load_tiles(
         bytes_v=bytes_v,
         same_stages=Q_stage_eq_dO_stage,
     )
-    blocks = m_block_max // q_subtile_factor
-    is_first = Boolean(True)
-    for member in cutlass.range(q_subtile_factor, unroll=1):
-        for run in cutlass.range(runs.mask_block_cnt[n_block], runs.mask_block_cnt[n_block + 1], unroll=1):
-            for m_block in cutlass.range(runs.mask_block_idx[run, 0], runs.mask_block_idx[run, 1], unroll=1):
-                state_q, state_dout = load(member * blocks + m_block, state_q, state_dout, is_first)
-                is_first = Boolean(False)
-        for run in cutlass.range(runs.full_block_cnt[n_block], runs.full_block_cnt[n_block + 1], unroll=1):
-            for m_block in cutlass.range(runs.full_block_idx[run, 0], runs.full_block_idx[run, 1], unroll=1):
-                state_q, state_dout = load(member * blocks + m_block, state_q, state_dout, is_first)
-                is_first = Boolean(False)
+    state_q, state_dout, _ = _walk(
+        runs, n_block, q_subtile_factor, m_block_max, load, (state_q, state_dout, Boolean(True))
+    )
     return state_q, state_dout
 
 
 @cute.jit
 def _load_tile(
+    first: Any,
     m_block: Any,
-    state_q: Any,
-    state_dout: Any,
-    is_first: Any,
+    is_partial: cutlass.Constexpr,
+    states: Any,
     pipeline_q: Any,
     pipeline_dout: Any,
     load_k: Any,
@@ -361,27 +353,28 @@ def _load_tile(
     bytes_v: Any,
     same_stages: cutlass.Constexpr,
 ) -> Any:
+    state_q, state_dout, is_first = states
     state = state_q if const_expr(same_stages) else state_dout
     if is_first:
         pipeline_q.producer_acquire(state_q, extra_tx_count=bytes_k)
         load_k(tma_bar_ptr=pipeline_q.producer_get_barrier(state_q))
     else:
         pipeline_q.producer_acquire(state_q)
-    load_q(m_block, producer_state=state_q)
+    load_q(first + m_block, producer_state=state_q)
     if is_first:
         # The kernel before this one, which may still run, writes the statistics and clears dq.
         cute.arch.griddepcontrol_wait()
-    load_lse(m_block, producer_state=state_q)
+    load_lse(first + m_block, producer_state=state_q)
     if is_first:
         pipeline_dout.producer_acquire(state, extra_tx_count=bytes_v)
         load_v(tma_bar_ptr=pipeline_dout.producer_get_barrier(state))
     else:
         pipeline_dout.producer_acquire(state)
-    load_dout(m_block, producer_state=state)
-    load_dpsum(m_block, producer_state=state)
+    load_dout(first + m_block, producer_state=state)
+    load_dpsum(first + m_block, producer_state=state)
     state_q.advance()
     state_dout.advance()
-    return state_q, state_dout
+    return state_q, state_dout, Boolean(False)
 
 
 @cute.jit
@@ -418,18 +411,15 @@ def _multiply_tiles(
         aux_data=aux_data,
     )
     multiply = partial(multiply_tile, score_mod_fn=score_mod_fn, score_mod_bwd_fn=score_mod_bwd_fn)
-    is_later = Boolean(False)
-    for _ in cutlass.range(q_subtile_factor, unroll=1):
-        for run in cutlass.range(runs.mask_block_cnt[n_block], runs.mask_block_cnt[n_block + 1], unroll=1):
-            for m_block in cutlass.range(runs.mask_block_idx[run, 0], runs.mask_block_idx[run, 1], unroll=1):
-                state_q, state_dout = multiply(
-                    m_block, state_q, state_dout, mask_fn=apply_mask, dKV_accumulate=is_later
-                )
-                is_later = Boolean(True)
-        for run in cutlass.range(runs.full_block_cnt[n_block], runs.full_block_cnt[n_block + 1], unroll=1):
-            for m_block in cutlass.range(runs.full_block_idx[run, 0], runs.full_block_idx[run, 1], unroll=1):
-                state_q, state_dout = multiply(m_block, state_q, state_dout, mask_fn=None, dKV_accumulate=is_later)
-                is_later = Boolean(True)
+
+    def visit(first: Any, m_block: Any, is_partial: bool, states: Any) -> Any:
+        state_q, state_dout, is_later = states
+        mask_fn = apply_mask if is_partial else None
+        return *multiply(m_block, state_q, state_dout, mask_fn=mask_fn, dKV_accumulate=is_later), Boolean(True)
+
+    state_q, state_dout, _ = _walk(
+        runs, n_block, q_subtile_factor, m_block_max, visit, (state_q, state_dout, Boolean(False))
+    )
     return state_q, state_dout
 
 
@@ -456,19 +446,15 @@ def _store_tiles(
         num_threads=num_threads_per_warp_group + WARP,
         num_bytes=tma_copy_bytes_dQ,
     )
-    blocks = m_block_max // q_subtile_factor
-    for member in cutlass.range(q_subtile_factor, unroll=1):
-        for run in cutlass.range(runs.mask_block_cnt[n_block], runs.mask_block_cnt[n_block + 1], unroll=1):
-            for m_block in cutlass.range(runs.mask_block_idx[run, 0], runs.mask_block_idx[run, 1], unroll=1):
-                store(member * blocks + m_block)
-        for run in cutlass.range(runs.full_block_cnt[n_block], runs.full_block_cnt[n_block + 1], unroll=1):
-            for m_block in cutlass.range(runs.full_block_idx[run, 0], runs.full_block_idx[run, 1], unroll=1):
-                store(member * blocks + m_block)
+    _walk(runs, n_block, q_subtile_factor, m_block_max, store, (Int32(0),))
 
 
 @cute.jit
 def _store_tile(
+    first: Any,
     m_block: Any,
+    is_partial: cutlass.Constexpr,
+    states: Any,
     shared_dq: Any,
     global_dq: Any,
     warp_groups: cutlass.Constexpr,
@@ -483,6 +469,31 @@ def _store_tile(
         cute.arch.barrier(barrier_id=int(NamedBarrierBwd.dQFullWG0) + group, number_of_threads=num_threads)
         with cute.arch.elect_one():
             copy_utils.cpasync_reduce_bulk_add_f32(
-                shared_dq[None, group].iterator, global_dq[(None, group), m_block].iterator, num_bytes
+                shared_dq[None, group].iterator, global_dq[(None, group), first + m_block].iterator, num_bytes
             )
         cute.arch.cp_async_bulk_commit_group()
+    return states
+
+
+@cute.jit
+def _walk(runs: Any, n_block: Any, group: cutlass.Constexpr, m_blocks: Any, visit: Any, states: Any) -> Any:
+    """Visit the tiles of a block of keys, head by head of the group: partial ones before full ones.
+
+    ``visit(first, m_block, is_partial, states)`` gets the number of the head's first tile in the sequence, the number
+    of the tile in the head, and what the last visit returned.
+    """
+    for member in cutlass.range(group, unroll=1):
+        first = member * (m_blocks // group)
+        states = _walk_runs(runs.mask_block_cnt, runs.mask_block_idx, n_block, visit, first, True, states)
+        states = _walk_runs(runs.full_block_cnt, runs.full_block_idx, n_block, visit, first, False, states)
+    return states
+
+
+@cute.jit
+def _walk_runs(
+    offsets: Any, bounds: Any, n_block: Any, visit: Any, first: Any, is_partial: cutlass.Constexpr, states: Any
+) -> Any:
+    for run in cutlass.range(offsets[n_block], offsets[n_block + 1], unroll=1):
+        for m_block in cutlass.range(bounds[run, 0], bounds[run, 1], unroll=1):
+            states = visit(first, m_block, is_partial, states)
+    return states

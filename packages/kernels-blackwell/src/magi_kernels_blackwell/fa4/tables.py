@@ -128,7 +128,10 @@ def backward_tables(slices: SliceTable, num_q: int, num_k: int, tiling: Tiling, 
 
 
 def grouped_tiling(head_dim: int) -> Tiling:
-    """The tiles of the SM90 backward kernel, :mod:`.grouped_kernel`: FlashAttention-4's own for causal masks."""
+    """The tiles of the SM90 backward kernel, :mod:`.grouped_kernel`: FlashAttention-4's own for causal masks.
+
+    Its tiles of 80 queries, for full masks of 128 dims, came out 10 to 20 % slower here for all masks measured.
+    """
     if head_dim <= 128:
         return Tiling(128 if head_dim <= 64 else 64, 128, "keys")
     return Tiling(64, 96 if head_dim <= 192 else 64, "queries")

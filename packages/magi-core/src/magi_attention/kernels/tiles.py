@@ -133,7 +133,7 @@ def tile_runs(bands: Bands, num_q: int, num_k: int, block_q: int, block_k: int) 
         block_k: keys of a tile.
     """
     num_q_blocks, num_k_blocks = -(-num_q // block_q), -(-num_k // block_k)
-    pieces = _cut_rows(band.shrink(bands)[0], block_q)
+    pieces = cut_rows(band.shrink(bands)[0], block_q)
     inner_from, inner_to = _blocks_that_all_rows_see(pieces, block_k)
     row = pieces[:, band.Q0] // block_q
 
@@ -219,7 +219,7 @@ def bands_from_intervals(intervals: RowIntervals, first: int, last: int) -> Band
     return np.concatenate(pieces)
 
 
-def _cut_rows(bands: Bands, block_q: int) -> Bands:
+def cut_rows(bands: Bands, block_q: int) -> Bands:
     """Cut bands at multiples of ``block_q`` rows, and trim the pieces."""
     first, last = bands[:, band.Q0] // block_q, -(-bands[:, band.Q1] // block_q)
     owner, step = expand_counts(last - first)

@@ -37,7 +37,8 @@ from magi_attention.plan.traffic import Table, direct_links
 
 # A degree that is predicted to gain less than this is not worth its extra kernel launches and merges.
 WORTHWHILE_GAIN = 0.01
-# The smallest SIMULATED of the degrees that are within this share of the best, as if stages were equal, are simulated.
+# Of the degrees that would be within this share of the best if stages were equal, SIMULATED from the least to the
+# greatest are simulated.
 PROMISING, SIMULATED = 0.05, 3
 
 Values = NDArray[np.floating]
@@ -71,7 +72,8 @@ def choose_degree(
     at_once, staged = _predict_layer(demand, layout, key_layout, options, options.cluster, mesh_shape)
     if at_once * (1 + WORTHWHILE_GAIN) < staged.min():
         return 0
-    promising = np.flatnonzero(staged <= staged.min() * (1 + PROMISING))[:SIMULATED] + 1
+    promising = np.flatnonzero(staged <= staged.min() * (1 + PROMISING)) + 1
+    promising = promising[np.unique(np.linspace(0, len(promising) - 1, SIMULATED).round().astype(np.int64))]
     seconds = [
         _simulate(demand, layout, key_layout, options, options.cluster, mesh_shape, n) for n in promising.tolist()
     ]

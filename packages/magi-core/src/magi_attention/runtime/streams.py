@@ -57,7 +57,7 @@ def walk_steps(
         k: the rank's keys.
         v: the rank's values.
         kept: what the exchanges brought before, two tensors each; then there are none.
-        lend: whether the rows of a step are used no more once the next step is asked for.
+        lend: whether what they bring may lie in memory of the collectives, to be used only until the next step.
     """
     if kept is not None:
         pairs = iter(zip(kept[::2], kept[1::2], strict=True))

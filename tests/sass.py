@@ -48,12 +48,17 @@ def cuobjdump() -> Path | None:
 
 
 def kernels_of(obj: Path) -> list[Kernel]:
-    """The GPU functions in an object file of the cache."""
+    """The GPU functions in an object file of the host."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(_cubin(obj.read_bytes(), obj))
-        found = _RESOURCES.findall(_dump("-res-usage", cubin))
-        code = re.split(r"^\s*Function : ", _dump("-sass", cubin), flags=re.MULTILINE)[1:]
+        return kernels_of_cubin(cubin)
+
+
+def kernels_of_cubin(cubin: Path) -> list[Kernel]:
+    """The GPU functions in a cubin."""
+    found = _RESOURCES.findall(_dump("-res-usage", cubin))
+    code = re.split(r"^\s*Function : ", _dump("-sass", cubin), flags=re.MULTILINE)[1:]
     bodies = {text.split(None, 1)[0]: text for text in code}
     assert bodies
     return [

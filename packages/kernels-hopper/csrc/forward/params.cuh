@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the host gives the forward kernel; magi_kernels_hopper/forward.py has the same fields in the same order.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace magi::forward {
+
+// A tile of queries holds `pack` neighboring query heads of one key head, and for each of them the same `tile_q` tokens:
+// row r is of token r / pack and of head r % pack from the tile's first. Rows after the last of them count for nothing.
+//
+// tiles:  for each tile of queries (first run, number of tiles of keys, how many of these are masked, 0); a tile of keys
+//         is two boxes. Masked tiles come first.
+// runs:   (first key, end of keys, first piece, number of pieces or -1): boxes of keys one after another, the last one
+//         cut off at the end; of a full run, which has -1 pieces, all pairs count. A run may begin at num_k, for one box
+//         that nobody sees.
+// pieces: pairs of (k0, k1, d0, d1), (q0, q1, 0, 0): query i sees key j if q0 <= i < q1, k0 <= j < k1, d0 <= j - i <= d1.
+// order:  tiles of queries, the longest first.
+struct Params {
+    CUtensorMap q, k, v;
+    void* out;            // [num_q, heads, head_dim_v], of Element or float
+    float* lse;           // [num_q, heads]
+    float* max_logits;    // [heads] or null; -inf before the launch
+    uint32_t* counters;   // 2, zero before and after the launch
+    int4 const* tiles;
+    int4 const* runs;
+    int4 const* pieces;
+    int const* order;
+    int num_q, num_heads;
+    int pack, tile_q;
+    int packs_per_kv_head;      // query heads of a key head, divided by the pack
+    int num_tiles;              // of queries
+    int num_packs;              // of heads
+    int packs_per_section;      // that are computed together, so that their keys stay in the L2 cache
+    float scale;                // of scores, positive
+    float to_log2;              // from what the softmax is taken of to exponents of 2: log2(e), times scale without softcap
+    float softcap;              // the last two are for kernels with softcap only
+    float cap_slope;            // 2 log2(e) scale / softcap
+    int out_is_float;           // out is float
+    int merges;                 // out, which is float, and lse hold the result over other keys, to be merged with
+};
+
+static_assert(sizeof(Params) == 512, "forward.py pads its structure to this size");
+
+}  // namespace magi::forward

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which tile of queries a block computes next, and which boxes of keys that tile meets.
+#pragma once
+
+#include "params.cuh"
+
+namespace magi::forward {
+
+struct Item {
+    int tile;        // of queries
+    int pack;        // of heads
+    int first_run;
+    int num_tiles;   // of keys
+    int num_masked;
+};
+
+// Item `number` in the order of work: sections of packs, in each the longest tiles first, all its packs side by side.
+__device__ __forceinline__ Item item_at(Params const& p, int number) {
+    int const section = number / (p.num_tiles * p.packs_per_section);
+    int const first_pack = section * p.packs_per_section;
+    int const packs = min(p.packs_per_section, p.num_packs - first_pack);
+    int const within = number - section * p.num_tiles * p.packs_per_section;
+    int const tile = p.order[within / packs];
+    int4 const header = p.tiles[tile];
+    return {tile, first_pack + within % packs, header.x, header.y, header.z};
+}
+
+// Walks through the boxes of a tile's runs.
+template <int BoxN>
+struct BoxCursor {
+    int4 const* next_run;
+    int4 run = {0, 0, 0, 0};  // of the box last returned
+    int key = 0;              // where the next box begins
+
+    __device__ __forceinline__ BoxCursor(Params const& p, Item const& item) : next_run(p.runs + item.first_run) {}
+
+    // The first key of the next box.
+    __device__ __forceinline__ int next() {
+        if (key >= run.y) {
+            run = __ldg(next_run++);
+            key = run.x;
+        }
+        int const box = key;
+        key += BoxN;
+        return box;
+    }
+};
+
+}  // namespace magi::forward

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backend ``hopper``: attention kernels for NVIDIA Hopper GPUs, launched from the cubins of this wheel.
+
+Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
+"""
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, AttentionResult, KernelBackend, Support
+from magi_kernels_hopper.measured import tflops
+from magi_kernels_hopper.support import support_of
+
+
+class HopperBackend:
+    """See :class:`magi_attention.kernels.protocol.KernelBackend`. Results have q's dtype."""
+
+    name = "hopper"
+
+    def supports(self, request: AttentionRequest) -> Support:
+        """See the protocol."""
+        return support_of(request)
+
+    def expected_tflops(self, request: AttentionRequest) -> float:
+        """See the protocol."""
+        return tflops(request)
+
+    @torch.no_grad()
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
+        """See the protocol.
+
+        Raises:
+            RuntimeError: with the reason why not, if the tensors are not what :meth:`supports` would say yes to.
+        """
+        request = AttentionRequest.of_tensors(q, k, v, softcap=call.softcap, max_logits=call.max_logits)
+        if not (support := support_of(request)):
+            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
+        if not len(q) or not len(k):
+            lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+            max_logits = lse.new_full(q.shape[1:2], -torch.inf) if call.max_logits else None
+            return AttentionResult(q.new_zeros(*q.shape[:2], v.shape[2]), lse, max_logits)
+        from magi_kernels_hopper.forward import launch_forward
+
+        out = q.new_empty(*q.shape[:2], v.shape[2])
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        with torch.cuda.device(q.device):
+            max_logits = launch_forward(q, k, v, call, out, lse, merge=False)
+        return AttentionResult(out, lse, max_logits)
+
+    def backward(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raise the ``RuntimeError`` that the answer of :meth:`supports` announces."""
+        raise RuntimeError(f"backend {self.name!r}: its backward pass is not implemented yet")
+
+
+BACKEND: KernelBackend = HopperBackend()

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One launch of the forward kernel.
+
+Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
+"""
+
+import ctypes
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from magi_attention.kernels.protocol import AttentionCall
+from magi_kernels_hopper.driver import CUBINS, Kernel, TensorMap, TensorMaps
+from magi_kernels_hopper.support import ELEMENT_OF
+from magi_kernels_hopper.tables import device_row_tables
+from magi_kernels_hopper.variants import ForwardVariant
+
+LARGEST_PACK = 8
+"""How many query heads of a key head share a tile of queries at most."""
+
+LOG2_E = math.log2(math.e)
+
+MAP_BYTES = ctypes.sizeof(TensorMap)
+
+SECTION_BYTES = 16 << 20
+"""Keys and values that are computed with at a time, so that the L2 cache keeps them: a third of its 50 MB."""
+
+
+class Params(ctypes.Structure):
+    """``magi::forward::Params`` of csrc/forward/params.cuh."""
+
+    _fields_ = (
+        ("q", TensorMap),
+        ("k", TensorMap),
+        ("v", TensorMap),
+        ("out", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("max_logits", ctypes.c_void_p),
+        ("counters", ctypes.c_void_p),
+        ("tiles", ctypes.c_void_p),
+        ("runs", ctypes.c_void_p),
+        ("pieces", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
+        ("num_q", ctypes.c_int),
+        ("num_heads", ctypes.c_int),
+        ("pack", ctypes.c_int),
+        ("tile_q", ctypes.c_int),
+        ("packs_per_kv_head", ctypes.c_int),
+        ("num_tiles", ctypes.c_int),
+        ("num_packs", ctypes.c_int),
+        ("packs_per_section", ctypes.c_int),
+        ("scale", ctypes.c_float),
+        ("to_log2", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("cap_slope", ctypes.c_float),
+        ("out_is_float", ctypes.c_int),
+        ("merges", ctypes.c_int),
+        ("padding", ctypes.c_int * 2),
+    )
+
+
+class Geometry(NamedTuple):
+    """How the work of one call is cut.
+
+    Attributes:
+        pack: neighboring query heads that share a tile of queries.
+        tile_q: tokens of a tile.
+        packs_per_kv_head: packs that read the same keys.
+        num_packs: of all heads.
+        packs_per_section: packs computed at a time.
+    """
+
+    pack: int
+    tile_q: int
+    packs_per_kv_head: int
+    num_packs: int
+    packs_per_section: int
+
+
+def geometry(variant: ForwardVariant, num_heads_q: int, num_heads_kv: int, num_k: int) -> Geometry:
+    """Decide how to cut the work of ``num_heads_q`` query heads over ``num_k`` keys."""
+    group = num_heads_q // num_heads_kv
+    pack = max(each for each in range(1, LARGEST_PACK + 1) if group % each == 0)
+    packs_per_kv_head = group // pack
+    bytes_per_head = 2 * max(num_k, 1) * (variant.head_dim + variant.head_dim_v)
+    heads_per_section = max(min(SECTION_BYTES // bytes_per_head, num_heads_kv), 1)
+    return Geometry(
+        pack,
+        variant.sizes.tile_m // pack,
+        packs_per_kv_head,
+        num_heads_q // pack,
+        heads_per_section * packs_per_kv_head,
+    )
+
+
+class PreparedForward:
+    """All of a launch that does not change from call to call: made once for each mask and geometry, kept with the mask.
+
+    Args:
+        variant: the kernel.
+        call: the mask, and how to score.
+        q: ``[tq, hq, d]``.
+        k: ``[tk, hk, d]``.
+    """
+
+    def __init__(self, variant: ForwardVariant, call: AttentionCall, q: Tensor, k: Tensor) -> None:
+        cut = geometry(variant, q.shape[1], k.shape[1], k.shape[0])
+        sizes = variant.sizes
+        self.tables = device_row_tables(call.slices, q.shape[0], k.shape[0], cut.tile_q, sizes.box_n, q.device)
+        self.kernel = _kernel(variant, q.device)
+        swizzles = [128 if dim % 64 == 0 else 64 for dim in (variant.head_dim, variant.head_dim, variant.head_dim_v)]
+        rows = [(cut.pack, cut.tile_q), (1, sizes.box_n), (1, sizes.box_n)]
+        self.boxes = [(swizzle // 2, *each) for swizzle, each in zip(swizzles, rows, strict=True)]
+        self.swizzles = swizzles
+        items = len(self.tables.tiles) * cut.num_packs
+        self.blocks = max(min(_multiprocessors(q.device) - call.sm_margin, items), 1)
+        scale = abs(call.softmax_scale) or 1.0
+        capped = call.softcap > 0
+        self.template = Params(
+            tiles=self.tables.tiles.data_ptr(),
+            runs=self.tables.runs.data_ptr(),
+            pieces=self.tables.pieces.data_ptr(),
+            order=self.tables.order.data_ptr(),
+            num_q=q.shape[0],
+            num_heads=q.shape[1],
+            pack=cut.pack,
+            tile_q=cut.tile_q,
+            packs_per_kv_head=cut.packs_per_kv_head,
+            num_tiles=len(self.tables.tiles),
+            num_packs=cut.num_packs,
+            packs_per_section=cut.packs_per_section,
+            scale=scale,
+            to_log2=LOG2_E if capped else LOG2_E * scale,
+            softcap=call.softcap,
+            cap_slope=2 * LOG2_E * scale / call.softcap if capped else 0.0,
+        )
+
+
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor, lse: Tensor, *, merge: bool
+) -> Tensor | None:
+    """Attend, on torch's current stream.
+
+    Args:
+        q: ``[tq, hq, d]``, not empty.
+        k: ``[tk, hk, d]``, not empty.
+        v: ``[tk, hk, dv]``.
+        call: the mask and how to score.
+        out: ``[tq, hq, dv]`` contiguous, written: of q's dtype or float32.
+        lse: ``[tq, hq]`` float32, contiguous, written.
+        merge: whether ``out``, which must be float32, and ``lse`` hold the attention to other keys, with which the
+            result is merged, as :func:`magi_attention.kernels.merge.merge_partials` does.
+
+    Returns:
+        max_logits ``[hq]`` if the call asks for it.
+    """
+    if call.softmax_scale <= 0:  # the kernel takes the largest product for the largest score
+        q = -q if call.softmax_scale < 0 else torch.zeros_like(q)
+    tensors = (_aligned(q), _aligned(k), _aligned(v))
+    device = q.device
+    key = ("hopper forward", device, q.dtype, q.shape, k.shape, v.shape[2], call.softmax_scale, call.softcap)
+    prepared = call.slices.derived(
+        (*key, call.sm_margin),
+        lambda: PreparedForward(
+            ForwardVariant(q.shape[2], v.shape[2], ELEMENT_OF[q.dtype], call.softcap > 0), call, q, k
+        ),
+    )
+    max_logits = lse.new_full(lse.shape[1:], -torch.inf) if call.max_logits else None
+    stream = torch.cuda.current_stream(device).cuda_stream
+    params = Params.from_buffer_copy(prepared.template)
+    maps = _tensor_maps(device)
+    address = ctypes.addressof(params)  # the maps come first
+    for x, box, swizzle_bytes in zip(tensors, prepared.boxes, prepared.swizzles, strict=True):
+        ctypes.memmove(address, maps.get(x, box, swizzle_bytes), MAP_BYTES)
+        address += MAP_BYTES
+    counters = _counters(device, stream)
+    params.out, params.lse, params.counters = out.data_ptr(), lse.data_ptr(), counters.data_ptr()
+    if max_logits is not None:
+        params.max_logits = max_logits.data_ptr()
+    params.out_is_float, params.merges = out.dtype == torch.float32, merge
+    prepared.kernel.launch(prepared.blocks, stream, params)
+    return max_logits
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """A tensor that the copy engine can read: x itself, or a contiguous copy."""
+    token, head, element = x.stride()
+    if element == 1 and not (x.data_ptr() | token * 2 | head * 2) % 16 and token > 0 and head > 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _counters(device: torch.device, stream: int) -> Tensor:
+    """Two zeros, which the kernel leaves as it finds them. Launches on one stream share them, one after another.
+
+    A graph may be replayed on any stream, so that a launch that is captured has its own.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    return _stream_counters(device, stream)
+
+
+@cache
+def _stream_counters(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+@cache
+def _kernel(variant: ForwardVariant, device: torch.device) -> Kernel:
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    cubin = CUBINS / f"{variant.name}.cubin"
+    return Kernel(cubin, variant.entry, index, variant.sizes.threads, variant.shared_bytes)
+
+
+@cache
+def _tensor_maps(device: torch.device) -> TensorMaps:
+    return TensorMaps()
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

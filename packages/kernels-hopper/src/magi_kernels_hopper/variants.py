@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel of this package, and its sizes: what is compiled when the wheel is built, and launched from it.
+
+The build hook reads this file alone, so it imports nothing but the standard library.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+Element = Literal["bf16", "fp16"]
+ELEMENTS: dict[Element, str] = {"bf16": "__nv_bfloat16", "fp16": "__half"}
+HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+"""Head dims of queries and keys, and of values."""
+
+ARCH = "sm_90a"
+
+
+@dataclass(frozen=True)
+class ForwardSizes:
+    """Sizes of a forward kernel, chosen by measurement; see ``csrc/forward/traits.cuh``.
+
+    Attributes:
+        consumers: warpgroups that compute, each with 64 rows of scores.
+        box_n: keys of a box, which the copy engine loads at once; a tile of keys is two boxes.
+        q_stages: tiles of queries in shared memory; with 2, the next one comes while one is computed with.
+        stages: tiles of keys, and as many of values, in shared memory.
+        consumer_registers: of each consumer's thread.
+        producer_registers: of each thread of the warpgroup that loads.
+    """
+
+    consumers: int
+    box_n: int
+    q_stages: int
+    stages: int
+    consumer_registers: int
+    producer_registers: int
+
+    @property
+    def tile_m(self) -> int:
+        """Rows of scores of a block."""
+        return 64 * self.consumers
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128 * (self.consumers + 1)
+
+    def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Shared memory of a block: tiles, and room for barriers and alignment, which the compiler checks."""
+        tiles = self.q_stages * self.tile_m * head_dim + 2 * self.box_n * self.stages * (head_dim + head_dim_v)
+        return 2 * tiles + 2048
+
+
+FORWARD_SIZES = {
+    (64, 64): ForwardSizes(3, 56, 2, 2, 160, 32),
+    (96, 96): ForwardSizes(2, 64, 2, 2, 232, 40),
+    (128, 128): ForwardSizes(2, 64, 2, 2, 240, 24),
+    (192, 128): ForwardSizes(2, 64, 1, 2, 240, 24),
+    (192, 192): ForwardSizes(2, 56, 1, 2, 232, 40),
+    (256, 256): ForwardSizes(2, 40, 1, 2, 232, 40),
+}
+
+
+@dataclass(frozen=True)
+class ForwardVariant:
+    """One forward kernel.
+
+    Attributes:
+        head_dim: of queries and keys.
+        head_dim_v: of values.
+        element: ``"bf16"`` or ``"fp16"``, the type of queries, keys and values.
+        softcap: whether scores are capped.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    element: Element
+    softcap: bool = False
+
+    source = "forward/forward.cu"
+    entry = "magi_forward"
+
+    @property
+    def name(self) -> str:
+        """What its cubin is called."""
+        dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}_v{self.head_dim_v}"
+        return f"forward_{dims}_{self.element}{'_softcap' * self.softcap}"
+
+    @property
+    def sizes(self) -> ForwardSizes:
+        """Its sizes."""
+        return FORWARD_SIZES[self.head_dim, self.head_dim_v]
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        return self.sizes.shared_bytes(self.head_dim, self.head_dim_v)
+
+    @property
+    def defines(self) -> dict[str, object]:
+        """What the compiler is told."""
+        return {
+            "MAGI_HEAD_DIM": self.head_dim,
+            "MAGI_HEAD_DIM_V": self.head_dim_v,
+            "MAGI_ELEMENT": ELEMENTS[self.element],
+            "MAGI_SOFTCAP": int(self.softcap),
+            "MAGI_CONSUMERS": self.sizes.consumers,
+            "MAGI_BOX_N": self.sizes.box_n,
+            "MAGI_Q_STAGES": self.sizes.q_stages,
+            "MAGI_STAGES": self.sizes.stages,
+            "MAGI_CONSUMER_REGISTERS": self.sizes.consumer_registers,
+            "MAGI_PRODUCER_REGISTERS": self.sizes.producer_registers,
+            "MAGI_SHARED_BYTES": self.shared_bytes,
+        }
+
+
+def all_variants() -> list[ForwardVariant]:
+    """Every kernel, in the order in which they are compiled."""
+    return [
+        ForwardVariant(*dims, element, softcap)
+        for dims, element, softcap in product(HEAD_DIMS, ELEMENTS, (False, True))
+    ]
+
+
+def compiler_options(variant: ForwardVariant) -> list[str]:
+    """What nvcc is told besides the paths."""
+    defines = [f"-D{name}={value}" for name, value in variant.defines.items()]
+    return ["-std=c++17", "-O3", f"-gencode=arch=compute_{ARCH[3:]},code={ARCH}", "-cubin", *defines]

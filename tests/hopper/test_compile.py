@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels' machine code, looked at without a GPU."""
+
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from magi_kernels_hopper.driver import CUBINS
+from magi_kernels_hopper.variants import all_variants
+from tests.sass import cuobjdump, kernels_of_cubin
+
+HOOK = Path(__file__).parents[2] / "packages" / "kernels-hopper" / "hatch_build.py"
+
+
+def build_hook() -> ModuleType:
+    pytest.importorskip("hatchling", reason="the build hook needs hatchling: pip install hatchling")
+    spec = spec_from_file_location("hopper_build", HOOK)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_a_compiler_the_message_says_what_to_do(monkeypatch):
+    build = build_hook()
+    monkeypatch.setattr(build, "nvcc_places", lambda: [])
+    with pytest.raises(RuntimeError, match=r"install the CUDA toolkit .* MAGI_HOPPER_NO_KERNELS=1"):
+        build.find_nvcc()
+
+
+def test_unknown_kernels_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("MAGI_HOPPER_VARIANTS", "forward_d128_bf16,forward_d80_bf16")
+    with pytest.raises(ValueError, match="there is no kernel forward_d80_bf16"):
+        build_hook().compile_all(tmp_path, print)
+
+
+@pytest.fixture(scope="module")
+def cubins() -> Path:
+    """The installed kernels, compiled again where their sources have changed."""
+    if cuobjdump() is None:
+        pytest.skip("there is no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    build = build_hook()
+    try:
+        build.find_nvcc()
+    except RuntimeError as missing:
+        pytest.skip(str(missing))
+    build.compile_all(CUBINS, print)
+    return CUBINS
+
+
+STACK_LIMITS = {
+    "forward_d64_bf16_softcap": 128,
+    "forward_d128_bf16_softcap": 16,
+    "forward_d192_v128_bf16_softcap": 32,
+    "forward_d192_bf16_softcap": 136,
+    "forward_d256_bf16_softcap": 88,
+}
+"""Bytes of local memory per thread that NOTES.md speaks of; none for all that is not listed."""
+
+
+@pytest.mark.parametrize("variant", all_variants(), ids=lambda variant: variant.name)
+def test_machine_code(cubins, variant):
+    (kernel,) = kernels_of_cubin(cubins / f"{variant.name}.cubin")
+    assert kernel.name == variant.entry
+    assert kernel.instructions["HGMMA"]
+    assert kernel.instructions["UTMALDG"]
+    assert kernel.instructions["R2P"]
+    assert kernel.stack <= STACK_LIMITS.get(variant.name.replace("fp16", "bf16"), 0)
+
+
+def test_wheel_stays_small(cubins):
+    assert sum(each.stat().st_size for each in cubins.glob("*.cubin")) < 5 << 20

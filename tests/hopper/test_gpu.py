@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels on a Hopper GPU against the dense float64 oracle; the most basic cases come first."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magi_attention.common.slices import SliceTable
+from magi_attention.kernels.merge import merge_partials
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
+from magi_attention.testing.masks import MASK_FAMILIES, rectangular_masks
+from magi_attention.testing.metric import assert_within_pytorch_error
+from magi_attention.testing.oracle import dense_attention, dense_mask, masked_attention
+from magi_attention.testing.stages import Inputs, random_inputs
+from magi_kernels_hopper import BACKEND
+from magi_kernels_hopper.forward import launch_forward
+from magi_kernels_hopper.variants import HEAD_DIMS
+
+pytestmark = pytest.mark.gpu
+
+# Rows without keys, rows with several intervals, keys that nobody sees.
+IRREGULAR = SliceTable([[0, 200, 0, 300, 0], [200, 600, 100, 500, 1], [620, 640, 300, 340, 3], [620, 640, 0, 40, 2]])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hopper_gpu():
+    request = AttentionRequest(torch.device("cuda"), torch.bfloat16, 4, 2, 128, 128)
+    if not (support := BACKEND.supports(request)):
+        pytest.skip(support.reason)
+
+
+def inputs(num_q, num_k=None, *, heads=(4, 2), dims=(128, 128), dtype=torch.bfloat16) -> Inputs:
+    return random_inputs(num_q, num_q if num_k is None else num_k, heads=heads, dims=dims, dtype=dtype, device="cuda")
+
+
+def assert_right(x: Inputs, slices: SliceTable, **options) -> None:
+    scale = options.pop("softmax_scale", x.q.shape[2] ** -0.5)
+    softcap = options.get("softcap", 0.0)
+    result = BACKEND.forward(x.q, x.k, x.v, AttentionCall(slices, scale, **options))
+    assert result.out.dtype == x.q.dtype
+    scoring = {"softmax_scale": scale, "softcap": softcap}
+    exact = dense_attention(x.q, x.k, x.v, slices, **scoring)
+    mask = dense_mask(slices, x.q.shape[0], x.k.shape[0], "cuda")
+    plain = masked_attention(x.q, x.k, x.v, mask, **scoring)
+    for name, mine, truth, torchs in zip(("out", "lse", "max_logits"), result, exact, plain, strict=True):
+        if mine is not None:
+            assert_within_pytorch_error(mine, truth, torchs, name=name)
+
+
+def test_one_tile():
+    assert_right(inputs(128, heads=(1, 1)), SliceTable([[0, 128, 0, 128, 0]]))
+
+
+def test_many_tiles():
+    assert_right(inputs(1000, 3000, heads=(2, 1)), SliceTable([[0, 1000, 0, 3000, 0]]))
+
+
+@pytest.mark.parametrize("family", MASK_FAMILIES)
+def test_families(family):
+    for total in (333, 1024):
+        assert_right(inputs(total), MASK_FAMILIES[family](total, np.random.default_rng(total)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(rectangular_masks(700), st.sampled_from([(1, 1), (2, 1), (7, 1), (8, 2)]), st.sampled_from([64, 128]))
+def test_random_masks(mask, heads, dim):
+    (num_q, num_k), slices = mask
+    assert_right(inputs(num_q, num_k, heads=heads, dims=(dim, dim)), slices, max_logits=True)
+
+
+@pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (7, 1), (8, 1), (16, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_every_kernel(dims, heads, dtype, softcap):
+    assert_right(inputs(700, dims=dims, heads=heads, dtype=dtype), IRREGULAR, softcap=softcap, max_logits=True)
+
+
+@pytest.mark.parametrize(("num_q", "num_k"), [(300, 900), (900, 300), (1, 700), (700, 1), (129, 257), (0, 5), (5, 0)])
+def test_unequal_lengths(num_q, num_k):
+    for kind in (0, 1):
+        assert_right(inputs(num_q, num_k), SliceTable([[0, num_q, 0, num_k, kind]]).without_empty(), max_logits=True)
+
+
+@pytest.mark.parametrize("softmax_scale", [1.0, 0.0, -0.1])
+def test_scales(softmax_scale):
+    assert_right(inputs(700), IRREGULAR, softmax_scale=softmax_scale, max_logits=True)
+
+
+def test_without_any_pair():
+    assert_right(inputs(300), SliceTable([]), max_logits=True)
+
+
+def test_many_intervals_per_row():
+    assert_right(inputs(400), SliceTable([[0, 400, k, k + 7, 0] for k in range(0, 400, 20)]))
+
+
+def test_fewer_multiprocessors():
+    assert_right(inputs(2000, heads=(8, 8)), SliceTable([[0, 2000, 0, 2000, 1]]), sm_margin=120)
+
+
+def test_views_are_read_in_place():
+    qkv = torch.randn(700, 12, 128, device="cuda").bfloat16()
+    q, k, v = qkv[:, :8], qkv[:, 8:10], qkv[:, 10:]
+    call = AttentionCall(IRREGULAR, 0.1)
+    torch.testing.assert_close(
+        BACKEND.forward(q, k, v, call)[:2],
+        BACKEND.forward(q.contiguous(), k.contiguous(), v.contiguous(), call)[:2],
+        rtol=0,
+        atol=0,
+    )
+
+
+def test_same_bits_in_every_run_and_on_every_stream():
+    x, call = inputs(3000, heads=(8, 2)), AttentionCall(SliceTable([[0, 3000, 0, 3000, 1]]), 0.1)
+    first = BACKEND.forward(x.q, x.k, x.v, call)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    results = []
+    for stream in streams * 3:
+        with torch.cuda.stream(stream):
+            results.append(BACKEND.forward(x.q, x.k, x.v, call))
+    torch.cuda.synchronize()
+    for result in results:
+        assert torch.equal(result.out, first.out)
+        assert torch.equal(result.lse, first.lse)
+
+
+def test_captured_in_a_graph():
+    x, call = inputs(700), AttentionCall(IRREGULAR, 0.1)
+    expected = BACKEND.forward(x.q, x.k, x.v, call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = BACKEND.forward(x.q, x.k, x.v, call)
+    for _ in range(3):
+        captured.out.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured.out, expected.out)
+
+
+def test_merging_where_it_is_written():
+    """What an earlier stage left is merged with; rows without new keys keep their bits."""
+    x = inputs(700)
+    earlier, later = SliceTable([[0, 650, 400, 700, 0]]), SliceTable([[100, 700, 0, 400, 1]])
+    out, lse = x.q.new_empty(x.q.shape, dtype=torch.float32), x.q.new_empty(x.q.shape[:2], dtype=torch.float32)
+    launch_forward(x.q, x.k, x.v, AttentionCall(earlier, 0.1), out, lse, merge=False)
+    first = out.clone(), lse.clone()
+    second = torch.empty_like(out), torch.empty_like(lse)
+    launch_forward(x.q, x.k, x.v, AttentionCall(later, 0.1), *second, merge=False)
+    launch_forward(x.q, x.k, x.v, AttentionCall(later, 0.1), out, lse, merge=True)
+    expected = merge_partials(*first, *second)
+    torch.testing.assert_close((out, lse), expected, rtol=1e-5, atol=1e-5)
+    untouched = second[1] == -torch.inf
+    assert torch.equal(out[untouched], first[0][untouched])

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward kernel's tables, walked as the kernel walks them."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magi_attention.common.slices import SliceTable
+from magi_attention.testing.masks import rectangular_masks
+from magi_attention.testing.oracle import dense_mask
+from magi_kernels_hopper.plan import FULL, row_tables
+from tests.hopper.walk import pair_counts, walk
+
+
+@settings(max_examples=400, deadline=None)
+@given(rectangular_masks(150), st.sampled_from([1, 4, 16, 24]), st.sampled_from([8, 10, 16]))
+def test_every_pair_counts_once(mask, tile_q, box_k):
+    (num_q, num_k), slices = mask
+    tables = row_tables(slices.bands(), num_q, num_k, tile_q, box_k)
+    counts = pair_counts(tables, num_q, num_k, tile_q, box_k)
+    np.testing.assert_array_equal(counts, dense_mask(slices, num_q, num_k).numpy())
+    assert sorted(tables.order.tolist()) == list(range(-(-num_q // tile_q)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_tiles", "num_masked"),
+    [
+        ([[0, 256, 0, 256, 0]], [2] * 16, [0] * 16),  # nothing to mask
+        ([[0, 256, 0, 200, 0]], [2] * 16, [1] * 16),  # the last box is cut off
+        ([[0, 256, 0, 256, 1]], None, [1] * 16),  # one partial box on the diagonal, alone or beside a full one
+        ([[0, 256, 1, 129, 0]], [1] * 16, [0] * 16),  # spans begin where they like
+        ([[0, 8, 0, 128, 0], [8, 16, 0, 128, 0]], [1] + [0] * 15, [0] * 16),  # full by two slices together
+        ([], [0] * 16, [0] * 16),
+    ],
+)
+def test_boxes(rows, num_tiles, num_masked):
+    tables = row_tables(SliceTable(rows).bands(), 256, 256, 16, 64)
+    if num_tiles is not None:
+        assert tables.tiles[:, 1].tolist() == num_tiles
+    assert tables.tiles[:, 2].tolist() == num_masked
+
+
+def test_longest_come_first():
+    tables = row_tables(SliceTable([[0, 256, 0, 256, 1]]).bands(), 256, 256, 16, 16)
+    assert tables.order.tolist()[0] in (14, 15)
+    work = tables.tiles[tables.order, 1]
+    assert (np.diff(work) <= 0).all()
+
+
+def test_masked_boxes_meet_only_their_own_pieces():
+    """However many slices a tile of queries meets, a box looks at those that it meets itself."""
+    rows = [[0, 128, 128 * i, 128 * i + 64, 0] for i in range(0, 50, 2)]
+    rows += [[0, 64, 128 * i, 128 * i + 64, 0] for i in range(1, 50, 2)]
+    tables = row_tables(SliceTable(rows).bands(), 128, 6400, 128, 64)
+    assert set(tables.runs[:, 3].tolist()) == {FULL, 1}
+    assert sum(box.masked for box in walk(tables, 0, 128, 64)) == 26
+
+
+def test_long_runs_stay_short_tables():
+    tables = row_tables(SliceTable([[0, 1 << 20, 0, 1 << 20, 1]]).bands(), 1 << 20, 1 << 20, 16, 64)
+    assert len(tables.runs) < 4 * (1 << 16)
+    assert len(tables.pieces) <= 1 << 16

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the backend answers where it cannot compute; needs no GPU."""
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+
+from magi_attention.common.slices import SliceTable
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, KernelBackend
+from magi_attention.kernels.registry import choose_backend, installed_backends
+from magi_kernels_hopper import BACKEND
+from magi_kernels_hopper.forward import Params, geometry
+from magi_kernels_hopper.variants import FORWARD_SIZES, HEAD_DIMS, ForwardVariant, all_variants
+
+REQUEST = AttentionRequest(torch.device("cpu"), torch.bfloat16, 8, 2, 128, 128)
+
+
+def test_backend_is_found_by_its_entry_point():
+    assert isinstance(BACKEND, KernelBackend)
+    assert installed_backends()["hopper"] is BACKEND
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "NVIDIA GPUs only"),
+        ({"direction": "backward"}, "backward pass is not implemented"),
+        ({"dtype": torch.float32}, "not in torch.float32"),
+        ({"head_dim": 80, "head_dim_v": 80}, "head dims are 80/80"),
+        ({"head_dim": 64, "head_dim_v": 128}, "kernels are for 64, 96, 128, 192/128, 192, 256"),
+    ],
+)
+def test_refusals_say_why(changes, reason):
+    with pytest.raises(RuntimeError, match=reason):
+        choose_backend(replace(REQUEST, **changes), "hopper")
+
+
+def test_its_other_name():
+    with pytest.raises(RuntimeError, match="NVIDIA GPUs only"):
+        choose_backend(REQUEST, "ffa")
+
+
+def test_automatic_choice_passes_it_over():
+    assert choose_backend(REQUEST).name == "reference"
+
+
+def test_computing_with_it_gives_the_reason():
+    q, k = torch.zeros(5, 2, 128, dtype=torch.bfloat16), torch.zeros(5, 1, 128, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="NVIDIA GPUs only"):
+        BACKEND.forward(q, k, k, AttentionCall(SliceTable([]), 1.0))
+    with pytest.raises(RuntimeError, match="not implemented"):
+        BACKEND.backward()
+
+
+def test_parameters_have_the_size_that_the_kernel_asserts():
+    assert ctypes.sizeof(Params) == 512
+    assert Params.out.offset == 3 * 128
+
+
+def test_every_kernel_fits_a_multiprocessor():
+    assert set(FORWARD_SIZES) == set(HEAD_DIMS)
+    assert len({each.name for each in all_variants()}) == len(all_variants())
+    for variant in all_variants():
+        sizes = variant.sizes
+        assert variant.shared_bytes <= 227 * 1024
+        assert 128 * (sizes.consumers * sizes.consumer_registers + sizes.producer_registers) <= 1 << 16
+
+
+@pytest.mark.parametrize(
+    ("heads", "pack", "tile_q", "num_packs"),
+    [
+        ((8, 8), 1, 128, 8),
+        ((64, 8), 8, 16, 8),
+        ((6, 2), 3, 42, 2),
+        ((28, 4), 7, 18, 4),
+        ((40, 8), 5, 25, 8),
+        ((12, 2), 6, 21, 2),
+        ((64, 1), 8, 16, 8),
+    ],
+)
+def test_heads_share_tiles(heads, pack, tile_q, num_packs):
+    cut = geometry(ForwardVariant(128, 128, "bf16"), *heads, num_k=1 << 20)
+    assert (cut.pack, cut.tile_q, cut.num_packs) == (pack, tile_q, num_packs)
+    assert cut.packs_per_kv_head * heads[1] == num_packs
+    assert cut.packs_per_section == cut.packs_per_kv_head
