@@ -133,7 +133,7 @@ class GroupContext:
         lend: bool = False,
     ) -> NativeWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        self._check()
+        self._check_call()
         _check_rows("tensors", tensors, table.num_source, self.device)
         if out is not None:
             check_out(out, tensors, table.num_received)
@@ -174,7 +174,7 @@ class GroupContext:
         Raises:
             TypeError: no kernel combines these dtypes; see :func:`~magi_comm_grpcoll.combine.can_combine`.
         """
-        self._check()
+        self._check_call()
         check_reduce(partials, into, op, partial_lse, into_lse)
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
         targets = [*into] if into_lse is None else [*into, into_lse]
@@ -239,6 +239,14 @@ class GroupContext:
             raise PeerTimeoutError(str(self._error), self._error.ranks)
         if self._closed:
             raise RuntimeError("the context is closed")
+
+    def _check_call(self) -> None:
+        self._check()
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "native group collectives can't be captured in a CUDA graph, since they are numbered: capture without "
+                "them, or switch native_grpcoll off"
+            )
 
     def _give_up(self, number: int, epoch: int) -> None:
         """Called by the watchdog: name the ranks that are missing, refuse further calls, and free the streams."""
