@@ -103,9 +103,11 @@ def test_lent_rows_must_come_back():
     run_ranks(2, run)
 
 
-def test_a_rank_that_stops_is_named_and_nobody_hangs():
+@pytest.mark.parametrize("transport", ["copy_engine", "push"])
+def test_a_rank_that_stops_is_named_and_nobody_hangs(transport):
     def run(rank, group):
-        native, table = GroupContext(group, ContextOptions(timeout_s=0.5)), fragmented_table(rank, 3, 4, 2)
+        native = GroupContext(group, ContextOptions(transport=transport, timeout_s=0.5))
+        table = fragmented_table(rank, 3, 4, 2)
         rows = torch.ones(table.num_source, 4)
         native.cast([rows], table).wait_host()
         if rank == 1:

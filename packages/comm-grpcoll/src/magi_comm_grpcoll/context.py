@@ -255,7 +255,7 @@ class GroupContext:
         with torch.cuda.device(self.device), torch.cuda.stream(self._streams.watch):
             seen = self._control.local.cpu().numpy().view(np.int64)
             late = {rank for at, least in needed for rank in np.flatnonzero(seen[at // 8] < least).tolist()}
-            ranks = tuple(sorted(late))
+            ranks = tuple(sorted(late - {self.rank}))  # whose own words are not all written
             self._error = PeerTimeoutError(
                 f"ranks {list(ranks)} of the group did not do their part of {LANES[number]} number {epoch} "
                 f"within {self._timeout_s:g} s; this group can't be used natively any more",
