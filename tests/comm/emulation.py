@@ -198,6 +198,7 @@ def emulate(monkeypatch: Any) -> None:
         (torch.cuda, "stream", stream_of_block),
         (torch.cuda, "current_stream", current_stream),
         (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "device", lambda device: stream_of_block(current_stream())),
         (torch, "zeros", lambda *size, pin_memory=False, **options: zeros(*size, **options)),
         (torch.Tensor, "pin_memory", lambda self: self),

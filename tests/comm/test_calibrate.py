@@ -19,10 +19,10 @@ def folder(tmp_path, monkeypatch):
     switch_bytes.cache_clear()
 
 
-def test_copy_engines_take_over_where_they_stay_nearly_as_fast():
+def test_copy_engines_take_over_where_they_stay_half_as_fast():
     push = {1: 300.0, 2: 310.0, 4: 320.0, 8: 320.0}
-    assert choose_switch({1: 10.0, 2: 100.0, 4: 290.0, 8: 380.0}, push) == 4
-    assert choose_switch({1: 290.0, 2: 100.0, 4: 290.0, 8: 380.0}, push) == 4
+    assert choose_switch({1: 10.0, 2: 100.0, 4: 170.0, 8: 380.0}, push) == 4
+    assert choose_switch({1: 290.0, 2: 100.0, 4: 170.0, 8: 380.0}, push) == 4
     assert choose_switch(push, push) == 1
     assert choose_switch({size: 1.0 for size in push}, push) == 16
 

@@ -2,6 +2,7 @@
 """Contexts over emulated GPUs: everything but the driver and the kernels, without a GPU."""
 
 import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll import CapacityError, ContextOptions, GroupContext, PeerTimeoutError, SlotLentError
+from magi_comm_grpcoll.watchdog import Watchdog, Watched
 from tests.comm.emulation import emulate, run_ranks
 from tests.comm.test_native import fragmented_table
 from tests.distributed.exchanges import RandomNeeds, random_tensor
@@ -101,9 +103,11 @@ def test_lent_rows_must_come_back():
     run_ranks(2, run)
 
 
-def test_a_rank_that_stops_is_named_and_nobody_hangs():
+@pytest.mark.parametrize("transport", ["copy_engine", "push"])
+def test_a_rank_that_stops_is_named_and_nobody_hangs(transport):
     def run(rank, group):
-        native, table = GroupContext(group, ContextOptions(timeout_s=0.5)), fragmented_table(rank, 3, 4, 2)
+        native = GroupContext(group, ContextOptions(transport=transport, timeout_s=0.5))
+        table = fragmented_table(rank, 3, 4, 2)
         rows = torch.ones(table.num_source, 4)
         native.cast([rows], table).wait_host()
         if rank == 1:
@@ -142,3 +146,35 @@ def test_own_rows_lie_among_received_ones():
             assert torch.equal(out, expected)
 
     run_ranks(2, run)
+
+
+def test_graphs_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    def run(rank, group):
+        native, table = GroupContext(group, ContextOptions(timeout_s=30)), fragmented_table(rank, 2, 2, 2)
+        rows = torch.ones(table.num_source, 4)
+        with pytest.raises(RuntimeError, match="can't be captured in a CUDA graph"):
+            native.cast([rows], table)
+        with pytest.raises(RuntimeError, match="can't be captured in a CUDA graph"):
+            native.reduce([torch.ones(table.num_received, 4)], table, [rows])
+
+    run_ranks(2, run)
+
+
+def test_only_what_could_start_and_stands_still_is_late():
+    rings = [Watched(name, np.zeros(2, np.int64)) for name in ("cast", "reduce")]
+
+    class Owner:
+        def give_up(self, ring: int, epoch: int) -> None:
+            raise AssertionError("not called from here")
+
+    owner = Owner()
+    watchdog = Watchdog(rings, weakref.WeakMethod(owner.give_up), timeout_s=10)
+    watchdog.stop()
+    assert watchdog.look(0) is watchdog.look(100) is None  # nothing is under way
+    rings[1].progress[:] = 3, 2
+    assert watchdog.look(200) is watchdog.look(209) is None
+    rings[1].progress[:] = 5, 3  # it moved on
+    assert watchdog.look(211) is watchdog.look(221) is None
+    assert watchdog.look(222) == (1, 3)

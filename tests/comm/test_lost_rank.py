@@ -15,11 +15,11 @@ from tests.comm.test_native import fragmented_table
 TIMEOUT_S = 2.0
 
 
-def work_until_lost(rank: int, world_size: int, port: int, results) -> None:
+def work_until_lost(rank: int, world_size: int, port: int, transport: str, results) -> None:
     torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    native = GroupContext(dist.group.WORLD, ContextOptions(timeout_s=TIMEOUT_S))
+    native = GroupContext(dist.group.WORLD, ContextOptions(transport=transport, timeout_s=TIMEOUT_S))
     table = fragmented_table(rank, world_size, 5, 4)
     rows = torch.ones(table.num_source, 64, device="cuda")
     for _ in range(3):
@@ -45,12 +45,13 @@ def work_until_lost(rank: int, world_size: int, port: int, results) -> None:
 
 
 @pytest.mark.gpu(2)
-def test_the_others_get_an_error_that_names_the_lost_rank():
+@pytest.mark.parametrize("transport", ["copy_engine", "push"])
+def test_the_others_get_an_error_that_names_the_lost_rank(transport):
     world_size = min(torch.cuda.device_count(), 4)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     spawn = get_context("spawn")
     results = spawn.Queue()
-    arguments = (world_size, store.port, results)
+    arguments = (world_size, store.port, transport, results)
     processes = [
         spawn.Process(target=work_until_lost, args=(rank, *arguments), daemon=True) for rank in range(world_size)
     ]

@@ -255,6 +255,27 @@ def test_misuse_is_refused(pool):
     pool.run(misuse, timeout_s=60)
 
 
+def put_own_rows(rank: int, world_size: int) -> None:
+    """Every second row of the receive buffer is the rank's own."""
+    peer, half = (rank + 1) % world_size, 300
+    source, target = (rank - 1) % world_size, np.arange(half) * 2
+    recv = np.column_stack([np.full(half, source), target, target + 1])
+    table = ExchangeTable(np.array([[peer, 0, half]]), recv, world_size, half, 2 * half)
+    rows = [random_tensor(r, (half, 8, 128), torch.bfloat16).to(device()) for r in range(world_size)]
+    expected = torch.stack([rows[source], rows[rank]], dim=1).flatten(0, 1)
+    places = torch.arange(half, device=device()) * 2 + 1
+    for transport in TRANSPORTS:
+        for lend in (True, False):
+            for _ in range(3):
+                work = context(transport).cast([rows[rank]], table, own_places=places, lend=lend)
+                assert torch.equal(work.wait()[0], expected)
+                work.release()
+
+
+def test_own_rows_lie_among_received_ones(pool):
+    pool.run(put_own_rows, timeout_s=60)
+
+
 def use_the_entry_point(rank: int, world_size: int) -> None:
     first, second = NativeCollectives(dist.group.WORLD), NativeCollectives(dist.group.WORLD)
     assert first.context is second.context is not None

@@ -13,6 +13,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def numbers_printed(command):
+    line = next(line for line in output_of(command).splitlines() if "norm" in line)
+    return [float(number) for number in re.findall(r"\d+\.\d+", line)]
+
+
+def output_of(command):
     done = subprocess.run(
         [sys.executable, *command],
         capture_output=True,
@@ -21,8 +26,7 @@ def numbers_printed(command):
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    line = next(line for line in done.stdout.splitlines() if "norm" in line)
-    return [float(number) for number in re.findall(r"\d+\.\d+", line)]
+    return done.stdout
 
 
 @pytest.mark.parametrize("name", ["quickstart.py", "second_mask.py", "cross_attention.py", "encoder_decoder.py"])
@@ -32,3 +36,10 @@ def test_example_gives_the_same_on_one_process_and_on_two(name):
     together = numbers_printed([*torchrun, str(EXAMPLES / name)])
     assert len(alone) == 2
     assert together == pytest.approx(alone, rel=1e-4)
+
+
+def test_sparse_all_to_all_combines_what_experts_compute():
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    errors = re.findall(r"largest error (\S+)", output_of([*torchrun, str(EXAMPLES / "sparse_all_to_all.py")]))
+    assert len(errors) == 3
+    assert max(map(float, errors)) < 1e-4

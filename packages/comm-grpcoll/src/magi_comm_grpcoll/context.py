@@ -133,7 +133,7 @@ class GroupContext:
         lend: bool = False,
     ) -> NativeWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        self._check()
+        self._check_call()
         _check_rows("tensors", tensors, table.num_source, self.device)
         if out is not None:
             check_out(out, tensors, table.num_received)
@@ -174,7 +174,7 @@ class GroupContext:
         Raises:
             TypeError: no kernel combines these dtypes; see :func:`~magi_comm_grpcoll.combine.can_combine`.
         """
-        self._check()
+        self._check_call()
         check_reduce(partials, into, op, partial_lse, into_lse)
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
         targets = [*into] if into_lse is None else [*into, into_lse]
@@ -240,6 +240,14 @@ class GroupContext:
         if self._closed:
             raise RuntimeError("the context is closed")
 
+    def _check_call(self) -> None:
+        self._check()
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "native group collectives can't be captured in a CUDA graph, since they are numbered: capture without "
+                "them, or switch native_grpcoll off"
+            )
+
     def _give_up(self, number: int, epoch: int) -> None:
         """Called by the watchdog: name the ranks that are missing, refuse further calls, and free the streams."""
         words = self._words[number]
@@ -247,7 +255,7 @@ class GroupContext:
         with torch.cuda.device(self.device), torch.cuda.stream(self._streams.watch):
             seen = self._control.local.cpu().numpy().view(np.int64)
             late = {rank for at, least in needed for rank in np.flatnonzero(seen[at // 8] < least).tolist()}
-            ranks = tuple(sorted(late))
+            ranks = tuple(sorted(late - {self.rank}))  # whose own words are not all written
             self._error = PeerTimeoutError(
                 f"ranks {list(ranks)} of the group did not do their part of {LANES[number]} number {epoch} "
                 f"within {self._timeout_s:g} s; this group can't be used natively any more",
@@ -303,7 +311,7 @@ def _check_rows(name: str, tensors: Sequence[Tensor], num_rows: int, device: tor
     if not tensors:
         raise ValueError(f"{name} must not be empty")
     for tensor in tensors:
-        if len(tensor) != num_rows or tensor.device != device:
+        if tensor.shape[0] != num_rows or tensor.device != device:
             raise ValueError(
                 f"{name} must all have {num_rows} rows on {device}, "
                 f"but one of them is {tuple(tensor.shape)} on {tensor.device}"
