@@ -10,6 +10,7 @@
 #include "../ptx/cp_async_bulk_tensor.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/wgmma.cuh"
+#include "../ring.cuh"
 #include "epilogue.cuh"
 #include "schedule.cuh"
 #include "softmax.cuh"
@@ -20,25 +21,6 @@ namespace magi::forward {
 using ptx::CacheHint;
 
 constexpr uint32_t kFirstTurn = 1;  // named barriers, one for each consumer; 0 is __syncthreads()
-
-// A place in a ring of buffers, and the parity of the barriers' phase there.
-template <int Stages>
-class RingPlace {
-    static constexpr bool kCounts = (Stages & (Stages - 1)) == 0;  // one number holds both
-    int stage_or_count_ = 0;
-    uint32_t parity_ = 0;
-
-   public:
-    __device__ __forceinline__ int stage() const { return kCounts ? stage_or_count_ & (Stages - 1) : stage_or_count_; }
-    __device__ __forceinline__ uint32_t parity() const { return kCounts ? stage_or_count_ / Stages & 1 : parity_; }
-    __device__ __forceinline__ void advance() {
-        stage_or_count_++;
-        if (!kCounts && stage_or_count_ == Stages) {
-            stage_or_count_ = 0;
-            parity_ ^= 1;
-        }
-    }
-};
 
 template <typename T>
 __device__ __forceinline__ void init_barriers(Shared<T>& s) {
