@@ -115,15 +115,96 @@ class ForwardVariant:
         }
 
 
-def all_variants() -> list[ForwardVariant]:
+@dataclass(frozen=True)
+class BackwardSizes:
+    """Sizes of a backward kernel, chosen by measurement; see ``csrc/backward/traits.cuh``.
+
+    Attributes:
+        tile_m: rows of queries of a tile.
+        tile_n: keys of a tile: 64 for each warpgroup that computes, or for both together where heads are wide.
+        stages: tiles of queries, and as many of gradients of outputs, in shared memory.
+        dq_parts: into how many parts the sums of a tile's gradients of queries are cut.
+        shared_bytes: of a block, which the compiler checks.
+    """
+
+    tile_m: int
+    tile_n: int
+    stages: int
+    dq_parts: int
+    shared_bytes: int
+
+    threads = 384
+    row_threads = 256
+    """Threads of a block of the kernels that come before and after."""
+
+
+BACKWARD_SIZES = {
+    64: BackwardSizes(64, 128, 2, 1, 134 << 10),
+    96: BackwardSizes(64, 128, 2, 1, 180 << 10),
+    128: BackwardSizes(64, 128, 2, 2, 196 << 10),
+    192: BackwardSizes(64, 64, 2, 2, 227 << 10),
+    256: BackwardSizes(64, 64, 2, 2, 227 << 10),
+}
+"""By head dim, which queries, keys and values share."""
+
+
+@dataclass(frozen=True)
+class BackwardVariant:
+    """One backward kernel, and those that come before and after it.
+
+    Attributes:
+        head_dim: of queries, keys and values.
+        element: ``"bf16"`` or ``"fp16"``, the type of queries, keys and values.
+        softcap: whether scores are capped.
+    """
+
+    head_dim: int
+    element: Element
+    softcap: bool = False
+
+    source = "backward/backward.cu"
+    entry = "magi_backward"
+    prepare_entry = "magi_backward_prepare"
+    convert_entry = "magi_backward_convert"
+
+    @property
+    def name(self) -> str:
+        """What its cubin is called."""
+        return f"backward_d{self.head_dim}_{self.element}{'_softcap' * self.softcap}"
+
+    @property
+    def sizes(self) -> BackwardSizes:
+        """Its sizes."""
+        return BACKWARD_SIZES[self.head_dim]
+
+    @property
+    def defines(self) -> dict[str, object]:
+        """What the compiler is told."""
+        return {
+            "MAGI_HEAD_DIM": self.head_dim,
+            "MAGI_ELEMENT": ELEMENTS[self.element],
+            "MAGI_SOFTCAP": int(self.softcap),
+            "MAGI_TILE_M": self.sizes.tile_m,
+            "MAGI_TILE_N": self.sizes.tile_n,
+            "MAGI_STAGES": self.sizes.stages,
+            "MAGI_DQ_PARTS": self.sizes.dq_parts,
+            "MAGI_SHARED_BYTES": self.sizes.shared_bytes,
+        }
+
+
+Variant = ForwardVariant | BackwardVariant
+
+
+def all_variants() -> list[Variant]:
     """Every kernel, in the order in which they are compiled."""
+    scores = list(product(ELEMENTS, (False, True)))
     return [
-        ForwardVariant(*dims, element, softcap)
-        for dims, element, softcap in product(HEAD_DIMS, ELEMENTS, (False, True))
+        *(ForwardVariant(*dims, element, softcap) for dims, (element, softcap) in product(HEAD_DIMS, scores)),
+        *(BackwardVariant(dim, element, softcap) for dim, (element, softcap) in product(BACKWARD_SIZES, scores)),
     ]
 
 
-def compiler_options(variant: ForwardVariant) -> list[str]:
+def compiler_options(variant: Variant) -> list[str]:
     """What nvcc is told besides the paths."""
     defines = [f"-D{name}={value}" for name, value in variant.defines.items()]
     return ["-std=c++17", "-O3", f"-gencode=arch=compute_{ARCH[3:]},code={ARCH}", "-cubin", *defines]
