@@ -26,14 +26,6 @@ struct Softmax {
 
     __device__ __forceinline__ explicit Softmax(Params const& p) : p(p) {}
 
-    __device__ __forceinline__ void takes(Softmax const& other) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            largest[r] = other.largest[r];
-            sum[r] = other.sum[r];
-        }
-    }
-
     // A product of query and key to what the softmax is taken of, up to to_log2: cap * tanh(scale * x / cap), or itself.
     __device__ __forceinline__ float capped(float x) const {
         if constexpr (!T::kSoftcap) return x;

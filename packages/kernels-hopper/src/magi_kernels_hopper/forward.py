@@ -6,6 +6,7 @@ Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 
 import ctypes
 import math
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -101,7 +102,7 @@ class PreparedForward:
     """All of a launch that does not change from call to call: made once for each mask and geometry, kept with the mask.
 
     Args:
-        variant: the kernel.
+        variant: the kernel; the wide one is taken instead where it is faster.
         call: the mask, and how to score.
         q: ``[tq, hq, d]``.
         k: ``[tk, hk, d]``.
@@ -109,8 +110,9 @@ class PreparedForward:
 
     def __init__(self, variant: ForwardVariant, call: AttentionCall, q: Tensor, k: Tensor) -> None:
         cut = geometry(variant, q.shape[1], k.shape[1], k.shape[0])
+        self.tables = device_row_tables(call.slices, q.shape[0], k.shape[0], cut.tile_q, variant, q.device)
+        variant = replace(variant, wide=self.tables.wide)
         sizes = variant.sizes
-        self.tables = device_row_tables(call.slices, q.shape[0], k.shape[0], cut.tile_q, sizes.box_n, q.device)
         self.kernel = _kernel(variant, q.device)
         swizzles = [128 if dim % 64 == 0 else 64 for dim in (variant.head_dim, variant.head_dim, variant.head_dim_v)]
         rows = [(cut.pack, cut.tile_q), (1, sizes.box_n), (1, sizes.box_n)]
