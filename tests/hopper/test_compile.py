@@ -50,6 +50,7 @@ def cubins() -> Path:
 
 
 STACK_LIMITS = {
+    "backward_d128_bf16_softcap": 32,
     "forward_d64_bf16_softcap": 128,
     "forward_d128_bf16_softcap": 16,
     "forward_d192_v128_bf16_softcap": 32,
