@@ -107,3 +107,11 @@ def test_heads_share_tiles(heads, pack, tile_q, num_packs):
 )
 def test_heads_share_tiles_of_the_backward_pass(heads, expected):
     assert backward.geometry(BackwardVariant(128, "bf16"), 1000, *heads) == expected
+
+
+def test_expected_speed():
+    """Grouped heads on irregular masks are what the forward kernels are best at."""
+    grouped = replace(REQUEST, mask_class="varlen_full")
+    assert BACKEND.expected_tflops(grouped) > BACKEND.expected_tflops(replace(grouped, num_heads_kv=8))
+    assert BACKEND.expected_tflops(grouped) > BACKEND.expected_tflops(grouped.toward("backward"))
+    assert BACKEND.expected_tflops(grouped) > BACKEND.expected_tflops(replace(grouped, head_dim=64, head_dim_v=64))
