@@ -49,7 +49,11 @@ def device_row_tables(
         wide = len(boxes) > 1 and keys[-1] < WIDE_KEYS * keys[0]
         chosen = choices[wide]
         return DeviceRowTables(
-            *(upload(each, device) for each in (chosen.tiles, chosen.runs, chosen.pieces, chosen.order)), wide
+            tiles=upload(chosen.tiles, device),
+            runs=upload(chosen.runs, device),
+            pieces=upload(chosen.pieces, device),
+            order=upload(chosen.order, device),
+            wide=wide,
         )
 
     return slices.derived(("hopper rows", num_q, num_k, tile_q, *boxes, device), build)
