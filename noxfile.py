@@ -35,7 +35,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     ),
     "hopper": ("-e", "packages/kernels-hopper[test]"),
     "blackwell": ("-e", "packages/kernels-blackwell[test]"),
-    "comm": ("-e", "packages/comm-grpcoll"),
+    "comm": ("-e", "packages/comm-grpcoll[test]"),
 }
 DEFAULT_SUITES = ("core", "distributed", "workspace")
 PLUGIN_SUITES = ("hopper", "blackwell", "comm")

@@ -2,11 +2,12 @@
 """Distributed attention against other ways of context parallelism: ``python benchmarks/distributed.py``.
 
 Every number is TFLOP/s per GPU of the pairs that the mask keeps, from the median over the passes of the slowest rank's
-time. All methods run in the same processes, one after another; all but ``torch`` call the same kernel backend.
+time. All methods run in the same processes, in several rounds in turn, since a GPU that has just rested is faster; of
+each, the median round counts. All but ``torch`` call the same kernel backend.
 
 single      the kernel alone, on every GPU at once without communication: the same mask family, over as many tokens as
             have (to 256 tokens) the mask area that a GPU has in the distributed attention.
-magi/N      ours, with N remote stages.
+magi/N      ours, with N remote stages, or as many as are predicted to be the best (auto).
 eff         the best magi/N over single.
 gather      all-gather of keys and values, reduce-scatter of their gradients; contiguous shards.
 gather-zz   the same with zigzag shards.
@@ -14,17 +15,21 @@ ring-zz     a ring over zigzag shards, double-buffered, merged by log-sum-exp.
 torch       torch's own context parallelism: its ring around SDPA, zigzag where causal. Full and causal masks alone.
 best/base   the best magi/N over the best of gather, gather-zz, ring-zz and torch.
 
+With ``--host-time``, the lines ``host`` are microseconds until the call of a pass returns, on the slowest rank: where a
+kernel takes less, the host is what limits. With ``--breakdown``, a trace of rank 0 tells what each stream of ours did.
 A cell that fails shows why below the table; the others go on. On a CPU (``--device cpu``) toy sizes work.
 """
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
@@ -34,7 +39,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from magi_attention.api import calc_attn
-from magi_attention.cli.bench.measure import PassTimes, make_key, tflops, time_passes
+from magi_attention.cli.bench.breakdown import Share, break_down
+from magi_attention.cli.bench.measure import PassTimes, make_key, tflops, time_passes, trace_pass
 from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.demo.command import DTYPES
 from magi_attention.cli.demo.options import Precision
@@ -45,7 +51,7 @@ from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr, find_manage
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.testing.distributed import RankError, RankPool
 
-MASKS = ("full", "causal", "varlen_causal", "varlen_block_causal_4k")
+MASKS = ("causal", "varlen_causal", "full", "varlen_block_causal_4k")
 BASELINES = ("gather", "gather-zz", "ring-zz", "torch")
 SINGLE_STEP = 256
 CELL_TIMEOUT_S = 240.0
@@ -59,6 +65,16 @@ class Cell:
 
     method: str
     options: BenchOptions
+    breakdown: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank found: its times, the mask area per rank that they are for, and what a trace shows."""
+
+    times: PassTimes
+    pairs: int
+    shares: list[Share]
 
 
 def area(mask: str, tokens: int) -> int:
@@ -74,8 +90,8 @@ def tokens_for_area(mask: str, wanted: float, most: int) -> int:
     return min((max(low - 1, 1), low), key=lambda n: abs(area(mask, n * SINGLE_STEP) - wanted)) * SINGLE_STEP
 
 
-def run_cell(rank: int, world_size: int, cell: Cell) -> tuple[PassTimes, int]:
-    """Time a cell on this rank; returns the times and the mask area per rank that they are for."""
+def run_cell(rank: int, world_size: int, cell: Cell) -> Measured:
+    """Time a cell on this rank."""
     on_gpu = dist.get_backend() == "nccl"
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     options = cell.options
@@ -104,11 +120,17 @@ def run_cell(rank: int, world_size: int, cell: Cell) -> tuple[PassTimes, int]:
             else:
                 forward, backward = baseline(cell, Kernel(q, k, v, options.backend), q, k, v, dout)
             times = time_passes(forward, backward, device, options.warmup, options.repeat)
+            shares = []
+            if cell.breakdown:
+                with TemporaryDirectory() as folder:
+                    path = Path(folder, "trace.json")
+                    trace_pass(forward, backward, device, str(path))
+                    shares = break_down(json.loads(path.read_text())["traceEvents"]) if rank == 0 else []
     finally:
         dist_attn_runtime_dict_mgr.clear()
         if on_gpu:
             torch.cuda.empty_cache()
-    return times, pairs
+    return Measured(times, pairs, shares)
 
 
 def _world() -> dist.ProcessGroup:
@@ -165,43 +187,96 @@ def torch_context_parallel(
     return differentiable(forward, leaves, dout.transpose(0, 1)[None].contiguous())
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What is printed of a method: TFLOP/s and the host's seconds, forward and backward."""
+
+    rates: tuple[float, float]
+    host: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How to measure a row: its mask and shape, in how many rounds, and whether with a trace."""
+
+    bench: BenchOptions
+    rounds: int
+    breakdown: bool
+
+
 def measure_row(
-    pool: RankPool, world_size: int, options: BenchOptions, methods: list[str]
-) -> tuple[dict[str, tuple[float, float]], list[str], list[dict[str, object]]]:
-    """Measure all methods on one mask: rates (forward, backward) by method, what failed, and records for JSON."""
-    rates, failures, records = {}, [], []
+    pool: RankPool, world_size: int, options: RowOptions, methods: list[str]
+) -> tuple[dict[str, Figures], list[str], list[dict[str, object]]]:
+    """Measure all methods on one mask: figures by method, what failed, and records for JSON."""
+    where = f"{world_size} x {options.bench.tokens // world_size} {options.bench.mask}"
+    rounds: dict[str, list[Measured]] = {method: [] for method in methods}
+    reasons: dict[str, str] = {}
+    for number in range(options.rounds):
+        for method in methods[number:] + methods[:number]:
+            if method in reasons:
+                continue
+            degree = method.removeprefix("magi/")
+            cell_options = replace(options.bench, overlap_degree=int(degree) if degree.isdigit() else None)
+            is_last = number == options.rounds - 1
+            cell = Cell(method, cell_options, options.breakdown and is_last and method.startswith("magi/"))
+            if sys.stderr.isatty():
+                print(f"\r\033[K{where} {method}, round {number + 1} ", end="", file=sys.stderr, flush=True)
+            try:
+                rounds[method].append(pool.run(run_cell, cell, timeout_s=CELL_TIMEOUT_S)[0])
+            except (RankError, TimeoutError) as error:
+                lines = [line for line in str(error).splitlines() if line and not line.startswith("(ranks")]
+                reasons[method] = lines[-1]
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    figures, records = {}, []
     for method in methods:
-        degree = int(method.removeprefix("magi/")) if method.startswith("magi/") else None
-        cell = Cell(method, replace(options, overlap_degree=degree))
-        where = f"{world_size} x {options.tokens // world_size} {options.mask} {method}"
-        record: dict[str, object] = {"ranks": world_size, "mask": options.mask, "tokens": options.tokens}
+        record: dict[str, object] = {"ranks": world_size, "mask": options.bench.mask, "tokens": options.bench.tokens}
         records.append(record | {"method": method})
-        try:
-            times, pairs = pool.run(run_cell, cell, timeout_s=CELL_TIMEOUT_S)[0]
-        except (RankError, TimeoutError) as error:
-            reason = [line for line in str(error).splitlines() if line and not line.startswith("(ranks")][-1]
-            failures.append(f"{where}: {reason}")
-            records[-1] |= {"error": reason}
+        if method in reasons:
+            records[-1] |= {"error": reasons[method]}
             continue
-        forward = tflops(pairs, 1, options.heads_q, options.head_dim, times.forward)
-        backward = BACKWARD_OVER_FORWARD_FLOP * tflops(pairs, 1, options.heads_q, options.head_dim, times.backward)
-        rates[method] = forward, backward
-        records[-1] |= {"forward_tflops": forward, "backward_tflops": backward, **asdict(times)}
-    return rates, failures, records
+        times, shares = median_of([each.times for each in rounds[method]]), rounds[method][-1].shares
+        per_second = tflops(rounds[method][0].pairs, 1, options.bench.heads_q, options.bench.head_dim, 1.0)
+        rates = per_second / times.forward, BACKWARD_OVER_FORWARD_FLOP * per_second / times.backward
+        figures[method] = Figures(rates, (times.host_forward, times.host_backward))
+        records[-1] |= {"forward_tflops": rates[0], "backward_tflops": rates[1], **asdict(times)}
+        if shares:
+            records[-1]["breakdown"] = [asdict(share) for share in shares]
+            print_breakdown(f"{where} {method}", shares)
+    return figures, [f"{where} {method}: {reason}" for method, reason in reasons.items()], records
+
+
+def median_of(rounds: list[PassTimes]) -> PassTimes:
+    """The median of each time, and the most memory."""
+    medians = {
+        field.name: statistics.median(getattr(each, field.name) for each in rounds) for field in fields(PassTimes)
+    }
+    return PassTimes(**medians | {"peak_bytes": max(each.peak_bytes for each in rounds)})
 
 
 def print_row(
-    world_size: int, options: BenchOptions, methods: list[str], rates: dict[str, tuple[float, float]]
+    world_size: int, options: BenchOptions, methods: list[str], figures: dict[str, Figures], host_time: bool
 ) -> None:
     """Print a row's two passes."""
+    nan = float("nan")
     for number, name in enumerate(("fwd", "bwd")):
-        rate = {method: passes[number] for method, passes in rates.items()}
-        ours = max((rate[method] for method in rate if method.startswith("magi/")), default=float("nan"))
-        best = max((rate[method] for method in rate if method in BASELINES), default=float("nan"))
-        print(f"{world_size:>4}{options.tokens // world_size:>8}  {options.mask:24}{name:4}", end="")
-        for method in methods:
-            print(f"{rate.get(method, float('nan')):>10.4g}", end="")
-        print(f"{ours / rate.get('single', float('nan')):>7.3f}{ours / best:>10.3f}", flush=True)
+        rate = {method: each.rates[number] for method, each in figures.items()}
+        ours = max((rate[method] for method in rate if method.startswith("magi/")), default=nan)
+        best = max((rate[method] for method in rate if method in BASELINES), default=nan)
+        print(f"{world_size:>4}{options.tokens // world_size:>8}  {options.mask:24}{name:9}", end="")
+        print("".join(f"{rate.get(method, nan):>10.4g}" for method in methods), end="")
+        print(f"{ours / rate.get('single', nan):>7.3f}{ours / best:>10.3f}", flush=True)
+        if host_time:
+            host = {method: each.host[number] * 1e6 for method, each in figures.items()}
+            print(f"{'':38}{name + ' host':9}" + "".join(f"{host.get(method, nan):>10.0f}" for method in methods))
+
+
+def print_breakdown(where: str, shares: list[Share]) -> None:
+    """Print what each stream of a trace did."""
+    print(f"{where}, rank 0, one forward and one backward pass:")
+    for stream in dict.fromkeys(share.stream for share in shares):
+        mine = [share for share in shares if share.stream == stream]
+        print(f"  stream {stream}: " + ", ".join(f"{s.name} {s.seconds * 1e3:.3f} ms ({s.kernels})" for s in mine))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -210,20 +285,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--gpus", type=int, nargs="+", default=[1, 2, 4], help="group sizes; larger than present: left out"
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="tokens per GPU")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 8192], help="tokens per GPU")
     parser.add_argument("--masks", nargs="+", choices=sorted(workloads.WORKLOADS), default=MASKS)
     parser.add_argument("--methods", nargs="+", choices=("magi", *BASELINES), default=("magi", *BASELINES))
-    parser.add_argument("--overlap-degree", type=int, nargs="+", default=[1], help="remote stages of magi")
+    parser.add_argument("--overlap-degree", nargs="+", default=["1"], help="remote stages of magi: numbers or auto")
     parser.add_argument("--heads", type=int, nargs=2, metavar=("Q", "KV"), default=[64, 8])
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--precision", choices=list(Precision), default=Precision.BF16)
     parser.add_argument("--backend", default="auto", help="kernel backend")
     parser.add_argument("--sm-margin", type=int, default=0, help="multiprocessors that our kernels leave to others")
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=5, help="timed passes; the median counts")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=4, help="timed passes of a round; the median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of all methods; the median counts")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--host-time", action="store_true", help="print what the host takes to call each pass, too")
+    parser.add_argument("--breakdown", action="store_true", help="print what each stream of ours did, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if any(degree != "auto" and not degree.isdigit() for degree in arguments.overlap_degree):
+        parser.error(f"--overlap-degree takes numbers or auto, not {' '.join(arguments.overlap_degree)}")
+    return arguments
 
 
 def main() -> None:
@@ -241,14 +322,14 @@ def main() -> None:
         f"{name}, {arguments.heads[0]}/{arguments.heads[1]} heads of {arguments.head_dim}, {arguments.precision}, "
         f"kernel backend {arguments.backend}; TFLOP/s per GPU"
     )
-    print(f"{'gpus':>4}{'tokens':>8}  {'mask':24}{'':4}" + "".join(f"{method:>10}" for method in methods), end="")
+    print(f"{'gpus':>4}{'tokens':>8}  {'mask':24}{'':9}" + "".join(f"{method:>10}" for method in methods), end="")
     print(f"{'eff':>7}{'best/base':>10}")
     failures: list[str] = []
     records: list[dict[str, object]] = []
     for world_size in sizes:
         with RankPool(world_size, "nccl" if on_gpu else "gloo") as pool:
-            for mask in arguments.masks:
-                for tokens in arguments.tokens:
+            for tokens in arguments.tokens:
+                for mask in arguments.masks:
                     options = BenchOptions(
                         mask=mask,
                         tokens=tokens * world_size,
@@ -267,8 +348,9 @@ def main() -> None:
                         if (world_size > 1 or method not in BASELINES)
                         and (method != "torch" or mask in ("full", "causal"))
                     ]
-                    rates, failed, measured = measure_row(pool, world_size, options, usable)
-                    print_row(world_size, options, methods, rates)
+                    row = RowOptions(options, arguments.rounds, arguments.breakdown)
+                    figures, failed, measured = measure_row(pool, world_size, row, usable)
+                    print_row(world_size, options, methods, figures, arguments.host_time)
                     failures += failed
                     records += measured
     for failure in failures:

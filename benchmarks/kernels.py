@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time attention kernels on this GPU: ``python benchmarks/kernels.py``. Every cell is TFLOP/s, forward / backward.
 
-Rows are masks and lengths, columns our backends beside cuDNN's and FlashAttention-4's own dense kernels and PyTorch's
-FlexAttention, all in one run on the same tensors. FLOPs are those of the pairs that the mask keeps:
+Rows are masks and lengths; columns our backends, beside cuDNN's and FlashAttention-4's own dense kernels and PyTorch's
+FlexAttention, all in one run on the same tensors. ``auto`` repeats the figures of the backends that our registry
+chooses for the row, which may differ by direction. FLOPs are those of the pairs that the mask keeps:
 ``4 * pairs * heads * dim`` forward, 2.5 times that backward. A time is the median of several launches between CUDA
 events, after warm-up. What a kernel cannot do is left out; an error ends its cell alone and is told below the table.
+
+The columns of ratios are ``auto`` over FlashAttention-4's own kernels, over the original relative to cuDNN's causal
+attention, and over ``cudnn_flex``; below the table it says which bars (``benchmarks/kernel_bars.py``) hold. The rows
+that have bars come first, and FlexAttention, which is compiled for every row, comes last, as a table of its own.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -19,15 +25,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from kernel_bars import DIRECTIONS, Bar, Cell, bars
 from torch import Tensor
 
 from magi_attention.common import workloads
 from magi_attention.common.slices import SliceTable
+from magi_attention.kernels.mask_class import mask_class
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
-from magi_attention.kernels.registry import installed_backends
+from magi_attention.kernels.registry import choose_backend, installed_backends
 from magi_attention.kernels.tiles import row_intervals
 
-MASKS = ("full", "causal", "varlen_full", "varlen_causal", "swa_causal_1024", "varlen_block_causal_4k")
+MASKS = ("causal", "swa_causal_1024", "varlen_causal", "full", "varlen_full", "varlen_block_causal_4k")
 NATIVE: dict[str, tuple[int | None, int | None]] = {
     "full": (None, None),
     "causal": (None, 0),
@@ -35,9 +43,11 @@ NATIVE: dict[str, tuple[int | None, int | None]] = {
     "varlen_causal": (None, 0),
     "swa_causal_1024": (workloads.WINDOW - 1, 0),
 }
-TOKENS = (4096, 8192, 16384, 32768)
+TOKENS = (32768, 8192, 16384, 4096, 65536)
 DENSE_PAIRS = {"full": False, "causal": True}
-LEFT_OUT = ("reference",)
+LEFT_OUT = ("reference", "flex")
+LAST = "flex-attention"
+STARTED = time.perf_counter()
 
 
 class Case(NamedTuple):
@@ -160,9 +170,9 @@ def median_seconds(launch: Callable[[], object], repeat: int) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks)) / 1e3
 
 
-def measure(name: str, case: Case, repeat: int) -> dict[str, object]:
+def measure(name: str, case: Case, repeat: int) -> Cell:
     """One cell: TFLOP/s of both passes, or why there are none."""
-    cell: dict[str, object] = {"mask": case.mask, "tokens": len(case.q), "contender": name}
+    cell: Cell = {"mask": case.mask, "tokens": len(case.q), "contender": name}
     try:
         passes = contenders()[name](case)
         if passes is not None:
@@ -173,6 +183,20 @@ def measure(name: str, case: Case, repeat: int) -> dict[str, object]:
         cell["error"] = f"{type(error).__name__}: {str(error).strip()[:200]}"
     torch.cuda.empty_cache()
     return cell
+
+
+def chosen(case: Case, row: list[Cell]) -> Cell:
+    """The figures of the backends that ``auto`` takes for a row, and their names."""
+    cell: Cell = {"mask": case.mask, "tokens": len(case.q), "contender": "auto"}
+    by_name = {each["contender"]: each for each in row}
+    request = AttentionRequest.of_tensors(case.q, case.k, case.v)
+    names = {
+        direction: choose_backend(request.toward(direction, mask_class(case.slices))).name for direction in DIRECTIONS
+    }
+    for direction, name in names.items():
+        if direction in by_name.get(name, {}):
+            cell[direction] = by_name[name][direction]
+    return cell | {"backends": list(names.values())}
 
 
 def make_case(mask: str, tokens: int, options: argparse.Namespace) -> Case:
@@ -186,36 +210,69 @@ def make_case(mask: str, tokens: int, options: argparse.Namespace) -> Case:
     return Case(mask, workloads.make(mask, tokens), q, k, v, dout)
 
 
-def show(cell: dict[str, object]) -> str:
+def show(cell: Cell) -> str:
     """A cell as the table has it."""
     if "error" in cell:
         return "error" if "forward" not in cell else f"{cell['forward']:.0f} / error"
     return f"{cell['forward']:.0f} / {cell['backward']:.0f}" if "forward" in cell else "–"
 
 
-def best_ratio(cells: list[dict[str, object]], direction: str) -> str:
-    """The best of our backends over the best of the others."""
-    ours = [cell[direction] for cell in cells if direction in cell and cell["contender"] in installed_backends()]
-    others = [cell[direction] for cell in cells if direction in cell and cell["contender"] not in installed_backends()]
-    return f"{max(ours) / max(others):.2f}" if ours and others else "–"  # type: ignore[type-var, operator]
+def show_ratios(found: list[Bar]) -> str:
+    """The ratios to each peer, forward / backward, those that miss their bar marked."""
+    texts = []
+    for peer in ("fa4-native", "original", "cudnn_flex"):
+        ratios = [
+            next((f"{bar.ratio:.2f}{'' if bar.holds else '!'}" for bar in found if bar[2:4] == (direction, peer)), "–")
+            for direction in DIRECTIONS
+        ]
+        texts.append("–" if set(ratios) == {"–"} else " / ".join(ratios))
+    return "".join(f"{text:>16}" for text in texts)
 
 
-def plot(cells: list[dict[str, object]], path: str) -> None:
+def plot(cells: list[Cell], path: str) -> None:
     """Draw a panel for each mask and pass: TFLOP/s over tokens."""
     from matplotlib import pyplot
 
     masks = list(dict.fromkeys(cell["mask"] for cell in cells))
     figure, axes = pyplot.subplots(2, len(masks), figsize=(3.2 * len(masks), 6), sharex=True, squeeze=False)
     for column, mask in enumerate(masks):
-        for row, direction in enumerate(("forward", "backward")):
+        for row, direction in enumerate(DIRECTIONS):
             axis = axes[row][column]
             for name in dict.fromkeys(cell["contender"] for cell in cells):
                 points = [c for c in cells if (c["mask"], c["contender"]) == (mask, name) and direction in c]
+                points.sort(key=lambda cell: cell["tokens"])
                 axis.plot([c["tokens"] for c in points], [c[direction] for c in points], marker="o", label=name)
             axis.set(title=f"{mask}\n{direction}", xscale="log", ylim=(0, None), ylabel="TFLOP/s" if not column else "")
     axes[0][0].legend(fontsize="x-small")
     figure.tight_layout()
     figure.savefig(path)
+
+
+def run(options: argparse.Namespace, names: list[str]) -> tuple[list[Cell], list[Bar]]:
+    """Measure and print rows; returns their cells, and the bars that they have."""
+    ours = [name for name in names if name in installed_backends()]
+    columns = [*names, *(["auto"] if ours else [])]
+    peers = ("fa4-native", "original", "cudnn_flex") if ours else ()
+    print(f"{'mask':24}{'tokens':>7}", *(f"{name:>14}" for name in columns), *(f"/{peer:>14}" for peer in peers))
+    cells: list[Cell] = []
+    found: list[Bar] = []
+    for tokens in options.tokens:
+        sdpa_causal = None
+        for mask in options.masks:
+            if time.perf_counter() - STARTED > options.limit:
+                print(f"{mask:24}{tokens:7} left out: {options.limit:.0f} s are over")
+                continue
+            case = make_case(mask, tokens, options)
+            row = [measure(name, case, options.repeat) for name in names]
+            row += [chosen(case, row)] if ours else []
+            if mask == "causal":
+                sdpa_causal = next((cell for cell in row if cell["contender"] == "cudnn-sdpa"), None)
+            new = list(bars(row, sdpa_causal))
+            ratios = show_ratios(new) if ours else ""
+            print(f"{mask:24}{tokens:7}", *(f"{show(cell):>14}" for cell in row), ratios, flush=True)
+            cells += row
+            found += new
+    return cells, found
 
 
 def main() -> None:
@@ -229,6 +286,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--limit", type=float, default=float("inf"), help="begin no row after so many seconds")
     parser.add_argument("--json", help="write all cells to this file")
     parser.add_argument("--plot", help="draw them into this file (.png, .pdf or .svg)")
     options = parser.parse_args()
@@ -237,15 +295,11 @@ def main() -> None:
     names = options.backends or list(contenders())
     gpu = torch.cuda.get_device_name()
     print(f"{gpu}, torch {torch.__version__}, {options.heads}/{options.kv_heads} heads of {options.dim}, bfloat16")
-    print(f"{'mask':24}{'tokens':>7}", *(f"{name:>14}" for name in names), "ours/others forward, backward")
-    cells: list[dict[str, object]] = []
-    for tokens in options.tokens:
-        for mask in options.masks:
-            case = make_case(mask, tokens, options)
-            row = [measure(name, case, options.repeat) for name in names]
-            ratios = ", ".join(best_ratio(row, direction) for direction in ("forward", "backward"))
-            print(f"{mask:24}{tokens:7}", *(f"{show(cell):>14}" for cell in row), ratios, flush=True)
-            cells += row
+    cells, found = run(options, [name for name in names if name != LAST])
+    if LAST in names:
+        cells += run(options, [LAST])[0]
+    print(*found, sep="\n")
+    print(f"{sum(bar.holds for bar in found)} of {len(found)} bars hold")
     for message in dict.fromkeys(f"{cell['contender']}: {cell['error']}" for cell in cells if "error" in cell):
         print(message)
     if options.json:

@@ -8,6 +8,8 @@ from pathlib import Path
 from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+# Imported for its docstrings; it needs no more than the core does to be imported.
+sys.path.insert(0, str(Path(__file__).parents[1] / "packages" / "comm-grpcoll" / "src"))
 
 project = "MagiAttention"
 copyright = "the MagiAttention contributors"

@@ -13,7 +13,7 @@ import torch
 from magi_attention.kernels.protocol import PrecompileCase
 from magi_kernels_blackwell.wheels import CUDNN_FRONTEND, FLASH_ATTENTION, missing_wheels
 from tests.blackwell import matrix
-from tests.blackwell.rules import broken_rules, is_main
+from tests.blackwell.rules import SMALL_STACK_LIMIT, broken_rules, is_main
 from tests.sass import cuobjdump, kernels_of
 
 MISSING = missing_wheels(tuple((FLASH_ATTENTION | CUDNN_FRONTEND).items()))
@@ -45,7 +45,7 @@ def test_kernel(compiled, backend, case):
 def test_smaller_kernels_do_not_spill(compiled):
     small = [obj for done in compiled.values() for obj in done.objects if not is_main(obj)]
     assert {"bwd_pre", "bwd_post"} <= {obj.parent.name for obj in small}
-    assert not [obj for obj in small for kernel in kernels_of(obj) if kernel.stack]
+    assert not [obj for obj in small for kernel in kernels_of(obj) if kernel.stack > SMALL_STACK_LIMIT]
 
 
 @pytest.mark.parametrize("backend", matrix.BACKENDS)

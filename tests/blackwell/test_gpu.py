@@ -25,6 +25,8 @@ from magi_kernels_blackwell import CUDNN_FLEX_BACKEND, FLASH_ATTENTION_4_BACKEND
 from magi_kernels_blackwell.cases import call_of, tensors_of
 from tests.blackwell.matrix import keep_in
 
+BF16 = torch.bfloat16
+
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 
 BACKENDS = [CUDNN_FLEX_BACKEND, FLASH_ATTENTION_4_BACKEND]
@@ -40,7 +42,7 @@ def inputs(
     *,
     dims: tuple[int, int] = (128, 128),
     heads: tuple[int, int] = (4, 2),
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = BF16,
 ) -> Inputs:
     return random_inputs(num_q, num_q if num_k is None else num_k, heads=heads, dims=dims, dtype=dtype, device="cuda")
 
@@ -98,6 +100,79 @@ def test_unequal_lengths(backend, num_q, num_k):
         inputs(num_q, num_k),
         SliceTable([[0, num_q // 2, 0, num_k, 1], [num_q // 2, num_q, num_k // 2, num_k, 2]]),
     )
+
+
+@of_each_backend
+@pytest.mark.parametrize("rows", [IRREGULAR, [[0, 700, 0, 700, 1]], [[0, 300, 0, 300, 1], [300, 700, 300, 700, 1]]])
+def test_later_launches_take_their_own_tensors(backend, rows):
+    """What was found out for the first call serves others of the same shapes, also without a gradient of lse."""
+    slices, scale = SliceTable(rows), 0.1
+    first, second = (
+        inputs(700),
+        random_inputs(700, 700, heads=(4, 2), dims=(128, 128), dtype=BF16, device="cuda", seed=1),
+    )
+    run_stage(backend, first, AttentionCall(slices, 0.3))
+    call = AttentionCall(slices, scale)
+    result = backend.forward(second.q, second.k, second.v, call)
+    tensors = (second.dout, second.q, second.k, second.v, result.out, result.lse)
+    gradients = [backend.backward(*tensors, dlse, call) for dlse in (None, torch.zeros_like(result.lse))]
+    without_dlse = second._replace(dlse=torch.zeros_like(second.dlse))
+    truth, plain = (run_dense(without_dlse, slices, scale, 0.0, oracle=oracle) for oracle in (True, False))
+    for each in gradients:
+        for ours, reference, pytorch in zip(
+            (*result[:2], *each), truth[:2] + truth[3:], plain[:2] + plain[3:], strict=True
+        ):
+            assert_within_pytorch_error(ours, reference, pytorch)
+
+
+@of_each_backend
+@pytest.mark.parametrize("rows", [IRREGULAR, [[0, 700, 0, 700, 1]]])
+def test_strided_and_broadcast_inputs(backend, rows):
+    slices, call = SliceTable(rows), AttentionCall(SliceTable(rows), 0.1)
+    x = inputs(700)
+    packed = torch.cat([x.q, x.k, x.v], dim=1)
+    q, k, v = packed[:, :4], packed[:, 4:6], packed[:, 6:]
+    dout = x.dout[:, :1, :1].expand_as(x.dout)
+    same = x._replace(dout=dout.contiguous())
+    for strided, whole in zip(
+        run_stage(backend, Inputs(q, k, v, dout, x.dlse), call),
+        run_stage(backend, same, AttentionCall(slices, 0.1)),
+        strict=True,
+    ):
+        for a, b in zip(strided, whole, strict=True):
+            assert a is None or torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2)
+
+
+@of_each_backend
+@pytest.mark.parametrize("rows", [IRREGULAR, [[0, 700, 0, 700, 1]]])
+def test_other_streams_and_graphs(backend, rows):
+    """Tables made on one stream serve launches on another, and launches can be captured and replayed."""
+    x, call = inputs(700), AttentionCall(SliceTable(rows), 0.1)
+    expected = backend.forward(x.q, x.k, x.v, call)
+    gradients = backend.backward(x.dout, x.q, x.k, x.v, expected.out, expected.lse, None, call)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results = [backend.forward(x.q, x.k, x.v, call)]
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        captured = backend.forward(x.q, x.k, x.v, call)
+        captured_gradients = backend.backward(x.dout, x.q, x.k, x.v, captured.out, captured.lse, None, call)
+    for tensor in (*captured[:2], *captured_gradients):
+        tensor.zero_()
+    graph.replay()
+    results.append(captured)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result[:2], expected[:2], strict=True))
+    for ours, other in zip(captured_gradients, gradients, strict=True):
+        assert torch.allclose(ours.float(), other.float(), rtol=2e-2, atol=2e-2)
+
+
+@of_each_backend
+@pytest.mark.parametrize("family", ["causal", "block_causal", "sliding_window"])
+def test_more_work_than_multiprocessors(backend, family):
+    slices = MASK_FAMILIES[family](3000, np.random.default_rng(1))
+    assert_stage_is_right(backend, inputs(3000, heads=(16, 8)), slices)
 
 
 @of_each_backend

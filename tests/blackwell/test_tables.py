@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables that kernels read, walked as the kernels walk them, against dense masks. Needs none of the wheels."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -12,12 +14,16 @@ from magi_attention.testing.masks import MASK_FAMILIES, random_masks, rectangula
 from magi_attention.testing.oracle import dense_mask
 from magi_kernels_blackwell.cudnn_flex.tables import row_functions
 from magi_kernels_blackwell.fa4.tables import (
+    RunTables,
     SparseTables,
     Tiling,
     backward_tables,
     backward_tiling,
     forward_tables,
     forward_tiling,
+    grouped_tiling,
+    longest_first,
+    run_tables,
 )
 from magi_kernels_blackwell.masks import PackedMask, has_pairs, intervals_of_queries, packed_mask
 
@@ -26,7 +32,7 @@ SMALL = Tiling(16, 8, "queries")
 TILINGS = st.sampled_from([SMALL, Tiling(16, 8, "keys"), Tiling(8, 16, "keys"), Tiling(24, 10, "queries")])
 
 
-def lines_of(tables: SparseTables, num_lines: int, num_positions: int) -> torch.Tensor:
+def lines_of(tables: SparseTables | RunTables, num_lines: int, num_positions: int) -> torch.Tensor:
     """The dense mask ``[lines, positions]`` of the intervals."""
     mask = torch.zeros(num_lines, num_positions, dtype=torch.bool)
     offsets = tables.offsets.tolist()
@@ -71,6 +77,42 @@ def test_both_passes_tables_say_the_mask(mask, tiling):
     assert all(table is None or table.dtype == torch.int32 for table in (*forward, *backward))
 
 
+@settings(max_examples=60)
+@given(rectangular_masks(120), TILINGS)
+def test_runs_of_tiles_say_the_mask(mask, tiling):
+    """Walked as the kernel does: full tiles may reach past the last query, but not past the last key."""
+    (num_q, num_k), slices = mask
+    tables = run_tables(slices, num_q, num_k, 3, tiling, CPU)
+    lines = lines_of(tables, num_q, num_k) if tiling.lines == "queries" else lines_of(tables, num_k, num_q).T
+    seen = torch.zeros(num_q, num_k, dtype=torch.bool)
+    for offsets, runs, is_full in (
+        (tables.partial_offsets, tables.partial_runs, False),
+        (tables.full_offsets, tables.full_runs, True),
+    ):
+        assert offsets.dtype == runs.dtype == tables.work.dtype == torch.int32
+        assert sorted(tables.work.tolist()) == list(range(3 * (len(offsets) - 1)))
+        assert len(offsets) == -(-num_k // tiling.block_k) + 1
+        assert len(runs) >= 2
+        for row, (first, last) in enumerate(pairwise(offsets.tolist())):
+            for m in (m for start, stop in runs[first:last].tolist() for m in range(start, stop)):
+                tile = (
+                    slice(m * tiling.block_q, (m + 1) * tiling.block_q),
+                    slice(row * tiling.block_k, (row + 1) * tiling.block_k),
+                )
+                assert seen[tile].numel()
+                assert not seen[tile].any()
+                assert not is_full or tile[1].stop <= num_k
+                seen[tile] = True if is_full else lines[tile]
+    assert torch.equal(seen, dense_mask(slices, num_q, num_k))
+
+
+def test_long_work_comes_first_and_alike_work_stays_together():
+    tiles = np.array([1, 100, 90, 0, 8, 101])
+    assert longest_first(tiles, 2).tolist() == [2, 4, 10, 3, 5, 11, 8, 9, 0, 6, 1, 7]
+    assert longest_first(np.full(3, 7), 2).tolist() == [0, 2, 4, 1, 3, 5]
+    assert longest_first(np.zeros(0, int), 2).tolist() == []
+
+
 @settings(max_examples=40)
 @given(rectangular_masks(120))
 def test_ranks_number_each_query_blocks_tiles_by_ascending_keys(mask):
@@ -92,7 +134,7 @@ def test_ranks_number_each_query_blocks_tiles_by_ascending_keys(mask):
 def test_lines_of_the_last_tile_beyond_the_tensor_have_no_intervals():
     for arch in (90, 100, 103):
         for dims in ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)):
-            for tiling in (forward_tiling(arch, *dims), backward_tiling(arch, dims[0])):
+            for tiling in (forward_tiling(arch, *dims), backward_tiling(dims[0]), grouped_tiling(dims[0])):
                 slices = SliceTable([[0, 1, 0, 1, 0]])
                 offsets = forward_tables(slices, 1, 1, tiling, CPU).offsets
                 assert len(offsets) > max(tiling.block_q, tiling.block_k)

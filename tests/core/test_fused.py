@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from magi_attention.comm.packing import Blocks, RowFormat, lay_out
+from magi_attention.comm.packing import RowFormat, RowLayout, deliver, lay_out, pack, row_formats
 from magi_attention.comm.reduction import add_partials
 from magi_attention.comm.routes import Routes, routes_of
 from magi_attention.comm.segments import add_segments, can_add_segments
@@ -13,6 +13,11 @@ from tests.distributed.exchanges import RandomNeeds
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EMPTY = -torch.inf
+FORMATS = (
+    RowFormat(torch.bfloat16, torch.Size((3, 5))),
+    RowFormat(torch.float32, torch.Size((7,))),
+    RowFormat(torch.bfloat16, torch.Size((2, 4))),
+)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -36,18 +41,17 @@ def test_merging_in_place(device, dtype, shape):
     assert torch.equal(lse2, untouched[1])
 
 
-def returned(seed: int, rank: int, device: str) -> tuple[int, Routes, Blocks, torch.Tensor]:
-    """What came back to a rank of four: two tensors' partial results."""
+def returned(seed: int, rank: int, device: str) -> tuple[int, Routes, RowLayout, torch.Tensor]:
+    """What came back to a rank of four: three tensors' partial results."""
     table = RandomNeeds(seed, 4, 0.8).table(rank)
     routes = routes_of(table, torch.device(device))
-    formats = (RowFormat(torch.bfloat16, torch.Size((3, 5))), RowFormat(torch.float32, torch.Size((7,))))
-    blocks = lay_out(formats, routes.send_counts)
-    buffer = torch.zeros(blocks.num_words, dtype=torch.int64, device=device)
+    layout = lay_out(FORMATS)
+    buffer = torch.zeros(routes.num_sent, layout.num_words, dtype=torch.int64, device=device)
     generator = torch.Generator().manual_seed(seed)
-    for number in range(2):
-        for _, block in blocks.blocks(buffer, number, routes.source):
-            block.copy_(torch.randn(block.shape, generator=generator))
-    return table.num_source, routes, blocks, buffer
+    for number in range(len(FORMATS)):
+        column = layout.column(buffer, number)
+        column.copy_(torch.randn(column.shape, generator=generator))
+    return table.num_source, routes, layout, buffer
 
 
 @pytest.mark.gpu
@@ -56,15 +60,15 @@ def test_one_kernel_has_the_bits_of_one_addition_per_peer(dtype):
     num_terms = 0
     for seed in range(6):
         for rank in range(4):
-            num_rows, routes, blocks, buffer = returned(seed, rank, "cuda")
+            num_rows, routes, layout, buffer = returned(seed, rank, "cuda")
             _, host_routes, _, host_buffer = returned(seed, rank, "cpu")
-            for number in range(2):
-                into = torch.randn(num_rows, *blocks.formats[number].shape).to(dtype)
-                fused = into.cuda()
-                assert can_add_segments(fused, blocks, number)
-                add_segments(fused, buffer, blocks, number, routes)
-                add_partials(into, host_buffer, blocks, number, host_routes, average=False)
-                assert torch.equal(fused.cpu(), into), (seed, rank, number)
+            into = [torch.randn(num_rows, *row.shape).to(dtype) for row in FORMATS]
+            fused = [x.cuda() for x in into]
+            assert can_add_segments(fused, layout)
+            add_segments(fused, buffer, layout, routes)
+            add_partials(into, host_buffer, layout, host_routes, average=False)
+            for number, (actual, expected) in enumerate(zip(fused, into, strict=True)):
+                assert torch.equal(actual.cpu(), expected), (seed, rank, number)
             num_terms += routes.num_sent
     assert num_terms
 
@@ -82,11 +86,30 @@ def test_segments_list_all_that_was_sent():
             assert places[start:stop] == sorted(places[start:stop])
 
 
-def test_blocks_are_aligned_where_one_peer_sends_all():
-    formats = (RowFormat(torch.bfloat16, torch.Size((1, 9))), RowFormat(torch.float32, torch.Size((3,))))
-    blocks = lay_out(formats, (0, 7, 0))
-    assert blocks.words_per_peer == (0, 32 - 5, 0)
-    assert [starts[1] * 8 % 128 for starts in blocks.first_words] == [0, 0]
-    buffer = torch.zeros(blocks.num_words, dtype=torch.int64)
-    blocks.block(buffer, 0, 1).fill_(1)
-    assert not blocks.block(buffer, 1, 1).any()
+def test_columns_share_rows_and_are_aligned():
+    layout = lay_out(FORMATS)
+    buffer = torch.zeros(9, layout.num_words, dtype=torch.int64)
+    columns = [layout.column(buffer, number) for number in range(len(FORMATS))]
+    for number, (column, row) in enumerate(zip(columns, FORMATS, strict=True)):
+        assert (column.dtype, column.shape) == (row.dtype, (9, *row.shape))
+        assert column.data_ptr() % 16 == 0
+        assert column.stride(0) * column.itemsize % 16 == 0
+        assert column[0].is_contiguous()
+        column.fill_(number + 1)
+    assert all((column == number + 1).all() for number, column in enumerate(columns))
+
+
+@pytest.mark.parametrize("rows", [slice(2, 6), torch.tensor([5, 0, 3])], ids=["run", "index"])
+@pytest.mark.parametrize("shape", [(4, 6), (3, 5), (), (2, 0)], ids=str)
+def test_packing_takes_strided_rows(rows, shape):
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(7, 2, *shape, generator=generator)
+    tensors = [whole[:, 1], torch.arange(7)]  # rows of the first lie apart
+    layout = lay_out(row_formats(tensors))
+    buffer = pack(tensors, rows, len(torch.arange(7)[rows]), layout)
+    targets = [torch.zeros(7, *shape), torch.zeros(7, dtype=torch.int64)]
+    deliver(buffer, rows, layout, targets)
+    for number, (source, target) in enumerate(zip(tensors, targets, strict=True)):
+        assert torch.equal(layout.column(buffer, number), source[rows])
+        assert torch.equal(target[rows], source[rows])
+        assert target.count_nonzero() <= source[rows].numel()

@@ -73,6 +73,21 @@ def test_packed_documents_are_balanced_and_move_half_the_heaps_rows(kind: str, n
     assert received >= received_lower_bound(slices, total, num_ranks)
 
 
+@pytest.mark.parametrize("chunks_per_rank", [16, 32])
+@pytest.mark.parametrize("kind", ["full", "causal", "prefix", "blocks"])
+def test_few_heavy_chunks_are_evened_out_rather_than_left_to_the_heap(kind: str, chunks_per_rank: int) -> None:
+    total, num_ranks = 1 << 17, 128
+    chunk_size = total // num_ranks // chunks_per_rank
+    slices = packed(total, kind)
+    work = measure_chunks(slices, total, chunk_size)
+    assert work.area.max() > 0.05 * work.area.sum() / num_ranks
+    heap = min_heap(work, num_ranks, chunks_per_rank, ALGORITHM)
+    balance, received = judge(slices, deal(slices, total, chunk_size, num_ranks), total, chunk_size, num_ranks)
+    _, received_by_heap = judge(slices, heap, total, chunk_size, num_ranks)
+    assert balance <= 1.02
+    assert received <= 0.5 * received_by_heap
+
+
 @pytest.mark.parametrize(("kind", "ratio"), [("causal", 1.5), ("inverse", 1.5), ("prefix", 1.8), ("blocks", 1.5)])
 def test_no_rank_sends_much_more_than_another_receives(kind: str, ratio: float) -> None:
     total, chunk_size, num_ranks = 1 << 17, 64, 64

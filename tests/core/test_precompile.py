@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`magi precompile` with a backend that pretends to compile, found by its entry point in the compiling processes."""
 
+from importlib.metadata import entry_points
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -52,12 +54,14 @@ BACKEND = PretendingBackend()
 def pretending(tmp_path, monkeypatch):
     """Install the backend for this process and its children; returns the cache's folder."""
     code, cache = tmp_path / "code", tmp_path / "cache"
-    (code / "pretending-1.0.dist-info").mkdir(parents=True)
     cache.mkdir()
+    # Of several distributions of one name, the first on the path counts: these have none of the installed backends.
+    installed = {point.dist.name for point in entry_points(group="magi_attention.kernels") if point.dist}
+    for name in {"pretending", *installed} - {"magi-attention"}:
+        info = code / f"{name.replace('-', '_')}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     (code / "pretending.py").write_text(SOURCE)
-    (code / "pretending-1.0.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: pretending\nVersion: 1.0\n"
-    )
     (code / "pretending-1.0.dist-info" / "entry_points.txt").write_text(
         "[magi_attention.kernels]\npretending = pretending:BACKEND\n"
     )

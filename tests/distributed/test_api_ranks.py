@@ -387,8 +387,7 @@ def use_many_keys(rank, world_size):
         for key in (*keys, keys[0]):
             mine = [dispatch(draw(key.total_seqlen_q - key.pad_size, heads, 8), key) for heads in (4, 2, 2)]
             calc_attn(*mine, key)
-            stages = dist_attn_runtime_dict_mgr[key].dist_attn_runtime.plan.stages
-            tables.append([stage.slices for stage in stages])
+            tables.append([call.slices for call in dist_attn_runtime_dict_mgr[key].dist_attn_runtime.schedule.calls])
         # The second mask's tables gave way when the first one's came back; the plan itself is still there.
         assert [any("_derived" in vars(table) for table in of_key) for of_key in tables[:3]] == [True, False, True]
         assert all(key in dist_attn_runtime_dict_mgr for key in keys)

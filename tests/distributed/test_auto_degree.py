@@ -4,6 +4,7 @@
 import contextlib
 import logging
 import os
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +20,7 @@ from magi_attention.plan.rates import Rates, default_rates
 from magi_attention.runtime import rates as rates_module
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.machine import count_ranks_per_node, device_name, group_device, layer_of, machine_of
-from magi_attention.runtime.measure import measure_kernels
+from magi_attention.runtime.measure import measure_kernels, measure_links
 from magi_attention.runtime.rates_file import rates_path, save_rates
 from magi_attention.testing.distributed import RankError, RankPool
 from magi_attention.testing.masks import MASK_FAMILIES
@@ -177,6 +178,26 @@ def test_a_rank_that_cannot_measure_leaves_all_with_defaults(pool, tmp_path):
     answers = pool.run(make_key_while_one_rank_fails_to_measure, tmp_path)
     assert {repr(rates) for rates, _ in answers} == {repr(default_rates(device_of(pool)))}
     assert all("{1: 'OutOfMemoryError: no room'}" in message for _, (message,) in answers)
+
+
+def make_key_while_one_rank_fails_in_an_exchange(rank, world_size, folder):
+    start(folder)
+    failing = {"side_effect": RuntimeError("link down")} if rank == 1 else {"wraps": measure_links}
+    begin = time.monotonic()
+    with mock.patch.object(rates_module, "measure_links", **failing):
+        try:
+            options_planned(key_of(Case(256, CAUSAL, world_size, config=config_of()), None))
+        except RuntimeError as error:
+            return str(error), time.monotonic() - begin
+    return "", 0.0
+
+
+def test_a_rank_that_fails_while_links_are_measured_leaves_no_other_waiting(tmp_path):
+    with RankPool(3, "gloo") as pool:  # of its own, as the group is of no use afterwards
+        answers = pool.run(make_key_while_one_rank_fails_in_an_exchange, tmp_path)
+    for message, seconds in answers:
+        assert message == "measuring links failed on rank 1: RuntimeError: link down"
+        assert seconds < 10
 
 
 def make_keys_that_differ(rank, world_size, folder, degrees, bad_rank):

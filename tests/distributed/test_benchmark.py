@@ -17,6 +17,7 @@ from magi_attention.testing.masks import MASK_FAMILIES
 from magi_attention.testing.oracle import dense_attention, dense_mask
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "distributed.py"
+HOST_TIME = SCRIPT.with_name("host_time.py")
 TOTAL = 96
 
 
@@ -80,7 +81,8 @@ def test_the_script_at_toy_sizes(tmp_path):
     figures = tmp_path / "figures.json"
     arguments = "--device cpu --gpus 1 2 --tokens 256 --heads 2 1 --head-dim 16 --precision fp32 --repeat 1 --warmup 0"
     command = [sys.executable, str(SCRIPT), *arguments.split(), "--masks", "causal", "--overlap-degree", "0", "1"]
-    run = subprocess.run([*command, "--json", str(figures)], capture_output=True, text=True, timeout=240, check=False)
+    command += ["--host-time", "--breakdown", "--json", str(figures)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stderr
     cells = json.loads(figures.read_text())["cells"]
     measured = {(cell["ranks"], cell["method"]) for cell in cells if "forward_tflops" in cell}
@@ -90,3 +92,12 @@ def test_the_script_at_toy_sizes(tmp_path):
     # The ring of torch knows GPU kernels alone; that one method fails doesn't end the run.
     assert [cell["method"] for cell in cells if "error" in cell] in ([], ["torch"])
     assert run.stdout.count("causal") >= 4
+    assert run.stdout.count("host") == 4
+
+
+def test_host_time_at_toy_sizes():
+    command = [sys.executable, str(HOST_TIME), "--ranks", "2", "--masks", "causal", "--repeat", "4"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    for method in ("gather", "magi/0", "magi/1", "magi/1 kept", "magi/2"):
+        assert f" {method} " in run.stdout

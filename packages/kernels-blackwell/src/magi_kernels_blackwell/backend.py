@@ -56,9 +56,12 @@ class WheelBackend(ABC):
 
     @abstractmethod
     def launch_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, into: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return out ``[tq, hq, dv]``, lse ``[hq, tq]`` and max_logits ``[hq]`` if asked for; there are some pairs."""
+        """Return out ``[tq, hq, dv]``, lse ``[hq, tq]`` and max_logits ``[hq]`` if asked for; there are some pairs.
+
+        ``out`` is written ``into`` the tensor, if one is given.
+        """
 
     @abstractmethod
     def launch_backward(
@@ -71,8 +74,12 @@ class WheelBackend(ABC):
         lse: Tensor,
         dlse: Tensor | None,
         call: AttentionCall,
+        into: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv. dout and out have q's dtype; lse and dlse are ``[hq, tq]``; there are some pairs."""
+        """Return dq, dk and dv. dout and out have q's dtype; lse and dlse are ``[hq, tq]``; there are some pairs.
+
+        ``dq`` is written ``into`` the tensor, if one is given and the kernels can.
+        """
 
     def supports(self, request: AttentionRequest) -> Support:
         """See the protocol."""
@@ -105,18 +112,23 @@ class WheelBackend(ABC):
             raise RuntimeError(missing)
         return self.compile_case(case)
 
-    @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
         """See the protocol."""
+        return self.forward_into(None, q, k, v, call)
+
+    @torch.no_grad()
+    def forward_into(
+        self, target: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> AttentionResult:
+        """See :class:`magi_attention.kernels.protocol.WritesInPlace`."""
         if not has_pairs(call.slices):
             lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
             max_logits = lse.new_full(q.shape[1:2], -torch.inf) if call.max_logits else None
             return AttentionResult(q.new_zeros(*q.shape[:2], v.shape[2]), lse, max_logits)
         with torch.cuda.device(q.device):
-            out, lse, max_logits = self.launch_forward(q, k, v, call)
+            out, lse, max_logits = self.launch_forward(q, k, v, call, target)
         return AttentionResult(out, lse.T, max_logits)
 
-    @torch.no_grad()
     def backward(
         self,
         dout: Tensor,
@@ -129,9 +141,25 @@ class WheelBackend(ABC):
         call: AttentionCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See the protocol."""
+        return self.backward_into(None, dout, q, k, v, out, lse, dlse, call)
+
+    @torch.no_grad()
+    def backward_into(
+        self,
+        target: Tensor | None,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`magi_attention.kernels.protocol.WritesInPlace`."""
         if not has_pairs(call.slices):
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         lse = lse.float().T.contiguous()
         dlse = None if dlse is None else dlse.float().T.contiguous()
         with torch.cuda.device(q.device):
-            return self.launch_backward(dout.to(q.dtype), q, k, v, out.to(q.dtype), lse, dlse, call)
+            return self.launch_backward(dout.to(q.dtype), q, k, v, out.to(q.dtype), lse, dlse, call, target)

@@ -232,6 +232,8 @@ class RuntimeConfig:
         forward_high_precision_reduce: send partial outputs in at least float32; matters only with ``qo_comm``, since
             without it partial outputs stay where they are and are merged in at least float32 anyway.
         backward_high_precision_reduce: send partial gradients in at least float32.
+        keep_received: keep received keys and values for the backward pass where they take little memory, at most a
+            quarter of what q and out take; else they are exchanged again.
         sink_grad_reduce: how the ranks' gradients of the sink are combined: none, sum or avg.
         forward_sm_margin: multiprocessors that forward kernels leave to communication.
         backward_sm_margin: the same for backward kernels.
@@ -251,6 +253,7 @@ class RuntimeConfig:
     native_grpcoll: bool | None = None
     forward_high_precision_reduce: bool | None = None
     backward_high_precision_reduce: bool | None = None
+    keep_received: bool | None = None
     sink_grad_reduce: str | None = None
     forward_sm_margin: int | None = None
     backward_sm_margin: int | None = None
@@ -313,6 +316,7 @@ _ENVIRONMENT = {
     "native_grpcoll": comm_env.is_native_grpcoll_enable,
     "forward_high_precision_reduce": comm_env.is_forward_high_precision_reduce_enable,
     "backward_high_precision_reduce": comm_env.is_backward_high_precision_reduce_enable,
+    "keep_received": comm_env.is_keep_received_enable,
     "sink_grad_reduce": comm_env.dsink_all_reduce_op,
     "forward_sm_margin": general_env.ffa_forward_sm_margin,
     "backward_sm_margin": general_env.ffa_backward_sm_margin,

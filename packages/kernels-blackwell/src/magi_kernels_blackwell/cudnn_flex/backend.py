@@ -36,7 +36,7 @@ class CudnnFlexBackend(WheelBackend):
             return refuse("cudnn.flex_attention has no softcap; use the backend 'blackwell'")
         grouped = request.num_heads_q != request.num_heads_kv
         if arch == HOPPER and request.direction == "backward" and dims == LATENT_DIMS and grouped:
-            return refuse(f"its backward pass on Hopper has no grouped heads for head dims {dims}; use 'flex'")
+            return refuse(f"its backward pass on Hopper has no grouped heads for head dims {dims}; use 'blackwell'")
         return Support(True)
 
     def compile_case(self, case: PrecompileCase) -> bool:
@@ -44,13 +44,14 @@ class CudnnFlexBackend(WheelBackend):
         return precompile.compile_case(case)
 
     def launch_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, into: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :class:`WheelBackend`."""
-        return launch.launch_forward(library.load(q.device), q, k, v, call)
+        return launch.launch_forward(library.load(q.device), q, k, v, call, into)
 
-    def backward(
+    def backward_into(
         self,
+        target: Tensor | None,
         dout: Tensor,
         q: Tensor,
         k: Tensor,
@@ -69,7 +70,7 @@ class CudnnFlexBackend(WheelBackend):
             raise RuntimeError(
                 "cudnn.flex_attention cannot differentiate lse for 256 dims on Blackwell; use the backend 'flex'"
             )
-        return super().backward(dout, q, k, v, out, lse, dlse, call)
+        return super().backward_into(target, dout, q, k, v, out, lse, dlse, call)
 
     def launch_backward(
         self,
@@ -81,9 +82,10 @@ class CudnnFlexBackend(WheelBackend):
         lse: Tensor,
         dlse: Tensor | None,
         call: AttentionCall,
+        into: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`WheelBackend`."""
-        return launch.launch_backward(library.load(q.device), dout, q, k, v, out, lse, dlse, call)
+        return launch.launch_backward(library.load(q.device), dout, q, k, v, out, lse, dlse, call)  # makes its own dq
 
 
 BACKEND = CudnnFlexBackend()

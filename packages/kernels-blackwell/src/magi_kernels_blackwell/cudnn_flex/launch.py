@@ -4,7 +4,6 @@
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +14,15 @@ from magi_attention.kernels.protocol import AttentionCall
 from magi_kernels_blackwell.cudnn_flex.library import Library, quiet
 from magi_kernels_blackwell.cudnn_flex.tables import row_functions
 from magi_kernels_blackwell.masks import intervals_of_queries
+from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, settle, watched
+from magi_kernels_blackwell.wheels import HOPPER
+
+SCALE_AT = 6
+DLSE_AT, SEMAPHORES_AT = 7, (12, 13, 14)
+"""Places among the arguments of the kernels."""
+
+COUNTER_AT = 3
+"""The place, after the scale, of the Hopper forward kernel's counter of work; its number of blocks follows."""
 
 ALIGN_BYTES = 16
 ALIGN_BYTES_256_DIMS = 128
@@ -33,6 +41,7 @@ class MaskPlans:
             table = row_functions(intervals_of_queries(slices, batch[0].shape[1]))
             functions = torch.from_numpy(table).to(batch[0].device)
             self._plan = library.create_mask_plan(functions, *batch, build_backward=backward)
+            settle(functions.device)
         return self._plan
 
 
@@ -44,7 +53,7 @@ def mask_plan(library: Library, slices: SliceTable, batch: list[Tensor], *, back
 
 
 def launch_forward(
-    library: Library, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    library: Library, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return out ``[tq, hq, dv]``, lse ``[hq, tq]`` and, if asked for, max_logits ``[hq]``.
 
@@ -54,27 +63,48 @@ def launch_forward(
         k: ``[tk, hk, d]``, not empty.
         v: ``[tk, hk, dv]``.
         call: the mask and how to score.
+        into: where to write out; None for a new tensor.
     """
-    batch = [library.aligned(x, ALIGN_BYTES).unsqueeze(0) for x in (q, k, v)]
-    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    max_logits = lse.new_empty(q.shape[1]) if call.max_logits else None
-    with quiet(library):
+    q, k, v = batch = [library.aligned(x, ALIGN_BYTES).unsqueeze(0) for x in (q, k, v)]
+    out = q.new_empty(*q.shape[:3], v.shape[3]) if into is None else into.unsqueeze(0)
+    lse = q.new_empty(1, q.shape[2], q.shape[1], dtype=torch.float32)
+    max_logits = lse.new_full(q.shape[2:3], -torch.inf) if call.max_logits else None
+    key = ("cudnn flex forward", call.max_logits, *layout_of(*batch))
+    prepared = call.slices.derived(key, lambda: _prepare_forward(library, batch, out, lse, max_logits, call))
+    if prepared is not None:
+        rest = prepared.rest
+        if len(rest) > COUNTER_AT:  # on Hopper, where the kernel takes its blocks' number, and hands out work itself
+            counter = lse.new_zeros(1, dtype=torch.int32)
+            num_sms = max(rest[COUNTER_AT + 1] - call.sm_margin, 1)
+            rest = (*rest[:COUNTER_AT], counter, num_sms)
+        prepared.kernel(*batch, out, lse, max_logits, call.softmax_scale, *rest)
+    return out.squeeze(0), lse.squeeze(0), max_logits
+
+
+def _prepare_forward(
+    library: Library,
+    batch: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    max_logits: Tensor | None,
+    call: AttentionCall,
+) -> PreparedForward | None:
+    """Find the kernel for tensors as they are given to it; None where it is only compiled."""
+    dispatch = library.dispatch
+    with quiet(library), watched(dispatch._flex_attn_fwd) as (launches,):
         plan = mask_plan(library, call.slices, batch, backward=False)
-        prepared = library.dispatch._prepare_flex_attn_fwd(
+        prepared = dispatch._prepare_flex_attn_fwd(
             *batch,
             pack_gqa=plan.metadata.pack_gqa,
             block_sparse_tensors=plan._packed_plan,
             has_lse=True,
             has_max_logit=call.max_logits,
         )
-        # The Hopper kernel takes its number of blocks at launch; the others take all multiprocessors.
-        prepared = replace(prepared, num_sms=max(prepared.num_sms - call.sm_margin, 1))
-        counter = torch.empty(1, dtype=torch.int32, device=q.device) if prepared.arch == 90 else None
-        tensors = (*batch, out.unsqueeze(0), lse.unsqueeze(0), call.softmax_scale, None, None, counter, max_logits)
-        kernel = library.dispatch._compile_flex_attn_fwd(prepared, *tensors)
-        library.dispatch._launch_flex_attn_fwd(prepared, kernel, *tensors)
-    return out, lse, max_logits
+        counter = torch.empty(1, dtype=torch.int32, device=out.device) if prepared.arch == HOPPER else None
+        tensors = (*batch, out, lse, call.softmax_scale, None, None, counter, max_logits)
+        kernel = dispatch._compile_flex_attn_fwd(prepared, *tensors)
+        dispatch._launch_flex_attn_fwd(prepared, kernel, *tensors)
+    return PreparedForward.of_launch(launches[-1], SCALE_AT) if launches else None
 
 
 def launch_backward(
@@ -100,18 +130,44 @@ def launch_backward(
         call: the mask and how to score.
     """
     align_bytes = ALIGN_BYTES_256_DIMS if q.shape[2] == v.shape[2] == 256 else ALIGN_BYTES
-    batch = [library.aligned(x, align_bytes).unsqueeze(0) for x in (q, k, v)]
-    with quiet(library):
+    tensors = [library.aligned(x, align_bytes).unsqueeze(0) for x in (dout, q, k, v, out)]
+    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors[1:4])
+    lse, dlse = lse.unsqueeze(0), None if dlse is None else dlse.unsqueeze(0)
+    key = ("cudnn flex backward", call.deterministic, dlse is None, *layout_of(*tensors))
+    prepared = call.slices.derived(key, lambda: _prepare_backward(library, tensors, lse, dlse, gradients, call))
+    if prepared is not None:
+        prepared(tensors, lse, dlse, gradients, call.softmax_scale)
+    dq, dk, dv = (gradient.squeeze(0) for gradient in gradients)
+    return dq, dk, dv
+
+
+def _prepare_backward(
+    library: Library,
+    tensors: list[Tensor],
+    lse: Tensor,
+    dlse: Tensor | None,
+    gradients: tuple[Tensor, ...],
+    call: AttentionCall,
+) -> PreparedBackward | None:
+    """Find the kernels for tensors as they are given to them; None where they are only compiled."""
+    dispatch = library.dispatch
+    dout, *batch, out = tensors
+    parts = (dispatch._bwd_preprocess, dispatch._flex_attn_bwd, dispatch._bwd_postprocess_convert)
+    with quiet(library), watched(*parts) as (before, main, after):
         plan = mask_plan(library, call.slices, batch, backward=True)
-        gradients = library.dispatch._flex_attn_bwd(
+        dispatch._flex_attn_bwd(
             *batch,
-            out.unsqueeze(0),
-            dout.unsqueeze(0),
-            lse.unsqueeze(0),
+            out,
+            dout,
+            lse,
             softmax_scale=call.softmax_scale,
             deterministic=call.deterministic,
             block_sparse_tensors=plan._backward_runtime_args(call.deterministic)[0],
-            dlse=None if dlse is None else dlse.unsqueeze(0),
+            dlse=dlse,
+            _compile_outputs=gradients,
         )
-    dq, dk, dv = (gradient.squeeze(0) for gradient in gradients)
-    return dq, dk, dv
+    if not main:
+        return None
+    # Kernels for 256 dims on Blackwell have none, and a list of tiles in their first place.
+    semaphores = [at for at in SEMAPHORES_AT if main[0].arguments[at] is None or torch.is_tensor(main[0].arguments[at])]
+    return PreparedBackward(before[0], main[0], after, DLSE_AT, semaphores)

@@ -29,7 +29,6 @@ class FlashAttention4Backend(WheelBackend):
     def supports_on(self, arch: int, request: AttentionRequest) -> Support:
         """Whether the kernels of an architecture, ``10 * major + minor``, can serve a request; wherever this runs."""
         dims, backward = (request.head_dim, request.head_dim_v), request.direction == "backward"
-        grouped = request.num_heads_q != request.num_heads_kv
         if request.max_logits:
             return refuse("FlashAttention-4 returns no max_logits; use the backend 'cudnn_flex'")
         square = dims[0] == dims[1] and dims[0] in SQUARE_DIMS
@@ -38,8 +37,6 @@ class FlashAttention4Backend(WheelBackend):
         if arch == HOPPER:
             if backward and request.deterministic:
                 return refuse("its block-sparse backward pass on Hopper is not deterministic; use 'cudnn_flex'")
-            if backward and dims == LATENT_DIMS and grouped:
-                return refuse(f"its backward pass on Hopper has no grouped heads for head dims {dims}; use 'flex'")
             return Support(True)
         if dims == (192, 192):
             return refuse("FlashAttention-4 has no kernels for 192 dims of values on Blackwell; use the backend 'flex'")
@@ -52,10 +49,10 @@ class FlashAttention4Backend(WheelBackend):
         return precompile.compile_case(case)
 
     def launch_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, into: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :class:`WheelBackend`."""
-        return *launch.launch_forward(library.load(q.device), capability_of(q.device), q, k, v, call), None
+        return *launch.launch_forward(library.load(q.device), capability_of(q.device), q, k, v, call, into), None
 
     def launch_backward(
         self,
@@ -67,10 +64,11 @@ class FlashAttention4Backend(WheelBackend):
         lse: Tensor,
         dlse: Tensor | None,
         call: AttentionCall,
+        into: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`WheelBackend`."""
         arch = capability_of(q.device)
-        return launch.launch_backward(library.load(q.device), arch, dout, q, k, v, out, lse, dlse, call)
+        return launch.launch_backward(library.load(q.device), arch, dout, q, k, v, out, lse, dlse, call, into)
 
 
 BACKEND = FlashAttention4Backend()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.kernels.protocol import AttentionCall
+from magi_kernels_blackwell.fa4.grouped import gradients_like, launch_grouped_backward
 from magi_kernels_blackwell.fa4.library import Library
 from magi_kernels_blackwell.fa4.tables import (
     SparseTables,
@@ -20,6 +21,12 @@ from magi_kernels_blackwell.fa4.tables import (
     to_device,
 )
 from magi_kernels_blackwell.masks import PackedMask, packed_mask
+from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, settle, watched
+from magi_kernels_blackwell.wheels import HOPPER
+
+SCALE_AT = 5
+DLSE_AT, SEMAPHORES_AT = 8, (16, 17, 18)
+"""Places among the arguments of FlashAttention-4's kernels."""
 
 
 class Gradients(NamedTuple):
@@ -31,7 +38,7 @@ class Gradients(NamedTuple):
 
 
 def launch_forward(
-    library: Library, arch: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    library: Library, arch: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return out ``[tq, hq, dv]`` and lse ``[hq, tq]``. There must be some queries and keys.
 
@@ -42,35 +49,48 @@ def launch_forward(
         k: ``[tk, hk, d]``.
         v: ``[tk, hk, dv]``.
         call: the mask and how to score.
+        into: where to write out; None for a new tensor.
     """
-    num_q, num_k = q.shape[0], k.shape[0]
-    packed = packed_mask(call.slices, num_q, num_k)
-    out = q.new_empty(num_q, q.shape[1], v.shape[2])
-    lse = q.new_empty(q.shape[1], num_q, dtype=torch.float32)
-    options = {"softmax_scale": call.softmax_scale, "softcap": call.softcap or None, "_arch": arch, "return_lse": True}
-    if packed is not None and packed.num_documents > 1:
-        lengths = _documents(call, packed, q.device)
-        library.forward(q, k, v, out=out, lse=lse, **lengths, **_window(packed), **options)
-        return out, lse
-    batch = [x.unsqueeze(0) for x in (q, k, v)]
-    if packed is not None:
-        library.forward(*batch, out=out.unsqueeze(0), lse=lse.unsqueeze(0), **_window(packed), **options)
-        return out, lse
-    tiling = forward_tiling(arch, q.shape[2], v.shape[2])
-    tables = forward_tables(call.slices, num_q, num_k, tiling, q.device)
-    masks = library.masks
-    with masks.bound():
-        library.forward(
-            *batch,
-            out=out.unsqueeze(0),
-            lse=lse.unsqueeze(0),
-            pack_gqa=False,
-            mask_mod=masks.by_intervals if arch == 90 else masks.keys_by_intervals,
-            aux_tensors=[tables.offsets, tables.bounds],
-            block_sparse_tensors=_sparse(library, tables, (tiling.block_q, tiling.block_k), ranks=False),
-            **options,
-        )
+    q, k, v = (library.aligned(x) for x in (q, k, v))
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2]) if into is None else into
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    packed = packed_mask(call.slices, q.shape[0], k.shape[0])
+    tensors = _as_batch(packed, q, k, v, out, lse)
+    key = ("fa4 forward", arch, call.softcap, *layout_of(q, k, v))
+    prepared = call.slices.derived(key, lambda: _prepare_forward(library, arch, tensors, packed, call))
+    if prepared is not None:
+        prepared.kernel(*tensors, call.softmax_scale, *prepared.rest)
     return out, lse
+
+
+def _prepare_forward(
+    library: Library, arch: int, tensors: tuple[Tensor, ...], packed: PackedMask | None, call: AttentionCall
+) -> PreparedForward | None:
+    """Find the kernel for tensors as they are given to it; None where it is only compiled."""
+    q, k, v, out, lse = tensors
+    options: dict[str, Any] = {
+        "softmax_scale": call.softmax_scale,
+        "softcap": call.softcap or None,
+        "_arch": arch,
+        "return_lse": True,
+        "out": out,
+        "lse": lse,
+    }
+    if packed is not None:
+        options |= _window(packed) | _documents(packed, q.device)
+    else:
+        tiling = forward_tiling(arch, q.shape[-1], v.shape[-1])
+        tables = forward_tables(call.slices, q.shape[1], k.shape[1], tiling, q.device)
+        options |= {
+            "pack_gqa": False,
+            "mask_mod": library.masks.by_intervals if arch == HOPPER else library.masks.keys_by_intervals,
+            "aux_tensors": [tables.offsets, tables.bounds],
+            "block_sparse_tensors": _sparse(library, tables, (tiling.block_q, tiling.block_k), ranks=False),
+        }
+    with watched(library.forward) as (launches,), library.masks.bound():
+        library.forward(q, k, v, **options)
+        settle(q.device)
+    return PreparedForward.of_launch(launches[-1], SCALE_AT) if launches else None
 
 
 def launch_backward(
@@ -84,6 +104,7 @@ def launch_backward(
     lse: Tensor,
     dlse: Tensor | None,
     call: AttentionCall,
+    into: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients. There must be some queries and keys.
 
@@ -96,37 +117,94 @@ def launch_backward(
         v: ``[tk, hk, dv]``.
         lse, dlse: ``[hq, tq]`` float32, contiguous.
         call: the mask and how to score.
+        into: where to write dq; None for a new tensor.
     """
-    num_q, num_k = q.shape[0], k.shape[0]
-    packed = packed_mask(call.slices, num_q, num_k)
-    gradients = Gradients(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)))
+    dout, q, k, v, out = (library.aligned(x) for x in (dout, q, k, v, out))
+    packed = packed_mask(call.slices, q.shape[0], k.shape[0])
+    launch = launch_grouped_backward if arch == HOPPER and _suits_groups(packed, q, k, v) else launch_own_backward
+    return Gradients(*launch(library, arch, dout, q, k, v, out, lse, dlse, call, into))
+
+
+def _suits_groups(packed: PackedMask | None, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel for groups of heads is needed on Hopper, or faster than FlashAttention-4's as it is.
+
+    It is faster for windows, of which a block of keys sees few queries, and all blocks as many. The other kernel has
+    no grouped heads of unequal dims.
+    """
+    if packed is None or (q.shape[2] != v.shape[2] and q.shape[1] != k.shape[1]):
+        return True
+    return packed.left is not None or packed.right not in (None, 0)
+
+
+def launch_own_backward(
+    library: Library,
+    arch: int,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    call: AttentionCall,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients by FlashAttention-4's backward pass as it is; arguments as of :func:`launch_backward`."""
+    packed = packed_mask(call.slices, q.shape[0], k.shape[0])
+    dq, dk, dv = gradients = gradients_like(q, k, v, into)
+    tensors, results = _as_batch(packed, dout, q, k, v, out), _as_batch(packed, *gradients)
+    lse, dlse = _as_batch(packed, lse, dlse)
+    key = ("fa4 backward", arch, call.softcap, call.deterministic, dlse is None, *layout_of(q, k, v, dout, out))
+    prepared = call.slices.derived(
+        key, lambda: _prepare_backward(library, arch, tensors, lse, dlse, results, packed, call)
+    )
+    if prepared is not None:
+        prepared(tensors, lse, dlse, results, call.softmax_scale)
+    return dq, dk, dv
+
+
+def _prepare_backward(
+    library: Library,
+    arch: int,
+    tensors: tuple[Tensor, ...],
+    lse: Tensor,
+    dlse: Tensor | None,
+    gradients: tuple[Tensor, ...],
+    packed: PackedMask | None,
+    call: AttentionCall,
+) -> PreparedBackward | None:
+    """Find the kernels for tensors as they are given to them; None where they are only compiled."""
+    dout, q, k, v, out = tensors
     options: dict[str, Any] = {
         "softmax_scale": call.softmax_scale,
         "softcap": call.softcap,
         "deterministic": call.deterministic,
+        "dlse": dlse,
     }
-    tensors = (q, k, v, out, dout, lse)
-    if packed is not None and packed.num_documents > 1:
-        options |= {"dlse": dlse, **gradients._asdict(), **_documents(call, packed, q.device), **_window(packed)}
-        library.backward(*tensors, **options)
-        return gradients
-    options["dlse"] = None if dlse is None else dlse.unsqueeze(0)
-    options |= {name: x.unsqueeze(0) for name, x in gradients._asdict().items()}
-    batch = [x.unsqueeze(0) for x in tensors]
+    options |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
     if packed is not None:
-        library.backward(*batch, **_window(packed), **options)
-        return gradients
-    tiling = backward_tiling(arch, q.shape[2])
-    tables = backward_tables(call.slices, num_q, num_k, tiling, q.device)
-    with library.masks.bound():
-        library.backward(
-            *batch,
-            mask_mod=library.masks.by_intervals,
-            aux_tensors=[tables.offsets, tables.bounds],
-            block_sparse_tensors=_sparse(library, tables, (tiling.block_q, tiling.block_k), ranks=call.deterministic),
-            **options,
-        )
-    return gradients
+        options |= _window(packed) | _documents(packed, q.device)
+    else:
+        tiling = backward_tiling(q.shape[-1])
+        tables = backward_tables(call.slices, q.shape[1], k.shape[1], tiling, q.device)
+        options |= {
+            "mask_mod": library.masks.by_intervals,
+            "aux_tensors": [tables.offsets, tables.bounds],
+            "block_sparse_tensors": _sparse(
+                library, tables, (tiling.block_q, tiling.block_k), ranks=call.deterministic
+            ),
+        }
+    with watched(*library.backward_parts) as (before, main, after), library.masks.bound():
+        library.backward(q, k, v, out, dout, lse, **options)
+        settle(q.device)
+    return PreparedBackward(before[0], main[0], after, DLSE_AT, SEMAPHORES_AT) if main else None
+
+
+def _as_batch(packed: PackedMask | None, *tensors: Any) -> tuple[Any, ...]:
+    """Shape tensors as the kernels expect them: a batch of one sequence, but for several documents none."""
+    if packed is not None and packed.num_documents > 1:
+        return tensors
+    return tuple(None if x is None else x.unsqueeze(0) for x in tensors)
 
 
 def _window(packed: PackedMask) -> dict[str, Any]:
@@ -135,16 +213,13 @@ def _window(packed: PackedMask) -> dict[str, Any]:
     return {"window_size_left": packed.left, "window_size_right": packed.right}
 
 
-def _documents(call: AttentionCall, packed: PackedMask, device: torch.device) -> dict[str, Any]:
-    """Return where the documents begin, on the device, and the longest document's length."""
-
-    def build() -> dict[str, Any]:
-        ends = {"q": packed.q_offsets, "k": packed.k_offsets}
-        offsets = {f"cu_seqlens_{name}": to_device(table, device) for name, table in ends.items()}
-        return offsets | {f"max_seqlen_{name}": int((table[1:] - table[:-1]).max()) for name, table in ends.items()}
-
-    key = ("fa4 documents", int(packed.q_offsets[-1]), int(packed.k_offsets[-1]), device)
-    return call.slices.derived(key, build)
+def _documents(packed: PackedMask, device: torch.device) -> dict[str, Any]:
+    """Return where documents begin, on the device, and the longest document's length; nothing for a single one."""
+    if packed.num_documents == 1:
+        return {}
+    ends = {"q": packed.q_offsets, "k": packed.k_offsets}
+    offsets = {f"cu_seqlens_{name}": to_device(table, device) for name, table in ends.items()}
+    return offsets | {f"max_seqlen_{name}": int((table[1:] - table[:-1]).max()) for name, table in ends.items()}
 
 
 def _sparse(library: Library, tables: SparseTables, block_size: tuple[int, int], *, ranks: bool) -> Any:

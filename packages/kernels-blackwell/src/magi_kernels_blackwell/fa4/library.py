@@ -16,14 +16,22 @@ class Library(NamedTuple):
 
     Attributes:
         forward, backward: FlashAttention-4's entry points without autograd.
+        backward_parts: those of the backward pass's kernels: before the main one, the main one, after it.
         sparse_tensors: its class of block lists.
+        aligned: returns a tensor, or a copy that the kernels can read.
+        is_tracing: whether launches are not made, only kernels compiled.
         masks: :mod:`magi_kernels_blackwell.fa4.masks`.
+        grouped: :mod:`magi_kernels_blackwell.fa4.grouped_kernel`.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    backward_parts: tuple[Any, Any, Any]
     sparse_tensors: Callable[..., Any]
+    aligned: Callable[..., Any]
+    is_tracing: Callable[[], bool]
     masks: Any
+    grouped: Any
 
 
 def load(device: torch.device) -> Library:
@@ -35,9 +43,18 @@ def load(device: torch.device) -> Library:
 def load_for(arch: int, num_sms: int) -> Library:
     """Import FlashAttention-4. Some kernels are compiled for a number of multiprocessors, so each has its folder."""
     with kept_in(f"flash_attention/sm_{arch}_{num_sms}", "FLASH_ATTENTION"):
+        from flash_attn.cute import interface
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-        from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
-        from magi_kernels_blackwell.fa4 import masks
+        from magi_kernels_blackwell.fa4 import grouped_kernel, masks
 
-    return Library(_flash_attn_fwd, _flash_attn_bwd, BlockSparseTensorsTorch, masks)
+    return Library(
+        interface._flash_attn_fwd,
+        interface._flash_attn_bwd,
+        (interface._bwd_preprocess, interface._flash_attn_bwd, interface._bwd_postprocess_convert),
+        BlockSparseTensorsTorch,
+        interface.maybe_contiguous,
+        interface.is_fake_mode,
+        masks,
+        grouped_kernel,
+    )

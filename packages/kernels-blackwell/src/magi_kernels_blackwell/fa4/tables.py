@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from magi_attention.common import bands as band
 from magi_attention.common.slices import SliceTable, expand_counts
-from magi_attention.kernels.tiles import IndexLists, RowIntervals, Tiles, classify_tiles
+from magi_attention.kernels.tiles import IndexLists, RowIntervals, Tiles, classify_tiles, tile_runs
 from magi_kernels_blackwell.masks import intervals_of_keys, intervals_of_queries
 
 LINE_PADDING = 256
@@ -59,6 +60,28 @@ class SparseTables(NamedTuple):
     bounds: Tensor
 
 
+class RunTables(NamedTuple):
+    """A mask for a backward pass that walks runs of tiles, int32. Shapes: R rows of tiles (blocks of keys), L lines.
+
+    Attributes:
+        work: ``[R * key heads]``, the rows in the order of work, each as ``row * heads + head``.
+        partial_offsets: ``[R + 1]``, and
+        partial_runs: ``[.., 2]``: row r has the partial tiles of the blocks of queries ``start`` to ``stop`` of the
+            runs ``partial_runs[partial_offsets[r]:partial_offsets[r + 1]]``.
+        full_offsets, full_runs: the same for full tiles. Kernels don't mask these, which is right beyond the last
+            query; a last block of keys that is cut off has partial tiles only.
+        offsets, bounds: as of :class:`SparseTables`.
+    """
+
+    work: Tensor
+    partial_offsets: Tensor
+    partial_runs: Tensor
+    full_offsets: Tensor
+    full_runs: Tensor
+    offsets: Tensor
+    bounds: Tensor
+
+
 def forward_tiling(arch: int, head_dim: int, head_dim_v: int) -> Tiling:
     """The tiles of the forward kernel: the largest it computes at once for these head dims.
 
@@ -76,13 +99,9 @@ def forward_tiling(arch: int, head_dim: int, head_dim_v: int) -> Tiling:
     return Tiling(128, 80, "queries")
 
 
-def backward_tiling(arch: int, head_dim: int) -> Tiling:
-    """The tiles of the backward kernel. SM100 kernels work in pairs from 128 dims on, which needs 256 keys."""
-    if arch != 90:
-        return Tiling(128, 256 if head_dim >= 128 else 128, "keys")
-    if head_dim <= 128:
-        return Tiling(128, 128, "keys")
-    return Tiling(128, 96 if head_dim <= 192 else 64, "queries")
+def backward_tiling(head_dim: int) -> Tiling:
+    """The tiles of the SM100 backward kernel, which works in pairs from 128 dims on: that needs 256 keys."""
+    return Tiling(128, 256 if head_dim >= 128 else 128, "keys")
 
 
 def forward_tables(slices: SliceTable, num_q: int, num_k: int, tiling: Tiling, device: torch.device) -> SparseTables:
@@ -106,6 +125,57 @@ def backward_tables(slices: SliceTable, num_q: int, num_k: int, tiling: Tiling, 
         return _tables(by_keys, slices, num_q, num_k, tiling, device, width, with_ranks=True)
 
     return slices.derived(("fa4 backward", num_q, num_k, tiling, device), build)
+
+
+def grouped_tiling(head_dim: int) -> Tiling:
+    """The tiles of the SM90 backward kernel, :mod:`.grouped_kernel`: FlashAttention-4's own for causal masks.
+
+    Its tiles of 80 queries, for full masks of 128 dims, came out 10 to 20 % slower here for all masks measured.
+    """
+    if head_dim <= 128:
+        return Tiling(128 if head_dim <= 64 else 64, 128, "keys")
+    return Tiling(64, 96 if head_dim <= 192 else 64, "queries")
+
+
+def run_tables(
+    slices: SliceTable, num_q: int, num_k: int, heads_k: int, tiling: Tiling, device: torch.device
+) -> RunTables:
+    """Return the runs of tiles of a backward pass. Built once and kept with the slices."""
+
+    def build() -> RunTables:
+        by_keys = tile_runs(band.transpose(slices.bands()), num_k, num_q, tiling.block_k, tiling.block_q)
+        partial, full = by_keys.partial, by_keys.full
+        if num_k % tiling.block_k:
+            partial, full = _last_row_moved(full, partial)
+        of_queries = tiling.lines == "queries"
+        intervals = intervals_of_queries(slices, num_q) if of_queries else intervals_of_keys(slices, num_k)
+        work = longest_first(partial.sizes + full.sizes, heads_k)
+        tables = (work, partial.offsets, _pairs(partial), full.offsets, _pairs(full), *_line_tables(intervals))
+        return RunTables(*(to_device(table, device) for table in tables))
+
+    return slices.derived(("fa4 runs", num_q, num_k, heads_k, tiling, device), build)
+
+
+def longest_first(tiles: NDArray[np.int64], heads: int) -> NDArray[np.int64]:
+    """Order the work of all heads: as ``row * heads + head``, rows of more tiles first.
+
+    Thread blocks take work as they become free, so that the last ones should be short. Rows whose number of tiles is
+    about the same, to a quarter, stay together by head and in order, since they read the same queries.
+    """
+    size_class = np.floor(np.log(np.maximum(tiles, 1)) / np.log(1.25))
+    head, row = (each.ravel() for each in np.indices((heads, len(tiles))))
+    order = np.lexsort((row, head, -size_class[row]))
+    return (row * heads + head)[order]
+
+
+def _last_row_moved(source: RowIntervals, target: RowIntervals) -> tuple[RowIntervals, RowIntervals]:
+    """Return ``target`` with the last row's intervals of ``source`` beside its own, and ``source`` without them."""
+    cut = source.offsets[-2]
+    rest = RowIntervals(np.minimum(source.offsets, cut), source.starts[:cut], source.stops[:cut])
+    offsets = target.offsets.copy()
+    offsets[-1] += len(source.starts) - cut
+    starts, stops = ([a, b[cut:]] for a, b in ((target.starts, source.starts), (target.stops, source.stops)))
+    return RowIntervals(offsets, np.concatenate(starts), np.concatenate(stops)), rest
 
 
 def _tiles(slices: SliceTable, num_q: int, num_k: int, tiling: Tiling) -> Tiles:
@@ -151,13 +221,18 @@ def _tables(
 
 
 def _line_tables(intervals: RowIntervals) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return ``offsets`` with padding lines that have no intervals, and ``bounds`` of at least two rows.
+    """Return ``offsets``, with padding lines that have no intervals, and ``bounds``."""
+    offsets = np.pad(intervals.offsets, (0, LINE_PADDING), mode="edge")
+    return offsets, _pairs(intervals)
+
+
+def _pairs(intervals: RowIntervals) -> NDArray[np.int64]:
+    """Return where intervals start and stop as rows, at least two.
 
     A table of a single row would look like one without strides to the kernels' interface.
     """
-    offsets = np.pad(intervals.offsets, (0, LINE_PADDING), mode="edge")
-    bounds = np.stack([intervals.starts, intervals.stops], axis=1)
-    return offsets, np.pad(bounds, ((0, max(2 - len(bounds), 0)), (0, 0)))
+    pairs = np.stack([intervals.starts, intervals.stops], axis=1)
+    return np.pad(pairs, ((0, max(2 - len(pairs), 0)), (0, 0)))
 
 
 def _ranks(by_keys: Tiles) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -14,7 +14,7 @@ from magi_attention.api.attention_checks import check_attention_call
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.kernels.autograd import without_autocast
 from magi_attention.kernels.opaque import gradients_like, operator_gradients, operator_result, result_like
-from magi_attention.runtime.autograd import compute_dtype, differentiate_with_sink, make_job
+from magi_attention.runtime.autograd import compute_dtype, differentiate_with_sink
 from magi_attention.runtime.backward import SavedAttention
 from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr, find_manager
 from magi_attention.runtime.forward import attend
@@ -50,7 +50,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     manager = find_manager(key_of_handle(handle))
     check_attention_call(q, k, v, manager, sink, softmax_scale, softcap, return_max_logits)
-    job = make_job(manager.dist_attn_runtime, q, k, v, softmax_scale, softcap, return_max_logits)
+    job = manager.dist_attn_runtime.job_for(q, k, v, softmax_scale, softcap, return_max_logits)
     with without_autocast(q):
         return operator_result(*attend(job, q, k, v, sink))
 
@@ -84,7 +84,7 @@ def _differentiate(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     runtime = dist_attn_runtime_dict_mgr[key_of_handle(handle)].dist_attn_runtime
-    job = make_job(runtime, q, k, v, softmax_scale, softcap, False)
+    job = runtime.job_for(q, k, v, softmax_scale, softcap, False)
     return operator_gradients(*differentiate_with_sink(job, SavedAttention(q, k, v, out, lse), sink, dout, dlse))
 
 

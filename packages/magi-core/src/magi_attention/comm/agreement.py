@@ -5,12 +5,16 @@ import logging
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from magi_attention.comm.group import group_rank, group_size
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +83,49 @@ def report_failure(reason: str, group: dist.ProcessGroup | None) -> None:
         _post(check.store, f"rank {check.ranks[check.me]} failed to make its key: {reason}".encode())
         check.store.set(str(check.me), "failed")
         check.conclude(agreed=False)
+
+
+def run_together(call: Callable[[], Result], what: str, group: dist.ProcessGroup, timeout_s: float = 30.0) -> Result:
+    """Run on all ranks of ``group`` what exchanges data between them; if it fails on one rank, all raise at once.
+
+    A rank that the failed one leaves waiting goes on without the call, which ends in a thread of its own once the
+    group's timeout is over; nothing should be expected of the group after that.
+
+    Args:
+        call: what to run.
+        what: its name in errors.
+        group: the process group.
+        timeout_s: seconds that a rank which is done waits for the others.
+
+    Returns:
+        What ``call`` returned on this rank.
+
+    Raises:
+        RuntimeError: on every rank, if ``call`` raised on one of them, which it names, or some rank never came.
+    """
+    results: list[Result] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except Exception as error:
+            errors.append(error)
+
+    with _Check(group) as check:
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        while thread.is_alive() and not check.store.check(["verdict"]):
+            thread.join(_LONGEST_PAUSE_S)
+        if errors:
+            reason = f"{type(errors[0]).__name__}: {errors[0]}"
+            _post(check.store, f"{what} failed on rank {check.ranks[check.me]}: {reason}".encode())
+        check.store.set(str(check.me), what)
+        verdict = _compare(check, timeout_s) if check.me == 0 else _await_verdict(check, timeout_s)
+        check.conclude(verdict == _AGREED)
+    if verdict != _AGREED:
+        raise RuntimeError(verdict.decode()) from (errors[0] if errors else None)
+    return results[0]
 
 
 class _Check:

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.group import group_size, let_go_at_exit
-from magi_attention.comm.packing import Blocks, deliver, lay_out, pack, row_formats
+from magi_attention.comm.packing import deliver, lay_out, pack, put_rows, row_formats
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
-from magi_attention.comm.routes import Routes, routes_of
-from magi_attention.comm.streams import communication_stream, running_on
+from magi_attention.comm.routes import Rows, routes_of
+from magi_attention.comm.streams import communication_stream
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 
@@ -40,35 +40,44 @@ class AllToAllCollectives:
         tensors: Sequence[Tensor],
         table: ExchangeTable | TwoHopExchange,
         out: Sequence[Tensor] | None = None,
+        own_places: Rows | None = None,
+        lend: bool = False,
     ) -> PendingWork[list[Tensor]] | StreamWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         table = self._checked(table)
         _check_rows("tensors", tensors, table.num_source)
-        if out is not None:
-            check_out(out, tensors, table.num_received)
         routes = routes_of(table, tensors[0].device)
-        formats = row_formats(tensors)
-        leaving, coming = lay_out(formats, routes.send_counts), lay_out(formats, routes.recv_counts)
-        arrived = None
-        if out is not None:
-            received = [*out]
-        elif routes.has_one_sender:  # then what arrives is the result as it is
-            arrived = tensors[0].new_empty(coming.num_words, dtype=torch.int64)
-            sender = max(range(self.num_ranks), key=routes.recv_counts.__getitem__)
-            received = [coming.block(arrived, number, sender) for number in range(len(tensors))]
+        layout = lay_out(row_formats(tensors))
+        buffer = landed = None
+        if out is None:
+            buffer = tensors[0].new_empty((table.num_received, layout.num_words), dtype=torch.int64)
+            received = [layout.column(buffer, number) for number in range(len(tensors))]
+            if isinstance(routes.received, slice):
+                landed = buffer[routes.received]
         else:
-            received = [x.new_empty((table.num_received, *x.shape[1:])) for x in tensors]
-
-        @torch.no_grad()
-        def finish(landed: Tensor) -> list[Tensor]:
-            if arrived is None:
-                deliver(landed, routes.received, coming, received)
-            return received
+            check_out(out, tensors, table.num_received)
+            received = [*out]
+        is_in_place = landed is not None
+        if landed is None:
+            landed = tensors[0].new_empty((routes.num_arriving, layout.num_words), dtype=torch.int64)
+        arrived = landed
 
         def gather() -> Tensor:
-            return pack(tensors, routes.source, routes.source_run, leaving)
+            return pack(tensors, routes.source, routes.num_sent, layout)
 
-        return self._exchange(gather, leaving, coming, finish, (routes, [*tensors, *received]), arrived)
+        def finish() -> list[Tensor]:
+            if buffer is None:
+                deliver(arrived, routes.received, layout, received)
+            elif not is_in_place:
+                put_rows(buffer, routes.received, arrived)
+            return received
+
+        counts = routes.send_counts, routes.recv_counts
+        work = self._exchange(gather, arrived, counts, finish, [*tensors, *received])
+        if own_places is not None:  # while the others' rows travel
+            for own, target in zip(tensors, received, strict=True):
+                put_rows(target, own_places, own)
+        return work
 
     @torch.no_grad()
     def reduce(
@@ -87,67 +96,66 @@ class AllToAllCollectives:
         _check_rows("partials", sent, table.num_received)
         _check_rows("into", into, table.num_source)
         routes = routes_of(table, sent[0].device)
-        formats = row_formats(sent)
-        leaving, coming = lay_out(formats, routes.recv_counts), lay_out(formats, routes.send_counts)
+        layout = lay_out(row_formats(sent))
+        landed = sent[0].new_empty((routes.num_sent, layout.num_words), dtype=torch.int64)
 
         def gather() -> Tensor:
-            return pack(sent, routes.received, routes.received_run, leaving)
+            return pack(sent, routes.received, routes.num_arriving, layout)
 
-        @torch.no_grad()
-        def combine(landed: Tensor) -> None:
+        def combine() -> None:
             if into_lse is not None:
-                merge_partials_by_lse(into[0], into_lse, landed, coming, routes)
-                return
-            for number, target in enumerate(into):
-                add_partials(target, landed, coming, number, routes, average=op == "avg")
+                merge_partials_by_lse(into[0], into_lse, landed, layout, routes)
+            else:
+                add_partials(into, landed, layout, routes, average=op == "avg")
 
         targets = [*into] if into_lse is None else [*into, into_lse]
-        return self._exchange(gather, leaving, coming, combine, (routes, [*sent, *targets]))
+        return self._exchange(gather, landed, (routes.recv_counts, routes.send_counts), combine, [*sent, *targets])
 
     def _exchange(
         self,
         gather: Callable[[], Tensor],
-        leaving: Blocks,
-        coming: Blocks,
-        finish: Callable[[Tensor], Result],
-        kept: tuple[Routes, Sequence[Tensor]],
-        arrived: Tensor | None = None,
+        landed: Tensor,
+        counts: tuple[list[int], list[int]],
+        finish: Callable[[], Result],
+        kept: Sequence[Tensor],
     ) -> PendingWork[Result] | StreamWork[Result]:
-        """Send what ``gather`` returns; ``finish`` makes the result of what arrives.
+        """Send what ``gather`` returns; ``finish`` makes the result of what has ``landed``.
 
         On CUDA all of it runs on the group's stream. On the CPU ``finish`` runs in ``wait``.
 
         Args:
             gather: packs the rows to send.
-            leaving: layout of the rows to send.
-            coming: layout of the rows to receive.
+            landed: where to receive.
+            counts: how many rows to send to and to receive from each peer.
             finish: computes the result from what arrived; called once.
             kept: what the exchange reads or writes, kept alive until it is over.
-            arrived: where to receive; None for a new buffer.
         """
-        device = kept[1][0].device
+        device = landed.device
         stream = communication_stream(self.group, device)
         if stream is None:
             packed = gather()
-            landed, transfer = self._send(packed, leaving, coming, arrived, async_op=True)
-            return PendingWork(transfer, lambda: finish(landed), buffers=(packed, landed, *kept[1]))
-        caller = torch.cuda.current_stream(device)
-        with running_on(stream):
+            transfer = self._send(packed, landed, counts, async_op=True)
+            return PendingWork(transfer, torch.no_grad()(finish), buffers=(packed, landed, *kept))
+        caller = torch.cuda.current_stream(device.index)  # a number is looked up faster than a device
+        stream.wait_stream(caller)
+        torch.cuda.set_stream(stream)
+        try:
             packed = gather()
             is_packed = stream.record_event()
             # Not asynchronous, so that it runs on this very stream and with its priority; the host does not wait.
-            landed, _ = self._send(packed, leaving, coming, arrived, async_op=False)
-            return StreamWork(stream, caller, finish(landed), kept, is_packed)
+            self._send(packed, landed, counts, async_op=False)
+            return StreamWork(stream, caller, finish(), (landed, *kept), is_packed)
+        finally:
+            torch.cuda.set_stream(caller)
 
     def _send(
-        self, packed: Tensor, leaving: Blocks, coming: Blocks, arrived: Tensor | None, async_op: bool
-    ) -> tuple[Tensor, dist.Work | None]:
-        if arrived is None:
-            arrived = packed.new_empty(coming.num_words)
+        self, packed: Tensor, landed: Tensor, counts: tuple[list[int], list[int]], async_op: bool
+    ) -> dist.Work | None:
         if self.num_ranks == 1:
-            return arrived.copy_(packed), None  # a result never shares memory with what was sent
-        send, recv = list(leaving.words_per_peer), list(coming.words_per_peer)
-        return arrived, dist.all_to_all_single(arrived, packed, recv, send, self.group, async_op=async_op)
+            landed.copy_(packed)  # a result never shares memory with what was sent
+            return None
+        send, recv = counts
+        return dist.all_to_all_single(landed, packed, recv, send, self.group, async_op=async_op)
 
     def _checked(self, table: ExchangeTable | TwoHopExchange) -> ExchangeTable:
         if isinstance(table, TwoHopExchange):
@@ -193,7 +201,7 @@ def _check_rows(name: str, tensors: Sequence[Tensor], num_rows: int) -> None:
     if not tensors:
         raise ValueError(f"{name} must not be empty")
     for tensor in tensors:
-        if len(tensor) != num_rows or tensor.device != tensors[0].device:
+        if tensor.shape[0] != num_rows or tensor.device != tensors[0].device:
             raise ValueError(
                 f"{name} must all have {num_rows} rows on {tensors[0].device}, "
                 f"but one of them is {tuple(tensor.shape)} on {tensor.device}"

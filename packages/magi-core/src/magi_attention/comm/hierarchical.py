@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.alltoall import AllToAllCollectives, check_out, check_reduce
+from magi_attention.comm.packing import put_rows
 from magi_attention.comm.protocol import ReduceOp, Work
+from magi_attention.comm.routes import Rows
 from magi_attention.comm.streams import communication_stream, running_on
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.common.logsumexp import accumulation_dtype, merge_lse, rescale_weight
@@ -39,6 +41,8 @@ class HierarchicalCollectives:
         tensors: Sequence[Tensor],
         table: ExchangeTable | TwoHopExchange,
         out: Sequence[Tensor] | None = None,
+        own_places: Rows | None = None,
+        lend: bool = False,
     ) -> Work[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         hops = _checked(table)
@@ -46,6 +50,9 @@ class HierarchicalCollectives:
         if out is not None:
             check_out(out, tensors, hops.num_received)
         received = [*(out or (x.new_empty((hops.num_received, *x.shape[1:])) for x in tensors))]
+        if own_places is not None:
+            for own, target in zip(tensors, received, strict=True):
+                put_rows(target, own_places, own)
         held = [x.new_empty((hops.intra.num_source, *x.shape[1:])) for x in tensors]
         first = self._inter.cast(tensors, hops.inter, out=[x[num_own:] for x in held])
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of several tensors in one flat buffer of 8-byte words, so that one exchange serves every dtype.
+"""Rows of several tensors side by side in one buffer of 8-byte words, so that one exchange serves every dtype.
 
-The buffer holds a part for each peer, and each part a block of rows for each tensor. So rows of one tensor that come
-from one peer are contiguous as they arrive.
+A row of the buffer holds one row of each tensor. So a peer's rows are one run whatever travels, and each tensor's rows
+are a view of the buffer as it arrives, whoever sent them.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from torch import Tensor
 from magi_attention.comm.routes import Rows
 
 _WORD_BYTES = 8
-# Kernels read blocks where they arrive, and want them aligned to 128 bytes.
-_BLOCK_WORDS = 16
+# Kernels read columns where they arrive, and want rows of them aligned so.
+_COLUMN_WORDS = 2
 
 
 class RowFormat(NamedTuple):
@@ -30,9 +30,10 @@ class RowFormat(NamedTuple):
         """Elements of one row."""
         return self.shape.numel()
 
-    def num_words(self, num_rows: int) -> int:
-        """Words that so many rows fill; the end is padded to a whole word."""
-        return -(-num_rows * self.num_elements * self.dtype.itemsize // _WORD_BYTES)
+    @property
+    def num_words(self) -> int:
+        """Words that a row fills; the end is padded to a whole word."""
+        return -(-self.num_elements * self.dtype.itemsize // _WORD_BYTES)
 
 
 def row_formats(tensors: Sequence[Tensor]) -> tuple[RowFormat, ...]:
@@ -40,107 +41,120 @@ def row_formats(tensors: Sequence[Tensor]) -> tuple[RowFormat, ...]:
     return tuple(RowFormat(tensor.dtype, tensor.shape[1:]) for tensor in tensors)
 
 
-class Blocks(NamedTuple):
-    """Where rows lie in a buffer.
+class _Column(NamedTuple):
+    """One tensor's part of the rows of a buffer: a view of as many rows has this shape and strides, in elements."""
+
+    first_word: int
+    num_words: int
+    dtype: torch.dtype
+    shape: torch.Size
+    first_element: int
+    strides: tuple[int, ...]
+
+
+class RowLayout(NamedTuple):
+    """How tensors share the rows of a buffer.
 
     Attributes:
-        formats: of each tensor.
-        counts: rows of each peer.
-        words_per_peer: words of each peer's part.
-        first_words: for each tensor the word at which its block of each peer starts.
+        columns: of each tensor.
+        num_words: words of a row.
     """
 
-    formats: tuple[RowFormat, ...]
-    counts: tuple[int, ...]
-    words_per_peer: tuple[int, ...]
-    first_words: tuple[tuple[int, ...], ...]
+    columns: tuple[_Column, ...]
+    num_words: int
 
-    @property
-    def num_words(self) -> int:
-        """Words of the buffer."""
-        return sum(self.words_per_peer)
+    def column(self, buffer: Tensor, number: int) -> Tensor:
+        """``[rows, *shape]``: one tensor's part of a buffer ``[rows, num_words]``, without a copy."""
+        column = self.columns[number]
+        elements = buffer.view(column.dtype)
+        offset = elements.storage_offset() + column.first_element
+        return elements.as_strided((buffer.shape[0], *column.shape), column.strides, offset)
 
-    def block(self, buffer: Tensor, tensor: int, peer: int) -> Tensor:
-        """``[rows, *shape]``: one tensor's rows of one peer, contiguous, without a copy."""
-        row, count, first = self.formats[tensor], self.counts[peer], self.first_words[tensor][peer]
-        words = buffer[first : first + row.num_words(count)]
-        return words.view(row.dtype)[: count * row.num_elements].view(count, *row.shape)
-
-    def blocks(self, buffer: Tensor, tensor: int, rows: Sequence[Rows]) -> list[tuple[Rows, Tensor]]:
-        """For each peer that has any, the ``rows`` that belong to the peer and one tensor's block of them."""
-        return [(rows[peer], self.block(buffer, tensor, peer)) for peer, count in enumerate(self.counts) if count]
+    def words(self, buffer: Tensor, number: int) -> Tensor:
+        """``[rows, words]``: the same as words."""
+        column = self.columns[number]
+        return buffer.narrow(1, column.first_word, column.num_words)
 
 
 @lru_cache(maxsize=4096)
-def lay_out(formats: tuple[RowFormat, ...], counts: tuple[int, ...]) -> Blocks:
-    """Lay out a buffer of ``counts`` rows of each peer."""
-    first_words: list[list[int]] = [[] for _ in formats]
-    words_per_peer = []
-    start = 0
-    for count in counts:
-        end = start
-        for number, (row, firsts) in enumerate(zip(formats, first_words, strict=True)):
-            if number:
-                end += (start - end) % _BLOCK_WORDS
-            firsts.append(end)
-            end += row.num_words(count)
-        words_per_peer.append(end - start)
-        start = end
-    return Blocks(formats, counts, tuple(words_per_peer), tuple(map(tuple, first_words)))
+def lay_out(formats: tuple[RowFormat, ...]) -> RowLayout:
+    """Lay out the rows of a buffer."""
+    first_words, end = [], 0
+    for row in formats:
+        end += -end % _COLUMN_WORDS
+        first_words.append(end)
+        end += row.num_words
+    if len(formats) > 1:
+        end += -end % _COLUMN_WORDS
+    columns = []
+    for (dtype, shape), first, row in zip(formats, first_words, formats, strict=True):
+        strides = [end * _WORD_BYTES // dtype.itemsize]
+        strides += [shape[number + 1 :].numel() for number in range(len(shape))]
+        columns.append(
+            _Column(first, row.num_words, dtype, shape, first * _WORD_BYTES // dtype.itemsize, tuple(strides))
+        )
+    return RowLayout(tuple(columns), end)
 
 
-def pack(tensors: Sequence[Tensor], rows: Sequence[Rows], run: slice | None, blocks: Blocks) -> Tensor:
-    """Gather the rows of each peer in a new buffer.
-
-    Args:
-        tensors: where the rows are taken from.
-        rows: those of each peer.
-        run: those of all peers together, if they are one run; such rows of a single tensor are not copied.
-        blocks: the buffer's layout.
-    """
-    tensors = [tensor.contiguous() for tensor in tensors]
-    if len(tensors) == 1 and run is not None and (words := _as_words(tensors[0])) is not None:
-        return words[run].view(-1)
-    buffer = tensors[0].new_empty(blocks.num_words, dtype=torch.int64)
+def pack(tensors: Sequence[Tensor], rows: Rows, num_rows: int, layout: RowLayout) -> Tensor:
+    """Gather rows in a new buffer ``[num_rows, num_words]``; one run of rows of a single tensor is not copied."""
+    if len(tensors) == 1 and isinstance(rows, slice):
+        words = _as_words(tensors[0])
+        if words is not None and words.is_contiguous():
+            return words[rows]
+    buffer = tensors[0].new_empty((num_rows, layout.num_words), dtype=torch.int64)
     for number, tensor in enumerate(tensors):
-        for taken, block in blocks.blocks(buffer, number, rows):
-            _copy_rows(tensor, block, taken)
+        words = _as_words(tensor)
+        source = tensor if words is None else words
+        target = layout.column(buffer, number) if words is None else layout.words(buffer, number)
+        if isinstance(rows, slice):
+            target.copy_(source[rows])
+        else:
+            torch.index_select(source, 0, rows, out=target)
     return buffer
 
 
-def deliver(buffer: Tensor, rows: Sequence[Rows], blocks: Blocks, targets: Sequence[Tensor]) -> None:
-    """Write the rows that came from each peer to where they belong.
+def deliver(buffer: Tensor, rows: Rows, layout: RowLayout, targets: Sequence[Tensor]) -> None:
+    """Write a buffer's rows to the rows of the targets that they belong to.
 
     Args:
         buffer: what arrived.
-        rows: the targets' rows that come from each peer.
-        blocks: the buffer's layout.
+        rows: the targets' rows.
+        layout: of the buffer.
         targets: contiguous, one per tensor.
     """
     for number, target in enumerate(targets):
-        for written, block in blocks.blocks(buffer, number, rows):
-            words, target_words = _as_words(block), _as_words(target)
-            if words is not None and target_words is not None:
-                block, target = words, target_words
-            if isinstance(written, slice):
-                target[written].copy_(block)
-            else:
-                target.index_copy_(0, written, block)
+        put_rows(target, rows, layout.column(buffer, number))
 
 
-def _copy_rows(source: Tensor, block: Tensor, rows: Rows) -> None:
-    words, block_words = _as_words(source), _as_words(block)
-    if words is not None and block_words is not None:
-        source, block = words, block_words
-    if isinstance(rows, slice):
-        block.copy_(source[rows])
+def put_rows(target: Tensor, places: Rows, rows: Tensor) -> None:
+    """Write rows to their places in a tensor of the same dtype."""
+    target_words, words = _as_words(target), _as_words(rows)
+    if target_words is not None and words is not None:
+        target, rows = target_words, words
+    if isinstance(places, slice):
+        target[places].copy_(rows)
     else:
-        torch.index_select(source, 0, rows, out=block)
+        target.index_copy_(0, places, rows)
 
 
 def _as_words(tensor: Tensor) -> Tensor | None:
-    """``[rows, words]``: a contiguous tensor as words, which copy fastest; None if its rows are not whole words."""
-    flat = tensor.view(len(tensor), tensor.shape[1:].numel())
-    is_aligned = tensor.data_ptr() % _WORD_BYTES == 0 and tensor.storage_offset() * tensor.itemsize % _WORD_BYTES == 0
-    is_whole = flat.shape[1] * tensor.itemsize % _WORD_BYTES == 0
-    return flat.view(torch.int64) if is_whole and is_aligned else None
+    """``[rows, words]``: a tensor as words, which copy fastest; None if its rows are not runs of whole words."""
+    shape, itemsize = tensor.shape, tensor.itemsize
+    if tensor.dtype == torch.int64 and len(shape) == 2 and tensor.stride(1) == 1:
+        return tensor
+    size = shape[1:].numel()
+    if not size or size * itemsize % _WORD_BYTES or tensor.storage_offset() * itemsize % _WORD_BYTES:
+        return None
+    if not tensor.is_contiguous():
+        strides = tensor.stride()
+        run = 1
+        for length, stride in zip(reversed(shape[1:]), reversed(strides[1:]), strict=True):
+            if length != 1 and stride != run:
+                return None
+            run *= length
+        if strides[0] * itemsize % _WORD_BYTES:
+            return None
+    if tensor.data_ptr() % _WORD_BYTES:
+        return None
+    return tensor.view(shape[0], size).view(torch.int64)

@@ -6,6 +6,7 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from magi_attention.comm.routes import Rows
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 
 ReduceOp = Literal["sum", "avg", "lse"]
@@ -25,6 +26,12 @@ class Work(Protocol[Result]):
     def wait(self) -> Result:
         """Return the result once it may be used on the current stream; the host waits only for CPU tensors."""
 
+    def release(self) -> None:
+        """Give back a result that was lent: what has been enqueued on the current stream was the last to use it.
+
+        A work that goes gives back what it lent. Does nothing if nothing was lent.
+        """
+
 
 @runtime_checkable
 class GroupCollectives(Protocol):
@@ -37,11 +44,18 @@ class GroupCollectives(Protocol):
         tensors: Sequence[Tensor],
         table: ExchangeTable | TwoHopExchange,
         out: Sequence[Tensor] | None = None,
+        own_places: Rows | None = None,
+        lend: bool = False,
     ) -> Work[list[Tensor]]:
         """Send rows of ``tensors``, each ``[num_source, ...]``, to the ranks that need them, in one exchange.
 
-        Returns a work whose result is, for each tensor, ``[num_received, ...]`` of the same dtype, contiguous: those of
-        ``out``, if given, else new ones. Every rank of the group must call it with its own side of the same plan.
+        Returns a work whose result is, for each tensor, ``[num_received, ...]`` of the same dtype: those of ``out``, if
+        given, else new ones, of which each row is contiguous. The table need not name all their rows: with
+        ``own_places``, the rank's own ``tensors`` are copied to these. Every rank of the group must call it with its
+        own side of the same plan.
+
+        With ``lend`` and without ``out`` they may lie in memory of the collectives, which saves a copy. They are then
+        the caller's until the work's ``release``, which must come before two more casts that lend.
         """
 
     def reduce(

@@ -1,42 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Combining the partial results that a group reduce brings back, in ascending order of the peers."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from magi_attention.comm.packing import Blocks
+from magi_attention.comm.packing import RowLayout
 from magi_attention.comm.routes import Routes, Rows
 from magi_attention.comm.segments import add_segments, can_add_segments
 from magi_attention.common.logsumexp import accumulation_dtype, merge_lse, rescale_weight
 
 
-def add_partials(into: Tensor, buffer: Tensor, blocks: Blocks, tensor: int, routes: Routes, average: bool) -> None:
+def add_partials(into: Sequence[Tensor], buffer: Tensor, layout: RowLayout, routes: Routes, average: bool) -> None:
     """Add the rows that came back in ``buffer`` to the rows of ``into`` that they belong to.
 
     Args:
-        into: ``[num_source, ...]``, changed in place and rounded once.
+        into: one ``[num_source, ...]`` for each tensor of the buffer, changed in place and rounded once.
         buffer: what arrived.
-        blocks: the buffer's layout.
-        tensor: which of its tensors to add.
+        layout: of the buffer.
         routes: of the exchange table.
         average: divide by the number of terms, the old value of ``into`` counting as one.
     """
     if routes.num_sent == 0:
         return
-    if not average and can_add_segments(into, blocks, tensor):
-        add_segments(into, buffer, blocks, tensor, routes)
+    if not average and can_add_segments(into, layout):
+        add_segments(into, buffer, layout, routes)
         return
-    total = _accumulator(into, blocks.formats[tensor].dtype)
-    for rows, partial in blocks.blocks(buffer, tensor, routes.source):
-        _add_rows(total, rows, partial)
-    if average:
-        terms = (1 + routes.casts_per_row).view(-1, *[1] * (total.dim() - 1))
-        total = total.div_(terms) if total.is_floating_point() else total // terms
-    if total is not into:
-        into.copy_(total)
+    for number, target in enumerate(into):
+        total = _accumulator(target, layout.columns[number].dtype)
+        for rows, partial in _by_peer(layout.column(buffer, number), routes):
+            _add_rows(total, rows, partial)
+        if average:
+            terms = (1 + routes.casts_per_row).view(-1, *[1] * (total.dim() - 1))
+            total = total.div_(terms) if total.is_floating_point() else total // terms
+        if total is not target:
+            target.copy_(total)
 
 
-def merge_partials_by_lse(into: Tensor, into_lse: Tensor, buffer: Tensor, blocks: Blocks, routes: Routes) -> None:
+def merge_partials_by_lse(into: Tensor, into_lse: Tensor, buffer: Tensor, layout: RowLayout, routes: Routes) -> None:
     """Merge partial outputs over disjoint keys: each is weighted by ``exp(lse - final lse)``.
 
     Partials and old values whose lse is -inf stand for no keys at all and are skipped, whatever they hold.
@@ -45,17 +47,17 @@ def merge_partials_by_lse(into: Tensor, into_lse: Tensor, buffer: Tensor, blocks
         into: ``[num_source, heads, dim]``, changed in place.
         into_lse: ``[num_source, heads]``, changed in place.
         buffer: what arrived: partial outputs and their log-sum-exps.
-        blocks: the buffer's layout.
+        layout: of the buffer.
         routes: of the exchange table.
     """
     if routes.num_sent == 0:
         return
-    outs, lses = (blocks.blocks(buffer, tensor, routes.source) for tensor in range(2))
-    old_lse = _accumulator(into_lse, blocks.formats[1].dtype)
+    outs, lses = (_by_peer(layout.column(buffer, number), routes) for number in range(2))
+    old_lse = _accumulator(into_lse, layout.columns[1].dtype)
     final_lse = old_lse.clone()
     for rows, lse in lses:
         final_lse[rows] = merge_lse(final_lse[rows], lse).to(final_lse.dtype)
-    total = _accumulator(into, blocks.formats[0].dtype)
+    total = _accumulator(into, layout.columns[0].dtype)
     _weigh(total, old_lse, final_lse)
     for (rows, partial), (_, lse) in zip(outs, lses, strict=True):
         share = partial.to(total.dtype, copy=True)
@@ -64,6 +66,12 @@ def merge_partials_by_lse(into: Tensor, into_lse: Tensor, buffer: Tensor, blocks
     into_lse.copy_(final_lse)
     if total is not into:
         into.copy_(total)
+
+
+def _by_peer(partials: Tensor, routes: Routes) -> list[tuple[Rows, Tensor]]:
+    """For each peer that sent any, the source rows that its partial results belong to, and these."""
+    parts = partials.split(routes.send_counts)
+    return [(rows, part) for rows, part in zip(routes.source_of, parts, strict=True) if len(part)]
 
 
 def _accumulator(into: Tensor, partial_dtype: torch.dtype) -> Tensor:

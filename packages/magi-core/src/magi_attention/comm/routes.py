@@ -23,33 +23,25 @@ class Routes(KeepsDerived):
     """An exchange table's rows on a device, peer by peer, each peer's in the order in which they travel.
 
     Attributes:
-        source: the source rows sent to each peer.
-        received: the rows of the receive buffer that come from each peer.
-        source_run: the source rows sent to all peers together, where they are one run.
-        received_run: the rows of the receive buffer that come from all peers together, where they are one run.
+        source: the source rows sent to all peers.
+        received: the rows of the receive buffer that come from all peers.
+        source_of: the source rows sent to each peer.
         send_counts: how many rows each peer is sent.
         recv_counts: how many rows come from each peer.
+        num_sent: rows sent to all peers together.
+        num_arriving: rows that come from all peers together.
     """
 
-    source: tuple[Rows, ...]
-    received: tuple[Rows, ...]
-    source_run: slice | None
-    received_run: slice | None
-    send_counts: tuple[int, ...]
-    recv_counts: tuple[int, ...]
+    source: Rows
+    received: Rows
+    source_of: tuple[Rows, ...]
+    send_counts: list[int]
+    recv_counts: list[int]
+    num_sent: int
+    num_arriving: int
     _all_source: NDArray[np.int64]
     _num_source: int
     _device: torch.device
-
-    @property
-    def num_sent(self) -> int:
-        """Rows sent to all peers together."""
-        return len(self._all_source)
-
-    @property
-    def has_one_sender(self) -> bool:
-        """Whether all rows come from one peer, in the order in which the receive buffer holds them."""
-        return self.received_run is not None and sum(count > 0 for count in self.recv_counts) <= 1
 
     @cached_property
     def casts_per_row(self) -> Tensor:
@@ -79,13 +71,15 @@ def routes_of(table: ExchangeTable, device: torch.device) -> Routes:
 
 def _build(table: ExchangeTable, device: torch.device) -> Routes:
     source, received = _listed(table.send), _listed(table.recv)
+    all_source = _as_rows(source, device)
     return Routes(
-        source=_by_peer(source, table.send_counts, device),
-        received=_by_peer(received, table.recv_counts, device),
-        source_run=_as_run(source),
-        received_run=_as_run(received),
-        send_counts=tuple(table.send_counts),
-        recv_counts=tuple(table.recv_counts),
+        source=all_source,
+        received=_as_rows(received, device),
+        source_of=_by_peer(source, all_source, table.send_counts),
+        send_counts=table.send_counts,
+        recv_counts=table.recv_counts,
+        num_sent=len(source),
+        num_arriving=len(received),
         _all_source=source,
         _num_source=table.num_source,
         _device=device,
@@ -98,12 +92,19 @@ def _listed(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
     return ranges[owner, 1] + offset
 
 
-def _by_peer(rows: NDArray[np.int64], counts: list[int], device: torch.device) -> tuple[Rows, ...]:
-    """Cut rows by peer; those that are not one run are views of one index tensor."""
-    runs = [_as_run(rows[start:stop]) for start, stop in pairwise([0, *accumulate(counts)])]
-    if all(run is not None for run in runs):
-        return tuple(run for run in runs if run is not None)
-    parts = torch.from_numpy(rows).to(device).split(counts)
+def _as_rows(rows: NDArray[np.int64], device: torch.device) -> Rows:
+    """A slice if the rows are one run, else an index tensor."""
+    run = _as_run(rows)
+    return torch.from_numpy(rows).to(device) if run is None else run
+
+
+def _by_peer(rows: NDArray[np.int64], all_rows: Rows, counts: list[int]) -> tuple[Rows, ...]:
+    """Cut rows by peer; those that are not one run are views of the index tensor of all."""
+    ends = [0, *accumulate(counts)]
+    if isinstance(all_rows, slice):
+        return tuple(slice(all_rows.start + first, all_rows.start + last) for first, last in pairwise(ends))
+    runs = [_as_run(rows[first:last]) for first, last in pairwise(ends)]
+    parts = all_rows.split(counts)
     return tuple(part if run is None else run for run, part in zip(runs, parts, strict=True))
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernel of :mod:`magi_attention.comm.segments`; imported only where it is launched."""
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,24 +11,59 @@ _MOST_COLUMNS = 1024
 
 
 @triton.jit
-def _add_segments(into, terms, rows, bounds, first_elements, num_columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    segment = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < num_columns
-    target = into + tl.load(rows + segment).to(tl.int64) * num_columns + column
+def _add_row(into, terms, row, first, last, places, row_stride, columns, block, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    target = into + row * columns + column
     total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-    for number in range(tl.load(bounds + segment), tl.load(bounds + segment + 1)):
-        first = tl.load(first_elements + number)
-        total += tl.load(terms + first + column, mask=inside, other=0.0).to(tl.float32)
+    for number in range(first, last):
+        term = terms + tl.load(places + number).to(tl.int64) * row_stride + column
+        total += tl.load(term, mask=inside, other=0.0).to(tl.float32)
     tl.store(target, total.to(into.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _add_segments(  # type: ignore[no-untyped-def]
+    into,
+    into2,
+    terms,
+    terms2,
+    rows,
+    bounds,
+    places,
+    row_stride,
+    row_stride2,
+    columns,
+    columns2,
+    BLOCK: tl.constexpr,
+):
+    segment, block = tl.program_id(0), tl.program_id(1)
+    row = tl.load(rows + segment).to(tl.int64)
+    first, last = tl.load(bounds + segment), tl.load(bounds + segment + 1)
+    blocks = tl.cdiv(columns, BLOCK)
+    if block < blocks:
+        _add_row(into, terms, row, first, last, places, row_stride, columns, block, BLOCK)
+    else:
+        _add_row(into2, terms2, row, first, last, places, row_stride2, columns2, block - blocks, BLOCK)
+
+
 def launch_add_segments(
-    into: Tensor, terms: Tensor, rows: Tensor, bounds: Tensor, first_elements: Tensor, num_columns: int
+    into: Sequence[Tensor], terms: Sequence[Tensor], segments: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    """Add ``terms[first_elements[n]:][:num_columns]`` for all n of segment s to row ``rows[s]`` of ``into``."""
-    if not len(rows) or not num_columns:
+    """Add to rows of one or two tensors.
+
+    Args:
+        into: the tensors, contiguous.
+        terms: what to add to each: rows that lie a stride apart, each contiguous.
+        segments: ``rows``, ``bounds`` and ``places``: to row ``rows[s]`` are added the terms
+            ``places[bounds[s]:bounds[s + 1]]``, one after another.
+    """
+    rows, bounds, places = segments
+    columns = [target[:1].numel() for target in into]
+    if not len(rows) or not any(columns):
         return
-    block = min(triton.next_power_of_2(num_columns), _MOST_COLUMNS)
-    grid = (len(rows), triton.cdiv(num_columns, block))
-    _add_segments[grid](into, terms, rows, bounds, first_elements, num_columns, BLOCK=block, num_warps=4)
+    block = min(triton.next_power_of_2(max(columns)), _MOST_COLUMNS)
+    grid = (len(rows), sum(triton.cdiv(each, block) for each in columns))
+    pair = (into[0], into[-1], terms[0], terms[-1])
+    strides = (terms[0].stride(0), terms[-1].stride(0))
+    _add_segments[grid](*pair, rows, bounds, places, *strides, columns[0], columns[-1], BLOCK=block, num_warps=4)

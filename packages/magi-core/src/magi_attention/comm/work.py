@@ -39,6 +39,9 @@ class PendingWork(Generic[Result]):
             self._finish, self._transfer, self._buffers = None, None, ()
         return self._result
 
+    def release(self) -> None:
+        """See :class:`~magi_attention.comm.protocol.Work`; nothing is lent."""
+
 
 class StreamWork(Generic[Result]):
     """All of a collective, enqueued on another CUDA stream.
@@ -78,12 +81,15 @@ class StreamWork(Generic[Result]):
     def wait(self) -> Result:
         """Return the result; it may be used on the current stream. A second call returns the same again."""
         if self._done is not None:
-            current = torch.cuda.current_stream(self._caller.device)
+            current = torch.cuda.current_stream(self._caller.device_index)
             current.wait_event(self._done)
             if current != self._caller:
                 self._caller.wait_event(self._done)
             self._done, self._buffers = None, ()
         return self._result
+
+    def release(self) -> None:
+        """See :class:`~magi_attention.comm.protocol.Work`; nothing is lent."""
 
     def __del__(self) -> None:
         if self._done is not None:

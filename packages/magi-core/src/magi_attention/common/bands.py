@@ -100,6 +100,16 @@ def area(bands: Bands) -> NDArray[np.int64]:
     return area_above(bands, bands[:, Q1])
 
 
+def left_moves(bands: Bands) -> NDArray[np.bool_]:
+    """Whether the first column of each trimmed band's rows moves from row to row."""
+    return bands[:, Q1] - 1 + bands[:, D0] > bands[:, K0]
+
+
+def right_moves(bands: Bands) -> NDArray[np.bool_]:
+    """Whether the last column of each trimmed band's rows moves from row to row."""
+    return bands[:, Q0] + bands[:, D1] + 1 < bands[:, K1]
+
+
 def slices_from_bands(bands: Bands) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Convert bands to slices of the four types, splitting a band by rows into at most three.
 

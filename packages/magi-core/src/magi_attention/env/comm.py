@@ -52,9 +52,15 @@ def plan_check_timeout(text: str) -> int:
     return parse_int(text, minimum=1)
 
 
+@variable("MAGI_ATTENTION_KEEP_RECEIVED", "1")
+def is_keep_received_enable(text: str) -> bool:
+    """Keep received keys and values for the backward pass where they take little memory; else exchange them again."""
+    return parse_flag(text)
+
+
 @variable("MAGI_ATTENTION_BWD_HIDE_TAIL_REDUCE", ignored=True)
 def is_bwd_hide_tail_reduce_enable(text: str) -> bool:
-    """Keep the last remote keys and values for the backward pass."""
+    """Keep the last remote keys and values for the backward pass: see ``MAGI_ATTENTION_KEEP_RECEIVED``."""
     return parse_flag(text)
 
 

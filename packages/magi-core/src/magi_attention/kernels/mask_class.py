@@ -58,7 +58,7 @@ def _classify(slices: SliceTable) -> str:
     if not len(bands):
         return "general"
     if count_slab_pieces(bands) > PIECES_PER_SLICE * len(bands) + FREE_PIECES:
-        return "general" if (_left_moves(bands) | _right_moves(bands)).any() else "block_sparse"
+        return "general" if (band.left_moves(bands) | band.right_moves(bands)).any() else "block_sparse"
     slabs = _slabs(bands)
     document = np.cumsum(~_continues(slabs)) - 1
     areas = np.bincount(document, weights=slabs.area).astype(np.float64)
@@ -97,7 +97,7 @@ class _Slabs:
 def _slabs(bands: Bands) -> _Slabs:
     """Cut bands into slabs, and join neighbors inside each."""
     pieces, _, slab = cut_into_slabs(bands)
-    left, right = _left_moves(pieces), _right_moves(pieces)
+    left, right = band.left_moves(pieces), band.right_moves(pieces)
     before, after = pieces[:-1], pieces[1:]
     straight = ~right[:-1] & ~left[1:] & (before[:, band.K1] == after[:, band.K0])
     along_a_diagonal = right[:-1] & left[1:] & (before[:, band.D1] + 1 == after[:, band.D0])
@@ -149,15 +149,6 @@ def _kinds_of_documents(slabs: _Slabs, document: Indices, areas: NDArray[np.floa
         [SLIDING, IRREGULAR, CAUSAL, STAIRS],
         FULL,
     )
-
-
-def _left_moves(bands: Bands) -> NDArray[np.bool_]:
-    """Whether the first key of a trimmed band's rows moves from row to row."""
-    return bands[:, band.Q1] - 1 + bands[:, band.D0] > bands[:, band.K0]
-
-
-def _right_moves(bands: Bands) -> NDArray[np.bool_]:
-    return bands[:, band.Q0] + bands[:, band.D1] + 1 < bands[:, band.K1]
 
 
 def _start(bands: Bands, row: Indices) -> Indices:

@@ -164,6 +164,35 @@ class KernelBackend(Protocol):
         """
 
 
+@runtime_checkable
+class WritesInPlace(Protocol):
+    """The optional ability of a backend to write where its caller wants the results of some of a sequence's queries.
+
+    The targets are runs of rows of the caller's tensors, contiguous and of q's dtype. What is returned is as of
+    ``forward`` and ``backward``; where a result is not the given tensor, as kernels may not be able to write
+    everywhere, the caller copies it.
+    """
+
+    def forward_into(
+        self, target: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> AttentionResult:
+        """:meth:`KernelBackend.forward` with ``out`` written to ``target``, if it is given."""
+
+    def backward_into(
+        self,
+        target: Tensor | None,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`KernelBackend.backward` with ``dq`` written to ``target``, if it is given."""
+
+
 @dataclass(frozen=True)
 class KernelSelection:
     """Which kernels to compile ahead of time: every combination of what is listed.

@@ -29,6 +29,7 @@ from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
 from magi_attention.common.slices import SliceTable, expand_counts
 from magi_attention.plan.documents import component_starts
+from magi_attention.plan.totals import totals
 from magi_attention.plan.two_sided import key_documents
 
 Array = NDArray[np.int64]
@@ -71,8 +72,7 @@ def received_lower_bound(
     length = np.diff(cuts)[order]
     count, area, document = least_count[order], least_area[order], document[order]
     single = np.maximum(ranks.needed(count, count, area) - 1, 0)
-    per_document = np.zeros(len(starts) + 1, np.int64)
-    np.add.at(per_document, document, single * length)
+    per_document = totals(document, single * length, len(starts) + 1)
     weight = np.zeros(len(starts) + 1, np.int64)
     np.maximum.at(weight, document, area)
     joint = [d for d in np.argsort(-weight, kind="stable")[:JOINT_DOCUMENTS] if weight[d]]
@@ -158,10 +158,8 @@ def _readers(bands: Bands, area_before: Array, starts: Array, num_keys: int) -> 
     q0, q1, _, _, d0, d1 = bands[owner].T
     low = np.maximum(q0, cuts[piece + 1] - 1 - d1)
     high = np.maximum(low, np.minimum(q1, cuts[piece] - d0 + 1))
-    count, area = np.zeros(len(cuts) - 1, np.int64), np.zeros(len(cuts) - 1, np.int64)
-    np.add.at(count, piece, high - low)
-    np.add.at(area, piece, area_before[high] - area_before[low])
-    return cuts, count, area
+    count = totals(piece, high - low, len(cuts) - 1)
+    return cuts, count, totals(piece, area_before[high] - area_before[low], len(cuts) - 1)
 
 
 def _joint_bound(ranks: _Ranks, documents: list[tuple[Array, Array, Array]]) -> int:

@@ -4,8 +4,6 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,29 +34,22 @@ class Stage:
         reads_own: whether the key buffer starts with the rank's own rows.
         exchange: how the rows that are not the rank's own come; None where no rank of the group receives any.
         queries_travel: whether ``exchange`` is of queries rather than of keys.
+        received: ``(n, 3)`` rows ``(start, stop, position)``: the key rows received, by their place in the sequence,
+            ascending, and where they lie among all that are received. None where queries travel.
+        most_received: rows that the rank which receives the most does; equal on all ranks.
     """
 
     slices: SliceTable
     reads_own: bool
     exchange: ExchangeTable | TwoHopExchange | None
     queries_travel: bool = False
+    received: NDArray[np.int64] | None = None
+    most_received: int = 0
 
     @property
     def num_received(self) -> int:
         """Rows that this rank receives for the stage."""
         return self.exchange.num_received if self.exchange else 0
-
-
-class KernelWork(NamedTuple):
-    """What a stage's kernel computes.
-
-    Attributes:
-        queries: the rows of the stage's queries that the kernel takes, a run of them.
-        slices: the stage's slices, their query rows counted from the start of the run.
-    """
-
-    queries: slice
-    slices: SliceTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +61,7 @@ class Plan:
         key_layout: who owns which keys and values; in self-attention the same object as ``layout``.
         rank: this rank.
         stages: in the order of their computation.
+        bands: the rank's share of the mask, in its own query rows and in key rows of the sequence.
         digest: 32 bytes over mask, layouts and options: equal on ranks that planned the same.
     """
 
@@ -77,30 +69,8 @@ class Plan:
     key_layout: Layout
     rank: int
     stages: tuple[Stage, ...]
+    bands: Bands
     digest: bytes
-
-    @cached_property
-    def kernel_work(self) -> tuple[KernelWork, ...]:
-        """What the kernel of each stage computes.
-
-        The first stage that computes anything for the rank's own queries takes all of them, so that its result has all
-        rows. The others, to be merged with it, take the run of those that they have slices for. Visiting queries are
-        all taken.
-        """
-        whole = slice(0, int(self.layout.rows_per_rank[self.rank]))
-        work, is_first = [], True
-        for stage in self.stages:
-            if stage.queries_travel or not len(stage.slices):
-                work.append(KernelWork(slice(0, stage.num_received) if stage.queries_travel else whole, stage.slices))
-                continue
-            run = slice(int(stage.slices.rows[:, 0].min()), int(stage.slices.rows[:, 1].max()))
-            work.append(KernelWork(whole, stage.slices) if is_first or run == whole else _taking(run, stage.slices))
-            is_first = False
-        return tuple(work)
-
-
-def _taking(run: slice, slices: SliceTable) -> KernelWork:
-    return KernelWork(run, slices.shift(-run.start, 0))
 
 
 def build_plan(
@@ -146,7 +116,10 @@ def build_plans(
     else:
         remote = cut_stages(demand, key_layout, max(degree, 1), options)
         stages = [_stages_of(demand, remote, layout, key_layout, rank, degree, mesh_shape) for rank in ranks]
-    return [Plan(layout, key_layout, rank, each, digest) for rank, each in zip(ranks, stages, strict=True)]
+    return [
+        Plan(layout, key_layout, rank, each, _local_queries(demand, layout, rank), digest)
+        for rank, each in zip(ranks, stages, strict=True)
+    ]
 
 
 def _stages_of(
@@ -167,14 +140,17 @@ def _stages_of(
         for part in moved
     ]
     received = [_packed_rows(part[part[:, 0] == rank, 1:3]) for part in moved]
+    most = [int(np.bincount(part[:, 0], weights=part[:, 2] - part[:, 1]).max()) for part in moved]
     if degree == 0 and moved:
         own_then_received = np.concatenate([own, received[0] + [0, 0, key_layout.rows_per_rank[rank]]])
         by_row = np.argsort(own_then_received[:, 0])
-        return (Stage(_slices_in(bands, own_then_received[by_row]), True, exchanges[0]),)
+        slices = slices_in(bands, own_then_received[by_row])
+        return (Stage(slices, True, exchanges[0], received=received[0], most_received=most[0]),)
     remote_stages = [
-        Stage(_slices_in(bands, buffer), False, exchange) for buffer, exchange in zip(received, exchanges, strict=True)
+        Stage(slices_in(bands, buffer), False, exchange, received=buffer, most_received=number)
+        for buffer, exchange, number in zip(received, exchanges, most, strict=True)
     ]
-    return (Stage(_slices_in(bands, own), True, None), *remote_stages)
+    return (Stage(slices_in(bands, own), True, None), *remote_stages)
 
 
 def _stages_both_ways(
@@ -185,7 +161,7 @@ def _stages_both_ways(
     All ranks have all three stages, since a rank knows only the pairs that it is part of.
     """
     own, bands = key_layout.runs_of(rank), _local_queries(demand, layout, rank)
-    first = Stage(_slices_in(bands, own), True, None)
+    first = Stage(slices_in(bands, own), True, None)
     if layout.num_ranks == 1:
         return (first,)
     directions = choose_directions(demand, layout, key_layout, rank, costs)
@@ -197,8 +173,8 @@ def _stages_both_ways(
     by_keys = exchange_of_stage(directions.keys, key_layout, rank)
     return (
         first,
-        Stage(_slices_in(guests, own), True, by_queries, queries_travel=True),
-        Stage(_slices_in(bands, received), False, by_keys),
+        Stage(slices_in(guests, own), True, by_queries, queries_travel=True),
+        Stage(slices_in(bands, received), False, by_keys, received=received),
     )
 
 
@@ -215,7 +191,7 @@ def _packed_rows(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.column_stack([rows, np.cumsum(length) - length])
 
 
-def _slices_in(bands: Bands, buffer: NDArray[np.int64]) -> SliceTable:
+def slices_in(bands: Bands, buffer: NDArray[np.int64]) -> SliceTable:
     """Restrict bands to the keys of a buffer, given as sorted ``(start, stop, position)``, and renumber the keys."""
     piece, tile = overlaps(bands[:, band.K0 : band.D0], buffer[:, :2])
     cut, kept = band.shrink(band.clip(bands[piece], band.K0, buffer[tile, 0], buffer[tile, 1]))

@@ -4,10 +4,11 @@
 # A chunk is this long unless the sequence is short or very long: the rows of a kernel's tile.
 TILE = 128
 # Shorter chunks than this are only for sequences that need them to give each rank MIN_PER_RANK.
-SHORT = 16
-# So many chunks per rank at least, for balance; chunks grow beyond a tile only while a rank has more than
-# ENOUGH_PER_RANK and all ranks have more than MANY, for a quick plan.
-MIN_PER_RANK, ENOUGH_PER_RANK, MANY = 8, 64, 4096
+SHORT = 32
+# Chunks are shorter than a tile where a rank would get fewer than GOOD_PER_RANK: heavy ones would make up too much of
+# its area. They grow beyond a tile only while a rank has more than ENOUGH_PER_RANK and all ranks have more than MANY,
+# for a quick plan.
+MIN_PER_RANK, GOOD_PER_RANK, ENOUGH_PER_RANK, MANY = 8, 64, 128, 8192
 # The padding should be at most this part of the sequence.
 PADDING_PART = 64
 
@@ -24,6 +25,8 @@ def choose_chunk_size(total: int, num_ranks: int) -> int:
     chunk_size = TILE
     while total > chunk_size * max(MANY, ENOUGH_PER_RANK * num_ranks):
         chunk_size *= 2
+    while chunk_size > SHORT and total < GOOD_PER_RANK * num_ranks * chunk_size:
+        chunk_size //= 2
     while chunk_size > 1 and total < MIN_PER_RANK * num_ranks * chunk_size:
         chunk_size //= 2
     while chunk_size > SHORT and -total % (num_ranks * chunk_size) * PADDING_PART > total:

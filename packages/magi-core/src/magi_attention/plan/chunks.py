@@ -11,6 +11,7 @@ from magi_attention.common import bands as band
 from magi_attention.common.intervals import Intervals
 from magi_attention.common.slices import SliceTable, expand_counts
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.totals import totals
 
 DealKeys = Callable[[Layout], Layout]
 """Where the keys of another sequence lie, given who owns which queries."""
@@ -51,7 +52,6 @@ def measure_chunks(slices: SliceTable, total: int, chunk_size: int, deal_keys: D
     rows = band.clip(bands[owner], band.Q0, chunk * chunk_size, (chunk + 1) * chunk_size)
     pieces, kept = band.shrink(rows)
     chunk = chunk[kept]
-    area = np.zeros(-(-total // chunk_size), np.int64)
-    np.add.at(area, chunk, band.area(pieces))
+    area = totals(chunk, band.area(pieces), -(-total // chunk_size))
     keys = pieces[:, band.K0 : band.D0]
     return ChunkWork(slices, total, chunk_size, area, chunk, source[owner[kept]], keys, deal_keys)

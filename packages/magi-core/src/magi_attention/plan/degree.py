@@ -14,6 +14,9 @@ backward a stage's gradients go home on the same link, before the rows of the st
 single kernel waits for all rows, which are copied behind the own ones: ``fetch + copy + own + stage``, and ``fetch``
 once more backward. In two hops an exchange takes the time of both. There more rows cross in more stages, once for each
 stage in which ranks of a node fetch them: their number is taken to grow with a power of n, found by cutting two stages.
+
+Stages as they are cut are not equal: one may hold most of what a rank sends. So a few of the degrees that come out well
+are cut and simulated.
 """
 
 from collections.abc import Sequence
@@ -26,12 +29,17 @@ from magi_attention.plan.demand import Demand
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.rates import BACKWARD_OVER_FORWARD_FLOP, MERGE_BYTES, TILE, Cluster
 from magi_attention.plan.relays import rows_crossing, two_hop_loads
-from magi_attention.plan.stage_work import count_tiles, real_tokens
+from magi_attention.plan.simulate import predict
+from magi_attention.plan.stage_work import count_tiles, measure_stages, real_tokens
 from magi_attention.plan.stages import StageOptions, cut_stages, piece_sizes
+from magi_attention.plan.totals import totals
 from magi_attention.plan.traffic import Table, direct_links
 
 # A degree that is predicted to gain less than this is not worth its extra kernel launches and merges.
 WORTHWHILE_GAIN = 0.01
+# Of the degrees that would be within this share of the best if stages were equal, SIMULATED from the least to the
+# greatest are simulated.
+PROMISING, SIMULATED = 0.05, 3
 
 Values = NDArray[np.floating]
 
@@ -60,18 +68,43 @@ def choose_degree(
     if not len(demand.remote):
         return 1
     if options.cluster is None:
-        at_once, staged = np.inf, _predict_by_factors(demand, options)
-    else:
-        at_once, staged = _predict_layer(demand, layout, key_layout, options, options.cluster, mesh_shape)
+        return _smallest_near_best(_predict_by_factors(demand, options)) + 1
+    at_once, staged = _predict_layer(demand, layout, key_layout, options, options.cluster, mesh_shape)
     if at_once * (1 + WORTHWHILE_GAIN) < staged.min():
         return 0
-    return int(np.flatnonzero(staged <= staged.min() * (1 + WORTHWHILE_GAIN))[0]) + 1
+    promising = np.flatnonzero(staged <= staged.min() * (1 + PROMISING)) + 1
+    promising = promising[np.unique(np.linspace(0, len(promising) - 1, SIMULATED).round().astype(np.int64))]
+    seconds = [
+        _simulate(demand, layout, key_layout, options, options.cluster, mesh_shape, n) for n in promising.tolist()
+    ]
+    return int(promising[_smallest_near_best(np.array(seconds))])
+
+
+def _smallest_near_best(seconds: Values) -> int:
+    return int(np.flatnonzero(seconds <= seconds.min() * (1 + WORTHWHILE_GAIN))[0])
+
+
+def _simulate(
+    demand: Demand,
+    layout: Layout,
+    key_layout: Layout,
+    options: StageOptions,
+    cluster: Cluster,
+    mesh_shape: tuple[int, int] | None,
+    degree: int,
+) -> float:
+    """Both passes with so many stages, as they would be cut."""
+    remote = cut_stages(demand, key_layout, degree, options)
+    ranks_per_node = cluster.ranks_per_node if mesh_shape is None else mesh_shape[1]
+    two_hops = mesh_shape is not None
+    work = measure_stages(demand, remote, layout, degree, ranks_per_node, key_layout, two_hops=two_hops)
+    return predict(work, cluster, options.shape).seconds
 
 
 def _predict_by_factors(demand: Demand, options: StageOptions) -> Values:
     """The forward pass with each degree from 1."""
     rank, start, stop = demand.remote.T
-    rows = np.bincount(rank, weights=stop - start, minlength=len(demand.area))
+    rows = totals(rank, stop - start, len(demand.area))
     n = np.arange(1, options.max_degree + 1)[:, None]
     stages = _Stages(
         degree=n,
@@ -92,7 +125,7 @@ def _predict_layer(
 ) -> tuple[float, Values]:
     """Both passes with degree 0, and with each degree from 1."""
     rank, start, stop = demand.remote.T
-    rows = np.bincount(rank, weights=stop - start, minlength=key_layout.num_ranks).astype(np.int64)
+    rows = totals(rank, stop - start, key_layout.num_ranks)
     _, num_pieces = piece_sizes(rows, options)
     # Further stages than the ranks have pieces would be empty.
     degrees = np.arange(1, min(options.max_degree, int(num_pieces.max())) + 1)
@@ -106,8 +139,8 @@ def _predict_layer(
     exchange_latency, latency = hops * cluster.exchange_latency_us * 1e-6, cluster.kernel_latency_us * 1e-6
     numbers = options.shape.heads_q * options.shape.head_dim
     merge = real_tokens(layout) * (numbers * MERGE_BYTES / (cluster.memory_gbs * 1e9))
-    tile_pairs = np.zeros(layout.num_ranks)
-    np.add.at(tile_pairs, layout.runs[demand.run, 2], count_tiles(demand.bands) * float(TILE**2))
+    tiles = totals(layout.runs[demand.run, 2], count_tiles(demand.bands), layout.num_ranks)
+    tile_pairs = tiles * float(TILE**2)
     own_share = demand.area_own / np.maximum(demand.area, 1)
 
     def stages(compute: Values) -> _Stages:

@@ -12,6 +12,7 @@ from magi_attention.common.bands import Bands
 from magi_attention.common.intervals import Intervals, merge, overlaps, subtract
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.totals import totals
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class Demand:
     @cached_property
     def area(self) -> NDArray[np.int64]:
         """``(num_ranks,)`` all (query, key) pairs of each rank."""
-        return _sum_by_rank(self.layout.runs[self.run, 2], band.area(self.bands), self.layout.num_ranks)
+        return totals(self.layout.runs[self.run, 2], band.area(self.bands), self.layout.num_ranks)
 
     @cached_property
     def area_own(self) -> NDArray[np.int64]:
@@ -46,7 +47,7 @@ class Demand:
         piece, tile = overlaps(lift(self.bands[:, band.K0 : band.D0], rank, self.key_layout), own)
         own_rows = unlift(own[tile], self.key_layout)
         local = band.clip(self.bands[piece], band.K0, own_rows[:, 1], own_rows[:, 2])
-        return _sum_by_rank(rank[piece], band.area(local), self.layout.num_ranks)
+        return totals(rank[piece], band.area(local), self.layout.num_ranks)
 
 
 def find_demand(slices: SliceTable, layout: Layout, key_layout: Layout | None = None) -> Demand:
@@ -86,9 +87,3 @@ def lifted_runs(layout: Layout, group: NDArray[np.int64]) -> Intervals:
     """All runs, lifted by the ``group`` of each and sorted."""
     order = np.argsort(group, kind="stable")
     return lift(layout.runs[order, :2], group[order], layout)
-
-
-def _sum_by_rank(rank: NDArray[np.int64], values: NDArray[np.int64], num_ranks: int) -> NDArray[np.int64]:
-    totals = np.zeros(num_ranks, np.int64)
-    np.add.at(totals, rank, values)
-    return totals

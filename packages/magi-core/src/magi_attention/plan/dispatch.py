@@ -18,6 +18,7 @@ from magi_attention.config import DispatchAlg
 from magi_attention.plan.chunks import ChunkWork, DealKeys, measure_chunks
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.locality import deal_by_locality
+from magi_attention.plan.totals import totals
 
 Owner = NDArray[np.int64]
 Algorithm = Callable[[ChunkWork, int, int, DispatchAlg], Owner]
@@ -232,8 +233,7 @@ def _common_length(intervals: NDArray[np.int64], tiles: NDArray[np.int64]) -> in
 def _by_slice_then_last(work: ChunkWork) -> list[int]:
     """The chunks of each slice, last first, slices by the area of their chunks; then the chunks without a slice."""
     num_slices = int(work.slice_index.max(initial=-1)) + 1
-    slice_area = np.zeros(num_slices, np.int64)
-    np.add.at(slice_area, work.slice_index, work.area[work.chunk])
+    slice_area = totals(work.slice_index, work.area[work.chunk], num_slices)
     order = np.lexsort((-work.chunk, work.slice_index, -slice_area[work.slice_index]))
     return [*work.chunk[order].tolist(), *range(len(work.area) - 1, -1, -1)]
 

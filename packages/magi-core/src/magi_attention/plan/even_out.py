@@ -5,12 +5,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.plan.documents import Documents
+from magi_attention.plan.totals import totals
 
 Array = NDArray[np.int64]
 Ends = tuple[Array, Array, Array, Array]
 
-# Of the lightest ranks, how many are tried as partners of the heaviest one; swaps per rank before giving up.
-PARTNERS, SWAPS_PER_RANK = 3, 4
+# How many of the lightest ranks are tried as partners of the heaviest one and, if none of them will do, how many others
+# of the lighter half; swaps per rank before giving up.
+PARTNERS, FURTHER, SWAPS_PER_RANK = 3, 12, 4
 
 
 def even_out(owner: Array, documents: Documents, num_ranks: int, limit: int) -> Array:
@@ -26,22 +28,25 @@ def even_out(owner: Array, documents: Documents, num_ranks: int, limit: int) -> 
         A new array like ``owner``.
     """
     owner = owner.copy()
-    areas = np.diff(documents.area)
-    load = np.zeros(num_ranks, np.int64)
-    np.add.at(load, owner, areas)
+    load = totals(owner, np.diff(documents.area), num_ranks)
     for _ in range(SWAPS_PER_RANK * num_ranks):
         heavy = int(np.argmax(load))
         if load[heavy] <= limit:
             break
-        lightest = np.argsort(load, kind="stable")[:PARTNERS]
+        by_load = np.argsort(load, kind="stable")
         offered = _ends_of_runs(owner == heavy, documents)
-        swaps = []
-        for light in lightest.tolist():
-            wanted = _ends_of_runs(owner == light, documents)
-            swaps.append((*_best_swap(offered, wanted, int(load[heavy]), int(load[light]), limit), light))
-        _, peak, given, taken, length, light = min(swaps)
-        if peak >= load[heavy]:
+        swap = None
+        for partners in (by_load[:PARTNERS], by_load[PARTNERS : num_ranks // 2 : max(1, num_ranks // (2 * FURTHER))]):
+            swaps = [
+                (*_best_swap(offered, _ends_of_runs(owner == light, documents), load[heavy], load[light], limit), light)
+                for light in partners.tolist()
+            ]
+            swap = min((each for each in swaps if each[1] < load[heavy]), default=None)
+            if swap is not None:
+                break
+        if swap is None:
             break
+        _, _, given, taken, length, light = swap
         owner[given : given + length] = light
         owner[taken : taken + length] = heavy
         moved = documents.area[given + length] - documents.area[given]

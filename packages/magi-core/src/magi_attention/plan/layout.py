@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common.derived import KeepsDerived
+from magi_attention.plan.totals import totals
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ class Layout(KeepsDerived):
     def rows_per_rank(self) -> NDArray[np.int64]:
         """``(num_ranks,)`` how many rows each rank owns."""
         start, stop, rank, _ = self.runs.T
-        return np.bincount(rank, weights=stop - start, minlength=self.num_ranks).astype(np.int64)
+        return totals(rank, stop - start, self.num_ranks)
 
     def chunks_of(self, rank: int) -> NDArray[np.int64]:
         """The ascending indices of one rank's chunks."""

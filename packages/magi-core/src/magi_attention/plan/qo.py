@@ -16,6 +16,7 @@ from magi_attention.common.bands import Bands
 from magi_attention.common.intervals import intersect, merge, overlaps
 from magi_attention.plan.demand import Demand, lift, unlift
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.totals import totals
 
 # What travels is mostly bf16 or fp16; sums that are kept in high precision, and log-sum-exps, are float32.
 BYTES, HIGH_PRECISION_BYTES = 2, 4
@@ -74,13 +75,12 @@ def choose_directions(demand: Demand, layout: Layout, key_layout: Layout, rank: 
     readers, owners = layout.runs[demand.run, 2], key_layout.runs[:, 2]
     mine, own = readers == rank, key_layout.runs[owners == rank]
 
-    key_rows = np.zeros((2, layout.num_ranks), np.int64)  # by owner where `rank` reads, by reader where it owns
     wanted = demand.remote[demand.remote[:, 0] == rank]
     asked = demand.remote[demand.remote[:, 0] != rank]
     to_me, _, run = intersect(wanted[:, 1:], key_layout.runs[:, :2])
     from_me, request, _ = intersect(asked[:, 1:], own[:, :2])
-    np.add.at(key_rows[0], owners[run], np.diff(to_me)[:, 0])
-    np.add.at(key_rows[1], asked[request, 0], np.diff(from_me)[:, 0])
+    read_from = totals(owners[run], np.diff(to_me)[:, 0], layout.num_ranks)
+    read_by = totals(asked[request, 0], np.diff(from_me)[:, 0], layout.num_ranks)
 
     parts_out, _, run_out = _cut_by_keys(demand.bands[mine], key_layout.runs)
     parts_in, guest, _ = _cut_by_keys(demand.bands[~mine], own)
@@ -88,8 +88,8 @@ def choose_directions(demand: Demand, layout: Layout, key_layout: Layout, rank: 
     rows_out = _distinct_rows(parts_out, owners[run_out], layout)
     rows_in = _distinct_rows(parts_in, reader_in, layout)
 
-    queries_go = key_rows[0] * costs.keys > _length_by_group(rows_out, layout) * costs.queries
-    queries_come = key_rows[1] * costs.keys > _length_by_group(rows_in, layout) * costs.queries
+    queries_go = read_from * costs.keys > _length_by_group(rows_out, layout) * costs.queries
+    queries_come = read_by * costs.keys > _length_by_group(rows_in, layout) * costs.queries
     queries_go[rank] = False
     sent_queries = rows_out[queries_go[rows_out[:, 0]]]
     guests = parts_in[queries_come[reader_in]]
@@ -119,6 +119,4 @@ def _distinct_rows(parts: Bands, group: NDArray[np.int64], layout: Layout) -> ND
 
 
 def _length_by_group(rows: NDArray[np.int64], layout: Layout) -> NDArray[np.int64]:
-    total = np.zeros(layout.num_ranks, np.int64)
-    np.add.at(total, rows[:, 0], rows[:, 2] - rows[:, 1])
-    return total
+    return totals(rows[:, 0], rows[:, 2] - rows[:, 1], layout.num_ranks)

@@ -6,14 +6,14 @@ ranks of the node that read the row get it from there, the relay itself without 
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
-from magi_attention.common.intervals import merge
+from magi_attention.common.intervals import intersect, merge
 from magi_attention.plan.demand import lift, unlift
 from magi_attention.plan.layout import Layout
-from magi_attention.plan.traffic import LinkRows, Table, rows_sent
+from magi_attention.plan.totals import totals
+from magi_attention.plan.traffic import LinkRows, Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,7 @@ def rows_crossing(wanted: Table, layout: Layout, ranks_per_node: int) -> Table:
 
 def _rows_by_owner(wanted: Table, num_groups: int, layout: Layout) -> Table:
     """``(num_groups, ranks)`` how many of the ``(group, start, stop)`` rows that a group wants every rank owns."""
-    ordered = wanted[np.argsort(wanted[:, 0], kind="stable")]
-    ends = np.searchsorted(ordered[:, 0], np.arange(num_groups + 1))
-    return np.stack([rows_sent(ordered[a:b, 1:], layout) for a, b in pairwise(ends.tolist())])
+    pieces, source, run = intersect(wanted[:, 1:], layout.runs[:, :2])
+    place = wanted[source, 0] * layout.num_ranks + layout.runs[run, 2]
+    sums = totals(place, pieces[:, 1] - pieces[:, 0], num_groups * layout.num_ranks)
+    return sums.reshape(num_groups, layout.num_ranks)

@@ -14,6 +14,7 @@ from magi_attention.plan.demand import Demand, lift, lifted_runs
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.rates import TILE
 from magi_attention.plan.relays import two_hop_loads
+from magi_attention.plan.totals import totals
 from magi_attention.plan.traffic import LinkRows, Table, direct_links, rows_sent
 
 MOST_GROUPS = 64
@@ -140,7 +141,7 @@ def _by_stage(links: Sequence[LinkRows]) -> LinkRows:
 def real_tokens(layout: Layout) -> Table:
     """``(ranks,)`` the tokens that each rank holds, padding excluded."""
     start, stop, rank, _ = layout.real_runs.T
-    return np.bincount(rank, weights=stop - start, minlength=layout.num_ranks).astype(np.int64)
+    return totals(rank, stop - start, layout.num_ranks)
 
 
 def _cut_by_stage(
@@ -162,6 +163,4 @@ def _cut_by_stage(
 
 
 def _sums(rank: Table, stage: Table, values: Table, shape: tuple[int, int]) -> Table:
-    totals = np.zeros(shape, np.int64)
-    np.add.at(totals, (rank, stage), values)
-    return totals
+    return totals(rank * shape[1] + stage, values, shape[0] * shape[1]).reshape(shape)

@@ -10,6 +10,10 @@ from magi_attention.common.intervals import split_at
 from magi_attention.plan.demand import Demand, lift, unlift
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.rates import Cluster, LayerShape
+from magi_attention.plan.totals import totals
+
+# Neighboring ranks that are likely to share a node.
+NODE = 8
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,14 @@ def piece_sizes(rows: NDArray[np.int64], options: StageOptions) -> tuple[NDArray
 def cut_stages(demand: Demand, key_layout: Layout, degree: int, options: StageOptions) -> NDArray[np.int64]:
     """Cut every rank's remote rows into ``degree`` runs of nearly equal length, one for each stage.
 
-    Ranks begin with different runs: rows that many ranks read would else leave their owner in a single stage.
+    Ranks begin with different runs: rows that many ranks read would else leave their owner in a single stage. Ranks of
+    a document are neighbors mostly, and so begin with all of them in turn; but neighbors of a node with the same, since
+    rows that travel in two hops should cross to the node only once.
 
     Returns ``(n, 4)`` rows ``(rank, start, stop, stage)``, sorted by rank, then by start.
     """
     rank, start, stop = demand.remote.T
-    rows = np.bincount(rank, weights=stop - start, minlength=key_layout.num_ranks).astype(np.int64)
+    rows = totals(rank, stop - start, key_layout.num_ranks)
     piece, num_pieces = piece_sizes(rows, options)
     share = np.arange(1, degree + 1) / degree
     if options.random_seed is not None:
@@ -66,5 +72,6 @@ def cut_stages(demand: Demand, key_layout: Layout, degree: int, options: StageOp
     owner = located[:, 0]
     run = (ends[owner] <= (offset - before[owner])[:, None]).sum(axis=1)
     # Ranks with few rows fill the first stages, so that the last need not be exchanged at all.
-    first = np.where(num_pieces >= degree, np.arange(key_layout.num_ranks) * degree // key_layout.num_ranks, 0)
+    together = max(1, min(NODE, key_layout.num_ranks // degree))
+    first = np.where(num_pieces >= degree, np.arange(key_layout.num_ranks) // together % degree, 0)
     return np.column_stack([located, (run + first[owner]) % degree])

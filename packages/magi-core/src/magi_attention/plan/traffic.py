@@ -14,6 +14,7 @@ from magi_attention.common.intervals import Intervals
 from magi_attention.plan.demand import lift, lifted_runs
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.rates import Cluster
+from magi_attention.plan.totals import totals
 
 Table = NDArray[np.int64]
 
@@ -53,11 +54,10 @@ def direct_links(remote: Table, layout: Layout, ranks_per_node: int) -> LinkRows
         layout: who owns which rows.
         ranks_per_node: neighboring ranks that share a node.
     """
-    received, received_intra = np.zeros((2, layout.num_ranks), np.int64)
     sent = rows_sent(remote[:, 1:], layout)
     from_node, sent_intra = rows_within_nodes(remote, layout, ranks_per_node)
-    np.add.at(received, remote[:, 0], remote[:, 2] - remote[:, 1])
-    np.add.at(received_intra, remote[:, 0], from_node)
+    received = totals(remote[:, 0], remote[:, 2] - remote[:, 1], layout.num_ranks)
+    received_intra = totals(remote[:, 0], from_node, layout.num_ranks)
     return LinkRows(received - received_intra, sent - sent_intra, received_intra, sent_intra)
 
 
@@ -100,6 +100,4 @@ def _wanted_of_runs(wanted: Intervals, runs: Intervals, owner: Table, num_ranks:
     opened, closed = (np.searchsorted(edge, at) for edge in steps.T)
     wanted_before = (opened * at - before[0][opened]) - (closed * at - before[1][closed])
     wanted_of_run = np.diff(wanted_before.reshape(len(runs), 2))[:, 0]
-    totals = np.zeros(num_ranks, np.int64)
-    np.add.at(totals, owner, wanted_of_run)
-    return totals
+    return totals(owner, wanted_of_run, num_ranks)

@@ -11,8 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.kernels.autograd import owned, without_autocast
-from magi_attention.kernels.protocol import AttentionRequest
-from magi_attention.kernels.registry import backends_for_slices
 from magi_attention.kernels.sink import sink_gradient
 from magi_attention.runtime.backward import SavedAttention, differentiate
 from magi_attention.runtime.forward import attend
@@ -49,8 +47,9 @@ def dist_attn_func(
     """
     dtype = compute_dtype(dist_attn_runtime.options.precision, q.dtype)
     given = q.dtype
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    job = make_job(dist_attn_runtime, q, k, v, softmax_scale, softcap, return_max_logits)
+    if given != dtype:
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+    job = dist_attn_runtime.job_for(q, k, v, softmax_scale, softcap, return_max_logits)
     out, lse, max_logits = _DistributedAttention.apply(q, k, v, sink, job)
     return out.to(given), AttnForwardMeta(lse=lse, max_logits=max_logits)
 
@@ -58,35 +57,6 @@ def dist_attn_func(
 def compute_dtype(precision: str | None, given: torch.dtype) -> torch.dtype:
     """The data type to compute in, for the configuration's ``precision`` and the dtype of the tensors."""
     return _COMPUTE_DTYPES.get(precision or "input", given)
-
-
-def make_job(
-    runtime: DistAttnRuntime,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    softcap: float,
-    max_logits: bool,
-) -> AttentionJob:
-    """Choose the backends of every stage for tensors of the dtype to compute in."""
-    options = runtime.options
-    request = AttentionRequest.of_tensors(
-        q,
-        k,
-        v,
-        softcap=softcap,
-        max_logits=max_logits,
-        deterministic=bool(options.deterministic),
-    )
-    names = options.kernel_backend or "auto", options.kernel_backend_backward or "same"
-    return AttentionJob(
-        runtime=runtime,
-        backends=[backends_for_slices(work.slices, request, *names) for work in runtime.plan.kernel_work],
-        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        softcap=softcap,
-        max_logits=max_logits,
-    )
 
 
 def differentiate_with_sink(
@@ -99,7 +69,7 @@ def differentiate_with_sink(
         dq, dk, dv = differentiate(job, saved, dout, dlse)
         if sink is not None:
             dsink = sink_gradient(sink, saved.out, dout, saved.lse, dlse)
-            dsink = _reduce_sink_gradient(job.runtime, dsink).to(sink.dtype)
+            dsink = _reduce_sink_gradient(job, dsink).to(sink.dtype)
     return dq, dk, dv, dsink
 
 
@@ -108,12 +78,14 @@ class _DistributedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: AttentionJob
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        kept: list[Tensor] | None = [] if job.keeps_received and any(ctx.needs_input_grad) else None
         with without_autocast(q):
-            out, lse, max_logits = attend(job, q, k, v, sink)
+            out, lse, max_logits = attend(job, q, k, v, sink, kept)
         out, lse = owned(out), owned(lse)
         ctx.job = job
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, sink)
+        ctx.keeps_received = kept is not None
+        ctx.save_for_backward(q, k, v, out, lse, sink, *(kept or ()))
         if max_logits is not None:
             ctx.mark_non_differentiable(max_logits)
         return out, lse, max_logits
@@ -121,20 +93,21 @@ class _DistributedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        *tensors, sink = ctx.saved_tensors
+        q, k, v, out, lse, sink, *kept = ctx.saved_tensors
+        saved = SavedAttention(q, k, v, out, lse, kept if ctx.keeps_received else None)
         sink = sink if ctx.needs_input_grad[3] else None
-        return *differentiate_with_sink(ctx.job, SavedAttention(*tensors), sink, dout, dlse), None
+        return *differentiate_with_sink(ctx.job, saved, sink, dout, dlse), None
 
 
 _warned_about_sink = False
 
 
-def _reduce_sink_gradient(runtime: DistAttnRuntime, dsink: Tensor) -> Tensor:
+def _reduce_sink_gradient(job: AttentionJob, dsink: Tensor) -> Tensor:
     """The sink is replicated: add up what the ranks found, or leave that to the caller with a warning."""
     global _warned_about_sink
-    if runtime.plan.layout.num_ranks == 1:
+    if job.num_ranks == 1:
         return dsink
-    op = runtime.options.sink_grad_reduce
+    op = job.options.sink_grad_reduce
     if op == "none":
         if not _warned_about_sink:
             _warned_about_sink = True
@@ -144,5 +117,5 @@ def _reduce_sink_gradient(runtime: DistAttnRuntime, dsink: Tensor) -> Tensor:
                 stacklevel=2,
             )
         return dsink
-    dist.all_reduce(dsink, group=runtime.group)
-    return dsink / runtime.plan.layout.num_ranks if op == "avg" else dsink
+    dist.all_reduce(dsink, group=job.group)
+    return dsink / job.num_ranks if op == "avg" else dsink

@@ -1,26 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward pass: keys and values travel again, their gradients travel back to the owners."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
+from magi_attention.comm.routes import Rows
 from magi_attention.common.logsumexp import accumulation_dtype
-from magi_attention.plan.build import Stage
-from magi_attention.runtime.job import AttentionJob
-from magi_attention.runtime.streams import Returns
+from magi_attention.runtime.job import AttentionJob, Launch, LaunchStep
+from magi_attention.runtime.streams import Returns, walk_steps
+from magi_attention.utils.profiling import named
 
 
 class SavedAttention(NamedTuple):
-    """What the forward pass leaves for the backward pass: its inputs, and its final output and log-sum-exp."""
+    """What the forward pass leaves for the backward pass.
+
+    Attributes:
+        q, k, v: its inputs.
+        out, lse: its final output and log-sum-exp.
+        kept: the keys and the values of every exchange, one after another; None if they are to be exchanged again.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     out: Tensor
     lse: Tensor
+    kept: Sequence[Tensor] | None = None
+
+
+class _Kernel(NamedTuple):
+    """What a kernel differentiates by: gradients of its queries, and of its keys and values."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
 
 
 def differentiate(
@@ -31,28 +47,18 @@ def differentiate(
     Partial gradients of keys travel in the inputs' dtype, or in at least float32 with
     ``backward_high_precision_reduce``; they are added up in at least float32 and in a fixed order.
     """
-    q, k, v, out, lse = saved
-    total = _GradientSums(job, q, k, v)
-    queries_travel = any(stage.queries_travel for stage in job.runtime.plan.stages)
-    travelers = [q, dout, lse, _row_term(saved, dout, dlse)] if queries_travel else [q]
-    for number, stage, rows, keys, values in job.walk(travelers, k, v):
-        total.send()
-        call, backend = job.call_for(number, backward=True), job.backends[number].backward
-        run = job.runtime.plan.kernel_work[number].queries
-        with record_function(f"magi: attention stage {number}"):
-            if not len(stage.slices):
-                dq, dk, dv = torch.zeros_like(rows[0]), torch.zeros_like(keys), torch.zeros_like(values)
-            elif stage.queries_travel:
-                queries, douts, lses, row_terms = rows
-                no_out = torch.zeros_like(douts)
-                dq, dk, dv = backend.backward(douts, queries, keys, values, no_out, lses, row_terms, call)
-            else:
-                dlse_run = None if dlse is None else dlse[run]
-                dq, dk, dv = backend.backward(dout[run], q[run], keys, values, out[run], lse[run], dlse_run, call)
-        total.add_queries(number, stage, dq, run)
-        total.add_keys(number, stage, dk, dv)
-        del rows, keys, values, dq, dk, dv
-    return total.finish()
+    q, k, v, _, lse, kept = saved
+    sums = _GradientSums(job, saved, dout, dlse)
+    travelers = [q, dout, lse, _row_term(saved, dout, dlse)] if job.queries_travel else [q]
+    steps = (job.backward if kept is None else job.backward_with_rows).steps
+    for each, rows, keys, values in walk_steps(steps, job.collectives, travelers, k, v, kept):
+        sums.returns.send()
+        if each.step.queries_travel:
+            sums.compute_visitors(each, rows, keys, values)
+        else:
+            sums.compute(each, keys, values)
+        del rows, keys, values
+    return sums.finish()
 
 
 def _row_term(saved: SavedAttention, dout: Tensor, dlse: Tensor | None) -> Tensor:
@@ -61,61 +67,132 @@ def _row_term(saved: SavedAttention, dout: Tensor, dlse: Tensor | None) -> Tenso
     return -delta if dlse is None else dlse - delta
 
 
-class _GradientSums:
-    """Sums of the stages' gradients; those of received rows are under way to their owners until ``finish``.
+class _Sum:
+    """The sum of gradients of some rows, whose kernels are each for a run of them.
 
-    The first gradient of q is kept as it is, and a second and last one is added in its dtype, rounded once like the sum
-    of both in float32. All other sums are kept in at least float32.
+    Args:
+        like: of what: rows, their shape and device.
+        is_blank: whether it starts as zeros, since not every run is new or known as a whole.
+        dtype: to keep it in; None for that of the first gradient.
     """
 
-    def __init__(self, job: AttentionJob, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.inputs = q, k, v
-        self.dtype = accumulation_dtype(q)
-        high_precision = job.runtime.options.backward_high_precision_reduce
-        self.returns = Returns(job.runtime.collectives, self.dtype if high_precision else q.dtype)
-        self.send = self.returns.send
-        stages = job.runtime.plan.stages
-        self.num_dq_left = sum(1 for stage in stages if len(stage.slices) and not stage.queries_travel)
-        self.keys_add_up = any(stage.exchange is not None for stage in stages)
-        self.dq: Tensor | None = None
-        self.dq_from_away: Tensor | None = None
-        self.dk: Tensor | None = None
-        self.dv: Tensor | None = None
+    def __init__(self, like: Tensor, num_rows: int, is_blank: bool, dtype: torch.dtype | None) -> None:
+        self._like, self._shape = like, (num_rows, *like.shape[1:])
+        self._is_blank, self._dtype = is_blank, dtype
+        self.total: Tensor | None = None
 
-    def add_queries(self, number: int, stage: Stage, dq: Tensor, rows: slice) -> None:
-        """Add the gradient of a stage's queries, of which the kernel took ``rows``."""
-        if stage.queries_travel:
-            assert self.dq_from_away is None
-            self.dq_from_away = torch.zeros_like(self.inputs[0], dtype=self.dtype)
-            self.returns.put(number, stage, [dq], [self.dq_from_away])
-        elif len(stage.slices):
-            self.num_dq_left -= 1
-            if self.dq is None:
-                self.dq = dq
-                return
-            if self.num_dq_left:
-                self.dq = self.dq.to(self.dtype)
-            self.dq[rows] += dq
+    def add(self, run: slice | None, gradient: Tensor, is_known: bool) -> None:
+        """Add the gradient of a run of rows, or of all, for which the sum ``is_known`` already or not."""
+        if run is None and self.total is None:
+            self.total = gradient if self._dtype is None else gradient.to(self._dtype)
+            return
+        target = self.allocated(gradient.dtype)
+        if run is not None:
+            target = target[run]
+        if is_known:
+            target += gradient
+        elif target.data_ptr() != gradient.data_ptr():
+            target.copy_(gradient)
 
-    def add_keys(self, number: int, stage: Stage, dk: Tensor, dv: Tensor) -> None:
-        """Add the gradients of a stage's keys and values. Stages that read own rows come before those that don't."""
-        num_own = len(self.inputs[1]) if stage.reads_own else 0
-        if self.dk is None or self.dv is None:
-            dtype = self.dtype if self.keys_add_up else dk.dtype
-            self.dk, self.dv = dk[:num_own].to(dtype), dv[:num_own].to(dtype)
-        elif num_own:
-            self.dk += dk
-            self.dv += dv
-        if stage.exchange is not None and not stage.queries_travel:
-            self.returns.put(number, stage, [dk[num_own:], dv[num_own:]], [self.dk, self.dv])
+    def allocated(self, dtype: torch.dtype) -> Tensor:
+        """The sum so far, made where there is none yet."""
+        if self.total is None:
+            make = self._like.new_zeros if self._is_blank else self._like.new_empty
+            self.total = make(self._shape, dtype=self._dtype or dtype)
+        return self.total
+
+
+def take_rows(x: Tensor, rows: Rows) -> Tensor:
+    """Some rows; a view where they are one run, and most of all."""
+    if not isinstance(rows, slice):
+        return x.index_select(0, rows)
+    taken = x[rows]
+    return taken if 2 * taken.shape[0] >= x.shape[0] else taken.clone()
+
+
+class _GradientSums:
+    """Sums of the kernels' gradients; those of received rows are under way to their owners until ``finish``.
+
+    Where a row has at most two gradients, those of several ranks that come home together counting as one, the second is
+    added in the first one's dtype, rounded once like the sum of both in float32. All other sums of several are kept in
+    at least float32.
+    """
+
+    def __init__(self, job: AttentionJob, saved: SavedAttention, dout: Tensor, dlse: Tensor | None) -> None:
+        self._saved, self._dout, self._dlse = saved, dout, dlse
+        q, k, v, *_ = saved
+        schedule = (job.backward if saved.kept is None else job.backward_with_rows).schedule
+        self._dtype = dtype = accumulation_dtype(q)
+        high_precision = job.options.backward_high_precision_reduce
+        self.returns = Returns(job.collectives, dtype if high_precision else q.dtype)
+        self._dq = _Sum(q, q.shape[0], schedule.blank_queries, dtype if schedule.most_results > 2 else None)
+        key_dtype = dtype if schedule.most_key_results > 2 else None
+        self._own = [_Sum(x, x.shape[0], schedule.blank_keys, key_dtype) for x in (k, v)]
+        self._dq_from_away: Tensor | None = None
+
+    def compute(self, each: LaunchStep, keys: Tensor, values: Tensor) -> None:
+        """Launch a step's kernels, and let what belongs to others go home."""
+        step, places, launches = each
+        sums = self._own
+        if not step.reads_own_alone:
+            dtype = self._dtype if len(launches) > 1 else None
+            sums = [_Sum(x, x.shape[0], step.blank_keys, dtype) for x in (keys, values)]
+        for launch in launches:
+            gradients = self._launch(launch, keys, values)
+            self._dq.add(launch.queries, gradients.dq, launch.queries_known)
+            for total, gradient in zip(sums, gradients[1:], strict=True):
+                total.add(launch.keys, gradient, launch.keys_known)
+        if step.exchange is None:
+            return
+        partials = [total.allocated(self._saved.k.dtype) for total in sums]
+        into = []
+        for own, partial in zip(self._own, partials, strict=True):
+            if places is not None:
+                own.add(None, take_rows(partial, places), own.total is not None)
+            into.append(own.allocated(partial.dtype))
+        self.returns.put(step, partials, into)
+
+    def compute_visitors(self, each: LaunchStep, rows: Sequence[Tensor], keys: Tensor, values: Tensor) -> None:
+        """Launch the kernel on visiting queries, whose gradients then go home."""
+        (launch,) = each.launches
+        queries, douts, lses, row_terms = rows
+        if not len(launch.call.slices):
+            dq = torch.zeros_like(queries)
+        else:
+            with named(launch.name):
+                dq, dk, dv = launch.run(
+                    douts, queries, keys, values, torch.zeros_like(douts), lses, row_terms, launch.call
+                )
+            for total, gradient in zip(self._own, (dk, dv), strict=True):
+                total.add(launch.keys, gradient, launch.keys_known)
+        assert self._dq_from_away is None
+        self._dq_from_away = torch.zeros_like(self._saved.q, dtype=self._dtype)
+        self.returns.put(each.step, [dq], [self._dq_from_away])
+
+    def _launch(self, launch: Launch, keys: Tensor, values: Tensor) -> _Kernel:
+        q, _, _, out, lse, _ = self._saved
+        dout, dlse, run = self._dout, self._dlse, launch.queries
+        if launch.keys is not None:
+            keys, values = keys[launch.keys], values[launch.keys]
+        if run is not None:
+            q, dout, out, lse = q[run], dout[run], out[run], lse[run]
+            dlse = None if dlse is None else dlse[run]
+        tensors = (dout, q, keys, values, out, lse, dlse, launch.call)
+        with named(launch.name):
+            if run is not None and not launch.queries_known and launch.run_into is not None:
+                target = self._dq.allocated(q.dtype)[run]
+                if target.dtype == q.dtype:
+                    return _Kernel(*launch.run_into(target, *tensors))
+            return _Kernel(*launch.run(*tensors))
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients, in the inputs' dtypes."""
         self.returns.finish()
-        q, k, v = self.inputs
-        assert self.dk is not None
-        assert self.dv is not None
-        dq = torch.zeros_like(q) if self.dq is None else self.dq
-        if self.dq_from_away is not None:
-            dq = self.dq_from_away.add_(dq)
-        return dq.to(q.dtype), self.dk.to(k.dtype), self.dv.to(v.dtype)
+        q, k, v, *_ = self._saved
+        dq = self._dq.total
+        if dq is None:
+            dq = torch.zeros_like(q)
+        if self._dq_from_away is not None:
+            dq = self._dq_from_away.add_(dq)
+        dk, dv = (total.allocated(x.dtype) for total, x in zip(self._own, (k, v), strict=True))
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward pass: compute stage by stage and merge by log-sum-exp."""
+"""The forward pass: compute step by step; queries that several kernels compute are merged by log-sum-exp."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.kernels.merge import merge_into
 from magi_attention.kernels.protocol import AttentionResult
 from magi_attention.kernels.sink import apply_sink
-from magi_attention.plan.build import Stage
-from magi_attention.runtime.job import AttentionJob
+from magi_attention.runtime.job import AttentionJob, Launch
+from magi_attention.runtime.schedule import Step
+from magi_attention.runtime.streams import walk_steps
+from magi_attention.utils.profiling import named
 
 
-def attend(job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> AttentionResult:
+def attend(
+    job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, kept: list[Tensor] | None = None
+) -> AttentionResult:
     """Attend this rank's queries to all keys that the mask names.
 
     Args:
@@ -23,26 +26,26 @@ def attend(job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | No
         k: ``[tk, hk, d]`` local keys.
         v: ``[tk, hk, dv]`` local values.
         sink: ``[s, hq]`` logits that join every row's softmax with value 0, or None.
+        kept: takes the keys and the values of every exchange, for the backward pass; None to drop them.
 
     Returns:
         ``out`` in q's dtype; ``lse``, sink included, in at least float32; ``max_logits`` of the group if asked for.
     """
-    total = _Total(sum(1 for stage in job.runtime.plan.stages if len(stage.slices) or stage.queries_travel))
+    results = _Results(job, q, v)
     visits = []
-    for number, stage, (queries,), keys, values in job.walk([q], k, v):
-        partial, run = None, job.runtime.plan.kernel_work[number].queries
-        if len(stage.slices):
-            with record_function(f"magi: attention stage {number}"):
-                backend = job.backends[number].forward
-                partial = backend.forward(queries[run], keys, values, job.call_for(number))
-        if stage.queries_travel:
-            visits.append(_Visit(job, stage, partial or _nothing(queries, v), q))
-        elif partial is not None:
-            total.merge(partial, run)
-        del queries, keys, values, partial
+    steps = walk_steps(job.forward.steps, job.collectives, [q], k, v, lend=kept is None)
+    for (step, _, launches), (queries,), keys, values in steps:
+        if kept is not None and step.exchange is not None:
+            kept += [keys, values]
+        if step.queries_travel:
+            visits.append(_Visit(job, step, _attend_visitors(launches, queries, keys, values), q))
+        else:
+            for launch in launches:
+                results.compute(launch, queries, keys, values)
+        del queries, keys, values
     for visit in visits:
-        total.merge(visit.wait(), slice(None))
-    out, lse, max_logits = total.result or _nothing(q, v)
+        results.merge(None, visit.wait())
+    out, lse, max_logits = results.finish()
     if sink is not None:
         out, lse = apply_sink(out, lse, sink)
     if job.max_logits:
@@ -50,17 +53,26 @@ def attend(job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | No
     return AttentionResult(out.to(q.dtype), lse, max_logits if job.max_logits else None)
 
 
+def _attend_visitors(launches: tuple[Launch, ...], queries: Tensor, keys: Tensor, values: Tensor) -> AttentionResult:
+    (launch,) = launches
+    if not len(launch.call.slices):
+        return nothing(queries, values)
+    with named(launch.name):
+        result: AttentionResult = launch.run(queries, keys, values, launch.call)
+    return result
+
+
 class _Visit:
     """Outputs of visiting queries on their way home, and those of this rank's queries that come from elsewhere."""
 
-    def __init__(self, job: AttentionJob, stage: Stage, partial: AttentionResult, q: Tensor) -> None:
-        away = _nothing(q, partial.out)
+    def __init__(self, job: AttentionJob, step: Step, partial: AttentionResult, q: Tensor) -> None:
+        away = nothing(q, partial.out)
         self.out, self.lse = away.out.to(away.lse.dtype), away.lse
         self.max_logits = partial.max_logits
-        assert stage.exchange is not None
-        travel_dtype = away.lse.dtype if job.runtime.options.forward_high_precision_reduce else q.dtype
-        self.work = job.runtime.collectives.reduce(
-            [partial.out.to(travel_dtype)], stage.exchange, [self.out], "lse", partial.lse, self.lse
+        assert step.exchange is not None
+        travel_dtype = away.lse.dtype if job.options.forward_high_precision_reduce else q.dtype
+        self.work = job.collectives.reduce(
+            [partial.out.to(travel_dtype)], step.exchange, [self.out], "lse", partial.lse, self.lse
         )
 
     def wait(self) -> AttentionResult:
@@ -69,36 +81,88 @@ class _Visit:
         return AttentionResult(self.out, self.lse, self.max_logits)
 
 
-class _Total:
-    """The merge of partial results, in their dtype where there are at most two, else in at least float32 meanwhile.
+class _Results:
+    """What the kernels computed, put together.
 
-    Args:
-        num_partials: how many will be merged.
+    A kernel that has all queries first gives the tensors that others are merged into; else there are tensors for all
+    queries, into which kernels write their runs where they can. They keep the kernels' dtype where no query has more
+    than two partial results, and at least float32 otherwise.
     """
 
-    def __init__(self, num_partials: int) -> None:
-        self.result: AttentionResult | None = None
-        self._num_left = num_partials
+    def __init__(self, job: AttentionJob, q: Tensor, v: Tensor) -> None:
+        self._schedule = job.forward.schedule
+        self._most = self._schedule.most_results + sum(each.step.queries_travel for each in job.forward.steps)
+        self._q, self._v = q, v
+        self._out: Tensor | None = None
+        self._lse: Tensor | None = None
+        self._max_logits: Tensor | None = None
 
-    def merge(self, partial: AttentionResult, rows: slice) -> None:
-        """Merge one more, which is of those ``rows`` and must not be used afterwards. The first is of all rows."""
-        self._num_left -= 1
-        if self.result is None:
-            self.result = partial
+    def compute(self, launch: Launch, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Launch a kernel on its runs of queries and keys."""
+        run, keys, call, *_ = launch
+        if run is not None:
+            q = q[run]
+        if keys is not None:
+            k, v = k[keys], v[keys]
+        with named(launch.name):
+            if run is None or launch.queries_known or launch.run_into is None or self._most > 2:
+                partial = launch.run(q, k, v, call)
+            else:
+                partial = launch.run_into(self._allocated(q.dtype)[0][run], q, k, v, call)
+        if launch.queries_known:
+            self.merge(run, partial)
+        else:
+            self._put(run, partial)
+
+    def merge(self, run: slice | None, partial: AttentionResult) -> None:
+        """Merge results of queries that have some; these must not be used afterwards."""
+        if self._out is None or self._lse is None:
+            self._put(run, partial)
             return
-        out, lse, largest = self.result
-        if self._num_left:
-            out = out.to(accumulation_dtype(out))
-        with record_function("magi: merge"):
-            merge_into(out[rows], lse[rows], partial.out, partial.lse)
-        if largest is None:
-            largest = partial.max_logits
-        elif partial.max_logits is not None:
-            largest = torch.maximum(largest, partial.max_logits)
-        self.result = AttentionResult(out, lse, largest)
+        out, lse = (self._out, self._lse) if run is None else (self._out[run], self._lse[run])
+        with named("magi: merge"):
+            merge_into(out, lse, partial.out, partial.lse)
+        self._add_max_logits(partial.max_logits)
+
+    def finish(self) -> AttentionResult:
+        """Everything together."""
+        if self._out is None or self._lse is None:
+            return nothing(self._q, self._v)
+        return AttentionResult(self._out, self._lse, self._max_logits)
+
+    def _put(self, run: slice | None, partial: AttentionResult) -> None:
+        """Keep the first results of some queries."""
+        dtype = accumulation_dtype(partial.out) if self._most > 2 else partial.out.dtype
+        if run is None and self._out is None:
+            self._out, self._lse = partial.out.to(dtype), partial.lse
+        else:
+            out, lse = self._allocated(dtype)
+            if run is not None:
+                out, lse = out[run], lse[run]
+            if out.data_ptr() != partial.out.data_ptr():
+                out.copy_(partial.out)
+            lse.copy_(partial.lse)
+        self._add_max_logits(partial.max_logits)
+
+    def _allocated(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Tensors for all queries."""
+        if self._out is None or self._lse is None:
+            blank, q = self._schedule.blank_queries, self._q
+            self._out = (q.new_zeros if blank else q.new_empty)((*q.shape[:2], self._v.shape[2]), dtype=dtype)
+            # By head, as kernels return it.
+            self._lse = q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q)).T
+            if blank:
+                self._lse.fill_(float("-inf"))
+        return self._out, self._lse
+
+    def _add_max_logits(self, max_logits: Tensor | None) -> None:
+        if self._max_logits is None:
+            self._max_logits = max_logits
+        elif max_logits is not None:
+            self._max_logits = torch.maximum(self._max_logits, max_logits)
 
 
-def _nothing(q: Tensor, v: Tensor) -> AttentionResult:
+def nothing(q: Tensor, v: Tensor) -> AttentionResult:
     """The result of queries that attend to no key at all; ``v`` tells the head dim of the output."""
     dtype = accumulation_dtype(q)
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
@@ -108,6 +172,6 @@ def _nothing(q: Tensor, v: Tensor) -> AttentionResult:
 def _group_maximum(job: AttentionJob, max_logits: Tensor | None, lse: Tensor) -> Tensor:
     if max_logits is None:
         max_logits = lse.new_full(lse.shape[1:], float("-inf"))
-    if job.runtime.plan.layout.num_ranks > 1:
-        dist.all_reduce(max_logits, dist.ReduceOp.MAX, group=job.runtime.group)
+    if job.num_ranks > 1:
+        dist.all_reduce(max_logits, dist.ReduceOp.MAX, group=job.group)
     return max_logits

@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the forward and the backward pass of one distributed attention have in common."""
+"""What the forward and the backward pass of one distributed attention have in common, resolved once for its shapes."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.group import let_go_at_exit
 from magi_attention.comm.protocol import GroupCollectives
+from magi_attention.comm.routes import Rows
 from magi_attention.config import RuntimeConfig
-from magi_attention.kernels.protocol import AttentionCall
-from magi_attention.kernels.registry import BackendPair
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, Direction, WritesInPlace
+from magi_attention.kernels.registry import backends_for_slices
 from magi_attention.plan.build import Plan
-from magi_attention.runtime.streams import StageInputs, walk_stages
+from magi_attention.runtime.schedule import Costs, KernelCall, Pass, Runs, Schedule, Step, make_schedule
+
+MOST_KEPT = 0.25
+"""Received rows, with own ones among them, are kept for the backward pass if they take so much of what q and out do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,46 +33,224 @@ class DistAttnRuntime:
         collectives: how rows travel.
         group: the context-parallel group; None for a group of this process alone.
         options: the key's resolved runtime configuration.
+        costs: by which the plan's stages are arranged.
     """
 
     plan: Plan
     collectives: GroupCollectives
     group: dist.ProcessGroup | None
     options: RuntimeConfig
+    costs: Costs
+    _jobs: dict[object, "AttentionJob"] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         let_go_at_exit(self, "group")
 
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Which kernels run when; arranged when it is first asked for."""
+        return make_schedule(self.plan, self.costs)
+
+    def job_for(
+        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, softcap: float, max_logits: bool
+    ) -> "AttentionJob":
+        """What to do for tensors like these, of the dtype to compute in; the same object for equal ones.
+
+        Args:
+            q: ``[tq, hq, d]``.
+            k: ``[tk, hk, d]``.
+            v: ``[tk, hk, dv]``.
+            softmax_scale: factor on q·k; ``d ** -0.5`` for None.
+            softcap: if positive, scores are capped.
+            max_logits: whether the largest score per head is wanted.
+
+        Raises:
+            RuntimeError: no kernel backend can serve it.
+        """
+        asked = (q.shape, k.shape, v.shape, q.dtype, q.device, softmax_scale, softcap, max_logits)
+        job = self._jobs.get(asked)
+        if job is None:
+            job = self._jobs[asked] = _make_job(self, q, k, v, softmax_scale, softcap, max_logits)
+        return job
+
+    @property
+    def jobs(self) -> list["AttentionJob"]:
+        """What was asked for so far."""
+        return list(self._jobs.values())
+
+    def forget_tables(self) -> None:
+        """Drop what takes memory on devices and can be derived again."""
+        self._jobs.clear()
+        if "schedule" in self.__dict__:
+            for step in self.schedule.forward.steps:
+                for call in step.calls:
+                    call.slices.forget_derived()
+                for table in step.exchange.tables if step.exchange else ():
+                    table.forget_derived()
+
+
+class Launch(NamedTuple):
+    """A kernel, ready to be launched.
+
+    Attributes:
+        queries: its run of queries; None for all.
+        keys: its run of the key buffer; None for all.
+        call: mask and scores, as the backend wants them.
+        run: the backend's method.
+        run_into: the same, which writes out or dq where it is told to; None if the backend can't.
+        queries_known: whether its results are added to those of earlier kernels.
+        keys_known: the same for gradients of keys.
+        name: for profiles.
+    """
+
+    queries: slice | None
+    keys: slice | None
+    call: AttentionCall
+    run: Callable[..., Any]
+    run_into: Callable[..., Any] | None
+    queries_known: bool
+    keys_known: bool
+    name: str
+
+
+class LaunchStep(NamedTuple):
+    """A step with its kernels.
+
+    Attributes:
+        step: as scheduled.
+        own_places: where own rows lie among received ones; None where they don't.
+        launches: the kernels.
+    """
+
+    step: Step
+    own_places: Rows | None
+    launches: tuple[Launch, ...]
+
+
+class LaunchPass(NamedTuple):
+    """A pass with its kernels.
+
+    Attributes:
+        schedule: the pass as scheduled.
+        steps: in their order.
+    """
+
+    schedule: Pass
+    steps: tuple[LaunchStep, ...]
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionJob:
-    """One call of a distributed attention: the runtime, the stages' backends and the call's own parameters."""
+    """A distributed attention for tensors of certain shapes: everything that is the same in every call.
 
-    runtime: DistAttnRuntime
-    backends: Sequence[BackendPair]
-    softmax_scale: float
-    softcap: float
+    Attributes:
+        num_ranks: of the group.
+        collectives: how rows travel.
+        group: the context-parallel group; None for this process alone.
+        options: the key's resolved runtime configuration.
+        forward: the forward pass.
+        backward: the backward pass.
+        backward_with_rows: the backward pass where the forward pass kept what it received.
+        max_logits: whether the largest scores are asked for.
+        keeps_received: whether to keep it, so that the backward pass need not exchange it again; equal on all ranks.
+    """
+
+    num_ranks: int
+    collectives: GroupCollectives
+    group: dist.ProcessGroup | None
+    options: RuntimeConfig
+    forward: LaunchPass
+    backward: LaunchPass
+    backward_with_rows: LaunchPass
     max_logits: bool
+    keeps_received: bool
 
-    def call_for(self, number: int, *, backward: bool = False) -> AttentionCall:
-        """The kernel call of the stage of that number."""
-        options = self.runtime.options
-        margin = options.backward_sm_margin if backward else options.forward_sm_margin
-        return AttentionCall(
-            slices=self.runtime.plan.kernel_work[number].slices,
-            softmax_scale=self.softmax_scale,
-            softcap=self.softcap,
-            deterministic=bool(options.deterministic),
-            max_logits=self.max_logits and not backward,
-            sm_margin=margin or 0,
-        )
+    def __post_init__(self) -> None:
+        let_go_at_exit(self, "group")
 
-    def walk(self, queries: Sequence[Tensor], k: Tensor, v: Tensor) -> Iterator[StageInputs]:
-        """Walk the stages; the next stages' rows travel while one is computed. See :func:`walk_stages`.
+    @cached_property
+    def queries_travel(self) -> bool:
+        """Whether any queries are exchanged."""
+        return any(each.step.queries_travel for each in self.forward.steps)
 
-        Args:
-            queries: the rank's tensors of the query side, all of which travel where queries do.
-            k: the rank's keys.
-            v: the rank's values.
-        """
-        return walk_stages(self.runtime.plan.stages, self.runtime.collectives, queries, k, v)
+
+def _make_job(
+    runtime: DistAttnRuntime,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    softcap: float,
+    max_logits: bool,
+) -> AttentionJob:
+    options, schedule = runtime.options, runtime.schedule
+    deterministic = bool(options.deterministic)
+    request = AttentionRequest.of_tensors(q, k, v, softcap=softcap, max_logits=max_logits, deterministic=deterministic)
+    names = options.kernel_backend or "auto", options.kernel_backend_backward or "same"
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+
+    def prepare(of: Pass, direction: Direction) -> LaunchPass:
+        is_forward = direction == "forward"
+        margin = options.forward_sm_margin if is_forward else options.backward_sm_margin
+
+        def launch(step: Step, call: KernelCall) -> Launch:
+            pair = backends_for_slices(call.slices, request, *names)
+            backend = pair.forward if is_forward else pair.backward
+            num_queries = step.exchange.num_received if step.queries_travel and step.exchange else len(q)
+            num_keys = len(k) if step.reads_own_alone else step.num_keys
+            asked = AttentionCall(
+                slices=call.slices,
+                softmax_scale=scale,
+                softcap=softcap,
+                deterministic=deterministic,
+                max_logits=max_logits and is_forward,
+                sm_margin=margin or 0,
+            )
+            return Launch(
+                queries=None if call.queries.start == 0 and call.queries.stop >= num_queries else call.queries,
+                keys=None if call.keys.start == 0 and call.keys.stop >= num_keys else call.keys,
+                call=asked,
+                run=getattr(backend, direction),
+                run_into=getattr(backend, f"{direction}_into") if isinstance(backend, WritesInPlace) else None,
+                queries_known=call.queries_known,
+                keys_known=call.keys_known,
+                name=f"magi: attention stage {step.number}",
+            )
+
+        steps = []
+        for step in of.steps:
+            places = None if step.own_places is None else _rows_of(step.own_places, q.device)
+            # A process alone may leave out padding, and with it whole runs of queries.
+            calls = [call for call in step.calls if step.queries_travel or call.queries.start < len(q)]
+            steps.append(LaunchStep(step, places, tuple(launch(step, call) for call in calls)))
+        return LaunchPass(of, tuple(steps))
+
+    return AttentionJob(
+        num_ranks=runtime.plan.layout.num_ranks,
+        collectives=runtime.collectives,
+        group=runtime.group,
+        options=options,
+        forward=prepare(schedule.forward, "forward"),
+        backward=prepare(schedule.backward, "backward"),
+        backward_with_rows=prepare(schedule.backward_with_rows, "backward"),
+        max_logits=max_logits,
+        keeps_received=bool(options.keep_received) and _takes_little(runtime.plan, q, k, v),
+    )
+
+
+def _takes_little(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the key rows of all steps together are few beside q and out, on the rank where they are the most."""
+    if any(stage.queries_travel for stage in plan.stages):
+        return False
+    rows = int(plan.key_layout.rows_per_rank.max()) + sum(stage.most_received for stage in plan.stages)
+    key_row, query_row = k[:1].numel() + v[:1].numel(), q.shape[1] * (q.shape[2] + v.shape[2])
+    return rows * key_row <= MOST_KEPT * int(plan.layout.rows_per_rank.max()) * query_row
+
+
+def _rows_of(places: Runs, device: torch.device) -> Rows:
+    """The rows of a buffer where own rows lie, in the order of these: a slice if they are one run, else an index."""
+    starts, lengths = places[:, 2], places[:, 1] - places[:, 0]
+    rows = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and len(places) == 1:
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows).to(device)

@@ -25,15 +25,17 @@ from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.key_dispatch import make_key_layout
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.qo import RowCosts
+from magi_attention.plan.rates import Cluster, LayerShape, default_rates
 from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime.autograd import dist_attn_func
 from magi_attention.runtime.dispatch import dispatch_rows, undispatch_rows
 from magi_attention.runtime.dispatch_meta import DispatchMeta
 from magi_attention.runtime.job import DistAttnRuntime
 from magi_attention.runtime.key import DistAttnRuntimeKey
-from magi_attention.runtime.machine import group_device, layer_of
+from magi_attention.runtime.machine import count_ranks_per_node, device_name, group_device, layer_of
 from magi_attention.runtime.rates import agree_on_cluster
 from magi_attention.runtime.roll import roll_rows
+from magi_attention.runtime.schedule import Costs
 
 
 class DistAttnRuntimeMgr:
@@ -153,12 +155,7 @@ class DistAttnRuntimeMgr:
         """Drop what takes memory on the device and can be derived again: tile lists, index tensors, position ids."""
         self.layout.forget_derived()
         self.key_layout.forget_derived()
-        plan = self.dist_attn_runtime.plan
-        for work in plan.kernel_work:
-            work.slices.forget_derived()
-        for stage in plan.stages:
-            for table in stage.exchange.tables if stage.exchange else ():
-                table.forget_derived()
+        self.dist_attn_runtime.forget_tables()
 
 
 def build_manager(
@@ -195,7 +192,7 @@ def build_manager(
         asked = (options, key.num_heads_q, key.num_heads_kv, key.head_dim, collectives.name)
         digest = sha256(plan.digest + repr(asked).encode()).digest()
         check_agreement(digest, group, float(options.check_plan_timeout or 0))
-    return DistAttnRuntimeMgr(key, DistAttnRuntime(plan, collectives, group, options))
+    return DistAttnRuntimeMgr(key, DistAttnRuntime(plan, collectives, group, options, _costs(key, cluster)))
 
 
 @contextmanager
@@ -300,6 +297,13 @@ def _row_costs(key: DistAttnRuntimeKey) -> RowCosts:
         forward_high_precision=bool(options.forward_high_precision_reduce),
         backward_high_precision=bool(options.backward_high_precision_reduce),
     )
+
+
+def _costs(key: DistAttnRuntimeKey, cluster: Cluster | None) -> Costs:
+    """What the rank's kernels are arranged by: measured rates where the key planned with such, else round numbers."""
+    shape = LayerShape(key.num_heads_q, key.num_heads_kv, key.head_dim)
+    share_node = count_ranks_per_node(key.cp_group, key.cp_mesh) == group_size(key.cp_group)
+    return Costs.of_layer(cluster or default_rates(device_name(group_device(key.cp_group))), shape, share_node)
 
 
 def _positions(layout: Layout, rank: int) -> Tensor:

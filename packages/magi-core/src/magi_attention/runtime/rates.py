@@ -8,13 +8,14 @@ ranks measure, and the slowest of each counts.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from hashlib import sha256
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from magi_attention.comm.agreement import check_agreement
+from magi_attention.comm.agreement import check_agreement, run_together
 from magi_attention.comm.group import group_rank, group_size
 from magi_attention.comm.protocol import GroupCollectives
 from magi_attention.env import general
@@ -107,6 +108,7 @@ def measure_together(
 
     Raises:
         MeasurementError: a rank's kernels failed; on all ranks.
+        RuntimeError: an exchange failed on some rank; on all ranks.
     """
     start, rank = time.perf_counter(), group_rank(group)
     on_step("kernels and memory")
@@ -115,10 +117,15 @@ def measure_together(
     if failures:
         raise MeasurementError(f"the rates of {machine.device} can't be measured: rank by rank, {failures}")
     links: Sequence[LinkTimes] = []
-    if group_size(group) > 1:
+    if group is not None and group_size(group) > 1:
         on_step("links")
-        mine = measure_links(layer, collectives, rank, machine.num_ranks, machine.ranks_per_node, mesh_shape)
-        links = _gather(mine, group)
+
+        def measure() -> LinkTimes:
+            # Another thread has another current device.
+            with torch.cuda.device(layer.device) if layer.device.type == "cuda" else nullcontext():
+                return measure_links(layer, collectives, rank, machine.num_ranks, machine.ranks_per_node, mesh_shape)
+
+        links = _gather(run_together(measure, "measuring links", group), group)
     rates = _slowest([each for each in kernels if isinstance(each, KernelTimes)], links, machine.device)
     path = save_rates(machine, rates) if rank % machine.ranks_per_node == 0 else None
     if rank == 0:

@@ -7,99 +7,95 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from magi_attention.comm.protocol import GroupCollectives, Work
-from magi_attention.plan.build import Stage
+from magi_attention.runtime.job import LaunchStep
+from magi_attention.runtime.schedule import Step
+from magi_attention.utils.profiling import named
 
 # Exchanges whose rows are traveling or being read, and exchanges whose partial gradients are on their way home. Memory
 # grows with both; less than two would leave nothing to travel while a kernel reads what came before.
 MOST_FETCHED, MOST_RETURNING = 2, 2
 
 
-class StageInputs(NamedTuple):
-    """What a stage reads once its rows have arrived.
+class StepInputs(NamedTuple):
+    """What a step's kernels read once its rows have arrived.
 
     Attributes:
-        number: the stage's number.
-        stage: the stage.
+        step: the step.
         queries: tensors of the query side, ``[tq, ...]``: the rank's own or, where queries travel, the visitors'.
         keys: ``[tk, hk, d]``.
         values: ``[tk, hk, dv]``.
     """
 
-    number: int
-    stage: Stage
+    step: LaunchStep
     queries: Sequence[Tensor]
     keys: Tensor
     values: Tensor
 
 
-def walk_stages(
-    stages: Sequence[Stage], collectives: GroupCollectives, queries: Sequence[Tensor], k: Tensor, v: Tensor
-) -> Iterator[StageInputs]:
-    """Walk the stages; the next stages' rows travel while one is computed.
+def walk_steps(
+    steps: Sequence[LaunchStep],
+    collectives: GroupCollectives,
+    queries: Sequence[Tensor],
+    k: Tensor,
+    v: Tensor,
+    kept: Sequence[Tensor] | None = None,
+    *,
+    lend: bool = True,
+) -> Iterator[StepInputs]:
+    """Walk the steps; the next steps' rows travel while one is computed.
 
-    Their exchanges are launched before the kernel of the stage. A stage that reads own rows alone reads them where they
-    are; where it reads received rows too, these arrive behind a copy of the own ones. To free the rows of a stage
-    before those of another are fetched, drop its inputs before asking for the next.
+    Their exchanges are launched before the kernels of the step. A step that reads own rows alone reads them where they
+    are; where it reads received rows too, these arrive among a copy of the own ones. To free the rows of a step before
+    those of another are fetched, drop its inputs before asking for the next.
 
     Args:
-        stages: the rank's stages.
+        steps: of one pass.
         collectives: how rows travel.
         queries: the rank's tensors of the query side, all of which travel where queries do.
         k: the rank's keys.
         v: the rank's values.
+        kept: what the exchanges brought before, two tensors each; then there are none.
+        lend: whether what they bring may lie in memory of the collectives, to be used only until the next step.
     """
-    to_fetch = deque((number, stage) for number, stage in enumerate(stages) if stage.exchange is not None)
-    traveling: deque[_Fetch] = deque()
+    if kept is not None:
+        pairs = iter(zip(kept[::2], kept[1::2], strict=True))
+        for each in steps:
+            yield StepInputs(each, queries, *((k, v) if each.step.exchange is None else next(pairs)))
+        return
+    to_fetch = deque(each for each in steps if each.step.exchange is not None)
+    traveling: deque[Work[list[Tensor]]] = deque()
 
     def fetch_next() -> None:
         if to_fetch:
-            number, stage = to_fetch.popleft()
-            with record_function(f"magi: cast stage {number}"):
-                traveling.append(_Fetch(stage, collectives, queries, k, v))
+            step, places, _ = to_fetch.popleft()
+            assert step.exchange is not None
+            with named(f"magi: cast stage {step.number}"):
+                tensors = queries if step.queries_travel else (k, v)
+                traveling.append(collectives.cast(tensors, step.exchange, own_places=places, lend=lend))
 
     fetch_next()
-    if traveling:
-        traveling[0].work.wait_packed()
+    if traveling and steps[0].step.exchange is None:
+        traveling[0].wait_packed()
     for _ in range(MOST_FETCHED - 1):
         fetch_next()
-    for number, stage in enumerate(stages):
-        if stage.exchange is None:
-            yield StageInputs(number, stage, queries, k, v)
+    for each in steps:
+        if each.step.exchange is None:
+            yield StepInputs(each, queries, k, v)
             continue
-        if stage.queries_travel:
-            yield StageInputs(number, stage, traveling.popleft().wait(), k, v)
+        work = traveling.popleft()
+        if each.step.queries_travel:
+            yield StepInputs(each, work.wait(), k, v)
         else:
-            yield StageInputs(number, stage, queries, *traveling.popleft().wait())
+            yield StepInputs(each, queries, *work.wait())
+        work.release()
+        del work
         fetch_next()
-
-
-class _Fetch:
-    """The exchange that brings what a stage reads."""
-
-    def __init__(
-        self, stage: Stage, collectives: GroupCollectives, queries: Sequence[Tensor], k: Tensor, v: Tensor
-    ) -> None:
-        assert stage.exchange is not None
-        self._with_own: list[Tensor] | None = None
-        behind = None
-        if stage.reads_own and not stage.queries_travel:
-            self._with_own = [x.new_empty((len(x) + stage.num_received, *x.shape[1:])) for x in (k, v)]
-            behind = [whole[len(k) :] for whole in self._with_own]
-        self.work = collectives.cast(queries if stage.queries_travel else [k, v], stage.exchange, out=behind)
-        for own, whole in zip((k, v), self._with_own or (), strict=False):
-            whole[: len(own)].copy_(own)
-
-    def wait(self) -> list[Tensor]:
-        """The received rows, or behind the rank's own where the stage reads those too."""
-        received = self.work.wait()
-        return received if self._with_own is None else self._with_own
 
 
 class Returns:
-    """Partial gradients on their way home, in the order of their stages.
+    """Partial gradients on their way home, in the order of their steps.
 
     Args:
         collectives: how rows travel.
@@ -108,25 +104,25 @@ class Returns:
 
     def __init__(self, collectives: GroupCollectives, dtype: torch.dtype) -> None:
         self._collectives, self._dtype = collectives, dtype
-        self._waiting: tuple[int, Stage, list[Tensor], list[Tensor]] | None = None
+        self._waiting: tuple[Step, list[Tensor], list[Tensor]] | None = None
         self._traveling: deque[Work[None]] = deque()
 
-    def put(self, number: int, stage: Stage, partials: list[Tensor], into: list[Tensor]) -> None:
-        """Let partials of a stage go home at the next ``send``."""
-        self._waiting = number, stage, partials, into
+    def put(self, step: Step, partials: list[Tensor], into: list[Tensor]) -> None:
+        """Let partials of a step's key buffer, or of its visiting queries, go home at the next ``send``."""
+        self._waiting = step, partials, into
 
     def send(self) -> None:
-        """Launch what waits: once the rows that the next stages read have been fetched, before the next kernel."""
+        """Launch what waits: once the rows that the next steps read have been fetched, before the next kernel."""
         if self._waiting is None:
             return
-        number, stage, partials, into = self._waiting
+        step, partials, into = self._waiting
         self._waiting = None
-        assert stage.exchange is not None
+        assert step.exchange is not None
         while len(self._traveling) >= MOST_RETURNING:
             self._traveling.popleft().wait()
-        with record_function(f"magi: reduce stage {number}"):
+        with named(f"magi: reduce stage {step.number}"):
             partials = [x.to(self._dtype) for x in partials]
-            self._traveling.append(self._collectives.reduce(partials, stage.exchange, into))
+            self._traveling.append(self._collectives.reduce(partials, step.exchange, into))
 
     def finish(self) -> None:
         """Send what still waits, and wait for all."""

@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,9 @@ from magi_attention.plan.simulate import BACKWARD_OVER_FORWARD_FLOP
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
 
+HOST_REPEATS = 5
+"""How often each pass is called to find how long the host takes."""
+
 
 @dataclass(frozen=True)
 class PassTimes:
@@ -32,11 +34,15 @@ class PassTimes:
     Attributes:
         forward: median over the timed passes of the slowest rank's time, in seconds.
         backward: the same for backward passes.
+        host_forward: until the call of a pass returns, on the slowest rank, with an idle device at the start.
+        host_backward: the same for backward passes.
         peak_bytes: the most memory that any rank's tensors took; 0 on a CPU.
     """
 
     forward: float
     backward: float
+    host_forward: float
+    host_backward: float
     peak_bytes: int
 
 
@@ -127,7 +133,8 @@ def measure(options: BenchOptions, device: torch.device) -> Measurement:
     pairs = workloads.make(options.mask.replace("-", "_"), options.tokens).area()
     shape = (pairs, dist.get_world_size(), options.heads_q, options.head_dim)
     request = AttentionRequest.of_tensors(q, k, v)
-    names = [backends_for_slices(work.slices, request, options.backend).name for work in plan.kernel_work]
+    calls = manager.dist_attn_runtime.schedule.calls
+    names = [backends_for_slices(call.slices, request, options.backend).name for call in calls]
     return Measurement(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         backend=", ".join(dict.fromkeys(names)),
@@ -150,8 +157,9 @@ def time_passes(
 ) -> PassTimes:
     """Time both passes, one pair after another without a pause, as layers of a model follow each other.
 
-    On a GPU, the host is then ahead of the device if it can be, and what it takes to launch a pass is hidden. The
-    slowest rank counts.
+    On a GPU, the host is then ahead of the device if it can be, and what it takes to launch a pass is hidden. What it
+    takes is measured afterwards, apart. All ranks begin a pass together, and the slowest one counts: else a rank that
+    is done early would wait for the others' rows in the next pass, at its expense.
 
     Args:
         forward: computes the output.
@@ -167,19 +175,53 @@ def time_passes(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
+        _align(device)
         marks.append([_mark(device)])
         out = forward()
+        marks[-1].append(_mark(device))
+        _align(device)
         marks[-1].append(_mark(device))
         backward(out)
         marks[-1].append(_mark(device))
         del out
-    timed = [[_seconds(*pair) for pair in pairwise(each)] for each in marks[warmup:]]
+    timed = [[_seconds(*each[:2]), _seconds(*each[2:])] for each in marks[warmup:]]
     seconds = torch.tensor(timed, dtype=torch.float64, device=device)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     peak = torch.tensor(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, device=device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
+    host = torch.tensor(_host_seconds(forward, backward, device), dtype=torch.float64, device=device)
+    dist.all_reduce(host, dist.ReduceOp.MAX)
     per_pass = [statistics.median(column) for column in seconds.T.tolist()]
-    return PassTimes(per_pass[0], per_pass[1], int(peak))
+    host_forward, host_backward = host.tolist()
+    return PassTimes(per_pass[0], per_pass[1], host_forward, host_backward, int(peak))
+
+
+def _host_seconds(
+    forward: Callable[[], Tensor], backward: Callable[[Tensor], object], device: torch.device
+) -> list[float]:
+    """The least time until the call of each pass returns."""
+    least = [float("inf")] * 2
+    for _ in range(HOST_REPEATS):
+        out = None
+        for number in range(2):
+            dist.barrier()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            if out is None:
+                out = forward()
+            else:
+                backward(out)
+            least[number] = min(least[number], time.perf_counter() - start)
+    return least
+
+
+def _align(device: torch.device) -> None:
+    """Let all ranks' devices go on together; on GPUs the hosts don't wait."""
+    if device.type == "cuda":
+        dist.all_reduce(torch.empty(1, device=device))
+    else:
+        dist.barrier()
 
 
 def _mark(device: torch.device) -> "torch.cuda.Event | float":

@@ -2,7 +2,7 @@
 """What carries rows between ranks on this machine."""
 
 from datetime import timedelta
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,25 @@ def communication_facts() -> dict[str, str]:
     if not dist.is_available():
         return {"torch.distributed": "not part of this build of torch"}
     available = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
-    transports = sorted(point.name for point in entry_points(group=ENTRY_POINT_GROUP))
+    points = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
     return {
         **{name: "available" if there else "not part of this build of torch" for name, there in available.items()},
-        "transports": ", ".join(transports),
+        "transports": ", ".join(point.name for point in points),
+        **{f"transport {point.name}": answer for point in points if (answer := _ask(point))},
     }
+
+
+def _ask(point: EntryPoint) -> str:
+    """Whether a transport that can tell supports the first GPU, or the CPU where there is none."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        transport = point.load()
+        if not hasattr(transport, "supports"):
+            return ""
+        support = transport.supports(device)
+    except Exception as error:  # of whatever is installed
+        return f"failed to load: {type(error).__name__}: {error}"
+    return f"supports {device}" if support else f"not on {device}: {support.reason}"
 
 
 def peer_access() -> dict[str, str]:

@@ -32,11 +32,18 @@ def headline(study: PlanStudy) -> str:
     hops = ", in two hops" if options.hierarchical else ""
     return (
         f"{mask.name}: {mask.size} in {len(mask.slices):,} slices that keep {mask.slices.area():,} pairs; {dealt} "
-        f"dealt to {study.layout.num_ranks:,} ranks by {type(study.dispatch.alg).__name__}, {stages}{hops}. "
+        f"dealt to {study.layout.num_ranks:,} ranks by {_dealer(study)}, {stages}{hops}. "
         f"The busiest rank computes {figures.imbalance:.3f} times the mean. {_traveling(study)}"
         f"Predicted for one layer: {milliseconds(figures.prediction)}, "
         f"{figures.prediction.efficiency:.0%} of ideal."
     )
+
+
+def _dealer(study: PlanStudy) -> str:
+    name = type(study.dispatch.alg).__name__
+    if not study.is_heap_deal:
+        return name
+    return f"{name}, which here leaves them to the greedy heap: shorter chunks may keep documents together"
 
 
 def _chunks(layout: Layout) -> str:
@@ -143,6 +150,7 @@ def to_json(study: PlanStudy) -> dict[str, Any]:
             "ranks": layout.num_ranks,
             "ranks_per_node": study.cluster.ranks_per_node,
             "algorithm": study.dispatch.alg.type.value,
+            "left_to_heap": study.is_heap_deal,
             "chunk_size": layout.chunk_size,
             "chunks": len(layout.owner),
             "padding": layout.total - layout.num_real,

@@ -12,7 +12,7 @@ from magi_attention.cli.figures import PlanFigures, imbalance
 from magi_attention.cli.plan.masks import NamedMask
 from magi_attention.cli.plan.options import PlanOptions
 from magi_attention.common.enum import DispatchAlgType
-from magi_attention.config import DispatchAlg, DispatchConfig, MinHeapDispatchAlg
+from magi_attention.config import DispatchAlg, DispatchConfig, LocalityDispatchAlg, MinHeapDispatchAlg
 from magi_attention.plan.bounds import received_lower_bound
 from magi_attention.plan.build import build_plans
 from magi_attention.plan.degree import choose_degree
@@ -159,6 +159,21 @@ class PlanStudy:
         return received_lower_bound(
             self.mask.slices, self.layout.total, self.options.ranks, BOUND_TOLERANCE, total_keys
         )
+
+    @cached_property
+    def is_heap_deal(self) -> bool:
+        """Whether the default algorithm left the chunks to the minimum heap, as it does where that comes out better."""
+        if not isinstance(self.dispatch.alg, LocalityDispatchAlg) or self.options.ranks == 1:
+            return False
+        heap = make_layout(
+            self.mask.slices,
+            num_real=self.mask.tokens,
+            total=self.layout.total,
+            chunk_size=self.layout.chunk_size,
+            num_ranks=self.options.ranks,
+            algorithm=MinHeapDispatchAlg(),
+        )
+        return np.array_equal(heap.owner, self.layout.owner)
 
     @property
     def rows_needed(self) -> int:

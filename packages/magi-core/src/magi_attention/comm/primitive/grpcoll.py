@@ -89,7 +89,7 @@ def group_cast(
     Raises:
         ValueError: the lists don't fit each other, the tensors or the group; nothing has been sent then.
     """
-    table = _table(input_split_sizes, output_split_sizes, dst_indices, src_index, group, ("dst_indices", "src_index"))
+    table = exchange_of_splits(input_split_sizes, dst_indices, output_split_sizes, src_index, group_size(group))
     inputs, outputs = _with_lse(input, output, input_lse, output_lse, "cast_lse", cast_lse)
     _check_rows("input", inputs, table.num_source)
     _check_rows("output", outputs, table.num_received)
@@ -141,7 +141,8 @@ def group_reduce(
     Raises:
         ValueError: the lists don't fit each other, the tensors or the group; nothing has been sent then.
     """
-    table = _table(output_split_sizes, input_split_sizes, src_indices, dst_index, group, ("src_indices", "dst_index"))
+    names = "src_indices", "dst_index"
+    table = exchange_of_splits(output_split_sizes, src_indices, input_split_sizes, dst_index, group_size(group), names)
     inputs, outputs = _with_lse(input, output, input_lse, output_lse, "reduce_op='lse'", reduce_op == "lse")
     _check_rows("input", inputs, table.num_received)
     _check_rows("output", outputs, table.num_source)
@@ -181,16 +182,32 @@ def _started(finish: Callable[[], None], output: Tensor, lse: Tensor | None, asy
     return WorkWithPostProcessFn(None, output, lse)
 
 
-def _table(
-    source_sizes: Sequence[int],
-    received_sizes: Sequence[int],
-    destinations: Sequence[Sequence[int]],
-    origins: Sequence[int],
-    group: dist.ProcessGroup | None,
-    names: tuple[str, str],
+def exchange_of_splits(
+    input_split_sizes: Sequence[int],
+    dst_indices: Sequence[Sequence[int]],
+    output_split_sizes: Sequence[int],
+    src_index: Sequence[int],
+    num_ranks: int,
+    names: tuple[str, str] = ("dst_indices", "src_index"),
 ) -> ExchangeTable:
-    """The exchange of a cast that sends split i to ``destinations[i]`` and receives split j from ``origins[j]``."""
-    num_ranks = group_size(group)
+    """One rank's exchange, described by splits as in :func:`group_cast`, to be used by a transport any number of times.
+
+    A reduce over the same exchange goes the other way: every split of the output comes back and is combined in the
+    split of the input that it was sent from.
+
+    Args:
+        input_split_sizes: rows of each split of the input.
+        dst_indices: for each split of the input the ranks to send it to.
+        output_split_sizes: rows of each split of the output.
+        src_index: for each split of the output the rank that it comes from. Splits that come from one rank arrive in
+            the order that they have in that rank's input.
+        num_ranks: ranks of the group.
+        names: what errors call ``dst_indices`` and ``src_index``.
+
+    Raises:
+        ValueError: the lists don't fit each other or the group.
+    """
+    source_sizes, destinations, received_sizes, origins = input_split_sizes, dst_indices, output_split_sizes, src_index
     for name, ranks_of_splits, sizes in (
         (names[0], destinations, source_sizes),
         (names[1], [[rank] for rank in origins], received_sizes),

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Native group casts against NCCL's all-to-all: ``python benchmarks/grpcoll.py --ranks 2``.
+
+Every rank sends as many bytes to every other one, cut into ranges that don't touch on the receiver's side; two casts
+are in flight at a time. GB/s are the bytes that a rank sends to others over the slowest rank's time, so they are those
+of one direction while both are busy.
+
+copies      the native cast by copy engines.
+push        the native cast by a kernel on a few multiprocessors.
+a2a         the core's all-to-all over NCCL: pack, exchange, unpack.
+nccl        NCCL's all_to_all_single alone, of the same number of bytes, packed beforehand.
+best/a2a    the better native cast over the core's all-to-all; best/nccl over NCCL alone.
+us          host time of one cast, in microseconds: the median.
+
+The second table repeats some rows beside attention (scaled_dot_product_attention, causal) that never stops meanwhile;
+``slower`` is by how much that is slowed down while it lasts.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from magi_attention.comm import AllToAllCollectives
+from magi_attention.testing.distributed import RankPool
+from magi_comm_grpcoll import ContextOptions, GroupContext
+from magi_comm_grpcoll.calibrate import exchange_in_turns
+from magi_comm_grpcoll.routes import Transport
+
+ROW_BYTES = 4096
+METHODS = ("copies", "push", "a2a", "nccl")
+_TRANSPORTS: dict[str, Transport] = {"copies": "copy_engine", "push": "push"}
+_contexts: dict[str, GroupContext] = {}
+
+
+def context(method: str) -> GroupContext:
+    if method not in _contexts:
+        world = dist.group.WORLD
+        assert world is not None
+        _contexts[method] = GroupContext(world, ContextOptions(transport=_TRANSPORTS[method], timeout_s=60))
+    return _contexts[method]
+
+
+def caster(method: str, rank: int, num_ranks: int, peer_bytes: int, range_bytes: int) -> Callable[[], Any]:
+    """A function that starts one exchange and returns its work."""
+    device = torch.device("cuda", rank)
+    if method == "nccl":
+        packed = torch.zeros(num_ranks * peer_bytes, dtype=torch.uint8, device=device)
+        landed = torch.empty_like(packed)
+        sizes = [0 if peer == rank else peer_bytes for peer in range(num_ranks)]
+        total = sum(sizes)
+        return lambda: dist.all_to_all_single(landed[:total], packed[:total], sizes, sizes, async_op=True)
+    table = exchange_in_turns(rank, num_ranks, range_bytes // ROW_BYTES, peer_bytes // range_bytes)
+    rows = torch.zeros(table.num_source, ROW_BYTES // 2, dtype=torch.bfloat16, device=device)
+    collectives = AllToAllCollectives(dist.group.WORLD) if method == "a2a" else context(method)
+    return lambda: collectives.cast([rows], table, lend=True)
+
+
+def run_many(cast: Callable[[], Any], times: int) -> list[float]:
+    """Enqueue so many exchanges, two in flight; returns the host's seconds of each."""
+    works: deque[Any] = deque()
+    seconds = []
+    for _ in range(times):
+        if len(works) == 2:
+            finish(works.popleft())
+        started = time.perf_counter()
+        works.append(cast())
+        seconds.append(time.perf_counter() - started)
+    while works:
+        finish(works.popleft())
+    return seconds
+
+
+def finish(work: Any) -> None:
+    work.wait()
+    if hasattr(work, "release"):
+        work.release()
+
+
+def slowest(seconds: float) -> float:
+    longest = torch.tensor(seconds, device="cuda")
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return longest.item()
+
+
+def time_stream(enqueue: Callable[[], Any]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    enqueue()
+    stop.record()
+    return start, stop
+
+
+def time_alone(
+    rank: int, num_ranks: int, method: str, peer_bytes: int, range_bytes: int, times: int
+) -> tuple[float, float]:
+    """GB/s in one direction, and the host's microseconds of one call."""
+    cast = caster(method, rank, num_ranks, peer_bytes, range_bytes)
+    run_many(cast, 3)
+    torch.cuda.synchronize()
+    dist.barrier()
+    host: list[float] = []
+    start, stop = time_stream(lambda: host.extend(run_many(cast, times)))
+    torch.cuda.synchronize()
+    seconds = slowest(start.elapsed_time(stop) / 1e3 / times)
+    return peer_bytes * (num_ranks - 1) / seconds / 1e9, statistics.median(host) * 1e6
+
+
+def time_beside_attention(
+    rank: int, num_ranks: int, method: str, peer_bytes: int, range_bytes: int, times: int
+) -> tuple[float, float]:
+    """GB/s in one direction beside attention, and by how much attention is slower, as a ratio."""
+    cast = caster(method, rank, num_ranks, peer_bytes, range_bytes)
+    q, k, v = (torch.randn(1, 32, 16384, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+
+    def attend(count: int) -> None:
+        for _ in range(count):
+            F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    run_many(cast, 3)
+    attend(2)
+    torch.cuda.synchronize()
+    start, stop = time_stream(lambda: attend(10))
+    torch.cuda.synchronize()
+    alone = start.elapsed_time(stop) / 10
+    dist.barrier()
+    count = max(10, int(times * peer_bytes * (num_ranks - 1) / 40e9 / (alone / 1e3)))
+    beside = torch.cuda.Stream()
+    attention_times = []
+    for _ in range(count):
+        attention_times.append(time_stream(lambda: attend(1)))
+    with torch.cuda.stream(beside):
+        torch.cuda._sleep(2_000_000)  # attention is under way on all ranks
+        first, last = time_stream(lambda: run_many(cast, times))
+    torch.cuda.synchronize()
+    origin = attention_times[0][0]
+    begun, done = origin.elapsed_time(first), origin.elapsed_time(last)
+    meanwhile = [
+        one.elapsed_time(other)
+        for one, other in attention_times
+        if origin.elapsed_time(one) > begun and origin.elapsed_time(other) < done
+    ]
+    covered = origin.elapsed_time(attention_times[-1][1]) >= done
+    seconds = slowest((done - begun) / 1e3 / times)
+    slower = statistics.mean(meanwhile) / alone - 1 if meanwhile and covered else float("nan")
+    return peer_bytes * (num_ranks - 1) / seconds / 1e9, slower
+
+
+def run_tables(pool: RankPool, options: argparse.Namespace) -> dict[str, dict[str, tuple[float, float]]]:
+    """Print both tables; returns their cells by range and method."""
+    cells = {}
+    print(f"{'range':>9} {''.join(f'{name:>8}    us' for name in METHODS)}  best/a2a best/nccl", flush=True)
+    for kib in options.kib:
+        row = cells[f"alone {kib} KiB"] = run_row(pool, options, time_alone, kib)
+        text = "".join(f"{speed:8.0f}{host:6.0f}" for speed, host in row.values())
+        best = max(row["copies"][0], row["push"][0])
+        print(f"{kib:6d}KiB {text}  {best / row['a2a'][0]:8.2f} {best / row['nccl'][0]:9.2f}", flush=True)
+    print(f"\nbeside attention\n{'range':>9} {''.join(f'{name:>8}  slower' for name in METHODS)}", flush=True)
+    for kib in options.beside_kib:
+        row = cells[f"beside {kib} KiB"] = run_row(pool, options, time_beside_attention, kib)
+        print(f"{kib:6d}KiB {''.join(f'{speed:8.0f}{slower:8.1%}' for speed, slower in row.values())}", flush=True)
+    return cells
+
+
+def run_row(
+    pool: RankPool, options: argparse.Namespace, measure: Callable[..., tuple[float, float]], kib: int
+) -> dict[str, tuple[float, float]]:
+    """The numbers of every method for ranges of one size."""
+    arguments = options.mib << 20, kib << 10, options.times
+    return {name: attempt(partial(pool.run, measure, name, *arguments, timeout_s=60)) for name in METHODS}
+
+
+def attempt(run: Callable[[], list[tuple[float, float]]]) -> tuple[float, float]:
+    """The numbers of rank 0, or none and why."""
+    try:
+        return run()[0]
+    except (RuntimeError, TimeoutError) as error:
+        print(f"failed: {error}", flush=True)
+        return float("nan"), float("nan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--mib", type=int, default=128, help="MiB to each peer")
+    parser.add_argument("--kib", type=int, nargs="*", default=[16, 32, 64, 256, 1024, 4096, 16384])
+    parser.add_argument("--beside-kib", type=int, nargs="*", default=[32, 4096])
+    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    options = parser.parse_args()
+    with RankPool(options.ranks, "nccl") as pool:
+        cells = run_tables(pool, options)
+    if options.json:
+        options.json.write_text(json.dumps(cells, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``benchmarks/kernels.py`` is to reach, and whether its figures do.
+
+The bars, for the backend that ``auto`` chooses, forward and backward:
+
+- FlashAttention-4: at least 0.97 of its own dense kernels on full and causal masks from 16k tokens on.
+- original: at least MagiAttention's FFA kernel, once measured on an H100 80GB, at 8k and 32k tokens. To compare across
+  runs, both are taken relative to cuDNN's causal attention (PyTorch's SDPA) at as many tokens, of their own run.
+- cudnn_flex: at least 1.05 of that backend alone, backward at 32k tokens, on causal documents and on a sliding window.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from magi_attention.kernels.protocol import Direction
+
+Cell = dict[str, Any]
+"""A figure of the benchmark: ``mask``, ``tokens``, ``contender``, and TFLOP/s ``forward`` and ``backward``, if any."""
+
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+
+# TFLOP/s forward and backward: 64/8 heads of 128, bfloat16.
+ORIGINAL_FFA = {
+    ("full", 8192): (633, 563),
+    ("causal", 8192): (511, 479),
+    ("varlen_full", 8192): (353, 432),
+    ("varlen_causal", 8192): (242, 300),
+    ("swa_causal_1024", 8192): (274, 322),
+    ("varlen_block_causal_4k", 8192): (379, 412),
+    ("full", 32768): (651, 557),
+    ("causal", 32768): (618, 544),
+    ("varlen_full", 32768): (523, 486),
+    ("varlen_causal", 32768): (441, 435),
+    ("swa_causal_1024", 32768): (332, 328),
+    ("varlen_block_causal_4k", 32768): (481, 467),
+}
+# Of the same card; where it was measured several times, the best figure, which other load disturbed the least.
+ORIGINAL_SDPA_CAUSAL = {8192: (606, 499), 32768: (616, 518)}
+
+FA4_SHARE, FA4_MASKS, FA4_TOKENS = 0.97, ("full", "causal"), 16384
+CUDNN_FLEX_SHARE, CUDNN_FLEX_MASKS, CUDNN_FLEX_TOKENS = 1.05, ("varlen_causal", "swa_causal_1024"), 32768
+
+
+class Bar(NamedTuple):
+    """One comparison.
+
+    Attributes:
+        mask, tokens, direction: of what.
+        peer: whom it is held against: ``"fa4-native"``, ``"original"`` or ``"cudnn_flex"``.
+        ratio: the chosen backend's speed over the peer's.
+        needed: the least ratio that is good enough.
+    """
+
+    mask: str
+    tokens: int
+    direction: str
+    peer: str
+    ratio: float
+    needed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is reached."""
+        return self.ratio >= self.needed
+
+    def __str__(self) -> str:
+        says = "holds" if self.holds else "MISSED"
+        return f"{self.mask} {self.tokens} {self.direction}: {self.ratio:.2f} of {self.peer}, {self.needed} {says}"
+
+
+def bars(row: Sequence[Cell], sdpa_causal: Cell | None) -> Iterator[Bar]:
+    """Compare the cells of one mask and length.
+
+    Args:
+        row: the cells; that of the chosen backend has the contender ``"auto"``.
+        sdpa_causal: the cell of cuDNN's SDPA with a causal mask, at as many tokens.
+    """
+    by_name = {cell["contender"]: cell for cell in row}
+    chosen = by_name.get("auto", {})
+    for at, direction in enumerate(DIRECTIONS):
+        if direction not in chosen:
+            continue
+        mask, tokens, speed = chosen["mask"], chosen["tokens"], chosen[direction]
+        if mask in FA4_MASKS and tokens >= FA4_TOKENS and (peer := by_name.get("fa4-native", {}).get(direction)):
+            yield Bar(mask, tokens, direction, "fa4-native", speed / peer, FA4_SHARE)
+        if (mask, tokens) in ORIGINAL_FFA and (peer := (sdpa_causal or {}).get(direction)):
+            original = ORIGINAL_FFA[mask, tokens][at] / ORIGINAL_SDPA_CAUSAL[tokens][at]
+            yield Bar(mask, tokens, direction, "original", speed / peer / original, 1.0)
+        is_asked = mask in CUDNN_FLEX_MASKS and tokens == CUDNN_FLEX_TOKENS and direction == "backward"
+        if is_asked and (peer := by_name.get("cudnn_flex", {}).get(direction)):
+            yield Bar(mask, tokens, direction, "cudnn_flex", speed / peer, CUDNN_FLEX_SHARE)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of this rank that all ranks of a group can write, and theirs."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from magi_comm_grpcoll.errors import CapacityError
+from magi_comm_grpcoll.handshake import Handshake
+
+
+class SharedMemory:
+    """As many bytes on every rank, mapped on all of them: PyTorch's symmetric memory. Making it is a collective.
+
+    Args:
+        num_bytes: the same on all ranks.
+        device: this rank's GPU.
+        group: the process group.
+        handshake: with its ranks.
+
+    Raises:
+        CapacityError: a rank has not so much memory left; on every rank.
+
+    Attributes:
+        local: ``[num_bytes]`` uint8, this rank's.
+        addresses: ``(num_ranks,)`` int64: where each rank's memory is mapped here.
+        device_addresses: the same on the device, for kernels.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device, group: dist.ProcessGroup, handshake: Handshake) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        failure = ""
+        try:
+            self.local: Tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+        except RuntimeError as error:  # of which running out of memory is one
+            failure = str(error).partition("\n")[0]
+        failures = [answer.decode() for answer in handshake.exchange(failure.encode())]
+        if any(failures):
+            rank = next(rank for rank, failure in enumerate(failures) if failure)
+            raise CapacityError(f"rank {rank} can't allocate {num_bytes} bytes to receive rows in: {failures[rank]}")
+        self._mapping = symmetric_memory.rendezvous(self.local, group)
+        self.addresses: NDArray[np.int64] = np.array(self._mapping.buffer_ptrs, np.int64)
+        self.device_addresses = torch.from_numpy(self.addresses).to(device)
+
+
+class Arena:
+    """A ring's slots on every rank.
+
+    Attributes:
+        slot_bytes: size of a slot.
+        memory: the slots, one after another; None while nothing has been sent.
+    """
+
+    _STEP = 1 << 21
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots, self.slot_bytes = num_slots, 0
+        self.memory: SharedMemory | None = None
+
+    @classmethod
+    def most_in(cls, num_bytes: int, num_slots: int) -> int:
+        """The size of a slot of which so many take at most ``num_bytes``."""
+        return num_bytes // num_slots // cls._STEP * cls._STEP
+
+    def fits(self, num_bytes: int) -> bool:
+        """Whether a slot can hold so many bytes."""
+        return self.memory is not None and num_bytes <= self.slot_bytes
+
+    def grow(
+        self,
+        num_bytes: int,
+        most_bytes: int | None,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        handshake: Handshake,
+    ) -> None:
+        """Make new slots, a collective. Nobody may write the old ones any more; tensors in them stay valid.
+
+        Args:
+            num_bytes: what a slot must hold.
+            most_bytes: the most that it may hold; None for no limit.
+            device: where.
+            group: the process group.
+            handshake: with its ranks.
+        """
+        spare = num_bytes + num_bytes // 8 if self.slot_bytes else max(num_bytes, 1)
+        size = -(-spare // self._STEP) * self._STEP
+        self.slot_bytes = size if most_bytes is None else min(size, most_bytes)
+        self.memory = None
+        self.memory = SharedMemory(self.num_slots * self.slot_bytes, device, group, handshake)
+
+    def slot(self, number: int) -> Tensor:
+        """``[slot_bytes]`` uint8: one of this rank's slots."""
+        assert self.memory is not None
+        return self.memory.local[number * self.slot_bytes : (number + 1) * self.slot_bytes]

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the GPUs of a group can exchange natively, as all its ranks agree."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from magi_comm_grpcoll.handshake import Handshake
+from magi_comm_grpcoll.kernels import LEAST_CAPABILITY, missing_kernels
+
+# A driver attribute: streams can wait for and write 64-bit words.
+_MEMORY_OPERATIONS = 122
+
+
+def reason_against(device: torch.device) -> str:
+    """Why this process can't take part on ``device``, whoever the others are; empty if it can."""
+    if device.type != "cuda":
+        return f"it needs CUDA GPUs, not {device}: switch native_grpcoll off, all-to-all runs on every device"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA GPU"
+    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        needed = ".".join(map(str, LEAST_CAPABILITY))
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability {needed} (Hopper)"
+    if find_spec("cuda") is None or find_spec("cuda.core") is None:
+        return 'cuda.core is not installed: pip install "magi-comm-grpcoll"'
+    return missing_kernels() or _driver_reason(device)
+
+
+def _driver_reason(device: torch.device) -> str:
+    from cuda.bindings import driver as cuda
+
+    from magi_comm_grpcoll.driver import driver
+
+    try:
+        driver()
+    except (OSError, RuntimeError, AttributeError) as error:
+        return f"the CUDA driver can't do it: {error}"
+    attribute = cuda.CUdevice_attribute(_MEMORY_OPERATIONS)
+    status, able = cuda.cuDeviceGetAttribute(attribute, cuda.CUdevice(device.index))
+    if status != cuda.CUresult.CUDA_SUCCESS or not able:
+        return f"the driver does not let streams of {device} wait for words of memory"
+    return ""
+
+
+def agree(handshake: Handshake, device: torch.device) -> str:
+    """Compare what the ranks' machines can do; returns why the group can't exchange natively, the same on all ranks."""
+    mine = {"reason": reason_against(device), "host": _host(), "device": None}
+    if device.type == "cuda":
+        mine["device"] = str(torch.cuda.get_device_properties(device).uuid)
+    ranks = [json.loads(answer) for answer in handshake.exchange(json.dumps(mine).encode())]
+    for rank, answer in enumerate(ranks):
+        if answer["reason"]:
+            return f"on rank {rank} {answer['reason']}"
+    if len({answer["host"] for answer in ranks}) > 1:
+        return (
+            f"its ranks are on {len({answer['host'] for answer in ranks})} hosts, and between hosts there is none yet"
+        )
+    if len({answer["device"] for answer in ranks}) < len(ranks):
+        return "several of its ranks share one GPU"
+    out_of_reach = _out_of_reach(device, [answer["device"] for answer in ranks])
+    answers = [answer.decode() for answer in handshake.exchange(out_of_reach.encode())]
+    return next((answer for answer in answers if answer), "")
+
+
+def _host() -> str:
+    """Tells machines apart; containers of one machine are not."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _out_of_reach(device: torch.device, uuids: list[str]) -> str:
+    """A device of the group that ``device`` can't write, where this process sees it."""
+    for other in range(torch.cuda.device_count()):
+        is_member = str(torch.cuda.get_device_properties(other).uuid) in uuids
+        if other != device.index and is_member and not torch.cuda.can_device_access_peer(device.index, other):
+            return (
+                f"{device} has no direct access to cuda:{other}: {torch.cuda.get_device_name(device)} without NVLink?"
+            )
+    return ""

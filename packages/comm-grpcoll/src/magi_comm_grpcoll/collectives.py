@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transport ``native`` of MagiAttention: the context of a process group, or all-to-all where there can't be one."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from magi_attention.comm.alltoall import AllToAllCollectives
+from magi_attention.comm.group import GroupHandle, group_rank, group_size
+from magi_attention.comm.packing import row_formats
+from magi_attention.comm.protocol import ReduceOp, Work
+from magi_attention.comm.routes import Rows
+from magi_attention.kernels.protocol import Support
+from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_comm_grpcoll.capability import reason_against
+from magi_comm_grpcoll.combine import formats_combine
+from magi_comm_grpcoll.context import GroupContext, NotNativeError
+
+logger = logging.getLogger(__name__)
+
+# One context for each process group, since its memory and its flags are the group's.
+_contexts: dict[str, tuple[GroupHandle, GroupContext | None]] = {}
+
+
+class NativeCollectives:
+    """Group cast and group reduce of a process group over direct connections between GPUs.
+
+    All objects of one group share its context. Where the group's GPUs can't exchange natively, all ranks go by
+    all-to-all, and the first one logs why.
+
+    Args:
+        group: the process group; None for this process alone.
+    """
+
+    name = "native"
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.fallback = AllToAllCollectives(group)
+        self.context = None if group is None or group_size(group) == 1 else context_of(group)
+
+    @classmethod
+    def supports(cls, device: torch.device) -> Support:
+        """Whether tensors of a device could travel natively, whoever the other ranks are."""
+        reason = reason_against(device)
+        return Support(not reason, reason)
+
+    def cast(
+        self,
+        tensors: Sequence[Tensor],
+        table: ExchangeTable | TwoHopExchange,
+        out: Sequence[Tensor] | None = None,
+        own_places: Rows | None = None,
+        lend: bool = False,
+    ) -> Work[list[Tensor]]:
+        """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
+        if self.context is None:
+            return self.fallback.cast(tensors, table, out, own_places, lend)
+        return self.context.cast(tensors, _one_hop(table), out, own_places, lend)
+
+    def reduce(
+        self,
+        partials: Sequence[Tensor],
+        table: ExchangeTable | TwoHopExchange,
+        into: Sequence[Tensor],
+        op: ReduceOp = "sum",
+        partial_lse: Tensor | None = None,
+        into_lse: Tensor | None = None,
+    ) -> Work[None]:
+        """See :class:`~magi_attention.comm.protocol.GroupCollectives`.
+
+        Other dtypes than those that the kernels combine go by all-to-all.
+        """
+        arguments: tuple[Any, ...] = (partials, table, into, op, partial_lse, into_lse)
+        sent = [*partials] if partial_lse is None else [*partials, partial_lse]
+        if self.context is None or not formats_combine(row_formats(sent), [*into], op):
+            return self.fallback.reduce(*arguments)
+        return self.context.reduce(partials, _one_hop(table), into, op, partial_lse, into_lse)
+
+
+def context_of(group: dist.ProcessGroup) -> GroupContext | None:
+    """The context of a process group, made by the first call, a collective; None where there can't be one."""
+    known = _contexts.get(group.group_name)
+    if known is not None and known[0].group is group:
+        return known[1]
+    try:
+        context = GroupContext(group)
+    except NotNativeError as error:
+        context = None
+        if group_rank(group) == 0:
+            logger.warning("the native group collectives are replaced by all-to-all: %s", error)
+    _contexts[group.group_name] = GroupHandle(group), context
+    return context
+
+
+def _one_hop(table: ExchangeTable | TwoHopExchange) -> ExchangeTable:
+    if isinstance(table, TwoHopExchange):
+        raise TypeError("a two-hop exchange needs HierarchicalCollectives, not NativeCollectives")
+    return table

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Group collectives among the GPUs of one host: this rank's slots, flags, streams and prepared exchanges."""
+
+import logging
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from magi_attention.comm.alltoall import check_out, check_reduce
+from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
+from magi_attention.comm.packing import RowFormat, put_rows, row_formats
+from magi_attention.comm.protocol import ReduceOp
+from magi_attention.comm.routes import Rows, routes_of
+from magi_attention.plan.exchange import ExchangeTable
+from magi_comm_grpcoll.arena import Arena, SharedMemory
+from magi_comm_grpcoll.capability import agree
+from magi_comm_grpcoll.combine import add_slots, formats_combine, merge_slots
+from magi_comm_grpcoll.errors import PeerTimeoutError
+from magi_comm_grpcoll.exchange import SlotExchange
+from magi_comm_grpcoll.handshake import Handshake
+from magi_comm_grpcoll.lane import Lane, Round
+from magi_comm_grpcoll.plans import gather_plans
+from magi_comm_grpcoll.ring import Ring
+from magi_comm_grpcoll.routes import Transport
+from magi_comm_grpcoll.watchdog import RELEASED, Watchdog, Watched
+from magi_comm_grpcoll.wires import DeviceWires, Words
+from magi_comm_grpcoll.work import NativeWork
+
+logger = logging.getLogger(__name__)
+
+CAST, REDUCE = 0, 1
+LANES = ("cast", "reduce")
+_HIGH_PRIORITY = -1
+_MAX_ROUNDS_OF_RELEASE = 1000
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """What can be chosen about a context; the same on all ranks.
+
+    Attributes:
+        transport: ``"copy_engine"``, ``"push"``, or None for the faster one for each exchange.
+        num_slots: how many casts, and how many reduces, may hold rows at a time.
+        timeout_s: seconds until a rank that does not come is an error; None for the process group's own timeout.
+        capacity_bytes: the most memory that the slots may take, half for casts and half for reduces; None for no limit.
+            An exchange that needs more goes in several rounds.
+    """
+
+    transport: Transport | None = None
+    num_slots: int = 2
+    timeout_s: float | None = None
+    capacity_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.transport not in (None, "copy_engine", "push"):
+            raise ValueError(f"transport must be 'copy_engine', 'push' or None, not {self.transport!r}")
+        if self.num_slots < 1:
+            raise ValueError(f"num_slots must be at least 1, not {self.num_slots}")
+        if self.capacity_bytes is not None and not Arena.most_in(self.capacity_bytes // len(LANES), self.num_slots):
+            raise ValueError(f"capacity_bytes gives none of {self.num_slots} slots 2 MiB: {self.capacity_bytes}")
+        if self.timeout_s is not None and self.timeout_s <= 0:
+            raise ValueError(f"timeout_s must be positive, not {self.timeout_s}")
+
+
+class NotNativeError(RuntimeError):
+    """The GPUs of a group can't exchange natively; raised on every rank with the same reason."""
+
+
+class GroupContext:
+    """Group cast and group reduce over direct connections between the GPUs of one host.
+
+    Making one is a collective of the host, and so is the first run of every exchange table with tensors of some row
+    format. Later runs only enqueue: neither the host nor the GPUs wait for all ranks. Calls can't be captured in a CUDA
+    graph.
+
+    Args:
+        group: the process group, of at least two ranks, each with a GPU of its own, the current one.
+        options: what can be chosen.
+
+    Raises:
+        NotNativeError: the GPUs can't.
+    """
+
+    name = "native"
+
+    def __init__(self, group: dist.ProcessGroup, options: ContextOptions | None = None) -> None:
+        self.options = options or ContextOptions()
+        self.group, self.rank, self.num_ranks = group, group_rank(group), group_size(group)
+        let_go_at_exit(self, "group")
+        index = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self.device = torch.device("cpu") if index is None else torch.device("cuda", index)
+        timeout_s = self.options.timeout_s or group_timeout_s(group, self.device)
+        self._handshake = Handshake(group, timeout_s)
+        if reason := agree(self._handshake, self.device):
+            raise NotNativeError(reason)
+        self._error: PeerTimeoutError | None = None
+        self._closed = False
+        self._streams = _Streams(self.device)
+        self._make_rings()
+        rings = [Watched(name, progress) for name, progress in zip(LANES, self._progress.numpy(), strict=True)]
+        self._watchdog = Watchdog(rings, weakref.WeakMethod(self._give_up), timeout_s)
+        self._timeout_s = timeout_s
+
+    def _make_rings(self) -> None:
+        num_rings, num_slots = len(LANES), self.options.num_slots
+        num_bytes = num_rings * Words.num_bytes(self.num_ranks)
+        self._control = SharedMemory(num_bytes, self.device, self.group, self._handshake)
+        self._control.local.zero_()
+        self._progress = torch.zeros(num_rings, 2, dtype=torch.int64, pin_memory=True)
+        torch.cuda.synchronize(self.device)
+        self._handshake.exchange(b"flags are zero")
+        self._words = [Words(self.num_ranks, number) for number in range(num_rings)]
+        self._lanes = []
+        for number, words in enumerate(self._words):
+            streams = self._streams.send, self._streams.arrive[number], self._streams.credit
+            wires = DeviceWires(self._control, words, self.rank, self._progress[number], *streams)
+            exchange, arena = SlotExchange(Ring(num_slots), wires), Arena(num_slots)
+            self._lanes.append(Lane(exchange, wires, arena, self._control, self.rank, self.options.transport))
+
+    def cast(
+        self,
+        tensors: Sequence[Tensor],
+        table: ExchangeTable,
+        out: Sequence[Tensor] | None = None,
+        own_places: Rows | None = None,
+        lend: bool = False,
+    ) -> NativeWork[list[Tensor]]:
+        """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
+        self._check()
+        _check_rows("tensors", tensors, table.num_source, self.device)
+        if out is not None:
+            check_out(out, tensors, table.num_received)
+        lane, rounds = self._lanes[CAST], self._prepare(CAST, table, row_formats(tensors))
+        caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
+        tensors = [tensor.contiguous() for tensor in tensors]
+        if lend and out is None and len(rounds) == 1:
+            started = rounds[0].start(tensors, caller)
+            if own_places is not None:
+                _put_own(arrive, started.ready, rounds[0].landed(started.slot), own_places, tensors)
+            give_back = partial(lane.exchange.release, started.epoch)
+            lent, kept = [*rounds[0].landed(started.slot)], [rounds, *tensors]
+            return NativeWork(arrive, caller, lent, kept, started.packed, self._check, give_back)
+        received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
+        for part in rounds:
+            started = part.start(tensors, caller)
+            arrive.wait_event(started.ready)
+            with torch.no_grad(), torch.cuda.stream(arrive):
+                part.deliver(started.slot, received)
+            lane.exchange.release(started.epoch, arrive.record_event())
+        if own_places is not None:
+            _put_own(arrive, started.ready, received, own_places, tensors)
+        kept = [rounds, *tensors, *received]
+        return NativeWork(arrive, caller, received, kept, started.packed, self._check)
+
+    @torch.no_grad()
+    def reduce(
+        self,
+        partials: Sequence[Tensor],
+        table: ExchangeTable,
+        into: Sequence[Tensor],
+        op: ReduceOp = "sum",
+        partial_lse: Tensor | None = None,
+        into_lse: Tensor | None = None,
+    ) -> NativeWork[None]:
+        """See :class:`~magi_attention.comm.protocol.GroupCollectives`.
+
+        Raises:
+            TypeError: no kernel combines these dtypes; see :func:`~magi_comm_grpcoll.combine.can_combine`.
+        """
+        self._check()
+        check_reduce(partials, into, op, partial_lse, into_lse)
+        sent = [*partials] if partial_lse is None else [*partials, partial_lse]
+        targets = [*into] if into_lse is None else [*into, into_lse]
+        _check_rows("partials", sent, table.num_received, self.device)
+        _check_rows("into", targets, table.num_source, self.device)
+        check_combine(sent, targets, op)
+        lane, rounds = self._lanes[REDUCE], self._prepare(REDUCE, table, row_formats(sent))
+        caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
+        sent = [tensor.contiguous() for tensor in sent]
+        written = [tensor.contiguous() for tensor in targets]
+        old_lse = written[-1].clone() if op == "lse" else None
+        for part in rounds:
+            started, routes = part.start(sent, caller), routes_of(part.plan.table, self.device)
+            arrive.wait_event(started.ready)
+            slots = part.landed(started.slot)
+            if old_lse is not None:
+                merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], routes)
+            else:
+                for target, rows in zip(written, slots, strict=True):
+                    add_slots(arrive, target, rows, routes, average=op == "avg")
+            lane.exchange.release(started.epoch, arrive.record_event())
+        with torch.cuda.stream(arrive):
+            for target, result in zip(targets, written, strict=True):
+                if target is not result:
+                    target.copy_(result)
+        kept = [rounds, old_lse, *sent, *written, *targets]
+        return NativeWork(arrive, caller, None, kept, started.packed, self._check)
+
+    def close(self) -> None:
+        """Give the memory back. A collective of the host; waits until all that was enqueued is done."""
+        self._quiesce(b"close")
+        self._watchdog.stop()
+        self._closed = True
+        for lane in self._lanes:
+            lane.arena.memory = None
+
+    def _prepare(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> list[Round]:
+        if table.num_ranks != self.num_ranks:
+            raise ValueError(f"an exchange among {table.num_ranks} ranks can't run in a group of {self.num_ranks}")
+        return table.derived((self, number, formats), lambda: self._plan(number, table, formats))
+
+    def _plan(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> list[Round]:
+        lane, num_slots, most = self._lanes[number], self.options.num_slots, None
+        if self.options.capacity_bytes is not None:
+            most = Arena.most_in(self.options.capacity_bytes // len(LANES), num_slots)
+        plans = gather_plans(self._handshake, LANES[number], table, formats, self.rank, most)
+        needed = max(plan.slot_bytes for plan in plans)
+        if not lane.arena.fits(needed):  # on all ranks alike
+            self._quiesce(b"grow")
+            lane.arena.grow(needed, most, self.device, self.group, self._handshake)
+        return [Round(plan, formats, lane) for plan in plans]
+
+    def _quiesce(self, why: bytes) -> None:
+        """Wait until no rank has anything under way."""
+        for stream in self._streams.all:
+            stream.synchronize()
+        self._check()
+        self._handshake.exchange(why)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise PeerTimeoutError(str(self._error), self._error.ranks)
+        if self._closed:
+            raise RuntimeError("the context is closed")
+
+    def _give_up(self, number: int, epoch: int) -> None:
+        """Called by the watchdog: name the ranks that are missing, refuse further calls, and free the streams."""
+        words = self._words[number]
+        needed = [(words.arrived, epoch + 1), (words.credit, max(0, epoch - self.options.num_slots + 1))]
+        with torch.cuda.device(self.device), torch.cuda.stream(self._streams.watch):
+            seen = self._control.local.cpu().numpy().view(np.int64)
+            late = {rank for at, least in needed for rank in np.flatnonzero(seen[at // 8] < least).tolist()}
+            ranks = tuple(sorted(late))
+            self._error = PeerTimeoutError(
+                f"ranks {list(ranks)} of the group did not do their part of {LANES[number]} number {epoch} "
+                f"within {self._timeout_s:g} s; this group can't be used natively any more",
+                ranks,
+            )
+            logger.error("%s", self._error)
+            freed = torch.full((len(seen),), RELEASED, dtype=torch.int64).pin_memory()
+            for _ in range(_MAX_ROUNDS_OF_RELEASE):  # a rank that comes late writes smaller numbers again
+                self._control.local.copy_(freed.view(torch.uint8), non_blocking=True)
+                self._streams.watch.synchronize()
+                time.sleep(0.01)
+                if all(stream.query() for stream in self._streams.all):
+                    return
+
+
+class _Streams:
+    """The streams of a context. They are PyTorch's, so they live as long as the process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.send, self.credit, self.watch, *self.arrive = (
+            torch.cuda.Stream(device, priority=_HIGH_PRIORITY) for _ in range(3 + len(LANES))
+        )
+        self.all = [self.send, self.credit, *self.arrive]
+
+
+def _put_own(
+    stream: "torch.cuda.Stream",
+    ready: "torch.cuda.Event",
+    received: Sequence[Tensor],
+    places: Rows,
+    tensors: Sequence[Tensor],
+) -> None:
+    """Copy this rank's own rows to their places among the received ones, once they are ``ready``."""
+    stream.wait_event(ready)
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for target, own in zip(received, tensors, strict=True):
+            put_rows(target, places, own)
+
+
+def group_timeout_s(group: dist.ProcessGroup, device: torch.device) -> float:
+    """How long the collectives of a process group wait."""
+    return float(group._get_backend(device).options._timeout.total_seconds())
+
+
+def check_combine(partials: Sequence[Tensor], into: Sequence[Tensor], op: str) -> None:
+    """Raise ``TypeError`` unless a kernel combines partial results with results of these dtypes."""
+    if not formats_combine(row_formats(partials), [*into], op):
+        told = ", ".join(f"{x.dtype} onto {y.dtype}" for x, y in zip(partials, into, strict=True))
+        raise TypeError(f"no kernel combines {told}: use bfloat16, float16 or float32, and a float32 log-sum-exp")
+
+
+def _check_rows(name: str, tensors: Sequence[Tensor], num_rows: int, device: torch.device) -> None:
+    if not tensors:
+        raise ValueError(f"{name} must not be empty")
+    for tensor in tensors:
+        if len(tensor) != num_rows or tensor.device != device:
+            raise ValueError(
+                f"{name} must all have {num_rows} rows on {device}, "
+                f"but one of them is {tuple(tensor.shape)} on {tensor.device}"
+            )

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two calls of the CUDA driver that take whole tables, without an object per entry.
+
+The tables are numpy arrays that are made once and passed by address: a Python object for each of 500 copies would cost
+ten times what the driver needs for all of them.
+"""
+
+import ctypes
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+# The structs CUmemcpyAttributes and CUstreamBatchMemOpParams of cuda.h.
+_COPY_ATTRIBUTES = np.dtype([("order", "i4"), ("hints", "i4", 4), ("flags", "u4")])
+MEMORY_OPERATION = np.dtype(
+    {
+        "names": ["operation", "address", "value", "flags"],
+        "formats": ["u4", "u8", "u8", "u4"],
+        "offsets": [0, 8, 16, 24],
+        "itemsize": 48,
+    }
+)
+WAIT_VALUE, WRITE_VALUE = 4, 5  # CU_STREAM_MEM_OP_{WAIT,WRITE}_VALUE_64
+# More would be refused.
+MOST_MEMORY_OPERATIONS = 256
+
+_SOURCE_IN_STREAM_ORDER, _BESIDE_KERNELS = 1, 1
+_ATTRIBUTES = np.array([(_SOURCE_IN_STREAM_ORDER, [0] * 4, _BESIDE_KERNELS)], _COPY_ATTRIBUTES)
+_FIRST_OF_ATTRIBUTE = np.zeros(1, np.uint64)
+_CUDA_13 = 13000
+
+
+class Driver:
+    """The functions, bound once; :func:`driver` gives the only one."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        pointer, count = ctypes.c_void_p, ctypes.c_size_t
+        self._memory_operations = self._library.cuStreamBatchMemOp_v2
+        self._memory_operations.argtypes = [pointer, ctypes.c_uint, pointer, ctypes.c_uint]
+        arguments = [pointer, pointer, pointer, count, pointer, pointer, count, pointer]
+        self._copy_batch = ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(self._find("cuMemcpyBatchAsync", _CUDA_13))
+        self._attributes = _ATTRIBUTES.ctypes.data, _FIRST_OF_ATTRIBUTE.ctypes.data
+
+    def copy(self, targets: int, sources: int, sizes: int, count: int, stream: int) -> None:
+        """Copy ``count`` pieces; the arguments are the addresses of uint64 arrays on the host."""
+        if count:
+            self._check(self._copy_batch(targets, sources, sizes, count, *self._attributes, 1, stream))
+
+    def enqueue_memory_operations(self, operations: int, count: int, stream: int) -> None:
+        """Enqueue waits for and writes of words, given the address of ``count`` :data:`MEMORY_OPERATION`."""
+        if count:
+            self._check(self._memory_operations(stream, count, operations, 0))
+
+    def _find(self, name: str, version: int) -> int:
+        address, found = ctypes.c_void_p(), ctypes.c_int()
+        find = self._library.cuGetProcAddress_v2
+        find.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p]
+        self._check(find(name.encode(), ctypes.byref(address), version, 0, ctypes.byref(found)))
+        if not address.value:
+            raise RuntimeError(f"the driver has no {name} of CUDA {version // 1000}: it needs release 580 or newer")
+        return address.value
+
+    def _check(self, status: int) -> None:
+        if status:
+            name = ctypes.c_char_p()
+            self._library.cuGetErrorName(status, ctypes.byref(name))
+            raise RuntimeError(f"the CUDA driver answered {(name.value or b'an unknown error').decode()} ({status})")
+
+
+@cache
+def driver() -> Driver:
+    """The driver.
+
+    Raises:
+        OSError: there is none.
+        RuntimeError: it is too old.
+    """
+    return Driver()
+
+
+def memory_operations(*parts: tuple[int, NDArray[np.int64]]) -> NDArray[np.void]:
+    """Operations on words, in this order; their values are to be set.
+
+    Args:
+        parts: what to do, :data:`WAIT_VALUE` (until a word has reached the value) or :data:`WRITE_VALUE`, and the
+            addresses of the words to do it to.
+    """
+    operations = np.zeros(sum(len(words) for _, words in parts), MEMORY_OPERATION)
+    operations["operation"] = np.repeat([what for what, _ in parts], [len(words) for _, words in parts])
+    operations["address"] = np.concatenate([words for _, words in parts])
+    return operations

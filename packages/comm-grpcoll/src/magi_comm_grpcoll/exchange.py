@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One exchange after another through a ring of slots: the order of waits, data and flags."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from magi_comm_grpcoll.ring import Ring
+from magi_comm_grpcoll.routes import Route
+from magi_comm_grpcoll.wires import Wires
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What one exchange of a plan needs, made once.
+
+    Attributes:
+        route: sends this rank's pieces.
+        sources: the ranks that send something to this one.
+    """
+
+    route: Route
+    sources: tuple[int, ...]
+
+
+class SlotExchange:
+    """A ring with its flags.
+
+    Args:
+        ring: the epochs.
+        wires: the flags.
+    """
+
+    def __init__(self, ring: Ring, wires: Wires) -> None:
+        self._ring, self._wires = ring, wires
+
+    def begin(self) -> int:
+        """Take the next epoch, and enqueue the wait until its slot is free on all ranks; returns the epoch."""
+        epoch = self._ring.begin()
+        self._wires.await_credit(self._ring.credit_needed(epoch), epoch)
+        return epoch
+
+    def send(self, prepared: Prepared, epoch: int, bases: Sequence[int]) -> None:
+        """Enqueue the sending of the tensors at ``bases``."""
+        prepared.route.send(bases, epoch % self._ring.num_slots, epoch)
+
+    def arrive(self, prepared: Prepared, epoch: int) -> None:
+        """Enqueue the wait for what comes, on a stream that is behind all that was sent."""
+        self._wires.await_arrival(prepared.sources, epoch)
+
+    def release(self, epoch: int, after: Any) -> None:
+        """Give the epoch's slot back to the senders once the event ``after`` has come."""
+        self._wires.tell_credit(self._ring.release(epoch), after)

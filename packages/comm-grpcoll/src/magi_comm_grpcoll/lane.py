@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One kind of collective on one rank: its slots, its flags, its streams, and exchanges that are ready for them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from magi_attention.comm.packing import RowFormat
+from magi_attention.comm.routes import routes_of
+from magi_comm_grpcoll.arena import Arena, SharedMemory
+from magi_comm_grpcoll.exchange import Prepared, SlotExchange
+from magi_comm_grpcoll.plans import Plan
+from magi_comm_grpcoll.routes import Transport, make_route
+from magi_comm_grpcoll.wires import DeviceWires
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What all casts, or all reduces, of a context share.
+
+    Attributes:
+        exchange: the ring.
+        wires: its flags.
+        arena: its slots.
+        control: every rank's control block.
+        rank: this rank.
+        transport: how pieces travel; None for the faster way for each exchange.
+    """
+
+    exchange: SlotExchange
+    wires: DeviceWires
+    arena: Arena
+    control: SharedMemory
+    rank: int
+    transport: Transport | None
+
+
+@dataclass(frozen=True)
+class Started:
+    """An exchange that has been enqueued.
+
+    Attributes:
+        epoch: its number.
+        slot: where it arrives.
+        ready: recorded on the caller's stream before it; until the next one.
+        packed: recorded when a kernel that pushes could start; None for copy engines.
+    """
+
+    epoch: int
+    slot: int
+    ready: "torch.cuda.Event"
+    packed: "torch.cuda.Event | None"
+
+
+class Round:
+    """A plan and its pieces with their addresses; these are found anew when the slots have moved.
+
+    Args:
+        plan: the plan.
+        formats: of the tensors.
+        lane: the plan's lane.
+    """
+
+    def __init__(self, plan: Plan, formats: tuple[RowFormat, ...], lane: Lane) -> None:
+        self.plan, self._formats, self._lane = plan, formats, lane
+        self._memory: SharedMemory | None = None
+        self._transport: Transport | None = None
+        self._events = torch.cuda.Event(), torch.cuda.Event()  # recorded anew each time
+        device = lane.control.local.device
+        self._landing = None if plan.landing is None else torch.from_numpy(plan.landing).to(device)
+        self._named = None if plan.names_all_rows else routes_of(plan.table, device).received
+
+    def start(self, tensors: Sequence[Tensor], caller: "torch.cuda.Stream") -> Started:
+        """Enqueue what sends the tensors, and let the arriving stream wait for that and for what comes."""
+        bound, wires, exchange = self._bind(), self._lane.wires, self._lane.exchange
+        ready, sent = self._events
+        ready.record(caller)
+        wires.send.wait_event(ready)
+        epoch = exchange.begin()
+        # A kernel that pushes needs multiprocessors, and shall find some before the next kernel takes them all.
+        packed = wires.send.record_event() if self._transport == "push" else None
+        exchange.send(bound, epoch, [tensor.data_ptr() for tensor in tensors])
+        sent.record(wires.send)
+        wires.arrive.wait_event(sent)
+        exchange.arrive(bound, epoch)
+        return Started(epoch, epoch % self._lane.arena.num_slots, ready, packed)
+
+    def landed(self, slot: int) -> tuple[Tensor, ...]:
+        """``[num_rows, ...]``: what is in this rank's slot, tensor by tensor."""
+        return self._views[slot]
+
+    def deliver(self, slot: int, received: Sequence[Tensor]) -> None:
+        """Copy what a cast brought to the rows of the receive buffers that it belongs to, on the current stream."""
+        for target, rows in zip(received, self.landed(slot), strict=True):
+            if self._landing is not None:
+                target.index_copy_(0, self._landing, rows)
+            elif self._named is None:
+                target.copy_(rows)
+            elif isinstance(self._named, slice):
+                target[self._named].copy_(rows[self._named])
+            else:
+                target.index_copy_(0, self._named, rows.index_select(0, self._named))
+
+    def _bind(self) -> Prepared:
+        lane, memory = self._lane, self._lane.arena.memory
+        if self._memory is not memory or memory is None:
+            route, self._transport = make_route(
+                self.plan.copies, lane.rank, lane.arena, lane.wires, lane.control, lane.transport
+            )
+            self._memory, self._bound = memory, Prepared(route, self.plan.sources)
+            self._views = [self._views_of(lane.arena.slot(number)) for number in range(lane.arena.num_slots)]
+        return self._bound
+
+    def _views_of(self, slot: Tensor) -> tuple[Tensor, ...]:
+        starts = self.plan.layout.starts[self._lane.rank].tolist()
+        return tuple(
+            _rows_at(slot, start, row, self.plan.num_rows) for start, row in zip(starts, self._formats, strict=True)
+        )
+
+
+def _rows_at(slot: Tensor, start: int, row: RowFormat, num_rows: int) -> Tensor:
+    num_bytes = num_rows * row.num_elements * row.dtype.itemsize
+    return slot[start : start + num_bytes].view(row.dtype).view(num_rows, *row.shape)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags of a ring on the GPUs: words in shared memory that streams wait for, and that peers write.
+
+Nothing here takes a multiprocessor, for which it would have to wait until an attention kernel ends. The stream's own
+front end waits for words and writes this rank's, and copy engines write those of others: since CUDA 13.1 a stream can't
+write a word of another GPU itself. (A copy within one GPU would be a kernel.)
+"""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from magi_comm_grpcoll.arena import SharedMemory
+from magi_comm_grpcoll.driver import MOST_MEMORY_OPERATIONS, WAIT_VALUE, WRITE_VALUE, driver, memory_operations
+
+WORD = 8
+
+
+class Wires(Protocol):
+    """What an exchange does to the flags of its ring, on one rank. Every call only enqueues."""
+
+    def await_credit(self, credit: int, epoch: int) -> None:
+        """Before sending: wait until every rank's credit has reached the number."""
+
+    def tell_arrival(self, epoch: int) -> None:
+        """After sending: tell every other rank that this epoch of this rank has arrived."""
+
+    def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
+        """Before reading, behind what was sent: wait until this epoch of these ranks has arrived, but for this one."""
+
+    def tell_credit(self, credit: int, after: "torch.cuda.Event") -> None:
+        """After ``after``: tell every rank that this one is done with so many epochs."""
+
+
+class Words:
+    """Where one ring's words are in a rank's control block.
+
+    They are ``arrived`` and ``credit`` of each rank, and outboxes from which a number is copied to the others.
+
+    Args:
+        num_ranks: ranks of the group.
+        ring: the ring's number.
+    """
+
+    def __init__(self, num_ranks: int, ring: int) -> None:
+        first = ring * self.num_bytes(num_ranks)
+        self.arrived = first + WORD * np.arange(num_ranks)
+        self.credit = self.arrived + WORD * num_ranks
+        self.outboxes = first + WORD * (2 * num_ranks + np.arange(2))
+
+    @staticmethod
+    def num_bytes(num_ranks: int) -> int:
+        """Bytes of one ring's words."""
+        return WORD * (2 * num_ranks + 2)
+
+
+class _Operations:
+    """Operations on words, one after another, made once and enqueued with other numbers each time."""
+
+    def __init__(self, *parts: tuple[int, NDArray[np.int64]]) -> None:
+        self._table = memory_operations(*parts)
+        stops = np.cumsum([len(words) for _, words in parts])
+        self._values = np.split(self._table["value"], stops[:-1])
+        size = self._table.itemsize
+        self._calls = [
+            (self._table.ctypes.data + first * size, min(MOST_MEMORY_OPERATIONS, len(self._table) - first))
+            for first in range(0, len(self._table), MOST_MEMORY_OPERATIONS)
+        ]
+
+    def enqueue(self, stream: int, *numbers: int) -> None:
+        for values, number in zip(self._values, numbers, strict=True):
+            values.fill(number)
+        for address, count in self._calls:
+            driver().enqueue_memory_operations(address, count, stream)
+
+
+class _Letter:
+    """Copies a word of this rank to words of other ranks."""
+
+    def __init__(self, outbox: int, targets: NDArray[np.int64]) -> None:
+        self._targets = targets.astype(np.uint64)
+        self._sources = np.full(len(targets), outbox, np.uint64)
+        self._sizes = np.full(len(targets), WORD, np.uint64)
+        self._batch = self._targets.ctypes.data, self._sources.ctypes.data, self._sizes.ctypes.data, len(targets)
+
+    def enqueue(self, stream: int) -> None:
+        driver().copy(*self._batch, stream)
+
+
+class DeviceWires:
+    """See :class:`Wires`.
+
+    Args:
+        control: every rank's control block.
+        words: the ring's part of it.
+        rank: this rank.
+        progress: ``[2]`` int64 in pinned memory: epochs that could start as far as this rank goes, and those finished.
+        send: the stream that sends.
+        arrive: the stream that waits for what arrives.
+        credit: the stream that tells what is done with.
+    """
+
+    def __init__(
+        self,
+        control: SharedMemory,
+        words: Words,
+        rank: int,
+        progress: torch.Tensor,
+        send: "torch.cuda.Stream",
+        arrive: "torch.cuda.Stream",
+        credit: "torch.cuda.Stream",
+    ) -> None:
+        self.send, self.arrive, self.credit = send, arrive, credit
+        here, mark = int(control.addresses[rank]), progress.data_ptr()
+        self._arrived, self._rank = here + words.arrived, rank
+        others = np.arange(len(control.addresses)) != rank
+        self.flag_offset = int(words.arrived[rank])
+        outboxes = here + words.outboxes
+        started, self._finished = _word(mark), _word(mark + WORD)
+        # What is to be told after sending is written first, in one call with the rest.
+        self._before_sending = _Operations(
+            (WRITE_VALUE, started), (WRITE_VALUE, outboxes[:1]), (WAIT_VALUE, here + words.credit)
+        )
+        self._before_reading: dict[tuple[int, ...], _Operations] = {}
+        own_credit = here + words.credit[rank : rank + 1]
+        self._before_crediting = _Operations((WRITE_VALUE, outboxes[1:]), (WRITE_VALUE, own_credit))
+        self._arrival_letter = _Letter(int(outboxes[0]), (control.addresses + words.arrived[rank])[others])
+        self._credit_letter = _Letter(int(outboxes[1]), (control.addresses + words.credit[rank])[others])
+        self._handles = send.cuda_stream, arrive.cuda_stream, credit.cuda_stream
+
+    def await_credit(self, credit: int, epoch: int) -> None:
+        """See :class:`Wires`."""
+        self._before_sending.enqueue(self._handles[0], epoch + 1, epoch + 1, credit)
+
+    def tell_arrival(self, epoch: int) -> None:
+        """See :class:`Wires`; ``await_credit`` of the epoch came before."""
+        self._arrival_letter.enqueue(self._handles[0])
+
+    def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
+        """See :class:`Wires`; also marks the epoch as finished."""
+        if sources not in self._before_reading:
+            others = [source for source in sources if source != self._rank]
+            self._before_reading[sources] = _Operations(
+                (WAIT_VALUE, self._arrived[others]), (WRITE_VALUE, self._finished)
+            )
+        self._before_reading[sources].enqueue(self._handles[1], epoch + 1, epoch + 1)
+
+    def tell_credit(self, credit: int, after: "torch.cuda.Event") -> None:
+        """See :class:`Wires`."""
+        self.credit.wait_event(after)
+        self._before_crediting.enqueue(self._handles[2], credit, credit)
+        self._credit_letter.enqueue(self._handles[2])
+
+
+def _word(address: int) -> NDArray[np.int64]:
+    return np.array([address])

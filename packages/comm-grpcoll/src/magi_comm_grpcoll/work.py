@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A native collective under way."""
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+
+from magi_attention.comm.work import StreamWork
+
+Result = TypeVar("Result")
+
+
+class NativeWork(StreamWork[Result], Generic[Result]):
+    """See :class:`~magi_attention.comm.protocol.Work`.
+
+    Args:
+        stream: the stream on which everything has happened once it gets here.
+        caller: the stream that ``buffers`` and the result belong to.
+        result: what ``wait`` returns.
+        buffers: what the collective reads or writes of ``caller``'s, kept alive.
+        packed: recorded when nothing but the transfer was left.
+        check: raises if the context has given up.
+        give_back: called once with an event after which the lent rows are not read any more; None if none are lent.
+    """
+
+    def __init__(
+        self,
+        stream: "torch.cuda.Stream",
+        caller: "torch.cuda.Stream",
+        result: Result,
+        buffers: Sequence[object],
+        packed: "torch.cuda.Event | None",
+        check: Callable[[], None],
+        give_back: "Callable[[torch.cuda.Event], None] | None" = None,
+    ) -> None:
+        super().__init__(stream, caller, result, buffers, packed)
+        self._check, self._give_back = check, give_back
+
+    def wait(self) -> Result:
+        """Return the result; it may be used on the current stream. A second call returns the same again.
+
+        Raises:
+            PeerTimeoutError: a rank did not come in time to a collective of this context.
+        """
+        self._check()
+        return super().wait()
+
+    def wait_host(self) -> Result:
+        """Let the host wait until the result is there; otherwise as ``wait``.
+
+        Raises:
+            PeerTimeoutError: as ``wait``, and if it happens meanwhile.
+        """
+        if (done := self._done) is not None:
+            done.synchronize()
+        return self.wait()
+
+    def release(self) -> None:
+        """See :class:`~magi_attention.comm.protocol.Work`."""
+        if self._give_back is None:
+            return
+        give_back, self._give_back = self._give_back, None
+        if self._done is not None:
+            super().wait()
+        give_back(torch.cuda.current_stream(self._caller.device_index).record_event())
+
+    def __del__(self) -> None:
+        self.release()
+        super().__del__()

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches that skip the wheels' Python code: it runs once for each kind of call, and is watched.
+
+Both projects check arguments, choose a configuration, look up compiled kernels and allocate buffers in every call, for
+some hundred microseconds. What comes of it depends on shapes, strides, dtypes and the mask alone. So the first call of
+a kind is made without launching anything, while the kernels and arguments that would be launched are noted
+(:func:`watched`). From these a :class:`PreparedForward` or :class:`PreparedBackward` launches the same kernels with
+the tensors of this call and all later ones.
+
+The order of the arguments is that of the exact versions that :mod:`magi_kernels_blackwell.wheels` names.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import RLock, get_ident
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_watching = RLock()
+
+
+class Launch(NamedTuple):
+    """A compiled kernel, to be called on the current stream, and what it was to be called with."""
+
+    kernel: Callable[..., object]
+    arguments: tuple[Any, ...]
+
+
+class _WatchedCache:
+    """Stands for a project's cache of compiled kernels: those found are noted when called, instead of launched.
+
+    Only in the thread that watches; others get the kernels.
+    """
+
+    def __init__(self, kept: Any) -> None:
+        self.kept = kept
+        self.launches: list[Launch] = []
+        self._thread = get_ident()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.kept
+
+    def __setitem__(self, key: object, kernel: object) -> None:
+        self.kept[key] = kernel
+
+    def __getitem__(self, key: object) -> Any:
+        kernel = self.kept[key]
+        if get_ident() != self._thread:
+            return kernel
+        return lambda *arguments: self.launches.append(Launch(direct(kernel), arguments))
+
+
+def direct(kernel: Any) -> Callable[..., object]:
+    """Return a compiled kernel without the layer for keyword arguments, which only a freshly compiled one has."""
+    unwrap = getattr(kernel, "__tvm_ffi_object__", None)
+    return unwrap() if unwrap is not None else kernel
+
+
+@contextmanager
+def watched(*functions: Any) -> Iterator[tuple[list[Launch], ...]]:
+    """Note what functions of a project would launch, without launching it.
+
+    Args:
+        functions: each keeps compiled kernels in its attribute ``compile_cache``.
+
+    Yields:
+        the launches of each function, in order, filled in while the project's code runs. None where it only compiles.
+    """
+    with _watching:
+        caches = [_WatchedCache(function.compile_cache) for function in functions]
+        for function, cache in zip(functions, caches, strict=True):
+            function.compile_cache = cache
+        try:
+            yield tuple(cache.launches for cache in caches)
+        finally:
+            for function, cache in zip(functions, caches, strict=True):
+                function.compile_cache = cache.kept
+
+
+class PreparedForward(NamedTuple):
+    """A forward pass's kernel, and what it takes after the tensors and the softmax scale."""
+
+    kernel: Callable[..., object]
+    rest: tuple[Any, ...]
+
+    @classmethod
+    def of_launch(cls, launch: Launch, scale_at: int) -> "PreparedForward":
+        """Keep of a launch what later ones share. ``scale_at`` is the place of the softmax scale."""
+        return cls(launch.kernel, launch.arguments[scale_at + 1 :])
+
+
+class PreparedBackward:
+    """A backward pass: a kernel for statistics, the main one, and up to three that round sums of gradients.
+
+    Args:
+        before, main, after: what was noted of each. ``before`` takes out, dout, dpsum, lse, lse2 and the sum of dq
+            first, ``main`` q, k, v, dout, lse2, dpsum, the sums of dq, dk and dv, and the softmax scale, and those of
+            ``after`` a sum, a gradient and a factor.
+        dlse_at: the place of dlse in ``before``.
+        semaphores_at: the places of semaphores in ``main``, which begin as zeros; None where there are none.
+    """
+
+    def __init__(
+        self, before: Launch, main: Launch, after: Sequence[Launch], dlse_at: int, semaphores_at: Sequence[int]
+    ) -> None:
+        self._before, self._main, self._after = before.kernel, main.kernel, [each.kernel for each in after]
+        self._before_rest = list(before.arguments[6:])
+        self._dlse_at = dlse_at - 6
+        self._main_rest = list(main.arguments[10:])
+        self._after_rest = [each.arguments[3:] for each in after]
+        self._statistics, self._dq_sum = before.arguments[2].shape, _shape(before.arguments[5])
+        self._sums = tuple(main.arguments[place].shape for place in (7, 8)) if len(after) == 3 else ()
+        self._semaphores = {at - 10: shape for at in semaphores_at if (shape := _shape(main.arguments[at]))}
+        for at in (self._dlse_at, *self._semaphores):
+            rest = self._before_rest if at == self._dlse_at else self._main_rest
+            rest[at] = None
+
+    def __call__(
+        self,
+        tensors: Sequence[Tensor],
+        lse: Tensor,
+        dlse: Tensor | None,
+        gradients: Sequence[Tensor],
+        scale: float,
+    ) -> None:
+        """Launch with dout, q, k, v and out, and write dq, dk and dv; all shaped as in the noted call."""
+        dout, q, k, v, out = tensors
+        dq, dk, dv = gradients
+        lse2, dpsum = lse.new_empty((2, *self._statistics)).unbind()
+        dq_sum = dq if self._dq_sum is None else lse.new_empty(self._dq_sum)
+        dk_sum, dv_sum = (lse.new_zeros(shape) for shape in self._sums) if self._sums else (dk, dv)
+        rest = self._before_rest
+        if dlse is not None:
+            rest = [*rest[: self._dlse_at], dlse, *rest[self._dlse_at + 1 :]]
+        self._before(out, dout, dpsum, lse, lse2, dq_sum if self._dq_sum is not None else None, *rest)
+        rest = self._main_rest
+        if self._semaphores:
+            rest = list(rest)
+            for at, shape in self._semaphores.items():
+                rest[at] = lse.new_zeros(shape, dtype=torch.int32)
+        self._main(q, k, v, dout, lse2, dpsum, dq_sum, dk_sum, dv_sum, scale, *rest)
+        sums = ((dq_sum, dq, scale), (dk_sum, dk, scale), (dv_sum, dv, 1.0))
+        for kernel, given, noted in zip(self._after, sums, self._after_rest, strict=False):
+            kernel(*given, *noted)
+
+
+def settle(device: torch.device) -> None:
+    """Wait for tables that were just made on the current stream, so that launches on all streams may read them."""
+    if torch.cuda.is_available():
+        torch.cuda.current_stream(device).synchronize()
+
+
+def layout_of(*tensors: Tensor) -> tuple[Any, ...]:
+    """What kernels are compiled and launched by, beside the mask: device, dtype, shapes and strides."""
+    first = tensors[0]
+    return (first.device, first.dtype, *((x.shape, x.stride()) for x in tensors))
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape

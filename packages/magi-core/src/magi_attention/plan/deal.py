@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deal chunks rank after rank, so that documents stay together.
+
+Every rank holds equally many tokens, so the tokens that go with a piece of a long document cost area: the lighter they
+are, the larger the piece. Hence, one rank after the other:
+
+1. The document with the heaviest rows left is the rank's anchor. If it fits, as the lightest chunks fill the rank, it
+   is taken whole, and so are further documents, the heaviest first, as long as one fits. The rest is filled with whole
+   light documents and one piece, chosen so that the area comes out right and the cut costs little.
+2. Otherwise the rank gets a piece from the anchor's heavy end and between a few and some more chunks of its light end:
+   the rank reads their keys anyway. Light documents fill the rest, and need not be cut for it: how many chunks
+   of either end the rank gets follows from what the filling leaves of tokens and area, so both come out right.
+
+Rows that many ranks read keep their owner sending. So each rank of a long document takes a share of its light end, and
+no more of the rest than it can send (see :func:`share_of_light_end`).
+
+For a causal mask this ends in pairs of runs from both ends, for a sliding window in one run per rank.
+"""
+
+import math
+
+import numpy as np
+
+from magi_attention.plan.filling import Array, Filling, Floats, Lights
+
+# A rank aims at this share of the mean area. What the first ones take above the mean saves pieces of long documents.
+# It saves too little to be worth the imbalance where there are fewer documents than FEW of the ranks, unless all chunks
+# are about equally heavy and runs of equal length almost balanced, or some are heavier than FINE of the mean area.
+AIM, AIM_OF_FEW, FEW, FINE = 1.018, 1.002, 0.25, 0.05
+# A rank's aim is at most this multiple of the mean of what is left, so that the last ranks are not left idle.
+LEAD = 1.12
+# Costs of a filling are in rows. A filling of a given number of tokens that falls short of the budget by a share of the
+# mean area costs LACK times that share of the rows that a piece of the anchor reads; one that exceeds it EXCESS times.
+LACK, EXCESS = 3.0, 1000.0
+# Beside both ends of the anchor, area that is not its heavy end's costs PRICE times that share, once more WASTE times
+# where nobody uses it, and a chunk of the light end RESERVE of a mean chunk more than it weighs, as it may be needed
+# later.
+PRICE, WASTE, RESERVE = 1.5, 1.5, 0.2
+# A filling may be shorter than planned by this share of the tokens or by as many chunks as the light end gives.
+SHORTER = 0.1
+# The light end is worth using if the heavy end's chunks weigh so many times more.
+GRADED = 1.3
+# The light documents are listed anew after so many ranks.
+RELIST = 16
+
+
+class Deal(Filling):
+    """Deals the chunks, rank after rank."""
+
+    def run(self) -> Array:
+        """Deal all chunks; returns the rank of each place of the line."""
+        rest, num_ranks = self.area[-1], len(self.capacities)
+        heaviest = int(self.chunk_area.max())
+        few = len(self.heaviness) <= FEW * num_ranks and 4 * rest < 3 * heaviest * len(self.owner)
+        aim = int(rest * (AIM_OF_FEW if few and heaviest * num_ranks <= FINE * rest else AIM) / num_ranks)
+        for rank, capacity in enumerate(self.capacities[:-1]):
+            if rank % RELIST == 0:
+                self.light_first = self._list_blocks()
+            self.rank, self.room, self.mean = rank, capacity, rest // (num_ranks - rank)
+            budget = self.budget = max(self.mean, min(aim, int(self.mean * LEAD)))
+            self._serve()
+            rest -= budget - self.budget
+        self.owner[self.owner < 0] = num_ranks - 1
+        return self.owner
+
+    def _serve(self) -> None:
+        """Fill one rank."""
+        anchor = self.heaviness.index(max(self.heaviness))
+        low, high = self.low[anchor], self.high[anchor]
+        # What one more piece of the anchor costs: the rows that it reads.
+        self.price = max(self.cut[high - 1], self.cut[(low + high) // 2], self.cut[min(low + 1, high - 1)], 1)
+        lights = self._lightest(anchor)
+        if self._fits(anchor, lights):
+            self._take_whole(anchor, lights)
+            if self.room:
+                self._fill(anchor, self._lightest(-1))
+        else:
+            self._take_ends(anchor, lights)
+
+    def _take_whole(self, anchor: int, lights: Lights) -> None:
+        """Take the anchor, then every document that still fits, the densest first."""
+        self._take(anchor, self.low[anchor], self.high[anchor])
+        low, high = self.low, self.high
+        self.by_density = [document for document in self.by_density if low[document] < high[document]]
+        for document in self.by_density:
+            if not self.room:
+                break
+            if self._fits(document, lights):
+                self._take(document, low[document], high[document])
+
+    def _take_ends(self, anchor: int, lights: Lights) -> None:
+        """Take as much of the anchor's heavy end as the budget allows, some of its light end, and a filling."""
+        low, high, room = self.low[anchor], self.high[anchor], self.room
+        share = self.light_share[anchor]
+        if share is None:
+            taken, _ = self._split_room(anchor, 0, lights)
+            share = self.light_share[anchor] = self._share_of_light_end(anchor, taken)
+        taken, light = self._split_room(anchor, share, lights)
+        light = max(light, room - taken - lights.tokens[-1])  # there is nothing else
+        sendable = self._sendable(anchor) - light
+        if taken > max(1, sendable):
+            taken = max(1, sendable)
+        elif self._is_light_end_better(anchor, taken, light):
+            if taken + light < room:
+                self._fill_between(anchor, taken, light, lights)
+            taken, light = self._balance(anchor)
+        self._take(anchor, high - taken, high)
+        self._take(anchor, low, low + light)
+        if self.room:
+            self._fill(anchor, self._lightest(anchor))
+
+    def _split_room(self, anchor: int, share: int, lights: Lights) -> tuple[int, int]:
+        """How many chunks of the anchor's heavy end fit the budget, and how many of its light end to take with them.
+
+        ``share`` chunks of the light end are taken in any case, more where they are lighter than what else is left.
+        """
+        low, high, room = self.low[anchor], self.high[anchor], self.room
+        share = min(share, room, high - low)
+        most = min(room, high - low) - share
+        ends = np.array(lights[1:])
+        lengths, weights = ends[:, 1:] - ends[:, :-1]
+        own = self.chunk_area[low + share : low + share + most]
+        filling = np.concatenate([own, (weights // lengths).repeat(lengths)])
+        filling.sort()
+        filling = filling[: room - share]
+        filled = np.full(room - share + 1, np.iinfo(np.int64).max // 4)
+        filled[0] = self.area[low + share] - self.area[low]
+        filled[1 : len(filling) + 1] = filled[0] + np.cumsum(filling)
+        # From the longest piece of the heavy end to none at all, all with the lightest filling.
+        area = self.area[high] - self.documents.area[high - most : high + 1] + filled[room - share - most :]
+        allowed = area <= self.budget
+        longest = int(np.argmax(allowed))
+        taken = most - longest if allowed[longest] else 0
+        light = 0
+        if share + taken < room and len(filling):
+            dearest = filling[min(room - share - taken, len(filling)) - 1]
+            light = min(int(np.count_nonzero(own < dearest)), high - low - share - taken, room - share - taken)
+        return taken, share + light
+
+    def _share_of_light_end(self, anchor: int, taken: int) -> int:
+        """How many chunks of the anchor's light end each of its ranks should take, so that none sends much too much.
+
+        Args:
+            anchor: the document.
+            taken: how many chunks of the heavy end its first rank would take without such a share.
+        """
+        low, high, area = self.low[anchor], self.high[anchor], self.area
+        ends_differ = 2 * (area[low + taken] - area[low]) < area[high] - area[high - taken]
+        if not (taken and ends_differ and self._reads_light_end(anchor, taken)):
+            return 0
+        # The first rank takes the lightest filling, the last ones none.
+        mean_area = (area[high] - area[high - taken] + self.budget) / 2
+        num_ranks = (area[high] - area[low]) / mean_area
+        return int(
+            share_of_light_end(self.evenly_sent / self.chunks_read[anchor]) * self.chunks_read[anchor] / num_ranks
+        )
+
+    def _reads_light_end(self, anchor: int, taken: int) -> bool:
+        """Whether ``taken`` chunks of the anchor's heavy end read most of what is left of it."""
+        low, high = self.low[anchor], self.high[anchor]
+        return 4 * self.cut[high - taken] >= 3 * (high - taken - low) * self.chunk_size
+
+    def _is_light_end_better(self, anchor: int, taken: int, light: int) -> bool:
+        """Whether chunks of the light end cost a rank with the heavy end no rows and are much lighter."""
+        low, high, area = self.low[anchor], self.high[anchor], self.area
+        light = min(max(light, 1), high - low)
+        is_lighter = (area[low + light] - area[low]) * taken * GRADED < (area[high] - area[high - taken]) * light
+        return is_lighter and self._reads_light_end(anchor, taken)
+
+    def _balance(self, anchor: int) -> tuple[int, int]:
+        """Fill the room with both ends of the anchor: as many chunks of the heavy one as the budget allows."""
+        low, high, room, area = self.low[anchor], self.high[anchor], self.room, self.area
+        if high - low <= room:
+            return high - low, 0
+        least, most = 0, room
+        while least < most:
+            heavy = (least + most + 1) // 2
+            if area[high] - area[high - heavy] + area[low + room - heavy] - area[low] <= self.budget:
+                least = heavy
+            else:
+                most = heavy - 1
+        return least, room - least
+
+    def _fill_between(self, anchor: int, taken: int, light: int, lights: Lights) -> None:
+        """Choose others' chunks to go with about ``taken`` chunks of the anchor's heavy end and ``light`` of the other.
+
+        From tokens and area of the filling follow the numbers of chunks of both ends, and from these its cost.
+        """
+        low, high, room, area = self.low[anchor], self.high[anchor], self.room, self.area
+        shorter = max(1, int(SHORTER * room), light)
+        top, bottom = max(1, taken), min(light + shorter, high - low)
+        heavy_chunk = (area[high] - area[high - top]) / top
+        light_chunk = (area[low + bottom] - area[low]) / bottom
+        reserve = RESERVE * self.budget / room
+
+        slope = max(heavy_chunk - light_chunk, 1.0)
+        dearness = PRICE * self.price / max(self.mean, 1)
+
+        def cost(tokens: Floats, areas: Floats) -> Floats:
+            left = room - tokens
+            spare = (self.budget - light_chunk * left) - areas
+            heavy = np.floor(spare / slope)
+            impossible = heavy < 0
+            np.minimum(heavy, left, out=heavy)
+            # PRICE * ((budget - heavy_chunk * heavy) + RESERVE * (left - heavy) + WASTE * (spare - slope * heavy))
+            spare *= WASTE * dearness
+            heavy *= -dearness * (heavy_chunk + reserve + WASTE * slope)
+            heavy += spare
+            heavy += dearness * (self.budget + reserve * left)
+            heavy[impossible] = np.inf
+            return heavy
+
+        self._choose(anchor, lights, room - taken - light, shorter, cost)
+
+    def _fill(self, anchor: int, lights: Lights) -> None:
+        """Fill the room with some of the lightest pieces and one end of one more document."""
+        dearness = self.price / max(self.mean, 1)
+
+        def cost(_: Floats, areas: Floats) -> Floats:
+            lack = self.budget - areas
+            return np.maximum(lack * (LACK * dearness), lack * (-EXCESS * dearness))
+
+        if not self._choose(anchor, lights, self.room, 0, cost):
+            self._fill_with_anything(lights.pieces)
+
+
+def share_of_light_end(ratio: float) -> float:
+    """The part of a causal document that all its ranks share, lest one sends more than ``ratio`` times its length.
+
+    Let a causal document of length L be dealt in pieces of equal area to m ranks, ``m p² / L²`` of them below
+    position p. The piece at p has ``L² / (2 m p)`` rows and ``m (1 - p² / L²)`` readers, and so sends
+    ``(L / p - p / L) L / 2`` rows, which is g L at ``p / L = sqrt(g² + 1) - g``. Other masks are treated alike, L being
+    the most that a row reads.
+    """
+    return math.sqrt(ratio**2 + 1) - ratio

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fill a rank with chunks of documents, cutting few of them: the state of a deal, and the choice of what to take."""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.plan.documents import Documents
+
+Array = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+# How many of the longest and of the shortest prefixes of the light documents are tried.
+LONG_PREFIXES, SHORT_PREFIXES = 3, 1
+# With more documents than ALL_TRIED, those too short to fill the room are left out first.
+ALL_TRIED = 512
+# Each rank of a document takes such a share of its light end that others send at most EVENLY_SENT times the most that a
+# row reads; no rank is given more than MOST_SENT times that to send. Neither matters where fewer rows are sent than a
+# rank has time for while it computes: one per HIDING_PAIRS (query, key) pairs. That is between 50 GB/s and H100's rates
+# for 32 query and 8 key heads, with some distance.
+EVENLY_SENT, MOST_SENT, HIDING_PAIRS = 1.35, 2.0, 4000
+
+
+class Lights(NamedTuple):
+    """Light pieces ``(document, start, stop)``, and the tokens (in chunks) and areas of the first k of them."""
+
+    pieces: list[tuple[int, int, int]]
+    tokens: list[int]
+    areas: list[int]
+
+
+class Filling:
+    """The chunks that are still free, always one interval of the line for each document, and the rank being filled.
+
+    Attributes:
+        owner: ``(num_chunks,)`` the rank of each place of the line; -1 where it is free.
+        rank: the rank being filled.
+        room: chunks that it can still take.
+        budget: mask area that it can still take.
+        mean: mean area of the ranks that are not filled.
+        price: rows that one more piece of the rank's anchor would cost.
+    """
+
+    def __init__(self, documents: Documents, capacities: Sequence[int], chunk_size: int) -> None:
+        self.documents = documents
+        self.capacities = capacities
+        self.owner = np.full(len(documents.line), -1, np.int64)
+        # The free interval of each document, for access one by one and for whole-array arithmetic.
+        self.start, self.stop = documents.start.copy(), documents.stop.copy()
+        self.low, self.high = self.start.tolist(), self.stop.tolist()
+        self.area, self.cut = documents.area.tolist(), documents.cut.tolist()
+        self.chunk_area = np.diff(documents.area)
+        self.area_float = documents.area.astype(np.float64)
+        self.area_start, self.area_stop = self.area_float[self.start], self.area_float[self.stop]
+        length = self.stop - self.start
+        self.end_length = np.clip(length // 4, 1, max(1, max(capacities))).tolist()
+        self.heaviness = [self._heaviness(document) for document in range(len(length))]
+        self.by_density = np.argsort(
+            -((documents.area[self.stop] - documents.area[self.start]) // length), kind="stable"
+        ).tolist()
+        self.blocks = self._cut_into_blocks(max(1, max(capacities)))
+        self.light_first: list[tuple[int, int, int]] = []
+        self.chunk_size = chunk_size
+        # The most chunks that one row of each document reads, and the chunks of its light end that each of its ranks
+        # takes: None until the first of them is served.
+        most_area = np.maximum.reduceat(np.append(self.chunk_area, 0), np.column_stack([self.start, self.stop]).ravel())
+        self.chunks_read = (most_area[::2] / chunk_size**2).tolist()
+        self.light_share: list[int | None] = [None] * len(length)
+        # How many ranks got chunks of each document, and the last of them.
+        self.readers, self.last_reader = [0] * len(length), [-1] * len(length)
+        hidden = self.area[-1] / len(capacities) / HIDING_PAIRS / chunk_size
+        self.evenly_sent, self.most_sent = (
+            max(times * max(self.chunks_read), hidden) for times in (EVENLY_SENT, MOST_SENT)
+        )
+        self.rank = self.room = self.budget = self.mean = self.price = 0
+
+    def _take(self, document: int, start: int, stop: int) -> None:
+        if start == stop:
+            return
+        self.owner[start:stop] = self.rank
+        self.room -= stop - start
+        self.budget -= self.area[stop] - self.area[start]
+        if start == self.low[document]:
+            self.low[document] = self.start[document] = stop
+            self.area_start[document] = self.area[stop]
+        else:
+            self.high[document] = self.stop[document] = start
+            self.area_stop[document] = self.area[start]
+        self.heaviness[document] = self._heaviness(document)
+        if self.last_reader[document] != self.rank:
+            self.last_reader[document] = self.rank
+            self.readers[document] += 1
+
+    def _heaviness(self, document: int) -> int:
+        """The mean area of the chunks at the document's heavy end."""
+        high = self.high[document]
+        length = min(high - self.low[document], self.end_length[document])
+        return (self.area[high] - self.area[high - length]) // length if length else -1
+
+    def _cut_into_blocks(self, size: int) -> tuple[Array, Array, Array]:
+        """Cut each document into blocks of about ``size`` chunks: the document, start and stop of each, in order."""
+        length = self.stop - self.start
+        count = -(-length // size)
+        document = np.repeat(np.arange(len(length)), count)
+        step = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
+        start = self.start[document] + step * length[document] // count[document]
+        stop = self.start[document] + (step + 1) * length[document] // count[document]
+        return document, start, stop
+
+    def _list_blocks(self) -> list[tuple[int, int, int]]:
+        """The blocks that still have free chunks as ``(document, start, stop)``, the lightest first.
+
+        A document's blocks stay in order, so that taking them in the list's order takes it from its light end.
+        """
+        document, start, stop = self.blocks
+        low, high = np.maximum(start, self.start[document]), np.minimum(stop, self.stop[document])
+        free = np.flatnonzero(high > low)
+        if not len(free):
+            return []
+        low, high = low[free], high[free]
+        document, start, stop = self.blocks = document[free], start[free], stop[free]
+        density = (self.documents.area[high] - self.documents.area[low]) // (high - low)
+        beyond = int(density.max()) + 1
+        density = np.maximum.accumulate(density + document * beyond) - document * beyond
+        order = np.argsort(density, kind="stable")
+        return list(zip(document[order].tolist(), start[order].tolist(), stop[order].tolist(), strict=True))
+
+    def _lightest(self, skip: int) -> Lights:
+        """The lightest free pieces that fill the rank, none of document ``skip``."""
+        pieces: list[tuple[int, int, int]] = []
+        tokens, areas, count, area = [0], [0], 0, 0
+        low, high, area_before, room = self.low, self.high, self.area, self.room
+        gone = 0
+        for document, start, stop in self.light_first:
+            if max(start, low[document]) < min(stop, high[document]):
+                break
+            gone += 1
+        del self.light_first[:gone]
+        for document, start, stop in self.light_first:
+            if document == skip:
+                continue
+            start, stop = max(start, low[document]), min(stop, high[document])
+            if start < stop:
+                pieces.append((document, start, stop))
+                count += stop - start
+                area += area_before[stop] - area_before[start]
+                tokens.append(count)
+                areas.append(area)
+                if count >= room:
+                    break
+        return Lights(pieces, tokens, areas)
+
+    def _fits(self, document: int, lights: Lights) -> bool:
+        """Whether the rank can take and send the whole document if the lightest chunks fill the rest of the room."""
+        low, high = self.low[document], self.high[document]
+        rest = self.room - (high - low)
+        if rest < 0 or high - low > self._sendable(document):
+            return False
+        least = 0
+        if rest > 0:
+            _, tokens, areas = lights
+            i = min(bisect_left(tokens, rest), len(tokens) - 1)
+            least = areas[i]
+            if i and rest < tokens[i]:
+                least -= (areas[i] - areas[i - 1]) * (tokens[i] - rest) // (tokens[i] - tokens[i - 1])
+        return self.area[high] - self.area[low] + least <= self.budget
+
+    def _sendable(self, document: int) -> int:
+        """How many chunks of the document one rank can send to those that have read it."""
+        left, readers = self.high[document] - self.low[document], self.readers[document]
+        is_read = 4 * self.cut[self.high[document]] >= 3 * left * self.chunk_size
+        return int(self.most_sent / readers) if readers and is_read else left
+
+    def _choose(
+        self, anchor: int, lights: Lights, most: int, shorter: int, cost: Callable[[Floats, Floats], Floats]
+    ) -> bool:
+        """Take the cheapest filling of at most ``most`` chunks and at least ``most - shorter``, if there is any.
+
+        It consists of the first light pieces and perhaps one more document or an end of one. Its cost is that of
+        parting documents and what ``cost`` says of numbers of chunks and areas.
+        """
+        pieces, tokens, areas = lights
+        longest = bisect_right(tokens, most) - 1
+        first_long = max(0, longest - LONG_PREFIXES + 1)
+        prefixes = [*range(min(SHORT_PREFIXES, first_long)), *range(first_long, longest + 1)]
+        paid = [0]
+        for document, _, stop in pieces[:longest]:
+            paid.append(paid[-1] + (self.cut[stop] if stop < self.high[document] else 0))
+        length = self.stop - self.start
+        length[anchor] = 0
+        low, high, area_low, area_high = self.start, self.stop, self.area_start, self.area_stop
+        candidates = None
+        if len(length) > ALL_TRIED:
+            # The anchor stands for no further document.
+            candidates = np.append(np.flatnonzero(length >= max(1, most - tokens[longest] - shorter)), anchor)
+            low, high, length = low[candidates], high[candidates], length[candidates]
+            area_low, area_high = area_low[candidates], area_high[candidates]
+        # One plane for pieces from the light ends, one for pieces from the heavy ends.
+        of_prefixes = np.array([each[k] for each in (tokens, areas, paid) for k in prefixes])
+        count, filled, parted = of_prefixes.reshape(3, len(prefixes), 1)
+        want = most - count
+        size = np.minimum(want, length)
+        inner = np.array([low + size, high - size])
+        area = self.area_float.take(inner)
+        area[0] -= area_low
+        np.subtract(area_high, area[1], out=area[1])
+        area += filled
+        costs = cost(count + size, area)
+        unusable = size < want - shorter
+        self._mark_used(unusable, candidates, pieces[:longest], prefixes)
+        costs += np.where(unusable, np.inf, parted)
+        parting = self.documents.cut.take(inner)
+        parting *= size < length
+        costs += parting
+        place = int(costs.argmin())
+        if costs.item(place) == np.inf:
+            return False
+        plane, column = divmod(place, len(length))
+        from_heavy_end, row = divmod(plane, len(prefixes))
+        for piece in pieces[: prefixes[row]]:
+            self._take(*piece)
+        document, number = column if candidates is None else int(candidates[column]), int(size[row, column])
+        start = self.high[document] - number if from_heavy_end else self.low[document]
+        self._take(document, start, start + number)
+        return True
+
+    @staticmethod
+    def _mark_used(
+        unusable: NDArray[np.bool_], candidates: Array | None, pieces: list[tuple[int, int, int]], prefixes: list[int]
+    ) -> None:
+        """Mark the documents (all, or the ``candidates`` and the anchor) that the pieces of each prefix use already."""
+        documents = [document for document, _, _ in pieces]
+        if candidates is None:
+            for number, document in enumerate(documents):
+                unusable[bisect_right(prefixes, number) :, document] = True
+            return
+        places = np.searchsorted(candidates[:-1], documents).tolist()
+        for number, (document, place) in enumerate(zip(documents, places, strict=True)):
+            if candidates[place] == document:
+                unusable[bisect_right(prefixes, number) :, place] = True
+
+    def _fill_with_anything(self, pieces: list[tuple[int, int, int]]) -> None:
+        """Fill the room with the lightest pieces, then with whatever is left; the repair will balance it."""
+        for document, start, stop in pieces:
+            if self.room:
+                self._take(document, start, min(stop, start + self.room))
+        for document, (low, high) in enumerate(zip(self.low.copy(), self.high.copy(), strict=True)):
+            if self.room and low < high:
+                self._take(document, low, min(high, low + self.room))

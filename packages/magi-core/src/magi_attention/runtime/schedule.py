@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernels a rank launches on which rows, and when: a plan's stages, arranged for the least time on its machine.
+
+A stage's exchange is as planned, since all ranks take part in it. Which of the rank's own pairs are computed before its
+rows arrive, and which together with theirs, concerns the rank alone. To compute all of them before hides the most
+travel, but what the received rows add must then be merged row by row, which with many query heads to a key head takes
+longer than the rows travel over fast links. So there are four arrangements, of which the one with the least predicted
+overhead in both passes is taken:
+
+- *apart*: own rows first, and what comes merged with that;
+- *together*: one kernel over own and received rows, in their order in the sequence, as if the rank held them all;
+- *rest together*: the same, but long runs of queries that need no received rows go before, while these travel;
+- *window first*: the same with just as many of the first or last queries, whatever they need, as hide the travel; what
+  the received rows add to these few is merged.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.common import bands as band
+from magi_attention.common.bands import Bands
+from magi_attention.common.intervals import Intervals, intersect, merge, subtract
+from magi_attention.common.slices import SliceTable
+from magi_attention.plan.build import Plan, Stage, slices_in
+from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_attention.plan.rates import BACKWARD_OVER_FORWARD_FLOP, LayerShape, Rates
+from magi_attention.runtime.regular import regular_runs
+
+Runs = NDArray[np.int64]
+"""``(n, 3)`` rows ``(start, stop, position)``: key rows of the sequence, ascending, and where they lie in a buffer."""
+
+LEAST_EARLY_ROWS, LEAST_EARLY_SHARE = 1024, 8
+"""A run of queries that is computed early has so many rows, and at least one in so many of the rank's."""
+
+REGULAR_GAIN = 0.05
+"""The share of a kernel's time that a regular mask saves."""
+
+BYTES_PER_MERGED_NUMBER = 24
+"""What another kernel on the same queries costs in both passes, as memory traffic for one number of q: it reads q, out
+and dout again, writes a partial out and dq, the latter by way of float32, and both are merged."""
+
+BYTES_PER_SUMMED_NUMBER = 24
+"""Likewise for one number of k or v whose gradients of two kernels are summed up in float32."""
+
+KERNELS_OF_EXCHANGE = 4
+"""Kernels that pack and unpack, before and after the transfer of keys and of values."""
+
+LATENCIES_PER_CALL = 10
+"""Another kernel costs so many latencies of kernels in both passes: backward it is several, and ends are not filled."""
+
+LEAST_LATENCIES = 150
+"""Where a forward pass takes less than so many latencies of kernels, the host would not keep up with more of them."""
+
+WINDOW_STEP, WINDOW_SLACK, MOST_OF_WINDOW = 128, 1.5, 0.5
+"""A window has a multiple of so many queries, and so many times the work that hides the travel, with at most this share
+of the rank's queries."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds, as far as arrangements differ in them.
+
+    Attributes:
+        pair: to compute a pair of a query and a key, forward; backward it takes at least twice as long.
+        fetched_row: for a key row to travel.
+        exchange: latency of an exchange.
+        merged_row: to merge a query row's results in both passes, and to read it once more.
+        summed_row: to sum up the gradients of a key row of several kernels.
+        call: what another kernel costs in both passes, apart from its work.
+        least_work: forward passes that take less are not cut into more kernels.
+    """
+
+    pair: float
+    fetched_row: float
+    exchange: float
+    merged_row: float
+    summed_row: float
+    call: float
+    least_work: float
+
+    @classmethod
+    def of_layer(cls, rates: Rates, shape: LayerShape, ranks_share_node: bool) -> "Costs":
+        """The costs of a layer at a machine's rates."""
+        link = rates.nvlink_gbs if ranks_share_node else rates.link_gbs
+        packing = 4 / rates.memory_gbs  # read and written before it travels, and again after
+        return cls(
+            pair=shape.flop_per_pair / (rates.forward_tflops * 1e12),
+            fetched_row=shape.bytes_per_row * (1 / link + packing) * 1e-9,
+            exchange=(rates.exchange_latency_us + KERNELS_OF_EXCHANGE * rates.kernel_latency_us) * 1e-6,
+            merged_row=shape.heads_q * shape.head_dim * BYTES_PER_MERGED_NUMBER / (rates.memory_gbs * 1e9),
+            summed_row=2 * shape.heads_kv * shape.head_dim * BYTES_PER_SUMMED_NUMBER / (rates.memory_gbs * 1e9),
+            call=LATENCIES_PER_CALL * rates.kernel_latency_us * 1e-6,
+            least_work=LEAST_LATENCIES * rates.kernel_latency_us * 1e-6,
+        )
+
+
+class KernelCall(NamedTuple):
+    """One launch of a kernel.
+
+    Attributes:
+        queries: the run of the rank's queries that it takes, or of the visitors.
+        keys: the run of rows of the key buffer.
+        slices: what of these to compute, counted from the start of both runs.
+        queries_known: whether earlier calls have results for these queries, which this call's are added to.
+        keys_known: the same for the keys and gradients.
+    """
+
+    queries: slice
+    keys: slice
+    slices: SliceTable
+    queries_known: bool = False
+    keys_known: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """An exchange, and the kernels that are launched once its rows are there.
+
+    Attributes:
+        number: the plan's stage.
+        exchange: what brings rows; None where own rows are enough. It names rows of the key buffer.
+        calls: the kernels.
+        num_keys: rows of the key buffer.
+        own_places: where the rank's own rows lie in a key buffer that received rows lie in too; None where they are not
+            in it, or where they are the buffer.
+        queries_travel: whether the exchange is of queries.
+        blank_keys: whether gradients of a key buffer other than the rank's own rows start as zeros.
+    """
+
+    number: int
+    exchange: ExchangeTable | TwoHopExchange | None
+    calls: tuple[KernelCall, ...]
+    num_keys: int
+    own_places: Runs | None = None
+    queries_travel: bool = False
+    blank_keys: bool = False
+
+    @property
+    def reads_own_alone(self) -> bool:
+        """Whether the key buffer is the rank's own rows."""
+        return self.exchange is None or self.queries_travel
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """The steps of one pass.
+
+    Attributes:
+        steps: in the order in which they are computed.
+        blank_queries: whether results of queries start as those of queries without keys, since no call is for some of
+            them, or a call finds some known and some not.
+        blank_keys: the same for gradients of the rank's own keys.
+        most_results: how many calls have results for a query, at most.
+        most_key_results: how many calls and returning gradients there are for one of the rank's keys, at most.
+    """
+
+    steps: tuple[Step, ...]
+    blank_queries: bool
+    blank_keys: bool
+    most_results: int
+    most_key_results: int
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """What a rank does in both passes.
+
+    Attributes:
+        forward: own rows first, while others travel.
+        backward: likewise; the last of several kernels on own rows comes last, while gradients travel.
+        backward_with_rows: the backward pass where the forward pass left the received rows: own rows last.
+    """
+
+    forward: Pass
+    backward: Pass
+    backward_with_rows: Pass
+
+    @property
+    def calls(self) -> list[KernelCall]:
+        """All kernels of the forward pass."""
+        return [call for step in self.forward.steps for call in step.calls]
+
+
+def make_schedule(plan: Plan, costs: Costs) -> Schedule:
+    """Arrange the plan's stages."""
+    num_queries = int(plan.layout.rows_per_rank[plan.rank])
+    steps = _arrange(plan, num_queries, costs)
+    own, *others = steps
+    backward = with_rows = steps
+    if own.exchange is None and others and not any(each.queries_travel for each in others):
+        with_rows = [*others, own]
+        if len(own.calls) > 1:
+            before, after = replace(own, calls=own.calls[:-1]), replace(own, calls=own.calls[-1:])
+            backward = [before, *others, after]
+    num_keys = int(plan.key_layout.rows_per_rank[plan.rank])
+    return Schedule(*(_with_flags(each, num_queries, num_keys) for each in (steps, backward, with_rows)))
+
+
+def _arrange(plan: Plan, num_queries: int, costs: Costs) -> list[Step]:
+    """The steps without flags; the first reads own rows alone."""
+    num_own = int(plan.key_layout.rows_per_rank[plan.rank])
+    everything = [(0, num_queries)]
+    first = next((n for n, stage in enumerate(plan.stages) if stage.exchange is not None), None)
+    if first is None:
+        return [Step(0, None, _calls(plan.stages[0].slices, everything, costs), num_own)]
+    stage = plan.stages[first]
+    rest = [_as_planned(n, each, num_own, num_queries, costs) for n, each in enumerate(plan.stages) if n > first]
+    if any(each.queries_travel for each in plan.stages) or stage.received is None:
+        return [_as_planned(n, each, num_own, num_queries, costs) for n, each in enumerate(plan.stages)]
+    early = np.empty((0, 2), np.int64) if first == 0 else _choose_early(plan, stage, num_queries, costs)
+    late = subtract(np.array(everything), early)
+    if not len(late):
+        return [_as_planned(n, each, num_own, num_queries, costs) for n, each in enumerate(plan.stages)]
+    own = plan.key_layout.runs_of(plan.rank)
+    calls = _calls(slices_in(_in_rows(plan.bands, early), own), early.tolist(), costs) if len(early) else ()
+    own_step = [Step(0, None, calls, num_own)] if calls else []
+    return [*own_step, _together(plan, first, stage, early, late, costs), *rest]
+
+
+def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> Intervals:
+    """The runs of queries to compute with own rows before the stage's rows have come."""
+    everything, nothing = np.array([(0, num_queries)]), np.empty((0, 2), np.int64)
+    if not len(stage.slices):
+        return everything
+    in_need = merge(stage.slices.rows[:, :2])
+    num_own = int(plan.key_layout.rows_per_rank[plan.rank])
+    fetch = costs.exchange + stage.num_received * costs.fetched_row
+    own_bands = slices_in(plan.bands, plan.key_layout.runs_of(plan.rank)).bands()
+
+    def overhead(early: Intervals) -> float:
+        work = int(band.area(_in_rows(own_bands, early)).sum()) * costs.pair
+        exposed = max(fetch - work, 0.0) + max(fetch - 2 * work, 0.0)
+        if early is everything:
+            return exposed + int(in_need[-1, 1] - in_need[0, 0]) * costs.merged_row + 2 * costs.call
+        merged = intersect(early, in_need)[0]
+        num_calls = len(early) + len(subtract(everything, early)) + (len(merged) > 0)
+        num_merged = int((merged[:, 1] - merged[:, 0]).sum())
+        summed = num_own if len(early) else 0
+        return exposed + num_merged * costs.merged_row + summed * costs.summed_row + num_calls * costs.call
+
+    candidates = [everything, nothing]
+    if int(band.area(plan.bands).sum()) * costs.pair >= costs.least_work:
+        long = max(LEAST_EARLY_ROWS, num_queries // LEAST_EARLY_SHARE)
+        independent = subtract(everything, in_need)
+        candidates.append(independent[independent[:, 1] - independent[:, 0] >= long])
+        candidates += _windows(own_bands, num_queries, WINDOW_SLACK * fetch / costs.pair)
+    return min(candidates, key=overhead)
+
+
+def _windows(bands: Bands, num_queries: int, pairs: float) -> list[Intervals]:
+    """The shortest runs of first queries and of last ones, in steps, whose bands have so many pairs."""
+    borders = np.arange(0, int(MOST_OF_WINDOW * num_queries) + 1, WINDOW_STEP)
+    first = _first_with(lambda rows: int(band.area_above(bands, np.array(rows)).sum()), borders, pairs)
+    total = int(band.area(bands).sum())
+    last = _first_with(
+        lambda rows: total - int(band.area_above(bands, np.array(num_queries - rows)).sum()), borders, pairs
+    )
+    windows = [] if first is None else [(0, first)]
+    windows += [] if last is None else [(num_queries - last, num_queries)]
+    return [np.array([each]) for each in windows]
+
+
+def _first_with(pairs_of: Callable[[int], int], borders: NDArray[np.int64], pairs: float) -> int | None:
+    """The first of ascending borders up to which there are so many pairs, if any."""
+    found = bisect_left(borders, pairs, key=pairs_of)
+    return int(borders[found]) if found < len(borders) else None
+
+
+def _as_planned(number: int, stage: Stage, num_own: int, num_queries: int, costs: Costs) -> Step:
+    """A stage whose kernels take what it is planned to compute, and only the run of queries that it is for."""
+    num_keys = num_own if stage.reads_own else stage.num_received
+    if stage.queries_travel:
+        keys = slice(0, num_own if len(stage.slices) else 0)
+        calls: Sequence[KernelCall] = (KernelCall(slice(0, stage.num_received), keys, stage.slices),)
+    elif not len(stage.slices):
+        calls = ()
+    elif stage.exchange is None:
+        calls = _calls(stage.slices, [(0, num_queries)], costs)
+    else:
+        rows = stage.slices.rows
+        calls = _calls(stage.slices, [(int(rows[:, 0].min()), int(rows[:, 1].max()))], costs)
+    return Step(number, stage.exchange, tuple(calls), num_keys, queries_travel=stage.queries_travel)
+
+
+def _together(plan: Plan, number: int, stage: Stage, early: Intervals, late: Intervals, costs: Costs) -> Step:
+    """One stage's received rows and the own ones in one buffer, in their order in the sequence.
+
+    The late queries read both; those of the early ones that need any received rows read these alone.
+    """
+    assert stage.exchange is not None
+    assert stage.received is not None
+    own = plan.key_layout.runs_of(plan.rank)
+    both = np.concatenate([own, stage.received])
+    order = np.argsort(both[:, 0])
+    length = (both[:, 1] - both[:, 0])[order]
+    start = np.empty(len(both), np.int64)
+    start[order] = np.cumsum(length) - length
+    own_places = np.column_stack([own[:, 2], own[:, 2] + own[:, 1] - own[:, 0], start[: len(own)]])
+    place = start[len(own) :]
+    buffer = _joined(np.column_stack([both[order, :2], start[order]]))
+    exchange = _received_at(stage.exchange, stage.received, place, int(length.sum()))
+    calls = _calls(slices_in(_in_rows(plan.bands, late), buffer), late.tolist(), costs)
+    received = np.column_stack([stage.received[:, :2], place])
+    calls += _calls(slices_in(_in_rows(plan.bands, early), received), early.tolist(), costs)
+    return Step(number, exchange, calls, int(length.sum()), own_places[np.argsort(own_places[:, 0])])
+
+
+def _joined(runs: Runs) -> Runs:
+    """Join runs that go on in the sequence; their rows are packed."""
+    first = np.flatnonzero(np.append(True, runs[1:, 0] != runs[:-1, 1]))
+    joined = runs[first]
+    joined[:, 1] = runs[np.append(first[1:], len(runs)) - 1, 1]
+    return joined
+
+
+def _received_at(
+    exchange: ExchangeTable | TwoHopExchange, received: Runs, place: NDArray[np.int64], num_keys: int
+) -> ExchangeTable | TwoHopExchange:
+    """The exchange with the received runs at other places, in a buffer of ``num_keys`` rows."""
+    last_hop = exchange.intra if isinstance(exchange, TwoHopExchange) else exchange
+    lies = np.column_stack([received[:, 2], received[:, 2] + received[:, 1] - received[:, 0]])
+    pieces, owner, run = intersect(last_hop.recv[:, 1:], lies)
+    moved = pieces + (place - received[:, 2])[run, None]
+    recv = np.column_stack([last_hop.recv[owner, 0], moved])
+    last_hop = replace(last_hop, recv=recv, num_received=num_keys)
+    return replace(exchange, intra=last_hop) if isinstance(exchange, TwoHopExchange) else last_hop
+
+
+def _in_rows(bands: Bands, rows: Intervals) -> Bands:
+    """The bands, cut to some runs of rows."""
+    cuts = [band.shrink(band.clip(bands, band.Q0, start, stop))[0] for start, stop in rows.tolist()]
+    return np.concatenate([band.empty_bands(), *cuts])
+
+
+def _calls(slices: SliceTable, runs: Iterable[Sequence[int]], costs: Costs) -> tuple[KernelCall, ...]:
+    """The kernels for some runs of queries; a run is cut where that makes its masks regular, if it is worth it."""
+    calls = []
+    for start, stop in runs:
+        parts = regular_runs(slices, start, stop)
+        if len(parts) > 1:
+            seconds = costs.pair * (1 + BACKWARD_OVER_FORWARD_FLOP) * slices.clip_rows(start, stop).area()
+            if seconds < 2 * costs.least_work or seconds * REGULAR_GAIN < (len(parts) - 1) * costs.call:
+                parts = [(start, stop)]
+        calls += [_call(slices, *part) for part in parts]
+    return tuple(call for call in calls if len(call.slices))
+
+
+def _call(slices: SliceTable, first: int, last: int) -> KernelCall:
+    """The kernel for a run of queries and for the run of keys that they see."""
+    rows = slices.rows
+    if len(rows) and (rows[:, 0].min() < first or rows[:, 1].max() > last):
+        slices = slices.clip_rows(first, last)
+        rows = slices.rows
+    if not len(rows):
+        return KernelCall(slice(first, last), slice(0, 0), slices)
+    keys = slice(int(rows[:, 2].min()), int(rows[:, 3].max()))
+    moved = slices.shift(-first, -keys.start) if first or keys.start else slices
+    return KernelCall(slice(first, last), keys, moved)
+
+
+def _with_flags(steps: Sequence[Step], num_queries: int, num_keys: int) -> Pass:
+    """Find which calls add to results of earlier ones, and whether results must start blank."""
+    queries, own = _Coverage(num_queries), _Coverage(num_keys)
+    flagged = []
+    for step in steps:
+        keys = own if step.reads_own_alone else _Coverage(step.num_keys)
+        calls = []
+        for call in step.calls:
+            known = False if step.queries_travel else queries.add(call.queries)
+            calls.append(call._replace(queries_known=known, keys_known=keys.add(call.keys)))
+        if step.own_places is not None:
+            own.add(slice(0, num_keys))
+        flagged.append(replace(step, calls=tuple(calls), blank_keys=not keys.is_exact and not step.reads_own_alone))
+    num_returns = sum(step.exchange is not None and not step.queries_travel for step in steps)
+    return Pass(tuple(flagged), not queries.is_exact, not own.is_exact, queries.most, own.most + num_returns)
+
+
+class _Coverage:
+    """Which of some rows have been written."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._times = np.zeros(num_rows, np.int32)
+        self._is_exact = True
+
+    def add(self, run: slice) -> bool:
+        """Write a run; returns whether any of its rows had been written before."""
+        before = self._times[run]
+        known = bool(before.any())
+        self._is_exact &= not known or bool(before.all())
+        before += 1
+        return known
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all rows were written, and each run was either new or known as a whole."""
+        return self._is_exact and bool(self._times.all())
+
+    @property
+    def most(self) -> int:
+        """How often a row was written, at most."""
+        return int(self._times.max(initial=0))

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``benchmarks/kernels.py`` says of its bars, on made-up figures."""
+
+from benchmarks.kernel_bars import bars
+
+
+def cell(contender: str, forward: float, backward: float, mask: str = "causal", tokens: int = 32768):
+    return {"mask": mask, "tokens": tokens, "contender": contender, "forward": forward, "backward": backward}
+
+
+def compared(row, sdpa_causal=None):
+    return {(bar.peer, bar.direction): (round(bar.ratio, 3), bar.holds) for bar in bars(row, sdpa_causal)}
+
+
+def test_dense_masks_are_held_against_flash_attention_4_and_the_original():
+    sdpa = cell("cudnn-sdpa", 616 * 1.1, 518 * 1.1)
+    row = [cell("auto", 650, 582.0), cell("fa4-native", 670, 600), cell("cudnn_flex", 1, 1), sdpa]
+    assert compared(row, sdpa) == {
+        ("fa4-native", "forward"): (0.97, True),
+        ("fa4-native", "backward"): (0.97, True),
+        ("original", "forward"): (round(650 / 618 / 1.1, 3), False),
+        ("original", "backward"): (round(582 / 544 / 1.1, 3), False),
+    }
+
+
+def test_windows_are_held_against_cudnn_flex_backward_alone():
+    row = [cell("auto", 9, 104, "swa_causal_1024"), cell("cudnn_flex", 10, 100, "swa_causal_1024")]
+    assert compared(row) == {("cudnn_flex", "backward"): (1.04, False)}
+
+
+def test_what_was_not_measured_or_has_no_bar_is_left_out():
+    missing = {"mask": "causal", "tokens": 32768, "contender": "auto"}
+    assert not compared([missing, cell("fa4-native", 1, 1)])
+    assert not compared([cell("auto", 1, 1, tokens=4096), cell("fa4-native", 1, 1, tokens=4096)], cell("x", 1, 1))
+    (bar,) = bars(
+        [cell("auto", 1, 1, "varlen_causal") | {"forward": 2}, cell("cudnn_flex", 1, 2, "varlen_causal")], None
+    )
+    assert str(bar) == "varlen_causal 32768 backward: 0.50 of cudnn_flex, 1.05 MISSED"

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks, streams and flags as plain Python, run in any order that streams and waits allow."""
+
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from magi_comm_grpcoll.exchange import Prepared, SlotExchange
+from magi_comm_grpcoll.ring import Ring
+
+
+@dataclass
+class Event:
+    """Something that has happened or not."""
+
+    happened: bool = False
+
+
+@dataclass
+class Operation:
+    """The head of a stream may run once it is ready."""
+
+    is_ready: Callable[[], bool]
+    run: Callable[[], None]
+
+
+@dataclass
+class Rank:
+    """A GPU: streams, and words that others write."""
+
+    number: int
+    num_ranks: int
+    num_slots: int
+    streams: dict[str, deque[Operation]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.streams = {name: deque() for name in ("caller", "send", "arrive", "credit")}
+        self.arrived, self.credit = [0] * self.num_ranks, [0] * self.num_ranks
+        self.finished = 0
+        # What each source wrote to each slot.
+        self.slots: list[dict[int, object]] = [{} for _ in range(self.num_slots)]
+
+    def enqueue(self, stream: str, run: Callable[[], None], is_ready: Callable[[], bool] = lambda: True) -> None:
+        self.streams[stream].append(Operation(is_ready, run))
+
+    def record(self, stream: str) -> Event:
+        event = Event()
+        self.enqueue(stream, lambda: setattr(event, "happened", True))
+        return event
+
+    def wait(self, stream: str, event: Event) -> None:
+        self.enqueue(stream, lambda: None, lambda: event.happened)
+
+
+class SimulatedWires:
+    """The flags of a ring; writes to peers arrive one at a time."""
+
+    def __init__(self, ranks: Sequence[Rank], me: int) -> None:
+        self.ranks, self.me = ranks, ranks[me]
+
+    def await_credit(self, credit: int, epoch: int) -> None:
+        self.me.enqueue("send", lambda: None, lambda: min(self.me.credit) >= credit)
+
+    def tell_arrival(self, epoch: int) -> None:
+        for peer in self.ranks:
+            if peer is not self.me:
+                self.me.enqueue("send", lambda peer=peer: peer.arrived.__setitem__(self.me.number, epoch + 1))
+
+    def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
+        others = [source for source in sources if source != self.me.number]
+        self.me.enqueue("arrive", lambda: None, lambda: all(self.me.arrived[s] > epoch for s in others))
+        self.me.enqueue("arrive", lambda: setattr(self.me, "finished", epoch + 1))
+
+    def tell_credit(self, credit: int, after: Event) -> None:
+        self.me.wait("credit", after)
+        for peer in self.ranks:
+            self.me.enqueue("credit", lambda peer=peer: peer.credit.__setitem__(self.me.number, credit))
+
+
+class SimulatedRoute:
+    """Writes (epoch, source) to the slots of some peers, one at a time."""
+
+    def __init__(self, wires: SimulatedWires, targets: Sequence[int]) -> None:
+        self.wires, self.targets = wires, targets
+
+    def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
+        me = self.wires.me
+        for target in self.targets:
+            cell = self.wires.ranks[target].slots[slot]
+            me.enqueue("send", lambda cell=cell: cell.__setitem__(me.number, epoch))
+        self.wires.tell_arrival(epoch)
+
+
+class Deadlock(AssertionError):
+    """No stream can go on."""
+
+
+def run_all(ranks: Sequence[Rank], choice: random.Random) -> None:
+    """Run until all streams are empty, in random order."""
+    while waiting := [queue for rank in ranks for queue in rank.streams.values() if queue]:
+        able = [queue for queue in waiting if queue[0].is_ready()]
+        if not able:
+            raise Deadlock(f"{len(waiting)} streams wait for ever")
+        choice.choice(able).popleft().run()
+
+
+def run_exchanges(seed: int, num_ranks: int, num_slots: int, num_epochs: int, broken: str = "") -> None:
+    """Random exchanges through a ring on all ranks; asserts that nobody reads what was not sent, or written over.
+
+    Args:
+        broken: leave something out, to see that it is noticed: "credit" or "arrival".
+    """
+    choice = random.Random(seed)
+    ranks = [Rank(number, num_ranks, num_slots) for number in range(num_ranks)]
+    wires = [SimulatedWires(ranks, me) for me in range(num_ranks)]
+    for wire in wires:
+        if broken == "credit":
+            wire.await_credit = lambda credit, epoch: None  # type: ignore[method-assign]
+        if broken == "arrival":
+            wire.await_arrival = lambda sources, epoch: None  # type: ignore[method-assign]
+    exchanges = [SlotExchange(Ring(num_slots), wire) for wire in wires]
+    lent: deque[int] = deque()
+    num_read = 0
+
+    def read(me: int, epoch: int, sources: Sequence[int]) -> None:
+        nonlocal num_read
+        num_read += 1
+        for source in sources:
+            found = ranks[me].slots[epoch % num_slots].get(source)
+            assert found == epoch, f"rank {me} reads {found} of rank {source} in epoch {epoch}"
+
+    def give_back(epoch: int) -> None:
+        for me, exchange in enumerate(exchanges):
+            exchange.release(epoch, ranks[me].record("caller"))
+
+    for epoch in range(num_epochs):
+        sends = [[d for d in range(num_ranks) if choice.random() < 0.6] for _ in range(num_ranks)]
+        is_lent = choice.random() < 0.5
+        while lent and lent[0] <= epoch - num_slots:
+            give_back(lent.popleft())
+        for me, (rank, exchange, wire) in enumerate(zip(ranks, exchanges, wires, strict=True)):
+            sources = tuple(source for source in range(num_ranks) if me in sends[source])
+            rank.wait("send", rank.record("caller"))
+            assert exchange.begin() == epoch
+            prepared = Prepared(SimulatedRoute(wire, sends[me]), sources)
+            exchange.send(prepared, epoch, [])
+            rank.wait("arrive", rank.record("send"))
+            exchange.arrive(prepared, epoch)
+            if not is_lent:
+                rank.enqueue("arrive", lambda me=me, epoch=epoch, sources=sources: read(me, epoch, sources))
+            done = rank.record("arrive")
+            if is_lent:
+                rank.wait("caller", done)
+                for _ in range(choice.randrange(3)):  # a kernel that reads for some time
+                    rank.enqueue("caller", lambda me=me, epoch=epoch, sources=sources: read(me, epoch, sources))
+            else:
+                exchange.release(epoch, done)
+        if is_lent:
+            lent.append(epoch)
+            if choice.random() < 0.5:
+                give_back(lent.popleft())
+    run_all(ranks, choice)
+    assert broken or all(rank.finished == num_epochs for rank in ranks)
+    assert num_read > 0 or num_epochs < 4

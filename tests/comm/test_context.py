@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contexts over emulated GPUs: everything but the driver and the kernels, without a GPU."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+from magi_attention.plan.exchange import ExchangeTable
+from magi_comm_grpcoll import CapacityError, ContextOptions, GroupContext, PeerTimeoutError, SlotLentError
+from tests.comm.emulation import emulate, run_ranks
+from tests.comm.test_native import fragmented_table
+from tests.distributed.exchanges import RandomNeeds, random_tensor
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    emulate(monkeypatch)
+
+
+@pytest.mark.parametrize("transport", ["copy_engine", "push", None])
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_casts_and_reduces(transport, num_ranks):
+    all_needs = [RandomNeeds(seed, num_ranks, 0.6, max_rows=20) for seed in range(3)]
+
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport=transport, timeout_s=30))
+        for turn in range(4):
+            for needs in all_needs:
+                table = needs.tables[rank]
+                shapes = [((4, 4), torch.float32), ((3,), torch.bfloat16), *[((8,), torch.int64)] * 4]
+                sources = [
+                    [
+                        random_tensor(turn + 10 * r + i, (needs.num_rows[r], *shape), dtype)
+                        for i, (shape, dtype) in enumerate(shapes)
+                    ]
+                    for r in range(num_ranks)
+                ]
+                work = native.cast(sources[rank], table, lend=turn % 2 == 1)
+                received = work.wait_host()
+                for i, got in enumerate(received):
+                    assert torch.equal(got, needs.received([of_rank[i] for of_rank in sources], rank))
+                partial = received[0].clone()
+                work.release()
+                total = sources[rank][0].clone()
+                native.reduce([partial], table, [total], "avg" if turn == 3 else "sum").wait_host()
+                counts = torch.tensor([len(needs.partials_of(rank, row)) for row in range(len(total))])[:, None, None]
+                expected = sources[rank][0] * (1 + counts if turn < 3 else 1)
+                torch.testing.assert_close(total, expected)
+        native.close()
+
+    for needs in all_needs:
+        needs.tables = [needs.table(rank) for rank in range(num_ranks)]
+    run_ranks(num_ranks, run)
+
+
+def test_rounds_and_capacity():
+    needs = RandomNeeds(1, 2, 0.9, max_rows=2000)
+
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(capacity_bytes=8 << 20, timeout_s=30))
+        table = needs.table(rank)
+        sources = [random_tensor(r, (needs.num_rows[r], 1024), torch.float32) for r in range(2)]
+        for lend in (True, False):
+            work = native.cast([sources[rank]], table, lend=lend)
+            (received,) = work.wait_host()
+            assert torch.equal(received, needs.received(sources, rank))
+            work.release()
+        total = torch.zeros_like(sources[rank])
+        native.reduce([received], table, [total]).wait_host()
+        counts = torch.tensor([len(needs.partials_of(rank, row)) for row in range(len(total))])[:, None]
+        torch.testing.assert_close(total, sources[rank] * counts)
+        with pytest.raises(CapacityError, match="but 2097152 is the most"):
+            native.cast([torch.zeros(len(total), 1 << 20)], needs.table(rank))
+
+    run_ranks(2, run)
+
+
+def test_lent_rows_must_come_back():
+    needs = RandomNeeds(2, 2, 0.9, max_rows=9)
+
+    def run(rank, group):
+        native, table = GroupContext(group, ContextOptions(timeout_s=30)), needs.table(rank)
+        rows = torch.ones(table.num_source, 4)
+        held = [native.cast([rows], table, lend=True) for _ in range(2)]
+        with pytest.raises(SlotLentError, match="release the oldest"):
+            native.cast([rows], table)
+        del held  # gives back
+        gc.collect()
+        for _ in range(3):
+            native.cast([rows], table).wait_host()
+        with pytest.raises(ValueError, match="rows on cpu"):
+            native.cast([rows[1:]], table)
+        with pytest.raises(TypeError, match=r"no kernel combines torch\.float64"):
+            native.reduce([torch.zeros(table.num_received, 4).double()], table, [rows])
+        native.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            native.cast([rows], table)
+
+    run_ranks(2, run)
+
+
+def test_a_rank_that_stops_is_named_and_nobody_hangs():
+    def run(rank, group):
+        native, table = GroupContext(group, ContextOptions(timeout_s=0.5)), fragmented_table(rank, 3, 4, 2)
+        rows = torch.ones(table.num_source, 4)
+        native.cast([rows], table).wait_host()
+        if rank == 1:
+            return
+        with pytest.raises(
+            PeerTimeoutError, match=r"ranks \[1\] of the group did not do their part of cast number 1"
+        ) as late:
+            native.cast([rows], table).wait_host()
+        assert late.value.ranks == (1,)
+        with pytest.raises(PeerTimeoutError):
+            native.reduce([rows.new_zeros(table.num_received, 4)], table, [rows])
+
+    run_ranks(3, run)
+
+
+def test_own_rows_lie_among_received_ones():
+    """Rank r receives the other's rows at the even places, and has its own at the odd ones, or at the first ones."""
+
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(timeout_s=30))
+        for places in (torch.tensor([1, 3, 5, 7]), slice(0, 4)):
+            free = [0, 2, 4, 6] if isinstance(places, torch.Tensor) else [4, 5, 6, 7]
+            peer = 1 - rank
+            recv = np.array([(peer, at, at + 1) for at in free])
+            table = ExchangeTable(np.array([[peer, 0, 4]]), recv, 2, 4, 8)
+            rows = torch.arange(4.0)[:, None].expand(4, 3) + 10 * rank
+            expected = torch.empty(8, 3)
+            expected[free], expected[places] = rows + 10 * (peer - rank), rows
+            for lend in (True, False):
+                work = native.cast([rows], table, own_places=places, lend=lend)
+                assert torch.equal(work.wait_host()[0], expected)
+                work.release()
+            out = torch.full((8, 3), -1.0)
+            native.cast([rows], table, out=[out]).wait_host()
+            expected[places] = -1.0
+            assert torch.equal(out, expected)
+
+    run_ranks(2, run)

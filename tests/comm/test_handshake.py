@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ranks settle on the host, on processes without a GPU."""
+
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from magi_attention.comm import AllToAllCollectives
+from magi_attention.comm.packing import row_formats
+from magi_attention.testing.distributed import RankPool
+from magi_comm_grpcoll import CapacityError, GroupContext, NativeCollectives, NotNativeError, PlanMismatchError
+from magi_comm_grpcoll.capability import reason_against
+from magi_comm_grpcoll.handshake import Handshake
+from magi_comm_grpcoll.plans import gather_plans
+from tests.distributed.exchanges import RandomNeeds, random_tensor
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(3) as pool:
+        yield pool
+
+
+def talk(rank: int, world_size: int) -> None:
+    first, second = (Handshake(dist.group.WORLD, 30) for _ in range(2))
+    for turn in range(5):
+        for handshake, word in ((first, b"\x00first"), (second, b"\xffsecond")):
+            expected = [word + bytes([turn, member]) for member in range(world_size)]
+            assert handshake.exchange(expected[rank]) == expected
+
+
+def test_every_rank_sees_what_all_say(pool):
+    pool.run(talk)
+
+
+def stay_away(rank: int, world_size: int) -> None:
+    handshake = Handshake(dist.group.WORLD, 1.0)
+    if rank == 1:
+        return
+    with pytest.raises(RuntimeError, match=r"ranks \[1\] of the group \[0, 1, 2\] did not come .* within 1 s"):
+        handshake.exchange(b"here")
+
+
+def test_a_rank_that_does_not_come_is_named(pool):
+    pool.run(stay_away)
+
+
+def gather_all(rank: int, world_size: int) -> None:
+    handshake, needs = Handshake(dist.group.WORLD, 30), RandomNeeds(5, world_size, 0.5)
+    formats = row_formats([torch.zeros(1, 4, 8)])
+    (plan,) = gather_plans(handshake, "cast", needs.table(rank), formats, rank)
+    assert plan.layout.sizes.tolist() == [-(-len(needed) * 128 // 256) * 256 for needed in needs.needs]
+    assert plan.copies.size.sum() == 128 * needs.table(rank).send_counts[0] + sum(
+        128 * count for count in needs.table(rank).send_counts[1:]
+    )
+    with pytest.raises(
+        PlanMismatchError, match=r"ranks \[2\] .* than rank 0: a reduce of rows \(4, 8\) torch.float32 on"
+    ):
+        gather_plans(handshake, "reduce" if rank == 2 else "cast", needs.table(rank), formats, rank)
+    other = RandomNeeds(6, world_size, 0.9)
+    with pytest.raises(PlanMismatchError, match=r"rank \d sends \d+ rows to rank \d, which expects"):
+        gather_plans(handshake, "cast", (needs if rank else other).table(rank), formats, rank)
+    parts = gather_plans(handshake, "cast", needs.table(rank), formats, rank, most_bytes=512)
+    assert len(parts) > 1
+    assert all(part.slot_bytes <= 512 for part in parts)
+    with pytest.raises(CapacityError, match=r"needs slots of 256 bytes even in .* rounds, but 100 is the most"):
+        gather_plans(handshake, "cast", needs.table(rank), formats, rank, most_bytes=100)
+    gather_plans(handshake, "cast", needs.table(rank), formats, rank)  # and the group is still good
+
+
+def test_plans_are_gathered_and_compared(pool):
+    pool.run(gather_all)
+
+
+def fall_back(rank: int, world_size: int) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("magi_comm_grpcoll.collectives").addHandler(handler)
+    with pytest.raises(NotNativeError, match="on rank 0 it needs CUDA GPUs, not cpu"):
+        GroupContext(dist.group.WORLD)
+    native, again = (NativeCollectives(dist.group.WORLD) for _ in range(2))
+    assert native.context is None
+    assert again.context is None
+    assert lines == (
+        []
+        if rank
+        else [
+            f"the native group collectives are replaced by all-to-all: on rank 0 {reason_against(torch.device('cpu'))}"
+        ]
+    )
+    needs = RandomNeeds(3, world_size, 0.5)
+    rows = random_tensor(rank, (int(needs.num_rows[rank]), 4), torch.float32)
+    work = native.cast([rows], needs.table(rank), lend=True)
+    (expected,) = AllToAllCollectives(dist.group.WORLD).cast([rows], needs.table(rank)).wait()
+    assert torch.equal(work.wait()[0], expected)
+    work.release()
+    total = torch.zeros_like(rows)
+    native.reduce([expected], needs.table(rank), [total]).wait()
+    casts = torch.tensor([len(needs.partials_of(rank, row)) for row in range(len(rows))])
+    torch.testing.assert_close(total, rows * casts[:, None])
+
+
+def test_without_gpus_all_ranks_go_by_all_to_all_and_one_says_why(pool):
+    if torch.cuda.is_available():
+        pytest.skip("there are GPUs")
+    pool.run(fall_back)

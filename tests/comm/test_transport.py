@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native transport as the core finds and asks it, without a GPU."""
+
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+
+from magi_attention.comm import GroupCollectives
+from magi_attention.comm.registry import make_collectives
+from magi_attention.config import DistAttnConfig, RuntimeConfig
+from magi_comm_grpcoll import ContextOptions, NativeCollectives
+from magi_comm_grpcoll.capability import reason_against
+from magi_comm_grpcoll.kernels import missing_kernels
+from tests.distributed.exchanges import RandomNeeds, random_tensor, two_hop
+
+
+def test_transport_is_found_by_its_entry_point() -> None:
+    (point,) = entry_points(group="magi_attention.comm", name="native")
+    assert point.load() is NativeCollectives
+
+
+def test_it_supports_gpus_and_says_why_not_the_cpu() -> None:
+    support = NativeCollectives.supports(torch.device("cuda", 0))
+    assert support.ok == (not support.reason)
+    support = NativeCollectives.supports(torch.device("cpu"))
+    assert not support
+    assert "needs CUDA GPUs, not cpu: switch native_grpcoll off" in support.reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
+def test_asking_for_it_by_configuration_gives_the_reason() -> None:
+    config = DistAttnConfig(runtime_config=RuntimeConfig(native_grpcoll=True))
+    with pytest.raises(RuntimeError, match="native_grpcoll can't be used on cpu: it needs CUDA GPUs, not cpu"):
+        make_collectives(None, None, config)
+
+
+def test_alone_nothing_has_to_travel() -> None:
+    native, needs = NativeCollectives(None), RandomNeeds(seed=4, num_ranks=1)
+    assert isinstance(native, GroupCollectives)
+    rows = random_tensor(0, (int(needs.num_rows[0]), 3), torch.float32)
+    (received,) = native.cast([rows], needs.table(0), lend=True).wait()
+    assert torch.equal(received, needs.received([rows], 0))
+    with pytest.raises(TypeError, match="two-hop"):
+        native.cast([rows], two_hop(RandomNeeds(seed=3, num_ranks=4), 0, 2))
+
+
+def test_missing_kernels_name_the_fix(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("magi_comm_grpcoll.kernels.FOLDER", tmp_path)
+    assert "without its CUDA kernels" in missing_kernels()
+    assert "with nvcc on PATH" in missing_kernels()
+    assert "it needs CUDA GPUs, not cpu" in reason_against(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"transport": "pigeon"}, "transport must be 'copy_engine', 'push' or None, not 'pigeon'"),
+        ({"num_slots": 0}, "num_slots must be at least 1, not 0"),
+        ({"timeout_s": 0.0}, "timeout_s must be positive, not 0.0"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ContextOptions(**options)  # type: ignore[arg-type]

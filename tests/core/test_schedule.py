@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""However a rank arranges its stages, its kernels compute each of its pairs once, with the rows that have come."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magi_attention.common import packed
+from magi_attention.common.slices import SliceTable
+from magi_attention.config import LocalityDispatchAlg
+from magi_attention.plan.build import build_plans
+from magi_attention.plan.dispatch import make_layout
+from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_attention.plan.rates import LayerShape, default_rates
+from magi_attention.plan.stages import StageOptions
+from magi_attention.runtime import schedule as scheduling
+from magi_attention.runtime.regular import MOST_RUNS, regular_runs
+from magi_attention.runtime.schedule import Costs, Pass, Schedule, Step, make_schedule
+from tests.core.test_plan import cast, dense_count, layouts, two_hop_cast
+
+REST = {"pair": 1.0, "summed_row": 0.0, "call": 0.0, "least_work": 0.0}
+COSTS = {
+    "together": Costs(fetched_row=0.0, exchange=0.0, merged_row=1.0, **REST),
+    "apart": Costs(fetched_row=1e9, exchange=1e9, merged_row=0.0, **REST),
+    "rest together": Costs(fetched_row=0.1, exchange=5.0, merged_row=1e6, **REST),
+    "window first": Costs(fetched_row=0.5, exchange=50.0, merged_row=1.0, **REST),
+}
+
+
+@pytest.fixture(autouse=True)
+def short_runs_count(monkeypatch):
+    monkeypatch.setattr(scheduling, "LEAST_EARLY_ROWS", 1)
+    monkeypatch.setattr(scheduling, "LEAST_EARLY_SHARE", 1000)
+    monkeypatch.setattr(scheduling, "WINDOW_STEP", 2)
+
+
+def last_hop(step: Step) -> ExchangeTable:
+    assert step.exchange is not None
+    return step.exchange.intra if isinstance(step.exchange, TwoHopExchange) else step.exchange
+
+
+def key_buffers(steps: list[Step], own: list[np.ndarray], per_node: int) -> list[np.ndarray]:
+    """The global key rows in every rank's buffer of one step, which each rank may have arranged its own way."""
+    buffers, exchanges, places = [], [], []
+    for step, rows in zip(steps, own, strict=True):
+        table = last_hop(step)
+        assert table.num_received == step.num_keys
+        buffer = np.full(step.num_keys, -1)
+        for start, stop, place in [] if step.own_places is None else step.own_places.tolist():
+            assert (buffer[place : place + stop - start] == -1).all()
+            buffer[place : place + stop - start] = rows[start:stop]
+        buffers.append(buffer)
+        # What travels is carried out on buffers that hold nothing else.
+        named = np.flatnonzero(np.isin(np.arange(step.num_keys), rows_named(table)))
+        recv = table.recv.copy()
+        recv[:, 1:] = np.searchsorted(named, recv[:, 1:])
+        table = replace(table, recv=recv, num_received=len(named))
+        is_two_hop = isinstance(step.exchange, TwoHopExchange)
+        exchanges.append(replace(step.exchange, intra=table) if is_two_hop else table)
+        places.append(named)
+    is_two_hop = isinstance(exchanges[0], TwoHopExchange)
+    received = two_hop_cast(exchanges, own, per_node) if is_two_hop else cast(exchanges, own)
+    for buffer, place, rows in zip(buffers, places, received, strict=True):
+        assert (buffer[place] == -1).all()
+        buffer[place] = rows
+        assert (buffer >= 0).all()
+    return buffers
+
+
+def rows_named(table: ExchangeTable) -> np.ndarray:
+    return np.concatenate([np.arange(start, stop) for _, start, stop in table.recv.tolist()] or [np.empty(0, int)])
+
+
+def check_pass(of: Pass, num_queries: int, num_own: int) -> None:
+    """Follow the flags: results are blank, or written before they are added to."""
+    queries = np.full(num_queries, 1 if of.blank_queries else 0)
+    keys = np.full(num_own, 1 if of.blank_keys else 0)
+    for step in of.steps:
+        sums = keys if step.reads_own_alone else np.full(step.num_keys, 1 if step.blank_keys else 0)
+        for call in step.calls:
+            for total, run, known in ((queries, call.queries, call.queries_known), (sums, call.keys, call.keys_known)):
+                if known:
+                    assert total[run].all()
+                total[run] += 1
+        if step.own_places is not None:
+            keys += 1
+    assert queries.all() or not any(step.calls for step in of.steps)
+    assert of.most_results >= (queries - of.blank_queries).max(initial=0)
+    num_returns = sum(step.exchange is not None for step in of.steps)
+    assert of.most_key_results == num_returns + (keys - of.blank_keys).max(initial=0)
+
+
+@pytest.mark.parametrize("name", sorted(COSTS))
+@given(case=layouts(), degree=st.integers(0, 3), per_node=st.sampled_from([None, 1, 2]))
+@settings(max_examples=80, deadline=None)
+def test_every_pair_once(name, case, degree, per_node):
+    slices, layout = case
+    num_ranks = layout.num_ranks
+    if per_node is not None and num_ranks % per_node:
+        per_node = 1
+    mesh_shape = None if per_node is None else (num_ranks // per_node, per_node)
+    options = StageOptions(degree=degree, min_piece=2)
+    plans = build_plans(slices, layout, range(num_ranks), options, mesh_shape=mesh_shape)
+    schedules = [make_schedule(plan, COSTS[name]) for plan in plans]
+    own = [np.concatenate([np.arange(a, b) for a, b, _ in layout.runs_of(r).tolist()]) for r in range(num_ranks)]
+    count = np.zeros((layout.total, layout.total), int)
+    numbers = sorted({step.number for each in schedules for step in each.forward.steps if step.exchange is not None})
+    buffers = {}
+    for number in numbers:
+        steps = [[step for step in each.forward.steps if step.number == number and step.exchange] for each in schedules]
+        assert all(len(each) == 1 for each in steps), "every rank takes part in every exchange, once"
+        buffers[number] = key_buffers([each[0] for each in steps], own, per_node or 1)
+    for rank, each in enumerate(schedules):
+        for of in (each.forward, each.backward, each.backward_with_rows):
+            check_pass(of, len(own[rank]), len(own[rank]))
+            exchanges = [step.number for step in of.steps if step.exchange is not None]
+            assert exchanges == numbers
+            kept = [call.slices for step in of.steps for call in step.calls]
+            assert sorted(map(id, kept)) == sorted(id(call.slices) for call in each.calls)
+        for step in each.forward.steps:
+            keys = own[rank] if step.exchange is None else buffers[step.number][rank]
+            for call in step.calls:
+                rows, columns = own[rank][call.queries], keys[call.keys]
+                part = dense_count(call.slices, len(rows), len(columns))
+                count[np.ix_(rows, columns)] += part
+    assert np.array_equal(count, dense_count(slices, layout.total, layout.total))
+
+
+def two_ranks(slices: SliceTable, tokens: int, costs: Costs) -> list[Schedule]:
+    layout = make_layout(
+        slices, num_real=tokens, total=tokens, chunk_size=tokens // 16, num_ranks=2, algorithm=LocalityDispatchAlg()
+    )
+    return [make_schedule(plan, costs) for plan in build_plans(slices, layout, range(2), StageOptions(degree=1))]
+
+
+def test_fast_links_leave_nothing_to_merge():
+    tokens = 1 << 16
+    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True)
+    for schedule in two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, costs):
+        assert schedule.forward.most_results == 1
+        for call in schedule.calls:
+            assert call.slices.rows[:, 4].tolist() == [1], "each kernel has a plain causal mask"
+
+
+def test_few_queries_hide_the_travel_where_all_need_what_comes():
+    tokens = 1 << 16
+    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True)
+    for schedule in two_ranks(SliceTable([[0, tokens, 0, tokens, 0]]), tokens, costs):
+        first, second = schedule.forward.steps
+        (window,) = first.calls
+        assert 0 < window.queries.stop - window.queries.start < tokens // 16
+        assert second.own_places is not None
+        assert [call.queries for call in second.calls if call.queries_known] == [window.queries]
+        assert all(call.slices.rows[:, 4].tolist() == [0] for call in schedule.calls)
+
+
+def test_slow_links_are_hidden_behind_all_own_rows():
+    tokens = 1 << 16
+    costs = Costs.of_layer(default_rates("H200"), LayerShape(8, 8, 128), ranks_share_node=False)
+    for schedule in two_ranks(SliceTable([[0, tokens, 0, tokens, 0]]), tokens, costs):
+        first, second = schedule.forward.steps
+        assert first.exchange is None
+        assert second.own_places is None
+        assert [step.number for step in schedule.backward_with_rows.steps] == [1, 0]
+
+
+def test_masks_are_cut_where_they_become_regular():
+    causal_then_more = SliceTable([[0, 100, 0, 100, 1], [100, 200, 0, 400, 0], [100, 200, 400, 500, 1]])
+    assert regular_runs(causal_then_more, 0, 200) == [(0, 100), (100, 200)]
+    assert regular_runs(packed.varlen([0, 50, 120, 200]), 0, 200) == [(0, 200)]
+    assert regular_runs(SliceTable([[0, 40, 0, 40, 0], [60, 100, 60, 90, 0]]), 0, 100) == [(0, 40), (40, 60), (60, 100)]
+    stairs = SliceTable([[20 * n, 20 * n + 20, 0, 20 * n + 20, 0] for n in range(MOST_RUNS + 1)])
+    assert regular_runs(stairs, 0, 20 * MOST_RUNS + 20) == [(0, 20 * MOST_RUNS + 20)]

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that a transport lends: attention gives them back in time, and doesn't read them afterwards."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from magi_attention.comm import AllToAllCollectives
+from magi_attention.common.slices import SliceTable
+from magi_attention.config import DistAttnConfig, OverlapConfig, RuntimeConfig
+from magi_attention.testing.distributed import RankPool
+from tests.distributed.attention_case import Answer, Case, assert_right, attend, group_of
+
+MOST_LENT = 2
+
+
+class LendingCollectives(AllToAllCollectives):
+    """Spoils what it lent once it is given back, and lends no more than may be lent."""
+
+    num_lent = most_lent = num_casts = 0
+
+    def cast(self, tensors, table, out=None, own_places=None, lend=False):
+        work = super().cast(tensors, table, out, own_places)
+        if not lend or out is not None:
+            return work
+        self.num_casts += 1
+        self.num_lent += 1
+        self.most_lent = max(self.most_lent, self.num_lent)
+        return LentWork(work, self)
+
+
+class LentWork:
+    def __init__(self, work, owner: LendingCollectives) -> None:
+        self.work, self.owner, self.is_lent = work, owner, True
+        self.wait_packed = work.wait_packed
+
+    def wait(self):
+        assert self.is_lent
+        return self.work.wait()
+
+    def release(self) -> None:
+        assert self.is_lent
+        self.is_lent = False
+        self.owner.num_lent -= 1
+        for rows in self.work.wait():
+            rows.fill_(torch.nan)
+
+
+def attend_on_loan(rank: int, world_size: int, case: Case) -> Answer:
+    lending: list[LendingCollectives] = []
+
+    def make(group, mesh, config):
+        lending.append(LendingCollectives(group))
+        return lending[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("magi_attention.runtime.manager.make_collectives", make)
+        answer = attend(case, group_of(case))
+    (collectives,) = lending
+    assert collectives.num_casts > 0
+    assert collectives.num_lent == 0
+    assert collectives.most_lent <= MOST_LENT
+    return answer
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(3) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("options", [{"degree": 1}, {"degree": 3}, {"degree": 1, "qo_comm": True}], ids=str)
+def test_lent_rows_are_given_back_behind_their_last_use(pool, options):
+    degree = options["degree"]
+    runtime = {name: value for name, value in options.items() if name != "degree"}
+    config = DistAttnConfig(
+        overlap_config=OverlapConfig(degree=degree, min_chunk_size=8), runtime_config=RuntimeConfig(**runtime)
+    )
+    # Another number of tokens for each case, since a key that is known makes no collectives.
+    total = 90 + 30 * len(str(options))
+    slices = SliceTable([[0, total // 3, 0, total // 3, 0], [total // 3, total, 0, total, 1]])
+    case = replace(Case(total, slices, cp=3), config=config)
+    assert_right(case, pool.run(attend_on_loan, case)[0])

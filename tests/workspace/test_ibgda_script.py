@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The script that prepares hosts for IBGDA changes nothing unless asked, and the same thing only once."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "enable_ibgda_on_host.sh"
+LINE = 'options nvidia NVreg_EnableStreamMemOPs=1 NVreg_RegistryDwords="PeerMappingOverride=1;"\n'
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+    command = ["bash", str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**path, **environment})
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    (tmp_path / "etc" / "modprobe.d").mkdir(parents=True)
+    return tmp_path
+
+
+def settings(image: Path) -> Path:
+    return image / "etc" / "modprobe.d" / "magi-ibgda.conf"
+
+
+def test_it_shows_what_it_would_do_and_does_nothing(image):
+    done = run("--root", image)
+    assert done.returncode == 0, done.stderr
+    assert "not written" in done.stdout
+    assert f"would write to it: {LINE}" in done.stdout
+    assert not list(settings(image).parent.iterdir())
+
+
+def test_it_writes_once_and_takes_back(image):
+    first = run("--apply", "--root", image)
+    assert first.returncode == 0, first.stderr
+    assert "wrote" in first.stdout
+    assert settings(image).read_text().endswith(LINE)
+    assert "nothing to do" in run("--root", image, "--apply").stdout
+    assert "magi-ibgda.conf: written" in run("--root", image).stdout
+    assert [path.name for path in settings(image).parent.iterdir()] == ["magi-ibgda.conf"]
+    assert "removed" in run("--remove", "--root", image).stdout
+    assert "nothing to do" in run("--remove", "--root", image).stdout
+    assert not settings(image).exists()
+
+
+def test_it_leaves_other_settings_alone(image):
+    other = settings(image).with_name("nvidia.conf")
+    other.write_text('options nvidia NVreg_RegistryDwords="Other=1;"\n')
+    done = run("--apply", "--root", image)
+    assert done.returncode == 1
+    assert "nvidia.conf sets the same options: join them by hand" in done.stderr
+    assert not settings(image).exists()
+
+
+def test_it_refuses_containers_and_unknown_arguments():
+    inside = run("--apply", container="podman")
+    assert inside.returncode == 1
+    assert "this is a container: run it on the host" in inside.stderr
+    assert run("--force").returncode == 2
+    assert "--apply" in run("--help").stdout
