@@ -50,19 +50,22 @@ def cubins() -> Path:
 
 
 STACK_LIMITS = {
-    "forward_d64_bf16_softcap": 128,
+    "backward_d128_bf16_softcap": 32,
+    "forward_d64_bf16": 64,
+    "forward_d64_bf16_softcap": 152,
+    "forward_d96_bf16_softcap": 16,
     "forward_d128_bf16_softcap": 16,
-    "forward_d192_v128_bf16_softcap": 32,
-    "forward_d192_bf16_softcap": 136,
-    "forward_d256_bf16_softcap": 88,
+    "forward_d192_v128_bf16_softcap": 24,
+    "forward_d192_bf16_softcap": 40,
+    "forward_d256_bf16": 8,
+    "forward_d256_bf16_softcap": 64,
 }
 """Bytes of local memory per thread that NOTES.md speaks of; none for all that is not listed."""
 
 
 @pytest.mark.parametrize("variant", all_variants(), ids=lambda variant: variant.name)
 def test_machine_code(cubins, variant):
-    (kernel,) = kernels_of_cubin(cubins / f"{variant.name}.cubin")
-    assert kernel.name == variant.entry
+    (kernel,) = (each for each in kernels_of_cubin(cubins / f"{variant.name}.cubin") if each.name == variant.entry)
     assert kernel.instructions["HGMMA"]
     assert kernel.instructions["UTMALDG"]
     assert kernel.instructions["R2P"]

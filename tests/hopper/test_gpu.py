@@ -14,14 +14,15 @@ from magi_attention.testing.masks import MASK_FAMILIES, rectangular_masks
 from magi_attention.testing.metric import assert_within_pytorch_error
 from magi_attention.testing.oracle import dense_attention, dense_mask, masked_attention
 from magi_attention.testing.stages import Inputs, random_inputs
-from magi_kernels_hopper import BACKEND
+from magi_kernels_hopper import BACKEND, tables
 from magi_kernels_hopper.forward import launch_forward
-from magi_kernels_hopper.variants import HEAD_DIMS
+from magi_kernels_hopper.variants import HEAD_DIMS, WIDE_SIZES
 
 pytestmark = pytest.mark.gpu
 
 # Rows without keys, rows with several intervals, keys that nobody sees.
-IRREGULAR = SliceTable([[0, 200, 0, 300, 0], [200, 600, 100, 500, 1], [620, 640, 300, 340, 3], [620, 640, 0, 40, 2]])
+IRREGULAR_ROWS = [[0, 200, 0, 300, 0], [200, 600, 100, 500, 1], [620, 640, 300, 340, 3], [620, 640, 0, 40, 2]]
+IRREGULAR = SliceTable(IRREGULAR_ROWS)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,8 +58,10 @@ def test_many_tiles():
     assert_right(inputs(1000, 3000, heads=(2, 1)), SliceTable([[0, 1000, 0, 3000, 0]]))
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 @pytest.mark.parametrize("family", MASK_FAMILIES)
-def test_families(family):
+def test_families(family, wide, monkeypatch):
+    monkeypatch.setattr(tables, "WIDE_KEYS", 100.0 if wide else 0.0)
     for total in (333, 1024):
         assert_right(inputs(total), MASK_FAMILIES[family](total, np.random.default_rng(total)))
 
@@ -73,15 +76,27 @@ def test_random_masks(mask, heads, dim):
 @pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (7, 1), (8, 1), (16, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_every_kernel(dims, heads, dtype, softcap):
-    assert_right(inputs(700, dims=dims, heads=heads, dtype=dtype), IRREGULAR, softcap=softcap, max_logits=True)
+@pytest.mark.parametrize("kind", ["narrow", "wide", "softcap"])
+def test_every_kernel(dims, heads, dtype, kind, monkeypatch):
+    softcap = 2.0 if kind == "softcap" else 0.0
+    if kind == "wide" and dims not in WIDE_SIZES:
+        pytest.skip("there is no kernel with wider boxes")
+    monkeypatch.setattr(tables, "WIDE_KEYS", 100.0 if kind == "wide" else 0.0)
+    x = inputs(700, dims=dims, heads=heads, dtype=dtype)
+    assert_right(x, SliceTable(IRREGULAR_ROWS), softcap=softcap, max_logits=True)
 
 
-@pytest.mark.parametrize(("num_q", "num_k"), [(300, 900), (900, 300), (1, 700), (700, 1), (129, 257), (0, 5), (5, 0)])
+@pytest.mark.parametrize(("num_q", "num_k"), [(300, 900), (900, 300), (1, 700), (700, 1), (129, 257), (5, 0)])
 def test_unequal_lengths(num_q, num_k):
     for kind in (0, 1):
         assert_right(inputs(num_q, num_k), SliceTable([[0, num_q, 0, num_k, kind]]).without_empty(), max_logits=True)
+
+
+def test_no_queries():
+    x = inputs(0, 5)
+    result = BACKEND.forward(x.q, x.k, x.v, AttentionCall(SliceTable([]), 1.0, max_logits=True))
+    assert result.out.shape == x.q.shape
+    assert result.max_logits.tolist() == [-torch.inf] * 4
 
 
 @pytest.mark.parametrize("softmax_scale", [1.0, 0.0, -0.1])

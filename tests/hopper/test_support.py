@@ -10,9 +10,16 @@ import torch
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, KernelBackend
 from magi_attention.kernels.registry import choose_backend, installed_backends
-from magi_kernels_hopper import BACKEND
+from magi_kernels_hopper import BACKEND, backward, backward_params
 from magi_kernels_hopper.forward import Params, geometry
-from magi_kernels_hopper.variants import FORWARD_SIZES, HEAD_DIMS, ForwardVariant, all_variants
+from magi_kernels_hopper.variants import (
+    BACKWARD_SIZES,
+    FORWARD_SIZES,
+    HEAD_DIMS,
+    BackwardVariant,
+    ForwardVariant,
+    all_variants,
+)
 
 REQUEST = AttentionRequest(torch.device("cpu"), torch.bfloat16, 8, 2, 128, 128)
 
@@ -26,10 +33,11 @@ def test_backend_is_found_by_its_entry_point():
     ("changes", "reason"),
     [
         ({}, "NVIDIA GPUs only"),
-        ({"direction": "backward"}, "backward pass is not implemented"),
+        ({"direction": "backward"}, "NVIDIA GPUs only"),
+        ({"direction": "backward", "head_dim": 192}, "backward kernels are for 64, 96, 128, 192, 256"),
         ({"dtype": torch.float32}, "not in torch.float32"),
         ({"head_dim": 80, "head_dim_v": 80}, "head dims are 80/80"),
-        ({"head_dim": 64, "head_dim_v": 128}, "kernels are for 64, 96, 128, 192/128, 192, 256"),
+        ({"head_dim": 64, "head_dim_v": 128}, "forward kernels are for 64, 96, 128, 192/128, 192, 256"),
     ],
 )
 def test_refusals_say_why(changes, reason):
@@ -50,19 +58,25 @@ def test_computing_with_it_gives_the_reason():
     q, k = torch.zeros(5, 2, 128, dtype=torch.bfloat16), torch.zeros(5, 1, 128, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="NVIDIA GPUs only"):
         BACKEND.forward(q, k, k, AttentionCall(SliceTable([]), 1.0))
-    with pytest.raises(RuntimeError, match="not implemented"):
-        BACKEND.backward()
+    with pytest.raises(RuntimeError, match="NVIDIA GPUs only"):
+        BACKEND.backward(q, q, k, k, q, q[..., 0].float(), None, AttentionCall(SliceTable([]), 1.0))
 
 
 def test_parameters_have_the_size_that_the_kernel_asserts():
     assert ctypes.sizeof(Params) == 512
     assert Params.out.offset == 3 * 128
+    assert ctypes.sizeof(backward_params.Params) == 768
+    assert backward_params.Params.dk.offset == 4 * 128
 
 
 def test_every_kernel_fits_a_multiprocessor():
     assert set(FORWARD_SIZES) == set(HEAD_DIMS)
     assert len({each.name for each in all_variants()}) == len(all_variants())
+    for sizes in BACKWARD_SIZES.values():
+        assert sizes.shared_bytes <= 227 * 1024
     for variant in all_variants():
+        if not isinstance(variant, ForwardVariant):
+            continue
         sizes = variant.sizes
         assert variant.shared_bytes <= 227 * 1024
         assert 128 * (sizes.consumers * sizes.consumer_registers + sizes.producer_registers) <= 1 << 16
@@ -85,3 +99,19 @@ def test_heads_share_tiles(heads, pack, tile_q, num_packs):
     assert (cut.pack, cut.tile_q, cut.num_packs) == (pack, tile_q, num_packs)
     assert cut.packs_per_kv_head * heads[1] == num_packs
     assert cut.packs_per_section == cut.packs_per_kv_head
+
+
+@pytest.mark.parametrize(
+    ("heads", "expected"),
+    [((8, 8), (1, 64, 16, 128)), ((64, 8), (2, 32, 32, 1024)), ((6, 2), (1, 64, 16, 96)), ((12, 2), (2, 32, 32, 192))],
+)
+def test_heads_share_tiles_of_the_backward_pass(heads, expected):
+    assert backward.geometry(BackwardVariant(128, "bf16"), 1000, *heads) == expected
+
+
+def test_expected_speed():
+    """Grouped heads on irregular masks are what the forward kernels are best at."""
+    grouped = replace(REQUEST, mask_class="varlen_full")
+    assert BACKEND.expected_tflops(grouped) > BACKEND.expected_tflops(replace(grouped, num_heads_kv=8))
+    assert BACKEND.expected_tflops(grouped) > BACKEND.expected_tflops(grouped.toward("backward"))
+    assert BACKEND.expected_tflops(grouped) > BACKEND.expected_tflops(replace(grouped, head_dim=64, head_dim_v=64))

@@ -12,24 +12,6 @@ struct OutputRow {
     bool inside;    // the token exists
 };
 
-// What one of four neighboring threads holds of four others' words becomes four words of its own: w[j] of thread i
-// and w[i] of thread j change places.
-__device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high, int bit) {
-    bool const upper = threadIdx.x & bit;
-    uint32_t const received = __shfl_xor_sync(~0u, upper ? low : high, bit);
-    if (upper) {
-        low = received;
-    } else {
-        high = received;
-    }
-}
-__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
-    exchange(w[0], w[1], 1);
-    exchange(w[2], w[3], 1);
-    exchange(w[0], w[2], 2);
-    exchange(w[1], w[3], 2);
-}
-
 template <typename T>
 __device__ __forceinline__ void store_elements(Params const& p, float const (&o)[T::kHeadDimV / 2], int r,
                                                OutputRow row) {

@@ -10,6 +10,7 @@
 #include "../ptx/cp_async_bulk_tensor.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/wgmma.cuh"
+#include "../ring.cuh"
 #include "epilogue.cuh"
 #include "schedule.cuh"
 #include "softmax.cuh"
@@ -21,32 +22,11 @@ using ptx::CacheHint;
 
 constexpr uint32_t kFirstTurn = 1;  // named barriers, one for each consumer; 0 is __syncthreads()
 
-// A place in a ring of buffers, and the parity of the barriers' phase there.
-template <int Stages>
-class RingPlace {
-    static constexpr bool kCounts = (Stages & (Stages - 1)) == 0;  // one number holds both
-    int stage_or_count_ = 0;
-    uint32_t parity_ = 0;
-
-   public:
-    __device__ __forceinline__ int stage() const { return kCounts ? stage_or_count_ & (Stages - 1) : stage_or_count_; }
-    __device__ __forceinline__ uint32_t parity() const { return kCounts ? stage_or_count_ / Stages & 1 : parity_; }
-    __device__ __forceinline__ void advance() {
-        stage_or_count_++;
-        if (!kCounts && stage_or_count_ == Stages) {
-            stage_or_count_ = 0;
-            parity_ ^= 1;
-        }
-    }
-};
-
 template <typename T>
 __device__ __forceinline__ void init_barriers(Shared<T>& s) {
     constexpr uint32_t kWarps = 4 * T::kConsumers;
-    for (int i = 0; i < T::kQStages; i++) {
-        ptx::mbarrier_init(&s.q_full[i], 1);
-        ptx::mbarrier_init(&s.q_empty[i], kWarps);
-    }
+    ptx::mbarrier_init(&s.q_full, 1);
+    ptx::mbarrier_init(&s.q_empty, kWarps);
     for (int i = 0; i < T::kStages; i++) {
         ptx::mbarrier_init(&s.k_full[i], 1);
         ptx::mbarrier_init(&s.k_empty[i], kWarps);
@@ -68,7 +48,7 @@ struct Producer {
     Shared<T>& s;
     RingPlace<T::kStages> k_place, v_place;
     RingPlace<2> item_place;
-    RingPlace<T::kQStages> q_place;
+    RingPlace<1> q_place;
 
     template <typename Tile>
     __device__ __forceinline__ void load_boxes(uint8_t* target, CUtensorMap const* map, uint64_t* full,
@@ -86,12 +66,11 @@ struct Producer {
     }
 
     __device__ __forceinline__ void load_q(Item const& item) {
-        uint64_t* const full = &s.q_full[q_place.stage()];
-        ptx::mbarrier_try_wait_parity(&s.q_empty[q_place.stage()], q_place.parity() ^ 1);
-        ptx::mbarrier_arrive_expect_tx(full, p.pack * p.tile_q * T::kHeadDim * kBytesPerElement);
+        ptx::mbarrier_try_wait_parity(&s.q_empty, q_place.parity() ^ 1);
+        ptx::mbarrier_arrive_expect_tx(&s.q_full, p.pack * p.tile_q * T::kHeadDim * kBytesPerElement);
 #pragma unroll
         for (int panel = 0; panel < T::TileQ::kPanels; panel++) {
-            ptx::cp_async_bulk_tensor_3d(s.q[q_place.stage()] + panel * T::TileQ::kPanelBytes, &p.q, full,
+            ptx::cp_async_bulk_tensor_3d(s.q + panel * T::TileQ::kPanelBytes, &p.q, &s.q_full,
                                          panel * T::TileQ::kPanelColumns, item.pack * p.pack, item.tile * p.tile_q,
                                          CacheHint::kEvictFirst);
         }
@@ -168,7 +147,7 @@ struct Consumer {
     int const group;  // which consumer
     RingPlace<T::kStages> k_place, v_place;
     RingPlace<2> item_place;
-    RingPlace<T::kQStages> q_place;
+    RingPlace<1> q_place;
     float scores[T::kTileN / 2];
     float out[T::kHeadDimV / 2];
     uint32_t probabilities[T::kTileN / 16][4];
@@ -188,7 +167,7 @@ struct Consumer {
 
     // Starts scores = q k^T.
     __device__ __forceinline__ void multiply_keys() {
-        uint64_t const q = T::TileQ::k_major(ptx::shared_address(s.q[q_place.stage()])) + group * T::TileQ::from(64, 0);
+        uint64_t const q = T::TileQ::k_major(ptx::shared_address(s.q)) + group * T::TileQ::from(64, 0);
         uint64_t const k = T::TileK::k_major(ptx::shared_address(s.k[k_place.stage()]));
 #pragma unroll
         for (int column = 0; column < T::kHeadDim; column += 16) {
@@ -214,12 +193,11 @@ struct Consumer {
         for (int i = 0; i < T::kHeadDimV / 2; i++) out[i] *= factor[i / 2 % 2];
     }
 
-    // Scores of the next tile, of the same item or of the next, while the last one's probabilities are multiplied. After
-    // it, `out` is what it was before the next tile.
+    // Scores of the next tile while the last one's probabilities are multiplied.
     template <bool Masked>
-    __device__ __forceinline__ void overlap(Softmax<T>& softmax, BoxCursor<T::kBoxN>& cursor, int const (&token)[2],
-                                            float (&shrink)[2]) {
+    __device__ __forceinline__ void step(Softmax<T>& softmax, BoxCursor<T::kBoxN>& cursor, int const (&token)[2]) {
         uint32_t bits[2][2];
+        float shrink[2];
         ptx::mbarrier_try_wait_parity(&s.k_full[k_place.stage()], k_place.parity());
         wait_for_turn();
         ptx::wgmma_fence();
@@ -238,21 +216,16 @@ struct Consumer {
         ptx::fence_registers(out);
         release(&s.v_empty[v_place.stage()]);
         v_place.advance();
-    }
-
-    template <bool Masked>
-    __device__ __forceinline__ void step(Softmax<T>& softmax, BoxCursor<T::kBoxN>& cursor, int const (&token)[2]) {
-        float shrink[2];
-        overlap<Masked>(softmax, cursor, token, shrink);
         scale_out(shrink);
         to_fragments<Element>(scores, probabilities);
     }
 
-    // An item's first tile where nothing is left to overlap with.
-    __device__ __forceinline__ void first_tile(Softmax<T>& softmax, BoxCursor<T::kBoxN>& cursor, int const (&token)[2]) {
+    __device__ __forceinline__ void attend(Item const& item, Softmax<T>& softmax) {
+        int const token[2] = {token_of(item, first_row()), token_of(item, first_row() + 8)};
+        BoxCursor<T::kBoxN> cursor(p, item);
         uint32_t bits[2][2];
         float shrink[2];
-        wait_for_queries();
+        ptx::mbarrier_try_wait_parity(&s.q_full, q_place.parity());
         ptx::mbarrier_try_wait_parity(&s.k_full[k_place.stage()], k_place.parity());
         ptx::wgmma_fence();
         multiply_keys();
@@ -263,10 +236,14 @@ struct Consumer {
         k_place.advance();
         softmax.template step<true>(scores, bits, shrink);
         to_fragments<Element>(scores, probabilities);
-    }
 
-    // An item's last product where no other tile follows.
-    __device__ __forceinline__ void last_values() {
+#pragma unroll 1
+        for (int i = 1; i < item.num_masked; i++) step<true>(softmax, cursor, token);
+#pragma unroll 1
+        for (int i = max(item.num_masked, 1); i < item.num_tiles; i++) step<false>(softmax, cursor, token);
+        release(&s.q_empty);
+        q_place.advance();
+
         ptx::mbarrier_try_wait_parity(&s.v_full[v_place.stage()], v_place.parity());
         ptx::wgmma_fence();
         multiply_values();
@@ -274,15 +251,6 @@ struct Consumer {
         ptx::fence_registers(out);
         release(&s.v_empty[v_place.stage()]);
         v_place.advance();
-    }
-
-    __device__ __forceinline__ void wait_for_queries() {
-        ptx::mbarrier_try_wait_parity(&s.q_full[q_place.stage()], q_place.parity());
-    }
-
-    __device__ __forceinline__ void clear_out() {
-#pragma unroll
-        for (int i = 0; i < T::kHeadDimV / 2; i++) out[i] = 0;
     }
 
     __device__ __forceinline__ Item next_item() {
@@ -309,62 +277,20 @@ struct Consumer {
         return {static_cast<int64_t>(token) * p.num_heads + head, within < p.tile_q && token < p.num_q};
     }
 
-    __device__ __forceinline__ void store(Item const& item, Softmax<T> const& softmax) {
-        OutputRow const rows[2] = {output_row(item, first_row()), output_row(item, first_row() + 8)};
-        if (p.max_logits != nullptr) store_max_logits<T>(p, softmax, rows);
-        store_row<T, 0>(p, softmax, out, rows[0]);
-        store_row<T, 1>(p, softmax, out, rows[1]);
-    }
-
-    // Computes an item that has keys, and all that follow until one has none, which is returned. Where queries come
-    // early, the first tile of an item overlaps with the last one of the item before, as any two neighbors do.
-    __device__ __forceinline__ Item attend(Item item) {
-        int token[2] = {token_of(item, first_row()), token_of(item, first_row() + 8)};
-        BoxCursor<T::kBoxN> cursor(p, item);
-        Softmax<T> softmax(p);
-        first_tile(softmax, cursor, token);
-        while (true) {
-#pragma unroll 1
-            for (int i = 1; i < item.num_masked; i++) step<true>(softmax, cursor, token);
-#pragma unroll 1
-            for (int i = max(item.num_masked, 1); i < item.num_tiles; i++) step<false>(softmax, cursor, token);
-            release(&s.q_empty[q_place.stage()]);
-            q_place.advance();
-
-            Item const next = next_item();
-            bool const follows = T::kQStages > 1 && next.num_tiles > 0;
-            Softmax<T> next_softmax(p);
-            if (follows) {
-                token[0] = token_of(next, first_row());
-                token[1] = token_of(next, first_row() + 8);
-                cursor = BoxCursor<T::kBoxN>(p, next);
-                float shrink[2];
-                wait_for_queries();
-                overlap<true>(next_softmax, cursor, token, shrink);
-                to_fragments<Element>(scores, probabilities);
-            } else {
-                last_values();
-            }
-            store(item, softmax);
-            clear_out();
-            if (!follows) return next;
-            item = next;
-            softmax.takes(next_softmax);
-        }
-    }
-
     __device__ __forceinline__ void run() {
         // The first consumer has the first turn.
         if (group == T::kConsumers - 1) give_turn();
-        clear_out();
-        Item item = next_item();
-        while (item.tile >= 0) {
-            if (item.num_tiles > 0) {
-                item = attend(item);
-            } else {
-                store(item, Softmax<T>(p));
-                item = next_item();
-            }
+        while (true) {
+            Item const item = next_item();
+            if (item.tile < 0) break;
+            Softmax<T> softmax(p);
+#pragma unroll
+            for (int i = 0; i < T::kHeadDimV / 2; i++) out[i] = 0;
+            if (item.num_tiles > 0) attend(item, softmax);
+            OutputRow const rows[2] = {output_row(item, first_row()), output_row(item, first_row() + 8)};
+            if (p.max_logits != nullptr) store_max_logits<T>(p, softmax, rows);
+            store_row<T, 0>(p, softmax, out, rows[0]);
+            store_row<T, 1>(p, softmax, out, rows[1]);
         }
     }
 };

@@ -2,29 +2,10 @@
 // The online softmax of the two rows of scores that a thread has a part of (Milakov and Gimelshein, 2018).
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-
+#include "../arithmetic.cuh"
 #include "mask.cuh"
 
 namespace magi::forward {
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float reciprocal_approx(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // The largest of a row, and its sum, over the four threads that share it.
 __device__ __forceinline__ float quad_max(float x) {
@@ -44,14 +25,6 @@ struct Softmax {
     Params const& p;
 
     __device__ __forceinline__ explicit Softmax(Params const& p) : p(p) {}
-
-    __device__ __forceinline__ void takes(Softmax const& other) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            largest[r] = other.largest[r];
-            sum[r] = other.sum[r];
-        }
-    }
 
     // A product of query and key to what the softmax is taken of, up to to_log2: cap * tanh(scale * x / cap), or itself.
     __device__ __forceinline__ float capped(float x) const {
@@ -112,23 +85,5 @@ struct Softmax {
         return total > 0 ? (exponent + __log2f(total)) * kLn2 : -INFINITY;
     }
 };
-
-__device__ __forceinline__ uint32_t pack(float a, float b, __nv_bfloat16) {
-    __nv_bfloat162 const pair = __floats2bfloat162_rn(a, b);
-    return reinterpret_cast<uint32_t const&>(pair);
-}
-__device__ __forceinline__ uint32_t pack(float a, float b, __half) {
-    __half2 const pair = __floats2half2_rn(a, b);
-    return reinterpret_cast<uint32_t const&>(pair);
-}
-
-// Probabilities to fragments of the left operand of the next product, 16 keys in each.
-template <typename Element, int Count>
-__device__ __forceinline__ void to_fragments(float const (&scores)[Count], uint32_t (&fragments)[Count / 8][4]) {
-#pragma unroll
-    for (int i = 0; i < Count / 2; i++) {
-        fragments[i / 4][i % 4] = pack(scores[2 * i], scores[2 * i + 1], Element{});
-    }
-}
 
 }  // namespace magi::forward

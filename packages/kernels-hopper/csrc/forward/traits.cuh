@@ -13,18 +13,16 @@ namespace magi::forward {
 // make a tile.
 //   Consumers:         warpgroups that compute, each with 64 rows of scores
 //   BoxN:              keys of a box
-//   QStages:           tiles of queries in shared memory: with 2, the next one comes while one is computed with
 //   Stages:            tiles of keys, and as many of values, in shared memory
 //   ConsumerRegisters: of a consumer's thread; ProducerRegisters: of each thread of the loading warpgroup
-template <int HeadDim, int HeadDimV, typename Element_, bool Softcap, int Consumers, int BoxN, int QStages,
-          int Stages, int ConsumerRegisters, int ProducerRegisters>
+template <int HeadDim, int HeadDimV, typename Element_, bool Softcap, int Consumers, int BoxN, int Stages,
+          int ConsumerRegisters, int ProducerRegisters>
 struct Traits {
     using Element = Element_;
     static constexpr int kHeadDim = HeadDim;
     static constexpr int kHeadDimV = HeadDimV;
     static constexpr bool kSoftcap = Softcap;
     static constexpr int kConsumers = Consumers;
-    static constexpr int kQStages = QStages;
     static constexpr int kStages = Stages;
     static constexpr int kTileM = 64 * kConsumers;
     static constexpr int kBoxN = BoxN;
@@ -45,10 +43,10 @@ struct Traits {
 // What the blocks of a kernel keep in shared memory. Tiles are aligned to the swizzle's pattern.
 template <typename T>
 struct alignas(1024) Shared {
-    uint8_t q[T::kQStages][T::TileQ::kBytes];
+    uint8_t q[T::TileQ::kBytes];
     uint8_t k[T::kStages][T::TileK::kBytes];
     uint8_t v[T::kStages][T::TileV::kBytes];
-    uint64_t q_full[T::kQStages], q_empty[T::kQStages];
+    uint64_t q_full, q_empty;
     uint64_t k_full[T::kStages], k_empty[T::kStages];
     uint64_t v_full[T::kStages], v_empty[T::kStages];
     uint64_t item_full[2], item_empty[2];

@@ -4,8 +4,6 @@
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 
@@ -49,9 +47,32 @@ class HopperBackend:
             max_logits = launch_forward(q, k, v, call, out, lse, merge=False)
         return AttentionResult(out, lse, max_logits)
 
-    def backward(self, *args: object, **kwargs: object) -> NoReturn:
-        """Raise the ``RuntimeError`` that the answer of :meth:`supports` announces."""
-        raise RuntimeError(f"backend {self.name!r}: its backward pass is not implemented yet")
+    @torch.no_grad()
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the protocol.
+
+        Raises:
+            RuntimeError: with the reason why not, if the tensors are not what :meth:`supports` would say yes to.
+        """
+        request = AttentionRequest.of_tensors(q, k, v, softcap=call.softcap, deterministic=call.deterministic)
+        if not (support := support_of(request.toward("backward"))):
+            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
+        if not len(q) or not len(k):
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        from magi_kernels_hopper.backward import launch_backward
+
+        with torch.cuda.device(q.device):
+            return launch_backward(dout, q, k, v, out, lse, dlse, call)
 
 
 BACKEND: KernelBackend = HopperBackend()

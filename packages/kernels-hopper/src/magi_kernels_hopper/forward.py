@@ -6,6 +6,7 @@ Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 
 import ctypes
 import math
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from magi_attention.kernels.protocol import AttentionCall
-from magi_kernels_hopper.driver import CUBINS, Kernel, TensorMap, TensorMaps
+from magi_kernels_hopper.driver import CUBINS, Kernel, TensorMap
+from magi_kernels_hopper.launching import aligned, counters, index_of, multiprocessors, tensor_maps
 from magi_kernels_hopper.support import ELEMENT_OF
 from magi_kernels_hopper.tables import device_row_tables
 from magi_kernels_hopper.variants import ForwardVariant
@@ -100,7 +102,7 @@ class PreparedForward:
     """All of a launch that does not change from call to call: made once for each mask and geometry, kept with the mask.
 
     Args:
-        variant: the kernel.
+        variant: the kernel; the wide one is taken instead where it is faster.
         call: the mask, and how to score.
         q: ``[tq, hq, d]``.
         k: ``[tk, hk, d]``.
@@ -108,15 +110,16 @@ class PreparedForward:
 
     def __init__(self, variant: ForwardVariant, call: AttentionCall, q: Tensor, k: Tensor) -> None:
         cut = geometry(variant, q.shape[1], k.shape[1], k.shape[0])
+        self.tables = device_row_tables(call.slices, q.shape[0], k.shape[0], cut.tile_q, variant, q.device)
+        variant = replace(variant, wide=self.tables.wide)
         sizes = variant.sizes
-        self.tables = device_row_tables(call.slices, q.shape[0], k.shape[0], cut.tile_q, sizes.box_n, q.device)
         self.kernel = _kernel(variant, q.device)
         swizzles = [128 if dim % 64 == 0 else 64 for dim in (variant.head_dim, variant.head_dim, variant.head_dim_v)]
         rows = [(cut.pack, cut.tile_q), (1, sizes.box_n), (1, sizes.box_n)]
         self.boxes = [(swizzle // 2, *each) for swizzle, each in zip(swizzles, rows, strict=True)]
         self.swizzles = swizzles
         items = len(self.tables.tiles) * cut.num_packs
-        self.blocks = max(min(_multiprocessors(q.device) - call.sm_margin, items), 1)
+        self.blocks = max(min(multiprocessors(q.device) - call.sm_margin, items), 1)
         scale = abs(call.softmax_scale) or 1.0
         capped = call.softcap > 0
         self.template = Params(
@@ -159,7 +162,7 @@ def launch_forward(
     """
     if call.softmax_scale <= 0:  # the kernel takes the largest product for the largest score
         q = -q if call.softmax_scale < 0 else torch.zeros_like(q)
-    tensors = (_aligned(q), _aligned(k), _aligned(v))
+    tensors = (aligned(q), aligned(k), aligned(v))
     device = q.device
     key = ("hopper forward", device, q.dtype, q.shape, k.shape, v.shape[2], call.softmax_scale, call.softcap)
     prepared = call.slices.derived(
@@ -171,13 +174,13 @@ def launch_forward(
     max_logits = lse.new_full(lse.shape[1:], -torch.inf) if call.max_logits else None
     stream = torch.cuda.current_stream(device).cuda_stream
     params = Params.from_buffer_copy(prepared.template)
-    maps = _tensor_maps(device)
+    maps = tensor_maps(device)
     address = ctypes.addressof(params)  # the maps come first
     for x, box, swizzle_bytes in zip(tensors, prepared.boxes, prepared.swizzles, strict=True):
         ctypes.memmove(address, maps.get(x, box, swizzle_bytes), MAP_BYTES)
         address += MAP_BYTES
-    counters = _counters(device, stream)
-    params.out, params.lse, params.counters = out.data_ptr(), lse.data_ptr(), counters.data_ptr()
+    zeros = counters(device, stream)
+    params.out, params.lse, params.counters = out.data_ptr(), lse.data_ptr(), zeros.data_ptr()
     if max_logits is not None:
         params.max_logits = max_logits.data_ptr()
     params.out_is_float, params.merges = out.dtype == torch.float32, merge
@@ -185,41 +188,7 @@ def launch_forward(
     return max_logits
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """A tensor that the copy engine can read: x itself, or a contiguous copy."""
-    token, head, element = x.stride()
-    if element == 1 and not (x.data_ptr() | token * 2 | head * 2) % 16 and token > 0 and head > 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _counters(device: torch.device, stream: int) -> Tensor:
-    """Two zeros, which the kernel leaves as it finds them. Launches on one stream share them, one after another.
-
-    A graph may be replayed on any stream, so that a launch that is captured has its own.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    return _stream_counters(device, stream)
-
-
-@cache
-def _stream_counters(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(2, dtype=torch.int32, device=device)
-
-
 @cache
 def _kernel(variant: ForwardVariant, device: torch.device) -> Kernel:
-    index = device.index if device.index is not None else torch.cuda.current_device()
     cubin = CUBINS / f"{variant.name}.cubin"
-    return Kernel(cubin, variant.entry, index, variant.sizes.threads, variant.shared_bytes)
-
-
-@cache
-def _tensor_maps(device: torch.device) -> TensorMaps:
-    return TensorMaps()
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return Kernel(cubin, variant.entry, index_of(device), variant.sizes.threads, variant.shared_bytes)

@@ -1,12 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast the kernels are expected to be, from measurements."""
+"""How fast the kernels are expected to be, from measurements.
+
+Measured on an H200 with 64 query heads and 8 key/value heads of 128 dims, bfloat16, 8k and 32k tokens (the lower figure
+of the two). Forward figures were measured in turns with those of ``cudnn_flex`` and ``blackwell``, and are the ratio to
+the faster of these times what ``magi_kernels_blackwell.measured`` expects of that one, so that the automatic choice
+ranks all three by one run. NOTES.md has what was seen.
+"""
 
 from magi_attention.kernels.protocol import AttentionRequest
 
-UNMEASURED = 1.0
-"""Below every other GPU backend: the automatic choice takes these kernels only where nothing else can serve."""
+# (forward, backward) TFLOP/s by mask class, as magi_attention.kernels.mask_class names them.
+_128_DIMS = {
+    "full": (671, 510),
+    "causal": (693, 384),
+    "varlen_full": (628, 312),
+    "varlen_causal": (545, 252),
+    "sliding_window": (586, 348),
+    "block_causal": (624, 316),
+    "block_sparse": (661, 195),
+    "general": (545, 252),
+}
+# Kernels for other head dims keep the matrix units about this busy, compared to 128 dims.
+_DIM_FACTOR = {64: 0.75, 96: 0.8, 192: 0.95, 256: 0.9}
+# Tiles of 128 tokens of one head meet more of what a mask cuts off than tiles of 16 tokens of 8 heads.
+_UNGROUPED_DENSE, _UNGROUPED = 0.97, 0.85
 
 
 def tflops(request: AttentionRequest) -> float:
     """The expected speed in TFLOP/s, over the pairs that the mask keeps."""
-    return UNMEASURED
+    forward, backward = _128_DIMS.get(request.mask_class, _128_DIMS["general"])
+    factor = _DIM_FACTOR.get(request.head_dim, 1.0)
+    if request.direction == "backward":
+        return backward * factor
+    if request.num_heads_q == request.num_heads_kv:
+        factor *= _UNGROUPED_DENSE if request.mask_class in ("full", "causal") else _UNGROUPED
+    return forward * factor

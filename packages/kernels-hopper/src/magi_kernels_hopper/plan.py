@@ -43,7 +43,7 @@ class RowTables:
 
 
 @dataclass(frozen=True, eq=False)
-class _Runs:
+class Runs:
     """Runs of boxes, ascending in each tile.
 
     Attributes:
@@ -71,8 +71,8 @@ def row_tables(bands: Bands, num_q: int, num_k: int, tile_q: int, box_k: int) ->
     num_tiles = -(-num_q // tile_q)
     pieces = cut_rows(band.shrink(bands)[0], tile_q)
     owner = pieces[:, band.Q0] // tile_q
-    runs = _cut_at_pieces(_runs_of_boxes(pieces, owner, num_q, num_k, tile_q, box_k), pieces, owner, num_k, box_k)
-    first_piece, num_pieces, piece = _pieces_of_runs(runs, pieces, owner, num_k)
+    runs = cut_at_pieces(_runs_of_boxes(pieces, owner, num_q, num_k, tile_q, box_k), pieces, owner, num_k, box_k)
+    first_piece, num_pieces, piece = pieces_of_runs(runs, pieces, owner, num_k)
 
     boxes = -(-(runs.stop - runs.start) // box_k)
     num_boxes = np.bincount(runs.tile, boxes, num_tiles).astype(np.int64)
@@ -96,7 +96,7 @@ def row_tables(bands: Bands, num_q: int, num_k: int, tile_q: int, box_k: int) ->
     return RowTables(tiles, rows[order], table, np.argsort(-work, kind="stable"))
 
 
-def _runs_of_boxes(pieces: Bands, owner: Indices, num_q: int, num_k: int, tile_q: int, box_k: int) -> _Runs:
+def _runs_of_boxes(pieces: Bands, owner: Indices, num_q: int, num_k: int, tile_q: int, box_k: int) -> Runs:
     """Cut each tile's spans into boxes: maximal runs of such that are full, and of others."""
     base = owner * (num_k + 1)  # one ascending axis for the keys of all tiles, with a gap between them
     q0, q1, k0, k1, d0, d1 = pieces.T
@@ -135,10 +135,10 @@ def _runs_of_boxes(pieces: Bands, owner: Indices, num_q: int, num_k: int, tile_q
     kind = np.repeat([PARTIAL, WHOLE], [there.sum(), len(start)])
     order = np.argsort(all_start)
     run_tile, run_start = np.divmod(all_start[order], num_k + 1)
-    return _Runs(run_tile, run_start, run_start + (all_stop - all_start)[order], kind[order])
+    return Runs(run_tile, run_start, run_start + (all_stop - all_start)[order], kind[order])
 
 
-def _cut_at_pieces(runs: _Runs, pieces: Bands, owner: Indices, num_k: int, box_k: int) -> _Runs:
+def cut_at_pieces(runs: Runs, pieces: Bands, owner: Indices, num_k: int, box_k: int) -> Runs:
     """Cut partial runs into boxes between which the pieces that they meet change."""
     stride = num_k + 1
     start = runs.tile * stride + runs.start
@@ -157,10 +157,10 @@ def _cut_at_pieces(runs: _Runs, pieces: Bands, owner: Indices, num_k: int, box_k
     follows = np.append(all_start[1:], np.iinfo(np.int64).max)[: len(all_start)]
     all_stop = np.minimum(follows, stop[source])
     tile, first = np.divmod(all_start, stride)
-    return _Runs(tile, first, first + (all_stop - all_start), runs.kind[source])
+    return Runs(tile, first, first + (all_stop - all_start), runs.kind[source])
 
 
-def _pieces_of_runs(runs: _Runs, pieces: Bands, owner: Indices, num_k: int) -> tuple[Indices, Indices, Indices]:
+def pieces_of_runs(runs: Runs, pieces: Bands, owner: Indices, num_k: int) -> tuple[Indices, Indices, Indices]:
     """For each run its first piece and their number, and all these pieces one after another; full runs have none."""
     stride = num_k + 1
     partial = np.flatnonzero(runs.kind == PARTIAL)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernels can do, and what keeps them from it."""
 
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Final
@@ -9,21 +10,37 @@ import torch
 
 from magi_attention.kernels.protocol import AttentionRequest, Support
 from magi_kernels_hopper.driver import CUBINS
-from magi_kernels_hopper.variants import HEAD_DIMS, Element, ForwardVariant
+from magi_kernels_hopper.variants import (
+    BACKWARD_SIZES,
+    HEAD_DIMS,
+    BackwardVariant,
+    Element,
+    Variant,
+    forward_variants,
+)
 
 ELEMENT_OF: Final[dict[torch.dtype, Element]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def support_of(request: AttentionRequest) -> Support:
     """Whether the kernels serve a request, on the GPU that it names."""
-    if request.direction == "backward":
-        return _refuse("its backward pass is not implemented yet; use 'flex' or the backends of magi-kernels-blackwell")
+    device = request.device
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        request = replace(request, device=torch.device("cuda", torch.cuda.current_device()))
+    return _support_of(request)
+
+
+@cache
+def _support_of(request: AttentionRequest) -> Support:
     if request.dtype not in ELEMENT_OF:
         return _refuse(f"the kernels compute in bfloat16 or float16, not in {request.dtype}; use the backend 'flex'")
     dims = (request.head_dim, request.head_dim_v)
-    if dims not in HEAD_DIMS:
-        known = ", ".join(f"{d}/{d_v}" if d != d_v else f"{d}" for d, d_v in HEAD_DIMS)
-        return _refuse(f"head dims are {dims[0]}/{dims[1]}, kernels are for {known}; use the backend 'flex'")
+    served = HEAD_DIMS if request.direction == "forward" else tuple((dim, dim) for dim in BACKWARD_SIZES)
+    if dims not in served:
+        known = ", ".join(f"{d}/{d_v}" if d != d_v else f"{d}" for d, d_v in served)
+        return _refuse(
+            f"head dims are {dims[0]}/{dims[1]}, {request.direction} kernels are for {known}; use the backend 'flex'"
+        )
     if request.device.type != "cuda" or torch.version.hip is not None:
         return _refuse(f"the kernels run on NVIDIA GPUs only, the tensors are on {request.device}")
     if not torch.cuda.is_available():
@@ -31,17 +48,17 @@ def support_of(request: AttentionRequest) -> Support:
     if (capability := torch.cuda.get_device_capability(request.device)) != (9, 0):
         major, minor = capability
         return _refuse(f"the GPU has compute capability {major}.{minor}, kernels are for 9.0; use the backend 'flex'")
-    variant = ForwardVariant(*dims, ELEMENT_OF[request.dtype], request.softcap)
-    return _installed(variant)
-
-
-@cache
-def _installed(variant: ForwardVariant) -> Support:
-    if not (CUBINS / f"{variant.name}.cubin").exists():
-        return _refuse(
-            f"this installation of magi-kernels-hopper has no kernel {variant.name}: it was built without the CUDA "
-            "compiler; install a published wheel, or build it again where nvcc is"
-        )
+    element, needed = ELEMENT_OF[request.dtype], list[Variant]()
+    if request.direction == "forward":
+        needed += forward_variants(dims, element, request.softcap)
+    else:
+        needed.append(BackwardVariant(request.head_dim, element, request.softcap))
+    for variant in needed:
+        if not (CUBINS / f"{variant.name}.cubin").exists():
+            return _refuse(
+                f"this installation of magi-kernels-hopper has no kernel {variant.name}: it was built without the "
+                "CUDA compiler; install a published wheel, or build it again where nvcc is"
+            )
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         return _refuse("cuda-bindings is not installed: pip install 'cuda-bindings>=13'")
     return Support(True)

@@ -4,7 +4,7 @@
 The build hook reads this file alone, so it imports nothing but the standard library.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -23,7 +23,6 @@ class ForwardSizes:
     Attributes:
         consumers: warpgroups that compute, each with 64 rows of scores.
         box_n: keys of a box, which the copy engine loads at once; a tile of keys is two boxes.
-        q_stages: tiles of queries in shared memory; with 2, the next one comes while one is computed with.
         stages: tiles of keys, and as many of values, in shared memory.
         consumer_registers: of each consumer's thread.
         producer_registers: of each thread of the warpgroup that loads.
@@ -31,7 +30,6 @@ class ForwardSizes:
 
     consumers: int
     box_n: int
-    q_stages: int
     stages: int
     consumer_registers: int
     producer_registers: int
@@ -48,18 +46,22 @@ class ForwardSizes:
 
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory of a block: tiles, and room for barriers and alignment, which the compiler checks."""
-        tiles = self.q_stages * self.tile_m * head_dim + 2 * self.box_n * self.stages * (head_dim + head_dim_v)
+        tiles = self.tile_m * head_dim + 2 * self.box_n * self.stages * (head_dim + head_dim_v)
         return 2 * tiles + 2048
 
 
 FORWARD_SIZES = {
-    (64, 64): ForwardSizes(3, 56, 2, 2, 160, 32),
-    (96, 96): ForwardSizes(2, 64, 2, 2, 232, 40),
-    (128, 128): ForwardSizes(2, 64, 2, 2, 240, 24),
-    (192, 128): ForwardSizes(2, 64, 1, 2, 240, 24),
-    (192, 192): ForwardSizes(2, 56, 1, 2, 232, 40),
-    (256, 256): ForwardSizes(2, 40, 1, 2, 232, 40),
+    (64, 64): ForwardSizes(3, 64, 2, 160, 32),
+    (96, 96): ForwardSizes(2, 64, 2, 232, 40),
+    (128, 128): ForwardSizes(2, 64, 2, 240, 24),
+    (192, 128): ForwardSizes(2, 64, 2, 240, 24),
+    (192, 192): ForwardSizes(2, 56, 2, 232, 40),
+    (256, 256): ForwardSizes(2, 40, 2, 232, 40),
 }
+"""By head dims."""
+
+WIDE_SIZES = {(128, 128): ForwardSizes(2, 88, 2, 240, 24)}
+"""The same with wider boxes, without softcap: faster for each key, and worse where spans of keys are short."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,14 @@ class ForwardVariant:
         head_dim_v: of values.
         element: ``"bf16"`` or ``"fp16"``, the type of queries, keys and values.
         softcap: whether scores are capped.
+        wide: whether its sizes are of ``WIDE_SIZES``.
     """
 
     head_dim: int
     head_dim_v: int
     element: Element
     softcap: bool = False
+    wide: bool = False
 
     source = "forward/forward.cu"
     entry = "magi_forward"
@@ -85,12 +89,12 @@ class ForwardVariant:
     def name(self) -> str:
         """What its cubin is called."""
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}_v{self.head_dim_v}"
-        return f"forward_{dims}_{self.element}{'_softcap' * self.softcap}"
+        return f"forward_{dims}_{self.element}{'_softcap' * self.softcap}{'_wide' * self.wide}"
 
     @property
     def sizes(self) -> ForwardSizes:
         """Its sizes."""
-        return FORWARD_SIZES[self.head_dim, self.head_dim_v]
+        return (WIDE_SIZES if self.wide else FORWARD_SIZES)[self.head_dim, self.head_dim_v]
 
     @property
     def shared_bytes(self) -> int:
@@ -107,7 +111,6 @@ class ForwardVariant:
             "MAGI_SOFTCAP": int(self.softcap),
             "MAGI_CONSUMERS": self.sizes.consumers,
             "MAGI_BOX_N": self.sizes.box_n,
-            "MAGI_Q_STAGES": self.sizes.q_stages,
             "MAGI_STAGES": self.sizes.stages,
             "MAGI_CONSUMER_REGISTERS": self.sizes.consumer_registers,
             "MAGI_PRODUCER_REGISTERS": self.sizes.producer_registers,
@@ -115,15 +118,106 @@ class ForwardVariant:
         }
 
 
-def all_variants() -> list[ForwardVariant]:
+@dataclass(frozen=True)
+class BackwardSizes:
+    """Sizes of a backward kernel, chosen by measurement; see ``csrc/backward/traits.cuh``.
+
+    Attributes:
+        tile_m: rows of queries of a tile.
+        tile_n: keys of a tile: 64 for each warpgroup that computes, or for both together where heads are wide.
+        stages: tiles of queries, and as many of gradients of outputs, in shared memory.
+        dq_parts: into how many parts the sums of a tile's gradients of queries are cut.
+        shared_bytes: of a block, which the compiler checks.
+    """
+
+    tile_m: int
+    tile_n: int
+    stages: int
+    dq_parts: int
+    shared_bytes: int
+
+    threads = 384
+    row_threads = 256
+    """Threads of a block of the kernels that come before and after."""
+
+
+BACKWARD_SIZES = {
+    64: BackwardSizes(64, 128, 2, 1, 134 << 10),
+    96: BackwardSizes(64, 128, 2, 1, 180 << 10),
+    128: BackwardSizes(64, 128, 2, 2, 196 << 10),
+    192: BackwardSizes(64, 64, 2, 2, 227 << 10),
+    256: BackwardSizes(64, 64, 2, 2, 227 << 10),
+}
+"""By head dim, which queries, keys and values share."""
+
+
+@dataclass(frozen=True)
+class BackwardVariant:
+    """One backward kernel, and those that come before and after it.
+
+    Attributes:
+        head_dim: of queries, keys and values.
+        element: ``"bf16"`` or ``"fp16"``, the type of queries, keys and values.
+        softcap: whether scores are capped.
+    """
+
+    head_dim: int
+    element: Element
+    softcap: bool = False
+
+    source = "backward/backward.cu"
+    entry = "magi_backward"
+    prepare_entry = "magi_backward_prepare"
+    convert_entry = "magi_backward_convert"
+
+    @property
+    def name(self) -> str:
+        """What its cubin is called."""
+        return f"backward_d{self.head_dim}_{self.element}{'_softcap' * self.softcap}"
+
+    @property
+    def sizes(self) -> BackwardSizes:
+        """Its sizes."""
+        return BACKWARD_SIZES[self.head_dim]
+
+    @property
+    def defines(self) -> dict[str, object]:
+        """What the compiler is told."""
+        return {
+            "MAGI_HEAD_DIM": self.head_dim,
+            "MAGI_ELEMENT": ELEMENTS[self.element],
+            "MAGI_SOFTCAP": int(self.softcap),
+            "MAGI_TILE_M": self.sizes.tile_m,
+            "MAGI_TILE_N": self.sizes.tile_n,
+            "MAGI_STAGES": self.sizes.stages,
+            "MAGI_DQ_PARTS": self.sizes.dq_parts,
+            "MAGI_SHARED_BYTES": self.sizes.shared_bytes,
+        }
+
+
+Variant = ForwardVariant | BackwardVariant
+
+
+def forward_variants(dims: tuple[int, int], element: Element, softcap: bool) -> list[ForwardVariant]:
+    """The kernels that serve head dims: one, or two of which the mask decides, the narrower first."""
+    narrow = ForwardVariant(*dims, element, softcap)
+    return [narrow, replace(narrow, wide=True)] if dims in WIDE_SIZES and not softcap else [narrow]
+
+
+def all_variants() -> list[Variant]:
     """Every kernel, in the order in which they are compiled."""
+    scores = list(product(ELEMENTS, (False, True)))
     return [
-        ForwardVariant(*dims, element, softcap)
-        for dims, element, softcap in product(HEAD_DIMS, ELEMENTS, (False, True))
+        *(
+            each
+            for dims, (element, softcap) in product(HEAD_DIMS, scores)
+            for each in forward_variants(dims, element, softcap)
+        ),
+        *(BackwardVariant(dim, element, softcap) for dim, (element, softcap) in product(BACKWARD_SIZES, scores)),
     ]
 
 
-def compiler_options(variant: ForwardVariant) -> list[str]:
+def compiler_options(variant: Variant) -> list[str]:
     """What nvcc is told besides the paths."""
     defines = [f"-D{name}={value}" for name, value in variant.defines.items()]
     return ["-std=c++17", "-O3", f"-gencode=arch=compute_{ARCH[3:]},code={ARCH}", "-cubin", *defines]

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backward kernel. Each block takes tiles of keys from a common list until none is left, and for each of them meets
+// all tiles of queries that see it, of all query heads that share its key head: gradients of keys and values stay in
+// registers until they are complete. Those of queries are added up in device memory, by the copy engine.
+#pragma once
+
+#include "narrow.cuh"
+#include "producer.cuh"
+#include "wide.cuh"
+
+namespace magi::backward {
+
+constexpr uint32_t kConsumerRegisters = 240, kProducerRegisters = 24;
+
+template <typename T>
+__device__ __forceinline__ void init_barriers(Shared<T>& s) {
+    constexpr uint32_t kWarps = 4 * kConsumers;
+    ptx::mbarrier_init(&s.k_full, 1);
+    ptx::mbarrier_init(&s.v_full, 1);
+    ptx::mbarrier_init(&s.kv_empty, kWarps);
+    for (int i = 0; i < T::kStages; i++) {
+        ptx::mbarrier_init(&s.q_full[i], 1);
+        ptx::mbarrier_init(&s.q_empty[i], kWarps);
+        ptx::mbarrier_init(&s.dout_full[i], 1);
+        ptx::mbarrier_init(&s.dout_empty[i], kWarps);
+    }
+    for (int i = 0; i < 2; i++) {
+        ptx::mbarrier_init(&s.ds_full[i], T::kWide ? 4 : kWarps);
+        ptx::mbarrier_init(&s.ds_empty[i], T::kDqAlternates ? 4 : kWarps);
+        ptx::mbarrier_init(&s.item_full[i], 1);
+        ptx::mbarrier_init(&s.item_empty[i], kWarps);
+    }
+    if constexpr (T::kDqShared) {
+        for (int i = 0; i < kConsumers; i++) {
+            ptx::mbarrier_init(&s.dq_full[i], 4);
+            ptx::mbarrier_init(&s.dq_empty[i], 1);
+        }
+    }
+    if constexpr (T::kWide) {
+        for (int i = 0; i < 2; i++) {
+            ptx::mbarrier_init(&s.p_full[i], 4);
+            ptx::mbarrier_init(&s.p_empty[i], 4);
+        }
+    }
+    ptx::fence_mbarrier_init();
+}
+
+template <typename T>
+__device__ __forceinline__ void backward(Params const& p) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    auto& s = *reinterpret_cast<Shared<T>*>(memory);
+    int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    if (threadIdx.x == 0) init_barriers(s);
+    __syncthreads();
+    if (warp < 4) {
+        ptx::setmaxnreg_dec<kProducerRegisters>();
+        if (warp <= (T::kDqShared ? kConsumers : 0) && ptx::elect_sync()) {
+            if (warp == 0) {
+                Loader<T>{p, s}.run();
+            } else if constexpr (T::kDqShared) {
+                Reducer<T>{p, s, warp - 1}.run();
+            }
+        }
+    } else {
+        ptx::setmaxnreg_inc<kConsumerRegisters>();
+        using Consumer = std::conditional_t<T::kWide, WideConsumer<T>, NarrowConsumer<T>>;
+        Consumer(p, s, warp / 4 - 1).run();
+    }
+}
+
+}  // namespace magi::backward

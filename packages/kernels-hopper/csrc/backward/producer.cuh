@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// The threads that move data: one has the copy engine bring keys, queries and all that goes with them; one for each
+// consumer has it add gradients of queries to their sums.
+#pragma once
+
+#include "../ptx/cp_async_bulk.cuh"
+#include "../ptx/cp_async_bulk_tensor.cuh"
+#include "../ring.cuh"
+#include "schedule.cuh"
+#include "shared.cuh"
+#include "sums.cuh"
+
+namespace magi::backward {
+
+using ptx::CacheHint;
+
+template <typename T>
+struct Loader {
+    Params const& p;
+    Shared<T>& s;
+    RingPlace<T::kStages> place;
+    RingPlace<2> item_place;
+    RingPlace<1> kv_place;
+
+    template <typename Tile>
+    __device__ __forceinline__ void load(uint8_t* target, CUtensorMap const* map, uint64_t* full, int head, int token,
+                                         CacheHint hint) {
+#pragma unroll
+        for (int panel = 0; panel < Tile::kPanels; panel++) {
+            ptx::cp_async_bulk_tensor_3d(target + panel * Tile::kPanelBytes, map, full, panel * Tile::kPanelColumns,
+                                         head, token, hint);
+        }
+    }
+
+    __device__ __forceinline__ void load_keys(Item const& item) {
+        ptx::mbarrier_try_wait_parity(&s.kv_empty, kv_place.parity() ^ 1);
+        ptx::mbarrier_arrive_expect_tx(&s.k_full, T::TileK::kBytes);
+        load<typename T::TileK>(s.k, &p.k, &s.k_full, item.kv_head, item.tile * T::kTileN, CacheHint::kEvictFirst);
+        ptx::mbarrier_arrive_expect_tx(&s.v_full, T::TileK::kBytes);
+        load<typename T::TileK>(s.v, &p.v, &s.v_full, item.kv_head, item.tile * T::kTileN, CacheHint::kEvictFirst);
+        kv_place.advance();
+    }
+
+    __device__ __forceinline__ void load_queries(Walk const& walk) {
+        int const stage = place.stage(), token = walk.tile * (T::kTileM >> p.log2_pack);
+        constexpr uint32_t kTermBytes = sizeof(s.row_terms[0]);
+        ptx::mbarrier_try_wait_parity(&s.q_empty[stage], place.parity() ^ 1);
+        int const tile = walk.pack * p.num_tiles_q + walk.tile;
+        s.step[stage] = make_int4(token, walk.run.z, walk.run.w, tile);
+        if (p.semaphores != nullptr) s.rank[stage] = walk.rank();
+        ptx::mbarrier_arrive_expect_tx(&s.q_full[stage], T::TileQ::kBytes + kTermBytes);
+        load<typename T::TileQ>(s.q[stage], &p.q, &s.q_full[stage], walk.pack << p.log2_pack, token,
+                                CacheHint::kEvictNormal);
+        ptx::cp_async_bulk_load(s.row_terms[stage], p.row_terms + static_cast<int64_t>(tile) * 2 * T::kTerms, kTermBytes,
+                                &s.q_full[stage]);
+    }
+
+    __device__ __forceinline__ void load_gradients(Walk const& walk) {
+        int const stage = place.stage();
+        ptx::mbarrier_try_wait_parity(&s.dout_empty[stage], place.parity() ^ 1);
+        ptx::mbarrier_arrive_expect_tx(&s.dout_full[stage], T::TileQ::kBytes);
+        load<typename T::TileQ>(s.dout[stage], &p.dout, &s.dout_full[stage], walk.pack << p.log2_pack,
+                                walk.tile * (T::kTileM >> p.log2_pack), CacheHint::kEvictNormal);
+    }
+
+    __device__ __forceinline__ void announce(Item const& item) {
+        ptx::mbarrier_try_wait_parity(&s.item_empty[item_place.stage()], item_place.parity() ^ 1);
+        int* const slot = s.item[item_place.stage()];
+        slot[0] = item.tile;
+        slot[1] = item.kv_head;
+        slot[2] = item.num_steps;
+        ptx::mbarrier_arrive(&s.item_full[item_place.stage()]);
+        item_place.advance();
+    }
+
+    __device__ __forceinline__ void run() {
+        int const num_items = p.num_tiles_k * p.num_kv_heads;
+        int number = blockIdx.x;
+        while (number < num_items) {
+            int const next = gridDim.x + atomicAdd(p.counters, 1);
+            Item const item = item_at(p, number);
+            announce(item);
+            number = next;
+            if (item.num_steps == 0) continue;
+            Walk walk(p, item.tile, item.kv_head);
+            load_queries(walk);
+            load_keys(item);
+            load_gradients(walk);
+            place.advance();
+            for (int i = 1; i < item.num_steps; i++) {
+                walk.advance();
+                load_queries(walk);
+                load_gradients(walk);
+                place.advance();
+            }
+        }
+        announce({-1, 0, 0});
+        // The block that is the last to finish leaves both counters as it found them.
+        __threadfence();
+        if (atomicInc(p.counters + 1, gridDim.x - 1) == gridDim.x - 1) atomicExch(p.counters, 0);
+    }
+};
+
+// Adds what one consumer has computed of the gradients of queries to their sums.
+template <typename T>
+struct Reducer {
+    Params const& p;
+    Shared<T>& s;
+    int const group;  // which consumer
+
+    __device__ __forceinline__ void run() {
+        RingPlace<1> place;
+        while (true) {
+            ptx::mbarrier_try_wait_parity(&s.dq_full[group], place.parity());
+            Target const target = s.dq_target[group];
+            if (target.tile < 0) break;
+            int64_t const part = static_cast<int64_t>(target.tile) * T::kDqParts + (T::kDqAlternates ? 0 : group);
+            if (p.semaphores != nullptr) {
+                wait_for_turn(p.semaphores + part, target.rank);
+                ptx::fence_proxy_async_global();
+            }
+            ptx::cp_reduce_async_bulk_add(p.dq_sums + part * T::kDqFloats, s.dq[group], sizeof(s.dq[group]));
+            ptx::cp_async_bulk_commit_group();
+            ptx::cp_async_bulk_wait_group_read<0>();
+            ptx::mbarrier_arrive(&s.dq_empty[group]);
+            place.advance();
+            if (p.semaphores != nullptr) {
+                ptx::cp_async_bulk_wait_group<0>();
+                ptx::fence_proxy_async_global();
+                give_turn(p.semaphores + part);
+            }
+        }
+        ptx::cp_async_bulk_wait_group<0>();
+    }
+};
+
+}  // namespace magi::backward

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The structures of csrc/backward/params.cuh."""
+
+import ctypes
+
+from magi_kernels_hopper.driver import TensorMap
+
+
+class Params(ctypes.Structure):
+    """``magi::backward::Params``."""
+
+    _fields_ = (
+        ("q", TensorMap),
+        ("dout", TensorMap),
+        ("k", TensorMap),
+        ("v", TensorMap),
+        ("dk", ctypes.c_void_p),
+        ("dv", ctypes.c_void_p),
+        ("dq_sums", ctypes.c_void_p),
+        ("row_terms", ctypes.c_void_p),
+        ("semaphores", ctypes.c_void_p),
+        ("counters", ctypes.c_void_p),
+        ("tiles", ctypes.c_void_p),
+        ("runs", ctypes.c_void_p),
+        ("pieces", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
+        ("num_k", ctypes.c_int),
+        ("num_kv_heads", ctypes.c_int),
+        ("log2_pack", ctypes.c_int),
+        ("packs_per_kv_head", ctypes.c_int),
+        ("num_tiles_q", ctypes.c_int),
+        ("num_tiles_k", ctypes.c_int),
+        ("heads_per_section", ctypes.c_int),
+        ("scale", ctypes.c_float),
+        ("to_log2", ctypes.c_float),
+        ("cap_slope", ctypes.c_float),
+        ("cap", ctypes.c_float),
+        ("out_is_float", ctypes.c_int),
+        ("padding", ctypes.c_int * 30),
+    )
+
+
+class RowParams(ctypes.Structure):
+    """``magi::backward::RowParams``."""
+
+    _fields_ = (
+        ("out", ctypes.c_void_p),
+        ("dout", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("dlse", ctypes.c_void_p),
+        ("dq_sums", ctypes.c_void_p),
+        ("row_terms", ctypes.c_void_p),
+        ("semaphores", ctypes.c_void_p),
+        ("dq", ctypes.c_void_p),
+        ("num_q", ctypes.c_int),
+        ("num_heads", ctypes.c_int),
+        ("log2_pack", ctypes.c_int),
+        ("num_tiles_q", ctypes.c_int),
+        ("scale", ctypes.c_float),
+        ("dq_is_float", ctypes.c_int),
+    )

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mask as the tables that the backward kernel reads: which tiles of queries each tile of keys meets, in which order.
+
+Tiles are cut from the first query and the first key. Tables hold runs of tiles of queries, so that they grow with the
+runs, except for the ranks, which the deterministic kernel needs for each pair of tiles.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from magi_attention.common import bands as band
+from magi_attention.common.bands import Bands
+from magi_attention.common.slices import expand_counts
+from magi_attention.kernels.tiles import cut_rows, tile_runs
+from magi_kernels_hopper.plan import FULL, PARTIAL, WHOLE, Indices, Runs, cut_at_pieces, pieces_of_runs
+
+MASK_COST = 8
+"""A tile without mask costs this many times what a mask adds."""
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnTables:
+    """What ``csrc/backward/params.cuh`` describes.
+
+    Attributes:
+        tiles: ``(num_tiles, 4)``: first run, number of runs, tiles of queries, first rank.
+        runs: ``(n, 4)``: first tile of queries, end, first piece, number of pieces or ``FULL``.
+        pieces: ``(m, 8)``: q0, q1, d0, d1, k0, k1, 0, 0; key j sees i if ``d0 <= i - j <= d1``.
+        order: ``(num_tiles,)``, those with the most work first.
+    """
+
+    tiles: Indices
+    runs: Indices
+    pieces: Indices
+    order: Indices
+
+
+def column_tables(bands: Bands, num_q: int, num_k: int, tile_q: int, tile_k: int) -> ColumnTables:
+    """Build the tables of a mask.
+
+    Args:
+        bands: which (query, key) pairs count, as ``SliceTable.bands()`` gives them; no pair twice.
+        num_q: rows of the query tensor.
+        num_k: rows of the key tensor; the last tile ends here.
+        tile_q: queries of a tile.
+        tile_k: keys of a tile.
+    """
+    num_tiles = -(-num_k // tile_k)
+    span = -(-num_q // tile_q) * tile_q  # queries, up to the end of the last tile
+    by_key = band.transpose(bands)
+    pieces = cut_rows(band.shrink(by_key)[0], tile_k)
+    owner = pieces[:, band.Q0] // tile_k
+    both = tile_runs(by_key, num_k, num_q, tile_k, tile_q)
+    tile, start, stop = (
+        np.concatenate(
+            [np.repeat(np.arange(num_tiles), both.partial.counts), np.repeat(np.arange(num_tiles), both.full.counts)]
+        ),
+        np.concatenate([both.partial.starts, both.full.starts]) * tile_q,
+        np.concatenate([both.partial.stops, both.full.stops]) * tile_q,
+    )
+    kind = np.repeat([PARTIAL, WHOLE], [len(both.partial.starts), len(both.full.starts)])
+    order = np.lexsort((start, tile))
+    runs = cut_at_pieces(Runs(tile[order], start[order], stop[order], kind[order]), pieces, owner, span, tile_q)
+    first_piece, num_pieces, piece = pieces_of_runs(runs, pieces, owner, span)
+
+    sizes = (runs.stop - runs.start) // tile_q
+    num_runs = np.bincount(runs.tile, minlength=num_tiles)
+    num_q_tiles = np.bincount(runs.tile, sizes, num_tiles).astype(np.int64)
+    num_partial = np.bincount(runs.tile, sizes * (runs.kind == PARTIAL), num_tiles).astype(np.int64)
+    first_run, first_rank = np.cumsum(num_runs) - num_runs, np.cumsum(num_q_tiles) - num_q_tiles
+    chosen = pieces[piece]
+    table = np.zeros((len(chosen), 8), np.int64)
+    table[:, :6] = chosen[:, [band.K0, band.K1, band.D0, band.D1, band.Q0, band.Q1]]
+    return ColumnTables(
+        np.column_stack([first_run, num_runs, num_q_tiles, first_rank]),
+        np.column_stack(
+            [runs.start // tile_q, runs.stop // tile_q, first_piece, np.where(runs.kind == WHOLE, FULL, num_pieces)]
+        ),
+        table,
+        np.argsort(-(MASK_COST * num_q_tiles + num_partial), kind="stable"),
+    )
+
+
+def ranks(tables: ColumnTables) -> Indices:
+    """For each tile of keys and each tile of queries that it meets, how many earlier tiles of keys meet it.
+
+    Earlier in ``order``, in which gradients of queries are added up so that they are the same bits in every run.
+    """
+    run, step = expand_counts(tables.runs[:, 1] - tables.runs[:, 0])
+    tile_q = tables.runs[run, 0] + step
+    tile_k = np.repeat(np.arange(len(tables.tiles)), tables.tiles[:, 2])
+    place = np.empty_like(tables.order)
+    place[tables.order] = np.arange(len(tables.order))
+    by_query = np.lexsort((place[tile_k], tile_q))
+    counts = np.bincount(tile_q)
+    result = np.empty_like(tile_q)
+    result[by_query] = expand_counts(counts)[1]
+    return result

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// Prints where the backward kernels' accumulators of the gradients of queries belong; test_backward_layout.py reads it.
+#include <cstdio>
+
+#include "backward/traits.cuh"
+
+template <int HeadDim>
+void print() {
+    using Traits = magi::backward::Traits<HeadDim, short, false, 64, 2>;
+    for (int part = 0; part < Traits::kDqParts; part++) {
+        for (int thread = 0; thread < 128; thread++) {
+            for (int i = 0; i < Traits::kDqRegisters * Traits::kDqPasses; i++) {
+                auto const place = Traits::dq_place(part, thread, i);
+                std::printf("%d %d %d %d %d %d\n", HeadDim, part, thread, i, place.row, place.column);
+            }
+        }
+    }
+}
+
+int main() {
+    print<64>();
+    print<96>();
+    print<128>();
+    print<192>();
+    print<256>();
+}

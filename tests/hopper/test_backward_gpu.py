@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backward kernels on a GPU against the dense float64 oracle; the most basic cases come first.
+
+The forward pass is the oracle's, so that nothing but the gradients is at stake.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magi_attention.common.slices import SliceTable
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
+from magi_attention.testing.masks import MASK_FAMILIES, rectangular_masks
+from magi_attention.testing.metric import assert_within_pytorch_error
+from magi_attention.testing.oracle import dense_mask, masked_attention
+from magi_attention.testing.stages import Inputs, random_inputs
+from magi_kernels_hopper import BACKEND
+from magi_kernels_hopper.variants import BACKWARD_SIZES
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
+
+# Rows without keys, rows with several intervals, keys that nobody sees, ragged ends.
+IRREGULAR = [[0, 200, 0, 300, 0], [200, 600, 100, 500, 1], [620, 640, 300, 340, 3], [620, 640, 0, 40, 2]]
+
+
+def inputs(num_q, num_k=None, *, dim=128, heads=(4, 2), dtype=torch.bfloat16) -> Inputs:
+    x = random_inputs(
+        num_q, num_q if num_k is None else num_k, heads=heads, dims=(dim, dim), dtype=dtype, device="cuda"
+    )
+    if not (support := BACKEND.supports(AttentionRequest.of_tensors(x.q, x.k, x.v).toward("backward"))):
+        pytest.skip(support.reason)
+    return x
+
+
+def check(x: Inputs, slices: SliceTable, *, scale=None, softcap=0.0, deterministic=False) -> None:
+    """Compare the gradients with the oracle's, through out and lse; none may be off by more than twice PyTorch's."""
+    scale = x.q.shape[2] ** -0.5 if scale is None else scale
+    mask = dense_mask(slices, len(x.q), len(x.k), "cuda")
+
+    def dense(dtype):
+        leaves = [each.to(dtype).requires_grad_() for each in (x.q, x.k, x.v)]
+        out, lse, _ = masked_attention(*leaves, mask, softmax_scale=scale, softcap=softcap)
+        seen = lse.isfinite()
+        loss = (out * x.dout.to(dtype)).sum().double() + (lse.masked_fill(~seen, 0).double() * x.dlse).sum()
+        return out.detach(), lse.detach(), torch.autograd.grad(loss, leaves)
+
+    out, lse, expected = dense(torch.float64)
+    _, _, plain = dense(x.q.dtype)
+    call = AttentionCall(slices, scale, softcap, deterministic)
+    arguments = x.dout, x.q, x.k, x.v, out.to(x.q.dtype), lse.float(), x.dlse, call
+    got = BACKEND.backward(*arguments)
+    for name, a, b, c in zip(("dq", "dk", "dv"), got, expected, plain, strict=True):
+        assert_within_pytorch_error(a, b, c, name=name)
+    if deterministic:
+        again = BACKEND.backward(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("num_q", "num_k", "heads"), [(64, 128, (1, 1)), (8, 128, (8, 1)), (256, 128, (1, 1)), (64, 384, (1, 1))]
+)
+def test_few_tiles(num_q, num_k, heads):
+    check(inputs(num_q, num_k, heads=heads), SliceTable([[0, num_q, 0, num_k, 0]]))
+
+
+@pytest.mark.parametrize("dim", BACKWARD_SIZES)
+@pytest.mark.parametrize("heads", [(4, 4), (8, 1), (6, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_irregular_mask(dim, heads, dtype, softcap):
+    check(inputs(700, dim=dim, heads=heads, dtype=dtype), SliceTable(IRREGULAR), softcap=softcap)
+
+
+@pytest.mark.parametrize("dim", BACKWARD_SIZES)
+def test_deterministic(dim):
+    check(inputs(1500, dim=dim, heads=(8, 2)), SliceTable([[0, 1500, 0, 1500, 1]]), deterministic=True)
+    check(inputs(700, dim=dim, heads=(8, 2)), SliceTable(IRREGULAR), deterministic=True)
+
+
+@pytest.mark.parametrize("family", MASK_FAMILIES)
+def test_families(family):
+    for total in (333, 1024):
+        check(inputs(total), MASK_FAMILIES[family](total, np.random.default_rng(total)))
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 1.0])
+def test_scales(scale):
+    check(inputs(300), SliceTable([[0, 300, 0, 300, 1]]), scale=scale)
+
+
+def test_nothing_to_do():
+    x = inputs(100)
+    lse = x.q.new_full(x.q.shape[:2], -torch.inf, dtype=torch.float32)
+    zeros = torch.zeros_like(x.q)
+    got = BACKEND.backward(x.q, x.q, x.k, x.v, zeros, lse, None, AttentionCall(SliceTable([]), 1.0))
+    assert not any(each.any() for each in got)
+    got = BACKEND.backward(x.q[:0], x.q[:0], x.k, x.v, zeros[:0], lse[:0], None, AttentionCall(SliceTable([]), 1.0))
+    assert not any(each.any() for each in got)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rectangular_masks(400), st.sampled_from([(1, 1), (4, 2), (8, 1)]), st.booleans())
+def test_random_masks(mask, heads, deterministic):
+    (num_q, num_k), slices = mask
+    check(inputs(num_q, num_k, heads=heads), slices, deterministic=deterministic)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backward kernel's tables, walked as the kernel walks them."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magi_attention.common.slices import SliceTable
+from magi_attention.testing.masks import rectangular_masks
+from magi_attention.testing.oracle import dense_mask
+from magi_kernels_hopper.backward_plan import column_tables, ranks
+from magi_kernels_hopper.plan import FULL
+from tests.hopper.backward_walk import pair_counts, walk
+
+
+@settings(max_examples=400, deadline=None)
+@given(rectangular_masks(150), st.sampled_from([1, 4, 10, 24]), st.sampled_from([8, 16, 32]))
+def test_every_pair_counts_once(mask, tile_q, tile_k):
+    (num_q, num_k), slices = mask
+    tables = column_tables(slices.bands(), num_q, num_k, tile_q, tile_k)
+    counts = pair_counts(tables, num_q, num_k, tile_q, tile_k)
+    np.testing.assert_array_equal(counts, dense_mask(slices, num_q, num_k).numpy())
+    assert sorted(tables.order.tolist()) == list(range(-(-num_k // tile_k)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(rectangular_masks(150), st.sampled_from([4, 10]), st.sampled_from([8, 16]))
+def test_ranks_count_up_in_the_order_of_work(mask, tile_q, tile_k):
+    (num_q, num_k), slices = mask
+    tables = column_tables(slices.bands(), num_q, num_k, tile_q, tile_k)
+    table = ranks(tables).tolist()
+    reached = dict.fromkeys(range(-(-num_q // tile_q)), 0)
+    for tile in tables.order.tolist():
+        steps = list(walk(tables, tile, num_k, tile_q, tile_k))
+        for left, step in zip(range(len(steps), 0, -1), steps, strict=True):
+            assert table[tables.tiles[tile, 3] + left - 1] == reached[step.tile]
+            reached[step.tile] += 1
+    assert len(table) == sum(reached.values())
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_steps", "num_runs"),
+    [
+        ([[0, 256, 0, 256, 0]], [16] * 8, [1] * 8),  # one full run
+        (
+            [[0, 256, 0, 256, 1]],
+            [16, 14, 12, 10, 8, 6, 4, 2],
+            [2] * 7 + [1],
+        ),  # the diagonal's two tiles, then full ones
+        ([[16, 48, 0, 32, 0], [48, 80, 0, 32, 0]], [4] + [0] * 7, [1] + [0] * 7),  # slices that touch make one run
+        ([], [0] * 8, [0] * 8),
+    ],
+)
+def test_runs(rows, num_steps, num_runs):
+    tables = column_tables(SliceTable(rows).bands(), 256, 256, 16, 32)
+    assert tables.tiles[:, 2].tolist() == num_steps
+    assert tables.tiles[:, 1].tolist() == num_runs
+
+
+def test_masked_tiles_meet_only_their_own_pieces():
+    rows = [[128 * i, 128 * i + 60, 0, 128, 0] for i in range(50)]
+    tables = column_tables(SliceTable(rows).bands(), 6400, 128, 64, 128)
+    assert set(tables.runs[:, 3].tolist()) == {1}
+    assert FULL not in tables.runs[:, 3]
+
+
+def test_long_runs_stay_short_tables():
+    tables = column_tables(SliceTable([[0, 1 << 20, 0, 1 << 20, 1]]).bands(), 1 << 20, 1 << 20, 8, 128)
+    assert len(tables.runs) == 2 * len(tables.tiles) - 1
+    assert len(tables.pieces) == len(tables.tiles)
