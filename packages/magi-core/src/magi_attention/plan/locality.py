@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.chunks import ChunkWork
-from magi_attention.plan.deal import Deal
+from magi_attention.plan.deal import SMALL_GROUP, Deal
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.documents import find_documents
 from magi_attention.plan.even_out import even_out
@@ -22,11 +22,11 @@ from magi_attention.plan.totals import totals
 
 Owner = NDArray[np.int64]
 
-# Short neighboring documents are joined up to this share of a rank's tokens and area, less SMALL_GROUP / num_ranks: a
+# Short neighboring documents are joined up to this share of a rank's tokens and area, less LESS_JOINED / num_ranks: a
 # small group has few units to choose from.
-JOINED_SHARE, SMALL_GROUP = 0.4, 1.2
+JOINED_SHARE, LESS_JOINED = 0.4, 1.2
 # Loads up to this many thousandths of the mean are good; others are evened out.
-LIMIT = 1019
+LIMIT, LIMIT_OF_SMALL_GROUP = 1019, 1003
 # Up to so many chunks, the result is compared with the rival's.
 COMPARED_CHUNKS = 1024
 
@@ -55,17 +55,18 @@ def deal_by_locality(
     """
     num_chunks = len(work.area)
     each, more = divmod(num_chunks, num_ranks)
-    joined_share = max(0.0, JOINED_SHARE - SMALL_GROUP / num_ranks)
+    joined_share = max(0.0, JOINED_SHARE - LESS_JOINED / num_ranks)
     documents = find_documents(slices, work, total, chunk_size, num_ranks, joined_share)
     dealt = Deal(documents, [each + (rank < more) for rank in range(num_ranks)], chunk_size).run()
-    limit = int(documents.area[-1]) * LIMIT // (1000 * num_ranks)
+    thousandths = LIMIT if num_ranks > SMALL_GROUP else LIMIT_OF_SMALL_GROUP
+    limit = int(documents.area[-1]) * thousandths // (1000 * num_ranks)
     owner = np.empty(num_chunks, np.int64)
     owner[documents.line] = even_out(dealt, documents, num_ranks, limit)
     peak = _peak(owner, work)
     if peak <= limit and num_chunks > COMPARED_CHUNKS:
         return owner
     other = rival()
-    if peak > max(limit, _peak(other, work) * LIMIT // 1000):
+    if peak > max(limit, _peak(other, work) * thousandths // 1000):
         return other
     if num_chunks <= COMPARED_CHUNKS:
         received, others = (_received(work, deal, num_ranks) for deal in (owner, other))
