@@ -23,17 +23,29 @@ SLOW = ("C7508", "C7510", "C7512", "C7514", "serialized")
 
 TAG = "py3-none-manylinux_2_28_x86_64"
 
+NVCC_WHEELS = [f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")]
+"""The CUDA compiler of PyPI, with all that it needs."""
+
 
 class KernelBuildHook(BuildHookInterface):
     """Compiles what is missing or older than its sources."""
 
+    def dependencies(self) -> list[str]:
+        """Ask for PyPI's nvcc where the machine has none."""
+        return [] if is_switched_off() or any(place.is_file() for place in nvcc_places()) else NVCC_WHEELS
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and mark the wheel as one for Linux."""
         build_data["tag"], build_data["pure_python"] = TAG, False
-        if os.environ.get("MAGI_HOPPER_NO_KERNELS", "0") not in ("", "0"):
+        if is_switched_off():
             self.app.display_warning("MAGI_HOPPER_NO_KERNELS is set: this wheel has no kernels")
             return
         compile_all(PACKAGE / "src" / "magi_kernels_hopper" / "cubin", self.app.display_info)
+
+
+def is_switched_off() -> bool:
+    """Whether the environment asks for a package without kernels."""
+    return os.environ.get("MAGI_HOPPER_NO_KERNELS", "0") not in ("", "0")
 
 
 def compile_all(target: Path, say: Any) -> None:

@@ -29,6 +29,19 @@ def test_without_a_compiler_the_message_says_what_to_do(monkeypatch):
         build.find_nvcc()
 
 
+def test_without_a_compiler_the_build_asks_for_that_of_pypi(monkeypatch, tmp_path):
+    build = build_hook()
+    asked = build.KernelBuildHook.dependencies
+    compiler = tmp_path / "nvcc"
+    monkeypatch.setattr(build, "nvcc_places", lambda: [compiler])
+    assert any(need.startswith("nvidia-cuda-nvcc==") for need in asked(None))
+    monkeypatch.setenv("MAGI_HOPPER_NO_KERNELS", "1")
+    assert asked(None) == []
+    monkeypatch.delenv("MAGI_HOPPER_NO_KERNELS")
+    compiler.touch()
+    assert asked(None) == []
+
+
 def test_unknown_kernels_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("MAGI_HOPPER_VARIANTS", "forward_d128_bf16,forward_d80_bf16")
     with pytest.raises(ValueError, match="there is no kernel forward_d80_bf16"):
