@@ -140,7 +140,7 @@ def cuda_device_max_connections(text: str) -> int:
 
 @variable("MAGI_ATTENTION_CACHE_DIR", "~/.cache/magi_attention")
 def cache_dir(text: str) -> Path:
-    """The folder of what is measured once and kept: the rates of machines, for ``OverlapConfig(degree="auto")``."""
+    """The folder of what is measured once and kept: rates of machines, and the calibration of native collectives."""
     return Path(text).expanduser()
 
 
