@@ -50,15 +50,17 @@ def test_unknown_kernels_are_refused(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def cubins() -> Path:
-    """The installed kernels, compiled again where their sources have changed."""
+    """The installed kernels, compiled again where their sources have changed and there is a compiler."""
     if cuobjdump() is None:
         pytest.skip("there is no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     build = build_hook()
     try:
         build.find_nvcc()
     except RuntimeError as missing:
-        pytest.skip(str(missing))
-    build.compile_all(CUBINS, print)
+        if not all((CUBINS / f"{variant.name}.cubin").exists() for variant in all_variants()):
+            pytest.skip(str(missing))
+    else:
+        build.compile_all(CUBINS, print)
     return CUBINS
 
 

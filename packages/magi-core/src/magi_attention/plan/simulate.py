@@ -26,8 +26,8 @@ another ``merge``, which counts as travel.
 Stages follow one another as in the runtime. One exchange travels at a time on a rank: a stage's rows after those of the
 stage before, and not before the kernel two stages earlier is done. The backward pass fetches the rows again and sends
 each stage's gradients of keys and values home after its kernel, sent and received swapped. A pass ends with its slowest
-rank; within it, no rank waits for another. Left out: everything but the attention, contention in switches, and the
-slowing down of kernels by communication.
+rank; within it, no rank waits for another. Left out: everything but the attention, contention in switches, the slowing
+down of kernels by communication, and rows that the runtime keeps for the backward pass instead of fetching them again.
 """
 
 from dataclasses import dataclass
