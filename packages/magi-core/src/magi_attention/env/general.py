@@ -41,8 +41,8 @@ def is_fa4_backend_enable(text: str) -> bool:
 def kernel_backend(text: str) -> str:
     """The attention kernels to use in both passes, in any case.
 
-    auto (for each pass the fastest that support it), ffa, fa4, flex, reference (also called sdpa and sdpa_ol), or the
-    name of an installed plug-in.
+    auto (for each pass the fastest that support it), hopper (also called ffa), blackwell (also called fa4), cudnn_flex,
+    flex, reference (also called sdpa and sdpa_ol), or the name of an installed plug-in.
     """
     older = {"sdpa": is_sdpa_backend_enable(), "fa4": is_fa4_backend_enable()}
     legacy = [name for name, enabled in older.items() if enabled]
