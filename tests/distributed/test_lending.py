@@ -82,3 +82,33 @@ def test_lent_rows_are_given_back_behind_their_last_use(pool, options):
     slices = SliceTable([[0, total // 3, 0, total // 3, 0], [total // 3, total, 0, total, 1]])
     case = replace(Case(total, slices, cp=3), config=config)
     assert_right(case, pool.run(attend_on_loan, case)[0])
+
+
+def fail_on_loan(rank: int, world_size: int, case: Case, where: str) -> None:
+    """A kernel of the step that reads the first received rows fails, and somebody keeps the error."""
+    lending: list[LendingCollectives] = []
+
+    def make(group, mesh, config):
+        lending.append(LendingCollectives(group))
+        return lending[-1]
+
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("magi_attention.runtime.manager.make_collectives", make)
+        attend(case, group_of(case))
+        patch.setattr(where, fail)
+        with pytest.raises(RuntimeError, match="out of memory") as kept:
+            attend(case, group_of(case))
+        assert lending[0].num_lent == 0
+        assert kept.value.__traceback__ is not None
+
+
+@pytest.mark.parametrize("where", ["forward._Results.compute", "backward._GradientSums.compute"])
+def test_lent_rows_are_given_back_if_a_kernel_fails(pool, where):
+    overlap = OverlapConfig(degree=3, min_chunk_size=8)
+    config = DistAttnConfig(overlap_config=overlap, runtime_config=RuntimeConfig(keep_received=False))
+    total = 210 + 30 * len(where)
+    case = replace(Case(total, SliceTable([[0, total, 0, total, 1]]), cp=3), config=config)
+    pool.run(fail_on_loan, case, f"magi_attention.runtime.{where}")
