@@ -2,6 +2,7 @@
 """Contexts over emulated GPUs: everything but the driver and the kernels, without a GPU."""
 
 import gc
+import threading
 import weakref
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll import CapacityError, ContextOptions, GroupContext, PeerTimeoutError, SlotLentError
 from magi_comm_grpcoll.watchdog import Watchdog, Watched
-from tests.comm.emulation import emulate, run_ranks
+from magi_comm_grpcoll.work import NativeWork
+from tests.comm.emulation import Stream, emulate, run_ranks
 from tests.comm.test_native import fragmented_table
 from tests.distributed.exchanges import RandomNeeds, random_tensor
 
@@ -178,3 +180,20 @@ def test_only_what_could_start_and_stands_still_is_late():
     rings[1].progress[:] = 5, 3  # it moved on
     assert watchdog.look(211) is watchdog.look(221) is None
     assert watchdog.look(222) == (1, 3)
+
+
+def test_what_is_lent_goes_back_behind_its_readers_whoever_drops_it():
+    stream, reader, told = Stream(), Stream(), []
+    work = NativeWork(stream, reader, None, [], None, lambda: None, told.append)
+    work.wait()
+    reads = threading.Event()
+    reader.enqueue(reads.wait)
+    works = [work]
+    del work
+    thread = threading.Thread(target=works.clear)  # as the collector of cycles may, on any thread
+    thread.start()
+    thread.join()
+    (is_read,) = told
+    assert not is_read.done.wait(0.1)
+    reads.set()
+    is_read.synchronize()
