@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from magi_attention.plan.exchange import ExchangeTable
-from magi_comm_grpcoll import CapacityError, ContextOptions, GroupContext, PeerTimeoutError, SlotLentError
+from magi_comm_grpcoll import CapacityError, ContextOptions, GroupContext, PeerTimeoutError, SlotLentError, context
+from magi_comm_grpcoll.lane import Round
 from magi_comm_grpcoll.watchdog import Watchdog, Watched
 from magi_comm_grpcoll.work import NativeWork
 from tests.comm.emulation import Stream, emulate, run_ranks
@@ -197,3 +198,35 @@ def test_what_is_lent_goes_back_behind_its_readers_whoever_drops_it():
     assert not is_read.done.wait(0.1)
     reads.set()
     is_read.synchronize()
+
+
+def test_a_failure_while_rows_are_taken_loses_no_slot():
+    needs = RandomNeeds(3, 2, 0.8, max_rows=20)
+    sources = [random_tensor(rank, (rows, 8), torch.float32) for rank, rows in enumerate(needs.num_rows)]
+
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("out of memory")
+
+    def run(rank, group):
+        native, table = GroupContext(group, ContextOptions(timeout_s=30)), needs.table(rank)
+        is_failing.wait()
+        for _ in range(native.options.num_slots):
+            with pytest.raises(torch.OutOfMemoryError):
+                native.cast([sources[rank]], table)
+            with pytest.raises(torch.OutOfMemoryError):
+                partial = torch.zeros(table.num_received, 8)
+                native.reduce([partial], table, [sources[rank].clone()])
+        if is_failing.wait() == 0:
+            failing.undo()
+        is_failing.wait()
+        (received,) = native.cast([sources[rank]], table).wait_host()
+        assert torch.equal(received, needs.received(sources, rank))
+        total = torch.zeros_like(sources[rank])
+        native.reduce([received], table, [total]).wait_host()
+        native.close()
+
+    is_failing = threading.Barrier(2, timeout=30)
+    with pytest.MonkeyPatch.context() as failing:
+        failing.setattr(Round, "deliver", fail)
+        failing.setattr(context, "add_slots", fail)
+        run_ranks(2, run)
