@@ -213,8 +213,8 @@ def test_a_failure_while_rows_are_taken_loses_no_slot():
         for _ in range(native.options.num_slots):
             with pytest.raises(torch.OutOfMemoryError):
                 native.cast([sources[rank]], table)
+            partial = torch.zeros(table.num_received, 8)
             with pytest.raises(torch.OutOfMemoryError):
-                partial = torch.zeros(table.num_received, 8)
                 native.reduce([partial], table, [sources[rank].clone()])
         if is_failing.wait() == 0:
             failing.undo()

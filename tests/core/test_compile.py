@@ -191,5 +191,5 @@ def test_backward_after_the_key_left_the_cache():
     q, k, v = (torch.randn(32, heads, DIM, requires_grad=True) for heads in (HEADS, KV_HEADS, KV_HEADS))
     out, _ = torch.compile(by_key, backend="aot_eager")(q, k, v, None, key)
     clear_cache()
-    with pytest.raises(ValueError, match="gave way to newer keys .*: make it again"):
+    with pytest.raises(ValueError, match=r"gave way to newer keys .*: make it again"):
         out.sum().backward()
