@@ -2,6 +2,7 @@
 """Contexts over emulated GPUs: everything but the driver and the kernels, without a GPU."""
 
 import gc
+import threading
 import weakref
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from magi_attention.plan.exchange import ExchangeTable
-from magi_comm_grpcoll import CapacityError, ContextOptions, GroupContext, PeerTimeoutError, SlotLentError
+from magi_comm_grpcoll import CapacityError, ContextOptions, GroupContext, PeerTimeoutError, SlotLentError, context
+from magi_comm_grpcoll.lane import Round
 from magi_comm_grpcoll.watchdog import Watchdog, Watched
-from tests.comm.emulation import emulate, run_ranks
+from magi_comm_grpcoll.work import NativeWork
+from tests.comm.emulation import Stream, emulate, run_ranks
 from tests.comm.test_native import fragmented_table
 from tests.distributed.exchanges import RandomNeeds, random_tensor
 
@@ -178,3 +181,52 @@ def test_only_what_could_start_and_stands_still_is_late():
     rings[1].progress[:] = 5, 3  # it moved on
     assert watchdog.look(211) is watchdog.look(221) is None
     assert watchdog.look(222) == (1, 3)
+
+
+def test_what_is_lent_goes_back_behind_its_readers_whoever_drops_it():
+    stream, reader, told = Stream(), Stream(), []
+    work = NativeWork(stream, reader, None, [], None, lambda: None, told.append)
+    work.wait()
+    reads = threading.Event()
+    reader.enqueue(reads.wait)
+    works = [work]
+    del work
+    thread = threading.Thread(target=works.clear)  # as the collector of cycles may, on any thread
+    thread.start()
+    thread.join()
+    (is_read,) = told
+    assert not is_read.done.wait(0.1)
+    reads.set()
+    is_read.synchronize()
+
+
+def test_a_failure_while_rows_are_taken_loses_no_slot():
+    needs = RandomNeeds(3, 2, 0.8, max_rows=20)
+    sources = [random_tensor(rank, (rows, 8), torch.float32) for rank, rows in enumerate(needs.num_rows)]
+
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("out of memory")
+
+    def run(rank, group):
+        native, table = GroupContext(group, ContextOptions(timeout_s=30)), needs.table(rank)
+        is_failing.wait()
+        for _ in range(native.options.num_slots):
+            with pytest.raises(torch.OutOfMemoryError):
+                native.cast([sources[rank]], table)
+            partial = torch.zeros(table.num_received, 8)
+            with pytest.raises(torch.OutOfMemoryError):
+                native.reduce([partial], table, [sources[rank].clone()])
+        if is_failing.wait() == 0:
+            failing.undo()
+        is_failing.wait()
+        (received,) = native.cast([sources[rank]], table).wait_host()
+        assert torch.equal(received, needs.received(sources, rank))
+        total = torch.zeros_like(sources[rank])
+        native.reduce([received], table, [total]).wait_host()
+        native.close()
+
+    is_failing = threading.Barrier(2, timeout=30)
+    with pytest.MonkeyPatch.context() as failing:
+        failing.setattr(Round, "deliver", fail)
+        failing.setattr(context, "add_slots", fail)
+        run_ranks(2, run)

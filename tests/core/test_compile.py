@@ -184,3 +184,12 @@ def test_operators_keep_their_promises():
     ranges = torch.tensor([[0, 30], [30, 50]])
     options = (0.3, 2.0, False, 0, False, None)
     torch.library.opcheck(ops.flex_flash_attn.default, (q, k, v, ranges, ranges, None, sink, *options))
+
+
+def test_backward_after_the_key_left_the_cache():
+    key = make_key(16, 32)
+    q, k, v = (torch.randn(32, heads, DIM, requires_grad=True) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    out, _ = torch.compile(by_key, backend="aot_eager")(q, k, v, None, key)
+    clear_cache()
+    with pytest.raises(ValueError, match=r"gave way to newer keys .*: make it again"):
+        out.sum().backward()

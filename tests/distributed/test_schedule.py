@@ -60,6 +60,9 @@ def attend_arranged(
 
 
 def case_of(pool: RankPool, family: str, degree: int, **options) -> Case:
+    if pool.backend == "nccl":
+        # Arrangements and streams are what counts here: other kernels may compile for longer than all cases run.
+        options = {"kernel_backend": "reference"} | options
     config = DistAttnConfig(
         overlap_config=OverlapConfig(degree=degree, min_chunk_size=16),
         # Kernels for GPUs may else add up in any order.
@@ -94,7 +97,7 @@ def test_gradients_may_come_home_at_any_time(pool, name, keep):
 
 @pytest.mark.parametrize("name", sorted(COSTS))
 def test_ranks_may_arrange_differently(pool, name):
-    case = case_of(pool, "varlen_causal", 1, keep_received=True)
+    case = case_of(pool, "varlen_causal", 1, keep_received=True, kernel_backend="auto")
     assert_right(case, pool.run(attend_arranged, case, name, False)[0])
 
 

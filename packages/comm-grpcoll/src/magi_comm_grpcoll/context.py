@@ -151,9 +151,8 @@ class GroupContext:
         for part in rounds:
             started = part.start(tensors, caller)
             arrive.wait_event(started.ready)
-            with torch.no_grad(), torch.cuda.stream(arrive):
+            with lane.read(started), torch.no_grad(), torch.cuda.stream(arrive):
                 part.deliver(started.slot, received)
-            lane.exchange.release(started.epoch, arrive.record_event())
         if own_places is not None:
             _put_own(arrive, started.ready, received, own_places, tensors)
         kept = [rounds, *tensors, *received]
@@ -190,12 +189,12 @@ class GroupContext:
             started, routes = part.start(sent, caller), routes_of(part.plan.table, self.device)
             arrive.wait_event(started.ready)
             slots = part.landed(started.slot)
-            if old_lse is not None:
-                merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], routes)
-            else:
-                for target, rows in zip(written, slots, strict=True):
-                    add_slots(arrive, target, rows, routes, average=op == "avg")
-            lane.exchange.release(started.epoch, arrive.record_event())
+            with lane.read(started):
+                if old_lse is not None:
+                    merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], routes)
+                else:
+                    for target, rows in zip(written, slots, strict=True):
+                        add_slots(arrive, target, rows, routes, average=op == "avg")
         with torch.cuda.stream(arrive):
             for target, result in zip(targets, written, strict=True):
                 if target is not result:

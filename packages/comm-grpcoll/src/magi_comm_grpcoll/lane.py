@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One kind of collective on one rank: its slots, its flags, its streams, and exchanges that are ready for them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,17 @@ class Lane:
     control: SharedMemory
     rank: int
     transport: Transport | None
+
+    @contextmanager
+    def read(self, started: "Started") -> Iterator[None]:
+        """Give a slot back behind what the block enqueues on the arriving stream, even if it fails on the way.
+
+        Otherwise the slot would be lost, and with the last one all further exchanges.
+        """
+        try:
+            yield
+        finally:
+            self.exchange.release(started.epoch, self.wires.arrive.record_event())
 
 
 @dataclass(frozen=True)

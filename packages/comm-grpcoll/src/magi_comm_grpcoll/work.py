@@ -58,13 +58,16 @@ class NativeWork(StreamWork[Result], Generic[Result]):
 
     def release(self) -> None:
         """See :class:`~magi_attention.comm.protocol.Work`."""
+        self._release_behind(torch.cuda.current_stream(self._caller.device_index))
+
+    def _release_behind(self, stream: "torch.cuda.Stream") -> None:
         if self._give_back is None:
             return
         give_back, self._give_back = self._give_back, None
         if self._done is not None:
             super().wait()
-        give_back(torch.cuda.current_stream(self._caller.device_index).record_event())
+        give_back(stream.record_event())
 
     def __del__(self) -> None:
-        self.release()
+        self._release_behind(self._caller)  # it may go on any thread, whose current stream says nothing
         super().__del__()

@@ -16,7 +16,7 @@ from magi_attention.kernels.autograd import without_autocast
 from magi_attention.kernels.opaque import gradients_like, operator_gradients, operator_result, result_like
 from magi_attention.runtime.autograd import compute_dtype, differentiate_with_sink
 from magi_attention.runtime.backward import SavedAttention
-from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr, find_manager
+from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.forward import attend
 from magi_attention.runtime.key import DistAttnRuntimeKey, key_of_handle
 
@@ -83,7 +83,7 @@ def _differentiate(
     softmax_scale: float | None,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    runtime = dist_attn_runtime_dict_mgr[key_of_handle(handle)].dist_attn_runtime
+    runtime = find_manager(key_of_handle(handle), becomes_most_recent=False).dist_attn_runtime
     job = runtime.job_for(q, k, v, softmax_scale, softcap, False)
     return operator_gradients(*differentiate_with_sink(job, SavedAttention(q, k, v, out, lse), sink, dout, dlse))
 

@@ -50,7 +50,9 @@ def dist_attn_func(
     if given != dtype:
         q, k, v = (x.to(dtype) for x in (q, k, v))
     job = dist_attn_runtime.job_for(q, k, v, softmax_scale, softcap, return_max_logits)
-    out, lse, max_logits = _DistributedAttention.apply(q, k, v, sink, job)
+    # Here, since gradients are never enabled inside.
+    keeps_received = job.keeps_received and torch.is_grad_enabled()
+    out, lse, max_logits = _DistributedAttention.apply(q, k, v, sink, job, keeps_received)
     return out.to(given), AttnForwardMeta(lse=lse, max_logits=max_logits)
 
 
@@ -76,9 +78,9 @@ def differentiate_with_sink(
 class _DistributedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: AttentionJob
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: AttentionJob, keeps_received: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        kept: list[Tensor] | None = [] if job.keeps_received and any(ctx.needs_input_grad) else None
+        kept: list[Tensor] | None = [] if keeps_received and any(ctx.needs_input_grad) else None
         with without_autocast(q):
             out, lse, max_logits = attend(job, q, k, v, sink, kept)
         out, lse = owned(out), owned(lse)
@@ -96,7 +98,7 @@ class _DistributedAttention(torch.autograd.Function):
         q, k, v, out, lse, sink, *kept = ctx.saved_tensors
         saved = SavedAttention(q, k, v, out, lse, kept if ctx.keeps_received else None)
         sink = sink if ctx.needs_input_grad[3] else None
-        return *differentiate_with_sink(ctx.job, saved, sink, dout, dlse), None
+        return *differentiate_with_sink(ctx.job, saved, sink, dout, dlse), None, None
 
 
 _warned_about_sink = False

@@ -2,6 +2,7 @@
 """The backward pass: keys and values travel again, their gradients travel back to the owners."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -50,14 +51,15 @@ def differentiate(
     q, k, v, _, lse, kept = saved
     sums = _GradientSums(job, saved, dout, dlse)
     travelers = [q, dout, lse, _row_term(saved, dout, dlse)] if job.queries_travel else [q]
-    steps = (job.backward if kept is None else job.backward_with_rows).steps
-    for each, rows, keys, values in walk_steps(steps, job.collectives, travelers, k, v, kept):
-        sums.returns.send()
-        if each.step.queries_travel:
-            sums.compute_visitors(each, rows, keys, values)
-        else:
-            sums.compute(each, keys, values)
-        del rows, keys, values
+    of_pass = job.backward if kept is None else job.backward_with_rows
+    with closing(walk_steps(of_pass.steps, job.collectives, travelers, k, v, kept)) as steps:
+        for each, rows, keys, values in steps:
+            sums.returns.send()
+            if each.step.queries_travel:
+                sums.compute_visitors(each, rows, keys, values)
+            else:
+                sums.compute(each, keys, values)
+            del rows, keys, values
     return sums.finish()
 
 

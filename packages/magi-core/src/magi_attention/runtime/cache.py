@@ -124,8 +124,8 @@ class DistAttnRuntimeDictManager:
 dist_attn_runtime_dict_mgr = DistAttnRuntimeDictManager(general.dist_attn_runtime_dict_size())
 
 
-def find_manager(key: DistAttnRuntimeKey) -> Any:
-    """The manager of ``key``, which becomes its group's most recent.
+def find_manager(key: DistAttnRuntimeKey, *, becomes_most_recent: bool = True) -> Any:
+    """The manager of ``key``, which becomes its group's most recent unless told otherwise.
 
     Raises:
         TypeError: ``key`` is no key.
@@ -133,10 +133,9 @@ def find_manager(key: DistAttnRuntimeKey) -> Any:
     """
     if not isinstance(key, DistAttnRuntimeKey):
         raise TypeError(f"key must be a DistAttnRuntimeKey, as magi_attn_flex_key makes it, not {type(key).__name__}")
-    manager = dist_attn_runtime_dict_mgr.get(key)
-    if manager is None:
+    if key not in dist_attn_runtime_dict_mgr:
         raise ValueError(
             "The dist attn runtime key does not exist! It was cleared, or gave way to newer keys "
             f"(the cache keeps {dist_attn_runtime_dict_mgr.max_size_per_group} per group): make it again"
         )
-    return manager
+    return dist_attn_runtime_dict_mgr.get(key) if becomes_most_recent else dist_attn_runtime_dict_mgr[key]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward pass: compute step by step; queries that several kernels compute are merged by log-sum-exp."""
 
+from contextlib import closing
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,16 +35,16 @@ def attend(
     """
     results = _Results(job, q, v)
     visits = []
-    steps = walk_steps(job.forward.steps, job.collectives, [q], k, v, lend=kept is None)
-    for (step, _, launches), (queries,), keys, values in steps:
-        if kept is not None and step.exchange is not None:
-            kept += [keys, values]
-        if step.queries_travel:
-            visits.append(_Visit(job, step, _attend_visitors(launches, queries, keys, values), q))
-        else:
-            for launch in launches:
-                results.compute(launch, queries, keys, values)
-        del queries, keys, values
+    with closing(walk_steps(job.forward.steps, job.collectives, [q], k, v, lend=kept is None)) as steps:
+        for (step, _, launches), (queries,), keys, values in steps:
+            if kept is not None and step.exchange is not None:
+                kept += [keys, values]
+            if step.queries_travel:
+                visits.append(_Visit(job, step, _attend_visitors(launches, queries, keys, values), q))
+            else:
+                for launch in launches:
+                    results.compute(launch, queries, keys, values)
+            del queries, keys, values
     for visit in visits:
         results.merge(None, visit.wait())
     out, lse, max_logits = results.finish()

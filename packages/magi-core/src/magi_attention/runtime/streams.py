@@ -2,7 +2,7 @@
 """What travels when: received rows ahead of the kernels that read them, partial gradients behind."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,12 +43,13 @@ def walk_steps(
     kept: Sequence[Tensor] | None = None,
     *,
     lend: bool = True,
-) -> Iterator[StepInputs]:
+) -> Generator[StepInputs, None, None]:
     """Walk the steps; the next steps' rows travel while one is computed.
 
     Their exchanges are launched before the kernels of the step. A step that reads own rows alone reads them where they
     are; where it reads received rows too, these arrive among a copy of the own ones. To free the rows of a step before
-    those of another are fetched, drop its inputs before asking for the next.
+    those of another are fetched, drop its inputs before asking for the next. Close the generator: if a kernel fails,
+    what the collectives have lent is given back then, and not only when nobody holds the error any more.
 
     Args:
         steps: of one pass.
@@ -75,23 +76,25 @@ def walk_steps(
                 tensors = queries if step.queries_travel else (k, v)
                 traveling.append(collectives.cast(tensors, step.exchange, own_places=places, lend=lend))
 
-    fetch_next()
-    if traveling and steps[0].step.exchange is None:
-        traveling[0].wait_packed()
-    for _ in range(MOST_FETCHED - 1):
+    try:
         fetch_next()
-    for each in steps:
-        if each.step.exchange is None:
-            yield StepInputs(each, queries, k, v)
-            continue
-        work = traveling.popleft()
-        if each.step.queries_travel:
-            yield StepInputs(each, work.wait(), k, v)
-        else:
-            yield StepInputs(each, queries, *work.wait())
-        work.release()
-        del work
-        fetch_next()
+        if traveling and steps[0].step.exchange is None:
+            traveling[0].wait_packed()
+        for _ in range(MOST_FETCHED - 1):
+            fetch_next()
+        for each in steps:
+            if each.step.exchange is None:
+                yield StepInputs(each, queries, k, v)
+                continue
+            if each.step.queries_travel:
+                yield StepInputs(each, traveling[0].wait(), k, v)
+            else:
+                yield StepInputs(each, queries, *traveling[0].wait())
+            traveling.popleft().release()
+            fetch_next()
+    finally:
+        while traveling:
+            traveling.popleft().release()
 
 
 class Returns:
