@@ -32,7 +32,7 @@ class KernelBuildHook(BuildHookInterface):
         """Compile, and mark the wheel as one for Linux."""
         build_data["tag"], build_data["pure_python"] = TAG, False
         if os.environ.get("MAGI_HOPPER_NO_KERNELS", "0") not in ("", "0"):
-            self.app.display_warning("MAGI_HOPPER_NO_KERNELS is set: this wheel has no kernels")
+            self.app.display_warning("MAGI_HOPPER_NO_KERNELS is set: the wheel has what was compiled before")
             return
         compile_all(PACKAGE / "src" / "magi_kernels_hopper" / "cubin", self.app.display_info)
 

@@ -62,8 +62,8 @@ def _load(cubin: Path) -> Any:
         version = check(driver.cuDriverGetVersion())
         raise RuntimeError(
             f"{error} (while loading {cubin.name}). The NVIDIA driver is for CUDA {version // 1000}."
-            f"{version % 1000 // 10}, kernels are compiled for CUDA 13: install driver 580 or newer, or use the "
-            "backend 'flex'"
+            f"{version % 1000 // 10}, kernels of the published wheel are compiled for CUDA 13: install driver 580 or "
+            "newer, or use the backend 'flex'"
         ) from error
 
 
