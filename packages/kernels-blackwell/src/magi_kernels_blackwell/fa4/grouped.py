@@ -4,6 +4,9 @@
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -38,7 +41,8 @@ def launch_grouped_backward(
     rows = -(-num_q // tiling.block_q) * tiling.block_q
     heads = _heads_at_once(heads_q // heads_k, rows * dim)
     if heads * heads_k < heads_q:
-        return _launch_in_parts(library, arch, dout, q, k, v, out, lse, dlse, call, into, heads)
+        launch = partial(launch_grouped_backward, library, arch, call=call)
+        return _launch_in_parts(launch, (dout, q, k, v, out, lse, dlse), into, heads)
     tables = run_tables(call.slices, num_q, num_k, heads_k, tiling, q.device)
     grouped = library.grouped
     geometry = grouped.Geometry(q.dtype, dim, dim_v, heads_q // heads_k, tiling.block_q, call.softcap)
@@ -66,20 +70,16 @@ def _heads_at_once(group: int, elements: int) -> int:
 
 
 def _launch_in_parts(
-    library: Library,
-    arch: int,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    call: AttentionCall,
+    launch: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
     into: Tensor | None,
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute so many heads of a group at a time, and add up their gradients of its keys and values."""
+    """Compute so many heads of a group at a time, and add up their gradients of its keys and values.
+
+    ``launch(*tensors, into=dq)`` takes the tensors of :func:`launch_grouped_backward`, of these heads, and writes dq.
+    """
+    dout, q, k, v, out, lse, dlse = tensors
     dq, dk, dv = gradients_like(q, k, v, into)
     group = q.shape[1] // k.shape[1]
     for head in range(k.shape[1]):
@@ -88,8 +88,7 @@ def _launch_in_parts(
         for first in range(head * group, (head + 1) * group, heads):
             at = slice(first, first + heads)
             part_dlse = None if dlse is None else dlse[at]
-            tensors = (dout[:, at], q[:, at], *of_head, out[:, at], lse[at], part_dlse)
-            _, *parts = launch_grouped_backward(library, arch, *tensors, call, dq[:, at])
+            _, *parts = launch(dout[:, at], q[:, at], *of_head, out[:, at], lse[at], part_dlse, into=dq[:, at])
             for total, part in zip(sums, parts, strict=True):
                 total += part
         dk[:, head], dv[:, head] = (total[:, 0] for total in sums)
