@@ -21,7 +21,8 @@ PACKAGE = Path(__file__).parent
 SLOW = ("C7508", "C7510", "C7512", "C7514", "serialized")
 """What ptxas notes when it gives up what a kernel is built on: exchanged registers, products that overlap."""
 
-TAG = "py3-none-manylinux_2_28_x86_64"
+TAG = "py3-none-manylinux_2_28_x86_64.manylinux_2_28_aarch64"
+"""Machine code for the GPU alone: hosts of both kinds (GH200's are aarch64) take the same wheel."""
 
 NVCC_WHEELS = [f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")]
 """The CUDA compiler of PyPI, with all that it needs."""
@@ -38,7 +39,7 @@ class KernelBuildHook(BuildHookInterface):
         """Compile, and mark the wheel as one for Linux."""
         build_data["tag"], build_data["pure_python"] = TAG, False
         if is_switched_off():
-            self.app.display_warning("MAGI_HOPPER_NO_KERNELS is set: this wheel has no kernels")
+            self.app.display_warning("MAGI_HOPPER_NO_KERNELS is set: the wheel has what was compiled before")
             return
         compile_all(PACKAGE / "src" / "magi_kernels_hopper" / "cubin", self.app.display_info)
 
@@ -57,6 +58,7 @@ def compile_all(target: Path, say: Any) -> None:
         if unknown := names - {each.name for each in wanted}:
             raise ValueError(f"MAGI_HOPPER_VARIANTS: there is no kernel {', '.join(sorted(unknown))}")
         wanted = [each for each in wanted if each.name in names]
+    remove_others(target, {f"{each.name}.cubin" for each in variants.all_variants()})
     sources = [
         PACKAGE / "src/magi_kernels_hopper/variants.py",
         *(p for p in (PACKAGE / "csrc").rglob("*") if p.is_file()),
@@ -72,6 +74,13 @@ def compile_all(target: Path, say: Any) -> None:
     with ThreadPoolExecutor(os.process_cpu_count() if sys.version_info >= (3, 13) else os.cpu_count()) as pool:
         for path in pool.map(lambda path: compile_one(nvcc, variants, cubins[path], path), stale):
             say(f"compiled {path.name}")
+
+
+def remove_others(target: Path, names: set[str]) -> None:
+    """Remove what is no kernel of these sources, as after a change of variants.py: the wheel has all that is there."""
+    for path in target.glob("*.cubin"):
+        if path.name not in names:
+            path.unlink()
 
 
 def compile_one(nvcc: str, variants: ModuleType, variant: Any, target: Path) -> Path:

@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from magi_attention.testing.masks import rectangular_masks
 from magi_attention.testing.oracle import dense_mask
 from magi_kernels_hopper.backward_plan import column_tables, ranks
 from magi_kernels_hopper.plan import FULL
+from magi_kernels_hopper.tables import device_column_tables
 from tests.hopper.backward_walk import pair_counts, walk
 
 
@@ -69,3 +71,11 @@ def test_long_runs_stay_short_tables():
     tables = column_tables(SliceTable([[0, 1 << 20, 0, 1 << 20, 1]]).bands(), 1 << 20, 1 << 20, 8, 128)
     assert len(tables.runs) == 2 * len(tables.tiles) - 1
     assert len(tables.pieces) == len(tables.tiles)
+
+
+def test_masks_too_large_for_an_order_are_refused():
+    slices = SliceTable([[0, 1 << 22, 0, 1 << 22, 0]])
+    sizes = (1 << 22, 1 << 22, 32, 128, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="for each of 4294967296 pairs of tiles"):
+        device_column_tables(slices, *sizes, ordered=True)
+    assert device_column_tables(slices, *sizes, ordered=False).ranks is None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels' machine code, looked at without a GPU."""
 
+import tarfile
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +47,23 @@ def test_unknown_kernels_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("MAGI_HOPPER_VARIANTS", "forward_d128_bf16,forward_d80_bf16")
     with pytest.raises(ValueError, match="there is no kernel forward_d80_bf16"):
         build_hook().compile_all(tmp_path, print)
+
+
+def test_kernels_that_are_no_more_are_not_shipped(tmp_path):
+    for name in ("forward_d128_bf16.cubin", "forward_d80_bf16.cubin"):
+        (tmp_path / name).touch()
+    build = build_hook()
+    build.remove_others(tmp_path, {f"{each.name}.cubin" for each in all_variants()})
+    assert [each.name for each in tmp_path.iterdir()] == ["forward_d128_bf16.cubin"]
+
+
+def test_an_archive_of_the_sources_has_no_kernels_which_may_be_older(tmp_path):
+    sdist = pytest.importorskip("hatchling.builders.sdist", reason="needs hatchling: pip install hatchling")
+    (archive,) = sdist.SdistBuilder(str(HOOK.parent)).build(directory=str(tmp_path))
+    with tarfile.open(archive) as opened:
+        names = opened.getnames()
+    assert any(name.endswith("csrc/forward/kernel.cuh") for name in names)
+    assert not any("cubin/" in name for name in names)
 
 
 @pytest.fixture(scope="module")

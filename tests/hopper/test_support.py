@@ -2,7 +2,10 @@
 """What the backend answers where it cannot compute; needs no GPU."""
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +13,9 @@ import torch
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, KernelBackend
 from magi_attention.kernels.registry import choose_backend, installed_backends
-from magi_kernels_hopper import BACKEND, backward, backward_params
+from magi_kernels_hopper import BACKEND, backward, backward_params, driver
 from magi_kernels_hopper.forward import Params, geometry
+from magi_kernels_hopper.launching import StreamsOfTables
 from magi_kernels_hopper.variants import (
     BACKWARD_SIZES,
     FORWARD_SIZES,
@@ -60,6 +64,34 @@ def test_computing_with_it_gives_the_reason():
         BACKEND.forward(q, k, k, AttentionCall(SliceTable([]), 1.0))
     with pytest.raises(RuntimeError, match="NVIDIA GPUs only"):
         BACKEND.backward(q, q, k, k, q, q[..., 0].float(), None, AttentionCall(SliceTable([]), 1.0))
+
+
+def test_a_driver_that_cannot_load_kernels_is_named(monkeypatch):
+    def answer(*values: object) -> Callable[..., tuple[object, ...]]:
+        return lambda *_: values
+
+    old = SimpleNamespace(
+        CUresult=SimpleNamespace(CUDA_SUCCESS=0),
+        cuLibraryLoadFromFile=answer(200, None),
+        cuGetErrorName=answer(0, b"CUDA_ERROR_INVALID_IMAGE"),
+        cuGetErrorString=answer(0, b"device kernel image is invalid"),
+        cuDriverGetVersion=answer(0, 12080),
+    )
+    monkeypatch.setattr(driver, "_driver", lambda: old)
+    with pytest.raises(RuntimeError, match=r"INVALID_IMAGE.*some\.cubin.*is for CUDA 12\.8.*install driver 580"):
+        driver.Kernel(Path("some.cubin"), "entry", 0, 128, 0)
+
+
+def test_tables_outlive_launches_on_every_stream(monkeypatch):
+    recorded = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda table, stream: recorded.append((table, stream)))
+    first, second = SimpleNamespace(cuda_stream=0), SimpleNamespace(cuda_stream=7)
+    table = torch.zeros(1)
+    streams = StreamsOfTables((table, None, True))
+    for stream in (first, second, first, second):
+        streams.add(stream)
+    assert [each[1] for each in recorded] == [first, second]
+    assert all(each[0] is table for each in recorded)
 
 
 def test_parameters_have_the_size_that_the_kernel_asserts():

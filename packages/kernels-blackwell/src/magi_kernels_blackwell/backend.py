@@ -6,6 +6,7 @@ Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -125,6 +126,7 @@ class WheelBackend(ABC):
             lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
             max_logits = lse.new_full(q.shape[1:2], -torch.inf) if call.max_logits else None
             return AttentionResult(q.new_zeros(*q.shape[:2], v.shape[2]), lse, max_logits)
+        q, call = _with_positive_scale(q, call)
         with torch.cuda.device(q.device):
             out, lse, max_logits = self.launch_forward(q, k, v, call, target)
         return AttentionResult(out, lse.T, max_logits)
@@ -161,5 +163,18 @@ class WheelBackend(ABC):
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         lse = lse.float().T.contiguous()
         dlse = None if dlse is None else dlse.float().T.contiguous()
+        dout, out, scale = dout.to(q.dtype), out.to(q.dtype), call.softmax_scale
+        q, call = _with_positive_scale(q, call)
         with torch.cuda.device(q.device):
-            return self.launch_backward(dout.to(q.dtype), q, k, v, out.to(q.dtype), lse, dlse, call, target)
+            dq, dk, dv = self.launch_backward(dout, q, k, v, out, lse, dlse, call, target)
+        if scale <= 0:
+            dq = dq.neg_() if scale < 0 else dq.zero_()
+        return dq, dk, dv
+
+
+def _with_positive_scale(q: Tensor, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
+    """Return queries and a call with the same scores: kernels mask with -inf, and take maxima, before they scale."""
+    scale = call.softmax_scale
+    if scale > 0:
+        return q, call
+    return -q if scale < 0 else torch.zeros_like(q), replace(call, softmax_scale=abs(scale) or 1.0)

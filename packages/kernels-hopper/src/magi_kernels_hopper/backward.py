@@ -15,7 +15,14 @@ from torch import Tensor
 from magi_attention.kernels.protocol import AttentionCall
 from magi_kernels_hopper.backward_params import Params, RowParams
 from magi_kernels_hopper.driver import CUBINS, Kernel, TensorMap
-from magi_kernels_hopper.launching import aligned, counters, index_of, multiprocessors, tensor_maps
+from magi_kernels_hopper.launching import (
+    StreamsOfTables,
+    aligned,
+    counters,
+    index_of,
+    multiprocessors,
+    tensor_maps,
+)
 from magi_kernels_hopper.support import ELEMENT_OF
 from magi_kernels_hopper.tables import device_column_tables
 from magi_kernels_hopper.variants import BackwardVariant
@@ -87,6 +94,7 @@ class PreparedBackward:
         self.tables = device_column_tables(
             call.slices, num_q, num_k, cut.tile_q, sizes.tile_n, q.device, ordered=self.ordered
         )
+        self.streams = StreamsOfTables(self.tables)
         self.kernels = _kernels(variant, q.device)
         self.swizzle_bytes = 128 if head_dim % 64 == 0 else 64
         panel = self.swizzle_bytes // 2
@@ -162,7 +170,9 @@ def launch_backward(
     tensors = (aligned(q), dout, aligned(k), aligned(v))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     work = prepared.workspace(head_dim, device)
-    stream = torch.cuda.current_stream(device).cuda_stream
+    torch_stream = torch.cuda.current_stream(device)
+    prepared.streams.add(torch_stream)
+    stream = torch_stream.cuda_stream
 
     rows = RowParams.from_buffer_copy(prepared.row_template)
     rows.out, rows.dout, rows.lse, rows.dq = out.data_ptr(), dout.data_ptr(), lse.data_ptr(), dq.data_ptr()

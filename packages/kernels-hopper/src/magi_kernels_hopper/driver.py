@@ -35,7 +35,7 @@ class Kernel:
 
     def __init__(self, cubin: Path, entry: str, device: int, threads: int, shared_bytes: int) -> None:
         driver = _driver()
-        self._library = check(driver.cuLibraryLoadFromFile(bytes(cubin), [], [], 0, [], [], 0))
+        self._library = _load(cubin)
         kernel = check(driver.cuLibraryGetKernel(self._library, entry.encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, driver.CUdevice(device)))
@@ -51,6 +51,20 @@ class Kernel:
                 self._function, blocks, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, address, 0
             )
         )
+
+
+def _load(cubin: Path) -> Any:
+    """Load kernels; drivers that are older than the compiler may not know their format."""
+    driver = _driver()
+    try:
+        return check(driver.cuLibraryLoadFromFile(bytes(cubin), [], [], 0, [], [], 0))
+    except RuntimeError as error:
+        version = check(driver.cuDriverGetVersion())
+        raise RuntimeError(
+            f"{error} (while loading {cubin.name}). The NVIDIA driver is for CUDA {version // 1000}."
+            f"{version % 1000 // 10}, kernels of the published wheel are compiled for CUDA 13: install driver 580 or "
+            "newer, or use the backend 'flex'"
+        ) from error
 
 
 class TensorMaps:

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from magi_attention.kernels.protocol import AttentionCall
 from magi_kernels_hopper.driver import CUBINS, Kernel, TensorMap
-from magi_kernels_hopper.launching import aligned, counters, index_of, multiprocessors, tensor_maps
+from magi_kernels_hopper.launching import (
+    StreamsOfTables,
+    aligned,
+    counters,
+    index_of,
+    multiprocessors,
+    tensor_maps,
+)
 from magi_kernels_hopper.support import ELEMENT_OF
 from magi_kernels_hopper.tables import device_row_tables
 from magi_kernels_hopper.variants import ForwardVariant
@@ -111,6 +118,7 @@ class PreparedForward:
     def __init__(self, variant: ForwardVariant, call: AttentionCall, q: Tensor, k: Tensor) -> None:
         cut = geometry(variant, q.shape[1], k.shape[1], k.shape[0])
         self.tables = device_row_tables(call.slices, q.shape[0], k.shape[0], cut.tile_q, variant, q.device)
+        self.streams = StreamsOfTables(self.tables)
         variant = replace(variant, wide=self.tables.wide)
         sizes = variant.sizes
         self.kernel = _kernel(variant, q.device)
@@ -172,7 +180,9 @@ def launch_forward(
         ),
     )
     max_logits = lse.new_full(lse.shape[1:], -torch.inf) if call.max_logits else None
-    stream = torch.cuda.current_stream(device).cuda_stream
+    torch_stream = torch.cuda.current_stream(device)
+    prepared.streams.add(torch_stream)
+    stream = torch_stream.cuda_stream
     params = Params.from_buffer_copy(prepared.template)
     maps = tensor_maps(device)
     address = ctypes.addressof(params)  # the maps come first

@@ -17,6 +17,10 @@ WIDE_KEYS = 1.025
 less time for each key, and more for each tile that is masked."""
 
 
+MOST_RANKS = 2**31 - 1
+"""How many ranks the kernel can tell apart: tables are int32."""
+
+
 class DeviceRowTables(NamedTuple):
     """:class:`magi_kernels_hopper.plan.RowTables`, as int32, and whether they are for the wider boxes."""
 
@@ -72,10 +76,19 @@ class DeviceColumnTables(NamedTuple):
 def device_column_tables(
     slices: SliceTable, num_q: int, num_k: int, tile_q: int, tile_k: int, device: torch.device, *, ordered: bool
 ) -> DeviceColumnTables:
-    """Build and upload the tables of a mask, with the ranks if gradients are to be added up in order."""
+    """Build and upload the tables of a mask, with the ranks if gradients are to be added up in order.
+
+    Raises:
+        RuntimeError: If the mask is too large to have ranks.
+    """
 
     def build() -> DeviceColumnTables:
         tables = column_tables(slices.bands(), num_q, num_k, tile_q, tile_k)
+        if ordered and (num_ranks := int(tables.tiles[:, 2].sum())) > MOST_RANKS:
+            raise RuntimeError(
+                f"backend 'hopper': the deterministic backward pass needs a number for each of {num_ranks} pairs of "
+                f"tiles, and can have {MOST_RANKS}; use more GPUs, or do without determinism"
+            )
         return DeviceColumnTables(
             tiles=upload(tables.tiles, device),
             runs=upload(tables.runs, device),

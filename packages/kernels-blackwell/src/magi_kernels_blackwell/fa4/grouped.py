@@ -4,12 +4,18 @@
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from magi_attention.kernels.protocol import AttentionCall
 from magi_kernels_blackwell.fa4.library import Library
 from magi_kernels_blackwell.fa4.tables import grouped_tiling, run_tables
+
+MOST_ELEMENTS = 2**31 - 1
+"""How large a group's sum of dq can be: the kernel counts its elements in 32 bits."""
 
 
 def launch_grouped_backward(
@@ -28,14 +34,19 @@ def launch_grouped_backward(
     """Return ``dq, dk, dv``, on Hopper; the sums of dq are in no fixed order.
 
     Arguments are those of :func:`magi_kernels_blackwell.fa4.launch.launch_backward`, aligned as the library wants.
+    Groups of many heads over very many tokens are computed in parts.
     """
     (num_q, heads_q, dim), (num_k, heads_k, dim_v) = q.shape, v.shape
     tiling = grouped_tiling(dim)
+    rows = -(-num_q // tiling.block_q) * tiling.block_q
+    heads = _heads_at_once(heads_q // heads_k, rows * dim)
+    if heads * heads_k < heads_q:
+        launch = partial(launch_grouped_backward, library, arch, call=call)
+        return _launch_in_parts(launch, (dout, q, k, v, out, lse, dlse), into, heads)
     tables = run_tables(call.slices, num_q, num_k, heads_k, tiling, q.device)
     grouped = library.grouped
     geometry = grouped.Geometry(q.dtype, dim, dim_v, heads_q // heads_k, tiling.block_q, call.softcap)
     kernels = grouped.kernels(geometry, dlse is not None)
-    rows = -(-num_q // tiling.block_q) * tiling.block_q
     lse2, dpsum = q.new_empty(2, 1, heads_q, rows, dtype=torch.float32).unbind()
     dq_sum = lse2.new_empty(1, heads_q, rows * dim)
     dq, dk, dv = gradients_like(q, k, v, into)
@@ -49,6 +60,38 @@ def launch_grouped_backward(
     tensors = (q, k, v, dout, *by_group, dk.unsqueeze(0), dv.unsqueeze(0))
     kernels.main(*grouped.arguments(tensors, call.softmax_scale, tables[5:], grouped.Runs(*tables[:5])))
     kernels.after(dq_sum, dq.unsqueeze(0), call.softmax_scale, None, None, None, None)
+    return dq, dk, dv
+
+
+def _heads_at_once(group: int, elements: int) -> int:
+    """The most heads that divide a group and whose sums of dq, of so many elements each, are not too large."""
+    fitting = (each for each in range(group, 0, -1) if group % each == 0 and each * elements <= MOST_ELEMENTS)
+    return next(fitting, 1)
+
+
+def _launch_in_parts(
+    launch: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    into: Tensor | None,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute so many heads of a group at a time, and add up their gradients of its keys and values.
+
+    ``launch(*tensors, into=dq)`` takes the tensors of :func:`launch_grouped_backward`, of these heads, and writes dq.
+    """
+    dout, q, k, v, out, lse, dlse = tensors
+    dq, dk, dv = gradients_like(q, k, v, into)
+    group = q.shape[1] // k.shape[1]
+    for head in range(k.shape[1]):
+        of_head = k[:, head : head + 1], v[:, head : head + 1]
+        sums = [torch.zeros_like(x, dtype=torch.float32) for x in of_head]
+        for first in range(head * group, (head + 1) * group, heads):
+            at = slice(first, first + heads)
+            part_dlse = None if dlse is None else dlse[at]
+            _, *parts = launch(dout[:, at], q[:, at], *of_head, out[:, at], lse[at], part_dlse, into=dq[:, at])
+            for total, part in zip(sums, parts, strict=True):
+                total += part
+        dk[:, head], dv[:, head] = (total[:, 0] for total in sums)
     return dq, dk, dv
 
 
