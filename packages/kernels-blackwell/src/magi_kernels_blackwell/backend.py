@@ -19,6 +19,7 @@ from magi_attention.kernels.protocol import (
     KernelSelection,
     PrecompileCase,
     Support,
+    attend_to_nothing,
 )
 from magi_kernels_blackwell.cases import arch_number, combinations, request_of
 from magi_kernels_blackwell.masks import has_pairs
@@ -123,9 +124,7 @@ class WheelBackend(ABC):
     ) -> AttentionResult:
         """See :class:`magi_attention.kernels.protocol.WritesInPlace`."""
         if not has_pairs(call.slices):
-            lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-            max_logits = lse.new_full(q.shape[1:2], -torch.inf) if call.max_logits else None
-            return AttentionResult(q.new_zeros(*q.shape[:2], v.shape[2]), lse, max_logits)
+            return attend_to_nothing(q, v, call.max_logits)
         q, call = _with_positive_scale(q, call)
         with torch.cuda.device(q.device):
             out, lse, max_logits = self.launch_forward(q, k, v, call, target)

@@ -7,7 +7,14 @@ Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 import torch
 from torch import Tensor
 
-from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, AttentionResult, KernelBackend, Support
+from magi_attention.kernels.protocol import (
+    AttentionCall,
+    AttentionRequest,
+    AttentionResult,
+    KernelBackend,
+    Support,
+    attend_to_nothing,
+)
 from magi_kernels_hopper.measured import tflops
 from magi_kernels_hopper.support import support_of
 
@@ -36,9 +43,7 @@ class HopperBackend:
         if not (support := support_of(request)):
             raise RuntimeError(f"backend {self.name!r}: {support.reason}")
         if not len(q) or not len(k):
-            lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-            max_logits = lse.new_full(q.shape[1:2], -torch.inf) if call.max_logits else None
-            return AttentionResult(q.new_zeros(*q.shape[:2], v.shape[2]), lse, max_logits)
+            return attend_to_nothing(q, v, call.max_logits)
         from magi_kernels_hopper.forward import launch_forward
 
         out = q.new_empty(*q.shape[:2], v.shape[2])

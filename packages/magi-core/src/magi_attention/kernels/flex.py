@@ -15,7 +15,7 @@ from magi_attention.common.logsumexp import accumulation_dtype, rescale_weight
 from magi_attention.kernels.flex_layer import AttendLayer, attend_compiled
 from magi_attention.kernels.flex_tables import BLOCK, layers_of, num_blocks
 from magi_attention.kernels.merge import merge_partials
-from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, AttentionResult, Support
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, AttentionResult, Support, attend_to_nothing
 from magi_attention.utils.triton import has_triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -78,12 +78,10 @@ class FlexBackend:
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
         """See the protocol."""
-        num_q, num_heads, _ = q.shape
+        num_q = q.shape[0]
         layers = layers_of(call.slices, num_q, k.shape[0], q.device)
         queries, keys, values = _by_block(q), _by_block(k), _by_block(v)
-        out = q.new_zeros(num_q, num_heads, v.shape[2])
-        lse = q.new_full((num_q, num_heads), -torch.inf, dtype=accumulation_dtype(q))
-        max_logits = lse.new_full((num_heads,), -torch.inf) if call.max_logits else None
+        out, lse, max_logits = attend_to_nothing(q, v, call.max_logits)
         for number, layer in enumerate(layers):
             result = self._attend(queries, keys, values, layer, call.softmax_scale, call.softcap, call.max_logits)
             part, part_lse = _by_token(result.out, num_q), result.lse[:, :num_q].T

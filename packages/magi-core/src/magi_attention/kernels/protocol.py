@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.common.slices import SliceTable
 
 Direction = Literal["forward", "backward"]
@@ -121,6 +122,13 @@ class AttentionResult(NamedTuple):
     out: Tensor
     lse: Tensor
     max_logits: Tensor | None = None
+
+
+def attend_to_nothing(q: Tensor, v: Tensor, max_logits: bool = False) -> AttentionResult:
+    """Return the result of queries ``[tq, hq, d]`` without any key; ``v`` tells the head dim of the output."""
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=accumulation_dtype(q))
+    largest = lse.new_full(lse.shape[1:], -torch.inf) if max_logits else None
+    return AttentionResult(q.new_zeros(*q.shape[:2], v.shape[-1]), lse, largest)
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.kernels.merge import merge_into
-from magi_attention.kernels.protocol import AttentionResult
+from magi_attention.kernels.protocol import AttentionResult, attend_to_nothing
 from magi_attention.kernels.sink import apply_sink
 from magi_attention.runtime.job import AttentionJob, Launch
 from magi_attention.runtime.schedule import Step
@@ -58,7 +58,7 @@ def attend(
 def _attend_visitors(launches: tuple[Launch, ...], queries: Tensor, keys: Tensor, values: Tensor) -> AttentionResult:
     (launch,) = launches
     if not len(launch.call.slices):
-        return nothing(queries, values)
+        return attend_to_nothing(queries, values)
     with named(launch.name):
         result: AttentionResult = launch.run(queries, keys, values, launch.call)
     return result
@@ -68,7 +68,7 @@ class _Visit:
     """Outputs of visiting queries on their way home, and those of this rank's queries that come from elsewhere."""
 
     def __init__(self, job: AttentionJob, step: Step, partial: AttentionResult, q: Tensor) -> None:
-        away = nothing(q, partial.out)
+        away = attend_to_nothing(q, partial.out)
         self.out, self.lse = away.out.to(away.lse.dtype), away.lse
         self.max_logits = partial.max_logits
         assert step.exchange is not None
@@ -129,7 +129,7 @@ class _Results:
     def finish(self) -> AttentionResult:
         """Everything together."""
         if self._out is None or self._lse is None:
-            return nothing(self._q, self._v)
+            return attend_to_nothing(self._q, self._v)
         return AttentionResult(self._out, self._lse, self._max_logits)
 
     def _put(self, run: slice | None, partial: AttentionResult) -> None:
@@ -162,13 +162,6 @@ class _Results:
             self._max_logits = max_logits
         elif max_logits is not None:
             self._max_logits = torch.maximum(self._max_logits, max_logits)
-
-
-def nothing(q: Tensor, v: Tensor) -> AttentionResult:
-    """The result of queries that attend to no key at all; ``v`` tells the head dim of the output."""
-    dtype = accumulation_dtype(q)
-    out = q.new_zeros(*q.shape[:2], v.shape[-1])
-    return AttentionResult(out, q.new_full(q.shape[:2], float("-inf"), dtype=dtype))
 
 
 def _group_maximum(job: AttentionJob, max_logits: Tensor | None, lse: Tensor) -> Tensor:
