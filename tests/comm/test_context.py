@@ -3,6 +3,7 @@
 
 import gc
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -21,7 +22,8 @@ from tests.distributed.exchanges import RandomNeeds, random_tensor
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
-    emulate(monkeypatch)
+    with emulate(monkeypatch):
+        yield
 
 
 @pytest.mark.parametrize("transport", ["copy_engine", "push", None])
@@ -77,7 +79,7 @@ def test_rounds_and_capacity():
         counts = torch.tensor([len(needs.partials_of(rank, row)) for row in range(len(total))])[:, None]
         torch.testing.assert_close(total, sources[rank] * counts)
         with pytest.raises(CapacityError, match="but 2097152 is the most"):
-            native.cast([torch.zeros(len(total), 1 << 20)], needs.table(rank))
+            native.cast([torch.zeros(1, 1 << 20).expand(len(total), -1)], needs.table(rank))
 
     run_ranks(2, run)
 
@@ -124,6 +126,25 @@ def test_a_rank_that_stops_is_named_and_nobody_hangs(transport):
             native.reduce([rows.new_zeros(table.num_received, 4)], table, [rows])
 
     run_ranks(3, run)
+
+
+def test_a_context_may_go_with_all_its_exchanges_under_way():
+    def run(rank, group):
+        native, table = GroupContext(group, ContextOptions(timeout_s=30)), fragmented_table(rank, 2, 4, 2)
+        begin = threading.Event()
+        torch.cuda.current_stream().enqueue(lambda: begin.wait(20))
+        rows = torch.ones(table.num_source, 4)
+        native.cast([rows], table).wait()
+        native.reduce([torch.ones(table.num_received, 4)], table, [rows]).wait()
+        context_of_rank, table = weakref.ref(native), None
+        del native, rows
+        gc.collect()
+        assert context_of_rank() is None
+        time.sleep(0.2)  # the watchdog has seen that it is gone
+        begin.set()
+        torch.cuda.current_stream().synchronize()
+
+    run_ranks(2, run)
 
 
 def test_own_rows_lie_among_received_ones():
@@ -173,7 +194,7 @@ def test_only_what_could_start_and_stands_still_is_late():
             raise AssertionError("not called from here")
 
     owner = Owner()
-    watchdog = Watchdog(rings, weakref.WeakMethod(owner.give_up), timeout_s=10)
+    watchdog = Watchdog(rings, weakref.ref(owner), timeout_s=10)
     watchdog.stop()
     assert watchdog.look(0) is watchdog.look(100) is None  # nothing is under way
     rings[1].progress[:] = 3, 2

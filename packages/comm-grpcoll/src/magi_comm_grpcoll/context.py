@@ -105,8 +105,9 @@ class GroupContext:
         self._streams = _Streams(self.device)
         self._make_rings()
         rings = [Watched(name, progress) for name, progress in zip(LANES, self._progress.numpy(), strict=True)]
-        self._watchdog = Watchdog(rings, weakref.WeakMethod(self._give_up), timeout_s)
+        self._watchdog = Watchdog(rings, weakref.ref(self), timeout_s)
         self._timeout_s = timeout_s
+        weakref.finalize(self, _let_streams_end, self._streams.all, (self._lanes, self._progress)).atexit = False
 
     def _make_rings(self) -> None:
         num_rings, num_slots = len(LANES), self.options.num_slots
@@ -247,8 +248,8 @@ class GroupContext:
                 "them, or switch native_grpcoll off"
             )
 
-    def _give_up(self, number: int, epoch: int) -> None:
-        """Called by the watchdog: name the ranks that are missing, refuse further calls, and free the streams."""
+    def give_up(self, number: int, epoch: int) -> None:
+        """For the watchdog: name the ranks that are missing, refuse further calls, and free the streams."""
         words = self._words[number]
         needed = [(words.arrived, epoch + 1), (words.credit, max(0, epoch - self.options.num_slots + 1))]
         with torch.cuda.device(self.device), torch.cuda.stream(self._streams.watch):
@@ -278,6 +279,16 @@ class _Streams:
             torch.cuda.Stream(device, priority=_HIGH_PRIORITY) for _ in range(3 + len(LANES))
         )
         self.all = [self.send, self.credit, *self.arrive]
+
+
+# What the streams of contexts that are gone may still use, and events behind which they don't.
+_outliving: "list[tuple[list[torch.cuda.Event], object]]" = []
+
+
+def _let_streams_end(streams: "Sequence[torch.cuda.Stream]", used: object) -> None:
+    """Keep what the streams of a context use until they are done with it, also if the context has gone before."""
+    _outliving[:] = [each for each in _outliving if not all(event.query() for event in each[0])]
+    _outliving.append(([stream.record_event() for stream in streams], used))
 
 
 def _put_own(
