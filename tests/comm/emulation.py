@@ -146,8 +146,8 @@ class Stream:
     def finish(self) -> None:
         self._queue.put(None)
 
-    def record_event(self) -> Event:
-        event = Event()
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
         event.record(self)
         return event
 
@@ -208,26 +208,32 @@ def _array(address: int, dtype: Any, count: int) -> np.ndarray:
     return _machine.memory.at(address, np.dtype(dtype).itemsize * count).view(dtype)
 
 
-def launch(stream: Stream, config: object, kernel: tuple[str, str], *arguments: Any) -> None:
-    run = {"push": _push, "add_": _add}[kernel[1][:4]]
-    stream.enqueue(lambda: run(*arguments))
+class Launch:
+    """See the wheel's; a kernel is its file and its name."""
+
+    def __init__(
+        self, stream: Stream, kernel: tuple[str, str], grid: int, block: object, parameters: list[int], shared: int = 0
+    ) -> None:
+        self._stream, self.parameters = stream, [*parameters]
+        self._run = {"push": _push, "add_": _add}[kernel[1][:4]]
+
+    def __call__(self) -> None:
+        now = [*self.parameters]
+        self._stream.enqueue(lambda: self._run(*now))
 
 
-def _push(*arguments: Any) -> None:
+def _push(*arguments: int) -> None:
     sources, (arenas, offset, tasks, num_tasks, controls, num_told, flag, value, _) = arguments[:4], arguments[4:]
-    for source, target, size, tensor, peer in _array(tasks, TASK, int(num_tasks)).tolist():
+    for source, target, size, tensor, peer in _array(tasks, TASK, num_tasks).tolist():
         base = int(_array(arenas, np.int64, peer + 1)[peer])
-        _copy(base + int(offset) + target, sources[tensor] + source, size)
-    for control in _array(controls, np.int64, int(num_told)).tolist():
-        _array(control + int(flag), np.int64, 1)[0] = int(value)
+        _copy(base + offset + target, sources[tensor] + source, size)
+    for control in _array(controls, np.int64, num_told).tolist():
+        _array(control + flag, np.int64, 1)[0] = value
 
 
-def _add(
-    into: int, slots: int, rows: int, offsets: int, places: int, num_rows: Any, columns: Any, average: Any
-) -> None:
-    width = int(columns)
-    bounds = _array(offsets, np.int32, int(num_rows) + 1)
-    for row, (first, last) in zip(_array(rows, np.int32, int(num_rows)), itertools.pairwise(bounds), strict=True):
+def _add(into: int, slots: int, rows: int, offsets: int, places: int, num_rows: int, width: int, average: int) -> None:
+    bounds = _array(offsets, np.int32, num_rows + 1)
+    for row, (first, last) in zip(_array(rows, np.int32, num_rows), itertools.pairwise(bounds), strict=True):
         target = _array(into + int(row) * width * 4, np.float32, width)
         for place in _array(places, np.int32, int(last))[first:].tolist():
             target += _array(slots + place * width * 4, np.float32, width)
@@ -287,9 +293,8 @@ def emulate(monkeypatch: Any) -> Iterator[None]:
         (wires, "driver", Driver),
         (routes, "driver", Driver),
         (routes, "device_name", lambda device: "emulated"),
-        (kernels, "launch", launch),
+        (kernels, "Launch", Launch),
         (kernels, "kernel", lambda fatbin, name, device, shared=0: (fatbin, name)),
-        (kernels, "launch_config", lambda *arguments: arguments),
         (torch.cuda, "Stream", Stream),
         (torch.cuda, "Event", Event),
         (torch.cuda, "stream", stream_of_block),

@@ -14,7 +14,7 @@ from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll import CapacityError, ContextOptions, GroupContext, PeerTimeoutError, SlotLentError, context
 from magi_comm_grpcoll.lane import Round
 from magi_comm_grpcoll.watchdog import Watchdog, Watched
-from magi_comm_grpcoll.work import NativeWork
+from magi_comm_grpcoll.work import EventPool, NativeWork
 from tests.comm.emulation import Stream, emulate, run_ranks
 from tests.comm.test_native import fragmented_table
 from tests.distributed.exchanges import RandomNeeds, random_tensor
@@ -206,7 +206,9 @@ def test_only_what_could_start_and_stands_still_is_late():
 
 def test_what_is_lent_goes_back_behind_its_readers_whoever_drops_it():
     stream, reader, told = Stream(), Stream(), []
-    work = NativeWork(stream, reader, None, [], None, lambda: None, told.append)
+    work = NativeWork(
+        stream, reader, None, [], None, lambda: None, lambda behind: told.append(behind.record_event()), EventPool()
+    )
     work.wait()
     reads = threading.Event()
     reader.enqueue(reads.wait)

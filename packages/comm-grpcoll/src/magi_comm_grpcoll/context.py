@@ -6,7 +6,6 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from magi_attention.comm.alltoall import check_out, check_reduce
 from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
 from magi_attention.comm.packing import RowFormat, put_rows, row_formats
 from magi_attention.comm.protocol import ReduceOp
-from magi_attention.comm.routes import Rows, routes_of
+from magi_attention.comm.routes import Rows
 from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.capability import agree
@@ -135,19 +134,24 @@ class GroupContext:
     ) -> NativeWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         self._check_call()
-        _check_rows("tensors", tensors, table.num_source, self.device)
         if out is not None:
             check_out(out, tensors, table.num_received)
-        lane, rounds = self._lanes[CAST], self._prepare(CAST, table, row_formats(tensors))
+
+        def prepare() -> list[Round]:
+            _check_rows("tensors", tensors, table.num_source, self.device)
+            return self._prepare(CAST, table, row_formats(tensors))
+
+        # What a call with the same arguments has checked and found holds for later ones.
+        rounds = table.derived((self, CAST, *map(_kind, tensors)), prepare)
+        lane = self._lanes[CAST]
         caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
         tensors = [tensor.contiguous() for tensor in tensors]
         if lend and out is None and len(rounds) == 1:
             started = rounds[0].start(tensors, caller)
             if own_places is not None:
                 _put_own(arrive, started.ready, rounds[0].landed(started.slot), own_places, tensors)
-            give_back = partial(lane.exchange.release, started.epoch)
-            lent, kept = [*rounds[0].landed(started.slot)], [rounds, *tensors]
-            return NativeWork(arrive, caller, lent, kept, started.packed, self._check, give_back)
+            lent = [*rounds[0].landed(started.slot)]
+            return rounds[0].work(started, caller, lent, [rounds, *tensors], self._check, lends=True)
         received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
         for part in rounds:
             started = part.start(tensors, caller)
@@ -156,8 +160,7 @@ class GroupContext:
                 part.deliver(started.slot, received)
         if own_places is not None:
             _put_own(arrive, started.ready, received, own_places, tensors)
-        kept = [rounds, *tensors, *received]
-        return NativeWork(arrive, caller, received, kept, started.packed, self._check)
+        return part.work(started, caller, received, [rounds, *tensors, *received], self._check)
 
     @torch.no_grad()
     def reduce(
@@ -175,33 +178,38 @@ class GroupContext:
             TypeError: no kernel combines these dtypes; see :func:`~magi_comm_grpcoll.combine.can_combine`.
         """
         self._check_call()
-        check_reduce(partials, into, op, partial_lse, into_lse)
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
         targets = [*into] if into_lse is None else [*into, into_lse]
-        _check_rows("partials", sent, table.num_received, self.device)
-        _check_rows("into", targets, table.num_source, self.device)
-        check_combine(sent, targets, op)
-        lane, rounds = self._lanes[REDUCE], self._prepare(REDUCE, table, row_formats(sent))
+
+        def prepare() -> list[Round]:
+            check_reduce(partials, into, op, partial_lse, into_lse)
+            _check_rows("partials", sent, table.num_received, self.device)
+            _check_rows("into", targets, table.num_source, self.device)
+            check_combine(sent, targets, op)
+            return self._prepare(REDUCE, table, row_formats(sent))
+
+        kinds = *map(_kind, sent), len(sent) - len(partials), *map(_kind, targets), len(targets) - len(into)
+        rounds, lane = table.derived((self, REDUCE, op, *kinds), prepare), self._lanes[REDUCE]
         caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
         sent = [tensor.contiguous() for tensor in sent]
         written = [tensor.contiguous() for tensor in targets]
         old_lse = written[-1].clone() if op == "lse" else None
         for part in rounds:
-            started, routes = part.start(sent, caller), routes_of(part.plan.table, self.device)
+            started, segments = part.start(sent, caller), part.segments
             arrive.wait_event(started.ready)
             slots = part.landed(started.slot)
             with lane.read(started):
                 if old_lse is not None:
-                    merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], routes)
+                    merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], segments)
                 else:
                     for target, rows in zip(written, slots, strict=True):
-                        add_slots(arrive, target, rows, routes, average=op == "avg")
+                        add_slots(arrive, target, rows, segments, average=op == "avg")
         with torch.cuda.stream(arrive):
             for target, result in zip(targets, written, strict=True):
                 if target is not result:
                     target.copy_(result)
         kept = [rounds, old_lse, *sent, *written, *targets]
-        return NativeWork(arrive, caller, None, kept, started.packed, self._check)
+        return part.work(started, caller, None, kept, self._check)
 
     def close(self) -> None:
         """Give the memory back. A collective of the host; waits until all that was enqueued is done."""
@@ -315,6 +323,11 @@ def check_combine(partials: Sequence[Tensor], into: Sequence[Tensor], op: str) -
     if not formats_combine(row_formats(partials), [*into], op):
         told = ", ".join(f"{x.dtype} onto {y.dtype}" for x, y in zip(partials, into, strict=True))
         raise TypeError(f"no kernel combines {told}: use bfloat16, float16 or float32, and a float32 log-sum-exp")
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    """All of a tensor that decides whether a call is right, and what it needs."""
+    return tensor.dtype, tensor.shape, tensor.device
 
 
 def _check_rows(name: str, tensors: Sequence[Tensor], num_rows: int, device: torch.device) -> None:

@@ -55,6 +55,7 @@ class StreamWork(Generic[Result]):
         result: what ``wait`` returns.
         buffers: what the collective reads or writes of ``caller``'s, kept alive.
         packed: recorded on ``stream`` once the rows to send had been gathered.
+        done: an event to record now, for who keeps some; None for a new one.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class StreamWork(Generic[Result]):
         result: Result,
         buffers: Sequence[object],
         packed: torch.cuda.Event | None = None,
+        done: torch.cuda.Event | None = None,
     ) -> None:
         self._caller, self._result, self._buffers, self.packed = caller, result, buffers, packed
-        self._done: torch.cuda.Event | None = stream.record_event()
+        self._done: torch.cuda.Event | None = stream.record_event(done)
 
     def precede(self, stream: torch.cuda.Stream) -> None:
         """Let another stream wait, which gives up no buffers."""
