@@ -51,17 +51,15 @@ def _driver_reason(device: torch.device) -> str:
 def agree(handshake: Handshake, device: torch.device) -> str:
     """Compare what the ranks' machines can do; returns why the group can't exchange natively, the same on all ranks."""
     shares = os.environ.get(SHARING) == "1"
-    mine = {"reason": reason_against(device), "host": _host(), "device": None, "shares": shares}
+    mine = {"reason": reason_against(device), "host": host(), "device": None, "shares": shares}
     if device.type == "cuda":
         mine["device"] = str(torch.cuda.get_device_properties(device).uuid)
     ranks = [json.loads(answer) for answer in handshake.exchange(json.dumps(mine).encode())]
     for rank, answer in enumerate(ranks):
         if answer["reason"]:
             return f"on rank {rank} {answer['reason']}"
-    if len({answer["host"] for answer in ranks}) > 1:
-        return (
-            f"its ranks are on {len({answer['host'] for answer in ranks})} hosts, and between hosts there is none yet"
-        )
+    if (num_hosts := len({answer["host"] for answer in ranks})) > 1:
+        return f"its ranks are on {num_hosts} hosts, and a context is for one"
     if len({answer["device"] for answer in ranks}) < len(ranks) and not all(answer["shares"] for answer in ranks):
         return f"several of its ranks share one GPU (for tests, set {SHARING}=1 on all ranks)"
     out_of_reach = _out_of_reach(device, [answer["device"] for answer in ranks])
@@ -69,7 +67,7 @@ def agree(handshake: Handshake, device: torch.device) -> str:
     return next((answer for answer in answers if answer), "")
 
 
-def _host() -> str:
+def host() -> str:
     """Tells machines apart; containers of one machine are not."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
