@@ -21,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,7 @@ MASKS = ("causal", "varlen_causal")
 METHODS = {"magi/0": (0, False), "magi/1": (1, False), "magi/1 kept": (1, True), "magi/2": (2, False)}
 """Remote stages, and whether received rows are kept."""
 
+Result = TypeVar("Result")
 Passes = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
 
 
@@ -161,7 +162,7 @@ def measure(passes: Passes, repeat: int, device: str) -> tuple[Times, Times]:
     idle = torch.cuda.synchronize if device == "cuda" else lambda: None
     times: tuple[list[Times], list[Times]] = ([], [])
 
-    def timed(run: Callable[[], Tensor], into: list[Times]) -> Tensor:
+    def timed(run: Callable[[], Result], into: list[Times]) -> Result:
         idle()
         start = time.perf_counter()
         result = run()
