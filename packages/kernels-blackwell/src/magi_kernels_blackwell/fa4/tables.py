@@ -16,6 +16,7 @@ from torch import Tensor
 
 from magi_attention.common import bands as band
 from magi_attention.common.slices import SliceTable, expand_counts
+from magi_attention.kernels.table_streams import StreamsOfTables, settle
 from magi_attention.kernels.tiles import IndexLists, RowIntervals, Tiles, classify_tiles, tile_runs
 from magi_kernels_blackwell.masks import intervals_of_keys, intervals_of_queries
 
@@ -77,6 +78,7 @@ class RunTables(NamedTuple):
         full_offsets, full_runs: the same for full tiles. Kernels don't mask these, which is right beyond the last
             query; a last block of keys that is cut off has partial tiles only.
         offsets, bounds: as of :class:`SparseTables`.
+        streams: of the launches that read these.
     """
 
     work: Tensor
@@ -86,6 +88,7 @@ class RunTables(NamedTuple):
     full_runs: Tensor
     offsets: Tensor
     bounds: Tensor
+    streams: StreamsOfTables
 
 
 def forward_tiling(arch: int, head_dim: int, head_dim_v: int) -> Tiling:
@@ -157,7 +160,9 @@ def run_tables(
         intervals = intervals_of_queries(slices, num_q) if of_queries else intervals_of_keys(slices, num_k)
         work = longest_first(partial.sizes + full.sizes, heads_k)
         tables = (work, partial.offsets, _pairs(partial), full.offsets, _pairs(full), *_line_tables(intervals))
-        return RunTables(*(to_device(table, device) for table in tables))
+        on_device = [to_device(table, device) for table in tables]
+        settle(device)
+        return RunTables(*on_device, streams=StreamsOfTables(on_device))
 
     return slices.derived(("fa4 runs", num_q, num_k, heads_k, tiling, device), build)
 
