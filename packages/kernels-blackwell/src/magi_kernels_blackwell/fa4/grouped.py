@@ -59,7 +59,7 @@ def launch_grouped_backward(
     kernels.before(*before)
     by_group = (x.view(1, heads_k, -1) for x in (lse2, dpsum, dq_sum))
     tensors = (q, k, v, dout, *by_group, dk.unsqueeze(0), dv.unsqueeze(0))
-    kernels.main(*grouped.arguments(tensors, call.softmax_scale, tables[5:7], grouped.Runs(*tables[:5])))
+    kernels.main(*grouped.arguments(tensors, call.softmax_scale, tables[6:], grouped.Runs(*tables[1:6])))
     kernels.after(dq_sum, dq.unsqueeze(0), call.softmax_scale, None, None, None, None)
     return dq, dk, dv
 

@@ -71,6 +71,7 @@ class RunTables(NamedTuple):
     """A mask for a backward pass that walks runs of tiles, int32. Shapes: R rows of tiles (blocks of keys), L lines.
 
     Attributes:
+        streams: of the launches that read the tables.
         work: ``[R * key heads]``, the rows in the order of work, each as ``row * heads + head``.
         partial_offsets: ``[R + 1]``, and
         partial_runs: ``[.., 2]``: row r has the partial tiles of the blocks of queries ``start`` to ``stop`` of the
@@ -78,9 +79,9 @@ class RunTables(NamedTuple):
         full_offsets, full_runs: the same for full tiles. Kernels don't mask these, which is right beyond the last
             query; a last block of keys that is cut off has partial tiles only.
         offsets, bounds: as of :class:`SparseTables`.
-        streams: of the launches that read these.
     """
 
+    streams: StreamsOfTables
     work: Tensor
     partial_offsets: Tensor
     partial_runs: Tensor
@@ -88,7 +89,6 @@ class RunTables(NamedTuple):
     full_runs: Tensor
     offsets: Tensor
     bounds: Tensor
-    streams: StreamsOfTables
 
 
 def forward_tiling(arch: int, head_dim: int, head_dim_v: int) -> Tiling:
@@ -162,7 +162,7 @@ def run_tables(
         tables = (work, partial.offsets, _pairs(partial), full.offsets, _pairs(full), *_line_tables(intervals))
         on_device = [to_device(table, device) for table in tables]
         settle(device)
-        return RunTables(*on_device, streams=StreamsOfTables(on_device))
+        return RunTables(StreamsOfTables(on_device), *on_device)
 
     return slices.derived(("fa4 runs", num_q, num_k, heads_k, tiling, device), build)
 
