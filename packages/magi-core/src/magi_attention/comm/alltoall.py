@@ -15,6 +15,7 @@ from magi_attention.comm.routes import Rows, routes_of
 from magi_attention.comm.streams import communication_stream
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_attention.utils.torch_modes import without_grad
 
 
 class AllToAllCollectives:
@@ -34,7 +35,7 @@ class AllToAllCollectives:
         let_go_at_exit(self, "group")
         self.num_ranks = group_size(group)
 
-    @torch.no_grad()
+    @without_grad
     def cast(
         self,
         tensors: Sequence[Tensor],
@@ -79,7 +80,7 @@ class AllToAllCollectives:
                 put_rows(target, own_places, own)
         return work
 
-    @torch.no_grad()
+    @without_grad
     def reduce(
         self,
         partials: Sequence[Tensor],
@@ -135,7 +136,7 @@ class AllToAllCollectives:
         if stream is None:
             packed = gather()
             transfer = self._send(packed, landed, counts, async_op=True)
-            return PendingWork(transfer, torch.no_grad()(finish), buffers=(packed, landed, *kept))
+            return PendingWork(transfer, without_grad(finish), buffers=(packed, landed, *kept))
         caller = torch.cuda.current_stream(device.index)  # a number is looked up faster than a device
         stream.wait_stream(caller)
         torch.cuda.set_stream(stream)
