@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.group import group_size, let_go_at_exit
-from magi_attention.comm.packing import deliver, lay_out, pack, put_rows, row_formats
+from magi_attention.comm.packing import deliver, lay_out, pack, put_all_rows, put_rows, row_formats
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
 from magi_attention.comm.routes import Rows, routes_of
@@ -76,8 +76,7 @@ class AllToAllCollectives:
         counts = routes.send_counts, routes.recv_counts
         work = self._exchange(gather, arrived, counts, finish, [*tensors, *received])
         if own_places is not None:  # while the others' rows travel
-            for own, target in zip(tensors, received, strict=True):
-                put_rows(target, own_places, own)
+            put_all_rows(received, own_places, tensors)
         return work
 
     @without_grad
