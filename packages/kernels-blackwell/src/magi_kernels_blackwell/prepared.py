@@ -139,7 +139,7 @@ class PreparedBackward:
         dq, dk, dv = gradients
         lse2, dpsum = lse.new_empty((2, *self._statistics)).unbind()
         dq_sum = dq if self._dq_sum is None else lse.new_empty(self._dq_sum)
-        dk_sum, dv_sum = (lse.new_zeros(shape) for shape in self._sums) if self._sums else (dk, dv)
+        dk_sum, dv_sum = self._zeros(lse) if self._sums else (dk, dv)
         rest = self._before_rest
         if dlse is not None:
             rest = [*rest[: self._dlse_at], dlse, *rest[self._dlse_at + 1 :]]
@@ -153,6 +153,13 @@ class PreparedBackward:
         sums = ((dq_sum, dq, scale), (dk_sum, dk, scale), (dv_sum, dv, 1.0))
         for kernel, given, noted in zip(self._after, sums, self._after_rest, strict=False):
             kernel(*given, *noted)
+
+    def _zeros(self, like: Tensor) -> Sequence[Tensor]:
+        """Sums of dk and dv, cleared by one kernel where both have one shape."""
+        first, second = self._sums
+        return (
+            like.new_zeros((2, *first)).unbind() if first == second else (like.new_zeros(first), like.new_zeros(second))
+        )
 
 
 def layout_of(*tensors: Tensor) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.routes import Rows
+from magi_attention.comm.words import move_rows
 from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.runtime.job import AttentionJob, Launch, LaunchStep
 from magi_attention.runtime.streams import Returns, walk_steps
@@ -104,12 +105,17 @@ class _Sum:
         return self.total
 
 
-def take_rows(x: Tensor, rows: Rows) -> Tensor:
-    """Some rows; a view where they are one run, and most of all."""
-    if not isinstance(rows, slice):
-        return x.index_select(0, rows)
-    taken = x[rows]
-    return taken if 2 * taken.shape[0] >= x.shape[0] else taken.clone()
+def take_rows(tensors: Sequence[Tensor], rows: Rows) -> list[Tensor]:
+    """The same rows of one or two tensors; views where they are one run, and most of all."""
+    if isinstance(rows, slice):
+        views = [x[rows] for x in tensors]
+        return [view if 2 * len(view) >= len(x) else view.clone() for view, x in zip(views, tensors, strict=True)]
+    num_rows = rows.shape[0]
+    taken = [x.new_empty((num_rows, *x.shape[1:])) for x in tensors]
+    if not move_rows(taken, tensors, rows, num_rows, scatter=False):
+        for target, x in zip(taken, tensors, strict=True):
+            torch.index_select(x, 0, rows, out=target)
+    return taken
 
 
 class _GradientSums:
@@ -151,8 +157,8 @@ class _GradientSums:
             return
         partials = [total.allocated(self._saved.k.dtype) for total in sums]
         if places is not None:
-            for own, partial in zip(self._sums, partials, strict=True):
-                own.add(None, take_rows(partial, places), own.total is not None)
+            for own, taken in zip(self._sums, take_rows(partials, places), strict=True):
+                own.add(None, taken, own.total is not None)
         self._sums = self._late
         self.returns.put(step, partials, [own.allocated(partials[0].dtype) for own in self._own])
 
