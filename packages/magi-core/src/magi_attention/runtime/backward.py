@@ -53,9 +53,12 @@ def differentiate(
     sums = _GradientSums(job, saved, dout, dlse)
     travelers = [q, dout, lse, _row_term(saved, dout, dlse)] if job.queries_travel else [q]
     of_pass = job.backward if kept is None else job.backward_with_rows
-    with closing(walk_steps(of_pass.steps, job.collectives, travelers, k, v, kept)) as steps:
+    kernels_first = of_pass.schedule.kernels_first
+    walk = walk_steps(of_pass.steps, job.collectives, travelers, k, v, kept, kernels_first=kernels_first)
+    with closing(walk) as steps:
         for each, rows, keys, values in steps:
-            sums.returns.send()
+            if not kernels_first:
+                sums.returns.send()
             if each.step.queries_travel:
                 sums.compute_visitors(each, rows, keys, values)
             else:
@@ -142,7 +145,7 @@ class _GradientSums:
         self._dq_from_away: Tensor | None = None
 
     def compute(self, each: LaunchStep, keys: Tensor, values: Tensor) -> None:
-        """Launch a step's kernels, and let what belongs to others go home."""
+        """Launch a step's kernels, send what still waits of the step before, and let what belongs to others go home."""
         step, places, launches = each
         sums = self._sums
         if not step.reads_own_alone:
@@ -153,6 +156,7 @@ class _GradientSums:
             self._dq.add(launch.queries, gradients.dq, launch.queries_known)
             for total, gradient in zip(sums, gradients[1:], strict=True):
                 total.add(launch.keys, gradient, launch.keys_known)
+        self.returns.send()
         if step.exchange is None:
             return
         partials = [total.allocated(self._saved.k.dtype) for total in sums]
@@ -175,6 +179,7 @@ class _GradientSums:
                 )
             for total, gradient in zip(self._own, (dk, dv), strict=True):
                 total.add(launch.keys, gradient, launch.keys_known)
+        self.returns.send()
         assert self._dq_from_away is None
         self._dq_from_away = torch.zeros_like(self._saved.q, dtype=self._dtype)
         self.returns.put(each.step, [dq], [self._dq_from_away])
