@@ -5,8 +5,9 @@ Rows are masks and lengths; columns our backends, beside cuDNN's and FlashAttent
 FlexAttention, all in one run on the same tensors. ``auto`` repeats the figures of the backends that our registry
 chooses for the row, which may differ by direction. FLOPs are those of the pairs that the mask keeps:
 ``4 * pairs * heads * dim`` forward, 2.5 times that backward. A time is the median of several launches between CUDA
-events, after warm-up; those of a row take turns, one launch each, so that a GPU that slows down when it gets hot does
-so for all alike. What a kernel cannot do is left out; an error ends its cell alone and is told below the table.
+events, after warm-up; those of a row take turns, one launch each in a random order, so that a GPU that slows down when
+it gets hot does so for all alike. What a kernel cannot do is left out; an error ends its cell alone and is told below
+the table.
 
 The columns of ratios are ``auto`` over FlashAttention-4's own kernels, over the original relative to cuDNN's causal
 attention, and over ``cudnn_flex``; below the table it says which bars (``benchmarks/kernel_bars.py``) hold. The rows
@@ -16,6 +17,7 @@ that have bars come first, and FlexAttention, which is compiled for every row, c
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -190,13 +192,16 @@ def telling_errors(cell: Cell) -> Iterator[None]:
 
 
 def median_seconds(launches: Sequence[Callable[[], object]], repeat: int) -> list[float]:
-    """The median time on the device of ``repeat`` launches of each, in turns."""
+    """The median time on the device of ``repeat`` launches of each, in turns, each time in another order."""
     marks = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in launches] for _ in range(repeat)]
     torch.cuda.synchronize()
+    turns, shuffle = list(range(len(launches))), random.Random(0).shuffle
     for row in marks:
-        for launch, (start, stop) in zip(launches, row, strict=True):
+        shuffle(turns)  # a kernel that draws less power leaves the GPU faster for the next
+        for turn in turns:
+            start, stop = row[turn]
             start.record()
-            launch()
+            launches[turn]()
             stop.record()
     torch.cuda.synchronize()
     return [
@@ -353,7 +358,9 @@ def main() -> None:
         shape = f"{options.heads}/{options.kv_heads} heads of {options.dim}, bfloat16"
         where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {shape}"
         print(where)
-        cells, found = run(options, [name for name in names if name != LAST])
+        cells, found = [], []
+        if first := [name for name in names if name != LAST]:
+            cells, found = run(options, first)
         if LAST in names:
             cells += run(options, [LAST])[0]
     print(*(bar for bar in found if not bar.holds), *summary(found), sep="\n")

@@ -17,6 +17,17 @@ from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.utils.torch_modes import without_grad
 
+_METHOD = "all_to_all_single" if hasattr(dist.ProcessGroup, "all_to_all_single") else "alltoall_base"
+
+
+def _options(async_op: bool) -> dist.AllToAllOptions:
+    options = dist.AllToAllOptions()
+    options.asyncOp = async_op
+    return options
+
+
+_OPTIONS = {async_op: _options(async_op) for async_op in (False, True)}
+
 
 class AllToAllCollectives:
     """Group cast and group reduce over one process group.
@@ -155,7 +166,12 @@ class AllToAllCollectives:
             landed.copy_(packed)  # a result never shares memory with what was sent
             return None
         send, recv = counts
-        return dist.all_to_all_single(landed, packed, recv, send, self.group, async_op=async_op)
+        # What dist.all_to_all_single does after checks that cost more than the rest; torch 2.13 renamed the method.
+        work = getattr(self.group, _METHOD)(landed, packed, recv, send, _OPTIONS[async_op])
+        if async_op or work is None:
+            return work
+        work.wait()
+        return None
 
     def _checked(self, table: ExchangeTable | TwoHopExchange) -> ExchangeTable:
         if isinstance(table, TwoHopExchange):

@@ -8,16 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from magi_attention.comm.words import WordRows
-from magi_attention.utils.triton import launch
+from magi_attention.utils.triton import launch, next_power_of_2
 
 _ROWS, _MOST_WORDS = 4, 256
-
-
-_NUMBERS = (
-    *("num_rows", "start", "first", "first2", "source_first", "source_first2"),
-    *("stride", "stride2", "source_stride", "source_stride2", "words", "words2"),
-)
-_POINTERS = ("target", "target2", "source", "source2", "index")
 
 
 @triton.jit
@@ -32,8 +25,8 @@ def _move(  # type: ignore[no-untyped-def]
     tl.store(write + (to * stride)[:, None] + column[None, :], moved, mask=used)
 
 
-# Nothing is compiled for particular numbers or alignments, so that one compiled kernel serves all launches of a dtype.
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
+# Masks differ in these two numbers: nothing is compiled for some of their values.
+@triton.jit(do_not_specialize=("num_rows", "start"))
 def _move_rows(  # type: ignore[no-untyped-def]
     target,
     target2,
@@ -89,15 +82,12 @@ def launch_move_rows(
     most = max(each.words for each in sources)
     if not num_rows or not most:
         return
-    block = min(triton.next_power_of_2(most), _MOST_WORDS)
+    block = min(next_power_of_2(most), _MOST_WORDS)
     second = sources[1].words if len(sources) > 1 else 0
-    grid = (triton.cdiv(num_rows, _ROWS), triton.cdiv(sources[0].words, block) + triton.cdiv(second, block), 1)
+    grid = (-(-num_rows // _ROWS), -(-sources[0].words // block) - (-second // block), 1)
     index, start = (sources[0].tensor, rows.start) if isinstance(rows, slice) else (rows, 0)
     a, a2, b, b2 = targets[0], targets[-1], sources[0], sources[-1]
-    arguments = (
-        *(a.tensor, a2.tensor, b.tensor, b2.tensor, index, num_rows, start),
-        *(a.first, a2.first, b.first, b2.first, a.stride, a2.stride, b.stride, b2.stride, b.words, second),
-    )
-    dtypes = tuple(each.tensor.dtype for each in (a, a2, b, b2))
+    tensors = (a.tensor, a2.tensor, b.tensor, b2.tensor, index)
+    fixed = (a.first, a2.first, b.first, b2.first, a.stride, a2.stride, b.stride, b2.stride, b.words, second)
     constants = {"HAS_INDEX": not isinstance(rows, slice), "SCATTER": scatter, "ROWS": _ROWS, "BLOCK": block}
-    launch(_move_rows, dtypes, grid, arguments, constants)
+    launch(_move_rows, grid, tensors, (num_rows, start), fixed, constants)

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-import torch
+from torch import Tensor
 
 _compiled: dict[object, Any] = {}
 
@@ -19,26 +19,42 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def launch(
-    function: Any, kind: object, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, Any]
-) -> None:
-    """Launch a kernel on the current GPU and stream.
+def next_power_of_2(number: int) -> int:
+    """The least power of 2 that is at least ``number``, which must be positive."""
+    return 1 << (number - 1).bit_length()
 
-    Triton looks at every argument of every launch, to find what it has compiled for such. Here this is found by the
-    ``kind`` and the constants alone, which takes a third of the time.
+
+def launch(
+    function: Any,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor, ...],
+    free: tuple[int, ...],
+    fixed: tuple[int, ...],
+    constants: dict[str, Any],
+    **options: Any,
+) -> None:
+    """Launch a kernel on the current stream of the tensors' GPU, which must be current.
+
+    Triton looks at every argument of every launch, to find what it has compiled for such. This finds it in less time.
 
     Args:
-        function: the jitted kernel; it must not be specialized on numbers or alignments.
-        kind: all that it is compiled for beside the constants: the tensors' dtypes.
+        function: the jitted kernel. It takes the tensors, ``free``, ``fixed`` and the constants, in this order.
         grid: numbers of programs.
-        arguments: in order, without the constants.
-        constants: of the kernel, which it takes last.
+        tensors: what it reads and writes.
+        free: integers that it is not specialized on, which fit 32 bits.
+        fixed: other integers, of which there are few combinations.
+        constants: of the kernel.
+        options: of the compiler.
     """
-    key = (function, kind, torch.cuda.current_device() if torch.cuda.is_available() else -1, *constants.values())
-    compiled = _compiled.get(key)
+    addresses = 0
+    for each in tensors:
+        addresses |= each.data_ptr()
+    key = function, tensors[0].get_device(), fixed, *constants.values(), *[each.dtype for each in tensors]
+    compiled = None if addresses % 16 else _compiled.get(key)
     if compiled is not None:
-        compiled[grid](*arguments, *constants.values())
+        compiled[grid](*tensors, *free, *fixed, *constants.values())
         return
-    launched = function[grid](*arguments, **constants)
-    if launched is not None:  # the interpreter compiles nothing
+    launched = function[grid](*tensors, *free, *fixed, **constants, **options)
+    # The interpreter compiles nothing; and tensors that are not aligned as usual have kernels of their own.
+    if launched is not None and not addresses % 16:
         _compiled[key] = launched
