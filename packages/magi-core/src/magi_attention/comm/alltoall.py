@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.group import group_size, let_go_at_exit
-from magi_attention.comm.packing import deliver, lay_out, pack, put_all_rows, put_rows, row_formats
+from magi_attention.comm.packing import RowLayout, deliver, lay_out, pack, put_all_rows, put_rows, row_formats
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
-from magi_attention.comm.routes import Rows, routes_of
+from magi_attention.comm.routes import Routes, Rows, routes_of
 from magi_attention.comm.streams import communication_stream
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
@@ -56,14 +56,11 @@ class AllToAllCollectives:
         lend: bool = False,
     ) -> PendingWork[list[Tensor]] | StreamWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        table = self._checked(table)
-        _check_rows("tensors", tensors, table.num_source)
-        routes = routes_of(table, tensors[0].device)
-        layout = lay_out(row_formats(tensors))
+        routes, layout = self._prepared(table, "tensors", tensors)
         buffer = landed = None
         if out is None:
             buffer = tensors[0].new_empty((table.num_received, layout.num_words), dtype=torch.int64)
-            received = [layout.column(buffer, number) for number in range(len(tensors))]
+            received = layout.all_columns(buffer)
             if isinstance(routes.received, slice):
                 landed = buffer[routes.received]
         else:
@@ -101,13 +98,10 @@ class AllToAllCollectives:
         into_lse: Tensor | None = None,
     ) -> PendingWork[None] | StreamWork[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        table = self._checked(table)
         check_reduce(partials, into, op, partial_lse, into_lse)
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
-        _check_rows("partials", sent, table.num_received)
-        _check_rows("into", into, table.num_source)
-        routes = routes_of(table, sent[0].device)
-        layout = lay_out(row_formats(sent))
+        self._prepared(table, "into", into)
+        routes, layout = self._prepared(table, "partials", sent)
         landed = sent[0].new_empty((routes.num_sent, layout.num_words), dtype=torch.int64)
 
         def gather() -> Tensor:
@@ -173,12 +167,21 @@ class AllToAllCollectives:
         work.wait()
         return None
 
-    def _checked(self, table: ExchangeTable | TwoHopExchange) -> ExchangeTable:
+    def _prepared(
+        self, table: ExchangeTable | TwoHopExchange, name: str, tensors: Sequence[Tensor]
+    ) -> tuple[Routes, RowLayout]:
+        """Check tensors, once for all of their shapes; returns the table's routes on their device, and their layout."""
         if isinstance(table, TwoHopExchange):
             raise TypeError("a two-hop exchange needs HierarchicalCollectives, not AllToAllCollectives")
-        if table.num_ranks != self.num_ranks:
-            raise ValueError(f"an exchange among {table.num_ranks} ranks can't run in a group of {self.num_ranks}")
-        return table
+
+        def prepare() -> tuple[Routes, RowLayout]:
+            if table.num_ranks != self.num_ranks:
+                raise ValueError(f"an exchange among {table.num_ranks} ranks can't run in a group of {self.num_ranks}")
+            _check_rows(name, tensors, table.num_received if name == "partials" else table.num_source)
+            return routes_of(table, tensors[0].device), lay_out(row_formats(tensors))
+
+        key = name, self.num_ranks, *[(tensor.device, tensor.dtype, tensor.shape) for tensor in tensors]
+        return table.derived(key, prepare)
 
 
 def check_reduce(

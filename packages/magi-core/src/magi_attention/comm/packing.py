@@ -65,10 +65,17 @@ class RowLayout(NamedTuple):
 
     def column(self, buffer: Tensor, number: int) -> Tensor:
         """``[rows, *shape]``: one tensor's part of a buffer ``[rows, num_words]``, without a copy."""
-        column = self.columns[number]
-        elements = buffer.view(column.dtype)
-        offset = elements.storage_offset() + column.first_element
-        return elements.as_strided((buffer.shape[0], *column.shape), column.strides, offset)
+        return self.all_columns(buffer)[number]
+
+    def all_columns(self, buffer: Tensor) -> list[Tensor]:
+        """:meth:`column` of every tensor."""
+        found, dtype, elements = [], buffer.dtype, buffer
+        for column in self.columns:
+            if column.dtype != dtype:
+                dtype, elements = column.dtype, buffer.view(column.dtype)
+            offset = elements.storage_offset() + column.first_element
+            found.append(elements.as_strided((buffer.shape[0], *column.shape), column.strides, offset))
+        return found
 
     def words(self, buffer: Tensor, number: int) -> Tensor:
         """``[rows, words]``: the same as words."""
