@@ -15,7 +15,6 @@ from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, Ker
 from magi_attention.kernels.registry import choose_backend, installed_backends
 from magi_kernels_hopper import BACKEND, backward, backward_params, driver
 from magi_kernels_hopper.forward import Params, geometry
-from magi_kernels_hopper.launching import StreamsOfTables
 from magi_kernels_hopper.variants import (
     BACKWARD_SIZES,
     FORWARD_SIZES,
@@ -80,18 +79,6 @@ def test_a_driver_that_cannot_load_kernels_is_named(monkeypatch):
     monkeypatch.setattr(driver, "_driver", lambda: old)
     with pytest.raises(RuntimeError, match=r"INVALID_IMAGE.*some\.cubin.*is for CUDA 12\.8.*install driver 580"):
         driver.Kernel(Path("some.cubin"), "entry", 0, 128, 0)
-
-
-def test_tables_outlive_launches_on_every_stream(monkeypatch):
-    recorded = []
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda table, stream: recorded.append((table, stream)))
-    first, second = SimpleNamespace(cuda_stream=0), SimpleNamespace(cuda_stream=7)
-    table = torch.zeros(1)
-    streams = StreamsOfTables((table, None, True))
-    for stream in (first, second, first, second):
-        streams.add(stream)
-    assert [each[1] for each in recorded] == [first, second]
-    assert all(each[0] is table for each in recorded)
 
 
 def test_parameters_have_the_size_that_the_kernel_asserts():

@@ -15,6 +15,7 @@ from magi_attention.kernels.protocol import (
     Support,
     attend_to_nothing,
 )
+from magi_attention.utils.torch_modes import on_device_of, without_grad
 from magi_kernels_hopper.measured import tflops
 from magi_kernels_hopper.support import support_of
 
@@ -32,7 +33,7 @@ class HopperBackend:
         """See the protocol."""
         return tflops(request)
 
-    @torch.no_grad()
+    @without_grad
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
         """See the protocol.
 
@@ -48,11 +49,11 @@ class HopperBackend:
 
         out = q.new_empty(*q.shape[:2], v.shape[2])
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        with torch.cuda.device(q.device):
+        with on_device_of(q):
             max_logits = launch_forward(q, k, v, call, out, lse, merge=False)
         return AttentionResult(out, lse, max_logits)
 
-    @torch.no_grad()
+    @without_grad
     def backward(
         self,
         dout: Tensor,
@@ -76,7 +77,7 @@ class HopperBackend:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         from magi_kernels_hopper.backward import launch_backward
 
-        with torch.cuda.device(q.device):
+        with on_device_of(q):
             return launch_backward(dout, q, k, v, out, lse, dlse, call)
 
 

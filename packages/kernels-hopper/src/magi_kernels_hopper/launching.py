@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What launches of all kernels need besides their parameters."""
 
-from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -16,26 +15,6 @@ def aligned(x: Tensor) -> Tensor:
     if element == 1 and not (x.data_ptr() | token * 2 | head * 2) % 16 and token > 0 and head > 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
-
-
-class StreamsOfTables:
-    """The streams whose launches read tables: their memory is not given to others before these launches are done.
-
-    Args:
-        tables: on the device; what is no tensor is passed over.
-    """
-
-    def __init__(self, tables: Iterable[object]) -> None:
-        self._tables = [each for each in tables if isinstance(each, Tensor)]
-        self._known: set[int] = set()
-
-    def add(self, stream: torch.cuda.Stream) -> None:
-        """Tell the allocator of a stream, at its first launch."""
-        if stream.cuda_stream in self._known:
-            return
-        for table in self._tables:
-            table.record_stream(stream)
-        self._known.add(stream.cuda_stream)
 
 
 def counters(device: torch.device, stream: int) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall
+from magi_attention.kernels.table_streams import settle
 from magi_kernels_blackwell.cudnn_flex.library import Library, quiet
 from magi_kernels_blackwell.cudnn_flex.tables import row_functions
 from magi_kernels_blackwell.masks import intervals_of_queries
-from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, settle, watched
+from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, watched
 from magi_kernels_blackwell.wheels import HOPPER
 
 SCALE_AT = 6
@@ -77,6 +78,7 @@ def launch_forward(
             counter = lse.new_zeros(1, dtype=torch.int32)
             num_sms = max(rest[COUNTER_AT + 1] - call.sm_margin, 1)
             rest = (*rest[:COUNTER_AT], counter, num_sms)
+        prepared.streams.add_current()
         prepared.kernel(*batch, out, lse, max_logits, call.softmax_scale, *rest)
     return out.squeeze(0), lse.squeeze(0), max_logits
 

@@ -24,7 +24,27 @@ def check_attention_call(
     softcap: float,
     return_max_logits: bool,
 ) -> None:
-    """Raise what :func:`magi_attention.api.calc_attn` says about its arguments."""
+    """Raise what :func:`magi_attention.api.calc_attn` says about its arguments; what passed once passes at once."""
+    tensors = (q, k, v) if sink is None else (q, k, v, sink)
+    if not all(isinstance(each, Tensor) for each in tensors):
+        _check_tensors(q, k, v, sink, manager.key.is_same_source)
+    options = softmax_scale, softcap, return_max_logits
+    asked = (*((each.shape, each.dtype, each.device) for each in tensors), options)
+    if asked not in manager.checked_calls:
+        _check_call(q, k, v, manager, sink, *options)
+        manager.checked_calls.add(asked)
+
+
+def _check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    manager: DistAttnRuntimeMgr,
+    sink: Tensor | None,
+    softmax_scale: float | None,
+    softcap: float,
+    return_max_logits: bool,
+) -> None:
     key = manager.key
     _check_tensors(q, k, v, sink, key.is_same_source)
     _check_rows("q has", q, manager, AttnRole.QUERY)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.alltoall import check_out, check_reduce
-from magi_attention.comm.packing import put_rows
+from magi_attention.comm.packing import put_all_rows
 from magi_attention.comm.protocol import GroupCollectives, ReduceOp, Work
 from magi_attention.comm.routes import Rows
 from magi_attention.comm.streams import communication_stream, running_on
@@ -58,8 +58,7 @@ class HierarchicalCollectives:
             check_out(out, tensors, hops.num_received)
         received = [*(out or (x.new_empty((hops.num_received, *x.shape[1:])) for x in tensors))]
         if own_places is not None:
-            for own, target in zip(tensors, received, strict=True):
-                put_rows(target, own_places, own)
+            put_all_rows(received, own_places, tensors)
         held = [x.new_empty((hops.intra.num_source, *x.shape[1:])) for x in tensors]
         first = self._inter.cast(tensors, hops.inter, out=[x[num_own:] for x in held])
 

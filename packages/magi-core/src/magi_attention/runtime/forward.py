@@ -35,7 +35,9 @@ def attend(
     """
     results = _Results(job, q, v)
     visits = []
-    with closing(walk_steps(job.forward.steps, job.collectives, [q], k, v, lend=kept is None)) as steps:
+    lend, kernels_first = kept is None, job.forward.schedule.kernels_first
+    walk = walk_steps(job.forward.steps, job.collectives, [q], k, v, lend=lend, kernels_first=kernels_first)
+    with closing(walk) as steps:
         for (step, _, launches), (queries,), keys, values in steps:
             if kept is not None and step.exchange is not None:
                 kept += [keys, values]

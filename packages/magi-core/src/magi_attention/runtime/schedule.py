@@ -56,6 +56,10 @@ LATENCIES_PER_CALL = 10
 LEAST_LATENCIES = 150
 """Where a forward pass takes less than so many latencies of kernels, the host would not keep up with more of them."""
 
+HOST_LATENCIES = 30
+"""What the host takes to launch an exchange, in latencies of kernels: NCCL's part is by far the largest. It counts in
+short passes, during which the host is not ahead of the GPU."""
+
 WINDOW_STEP, WINDOW_SLACK, MOST_OF_WINDOW = 128, 1.5, 0.5
 """A window has a multiple of so many queries, and so many times the work that hides the travel, with at most this share
 of the rank's queries."""
@@ -73,6 +77,7 @@ class Costs:
         summed_row: to sum up the gradients of a key row of several kernels.
         call: what another kernel costs in both passes, apart from its work.
         least_work: forward passes that take less are not cut into more kernels.
+        host: for the host to launch an exchange, where it is not ahead.
     """
 
     pair: float
@@ -82,6 +87,7 @@ class Costs:
     summed_row: float
     call: float
     least_work: float
+    host: float
 
     @classmethod
     def of_layer(cls, rates: Rates, shape: LayerShape, ranks_share_node: bool) -> "Costs":
@@ -96,7 +102,12 @@ class Costs:
             summed_row=2 * shape.heads_kv * shape.head_dim * BYTES_PER_SUMMED_NUMBER / (rates.memory_gbs * 1e9),
             call=LATENCIES_PER_CALL * rates.kernel_latency_us * 1e-6,
             least_work=LEAST_LATENCIES * rates.kernel_latency_us * 1e-6,
+            host=HOST_LATENCIES * rates.kernel_latency_us * 1e-6,
         )
+
+    def is_short(self, pairs: int) -> bool:
+        """Whether a forward pass over so many pairs is too short to be cut, or for the host to be ahead."""
+        return pairs * self.pair < self.least_work
 
 
 class KernelCall(NamedTuple):
@@ -158,6 +169,8 @@ class Pass:
         blank_late_keys: the same for those of kernels on own rows after that, which must not touch what comes home.
         most_results: how many calls have results for a query, at most.
         most_key_results: how many calls and returning gradients there are for one of the rank's keys, at most.
+        kernels_first: whether kernels are launched before the exchanges that travel beside them, since the GPU would
+            wait for the host to launch these; else after, since their few blocks would wait for the kernels' many.
     """
 
     steps: tuple[Step, ...]
@@ -166,6 +179,7 @@ class Pass:
     blank_late_keys: bool
     most_results: int
     most_key_results: int
+    kernels_first: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +214,9 @@ def make_schedule(plan: Plan, costs: Costs) -> Schedule:
             before, after = replace(own, calls=own.calls[:-1]), replace(own, calls=own.calls[-1:])
             backward = [before, *others, after]
     num_keys = int(plan.key_layout.rows_per_rank[plan.rank])
-    return Schedule(*(_with_flags(each, num_queries, num_keys) for each in (steps, backward, with_rows)))
+    is_short = costs.is_short(int(band.area(plan.bands).sum()))
+    passes = (_with_flags(each, num_queries, num_keys) for each in (steps, backward, with_rows))
+    return Schedule(*(replace(each, kernels_first=is_short) for each in passes))
 
 
 def _arrange(plan: Plan, num_queries: int, costs: Costs) -> list[Step]:
@@ -231,7 +247,8 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
         return everything
     in_need = merge(stage.slices.rows[:, :2])
     num_own = int(plan.key_layout.rows_per_rank[plan.rank])
-    fetch = costs.exchange + stage.num_received * costs.fetched_row
+    is_short = costs.is_short(int(band.area(plan.bands).sum()))
+    fetch = costs.exchange + stage.num_received * costs.fetched_row + (costs.host if is_short else 0.0)
     own_bands = slices_in(plan.bands, plan.key_layout.runs_of(plan.rank)).bands()
 
     def overhead(early: Intervals) -> float:
@@ -246,7 +263,7 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
         return exposed + num_merged * costs.merged_row + summed * costs.summed_row + num_calls * costs.call
 
     candidates = [everything, nothing]
-    if int(band.area(plan.bands).sum()) * costs.pair >= costs.least_work:
+    if not is_short:
         long = max(LEAST_EARLY_ROWS, num_queries // LEAST_EARLY_SHARE)
         independent = subtract(everything, in_need)
         candidates.append(independent[independent[:, 1] - independent[:, 0] >= long])
