@@ -11,12 +11,13 @@ from magi_attention.kernels.protocol import (
     AttentionCall,
     AttentionRequest,
     AttentionResult,
+    IndexCall,
     KernelBackend,
     Support,
     attend_to_nothing,
 )
 from magi_kernels_hopper.measured import tflops
-from magi_kernels_hopper.support import support_of
+from magi_kernels_hopper.support import support_of, support_of_indices
 
 
 class HopperBackend:
@@ -50,6 +51,29 @@ class HopperBackend:
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         with torch.cuda.device(q.device):
             max_logits = launch_forward(q, k, v, call, out, lse, merge=False)
+        return AttentionResult(out, lse, max_logits)
+
+    def supports_indices(self, request: AttentionRequest) -> Support:
+        """See :class:`magi_attention.kernels.protocol.AttendsToIndices`."""
+        return support_of_indices(request)
+
+    @torch.no_grad()
+    def forward_indices(self, q: Tensor, k: Tensor, v: Tensor, call: IndexCall) -> AttentionResult:
+        """See :class:`magi_attention.kernels.protocol.AttendsToIndices`; the tensors are not empty.
+
+        Raises:
+            RuntimeError: with the reason why not, if :meth:`supports_indices` would say no to the tensors.
+        """
+        request = AttentionRequest.of_tensors(q, k, v, softcap=call.softcap, max_logits=call.max_logits)
+        if not (support := support_of_indices(request)):
+            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
+        from magi_kernels_hopper.index import launch_index
+
+        out = q.new_empty(*q.shape[:2], v.shape[2])
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        max_logits = lse.new_full(lse.shape[1:], -torch.inf) if call.max_logits else None
+        with torch.cuda.device(q.device):
+            launch_index(q, k, v, call, out, lse, max_logits)
         return AttentionResult(out, lse, max_logits)
 
     @torch.no_grad()
