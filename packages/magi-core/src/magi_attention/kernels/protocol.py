@@ -201,6 +201,26 @@ class WritesInPlace(Protocol):
         """:meth:`KernelBackend.backward` with ``dq`` written to ``target``, if it is given."""
 
 
+@runtime_checkable
+class MergesInPlace(Protocol):
+    """The optional ability of a backend to merge its result, as it is written, with the attention to other keys."""
+
+    def forward_onto(
+        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> Tensor | None:
+        """:func:`magi_attention.kernels.merge.merge_into` of ``out``, ``lse`` and :meth:`KernelBackend.forward`.
+
+        Args:
+            out: ``[tq, hq, dv]`` contiguous, of q's dtype or float32; what is there for queries that the call has no
+                keys for stays as it is.
+            lse: ``[tq, hq]`` float32, of any strides.
+            q, k, v, call: as of :meth:`KernelBackend.forward`.
+
+        Returns:
+            max_logits of this call alone, None unless asked for.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class IndexCall:
     """One attention of every query to keys of its own.
