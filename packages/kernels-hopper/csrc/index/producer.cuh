@@ -111,8 +111,13 @@ struct Producer {
             int const these = keys;
             list += T::kTileN;
             is_last = these < T::kTileN || list == end;
+            if (!is_last) read_indices(list);
+            // The tile before has come by now, or will have soon. Its item's queries make room only once it is computed.
+            if (started++ > signaled) {
+                ptx::cp_async_wait_group<1>();
+                signal();
+            }
             if (!is_last) {
-                read_indices(list);
                 keys = count_keys();
                 is_last = keys == 0;
             }
@@ -122,11 +127,6 @@ struct Producer {
                 __syncwarp();
                 q_place.advance();
                 is_first = false;
-            }
-            // The tile before has come by now, or will have soon.
-            if (started++ > signaled) {
-                ptx::cp_async_wait_group<1>();
-                signal();
             }
         } while (!is_last);
     }
