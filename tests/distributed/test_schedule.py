@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.config import DistAttnConfig, OverlapConfig, RuntimeConfig
+from magi_attention.kernels.merge import merge_into
+from magi_attention.kernels.reference import ReferenceBackend
 from magi_attention.runtime import manager, schedule
 from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr
 from magi_attention.testing.distributed import RankPool
@@ -115,3 +117,31 @@ def test_low_precision_and_high_precision_reduce(pool, name):
         case = case_of(pool, "varlen_causal", 1, backward_high_precision_reduce=high_precision, keep_received=False)
         case = replace(case, dtype=torch.bfloat16, head_dim=32, head_dim_v=32, num_sinks=4)
         assert_right(case, pool.run(attend_arranged, case, name, True)[0])
+
+
+def attend_merging(rank: int, world_size: int, case: Case) -> tuple[Answer, int]:
+    """Run the case with a backend that merges its results where they are written, and count how often it does."""
+    merged = []
+
+    def forward_onto(self, out, lse, q, k, v, call):
+        result = self.forward(q, k, v, call)
+        merge_into(out, lse, result.out, result.lse)
+        merged.append(len(q))
+        return result.max_logits
+
+    dist_attn_runtime_dict_mgr.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReferenceBackend, "forward_onto", forward_onto, raising=False)
+        try:
+            return attend(case, dist.group.WORLD), len(merged)
+        finally:
+            dist_attn_runtime_dict_mgr.clear()
+
+
+@pytest.mark.parametrize("family", ["causal", "random_tiling"])
+def test_kernels_that_merge(pool, family):
+    case = case_of(pool, family, 2, keep_received=False)
+    case = replace(case, max_logits=pool.backend == "gloo")
+    answers = pool.run(attend_merging, case)
+    assert_right(case, answers[0][0])
+    assert any(merged for _, merged in answers)

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from magi_kernels_hopper.driver import CUBINS
-from magi_kernels_hopper.variants import all_variants
+from magi_kernels_hopper.variants import IndexVariant, all_variants
 from tests.sass import cuobjdump, kernels_of_cubin
 
 HOOK = Path(__file__).parents[2] / "packages" / "kernels-hopper" / "hatch_build.py"
@@ -101,7 +101,7 @@ def test_machine_code(cubins, variant):
     (kernel,) = (each for each in kernels_of_cubin(cubins / f"{variant.name}.cubin") if each.name == variant.entry)
     assert kernel.instructions["HGMMA"]
     assert kernel.instructions["UTMALDG"]
-    assert kernel.instructions["R2P"]
+    assert kernel.instructions["LDGSTS" if isinstance(variant, IndexVariant) else "R2P"]
     assert kernel.stack <= STACK_LIMITS.get(variant.name.replace("fp16", "bf16"), 0)
 
 

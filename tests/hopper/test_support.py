@@ -13,7 +13,7 @@ import torch
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, KernelBackend
 from magi_attention.kernels.registry import choose_backend, installed_backends
-from magi_kernels_hopper import BACKEND, backward, backward_params, driver
+from magi_kernels_hopper import BACKEND, backward, backward_params, driver, index
 from magi_kernels_hopper.forward import Params, geometry
 from magi_kernels_hopper.variants import (
     BACKWARD_SIZES,
@@ -82,8 +82,10 @@ def test_a_driver_that_cannot_load_kernels_is_named(monkeypatch):
 
 
 def test_parameters_have_the_size_that_the_kernel_asserts():
-    assert ctypes.sizeof(Params) == 512
-    assert Params.out.offset == 3 * 128
+    assert ctypes.sizeof(Params) == 640
+    assert Params.results.offset == 3 * 128
+    assert ctypes.sizeof(index.Params) == 384
+    assert index.Params.results.offset == 128
     assert ctypes.sizeof(backward_params.Params) == 768
     assert backward_params.Params.dk.offset == 4 * 128
 

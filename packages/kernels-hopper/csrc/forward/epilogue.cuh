@@ -8,16 +8,31 @@ namespace magi::forward {
 
 // Where one of a thread's two rows goes.
 struct OutputRow {
-    int64_t index;  // token * heads + head
-    bool inside;    // the token exists
+    int token, head;
+    bool inside;  // the token exists
+
+    template <typename Type>
+    __device__ __forceinline__ Type* of_out(Results const& p, int head_dim) const {
+        return static_cast<Type*>(p.out) + (static_cast<int64_t>(token) * p.num_heads + head) * head_dim;
+    }
+    __device__ __forceinline__ float* of_lse(Results const& p) const {
+        return p.lse + token * p.lse_token + head * p.lse_head;
+    }
 };
 
+// Two elements each, `after` and `weight` times `before`.
+template <typename Element>
+__device__ __forceinline__ uint32_t add_weighted(uint32_t after, uint32_t before, float weight) {
+    float2 const a = unpack(after, Element{}), b = unpack(before, Element{});
+    return pack(fmaf(b.x, weight, a.x), fmaf(b.y, weight, a.y), Element{});
+}
+
+// Adds `weight` times what is there already.
 template <typename T>
-__device__ __forceinline__ void store_elements(Params const& p, float const (&o)[T::kHeadDimV / 2], int r,
-                                               OutputRow row) {
+__device__ __forceinline__ void store_elements(Results const& p, float const (&o)[T::kHeadDimV / 2], int r,
+                                               OutputRow row, float weight) {
     using Element = typename T::Element;
-    int const lane = threadIdx.x % 4;
-    auto* target = static_cast<Element*>(p.out) + row.index * T::kHeadDimV;
+    auto* target = row.of_out<Element>(p, T::kHeadDimV) + threadIdx.x % 4 * 8;
 #pragma unroll
     for (int column = 0; column < T::kHeadDimV; column += 32) {
         uint32_t words[4];
@@ -28,17 +43,24 @@ __device__ __forceinline__ void store_elements(Params const& p, float const (&o)
         }
         transpose_quad(words);
         if (row.inside) {
-            *reinterpret_cast<uint4*>(target + column + 8 * lane) = make_uint4(words[0], words[1], words[2], words[3]);
+            auto* const place = reinterpret_cast<uint4*>(target + column);
+            if (weight != 0) {
+                uint4 const before = *place;
+                words[0] = add_weighted<Element>(words[0], before.x, weight);
+                words[1] = add_weighted<Element>(words[1], before.y, weight);
+                words[2] = add_weighted<Element>(words[2], before.z, weight);
+                words[3] = add_weighted<Element>(words[3], before.w, weight);
+            }
+            *place = make_uint4(words[0], words[1], words[2], words[3]);
         }
     }
 }
 
-// Adds `weight` times what is there already.
 template <typename T>
-__device__ __forceinline__ void store_floats(Params const& p, float const (&o)[T::kHeadDimV / 2], int r, OutputRow row,
+__device__ __forceinline__ void store_floats(Results const& p, float const (&o)[T::kHeadDimV / 2], int r, OutputRow row,
                                              float weight) {
     if (!row.inside) return;
-    float* target = static_cast<float*>(p.out) + row.index * T::kHeadDimV + threadIdx.x % 4 * 2;
+    float* target = row.of_out<float>(p, T::kHeadDimV) + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int column = 0; column < T::kHeadDimV; column += 8) {
         int const i = column / 2 + 2 * r;
@@ -55,12 +77,12 @@ __device__ __forceinline__ void store_floats(Params const& p, float const (&o)[T
 
 // Writes one of a thread's two rows, whose accumulators are not yet divided by the row's sum.
 template <typename T, int R>
-__device__ __forceinline__ void store_row(Params const& p, Softmax<T> const& softmax, float (&o)[T::kHeadDimV / 2],
+__device__ __forceinline__ void store_row(Results const& p, Softmax<T> const& softmax, float (&o)[T::kHeadDimV / 2],
                                           OutputRow row) {
     float factor, weight_before = 0;
     float lse = softmax.finish(R, factor);
     if (p.merges && row.inside) {
-        float const before = p.lse[row.index];
+        float const before = *row.of_lse(p);
         if (lse == -INFINITY) {
             row.inside = false;  // what is there stays
         } else {
@@ -82,9 +104,9 @@ __device__ __forceinline__ void store_row(Params const& p, Softmax<T> const& sof
     if (p.out_is_float) {
         store_floats<T>(p, o, R, row, weight_before);
     } else {
-        store_elements<T>(p, o, R, row);
+        store_elements<T>(p, o, R, row, weight_before);
     }
-    if (row.inside && threadIdx.x % 4 == 0) p.lse[row.index] = lse;
+    if (row.inside && threadIdx.x % 4 == 0) *row.of_lse(p) = lse;
 }
 
 // The largest in memory, of floats of either sign; NaN never comes here.
@@ -97,14 +119,23 @@ __device__ __forceinline__ void atomic_max(float* target, float value) {
 }
 
 template <typename T>
-__device__ __forceinline__ void store_max_logits(Params const& p, Softmax<T> const& softmax, OutputRow const (&rows)[2]) {
+__device__ __forceinline__ void store_max_logits(Results const& p, Softmax<T> const& softmax, OutputRow const (&rows)[2]) {
     if (threadIdx.x % 4 != 0) return;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         if (rows[r].inside && softmax.largest[r] != -INFINITY) {
-            atomic_max(p.max_logits + rows[r].index % p.num_heads, softmax.largest[r] * p.scale);
+            atomic_max(p.max_logits + rows[r].head, softmax.largest[r] * softmax.p.scale);
         }
     }
+}
+
+// Writes a thread's part of a tile.
+template <typename T>
+__device__ __forceinline__ void store(Results const& p, Softmax<T> const& softmax, float (&o)[T::kHeadDimV / 2],
+                                      OutputRow const (&rows)[2]) {
+    if (p.max_logits != nullptr) store_max_logits<T>(p, softmax, rows);
+    store_row<T, 0>(p, softmax, o, rows[0]);
+    store_row<T, 1>(p, softmax, o, rows[1]);
 }
 
 }  // namespace magi::forward

@@ -274,7 +274,7 @@ struct Consumer {
         int const within = row / p.pack;
         int const token = item.tile * p.tile_q + within;
         int const head = item.pack * p.pack + row - within * p.pack;
-        return {static_cast<int64_t>(token) * p.num_heads + head, within < p.tile_q && token < p.num_q};
+        return {token, head, within < p.tile_q && token < p.results.num_q};
     }
 
     __device__ __forceinline__ void run() {
@@ -283,14 +283,12 @@ struct Consumer {
         while (true) {
             Item const item = next_item();
             if (item.tile < 0) break;
-            Softmax<T> softmax(p);
+            Softmax<T> softmax(p.scoring);
 #pragma unroll
             for (int i = 0; i < T::kHeadDimV / 2; i++) out[i] = 0;
             if (item.num_tiles > 0) attend(item, softmax);
             OutputRow const rows[2] = {output_row(item, first_row()), output_row(item, first_row() + 8)};
-            if (p.max_logits != nullptr) store_max_logits<T>(p, softmax, rows);
-            store_row<T, 0>(p, softmax, out, rows[0]);
-            store_row<T, 1>(p, softmax, out, rows[1]);
+            store<T>(p.results, softmax, out, rows);
         }
     }
 };

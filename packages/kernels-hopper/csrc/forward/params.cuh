@@ -8,6 +8,25 @@
 
 namespace magi::forward {
 
+// What scores are made of.
+struct Scoring {
+    float scale;      // of products, positive
+    float to_log2;    // from what the softmax is taken of to exponents of 2: log2(e), times scale without softcap
+    float softcap;    // this one and the next are for kernels with softcap only
+    float cap_slope;  // 2 log2(e) scale / softcap
+};
+
+// What a kernel writes.
+struct Results {
+    void* out;          // [num_q, num_heads, head_dim_v], of Element or float
+    float* lse;         // [num_q, num_heads], with strides
+    float* max_logits;  // [num_heads] or null; -inf before the launch
+    int64_t lse_token, lse_head;  // elements from one to the next
+    int num_q, num_heads;
+    int out_is_float;   // out is float
+    int merges;         // out and lse hold the result over other keys, to be merged with
+};
+
 // A tile of queries holds `pack` neighboring query heads of one key head, and for each of them the same `tile_q` tokens:
 // row r is of token r / pack and of head r % pack from the tile's first. Rows after the last of them count for nothing.
 //
@@ -20,28 +39,20 @@ namespace magi::forward {
 // order:  tiles of queries, the longest first.
 struct Params {
     CUtensorMap q, k, v;
-    void* out;            // [num_q, heads, head_dim_v], of Element or float
-    float* lse;           // [num_q, heads]
-    float* max_logits;    // [heads] or null; -inf before the launch
+    Results results;
+    Scoring scoring;
     uint32_t* counters;   // 2, zero before and after the launch
     int4 const* tiles;
     int4 const* runs;
     int4 const* pieces;
     int const* order;
-    int num_q, num_heads;
     int pack, tile_q;
     int packs_per_kv_head;      // query heads of a key head, divided by the pack
     int num_tiles;              // of queries
     int num_packs;              // of heads
     int packs_per_section;      // that are computed together, so that their keys stay in the L2 cache
-    float scale;                // of scores, positive
-    float to_log2;              // from what the softmax is taken of to exponents of 2: log2(e), times scale without softcap
-    float softcap;              // the last two are for kernels with softcap only
-    float cap_slope;            // 2 log2(e) scale / softcap
-    int out_is_float;           // out is float
-    int merges;                 // out, which is float, and lse hold the result over other keys, to be merged with
 };
 
-static_assert(sizeof(Params) == 512, "forward.py pads its structure to this size");
+static_assert(sizeof(Params) == 640, "forward.py pads its structure to this size");
 
 }  // namespace magi::forward

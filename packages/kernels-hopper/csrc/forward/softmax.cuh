@@ -22,9 +22,9 @@ struct Softmax {
     // Both of the scores before scale and cap.
     float largest[2] = {-INFINITY, -INFINITY};
     float sum[2] = {0, 0};  // of exp(score - largest), over this thread's columns
-    Params const& p;
+    Scoring const& p;
 
-    __device__ __forceinline__ explicit Softmax(Params const& p) : p(p) {}
+    __device__ __forceinline__ explicit Softmax(Scoring const& p) : p(p) {}
 
     // A product of query and key to what the softmax is taken of, up to to_log2: cap * tanh(scale * x / cap), or itself.
     __device__ __forceinline__ float capped(float x) const {

@@ -7,17 +7,19 @@ Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 import torch
 from torch import Tensor
 
+from magi_attention.kernels.merge import merge_into
 from magi_attention.kernels.protocol import (
     AttentionCall,
     AttentionRequest,
     AttentionResult,
+    IndexCall,
     KernelBackend,
     Support,
     attend_to_nothing,
 )
 from magi_attention.utils.torch_modes import on_device_of, without_grad
 from magi_kernels_hopper.measured import tflops
-from magi_kernels_hopper.support import support_of
+from magi_kernels_hopper.support import support_of, support_of_indices
 
 
 class HopperBackend:
@@ -40,17 +42,60 @@ class HopperBackend:
         Raises:
             RuntimeError: with the reason why not, if the tensors are not what :meth:`supports` would say yes to.
         """
+        return self.forward_into(None, q, k, v, call)
+
+    @without_grad
+    def forward_into(
+        self, target: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> AttentionResult:
+        """See :class:`magi_attention.kernels.protocol.WritesInPlace`."""
+        self._check(q, k, v, call)
+        if not len(q) or not len(k):
+            return attend_to_nothing(q, v, call.max_logits)
+        out = q.new_empty(*q.shape[:2], v.shape[2]) if target is None else target
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        return AttentionResult(out, lse, _launch(q, k, v, call, out, lse, merge=False))
+
+    @without_grad
+    def forward_onto(
+        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> Tensor | None:
+        """See :class:`magi_attention.kernels.protocol.MergesInPlace`."""
+        self._check(q, k, v, call)
+        if not len(q) or not len(k):
+            return attend_to_nothing(q, v, call.max_logits).max_logits
+        if out.is_contiguous() and out.dtype in (q.dtype, torch.float32):
+            return _launch(q, k, v, call, out, lse, merge=True)
+        result = self.forward(q, k, v, call)
+        merge_into(out, lse, result.out, result.lse)
+        return result.max_logits
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
         request = AttentionRequest.of_tensors(q, k, v, softcap=call.softcap, max_logits=call.max_logits)
         if not (support := support_of(request)):
             raise RuntimeError(f"backend {self.name!r}: {support.reason}")
-        if not len(q) or not len(k):
-            return attend_to_nothing(q, v, call.max_logits)
-        from magi_kernels_hopper.forward import launch_forward
+
+    def supports_indices(self, request: AttentionRequest) -> Support:
+        """See :class:`magi_attention.kernels.protocol.AttendsToIndices`."""
+        return support_of_indices(request)
+
+    @without_grad
+    def forward_indices(self, q: Tensor, k: Tensor, v: Tensor, call: IndexCall) -> AttentionResult:
+        """See :class:`magi_attention.kernels.protocol.AttendsToIndices`; the tensors are not empty.
+
+        Raises:
+            RuntimeError: with the reason why not, if :meth:`supports_indices` would say no to the tensors.
+        """
+        request = AttentionRequest.of_tensors(q, k, v, softcap=call.softcap, max_logits=call.max_logits)
+        if not (support := support_of_indices(request)):
+            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
+        from magi_kernels_hopper.index import launch_index
 
         out = q.new_empty(*q.shape[:2], v.shape[2])
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        max_logits = lse.new_full(lse.shape[1:], -torch.inf) if call.max_logits else None
         with on_device_of(q):
-            max_logits = launch_forward(q, k, v, call, out, lse, merge=False)
+            launch_index(q, k, v, call, out, lse, max_logits)
         return AttentionResult(out, lse, max_logits)
 
     @without_grad
@@ -79,6 +124,30 @@ class HopperBackend:
 
         with on_device_of(q):
             return launch_backward(dout, q, k, v, out, lse, dlse, call)
+
+    def backward_into(
+        self,
+        target: Tensor | None,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`magi_attention.kernels.protocol.WritesInPlace`; dq is always a tensor of its own."""
+        return self.backward(dout, q, k, v, out, lse, dlse, call)
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor, lse: Tensor, *, merge: bool
+) -> Tensor | None:
+    from magi_kernels_hopper.forward import launch_forward
+
+    with on_device_of(q):
+        return launch_forward(q, k, v, call, out, lse, merge=merge)
 
 
 BACKEND: KernelBackend = HopperBackend()

@@ -5,7 +5,6 @@ Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
 import ctypes
-import math
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -23,14 +22,13 @@ from magi_kernels_hopper.launching import (
     multiprocessors,
     tensor_maps,
 )
+from magi_kernels_hopper.results import Results, Scoring, scored_upward
 from magi_kernels_hopper.support import ELEMENT_OF
 from magi_kernels_hopper.tables import device_row_tables
 from magi_kernels_hopper.variants import ForwardVariant
 
 LARGEST_PACK = 8
 """How many query heads of a key head share a tile of queries at most."""
-
-LOG2_E = math.log2(math.e)
 
 MAP_BYTES = ctypes.sizeof(TensorMap)
 
@@ -45,29 +43,20 @@ class Params(ctypes.Structure):
         ("q", TensorMap),
         ("k", TensorMap),
         ("v", TensorMap),
-        ("out", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("max_logits", ctypes.c_void_p),
+        ("results", Results),
+        ("scoring", Scoring),
         ("counters", ctypes.c_void_p),
         ("tiles", ctypes.c_void_p),
         ("runs", ctypes.c_void_p),
         ("pieces", ctypes.c_void_p),
         ("order", ctypes.c_void_p),
-        ("num_q", ctypes.c_int),
-        ("num_heads", ctypes.c_int),
         ("pack", ctypes.c_int),
         ("tile_q", ctypes.c_int),
         ("packs_per_kv_head", ctypes.c_int),
         ("num_tiles", ctypes.c_int),
         ("num_packs", ctypes.c_int),
         ("packs_per_section", ctypes.c_int),
-        ("scale", ctypes.c_float),
-        ("to_log2", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("cap_slope", ctypes.c_float),
-        ("out_is_float", ctypes.c_int),
-        ("merges", ctypes.c_int),
-        ("padding", ctypes.c_int * 2),
+        ("padding", ctypes.c_int * 30),
     )
 
 
@@ -128,25 +117,18 @@ class PreparedForward:
         self.swizzles = swizzles
         items = len(self.tables.tiles) * cut.num_packs
         self.blocks = max(min(multiprocessors(q.device) - call.sm_margin, items), 1)
-        scale = abs(call.softmax_scale) or 1.0
-        capped = call.softcap > 0
         self.template = Params(
             tiles=self.tables.tiles.data_ptr(),
             runs=self.tables.runs.data_ptr(),
             pieces=self.tables.pieces.data_ptr(),
             order=self.tables.order.data_ptr(),
-            num_q=q.shape[0],
-            num_heads=q.shape[1],
+            scoring=Scoring.of(call.softmax_scale, call.softcap),
             pack=cut.pack,
             tile_q=cut.tile_q,
             packs_per_kv_head=cut.packs_per_kv_head,
             num_tiles=len(self.tables.tiles),
             num_packs=cut.num_packs,
             packs_per_section=cut.packs_per_section,
-            scale=scale,
-            to_log2=LOG2_E if capped else LOG2_E * scale,
-            softcap=call.softcap,
-            cap_slope=2 * LOG2_E * scale / call.softcap if capped else 0.0,
         )
 
 
@@ -161,16 +143,14 @@ def launch_forward(
         v: ``[tk, hk, dv]``.
         call: the mask and how to score.
         out: ``[tq, hq, dv]`` contiguous, written: of q's dtype or float32.
-        lse: ``[tq, hq]`` float32, contiguous, written.
-        merge: whether ``out``, which must be float32, and ``lse`` hold the attention to other keys, with which the
-            result is merged, as :func:`magi_attention.kernels.merge.merge_partials` does.
+        lse: ``[tq, hq]`` float32, written.
+        merge: whether ``out`` and ``lse`` hold the attention to other keys, with which the result is merged, as
+            :func:`magi_attention.kernels.merge.merge_into` does.
 
     Returns:
         max_logits ``[hq]`` if the call asks for it.
     """
-    if call.softmax_scale <= 0:  # the kernel takes the largest product for the largest score
-        q = -q if call.softmax_scale < 0 else torch.zeros_like(q)
-    tensors = (aligned(q), aligned(k), aligned(v))
+    tensors = (aligned(scored_upward(q, call.softmax_scale)), aligned(k), aligned(v))
     device = q.device
     key = ("hopper forward", device, q.dtype, q.shape, k.shape, v.shape[2], call.softmax_scale, call.softcap)
     prepared = call.slices.derived(
@@ -190,10 +170,8 @@ def launch_forward(
         ctypes.memmove(address, maps.get(x, box, swizzle_bytes), MAP_BYTES)
         address += MAP_BYTES
     zeros = counters(device, stream)
-    params.out, params.lse, params.counters = out.data_ptr(), lse.data_ptr(), zeros.data_ptr()
-    if max_logits is not None:
-        params.max_logits = max_logits.data_ptr()
-    params.out_is_float, params.merges = out.dtype == torch.float32, merge
+    params.counters = zeros.data_ptr()
+    params.results = Results.of(out, lse, max_logits, merge=merge)
     prepared.kernel.launch(prepared.blocks, stream, params)
     return max_logits
 

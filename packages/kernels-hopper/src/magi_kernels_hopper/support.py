@@ -15,6 +15,7 @@ from magi_kernels_hopper.variants import (
     HEAD_DIMS,
     BackwardVariant,
     Element,
+    IndexVariant,
     Variant,
     forward_variants,
 )
@@ -24,14 +25,25 @@ ELEMENT_OF: Final[dict[torch.dtype, Element]] = {torch.bfloat16: "bf16", torch.f
 
 def support_of(request: AttentionRequest) -> Support:
     """Whether the kernels serve a request, on the GPU that it names."""
+    return _support_of(_with_index(request))
+
+
+def support_of_indices(request: AttentionRequest) -> Support:
+    """Whether there is a kernel for index attention that serves a request, on the GPU that it names."""
+    return _support_of(_with_index(request), by_indices=True)
+
+
+def _with_index(request: AttentionRequest) -> AttentionRequest:
     device = request.device
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        request = replace(request, device=torch.device("cuda", torch.cuda.current_device()))
-    return _support_of(request)
+        return replace(request, device=torch.device("cuda", torch.cuda.current_device()))
+    return request
 
 
 @cache
-def _support_of(request: AttentionRequest) -> Support:
+def _support_of(request: AttentionRequest, by_indices: bool = False) -> Support:
+    if by_indices and (request.softcap or request.direction == "backward"):
+        return _refuse("the kernels for index attention compute the forward pass alone, and don't cap scores")
     if request.dtype not in ELEMENT_OF:
         return _refuse(f"the kernels compute in bfloat16 or float16, not in {request.dtype}; use the backend 'flex'")
     dims = (request.head_dim, request.head_dim_v)
@@ -49,7 +61,9 @@ def _support_of(request: AttentionRequest) -> Support:
         major, minor = capability
         return _refuse(f"the GPU has compute capability {major}.{minor}, kernels are for 9.0; use the backend 'flex'")
     element, needed = ELEMENT_OF[request.dtype], list[Variant]()
-    if request.direction == "forward":
+    if by_indices:
+        needed.append(IndexVariant(*dims, element))
+    elif request.direction == "forward":
         needed += forward_variants(dims, element, request.softcap)
     else:
         needed.append(BackwardVariant(request.head_dim, element, request.softcap))

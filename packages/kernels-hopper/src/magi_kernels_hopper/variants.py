@@ -88,7 +88,7 @@ class ForwardVariant:
     @property
     def name(self) -> str:
         """What its cubin is called."""
-        dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}_v{self.head_dim_v}"
+        dims = _dims(self.head_dim, self.head_dim_v)
         return f"forward_{dims}_{self.element}{'_softcap' * self.softcap}{'_wide' * self.wide}"
 
     @property
@@ -195,7 +195,97 @@ class BackwardVariant:
         }
 
 
-Variant = ForwardVariant | BackwardVariant
+@dataclass(frozen=True)
+class IndexSizes:
+    """Sizes of a kernel of index attention; see ``csrc/index/traits.cuh``.
+
+    Attributes:
+        stages: tiles of 64 keys and values in shared memory.
+        blocks: that share a multiprocessor.
+        consumer_registers: of each thread that computes.
+        producer_registers: of each thread that gathers.
+    """
+
+    stages: int
+    blocks: int
+    consumer_registers: int
+    producer_registers: int
+
+    threads = 256
+    rows = 64
+    """Rows of scores of a block: query heads of one token."""
+    keys = 64
+    """Of a tile."""
+
+    def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Shared memory of a block: tiles, and a kilobyte for barriers, which the compiler checks."""
+        tiles = self.rows * head_dim + self.keys * self.stages * (head_dim + head_dim_v)
+        return 2 * tiles + 1024
+
+
+INDEX_SIZES = {
+    (64, 64): IndexSizes(4, 2, 200, 56),
+    (96, 96): IndexSizes(3, 2, 200, 56),
+    (128, 128): IndexSizes(3, 2, 200, 56),
+    (192, 128): IndexSizes(4, 1, 240, 56),
+    (192, 192): IndexSizes(4, 1, 240, 56),
+    (256, 256): IndexSizes(3, 1, 240, 56),
+}
+"""By head dims."""
+
+
+@dataclass(frozen=True)
+class IndexVariant:
+    """One kernel of index attention.
+
+    Attributes:
+        head_dim: of queries and keys.
+        head_dim_v: of values.
+        element: ``"bf16"`` or ``"fp16"``, the type of queries, keys and values.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    element: Element
+
+    source = "index/index.cu"
+    entry = "magi_index"
+
+    @property
+    def name(self) -> str:
+        """What its cubin is called."""
+        return f"index_{_dims(self.head_dim, self.head_dim_v)}_{self.element}"
+
+    @property
+    def sizes(self) -> IndexSizes:
+        """Its sizes."""
+        return INDEX_SIZES[self.head_dim, self.head_dim_v]
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        return self.sizes.shared_bytes(self.head_dim, self.head_dim_v)
+
+    @property
+    def defines(self) -> dict[str, object]:
+        """What the compiler is told."""
+        return {
+            "MAGI_HEAD_DIM": self.head_dim,
+            "MAGI_HEAD_DIM_V": self.head_dim_v,
+            "MAGI_ELEMENT": ELEMENTS[self.element],
+            "MAGI_STAGES": self.sizes.stages,
+            "MAGI_BLOCKS": self.sizes.blocks,
+            "MAGI_CONSUMER_REGISTERS": self.sizes.consumer_registers,
+            "MAGI_PRODUCER_REGISTERS": self.sizes.producer_registers,
+            "MAGI_SHARED_BYTES": self.shared_bytes,
+        }
+
+
+Variant = ForwardVariant | BackwardVariant | IndexVariant
+
+
+def _dims(head_dim: int, head_dim_v: int) -> str:
+    return f"d{head_dim}" if head_dim == head_dim_v else f"d{head_dim}_v{head_dim_v}"
 
 
 def forward_variants(dims: tuple[int, int], element: Element, softcap: bool) -> list[ForwardVariant]:
@@ -214,6 +304,7 @@ def all_variants() -> list[Variant]:
             for each in forward_variants(dims, element, softcap)
         ),
         *(BackwardVariant(dim, element, softcap) for dim, (element, softcap) in product(BACKWARD_SIZES, scores)),
+        *(IndexVariant(*dims, element) for dims, element in product(INDEX_SIZES, ELEMENTS)),
     ]
 
 

@@ -10,6 +10,7 @@ from magi_attention.common.enum import AttnSinkLayout
 from magi_attention.common.errors import MagiValueError
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.functional.compiled import flex_flash_attn_compiled
+from magi_attention.functional.index_attention import attend_by_indices
 from magi_attention.functional.single_device import attend_on_one_device, configured_backends, slices_from_tensors
 from magi_attention.functional.utils import check_sink
 
@@ -60,9 +61,11 @@ def flex_flash_attn_func(
         q_ranges: ``[n, 2]`` integers, half-open ranges of queries; on the host or a device (which then waits for it).
         k_ranges: ``[n, 2]`` integers, half-open ranges of keys.
         attn_type_map: ``[n]`` integers: 0 FULL, 1 CAUSAL, 2 INVCAUSAL, 3 BICAUSAL; all FULL if None.
-        index_attn_indices: not implemented.
-        q_block_size: not implemented other than 1.
-        k_block_size: not implemented other than 1.
+        index_attn_indices: in place of ranges and types, ``[tq, hk, n]`` integers: for each query and key head the rows
+            of k and v to attend to, none of them twice, padded by -1 at the end; with one key head also
+            ``[tq / m, m, n]``. See :func:`magi_attention.functional.index_attention.attend_by_indices`.
+        q_block_size: of index attention, 1.
+        k_block_size: of index attention, 1.
         sink: ``[s, hq]`` (layout "sh") or ``[tq, s, hq]`` ("ssh") learnable logits of extra keys with value zero.
         sink_layout: "sh" or "ssh".
         softmax_scale: factor on the scores, ``d ** -0.5`` if None.
@@ -78,7 +81,7 @@ def flex_flash_attn_func(
         pack_gqa: a hint.
         cat_gqa: a hint.
         sparse_load: a hint.
-        index_attn: not implemented.
+        index_attn: a hint, that keys are given by index_attn_indices.
         swap_bwd_qk_loop: a hint.
         return_max_logits: whether to return the largest scaled, uncapped score of every head.
         skip_overlap_check: whether to trust that no (query, key) pair is covered twice; by default what
@@ -91,13 +94,31 @@ def flex_flash_attn_func(
     Raises:
         ValueError: If an argument cannot be right, or if two slices keep a common pair; the message names both.
         TypeError: If ranges or types are not tensors of integers.
-        NotImplementedError: For index attention.
         RuntimeError: If no installed backend can serve the call.
     """
     if (q_ranges is None) == (index_attn_indices is None):
         raise MagiValueError("give either q_ranges with k_ranges, or index_attn_indices, and not both")
-    if index_attn_indices is not None or index_attn or (q_block_size, k_block_size) != (1, 1):
-        raise NotImplementedError("index attention is not implemented yet; pass the keys as slices in k_ranges")
+    if (q_block_size, k_block_size) != (1, 1):
+        raise MagiValueError(f"q_block_size and k_block_size must be 1, got {q_block_size} and {k_block_size}")
+    if index_attn_indices is not None:
+        if k_ranges is not None or attn_type_map is not None:
+            raise MagiValueError("k_ranges and attn_type_map belong to q_ranges, not to index_attn_indices")
+        if sink is not None:
+            check_sink(sink, q.shape[0], q.shape[1], sink_layout)
+        return attend_by_indices(
+            q,
+            k,
+            v,
+            index_attn_indices,
+            sink=sink,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            sm_margin=sm_margin,
+            return_max_logits=return_max_logits,
+            backend=configured_backends()[0],
+        )
+    if index_attn:
+        raise MagiValueError("index_attn says that keys are given by index_attn_indices, which are missing")
     if q_ranges is None or k_ranges is None:
         raise MagiValueError("k_ranges must be given together with q_ranges")
     if swap_bwd_qk_loop and (deterministic or disable_bwd_dkv_atomic_reduction):

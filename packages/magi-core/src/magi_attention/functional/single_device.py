@@ -89,7 +89,7 @@ def make_job(
     backward_backend: str,
 ) -> Job:
     """Check a call and choose its backends; arguments are those of :func:`attend_on_one_device`."""
-    _check_tensors(q, k, v)
+    check_tensors(q, k, v)
     if not 0 <= softcap < math.inf:
         raise MagiValueError(f"softcap must be positive, or 0 for none, got {softcap}")
     request = AttentionRequest.of_tensors(
@@ -225,7 +225,8 @@ def _host_integers(name: str, tensor: Tensor, ndim: int) -> NDArray[np.int64]:
     return tensor.detach().cpu().numpy().astype(np.int64)
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise if q, k and v are not what one attention on one device takes."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__

@@ -201,6 +201,61 @@ class WritesInPlace(Protocol):
         """:meth:`KernelBackend.backward` with ``dq`` written to ``target``, if it is given."""
 
 
+@runtime_checkable
+class MergesInPlace(Protocol):
+    """The optional ability of a backend to merge its result, as it is written, with the attention to other keys."""
+
+    def forward_onto(
+        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> Tensor | None:
+        """:func:`magi_attention.kernels.merge.merge_into` of ``out``, ``lse`` and :meth:`KernelBackend.forward`.
+
+        Args:
+            out: ``[tq, hq, dv]`` contiguous, of q's dtype or float32; what is there for queries that the call has no
+                keys for stays as it is.
+            lse: ``[tq, hq]`` float32, of any strides.
+            q, k, v, call: as of :meth:`KernelBackend.forward`.
+
+        Returns:
+            max_logits of this call alone, None unless asked for.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class IndexCall:
+    """One attention of every query to keys of its own.
+
+    Attributes:
+        indices: ``[tq, hk, n]`` int32, contiguous: for each query and key head the rows of k and v that it attends to,
+            none of them twice. A list ends at its first negative entry; it may be empty.
+        softmax_scale: factor on q·k.
+        softcap: if positive, scores become ``softcap * tanh(score / softcap)``.
+        max_logits: also return the largest scaled, uncapped score per head.
+        sm_margin: multiprocessors of the GPU to leave to others, where a backend can.
+    """
+
+    indices: Tensor
+    softmax_scale: float
+    softcap: float = 0.0
+    max_logits: bool = False
+    sm_margin: int = 0
+
+
+@runtime_checkable
+class AttendsToIndices(Protocol):
+    """The optional ability of a backend to attend every query to keys that are given by their rows."""
+
+    def supports_indices(self, request: AttentionRequest) -> Support:
+        """Say whether it can, as ``supports`` does."""
+
+    def forward_indices(self, q: Tensor, k: Tensor, v: Tensor, call: IndexCall) -> AttentionResult:
+        """Attend q ``[tq, hq, d]`` to rows of k ``[tk, hk, d]`` and v ``[tk, hk, dv]``.
+
+        All query heads of a key head share its lists. An index that is not below ``tk`` may stop the program, and must
+        not read beyond the keys.
+        """
+
+
 @dataclass(frozen=True)
 class KernelSelection:
     """Which kernels to compile ahead of time: every combination of what is listed.

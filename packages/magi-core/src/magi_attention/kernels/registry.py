@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.mask_class import mask_class
-from magi_attention.kernels.protocol import AttentionRequest, KernelBackend, Support
+from magi_attention.kernels.protocol import AttendsToIndices, AttentionRequest, KernelBackend, Support
 from magi_attention.kernels.speeds import measured_tflops
 
 ENTRY_POINT_GROUP = "magi_attention.kernels"
@@ -148,12 +148,26 @@ def backends_for_slices(
     )
 
 
+def choose_for_indices(request: AttentionRequest, name: str = "auto") -> AttendsToIndices | None:
+    """Choose a backend with a kernel for index attention; None if there is none that serves ``request``.
+
+    Args:
+        request: the forward pass.
+        name: as for :func:`choose_backend`.
+
+    Raises:
+        ValueError: as :func:`choose_backend`.
+        RuntimeError: If its package is not installed.
+    """
+    for backend in _candidates(name).values():
+        if isinstance(backend, AttendsToIndices) and backend.supports_indices(request):
+            return backend
+    return None
+
+
 def explain_choice(request: AttentionRequest, name: str = "auto") -> Choice:
     """Choose as :func:`choose_backend` does, and say what was considered."""
-    backends = installed_backends()
-    if name.lower() != "auto":
-        wanted = name.lower() if name.lower() in backends else ALIASES.get(name.lower(), name.lower())
-        backends = {wanted: _named(wanted, name, backends)}
+    backends = _candidates(name)
     speeds: dict[str, float] = {}
     refusals: dict[str, str] = {}
     for label, backend in backends.items():
@@ -169,6 +183,15 @@ def explain_choice(request: AttentionRequest, name: str = "auto") -> Choice:
     fastest_first = dict(sorted(speeds.items(), key=lambda item: -item[1]))
     chosen = next(iter(fastest_first))
     return Choice(chosen, backends[chosen], fastest_first, refusals)
+
+
+def _candidates(name: str) -> dict[str, KernelBackend]:
+    """All backends for ``auto``, else the one of that name."""
+    backends = installed_backends()
+    if name.lower() == "auto":
+        return backends
+    wanted = name.lower() if name.lower() in backends else ALIASES.get(name.lower(), name.lower())
+    return {wanted: _named(wanted, name, backends)}
 
 
 def _named(wanted: str, given: str, backends: dict[str, KernelBackend]) -> KernelBackend:

@@ -16,7 +16,7 @@ from magi_attention.comm.protocol import GroupCollectives
 from magi_attention.comm.routes import Rows
 from magi_attention.config import RuntimeConfig
 from magi_attention.env.general import ffa_backward_sm_margin, ffa_forward_sm_margin
-from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, Direction, WritesInPlace
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, Direction, MergesInPlace, WritesInPlace
 from magi_attention.kernels.registry import backends_for_slices
 from magi_attention.plan.build import Plan
 from magi_attention.runtime.schedule import Costs, KernelCall, Pass, Runs, Schedule, Step, make_schedule
@@ -99,6 +99,7 @@ class Launch(NamedTuple):
         call: mask and scores, as the backend wants them.
         run: the backend's method.
         run_into: the same, which writes out or dq where it is told to; None if the backend can't.
+        run_onto: a forward pass that is merged where it is written; None if the backend can't.
         queries_known: whether its results are added to those of earlier kernels.
         keys_known: the same for gradients of keys.
         name: for profiles.
@@ -109,6 +110,7 @@ class Launch(NamedTuple):
     call: AttentionCall
     run: Callable[..., Any]
     run_into: Callable[..., Any] | None
+    run_onto: Callable[..., Any] | None
     queries_known: bool
     keys_known: bool
     name: str
@@ -212,6 +214,7 @@ def _make_job(
                 call=asked,
                 run=getattr(backend, direction),
                 run_into=getattr(backend, f"{direction}_into") if isinstance(backend, WritesInPlace) else None,
+                run_onto=backend.forward_onto if is_forward and isinstance(backend, MergesInPlace) else None,
                 queries_known=call.queries_known,
                 keys_known=call.keys_known,
                 name=f"magi: attention stage {step.number}",

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// The warpgroup that gathers keys and values.
+#pragma once
+
+#include "../forward/softmax.cuh"
+#include "../ptx/barrier.cuh"
+#include "../ptx/cp_async.cuh"
+#include "../ptx/cp_async_bulk.cuh"
+#include "../ptx/cp_async_bulk_tensor.cuh"
+#include "../ring.cuh"
+#include "params.cuh"
+#include "traits.cuh"
+
+namespace magi::index {
+
+constexpr int kProducers = 128;  // threads
+
+// Tiles of queries in order of work: pack by pack of heads, so that keys of one head stay in the L2 cache.
+struct Item {
+    int token, pack;
+    __device__ __forceinline__ Item(forward::Results const& p, int64_t number)
+        : token(static_cast<int>(number % p.num_q)), pack(static_cast<int>(number / p.num_q)) {}
+};
+
+template <typename T>
+struct Producer {
+    Params const& p;
+    Shared<T>& s;
+    RingPlace<T::kStages> place;
+    RingPlace<1> q_place;
+    int signaled = 0, started = 0;  // tiles
+    int indices[2];                 // of a tile, those of the lane and of 32 later
+
+    __device__ __forceinline__ Producer(Params const& p, Shared<T>& s) : p(p), s(s) {}
+
+    __device__ __forceinline__ void read_indices(int const* list) {
+        indices[0] = __ldg(list + threadIdx.x % 32);
+        indices[1] = __ldg(list + threadIdx.x % 32 + 32);
+    }
+
+    // How many of the tile's indices come before the first negative one.
+    __device__ __forceinline__ int count_keys() const {
+        uint32_t const low = __ballot_sync(~0u, indices[0] < 0), high = __ballot_sync(~0u, indices[1] < 0);
+        return low != 0 ? __ffs(low) - 1 : high != 0 ? __ffs(high) + 31 : T::kTileN;
+    }
+
+    // Stops the program, as torch's own indexing does, rather than read beyond the keys.
+    __device__ __forceinline__ void check(int keys) const {
+        int const lane = threadIdx.x % 32;
+        bool const inside = (lane >= keys || indices[0] < p.num_k) && (lane + 32 >= keys || indices[1] < p.num_k);
+        if (!inside) asm volatile("trap;");
+    }
+
+    // Starts to copy the rows of k or v that the tile's indices name: 8 threads a row, 128 bytes of it at a time.
+    template <typename Tile>
+    __device__ __forceinline__ void gather(uint8_t* target, uint8_t const* source, int64_t token_bytes, int keys) {
+        constexpr int kBytesPerRow = Tile::kColumns * kBytesPerElement;
+        constexpr int kRows = kProducers / 8;  // at a time, a multiple of those after which the swizzle repeats
+        int const first_row = threadIdx.x / 8, byte = threadIdx.x % 8 * 16;
+        uint32_t const place = ptx::shared_address(target) + Tile::offset(first_row, byte / kBytesPerElement);
+#pragma unroll
+        for (int row = 0; row < T::kTileN; row += kRows) {
+            int const key = __shfl_sync(~0u, indices[row / 32], row % 32 + first_row);
+            uint8_t const* const from = source + key * token_bytes + byte;
+#pragma unroll
+            for (int i = 0; i < kBytesPerRow; i += 128) {
+                if (i + 128 <= kBytesPerRow || byte < kBytesPerRow - i) {
+                    ptx::cp_async_16(place + row * Tile::kSwizzleBytes + i / Tile::kSwizzleBytes * Tile::kPanelBytes,
+                                     from + i, row + first_row < keys);
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void load_q(Item const& item) {
+        ptx::mbarrier_try_wait_parity(&s.q_empty, q_place.parity() ^ 1);
+        ptx::mbarrier_arrive_expect_tx(&s.q_full, p.pack * T::kHeadDim * kBytesPerElement);
+#pragma unroll
+        for (int panel = 0; panel < T::TileQ::kPanels; panel++) {
+            ptx::cp_async_bulk_tensor_3d(s.q + panel * T::TileQ::kPanelBytes, &p.q, &s.q_full,
+                                         panel * T::TileQ::kPanelColumns, item.pack * p.pack, item.token,
+                                         ptx::CacheHint::kEvictFirst);
+        }
+    }
+
+    // Tells the consumer of a tile all of whose copies this thread has waited for.
+    __device__ __forceinline__ void signal() {
+        ptx::fence_proxy_async_shared();
+        ptx::mbarrier_arrive(&s.full[signaled % T::kStages]);
+        signaled++;
+    }
+
+    // A list's tiles; that of an empty list is one tile without keys.
+    __device__ __forceinline__ void load(Item const& item) {
+        int const kv_head = item.pack / p.packs_per_kv_head;
+        int const* list = p.indices + (static_cast<int64_t>(item.token) * p.num_kv_heads + kv_head) * p.longest;
+        int const* const end = list + p.longest;
+        uint8_t const* const k = p.k + kv_head * p.k_head_bytes;
+        uint8_t const* const v = p.v + kv_head * p.v_head_bytes;
+        read_indices(list);
+        int keys = count_keys();
+        bool is_first = true, is_last;
+        do {
+            check(keys);
+            int const stage = place.stage();
+            ptx::mbarrier_try_wait_parity(&s.empty[stage], place.parity() ^ 1);
+            place.advance();
+            gather<typename T::TileK>(s.k[stage], k, p.k_token_bytes, keys);
+            gather<typename T::TileV>(s.v[stage], v, p.v_token_bytes, keys);
+            ptx::cp_async_commit_group();
+            int const these = keys;
+            list += T::kTileN;
+            is_last = these < T::kTileN || list == end;
+            if (!is_last) read_indices(list);
+            // The tile before has come by now, or will have soon. Its item's queries make room only once it is computed.
+            if (started++ > signaled) {
+                ptx::cp_async_wait_group<1>();
+                signal();
+            }
+            if (!is_last) {
+                keys = count_keys();
+                is_last = keys == 0;
+            }
+            if (threadIdx.x == 0) s.keys[stage] = is_last ? ~these : these;
+            if (is_first) {
+                if (threadIdx.x == 0) load_q(item);
+                __syncwarp();
+                q_place.advance();
+                is_first = false;
+            }
+        } while (!is_last);
+    }
+
+    __device__ __forceinline__ void run() {
+        int64_t const num_items = static_cast<int64_t>(p.results.num_q) * p.num_kv_heads * p.packs_per_kv_head;
+        for (int64_t number = blockIdx.x; number < num_items; number += gridDim.x) load(Item(p.results, number));
+        ptx::cp_async_wait_group<0>();
+        if (started > signaled) signal();
+    }
+};
+
+}  // namespace magi::index

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of every query to keys of its own, as one differentiable operation.
+
+Shape suffixes: t tokens, h heads, d head dim, n entries of a list; q queries, k keys.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from magi_attention.common.errors import MagiTypeError, MagiValueError
+from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.functional.single_device import check_tensors
+from magi_attention.kernels.autograd import owned, without_autocast
+from magi_attention.kernels.indexed import attend_to_indices, differentiate_by_indices
+from magi_attention.kernels.protocol import AttendsToIndices, AttentionRequest, IndexCall, attend_to_nothing
+from magi_attention.kernels.registry import choose_for_indices
+from magi_attention.kernels.sink import apply_sink, sink_gradient
+
+
+@torch.compiler.disable
+def attend_by_indices(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    *,
+    sink: Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    sm_margin: int = 0,
+    return_max_logits: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, AttnForwardMeta]:
+    """Attend each query ``q[t]`` to the keys ``indices[t]``.
+
+    Gradients flow from out and lse to q, k, v and sink; they are computed in plain torch, in a fixed order.
+
+    Args:
+        q: ``[tq, hq, d]``.
+        k: ``[tk, hk, d]``.
+        v: ``[tk, hk, dv]``.
+        indices: ``[tq, hk, n]`` integers, rows of k and v; with one key head also ``[tq / m, m, n]``, the lists of m
+            neighboring rows of q side by side. A list ends at its first negative entry.
+        sink: ``[s, hq]`` or ``[tq, s, hq]``.
+        softmax_scale: ``d ** -0.5`` if None.
+        softcap: of scores, 0 for none.
+        sm_margin: multiprocessors to leave to others, where a kernel can.
+        return_max_logits: whether to return the largest score of every head.
+        backend: a name as :func:`magi_attention.kernels.registry.choose_backend` takes it. Where its backend has no
+            kernel for this, plain torch serves the call.
+
+    Raises:
+        ValueError: If shapes do not fit, or, on CPU tensors, if an index is not below tk. On a GPU, where looking would
+            wait for the device, such an index is an error of the device, as in torch's own indexing.
+        TypeError: If indices are not integers.
+    """
+    check_tensors(q, k, v)
+    if not 0 <= softcap < math.inf:
+        raise MagiValueError(f"softcap must be positive, or 0 for none, got {softcap}")
+    request = AttentionRequest.of_tensors(q, k, v, softcap=softcap, max_logits=return_max_logits)
+    call = IndexCall(
+        indices=_checked(indices, q, k),
+        softmax_scale=q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale,
+        softcap=softcap,
+        max_logits=return_max_logits,
+        sm_margin=sm_margin,
+    )
+    out, lse, max_logits = _IndexAttention.apply(q, k, v, sink, _Job(choose_for_indices(request, backend), call))
+    return out, AttnForwardMeta(lse=lse, max_logits=max_logits)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call, and the backend that has a kernel for it, if there is one."""
+
+    backend: AttendsToIndices | None
+    call: IndexCall
+
+
+def _checked(indices: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Return the indices as ``[tq, hk, n]``, int32 and contiguous."""
+    if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.is_complex():
+        given = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise MagiTypeError(f"index_attn_indices must be a tensor of integers, got {given}")
+    num_q, num_kv_heads = q.shape[0], k.shape[1]
+    fits = indices.ndim == 3 and (
+        indices.shape[:2] == (num_q, num_kv_heads)
+        or (num_kv_heads == 1 and indices.shape[0] * indices.shape[1] == num_q)
+    )
+    if not fits:
+        raise MagiValueError(
+            f"index_attn_indices must have shape [tq, hk, n] = [{num_q}, {num_kv_heads}, n], got {list(indices.shape)}"
+        )
+    if indices.device != q.device:
+        raise MagiValueError(f"index_attn_indices must be where q is, on {q.device}, not on {indices.device}")
+    if not indices.is_cuda and indices.numel() and int(indices.max()) >= len(k):
+        raise MagiValueError(f"index_attn_indices has {int(indices.max())}, but k has {len(k)} rows")
+    return indices.to(torch.int32).reshape(num_q, num_kv_heads, indices.shape[2]).contiguous()
+
+
+class _IndexAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: _Job
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        with without_autocast(q):
+            if 0 in (len(q), len(k), job.call.indices.shape[2]):
+                out, lse, max_logits = attend_to_nothing(q, v, job.call.max_logits)
+            else:
+                run = attend_to_indices if job.backend is None else job.backend.forward_indices
+                out, lse, max_logits = run(q, k, v, job.call)
+            if sink is not None:
+                out, lse = apply_sink(out, lse, sink)
+        out, lse = owned(out.to(q.dtype)), owned(lse)
+        ctx.call = job.call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, sink)
+        if max_logits is not None:
+            ctx.mark_non_differentiable(max_logits)
+        return out, lse, max_logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, sink = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        with without_autocast(q):
+            if 0 in (len(q), len(k), ctx.call.indices.shape[2]):
+                gradients = tuple(torch.zeros_like(x) for x in (q, k, v))
+            else:
+                gradients = differentiate_by_indices(dout, q, k, v, out, lse, dlse, ctx.call)
+            dsink = None
+            if sink is not None and ctx.needs_input_grad[3]:
+                dsink = sink_gradient(sink, out, dout, lse, dlse).to(sink.dtype)
+        return *(gradient.to(q.dtype) for gradient in gradients), dsink, None

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Index attention on a CPU: every query's own keys, against the dense oracle with the mask that they make."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magi_attention.functional import flex_flash_attn_func
+from magi_attention.kernels import indexed
+from magi_attention.testing.lists import dense_index_attention, random_lists
+from magi_attention.testing.metric import assert_within_pytorch_error
+from magi_attention.testing.stages import random_inputs
+
+SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 50))
+
+
+@settings(max_examples=60)
+@given(
+    SHAPES,
+    st.sampled_from([(4, 2), (3, 1), (2, 2)]),
+    st.sampled_from([0.0, 2.0]),
+    st.sampled_from([None, "sh", "ssh"]),
+    st.integers(0, 1000),
+)
+def test_everything_in_float64(shape, heads, softcap, layout, seed):
+    num_q, num_k, longest = shape
+    x = random_inputs(num_q, num_k, heads=heads, dims=(16, 8))
+    leaves = [each.requires_grad_() for each in x[:3]]
+    lists = random_lists(num_q, heads[1], num_k, longest, seed=seed)
+    sink = None
+    if layout is not None:
+        sink = torch.randn(3, heads[0], dtype=torch.float64) if layout == "sh" else x.dlse[:, None] * torch.ones(3, 1)
+        leaves.append(sink.requires_grad_())
+    scoring = {"softmax_scale": 0.3, "softcap": softcap, "sink": sink}
+    out, meta = flex_flash_attn_func(
+        *leaves[:3], index_attn_indices=lists, sink_layout=layout or "sh", return_max_logits=True, **scoring
+    )
+    truth, lse, largest = dense_index_attention(*leaves[:3], lists, **scoring)
+    dlse = x.dlse.masked_fill(lse == -torch.inf, 0.0)
+    expected = torch.autograd.grad((truth, lse), leaves, (x.dout, dlse))
+    gradients = torch.autograd.grad((out, meta.lse), leaves, (x.dout, dlse))
+    torch.testing.assert_close((out, meta.lse, *gradients), (truth, lse, *expected), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(meta.max_logits, largest, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_part_at_a_time(dtype, monkeypatch):
+    monkeypatch.setitem(indexed.BYTES_AT_A_TIME, "cpu", 1 << 14)
+    x = random_inputs(50, 90, dtype=dtype)
+    leaves = [each.requires_grad_() for each in x[:3]]
+    lists = random_lists(50, 2, 90, 40)
+    out, meta = flex_flash_attn_func(*leaves, index_attn_indices=lists, index_attn=True)
+    assert (out.dtype, meta.lse.dtype, meta.max_logits) == (dtype, torch.float32, None)
+    gradients = torch.autograd.grad(out, leaves, x.dout)
+    exact = [each.detach().double().requires_grad_() for each in leaves]
+    truth, _, _ = dense_index_attention(*exact, lists)
+    plain, _, _ = dense_index_attention(*leaves, lists)
+    expected = torch.autograd.grad(truth, exact, x.dout.double())
+    torchs = torch.autograd.grad(plain, leaves, x.dout)
+    for mine, right, pytorch in zip((out, *gradients), (truth, *expected), (plain, *torchs), strict=True):
+        assert_within_pytorch_error(mine, right, pytorch)
+
+
+def test_lists_of_several_heads_over_one_head_of_rows():
+    """Heads flattened to rows, as callers of kernels for one key head do."""
+    x = random_inputs(20, 30, heads=(4, 2))
+    lists = random_lists(20, 2, 30, 10)
+    expected, meta = flex_flash_attn_func(x.q, x.k, x.v, index_attn_indices=lists)
+    rows = torch.where(lists < 0, lists, 2 * lists + torch.arange(2)[:, None])
+    q = x.q.unflatten(1, (2, 2)).flatten(0, 1)
+    k, v = (each.flatten(0, 1)[:, None] for each in (x.k, x.v))
+    out, flat_meta = flex_flash_attn_func(q, k, v, index_attn_indices=rows.int())
+    torch.testing.assert_close(out.view_as(expected), expected)
+    torch.testing.assert_close(flat_meta.lse.view_as(meta.lse), meta.lse)
+
+
+@pytest.mark.parametrize(("num_q", "num_k", "longest"), [(0, 5, 3), (5, 0, 3), (5, 5, 0), (5, 5, 3)])
+def test_nothing_to_attend_to(num_q, num_k, longest):
+    x = random_inputs(num_q, num_k, dtype=torch.float32)
+    leaves = [each.requires_grad_() for each in x[:3]]
+    lists = torch.full((num_q, 2, longest), -1, dtype=torch.int32)
+    out, meta = flex_flash_attn_func(*leaves, index_attn_indices=lists, return_max_logits=True)
+    assert not out.any()
+    assert (meta.lse == -torch.inf).all()
+    assert meta.max_logits.tolist() == [-torch.inf] * 4
+    assert not any(each.any() for each in torch.autograd.grad(out, leaves, x.dout))
+
+
+def test_in_a_compiled_function():
+    x = random_inputs(10, 10, dtype=torch.float32)
+    lists = random_lists(10, 2, 10, 5)
+
+    def attend(q):
+        return flex_flash_attn_func(q, x.k, x.v, index_attn_indices=lists)[0] * 2
+
+    torch.testing.assert_close(torch.compile(attend, backend="eager")(x.q), attend(x.q))
+
+
+LISTS = torch.zeros(8, 2, 4, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"index_attn_indices": LISTS[:7]}, ValueError, r"\[8, 2, n\], got \[7, 2, 4\]"),
+        ({"index_attn_indices": LISTS[0]}, ValueError, r"got \[2, 4\]"),
+        ({"index_attn_indices": LISTS.float()}, TypeError, "float32"),
+        ({"index_attn_indices": LISTS.tolist()}, TypeError, "list"),
+        ({"index_attn_indices": LISTS + 9}, ValueError, "has 9, but k has 9 rows"),
+        ({"index_attn_indices": LISTS.to("meta")}, ValueError, "on cpu, not on meta"),
+        ({"k_ranges": torch.tensor([[0, 8]])}, ValueError, "belong to q_ranges"),
+        ({"q_block_size": 2}, ValueError, "must be 1, got 2 and 1"),
+        ({"softcap": -1.0}, ValueError, "softcap"),
+        ({"sink": torch.zeros(1, 3)}, ValueError, "sink"),
+        ({"k": torch.zeros(9, 2, 8)}, ValueError, "shapes must be"),
+    ],
+)
+def test_errors_say_what_is_wrong(changes, error, message):
+    arguments = {
+        "q": torch.zeros(8, 4, 16),
+        "k": torch.zeros(9, 2, 16),
+        "v": torch.zeros(9, 2, 16),
+        "index_attn_indices": LISTS,
+    }
+    with pytest.raises(error, match=message):
+        flex_flash_attn_func(**{**arguments, **changes})

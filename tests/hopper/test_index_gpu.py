@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Index attention on a Hopper GPU against the dense float64 oracle with the mask that the lists make."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from magi_attention.functional import flex_flash_attn_func
+from magi_attention.kernels.indexed import attend_to_indices
+from magi_attention.kernels.protocol import AttentionRequest, IndexCall
+from magi_attention.kernels.registry import choose_for_indices
+from magi_attention.testing.lists import dense_index_attention, random_lists
+from magi_attention.testing.metric import assert_within_pytorch_error
+from magi_attention.testing.stages import Inputs, random_inputs
+from magi_kernels_hopper import BACKEND
+from magi_kernels_hopper.variants import INDEX_SIZES
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hopper_gpu():
+    request = AttentionRequest(torch.device("cuda"), torch.bfloat16, 4, 2, 128, 128)
+    if not (support := BACKEND.supports_indices(request)):
+        pytest.skip(support.reason)
+
+
+def inputs(num_q, num_k, *, heads=(4, 2), dims=(128, 128), dtype=torch.bfloat16) -> Inputs:
+    return random_inputs(num_q, num_k, heads=heads, dims=dims, dtype=dtype, device="cuda")
+
+
+def lists_for(x: Inputs, longest: int) -> torch.Tensor:
+    return random_lists(len(x.q), x.k.shape[1], len(x.k), longest, device="cuda")
+
+
+def assert_right(x: Inputs, lists: torch.Tensor, scale: float = 0.1) -> None:
+    result = BACKEND.forward_indices(x.q, x.k, x.v, IndexCall(lists, scale, max_logits=True))
+    exact = dense_index_attention(*(each.double() for each in x[:3]), lists, softmax_scale=scale)
+    plain = dense_index_attention(*x[:3], lists, softmax_scale=scale)
+    for name, mine, truth, torchs in zip(("out", "lse", "max_logits"), result, exact, plain, strict=True):
+        assert_within_pytorch_error(mine, truth, torchs, name=name)
+
+
+@pytest.mark.parametrize("longest", [64, 128, 37, 200])
+def test_lengths_of_lists(longest):
+    x = inputs(300, 500)
+    assert_right(x, lists_for(x, longest))
+
+
+@pytest.mark.parametrize("dims", INDEX_SIZES, ids=str)
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (8, 1), (64, 1), (128, 1), (5, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_kernel(dims, heads, dtype):
+    x = inputs(200, 400, dims=dims, heads=heads, dtype=dtype)
+    assert_right(x, lists_for(x, 192))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, -0.1])
+def test_scales(scale):
+    x = inputs(100, 100)
+    assert_right(x, lists_for(x, 64), scale)
+
+
+def test_empty_lists():
+    x = inputs(300, 100)
+    assert_right(x, torch.full((300, 2, 128), -1, dtype=torch.int32, device="cuda"))
+
+
+def test_what_follows_the_end_of_a_list_is_not_read():
+    x = inputs(100, 200)
+    lists = lists_for(x, 128)
+    result = BACKEND.forward_indices(x.q, x.k, x.v, IndexCall(lists, 0.1))
+    ended = (lists < 0).cumsum(-1)
+    scribbled = lists.masked_fill(ended > 1, 1 << 30)
+    again = BACKEND.forward_indices(x.q, x.k, x.v, IndexCall(scribbled, 0.1))
+    assert torch.equal(result.out, again.out)
+
+
+def test_values_of_other_keys_do_not_matter():
+    x = inputs(100, 200)
+    lists = lists_for(x, 100).clamp(max=150)
+    result = BACKEND.forward_indices(x.q, x.k, x.v, IndexCall(lists, 0.1))
+    for each in (x.k, x.v):
+        each[151:] = torch.nan
+    again = BACKEND.forward_indices(x.q, x.k, x.v, IndexCall(lists, 0.1))
+    assert torch.equal(result.out, again.out)
+
+
+def test_long_lists_of_many_tokens():
+    x = inputs(4000, 5000, heads=(16, 2))
+    lists = lists_for(x, 2048)
+    call = IndexCall(lists, 0.1, max_logits=True)
+    torch.testing.assert_close(
+        tuple(BACKEND.forward_indices(*x[:3], call)), tuple(attend_to_indices(*x[:3], call)), rtol=2e-2, atol=2e-2
+    )
+
+
+def test_views_are_read_in_place():
+    qkv = torch.randn(300, 12, 128, device="cuda").bfloat16()
+    q, k, v = qkv[:, :8], qkv[:, 8:10], qkv[:, 10:]
+    call = IndexCall(random_lists(300, 2, 300, 128, device="cuda"), 0.1)
+    expected = BACKEND.forward_indices(q.contiguous(), k.contiguous(), v.contiguous(), call)
+    assert torch.equal(BACKEND.forward_indices(q, k, v, call).out, expected.out)
+
+
+def test_it_is_chosen_and_differentiable():
+    x = inputs(200, 300)
+    assert choose_for_indices(AttentionRequest.of_tensors(x.q, x.k, x.v)) is BACKEND
+    lists, leaves = lists_for(x, 128), [each.requires_grad_() for each in x[:3]]
+    out, meta = flex_flash_attn_func(*leaves, index_attn_indices=lists)
+    gradients = torch.autograd.grad((out, meta.lse), leaves, (x.dout, x.dlse.masked_fill(meta.lse == -torch.inf, 0)))
+    exact = [each.detach().double().requires_grad_() for each in leaves]
+    plain = [each.detach().requires_grad_() for each in leaves]
+
+    def dense(inputs):
+        out, lse, _ = dense_index_attention(*inputs, lists)
+        dlse = x.dlse.masked_fill(lse == -torch.inf, 0).to(lse.dtype)
+        return torch.autograd.grad((out, lse), inputs, (x.dout.to(out.dtype), dlse))
+
+    for mine, truth, torchs in zip(gradients, dense(exact), dense(plain), strict=True):
+        assert_within_pytorch_error(mine, truth, torchs)
+
+
+def test_captured_in_a_graph():
+    x = inputs(200, 300)
+    call = IndexCall(lists_for(x, 128), 0.1)
+    expected = BACKEND.forward_indices(*x[:3], call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = BACKEND.forward_indices(*x[:3], call)
+    captured.out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured.out, expected.out)
+
+
+OUT_OF_RANGE = """
+import torch
+from magi_attention.functional import flex_flash_attn_func
+q = torch.zeros(64, 2, 128, dtype=torch.bfloat16, device="cuda")
+lists = torch.full((64, 2, 64), 64, dtype=torch.int32, device="cuda")
+flex_flash_attn_func(q, q, q, index_attn_indices=lists)
+torch.cuda.synchronize()
+"""
+
+
+def test_an_index_beyond_the_keys_is_an_error():
+    done = subprocess.run([sys.executable, "-c", OUT_OF_RANGE], capture_output=True, text=True)
+    assert done.returncode
+    assert "CUDA" in done.stderr
