@@ -44,6 +44,8 @@ SHORTER = 0.05
 OWN = 0.4
 # The light end is worth using if the heavy end's chunks weigh so many times more.
 GRADED = 1.15
+# More than any area.
+UNREACHABLE = np.iinfo(np.int64).max // 4
 # The light documents are listed anew after so many ranks.
 RELIST = 16
 
@@ -70,7 +72,7 @@ class Deal(Filling):
 
     def _serve(self) -> None:
         """Fill one rank."""
-        anchor = self.heaviness.index(max(self.heaviness))
+        anchor = int(self.heaviness.argmax())
         low, high = self.low[anchor], self.high[anchor]
         # What one more piece of the anchor costs: the rows that it reads.
         self.price = max(self.cut[high - 1], self.cut[(low + high) // 2], self.cut[min(low + 1, high - 1)], 1)
@@ -135,7 +137,7 @@ class Deal(Filling):
         filling = np.concatenate([own, (weights // lengths).repeat(lengths)])
         filling.sort()
         filling = filling[: room - share]
-        filled = np.full(room - share + 1, np.iinfo(np.int64).max // 4)
+        filled = np.full(room - share + 1, UNREACHABLE)
         filled[0] = self.area[low + share] - self.area[low]
         filled[1 : len(filling) + 1] = filled[0] + np.cumsum(filling)
         # From the longest piece of the heavy end to none at all, all with the lightest filling.

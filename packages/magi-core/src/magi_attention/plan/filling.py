@@ -58,7 +58,7 @@ class Filling:
         self.area_start, self.area_stop = self.area_float[self.start], self.area_float[self.stop]
         length = self.stop - self.start
         self.end_length = np.clip(length // 4, 1, max(1, max(capacities))).tolist()
-        self.heaviness = [self._heaviness(document) for document in range(len(length))]
+        self.heaviness = np.array([self._heaviness(document) for document in range(len(length))], np.int64)
         self.by_density = np.argsort(
             -((documents.area[self.stop] - documents.area[self.start]) // length), kind="stable"
         ).tolist()
