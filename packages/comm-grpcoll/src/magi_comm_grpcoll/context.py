@@ -195,15 +195,15 @@ class GroupContext:
         written = [tensor.contiguous() for tensor in targets]
         old_lse = written[-1].clone() if op == "lse" else None
         for part in rounds:
-            started, segments = part.start(sent, caller), part.segments
+            started = part.start(sent, caller)
             arrive.wait_event(started.ready)
             slots = part.landed(started.slot)
             with lane.read(started):
                 if old_lse is not None:
-                    merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], segments)
+                    merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], part.segments)
                 else:
                     for target, rows in zip(written, slots, strict=True):
-                        add_slots(arrive, target, rows, segments, average=op == "avg")
+                        add_slots(arrive, target, rows, part.segments, average=op == "avg")
         with torch.cuda.stream(arrive):
             for target, result in zip(targets, written, strict=True):
                 if target is not result:
@@ -233,7 +233,7 @@ class GroupContext:
         if not lane.arena.fits(needed):  # on all ranks alike
             self._quiesce(b"grow")
             lane.arena.grow(needed, most, self.device, self.group, self._handshake)
-        return [Round(plan, formats, lane) for plan in plans]
+        return [Round(plan, formats, lane, number == REDUCE) for plan in plans]
 
     def _quiesce(self, why: bytes) -> None:
         """Wait until no rank has anything under way."""
