@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -109,6 +110,7 @@ class GroupContext:
         weakref.finalize(self, _let_streams_end, self._streams.all, (self._lanes, self._progress)).atexit = False
 
     def _make_rings(self) -> None:
+        _drop_outlived()
         num_rings, num_slots = len(LANES), self.options.num_slots
         num_bytes = num_rings * Words.num_bytes(self.num_ranks)
         self._control = SharedMemory(num_bytes, self.device, self.group, self._handshake)
@@ -289,14 +291,23 @@ class _Streams:
         self.all = [self.send, self.credit, *self.arrive]
 
 
-# What the streams of contexts that are gone may still use, and events behind which they don't.
-_outliving: "list[tuple[list[torch.cuda.Event], object]]" = []
+# By number, what the streams of contexts that are gone may still use, and events behind which they don't. A context may
+# go on any thread, in the middle of anything.
+_outliving: "dict[int, tuple[list[torch.cuda.Event], object]]" = {}
+_numbers = count()
 
 
 def _let_streams_end(streams: "Sequence[torch.cuda.Stream]", used: object) -> None:
     """Keep what the streams of a context use until they are done with it, also if the context has gone before."""
-    _outliving[:] = [each for each in _outliving if not all(event.query() for event in each[0])]
-    _outliving.append(([stream.record_event() for stream in streams], used))
+    _drop_outlived()
+    if not all(stream.query() for stream in streams):
+        _outliving[next(_numbers)] = [stream.record_event() for stream in streams], used
+
+
+def _drop_outlived() -> None:
+    for number, (events, _) in [*_outliving.items()]:
+        if all(event.query() for event in events):
+            _outliving.pop(number, None)
 
 
 def _put_own(
