@@ -51,6 +51,8 @@ def test_casts_and_reduces(transport, num_ranks):
                 partial = received[0].clone()
                 work.release()
                 total = sources[rank][0].clone()
+                if turn == 1:
+                    total = torch.stack([total, total], dim=-1)[..., 1]  # not contiguous
                 native.reduce([partial], table, [total], "avg" if turn == 3 else "sum").wait_host()
                 counts = torch.tensor([len(needs.partials_of(rank, row)) for row in range(len(total))])[:, None, None]
                 expected = sources[rank][0] * (1 + counts if turn < 3 else 1)

@@ -206,9 +206,9 @@ class GroupContext:
                 else:
                     for target, rows in zip(written, slots, strict=True):
                         add_slots(arrive, target, rows, part.segments, average=op == "avg")
-        with torch.cuda.stream(arrive):
-            for target, result in zip(targets, written, strict=True):
-                if target is not result:
+        if apart := [pair for pair in zip(targets, written, strict=True) if pair[0] is not pair[1]]:
+            with torch.cuda.stream(arrive):
+                for target, result in apart:
                     target.copy_(result)
         kept = [rounds, old_lse, *sent, *written, *targets]
         return part.work(started, caller, None, kept, self._check)
