@@ -18,6 +18,7 @@ from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
 from magi_attention.comm.packing import RowFormat, put_rows, row_formats
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.routes import Rows
+from magi_attention.comm.streams import current_stream
 from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.capability import agree
@@ -96,6 +97,7 @@ class GroupContext:
         let_go_at_exit(self, "group")
         index = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.device = torch.device("cpu") if index is None else torch.device("cuda", index)
+        self._index = index or 0
         timeout_s = self.options.timeout_s or group_timeout_s(group, self.device)
         self._handshake = Handshake(group, timeout_s)
         if reason := agree(self._handshake, self.device):
@@ -146,7 +148,7 @@ class GroupContext:
         # What a call with the same arguments has checked and found holds for later ones.
         rounds = table.derived((self, CAST, *map(_kind, tensors)), prepare)
         lane = self._lanes[CAST]
-        caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
+        caller, arrive = current_stream(self._index), lane.wires.arrive
         tensors = [tensor.contiguous() for tensor in tensors]
         if lend and out is None and len(rounds) == 1:
             started = rounds[0].start(tensors, caller)
@@ -192,7 +194,7 @@ class GroupContext:
 
         kinds = *map(_kind, sent), len(sent) - len(partials), *map(_kind, targets), len(targets) - len(into)
         rounds, lane = table.derived((self, REDUCE, op, *kinds), prepare), self._lanes[REDUCE]
-        caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
+        caller, arrive = current_stream(self._index), lane.wires.arrive
         sent = [tensor.contiguous() for tensor in sent]
         written = [tensor.contiguous() for tensor in targets]
         old_lse = written[-1].clone() if op == "lse" else None
