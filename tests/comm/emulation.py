@@ -189,9 +189,6 @@ class Driver:
         pieces = random.sample(list(zip(*columns, strict=True)), count)  # a batch has no order
         _machine.streams[stream - 1].enqueue(lambda: [_copy(*piece) for piece in pieces] and None)
 
-    def copy_one(self, target: int, source: int, size: int, stream: int) -> None:
-        _machine.streams[stream - 1].enqueue(lambda: _copy(target, source, size))
-
     def enqueue_memory_operations(self, operations: int, count: int, stream: int) -> None:
         table = np.frombuffer(ctypes.string_at(operations, MEMORY_OPERATION.itemsize * count), MEMORY_OPERATION)
         columns = table[["operation", "address", "value"]].tolist()

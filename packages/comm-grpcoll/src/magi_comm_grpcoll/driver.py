@@ -47,8 +47,6 @@ class Driver:
         pointer, count = ctypes.c_void_p, ctypes.c_size_t
         self._memory_operations = self._library.cuStreamBatchMemOp_v2
         self._memory_operations.argtypes = [pointer, ctypes.c_uint, pointer, ctypes.c_uint]
-        self._copy = self._library.cuMemcpyAsync
-        self._copy.argtypes = [pointer, pointer, count, pointer]
         self._launch = self._library.cuLaunchKernelEx
         self._launch.argtypes = [pointer, pointer, pointer, pointer]
         arguments = [pointer, pointer, pointer, count, pointer, pointer, count, pointer]
@@ -59,10 +57,6 @@ class Driver:
         """Copy ``count`` pieces; the arguments are the addresses of uint64 arrays on the host."""
         if count:
             self._check(self._copy_batch(targets, sources, sizes, count, *self._attributes, 1, stream))
-
-    def copy_one(self, target: int, source: int, size: int, stream: int) -> None:
-        """Copy one piece, in half the time that a table of one takes."""
-        self._check(self._copy(target, source, size, stream))
 
     def enqueue_memory_operations(self, operations: int, count: int, stream: int) -> None:
         """Enqueue waits for and writes of words, given the address of ``count`` :data:`MEMORY_OPERATION`."""
