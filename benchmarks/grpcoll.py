@@ -16,7 +16,7 @@ The second table repeats some rows beside attention (scaled_dot_product_attentio
 ``slower`` is by how much that is slowed down while it lasts.
 
 ``--host`` measures instead what the host spends on a call, by number of ranges; ranks may share a GPU then, so that one
-is enough. Each number is the median, and the least after a slash, of calls with nothing else under way.
+is enough. Each number is the median, and the least after a slash, of calls one after another.
 
 cast        the native cast of K and V rows that are lent, by either transport.
 release     wait for it, and give back what was lent.
@@ -189,14 +189,15 @@ def timed(
 ) -> list[tuple[float, float]]:
     """Microseconds of a call, and of what comes after it: median and least of each."""
     seconds: list[tuple[float, float]] = []
-    for number in range(times + 5):
+    for number in range(times + 16):
         started = time.perf_counter()
         result = call()
         called = time.perf_counter()
         after(result)
         done = time.perf_counter()
-        torch.cuda.synchronize()
-        if number >= 5:
+        if number % 8 == 7:  # GPUs fall behind, and would let the host wait at last
+            torch.cuda.synchronize()
+        if number >= 16:
             seconds.append((called - started, done - called))
     return [(statistics.median(each) * 1e6, min(each) * 1e6) for each in zip(*seconds, strict=True)]
 

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from magi_attention.comm import work as core_work
 from magi_comm_grpcoll import arena, context, kernels, routes, wires
+from magi_comm_grpcoll import work as native_work
 from magi_comm_grpcoll.driver import MEMORY_OPERATION, WAIT_VALUE
 from magi_comm_grpcoll.tables import TASK
 from tests.comm.emulated_memory import Memory, Placed
@@ -299,6 +301,7 @@ def emulate(monkeypatch: Any) -> Iterator[None]:
         (torch.cuda, "Event", Event),
         (torch.cuda, "stream", stream_of_block),
         (torch.cuda, "current_stream", current_stream),
+        *((module, "current_stream", current_stream) for module in (context, native_work, core_work)),
         (torch.cuda, "synchronize", lambda device=None: None),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "device", lambda device: stream_of_block(current_stream())),

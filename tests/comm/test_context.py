@@ -51,6 +51,8 @@ def test_casts_and_reduces(transport, num_ranks):
                 partial = received[0].clone()
                 work.release()
                 total = sources[rank][0].clone()
+                if turn == 1:
+                    total = torch.stack([total, total], dim=-1)[..., 1]  # not contiguous
                 native.reduce([partial], table, [total], "avg" if turn == 3 else "sum").wait_host()
                 counts = torch.tensor([len(needs.partials_of(rank, row)) for row in range(len(total))])[:, None, None]
                 expected = sources[rank][0] * (1 + counts if turn < 3 else 1)
@@ -132,12 +134,13 @@ def test_a_context_may_go_with_all_its_exchanges_under_way():
     def run(rank, group):
         native, table = GroupContext(group, ContextOptions(timeout_s=30)), fragmented_table(rank, 2, 4, 2)
         begin = threading.Event()
-        torch.cuda.current_stream().enqueue(lambda: begin.wait(20))
+        torch.cuda.current_stream().enqueue(lambda: begin.wait(20) or pytest.fail("nothing was under way"))
         rows = torch.ones(table.num_source, 4)
-        native.cast([rows], table).wait()
-        native.reduce([torch.ones(table.num_received, 4)], table, [rows]).wait()
+        for work in [native.cast([rows], table, lend=True) for _ in range(2)]:
+            work.wait()
+            work.release()
         context_of_rank, table = weakref.ref(native), None
-        del native, rows
+        del native, rows, work
         gc.collect()
         assert context_of_rank() is None
         time.sleep(0.2)  # the watchdog has seen that it is gone

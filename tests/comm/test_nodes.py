@@ -100,6 +100,9 @@ def repeat(rank: int, world_size: int, device_type: str) -> None:
     owner = torch.empty(table.num_received, 1, device=device_type)
     for peer, start, stop in table.recv.tolist():
         owner[start:stop] = peer
+    larger = RandomNeeds(0, world_size + 1).table(0)
+    with pytest.raises(ValueError, match=f"among {world_size + 1} ranks can't run in a group of {world_size}"):
+        native.cast([torch.ones(larger.num_source, 8, device=device_type)], larger)
     for turn in range(30):
         rows = torch.full((table.num_source, 8), 10.0 * turn + rank, device=device_type)
         (received,) = native.cast([rows], table).wait()

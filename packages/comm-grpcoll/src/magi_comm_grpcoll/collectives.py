@@ -108,7 +108,7 @@ def _make_context(group: dist.ProcessGroup) -> GroupContext | RelayedCollectives
     hosts = [answer.decode() for answer in handshake.exchange(host().encode())]
     per_node, reason = ranks_per_node(hosts), "its ranks are not numbered host by host, with equally many on each"
     if 1 < per_node < len(hosts):
-        return relayed_over(group, handshake, per_node, timeout_s)
+        return relayed_over(group, per_node, timeout_s)
     if per_node == 1:
         reason = "each of its ranks is on another host"
     elif per_node:
@@ -121,11 +121,11 @@ def _make_context(group: dist.ProcessGroup) -> GroupContext | RelayedCollectives
     return None
 
 
-def relayed_over(group: dist.ProcessGroup, handshake: Handshake, per_node: int, timeout_s: float) -> RelayedCollectives:
+def relayed_over(group: dist.ProcessGroup, per_node: int, timeout_s: float) -> RelayedCollectives:
     """Collectives over nodes of so many ranks of a group each. All its ranks must call it."""
     inter, intra = subgroups(group, per_node, timeout_s)
     hops = AllToAllCollectives(inter), NativeCollectives(intra)
-    return RelayedCollectives(handshake, group_rank(group), *hops, per_node)
+    return RelayedCollectives(Handshake(inter, timeout_s), group_rank(group), *hops, per_node)
 
 
 def _one_hop(table: ExchangeTable | TwoHopExchange) -> ExchangeTable:

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
 from magi_attention.comm.packing import RowFormat, put_rows, row_formats
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.routes import Rows
+from magi_attention.comm.streams import current_stream
 from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.capability import agree
@@ -95,6 +97,7 @@ class GroupContext:
         let_go_at_exit(self, "group")
         index = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.device = torch.device("cpu") if index is None else torch.device("cuda", index)
+        self._index = index or 0
         timeout_s = self.options.timeout_s or group_timeout_s(group, self.device)
         self._handshake = Handshake(group, timeout_s)
         if reason := agree(self._handshake, self.device):
@@ -109,6 +112,7 @@ class GroupContext:
         weakref.finalize(self, _let_streams_end, self._streams.all, (self._lanes, self._progress)).atexit = False
 
     def _make_rings(self) -> None:
+        _drop_outlived()
         num_rings, num_slots = len(LANES), self.options.num_slots
         num_bytes = num_rings * Words.num_bytes(self.num_ranks)
         self._control = SharedMemory(num_bytes, self.device, self.group, self._handshake)
@@ -144,7 +148,7 @@ class GroupContext:
         # What a call with the same arguments has checked and found holds for later ones.
         rounds = table.derived((self, CAST, *map(_kind, tensors)), prepare)
         lane = self._lanes[CAST]
-        caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
+        caller, arrive = current_stream(self._index), lane.wires.arrive
         tensors = [tensor.contiguous() for tensor in tensors]
         if lend and out is None and len(rounds) == 1:
             started = rounds[0].start(tensors, caller)
@@ -190,23 +194,23 @@ class GroupContext:
 
         kinds = *map(_kind, sent), len(sent) - len(partials), *map(_kind, targets), len(targets) - len(into)
         rounds, lane = table.derived((self, REDUCE, op, *kinds), prepare), self._lanes[REDUCE]
-        caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
+        caller, arrive = current_stream(self._index), lane.wires.arrive
         sent = [tensor.contiguous() for tensor in sent]
         written = [tensor.contiguous() for tensor in targets]
         old_lse = written[-1].clone() if op == "lse" else None
         for part in rounds:
-            started, segments = part.start(sent, caller), part.segments
+            started = part.start(sent, caller)
             arrive.wait_event(started.ready)
             slots = part.landed(started.slot)
             with lane.read(started):
                 if old_lse is not None:
-                    merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], segments)
+                    merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], part.segments)
                 else:
                     for target, rows in zip(written, slots, strict=True):
-                        add_slots(arrive, target, rows, segments, average=op == "avg")
-        with torch.cuda.stream(arrive):
-            for target, result in zip(targets, written, strict=True):
-                if target is not result:
+                        add_slots(arrive, target, rows, part.segments, average=op == "avg")
+        if apart := [pair for pair in zip(targets, written, strict=True) if pair[0] is not pair[1]]:
+            with torch.cuda.stream(arrive):
+                for target, result in apart:
                     target.copy_(result)
         kept = [rounds, old_lse, *sent, *written, *targets]
         return part.work(started, caller, None, kept, self._check)
@@ -233,7 +237,7 @@ class GroupContext:
         if not lane.arena.fits(needed):  # on all ranks alike
             self._quiesce(b"grow")
             lane.arena.grow(needed, most, self.device, self.group, self._handshake)
-        return [Round(plan, formats, lane) for plan in plans]
+        return [Round(plan, formats, lane, number == REDUCE) for plan in plans]
 
     def _quiesce(self, why: bytes) -> None:
         """Wait until no rank has anything under way."""
@@ -289,14 +293,23 @@ class _Streams:
         self.all = [self.send, self.credit, *self.arrive]
 
 
-# What the streams of contexts that are gone may still use, and events behind which they don't.
-_outliving: "list[tuple[list[torch.cuda.Event], object]]" = []
+# By number, what the streams of contexts that are gone may still use, and events behind which they don't. A context may
+# go on any thread, in the middle of anything.
+_outliving: "dict[int, tuple[list[torch.cuda.Event], object]]" = {}
+_numbers = count()
 
 
 def _let_streams_end(streams: "Sequence[torch.cuda.Stream]", used: object) -> None:
     """Keep what the streams of a context use until they are done with it, also if the context has gone before."""
-    _outliving[:] = [each for each in _outliving if not all(event.query() for event in each[0])]
-    _outliving.append(([stream.record_event() for stream in streams], used))
+    _drop_outlived()
+    if not all(stream.query() for stream in streams):
+        _outliving[next(_numbers)] = [stream.record_event() for stream in streams], used
+
+
+def _drop_outlived() -> None:
+    for number, (events, _) in [*_outliving.items()]:
+        if all(event.query() for event in events):
+            _outliving.pop(number, None)
 
 
 def _put_own(

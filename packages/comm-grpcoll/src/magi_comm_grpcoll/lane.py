@@ -4,7 +4,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -85,9 +85,16 @@ class Round:
         plan: the plan.
         formats: of the tensors.
         lane: the plan's lane.
+        is_reduce: whether what arrives is added up.
+
+    Attributes:
+        plan: the plan.
+        segments: of a reduce, which rows of the slot belong together.
     """
 
-    def __init__(self, plan: Plan, formats: tuple[RowFormat, ...], lane: Lane) -> None:
+    segments: Segments
+
+    def __init__(self, plan: Plan, formats: tuple[RowFormat, ...], lane: Lane, is_reduce: bool) -> None:
         self.plan, self._formats, self._lane = plan, formats, lane
         self._memory: SharedMemory | None = None
         self._transport: Transport | None = None
@@ -95,7 +102,10 @@ class Round:
         device = lane.control.local.device
         with torch.cuda.stream(lane.wires.arrive):  # which alone uses these, so that they may be dropped at any time
             self._landing = None if plan.landing is None else torch.from_numpy(plan.landing).to(device)
-            self._named = None if plan.names_all_rows else routes_of(plan.table, device).received
+            if is_reduce:
+                self.segments = routes_of(plan.table, device).segments
+            else:
+                self._named = None if plan.names_all_rows else routes_of(plan.table, device).received
 
     def start(self, tensors: Sequence[Tensor], caller: "torch.cuda.Stream") -> Started:
         """Enqueue what sends the tensors, and let the arriving stream wait for that and for what comes."""
@@ -125,12 +135,6 @@ class Round:
         lane = self._lane
         give_back = partial(lane.release, started.epoch) if lends else None
         return NativeWork(lane.wires.arrive, caller, result, buffers, started.packed, check, give_back, lane.events)
-
-    @cached_property
-    def segments(self) -> Segments:
-        """Where a reduce's partial results lie in the slot: see :attr:`~magi_attention.comm.routes.Routes.segments`."""
-        with torch.cuda.stream(self._lane.wires.arrive):
-            return routes_of(self.plan.table, self._lane.control.local.device).segments
 
     def landed(self, slot: int) -> tuple[Tensor, ...]:
         """``[num_rows, ...]``: what is in this rank's slot, tensor by tensor."""

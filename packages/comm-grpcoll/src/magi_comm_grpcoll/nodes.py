@@ -25,8 +25,8 @@ class RelayedCollectives:
     partial results.
 
     Args:
-        handshake: with all ranks of the group.
-        rank: this rank in the group.
+        handshake: with the ranks with this rank's place in their nodes.
+        rank: this rank in the whole group.
         inter: of the ranks with this rank's place in their nodes.
         intra: of the ranks of this rank's node.
         per_node: how many these are.
@@ -72,8 +72,12 @@ class RelayedCollectives:
         return table.derived((self, "relays"), lambda: self._plan(table))
 
     def _plan(self, table: ExchangeTable) -> TwoHopExchange:
-        tables = gather_tables(self._handshake, "group collective over nodes", table)
-        return relay_exchange(tables, self._per_node, self._rank)
+        alike = gather_tables(self._handshake, "group collective over nodes", table)
+        if table.num_ranks != len(alike) * self._per_node:
+            raise ValueError(
+                f"an exchange among {table.num_ranks} ranks can't run in a group of {len(alike) * self._per_node}"
+            )
+        return relay_exchange(alike, self._per_node, self._rank)
 
 
 def ranks_per_node(hosts: Sequence[str]) -> int:

@@ -82,6 +82,7 @@ def gather_plans(
         CapacityError: the exchange does not fit in any number of rounds; on every rank.
     """
     tables = gather_tables(handshake, operation, table, formats)
+    check_match(tables)
     num_rounds = 1
     while True:
         plans = make_plans(operation, tables, formats, rank, num_rounds)
@@ -99,12 +100,10 @@ def gather_plans(
 def gather_tables(
     handshake: Handshake, operation: str, table: ExchangeTable, formats: Sequence[RowFormat] = ()
 ) -> list[ExchangeTable]:
-    """Show this rank's table to the others; returns those of all ranks, which match. See :func:`gather_plans`."""
+    """Show this rank's table to the others; returns those of all ranks. See :func:`gather_plans`."""
     answers = [_parse(answer) for answer in handshake.exchange(_message(operation, table, formats))]
     _check_same_call([header for header, _ in answers])
-    tables = [_table(header, ranges) for header, ranges in answers]
-    check_match(tables)
-    return tables
+    return [_table(header, ranges) for header, ranges in answers]
 
 
 def make_plans(

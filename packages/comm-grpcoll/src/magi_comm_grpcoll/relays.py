@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exchange among ranks of several nodes in two hops, from the tables of all ranks. Knows numpy alone.
+"""An exchange among ranks of several nodes in two hops, from exchange tables. Knows numpy alone.
 
 A row crosses to each node that wants it once, to its *relay* there: the rank with the place in its node that the owner
 has in its own. The relay passes it on to whoever wants it in that node. Read from right to left it is the reduce: what
@@ -15,28 +15,27 @@ from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_comm_grpcoll.tables import Ints
 
 
-def relay_exchange(tables: Sequence[ExchangeTable], per_node: int, rank: int) -> TwoHopExchange:
-    """The exchange of ``rank``.
+def relay_exchange(alike: Sequence[ExchangeTable], per_node: int, rank: int) -> TwoHopExchange:
+    """The exchange of ``rank``; ranks are numbered node by node.
 
     Args:
-        tables: of all ranks, which must match and are numbered node by node.
-        per_node: ranks of a node; divides the number of ranks.
+        alike: by node, the tables of the ranks with this rank's place in their nodes, itself included.
+        per_node: ranks of a node.
         rank: whose side is wanted.
 
     Returns:
         Between the ranks of the same place, numbered by node, and among those of the node, numbered by place. The
         receive buffer is that of the rank's table.
     """
-    mine, (node, place) = tables[rank], divmod(rank, per_node)
-    others = [other for other in range(len(tables) // per_node) if other != node]
-    alike = {other: tables[other * per_node + place] for other in others}  # those that this rank relays for
-    relayed = {other: _crossing(table, node, per_node) for other, table in alike.items()}
+    node, mine = rank // per_node, alike[rank // per_node]
+    others = [other for other in range(len(alike)) if other != node]  # whose rows this rank relays
+    relayed = {other: _crossing(alike[other], node, per_node) for other in others}
     counts = [_length(relayed[other]) for other in others]
     stops = np.cumsum([0, *counts])
     inter = ExchangeTable(
         send=_stack([_of(other, _crossing(mine, other, per_node)) for other in others]),
         recv=_stack([_of(other, np.array([[stops[i], stops[i + 1]]])) for i, other in enumerate(others) if counts[i]]),
-        num_ranks=len(tables) // per_node,
+        num_ranks=len(alike),
         num_source=mine.num_source,
         num_received=int(stops[-1]),
     )

@@ -110,7 +110,8 @@ class PushRoute:
                 chosen = pieces.select((pieces.tensor >= first) & (pieces.tensor < stop))
                 tasks = torch.from_numpy(tasks_of(chosen._replace(tensor=chosen.tensor - first)).view(np.uint8))
                 num_told = len(arena.memory.addresses) if tells and stop == num_tensors else 0
-                self._parts.append((first, tasks.to(self._num_done.device), num_told))
+                uploaded = tasks.pin_memory().to(self._num_done.device, non_blocking=True)  # the host waits for nobody
+                self._parts.append((first, uploaded, num_told))
 
     def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
         """See :class:`Route`."""

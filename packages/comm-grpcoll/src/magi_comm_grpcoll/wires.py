@@ -69,12 +69,13 @@ class _Operations:
             (self._table.ctypes.data + first * size, min(MOST_MEMORY_OPERATIONS, len(self._table) - first), stream)
             for first in range(0, len(self._table), MOST_MEMORY_OPERATIONS)
         ]
+        self._enqueue = driver().enqueue_memory_operations
 
     def enqueue(self, *numbers: int) -> None:
         for set_values, number in zip(self._set_values, numbers, strict=True):
             set_values(number)
         for call in self._calls:
-            driver().enqueue_memory_operations(*call)
+            self._enqueue(*call)
 
 
 class _Letter:

@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from magi_attention.comm.streams import current_stream
 from magi_attention.comm.work import StreamWork
 
 Result = TypeVar("Result")
@@ -78,7 +79,7 @@ class NativeWork(StreamWork[Result], Generic[Result]):
 
     def release(self) -> None:
         """See :class:`~magi_attention.comm.protocol.Work`."""
-        self._release_behind(torch.cuda.current_stream(self._caller.device_index))
+        self._release_behind(current_stream(self._caller.device_index))
 
     def _release_behind(self, stream: "torch.cuda.Stream") -> None:
         if self._give_back is None:
