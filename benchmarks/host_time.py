@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
+from unittest import mock
 
 import context_parallel
 import torch
@@ -147,7 +148,13 @@ def magi(setting: Setting, degree: int, keep: bool) -> Passes:
     )
     *leaves, dout = setting.tensors(find_manager(key).num_local_rows(AttnRole.QUERY))
     q, k, v = (x.requires_grad_() for x in leaves)
-    return lambda: calc_attn(q, k, v, key)[0], lambda out: torch.autograd.grad(out, (q, k, v), dout)
+
+    def backward(out: Tensor) -> object:
+        # In this thread: in a training, one thread goes through all layers, and is not woken for each.
+        with torch.autograd.set_multithreading_enabled(False):
+            return torch.autograd.grad(out, (q, k, v), dout)
+
+    return lambda: calc_attn(q, k, v, key)[0], backward
 
 
 def gather(setting: Setting) -> Passes:
@@ -236,7 +243,7 @@ class Exchanges:
             self.take(landed.nbytes)
             return send(collectives, packed, landed, *rest, **options)
 
-        AllToAllCollectives._send = send_slowly  # noqa: B010: mypy knows no other way
+        mock.patch.object(AllToAllCollectives, "_send", send_slowly).start()
         for name in ("_all_gather", "_reduce_scatter"):
             setattr(context_parallel, name, self._aside)
 
@@ -252,14 +259,12 @@ class Exchanges:
 def profile(passes: Passes, repeat: int, lines: int) -> None:
     """Print which functions the host spends its time in, both passes together."""
     profiler = cProfile.Profile()
-    # Else the backward pass runs in a thread of its own, where the profiler doesn't look.
-    with torch.autograd.set_multithreading_enabled(False):
-        for _ in range(repeat):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            profiler.enable()
-            passes[1](passes[0]())
-            profiler.disable()
+    for _ in range(repeat):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        profiler.enable()
+        passes[1](passes[0]())
+        profiler.disable()
     pstats.Stats(profiler).sort_stats("tottime").print_stats(lines)
 
 

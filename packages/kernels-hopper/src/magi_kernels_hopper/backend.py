@@ -11,6 +11,7 @@ from magi_attention.kernels.protocol import (
     AttentionCall,
     AttentionRequest,
     AttentionResult,
+    Direction,
     KernelBackend,
     Support,
     attend_to_nothing,
@@ -24,6 +25,9 @@ class HopperBackend:
     """See :class:`magi_attention.kernels.protocol.KernelBackend`. Results have q's dtype."""
 
     name = "hopper"
+
+    def __init__(self) -> None:
+        self._served: set[object] = set()
 
     def supports(self, request: AttentionRequest) -> Support:
         """See the protocol."""
@@ -40,9 +44,7 @@ class HopperBackend:
         Raises:
             RuntimeError: with the reason why not, if the tensors are not what :meth:`supports` would say yes to.
         """
-        request = AttentionRequest.of_tensors(q, k, v, softcap=call.softcap, max_logits=call.max_logits)
-        if not (support := support_of(request)):
-            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
+        self._check("forward", q, k, v, call)
         if not len(q) or not len(k):
             return attend_to_nothing(q, v, call.max_logits)
         from magi_kernels_hopper.forward import launch_forward
@@ -70,15 +72,26 @@ class HopperBackend:
         Raises:
             RuntimeError: with the reason why not, if the tensors are not what :meth:`supports` would say yes to.
         """
-        request = AttentionRequest.of_tensors(q, k, v, softcap=call.softcap, deterministic=call.deterministic)
-        if not (support := support_of(request.toward("backward"))):
-            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
+        self._check("backward", q, k, v, call)
         if not len(q) or not len(k):
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         from magi_kernels_hopper.backward import launch_backward
 
         with on_device_of(q):
             return launch_backward(dout, q, k, v, out, lse, dlse, call)
+
+    def _check(self, direction: Direction, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
+        """Raise ``RuntimeError`` for what is not supported; once found to be, that is not asked again."""
+        options = call.softcap > 0, call.max_logits, call.deterministic
+        asked = direction, q.device, q.dtype, q.shape[1:], k.shape[1:], v.shape[1:], options
+        if asked in self._served:
+            return
+        request = AttentionRequest.of_tensors(
+            q, k, v, softcap=call.softcap, max_logits=call.max_logits, deterministic=call.deterministic
+        )
+        if not (support := support_of(request.toward(direction))):
+            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
+        self._served.add(asked)
 
 
 BACKEND: KernelBackend = HopperBackend()
