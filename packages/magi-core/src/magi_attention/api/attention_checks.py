@@ -25,14 +25,29 @@ def check_attention_call(
     return_max_logits: bool,
 ) -> None:
     """Raise what :func:`magi_attention.api.calc_attn` says about its arguments; what passed once passes at once."""
-    tensors = (q, k, v) if sink is None else (q, k, v, sink)
-    if not all(isinstance(each, Tensor) for each in tensors):
-        _check_tensors(q, k, v, sink, manager.key.is_same_source)
     options = softmax_scale, softcap, return_max_logits
-    asked = (*((each.shape, each.dtype, each.device) for each in tensors), options)
-    if asked not in manager.checked_calls:
+    try:
+        asked: tuple[object, ...] = (
+            q.shape,
+            k.shape,
+            v.shape,
+            q.dtype,
+            k.dtype,
+            v.dtype,
+            q.device,
+            k.device,
+            v.device,
+            *options,
+        )
+        if sink is not None:
+            asked += sink.shape, sink.dtype, sink.device
+        if asked in manager.checked_calls:
+            return
+    except (AttributeError, TypeError):  # no tensors, or no numbers
         _check_call(q, k, v, manager, sink, *options)
-        manager.checked_calls.add(asked)
+        raise
+    _check_call(q, k, v, manager, sink, *options)
+    manager.checked_calls.add(asked)
 
 
 def _check_call(
