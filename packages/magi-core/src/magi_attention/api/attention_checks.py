@@ -25,41 +25,16 @@ def check_attention_call(
     return_max_logits: bool,
 ) -> None:
     """Raise what :func:`magi_attention.api.calc_attn` says about its arguments; what passed once passes at once."""
-    options = softmax_scale, softcap, return_max_logits
+    asked: tuple[object, ...] | None = None
     try:
-        asked: tuple[object, ...] = (
-            q.shape,
-            k.shape,
-            v.shape,
-            q.dtype,
-            k.dtype,
-            v.dtype,
-            q.device,
-            k.device,
-            v.device,
-            *options,
-        )
+        asked = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+        asked += softmax_scale, softcap, return_max_logits
         if sink is not None:
             asked += sink.shape, sink.dtype, sink.device
         if asked in manager.checked_calls:
             return
-    except (AttributeError, TypeError):  # no tensors, or no numbers
-        _check_call(q, k, v, manager, sink, *options)
-        raise
-    _check_call(q, k, v, manager, sink, *options)
-    manager.checked_calls.add(asked)
-
-
-def _check_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    manager: DistAttnRuntimeMgr,
-    sink: Tensor | None,
-    softmax_scale: float | None,
-    softcap: float,
-    return_max_logits: bool,
-) -> None:
+    except (AttributeError, TypeError):  # no tensors, or no numbers, of which the checks will tell
+        asked = None
     key = manager.key
     _check_tensors(q, k, v, sink, key.is_same_source)
     _check_rows("q has", q, manager, AttnRole.QUERY)
@@ -70,6 +45,8 @@ def _check_call(
         raise MagiValueError(f"softmax_scale is {softmax_scale}; it must be finite, or None for head_dim ** -0.5")
     if key.is_flatten_head_groups_enable and (sink is not None or return_max_logits):
         raise MagiValueError("flattened head groups exclude a sink and max_logits: switch off flatten_head_groups")
+    if asked is not None:
+        manager.checked_calls.add(asked)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, is_same_source: bool) -> None:
