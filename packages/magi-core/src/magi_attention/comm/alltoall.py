@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.group import group_size, let_go_at_exit
-from magi_attention.comm.packing import RowLayout, deliver, lay_out, pack, put_all_rows, put_rows, row_formats
+from magi_attention.comm.packing import RowLayout, deliver, lay_out, pack, put_all_rows, row_formats
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
 from magi_attention.comm.routes import Routes, Rows, routes_of
@@ -80,7 +80,7 @@ class AllToAllCollectives:
             if buffer is None:
                 deliver(arrived, routes.received, layout, received)
             elif not is_in_place:
-                put_rows(buffer, routes.received, arrived)
+                put_all_rows([buffer], routes.received, [arrived])
             return received
 
         counts = routes.send_counts, routes.recv_counts
