@@ -12,7 +12,7 @@ from magi_attention.comm.packing import RowLayout, deliver, lay_out, pack, put_a
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
 from magi_attention.comm.routes import Routes, Rows, routes_of
-from magi_attention.comm.streams import communication_stream
+from magi_attention.comm.streams import communication_stream, current_stream
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.utils.torch_modes import without_grad
@@ -148,7 +148,7 @@ class AllToAllCollectives:
             packed = gather()
             transfer = self._send(packed, landed, counts, async_op=True)
             return PendingWork(transfer, without_grad(finish), buffers=(packed, landed, *kept))
-        caller = torch.cuda.current_stream(device.index)  # a number is looked up faster than a device
+        caller = current_stream(landed.get_device())
         stream.wait_stream(caller)
         torch.cuda.set_stream(stream)
         try:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from magi_attention.comm.streams import current_stream
+
 Result = TypeVar("Result")
 
 
@@ -81,7 +83,7 @@ class StreamWork(Generic[Result]):
     def wait(self) -> Result:
         """Return the result; it may be used on the current stream. A second call returns the same again."""
         if self._done is not None:
-            current = torch.cuda.current_stream(self._caller.device_index)
+            current = current_stream(self._caller.device_index)
             current.wait_event(self._done)
             if current != self._caller:
                 self._caller.wait_event(self._done)
