@@ -21,7 +21,7 @@ from magi_attention.runtime.regular import MOST_RUNS, regular_runs
 from magi_attention.runtime.schedule import Costs, Pass, Schedule, Step, make_schedule
 from tests.core.test_plan import cast, dense_count, layouts, two_hop_cast
 
-REST = {"pair": 1.0, "summed_row": 0.0, "call": 0.0, "least_work": 0.0, "host": 0.0}
+REST = {"pair": 1.0, "summed_row": 0.0, "call": 0.0, "least_work": 0.0}
 COSTS = {
     "together": Costs(fetched_row=0.0, exchange=0.0, merged_row=1.0, **REST),
     "apart": Costs(fetched_row=1e9, exchange=1e9, merged_row=0.0, **REST),

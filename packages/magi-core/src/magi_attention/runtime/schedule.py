@@ -56,10 +56,6 @@ LATENCIES_PER_CALL = 10
 LEAST_LATENCIES = 150
 """Where a forward pass takes less than so many latencies of kernels, the host would not keep up with more of them."""
 
-HOST_LATENCIES = 30
-"""What the host takes to launch an exchange, in latencies of kernels: NCCL's part is by far the largest. It counts in
-short passes, during which the host is not ahead of the GPU."""
-
 WINDOW_STEP, WINDOW_SLACK, MOST_OF_WINDOW = 128, 1.5, 0.5
 """A window has a multiple of so many queries, and so many times the work that hides the travel, with at most this share
 of the rank's queries."""
@@ -77,7 +73,6 @@ class Costs:
         summed_row: to sum up the gradients of a key row of several kernels.
         call: what another kernel costs in both passes, apart from its work.
         least_work: forward passes that take less are not cut into more kernels.
-        host: for the host to launch an exchange, where it is not ahead.
     """
 
     pair: float
@@ -87,7 +82,6 @@ class Costs:
     summed_row: float
     call: float
     least_work: float
-    host: float
 
     @classmethod
     def of_layer(cls, rates: Rates, shape: LayerShape, ranks_share_node: bool) -> "Costs":
@@ -102,7 +96,6 @@ class Costs:
             summed_row=2 * shape.heads_kv * shape.head_dim * BYTES_PER_SUMMED_NUMBER / (rates.memory_gbs * 1e9),
             call=LATENCIES_PER_CALL * rates.kernel_latency_us * 1e-6,
             least_work=LEAST_LATENCIES * rates.kernel_latency_us * 1e-6,
-            host=HOST_LATENCIES * rates.kernel_latency_us * 1e-6,
         )
 
     def is_short(self, pairs: int) -> bool:
@@ -248,7 +241,7 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
     in_need = merge(stage.slices.rows[:, :2])
     num_own = int(plan.key_layout.rows_per_rank[plan.rank])
     is_short = costs.is_short(int(band.area(plan.bands).sum()))
-    fetch = costs.exchange + stage.num_received * costs.fetched_row + (costs.host if is_short else 0.0)
+    fetch = costs.exchange + stage.num_received * costs.fetched_row
     own_bands = slices_in(plan.bands, plan.key_layout.runs_of(plan.rank)).bands()
 
     def overhead(early: Intervals) -> float:
