@@ -6,9 +6,13 @@ attention as well: what is left is our own Python and PyTorch's dispatch of smal
 
 With ``--device cuda`` one GPU plays rank 0 of a group of any size. Its kernels, streams and events are real, and rows
 that others would send are whatever lies in memory, so that each pass takes the host and the GPU what it would take if
-rows traveled in no time. ``--backend none`` leaves the attention kernels out there too.
+rows traveled in no time. ``--backend none`` leaves the attention kernels out there too. With ``--exchange HOST GPU
+GBS`` every collective takes the host so many microseconds more, as NCCL does, and the stream it runs on so many and the
+time that the received bytes take at so many GB/s.
 
-Figures are microseconds per call in the steady state, the median of many calls that each begin with an idle GPU.
+Figures are microseconds per call in the steady state, the median of many calls that each begin with an idle GPU. On a
+GPU two more tell when it is idle again, and two how long a pass takes if eight are launched one after another, as
+layers of a model are.
 
 magi/N      our calc_attn and its backward pass by autograd, with N remote stages; "kept" with rows kept for backward.
 gather      the peer: two all-gathers and the kernel, a reduce-scatter of gradients; without autograd.
@@ -19,10 +23,13 @@ import cProfile
 import pstats
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeVar
+from unittest import mock
 
+import context_parallel
 import torch
 import torch.distributed as dist
 from context_parallel import AllGather, Kernel
@@ -30,6 +37,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from magi_attention.api import calc_attn, magi_attn_flex_key
+from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.common import AttnMaskType, AttnRanges, workloads
 from magi_attention.common.enum import AttnRole
 from magi_attention.config import DispatchConfig, DistAttnConfig, OverlapConfig, RuntimeConfig
@@ -38,6 +46,7 @@ from magi_attention.kernels.registry import installed_backends
 from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr, find_manager
 
 MASKS = ("causal", "varlen_causal")
+IN_A_ROW = 8
 METHODS = {"magi/0": (0, False), "magi/1": (1, False), "magi/1 kept": (1, True), "magi/2": (2, False)}
 """Remote stages, and whether received rows are kept."""
 
@@ -139,7 +148,13 @@ def magi(setting: Setting, degree: int, keep: bool) -> Passes:
     )
     *leaves, dout = setting.tensors(find_manager(key).num_local_rows(AttnRole.QUERY))
     q, k, v = (x.requires_grad_() for x in leaves)
-    return lambda: calc_attn(q, k, v, key)[0], lambda out: torch.autograd.grad(out, (q, k, v), dout)
+
+    def backward(out: Tensor) -> object:
+        # In this thread: in a training, one thread goes through all layers, and is not woken for each.
+        with torch.autograd.set_multithreading_enabled(False):
+            return torch.autograd.grad(out, (q, k, v), dout)
+
+    return lambda: calc_attn(q, k, v, key)[0], backward
 
 
 def gather(setting: Setting) -> Passes:
@@ -151,10 +166,11 @@ def gather(setting: Setting) -> Passes:
 
 
 class Times(NamedTuple):
-    """Microseconds until the call of a pass returns, and until the GPU is idle again."""
+    """Microseconds until the call of a pass returns, until the GPU is idle again, and for one of many passes."""
 
     host: float
     whole: float
+    of_many: float = 0.0
 
 
 def measure(passes: Passes, repeat: int, device: str) -> tuple[Times, Times]:
@@ -177,20 +193,78 @@ def measure(passes: Passes, repeat: int, device: str) -> tuple[Times, Times]:
     forward, backward = (
         Times(*(statistics.median(column) for column in zip(*rows[repeat // 4 :], strict=True))) for rows in times
     )
-    return forward, backward
+    if device == "cpu":
+        return forward, backward
+    bursts: tuple[list[Times], list[Times]] = ([], [])
+    for _ in range(max(repeat // IN_A_ROW, 3)):
+        outs = timed(lambda: [passes[0]() for _ in range(IN_A_ROW)], bursts[0])
+        timed(partial(_run_all, passes[1], outs), bursts[1])
+    of_forward, of_backward = (statistics.median(each.whole for each in burst) / IN_A_ROW for burst in bursts)
+    return forward._replace(of_many=of_forward), backward._replace(of_many=of_backward)
+
+
+def _run_all(backward: Callable[[Tensor], object], outs: Sequence[Tensor]) -> None:
+    for out in outs:
+        backward(out)
+
+
+class Exchanges:
+    """Lets collectives of the fake group take time.
+
+    Args:
+        host_us: of the host, each.
+        gpu_us: of the stream that it runs on, each.
+        gbs: GB/s that its rank receives.
+    """
+
+    def __init__(self, host_us: float, gpu_us: float, gbs: float) -> None:
+        self.host_us, self.gpu_us, self.gbs = host_us, gpu_us, gbs
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(2):
+            start.record()
+            torch.cuda._sleep(10_000_000)
+            stop.record()
+            torch.cuda.synchronize()
+        self.cycles_per_us = 10_000_000 / (start.elapsed_time(stop) * 1e3)
+        self.stream = torch.cuda.Stream(priority=-1)
+
+    def take(self, num_bytes: int) -> None:
+        """Spend the time of a collective that receives so many bytes, on the current stream."""
+        until = time.perf_counter() + self.host_us * 1e-6
+        torch.cuda._sleep(int((self.gpu_us + num_bytes / self.gbs * 1e-3) * self.cycles_per_us))
+        while time.perf_counter() < until:
+            pass
+
+    def install(self) -> None:
+        """Let ours and the peer's collectives take it; those of the peer run on a stream of their own, as NCCL's do."""
+        send = AllToAllCollectives._send
+
+        def send_slowly(collectives: Any, packed: Tensor, landed: Tensor, *rest: Any, **options: Any) -> Any:
+            self.take(landed.nbytes)
+            return send(collectives, packed, landed, *rest, **options)
+
+        mock.patch.object(AllToAllCollectives, "_send", send_slowly).start()
+        for name in ("_all_gather", "_reduce_scatter"):
+            setattr(context_parallel, name, self._aside)
+
+    def _aside(self, received: Tensor, sent: Tensor, **options: Any) -> Any:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            share = (dist.get_world_size() - 1) / dist.get_world_size()
+            self.take(int(max(received.nbytes, sent.nbytes) * share))
+            done = self.stream.record_event()
+        return SimpleNamespace(wait=lambda: torch.cuda.current_stream().wait_event(done))
 
 
 def profile(passes: Passes, repeat: int, lines: int) -> None:
     """Print which functions the host spends its time in, both passes together."""
     profiler = cProfile.Profile()
-    # Else the backward pass runs in a thread of its own, where the profiler doesn't look.
-    with torch.autograd.set_multithreading_enabled(False):
-        for _ in range(repeat):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            profiler.enable()
-            passes[1](passes[0]())
-            profiler.disable()
+    for _ in range(repeat):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        profiler.enable()
+        passes[1](passes[0]())
+        profiler.disable()
     pstats.Stats(profiler).sort_stats("tottime").print_stats(lines)
 
 
@@ -206,6 +280,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs=2, help="of queries and of keys; 8 2, on a GPU 64 8")
     parser.add_argument("--head-dim", type=int, help="16, on a GPU 128")
     parser.add_argument("--backend", default=None, help="kernels; none on a CPU, on a GPU auto")
+    parser.add_argument(
+        "--exchange", type=float, nargs=3, metavar=("HOST", "GPU", "GBS"), help="what a collective takes; on a GPU"
+    )
     parser.add_argument("--profile", type=int, default=0, metavar="LINES", help="profile the first method of each mask")
     arguments = parser.parse_args()
     on_cpu = arguments.device == "cpu"
@@ -215,7 +292,15 @@ def main() -> None:
     if backend == "none":
         installed_backends()["reference"] = NoKernels()
     print("microseconds of the host per call" + ("" if on_cpu else f", {torch.cuda.get_device_name()}, {backend}"))
-    columns = ("forward", "backward", "/ gather", "/ gather", *(() if on_cpu else ("GPU fwd", "GPU bwd")))
+    if arguments.exchange:
+        Exchanges(*arguments.exchange).install()
+        print(
+            "a collective takes the host {:.0f} us more, and the GPU {:.0f} us at {:.0f} GB/s".format(
+                *arguments.exchange
+            )
+        )
+    gpu_columns = ("GPU fwd", "GPU bwd", "of many", "of many")
+    columns = ("forward", "backward", "/ gather", "/ gather", *(() if on_cpu else gpu_columns))
     print(f"{'ranks':>5}  {'mask':24}{'method':14}", *(f"{column:>10}" for column in columns))
     for ranks in arguments.ranks:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
@@ -237,7 +322,10 @@ def main() -> None:
                 peer = peer or (forward, backward)
                 pairs = list(zip((forward, backward), peer, strict=True))
                 cells = [f"{mine.host:10.0f}" for mine, _ in pairs] + [f"{a.host / b.host:10.2f}" for a, b in pairs]
-                cells += [] if on_cpu else [f"{mine.whole:10.0f}" for mine, _ in pairs]
+                if not on_cpu:
+                    cells += [f"{mine.whole:10.0f}" for mine, _ in pairs] + [
+                        f"{mine.of_many:10.0f}" for mine, _ in pairs
+                    ]
                 print(f"{ranks:>5}  {mask:24}{name:14}", *cells, flush=True)
                 if arguments.profile and name == arguments.methods[0]:
                     profile(passes, arguments.repeat, arguments.profile)

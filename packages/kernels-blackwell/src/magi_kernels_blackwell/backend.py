@@ -21,6 +21,7 @@ from magi_attention.kernels.protocol import (
     Support,
     attend_to_nothing,
 )
+from magi_attention.utils.dtypes import as_dtype
 from magi_attention.utils.torch_modes import on_device_of, without_grad
 from magi_kernels_blackwell.cases import arch_number, combinations, request_of
 from magi_kernels_blackwell.masks import has_pairs
@@ -161,9 +162,9 @@ class WheelBackend(ABC):
         """See :class:`magi_attention.kernels.protocol.WritesInPlace`."""
         if not has_pairs(call.slices):
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        lse = lse.float().T.contiguous()
-        dlse = None if dlse is None else dlse.float().T.contiguous()
-        dout, out, scale = dout.to(q.dtype), out.to(q.dtype), call.softmax_scale
+        lse = as_dtype(lse.T, torch.float32).contiguous()
+        dlse = None if dlse is None else as_dtype(dlse.T, torch.float32).contiguous()
+        dout, out, scale = as_dtype(dout, q.dtype), as_dtype(out, q.dtype), call.softmax_scale
         q, call = _with_positive_scale(q, call)
         with on_device_of(q):
             dq, dk, dv = self.launch_backward(dout, q, k, v, out, lse, dlse, call, target)

@@ -33,7 +33,8 @@ class Launch(NamedTuple):
 class _WatchedCache:
     """Stands for a project's cache of compiled kernels: those found are noted when called, instead of launched.
 
-    Only in the thread that watches; others get the kernels.
+    Only in the thread that watches; others get the kernels. A project that launches what it has just compiled without
+    taking it from its cache is not noticed here: see :func:`noted`.
     """
 
     def __init__(self, kept: Any) -> None:
@@ -79,6 +80,20 @@ def watched(*functions: Any) -> Iterator[tuple[list[Launch], ...]]:
         finally:
             for function, cache in zip(functions, caches, strict=True):
                 function.compile_cache = cache.kept
+
+
+def noted(launches: Sequence[Launch], *, is_tracing: bool) -> bool:
+    """Whether launches were noted; where kernels are only compiled there are none.
+
+    Raises:
+        RuntimeError: kernels should have been launched, but nothing was noted. To go on without them would leave the
+            results of all later calls as they lie in memory.
+    """
+    if not launches and not is_tracing:
+        raise RuntimeError(
+            "a kernel was prepared, but its launch was not noticed: the installed wheel launches otherwise"
+        )
+    return bool(launches)
 
 
 class PreparedForward(NamedTuple):

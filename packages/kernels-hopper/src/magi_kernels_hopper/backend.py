@@ -12,6 +12,7 @@ from magi_attention.kernels.protocol import (
     AttentionCall,
     AttentionRequest,
     AttentionResult,
+    Direction,
     IndexCall,
     KernelBackend,
     Support,
@@ -26,6 +27,9 @@ class HopperBackend:
     """See :class:`magi_attention.kernels.protocol.KernelBackend`. Results have q's dtype."""
 
     name = "hopper"
+
+    def __init__(self) -> None:
+        self._served: set[object] = set()
 
     def supports(self, request: AttentionRequest) -> Support:
         """See the protocol."""
@@ -49,7 +53,7 @@ class HopperBackend:
         self, target: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> AttentionResult:
         """See :class:`magi_attention.kernels.protocol.WritesInPlace`."""
-        self._check(q, k, v, call)
+        self._check("forward", q, k, v, call)
         if not len(q) or not len(k):
             return attend_to_nothing(q, v, call.max_logits)
         out = q.new_empty(*q.shape[:2], v.shape[2]) if target is None else target
@@ -61,7 +65,7 @@ class HopperBackend:
         self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> Tensor | None:
         """See :class:`magi_attention.kernels.protocol.MergesInPlace`."""
-        self._check(q, k, v, call)
+        self._check("forward", q, k, v, call)
         if not len(q) or not len(k):
             return attend_to_nothing(q, v, call.max_logits).max_logits
         if out.is_contiguous() and out.dtype in (q.dtype, torch.float32):
@@ -69,11 +73,6 @@ class HopperBackend:
         result = self.forward(q, k, v, call)
         merge_into(out, lse, result.out, result.lse)
         return result.max_logits
-
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
-        request = AttentionRequest.of_tensors(q, k, v, softcap=call.softcap, max_logits=call.max_logits)
-        if not (support := support_of(request)):
-            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
 
     def supports_indices(self, request: AttentionRequest) -> Support:
         """See :class:`magi_attention.kernels.protocol.AttendsToIndices`."""
@@ -115,9 +114,7 @@ class HopperBackend:
         Raises:
             RuntimeError: with the reason why not, if the tensors are not what :meth:`supports` would say yes to.
         """
-        request = AttentionRequest.of_tensors(q, k, v, softcap=call.softcap, deterministic=call.deterministic)
-        if not (support := support_of(request.toward("backward"))):
-            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
+        self._check("backward", q, k, v, call)
         if not len(q) or not len(k):
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         from magi_kernels_hopper.backward import launch_backward
@@ -139,6 +136,19 @@ class HopperBackend:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`magi_attention.kernels.protocol.WritesInPlace`; dq is always a tensor of its own."""
         return self.backward(dout, q, k, v, out, lse, dlse, call)
+
+    def _check(self, direction: Direction, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
+        """Raise ``RuntimeError`` for what is not supported; once found to be, that is not asked again."""
+        options = call.softcap > 0, call.max_logits, call.deterministic
+        asked = direction, q.device, q.dtype, q.shape[1:], k.shape[1:], v.shape[1:], options
+        if asked in self._served:
+            return
+        request = AttentionRequest.of_tensors(
+            q, k, v, softcap=call.softcap, max_logits=call.max_logits, deterministic=call.deterministic
+        )
+        if not (support := support_of(request.toward(direction))):
+            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
+        self._served.add(asked)
 
 
 def _launch(

@@ -22,7 +22,7 @@ from magi_kernels_blackwell.fa4.tables import (
     to_device,
 )
 from magi_kernels_blackwell.masks import PackedMask, packed_mask
-from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, watched
+from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, noted, watched
 from magi_kernels_blackwell.wheels import HOPPER
 
 SCALE_AT = 5
@@ -92,7 +92,9 @@ def _prepare_forward(
     with watched(library.forward) as (launches,), library.masks.bound():
         library.forward(q, k, v, **options)
         settle(q.device)
-    return PreparedForward.of_launch(launches[-1], SCALE_AT) if launches else None
+    return (
+        PreparedForward.of_launch(launches[-1], SCALE_AT) if noted(launches, is_tracing=library.is_tracing()) else None
+    )
 
 
 def launch_backward(
@@ -200,7 +202,9 @@ def _prepare_backward(
     with watched(*library.backward_parts) as (before, main, after), library.masks.bound():
         library.backward(q, k, v, out, dout, lse, **options)
         settle(q.device)
-    return PreparedBackward(before[0], main[0], after, DLSE_AT, SEMAPHORES_AT) if main else None
+    if not noted(main, is_tracing=library.is_tracing()):
+        return None
+    return PreparedBackward(before[0], main[0], after, DLSE_AT, SEMAPHORES_AT)
 
 
 def _as_batch(packed: PackedMask | None, *tensors: Any) -> tuple[Any, ...]:

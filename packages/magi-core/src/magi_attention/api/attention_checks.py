@@ -25,26 +25,16 @@ def check_attention_call(
     return_max_logits: bool,
 ) -> None:
     """Raise what :func:`magi_attention.api.calc_attn` says about its arguments; what passed once passes at once."""
-    tensors = (q, k, v) if sink is None else (q, k, v, sink)
-    if not all(isinstance(each, Tensor) for each in tensors):
-        _check_tensors(q, k, v, sink, manager.key.is_same_source)
-    options = softmax_scale, softcap, return_max_logits
-    asked = (*((each.shape, each.dtype, each.device) for each in tensors), options)
-    if asked not in manager.checked_calls:
-        _check_call(q, k, v, manager, sink, *options)
-        manager.checked_calls.add(asked)
-
-
-def _check_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    manager: DistAttnRuntimeMgr,
-    sink: Tensor | None,
-    softmax_scale: float | None,
-    softcap: float,
-    return_max_logits: bool,
-) -> None:
+    asked: tuple[object, ...] | None = None
+    try:
+        asked = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+        asked += softmax_scale, softcap, return_max_logits
+        if sink is not None:
+            asked += sink.shape, sink.dtype, sink.device
+        if asked in manager.checked_calls:
+            return
+    except (AttributeError, TypeError):  # no tensors, or no numbers, of which the checks will tell
+        asked = None
     key = manager.key
     _check_tensors(q, k, v, sink, key.is_same_source)
     _check_rows("q has", q, manager, AttnRole.QUERY)
@@ -55,6 +45,8 @@ def _check_call(
         raise MagiValueError(f"softmax_scale is {softmax_scale}; it must be finite, or None for head_dim ** -0.5")
     if key.is_flatten_head_groups_enable and (sink is not None or return_max_logits):
         raise MagiValueError("flattened head groups exclude a sink and max_logits: switch off flatten_head_groups")
+    if asked is not None:
+        manager.checked_calls.add(asked)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, is_same_source: bool) -> None:

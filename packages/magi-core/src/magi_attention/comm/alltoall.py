@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.group import group_size, let_go_at_exit
-from magi_attention.comm.packing import RowLayout, deliver, lay_out, pack, put_all_rows, put_rows, row_formats
+from magi_attention.comm.packing import RowLayout, deliver, lay_out, pack, put_all_rows, row_formats
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
 from magi_attention.comm.routes import Routes, Rows, routes_of
-from magi_attention.comm.streams import communication_stream
+from magi_attention.comm.streams import communication_stream, current_stream
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.utils.torch_modes import without_grad
@@ -56,7 +56,9 @@ class AllToAllCollectives:
         lend: bool = False,
     ) -> PendingWork[list[Tensor]] | StreamWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        routes, layout = self._prepared(table, "tensors", tensors)
+        routes, layout = self._prepared(
+            table, ("cast",), tensors, lambda checked: _check_rows("tensors", tensors, checked.num_source)
+        )
         buffer = landed = None
         if out is None:
             buffer = tensors[0].new_empty((table.num_received, layout.num_words), dtype=torch.int64)
@@ -78,7 +80,7 @@ class AllToAllCollectives:
             if buffer is None:
                 deliver(arrived, routes.received, layout, received)
             elif not is_in_place:
-                put_rows(buffer, routes.received, arrived)
+                put_all_rows([buffer], routes.received, [arrived])
             return received
 
         counts = routes.send_counts, routes.recv_counts
@@ -98,10 +100,15 @@ class AllToAllCollectives:
         into_lse: Tensor | None = None,
     ) -> PendingWork[None] | StreamWork[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        check_reduce(partials, into, op, partial_lse, into_lse)
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
-        self._prepared(table, "into", into)
-        routes, layout = self._prepared(table, "partials", sent)
+
+        def check(checked: ExchangeTable) -> None:
+            check_reduce(partials, into, op, partial_lse, into_lse)
+            _check_rows("partials", sent, checked.num_received)
+            _check_rows("into", into, checked.num_source)
+
+        asked = op, into_lse is None, len(partials), *[(each.dtype, each.shape, each.device) for each in into]
+        routes, layout = self._prepared(table, asked, sent, check)
         landed = sent[0].new_empty((routes.num_sent, layout.num_words), dtype=torch.int64)
 
         def gather() -> Tensor:
@@ -141,7 +148,7 @@ class AllToAllCollectives:
             packed = gather()
             transfer = self._send(packed, landed, counts, async_op=True)
             return PendingWork(transfer, without_grad(finish), buffers=(packed, landed, *kept))
-        caller = torch.cuda.current_stream(device.index)  # a number is looked up faster than a device
+        caller = current_stream(landed.get_device())
         stream.wait_stream(caller)
         torch.cuda.set_stream(stream)
         try:
@@ -168,19 +175,30 @@ class AllToAllCollectives:
         return None
 
     def _prepared(
-        self, table: ExchangeTable | TwoHopExchange, name: str, tensors: Sequence[Tensor]
+        self,
+        table: ExchangeTable | TwoHopExchange,
+        asked: tuple[object, ...],
+        sent: Sequence[Tensor],
+        check: Callable[[ExchangeTable], None],
     ) -> tuple[Routes, RowLayout]:
-        """Check tensors, once for all of their shapes; returns the table's routes on their device, and their layout."""
+        """The routes of a table on a device and the layout of what is sent; checked once for all tensors of the shapes.
+
+        Args:
+            table: of the exchange.
+            asked: what else ``check`` looks at.
+            sent: tensors whose rows travel.
+            check: raises for arguments that don't fit.
+        """
         if isinstance(table, TwoHopExchange):
             raise TypeError("a two-hop exchange needs HierarchicalCollectives, not AllToAllCollectives")
 
         def prepare() -> tuple[Routes, RowLayout]:
             if table.num_ranks != self.num_ranks:
                 raise ValueError(f"an exchange among {table.num_ranks} ranks can't run in a group of {self.num_ranks}")
-            _check_rows(name, tensors, table.num_received if name == "partials" else table.num_source)
-            return routes_of(table, tensors[0].device), lay_out(row_formats(tensors))
+            check(table)
+            return routes_of(table, sent[0].device), lay_out(row_formats(sent))
 
-        key = name, self.num_ranks, *[(tensor.device, tensor.dtype, tensor.shape) for tensor in tensors]
+        key = self.num_ranks, asked, *[(each.dtype, each.shape, each.device) for each in sent]
         return table.derived(key, prepare)
 
 

@@ -2,6 +2,7 @@
 """Rows of tensors as 8-byte words, which copy fastest, whatever the dtype."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -31,19 +32,25 @@ class WordRows(NamedTuple):
 
 def words_of(tensor: Tensor) -> WordRows | None:
     """A tensor's rows; None if they are not runs of whole words, or not aligned so."""
-    shape, strides, itemsize = tensor.shape, tensor.stride(), tensor.itemsize
+    found = _count_words(tensor.dtype, tensor.shape, tensor.stride())
+    return None if found is None or tensor.data_ptr() % WORD_BYTES else WordRows(tensor, 0, *found)
+
+
+@lru_cache(maxsize=4096)
+def _count_words(dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, int] | None:
+    """From one row to the next, and of a row; None if rows are not runs of whole words."""
     size = shape[1:].numel()
-    if not size or size * itemsize % WORD_BYTES or tensor.data_ptr() % WORD_BYTES:
+    if not size or size * dtype.itemsize % WORD_BYTES:
         return None
     run = 1
     for length, stride in zip(reversed(shape[1:]), reversed(strides[1:]), strict=True):
         if length != 1 and stride != run:
             return None
         run *= length
-    stride_bytes = strides[0] * itemsize
+    stride_bytes = strides[0] * dtype.itemsize
     if stride_bytes % WORD_BYTES:
         return None
-    return WordRows(tensor, 0, stride_bytes // WORD_BYTES, size * itemsize // WORD_BYTES)
+    return stride_bytes // WORD_BYTES, size * dtype.itemsize // WORD_BYTES
 
 
 def as_words(tensor: Tensor) -> Tensor | None:
@@ -74,9 +81,10 @@ def move_rows(
     """
     if len(targets) > 2 or not _is_on_gpu(targets[0]) or not has_triton():
         return False
-    into = [each if isinstance(each, WordRows) else words_of(each) for each in targets]
-    origins = [each if isinstance(each, WordRows) else words_of(each) for each in sources]
-    if None in into or None in origins:
+    into, origins = (
+        [each if isinstance(each, WordRows) else words_of(each) for each in side] for side in (targets, sources)
+    )
+    if any(each is None for each in (*into, *origins)):
         return False
     from magi_attention.comm.triton_rows import launch_move_rows
 

@@ -13,6 +13,7 @@ from magi_attention.comm.words import move_rows
 from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.runtime.job import AttentionJob, Launch, LaunchStep
 from magi_attention.runtime.streams import Returns, walk_steps
+from magi_attention.utils.dtypes import as_dtype
 from magi_attention.utils.profiling import named
 
 
@@ -90,7 +91,7 @@ class _Sum:
     def add(self, run: slice | None, gradient: Tensor, is_known: bool) -> None:
         """Add the gradient of a run of rows, or of all, for which the sum ``is_known`` already or not."""
         if run is None and self.total is None:
-            self.total = gradient if self._dtype is None else gradient.to(self._dtype)
+            self.total = gradient if self._dtype is None else as_dtype(gradient, self._dtype)
             return
         target = self.allocated(gradient.dtype)
         if run is not None:
@@ -213,4 +214,4 @@ class _GradientSums:
             if late.total is not None:
                 own.add(None, late.total, own.total is not None)
         dk, dv = (total.allocated(x.dtype) for total, x in zip(self._own, (k, v), strict=True))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        return as_dtype(dq, q.dtype), as_dtype(dk, k.dtype), as_dtype(dv, v.dtype)

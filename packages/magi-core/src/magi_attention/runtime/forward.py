@@ -14,6 +14,7 @@ from magi_attention.kernels.sink import apply_sink
 from magi_attention.runtime.job import AttentionJob, Launch
 from magi_attention.runtime.schedule import Step
 from magi_attention.runtime.streams import walk_steps
+from magi_attention.utils.dtypes import as_dtype
 from magi_attention.utils.profiling import named
 
 
@@ -54,7 +55,7 @@ def attend(
         out, lse = apply_sink(out, lse, sink)
     if job.max_logits:
         max_logits = _group_maximum(job, max_logits, lse)
-    return AttentionResult(out.to(q.dtype), lse, max_logits if job.max_logits else None)
+    return AttentionResult(as_dtype(out, q.dtype), lse, max_logits if job.max_logits else None)
 
 
 def _attend_visitors(launches: tuple[Launch, ...], queries: Tensor, keys: Tensor, values: Tensor) -> AttentionResult:
@@ -143,7 +144,7 @@ class _Results:
         """Keep the first results of some queries."""
         dtype = accumulation_dtype(partial.out) if self._most > 2 else partial.out.dtype
         if run is None and self._out is None:
-            self._out, self._lse = partial.out.to(dtype), partial.lse
+            self._out, self._lse = as_dtype(partial.out, dtype), partial.lse
         else:
             out, lse = self._allocated(dtype)
             if run is not None:

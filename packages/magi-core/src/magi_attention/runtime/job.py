@@ -83,7 +83,7 @@ class DistAttnRuntime:
         """Drop what takes memory on devices and can be derived again."""
         self._jobs.clear()
         if "schedule" in self.__dict__:
-            for step in self.schedule.forward.steps:
+            for step in (*self.schedule.forward.steps, *self.schedule.backward_with_rows.steps):
                 for call in step.calls:
                     call.slices.forget_derived()
                 for table in step.exchange.tables if step.exchange else ():

@@ -53,12 +53,12 @@ KERNELS_OF_EXCHANGE = 4
 LATENCIES_PER_CALL = 10
 """Another kernel costs so many latencies of kernels in both passes: backward it is several, and ends are not filled."""
 
+LATENCIES_PER_CUT = 100
+"""So many latencies it costs in all to compute in two kernels backward what one can, regular masks or not: on an H100,
+half of a causal mask of 16k tokens took 0.6 ms longer in two regular kernels than in one."""
+
 LEAST_LATENCIES = 150
 """Where a forward pass takes less than so many latencies of kernels, the host would not keep up with more of them."""
-
-HOST_LATENCIES = 30
-"""What the host takes to launch an exchange, in latencies of kernels: NCCL's part is by far the largest. It counts in
-short passes, during which the host is not ahead of the GPU."""
 
 WINDOW_STEP, WINDOW_SLACK, MOST_OF_WINDOW = 128, 1.5, 0.5
 """A window has a multiple of so many queries, and so many times the work that hides the travel, with at most this share
@@ -76,8 +76,8 @@ class Costs:
         merged_row: to merge a query row's results in both passes, and to read it once more.
         summed_row: to sum up the gradients of a key row of several kernels.
         call: what another kernel costs in both passes, apart from its work.
+        cut: what it costs in a backward pass that has all rows from the start.
         least_work: forward passes that take less are not cut into more kernels.
-        host: for the host to launch an exchange, where it is not ahead.
     """
 
     pair: float
@@ -86,8 +86,8 @@ class Costs:
     merged_row: float
     summed_row: float
     call: float
+    cut: float
     least_work: float
-    host: float
 
     @classmethod
     def of_layer(cls, rates: Rates, shape: LayerShape, ranks_share_node: bool) -> "Costs":
@@ -101,8 +101,8 @@ class Costs:
             merged_row=shape.heads_q * shape.head_dim * BYTES_PER_MERGED_NUMBER / (rates.memory_gbs * 1e9),
             summed_row=2 * shape.heads_kv * shape.head_dim * BYTES_PER_SUMMED_NUMBER / (rates.memory_gbs * 1e9),
             call=LATENCIES_PER_CALL * rates.kernel_latency_us * 1e-6,
+            cut=LATENCIES_PER_CUT * rates.kernel_latency_us * 1e-6,
             least_work=LEAST_LATENCIES * rates.kernel_latency_us * 1e-6,
-            host=HOST_LATENCIES * rates.kernel_latency_us * 1e-6,
         )
 
     def is_short(self, pairs: int) -> bool:
@@ -189,7 +189,8 @@ class Schedule:
     Attributes:
         forward: own rows first, while others travel.
         backward: likewise; the last of several kernels on own rows comes last, while gradients travel.
-        backward_with_rows: the backward pass where the forward pass left the received rows: own rows last.
+        backward_with_rows: the backward pass where the forward pass left the received rows: own rows last, or in one
+            kernel with the received ones where they lie among them.
     """
 
     forward: Pass
@@ -213,10 +214,27 @@ def make_schedule(plan: Plan, costs: Costs) -> Schedule:
         if len(own.calls) > 1:
             before, after = replace(own, calls=own.calls[:-1]), replace(own, calls=own.calls[-1:])
             backward = [before, *others, after]
+        if (whole := _in_one(plan, own, others[0], costs)) is not None:
+            with_rows = [whole, *others[1:]]
     num_keys = int(plan.key_layout.rows_per_rank[plan.rank])
     is_short = costs.is_short(int(band.area(plan.bands).sum()))
     passes = (_with_flags(each, num_queries, num_keys) for each in (steps, backward, with_rows))
     return Schedule(*(replace(each, kernels_first=is_short) for each in passes))
+
+
+def _in_one(plan: Plan, own: Step, other: Step, costs: Costs) -> Step | None:
+    """What the step of own rows and the next one compute, as one kernel, if own rows lie among the received ones.
+
+    None where several are better, of which the last would hide that gradients travel home.
+    """
+    stage = plan.stages[other.number]
+    travel = costs.exchange + stage.num_received * costs.fetched_row
+    if other.own_places is None or not own.calls or travel > (len(own.calls) + len(other.calls) - 1) * costs.cut:
+        return None
+    everything = np.array([(0, int(plan.layout.rows_per_rank[plan.rank]))])
+    nothing = np.empty((0, 2), np.int64)
+    whole = _together(plan, other.number, stage, nothing, everything, replace(costs, call=costs.cut))
+    return whole if len(whole.calls) == 1 else None
 
 
 def _arrange(plan: Plan, num_queries: int, costs: Costs) -> list[Step]:
@@ -248,7 +266,7 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
     in_need = merge(stage.slices.rows[:, :2])
     num_own = int(plan.key_layout.rows_per_rank[plan.rank])
     is_short = costs.is_short(int(band.area(plan.bands).sum()))
-    fetch = costs.exchange + stage.num_received * costs.fetched_row + (costs.host if is_short else 0.0)
+    fetch = costs.exchange + stage.num_received * costs.fetched_row
     own_bands = slices_in(plan.bands, plan.key_layout.runs_of(plan.rank)).bands()
 
     def overhead(early: Intervals) -> float:

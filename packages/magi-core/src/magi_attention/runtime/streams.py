@@ -11,6 +11,7 @@ from torch import Tensor
 from magi_attention.comm.protocol import GroupCollectives, Work
 from magi_attention.runtime.job import LaunchStep
 from magi_attention.runtime.schedule import Step
+from magi_attention.utils.dtypes import as_dtype
 from magi_attention.utils.profiling import named
 
 # Exchanges whose rows are traveling or being read, and exchanges whose partial gradients are on their way home. Memory
@@ -130,7 +131,7 @@ class Returns:
         while len(self._traveling) >= MOST_RETURNING:
             self._traveling.popleft().wait()
         with named(f"magi: reduce stage {step.number}"):
-            partials = [x.to(self._dtype) for x in partials]
+            partials = [as_dtype(x, self._dtype) for x in partials]
             self._traveling.append(self._collectives.reduce(partials, step.exchange, into))
 
     def finish(self) -> None:
