@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from kernel_bars import DIRECTIONS, Bar, Cell, bars, summary
+from numpy.typing import NDArray
 from torch import Tensor
 
 from magi_attention.common import workloads
@@ -48,6 +49,10 @@ NATIVE: dict[str, tuple[int | None, int | None]] = {
     "varlen_causal": (None, 0),
     "swa_causal_1024": (workloads.WINDOW - 1, 0),
 }
+BLOCK = 64
+BLOCK_SHARES = {f"blocks_{percent}": percent / 100 for percent in (1, 5, 10)}
+"""Masks of ``BLOCK`` by ``BLOCK`` blocks that keep a share of them at random, and those on the diagonal, by name."""
+
 TOKENS = (32768, 8192, 16384, 4096, 65536)
 DENSE_PAIRS = {"full": False, "causal": True}
 LEFT_OUT = ("reference", "flex")
@@ -68,6 +73,22 @@ class Case(NamedTuple):
 
 Passes = tuple[Callable[[], object], Callable[[], object]]
 """A forward and a backward pass, ready to be launched again and again."""
+
+
+def kept_blocks(mask: str, tokens: int) -> NDArray[np.bool_]:
+    """Which blocks a mask of ``BLOCK_SHARES`` keeps."""
+    num_blocks = -(-tokens // BLOCK)
+    kept = np.random.default_rng(0).random((num_blocks, num_blocks)) < BLOCK_SHARES[mask]
+    return kept | np.eye(num_blocks, dtype=bool)
+
+
+def make_slices(mask: str, tokens: int) -> SliceTable:
+    """Build a mask by its name."""
+    if mask not in BLOCK_SHARES:
+        return workloads.make(mask, tokens)
+    row, column = np.nonzero(kept_blocks(mask, tokens))
+    starts = np.column_stack([row, row, column, column]) * BLOCK + np.array([0, BLOCK, 0, BLOCK])
+    return SliceTable(np.column_stack([np.minimum(starts, tokens), np.zeros_like(row)]))
 
 
 def by_backend(name: str, case: Case) -> Passes | None:
@@ -126,19 +147,26 @@ def by_fa4_native(case: Case) -> Passes | None:
 
 
 def by_flex_attention(case: Case) -> Passes | None:
-    """PyTorch's FlexAttention, its mask function reading the ends of each query's one interval."""
+    """PyTorch's FlexAttention, its mask function reading the ends of each query's one interval, or the blocks."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    intervals = row_intervals(case.slices.bands(), len(case.q))
-    if (intervals.counts != 1).any():
-        return None
-    starts, stops = (torch.tensor(ends.astype(np.int32), device="cuda") for ends in (intervals.starts, intervals.stops))
+    total, block = len(case.q), 128
+    if case.mask in BLOCK_SHARES:
+        block, kept = BLOCK, torch.tensor(kept_blocks(case.mask, total), device="cuda")
 
-    def is_seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key >= starts[query]) & (key < stops[query])
+        def is_seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return kept[query // BLOCK, key // BLOCK]
+    else:
+        intervals = row_intervals(case.slices.bands(), total)
+        if (intervals.counts != 1).any():
+            return None
+        ends = (torch.tensor(each.astype(np.int32), device="cuda") for each in (intervals.starts, intervals.stops))
+        starts, stops = ends
 
-    total = len(case.q)
-    block_mask = torch.compile(create_block_mask)(is_seen, None, None, total, total)
+        def is_seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key >= starts[query]) & (key < stops[query])
+
+    block_mask = torch.compile(create_block_mask)(is_seen, None, None, total, total, BLOCK_SIZE=block)
     attend = torch.compile(flex_attention, dynamic=False)
     q, k, v = (x.transpose(0, 1)[None].contiguous().detach().requires_grad_() for x in (case.q, case.k, case.v))
     return with_autograd(
@@ -232,7 +260,7 @@ def make_case(mask: str, tokens: int, options: argparse.Namespace) -> Case:
         return torch.randn(tokens, heads, options.dim, generator=generator, device="cuda", dtype=torch.bfloat16)
 
     q, k, v, dout = (draw(heads) for heads in (options.heads, options.kv_heads, options.kv_heads, options.heads))
-    return Case(mask, workloads.make(mask, tokens), q, k, v, dout)
+    return Case(mask, make_slices(mask, tokens), q, k, v, dout)
 
 
 def show(cell: Cell) -> str:
@@ -334,7 +362,7 @@ def read(path: str) -> tuple[str, list[Cell], list[Bar]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--masks", nargs="+", default=MASKS, choices=workloads.WORKLOADS)
+    parser.add_argument("--masks", nargs="+", default=MASKS, choices=[*workloads.WORKLOADS, *BLOCK_SHARES])
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument(
         "--backends", nargs="+", help="contenders, ours or others; by default all", choices=contenders()

@@ -43,3 +43,12 @@ def test_sparse_all_to_all_combines_what_experts_compute():
     errors = re.findall(r"largest error (\S+)", output_of([*torchrun, str(EXAMPLES / "sparse_all_to_all.py")]))
     assert len(errors) == 3
     assert max(map(float, errors)) < 1e-4
+
+
+def test_an_indexer_learns_which_keys_count():
+    output = output_of([str(EXAMPLES / "index_attention.py")])
+    (first, *_), (last, indexer, even) = [
+        [float(x) for x in re.findall(r"\d+\.\d+", line)] for line in output.splitlines()
+    ]
+    assert last < 0.9 * first
+    assert indexer < 0.9 * even

@@ -12,7 +12,7 @@ from magi_attention import functional
 from magi_attention.common.slices import SliceTable
 from magi_attention.functional import utils
 from magi_attention.kernels.merge import merge_partials, rescale
-from magi_attention.kernels.sink import apply_sink, sink_gradient
+from magi_attention.kernels.sink import apply_sink, fold_sink, sink_gradient
 from magi_attention.testing.oracle import dense_attention
 from magi_attention.testing.stages import random_inputs
 
@@ -182,3 +182,17 @@ def test_softmax_bwd_is_the_softmaxs_derivative():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     out, dout = x.softmax(-1), torch.randn(3, 5, dtype=torch.float64)
     torch.testing.assert_close(utils.softmax_bwd(dout, out.detach()), torch.autograd.grad(out, x, dout)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["sh", "ssh"])
+def test_folding_a_sink_in_place_gives_the_same(dtype, layout):
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+    out, lse = torch.randn(5, 2, 3).to(dtype), torch.randn(5, 2, dtype=accumulated)
+    out[1], lse[1] = 0, -INF
+    sink = torch.randn((4, 2) if layout == "sh" else (5, 4, 2))
+    expected, expected_lse = apply_sink(out, lse, sink)
+    before = lse.clone()
+    assert torch.equal(fold_sink(out, lse, sink), expected_lse)
+    assert torch.equal(out, expected.to(dtype))
+    assert torch.equal(lse, before)

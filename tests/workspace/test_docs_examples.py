@@ -36,7 +36,7 @@ def run(*command: str | Path, folder: Path, **variables: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("page", ["quickstart.md", "development.md"])
+@pytest.mark.parametrize("page", ["quickstart.md", "development.md", "concepts/index-attention.md"])
 def test_blocks_run_in_order(page: str, tmp_path: Path) -> None:
     found = blocks(page, "run")
     assert found

@@ -129,13 +129,43 @@ __device__ __forceinline__ void store_max_logits(Results const& p, Softmax<T> co
     }
 }
 
+// Writes one of a thread's two rows as elements, over what is there. All in one piece: code that runs once a tile comes
+// from far, and every jump in it waits.
+template <typename T>
+__device__ __forceinline__ void store_plainly(Results const& p, Softmax<T> const& softmax,
+                                              float const (&o)[T::kHeadDimV / 2], int r, OutputRow row) {
+    using Element = typename T::Element;
+    float factor;
+    float const lse = softmax.finish(r, factor);
+    auto* const target = row.of_out<Element>(p, T::kHeadDimV) + threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int column = 0; column < T::kHeadDimV; column += 32) {
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int const i = column / 2 + 4 * j + 2 * r;
+            words[j] = pack(o[i] * factor, o[i + 1] * factor, Element{});
+        }
+        transpose_quad(words);
+        if (row.inside) {
+            *reinterpret_cast<uint4*>(target + column) = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+    }
+    if (row.inside && threadIdx.x % 4 == 0) *row.of_lse(p) = lse;
+}
+
 // Writes a thread's part of a tile.
 template <typename T>
 __device__ __forceinline__ void store(Results const& p, Softmax<T> const& softmax, float (&o)[T::kHeadDimV / 2],
                                       OutputRow const (&rows)[2]) {
     if (p.max_logits != nullptr) store_max_logits<T>(p, softmax, rows);
-    store_row<T, 0>(p, softmax, o, rows[0]);
-    store_row<T, 1>(p, softmax, o, rows[1]);
+    if (p.merges || p.out_is_float) {
+        store_row<T, 0>(p, softmax, o, rows[0]);
+        store_row<T, 1>(p, softmax, o, rows[1]);
+    } else {
+        store_plainly<T>(p, softmax, o, 0, rows[0]);
+        store_plainly<T>(p, softmax, o, 1, rows[1]);
+    }
 }
 
 }  // namespace magi::forward

@@ -80,7 +80,7 @@ struct Softmax {
     // The row's natural log-sum-exp, and the factor that makes what was summed up an average.
     __device__ __forceinline__ float finish(int r, float& factor) const {
         float const total = quad_sum(sum[r]);
-        factor = total > 0 ? 1 / total : 0;
+        factor = total > 0 ? reciprocal_approx(total) : 0;
         float const exponent = largest[r] == -INFINITY ? 0 : capped(largest[r]) * p.to_log2;
         return total > 0 ? (exponent + __log2f(total)) * kLn2 : -INFINITY;
     }

@@ -19,7 +19,7 @@ from magi_attention.kernels.autograd import owned, without_autocast
 from magi_attention.kernels.indexed import attend_to_indices, differentiate_by_indices
 from magi_attention.kernels.protocol import AttendsToIndices, AttentionRequest, IndexCall, attend_to_nothing
 from magi_attention.kernels.registry import choose_for_indices
-from magi_attention.kernels.sink import apply_sink, sink_gradient
+from magi_attention.kernels.sink import fold_sink, sink_gradient
 
 
 @torch.compiler.disable
@@ -115,7 +115,7 @@ class _IndexAttention(torch.autograd.Function):
                 run = attend_to_indices if job.backend is None else job.backend.forward_indices
                 out, lse, max_logits = run(q, k, v, job.call)
             if sink is not None:
-                out, lse = apply_sink(out, lse, sink)
+                lse = fold_sink(out, lse, sink)
         out, lse = owned(out.to(q.dtype)), owned(lse)
         ctx.call = job.call
         ctx.set_materialize_grads(False)

@@ -22,7 +22,7 @@ from magi_attention.env import general as environment
 from magi_attention.kernels.autograd import owned, without_autocast
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
 from magi_attention.kernels.registry import BackendPair, backends_for_slices
-from magi_attention.kernels.sink import apply_sink, sink_gradient
+from magi_attention.kernels.sink import fold_sink, sink_gradient
 
 # Masks whose tables are kept, so that a loop over a few masks derives nothing twice.
 NUM_CACHED_MASKS = 32
@@ -111,7 +111,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: Job) -> tu
     with without_autocast(q):
         out, lse, max_logits = job.backends.forward.forward(q, k, v, job.call)
         if sink is not None:
-            out, lse = apply_sink(out, lse, sink)
+            lse = fold_sink(out, lse, sink)
     return out.to(q.dtype), lse, max_logits
 
 

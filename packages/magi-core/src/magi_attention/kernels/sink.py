@@ -30,6 +30,17 @@ def apply_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
     return rescale(out, lse, with_sink), with_sink
 
 
+def fold_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """:func:`apply_sink` in place of ``out``, rounded once to its dtype: out is read and written once.
+
+    Returns:
+        the lse with the sink, in at least float32; the argument is not changed.
+    """
+    with_sink = merge_lse(lse, sink_lse(sink, lse.shape[0]))
+    out.mul_(rescale_weight(lse.to(with_sink.dtype), with_sink)[..., None])
+    return with_sink
+
+
 def sink_gradient(sink: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
     """Differentiate an attention by its sink.
 

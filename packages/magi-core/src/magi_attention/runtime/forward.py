@@ -10,7 +10,7 @@ from torch import Tensor
 from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.kernels.merge import merge_into
 from magi_attention.kernels.protocol import AttentionResult, attend_to_nothing
-from magi_attention.kernels.sink import apply_sink
+from magi_attention.kernels.sink import fold_sink
 from magi_attention.runtime.job import AttentionJob, Launch
 from magi_attention.runtime.schedule import Step
 from magi_attention.runtime.streams import walk_steps
@@ -52,7 +52,7 @@ def attend(
         results.merge(None, visit.wait())
     out, lse, max_logits = results.finish()
     if sink is not None:
-        out, lse = apply_sink(out, lse, sink)
+        lse = fold_sink(out, lse, sink)
     if job.max_logits:
         max_logits = _group_maximum(job, max_logits, lse)
     return AttentionResult(as_dtype(out, q.dtype), lse, max_logits if job.max_logits else None)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A few small launches of every kind of kernel, for NVIDIA's compute-sanitizer to watch: ``test_sanitizer_gpu.py``."""
+
+import sys
+
+import torch
+
+from magi_attention.common.slices import SliceTable
+from magi_attention.kernels.protocol import AttentionCall, IndexCall
+from magi_attention.testing.lists import random_lists
+from magi_attention.testing.stages import random_inputs
+from magi_kernels_hopper import BACKEND, tables
+
+ROWS = [[0, 100, 0, 150, 0], [100, 300, 50, 250, 1], [310, 320, 150, 170, 3], [310, 320, 0, 20, 2]]
+
+
+def main(dims: list[int]) -> None:
+    for dim in dims:
+        x = random_inputs(330, 300, heads=(4, 1), dims=(dim, dim), dtype=torch.bfloat16, device="cuda")
+        for wide in (0.0, 100.0):
+            tables.WIDE_KEYS = wide
+            call = AttentionCall(SliceTable(ROWS), 0.1, max_logits=True)
+            out, lse, _ = BACKEND.forward(*x[:3], call)
+            BACKEND.forward_onto(out, lse, *x[:3], call)
+        for ordered in (False, True):
+            call = AttentionCall(SliceTable(ROWS), 0.1, deterministic=ordered)
+            BACKEND.backward(x.dout, *x[:3], out, lse, x.dlse, call)
+        lists = random_lists(330, 1, 300, 130, device="cuda")
+        BACKEND.forward_indices(*x[:3], IndexCall(lists, 0.1))
+    torch.cuda.synchronize()
+    print("launched")
+
+
+if __name__ == "__main__":
+    main([int(each) for each in sys.argv[1:]] or [64, 128])
