@@ -13,13 +13,12 @@ import torch
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, KernelBackend
 from magi_attention.kernels.registry import choose_backend, installed_backends
-from magi_kernels_hopper import BACKEND, backward, backward_params, driver, index
+from magi_kernels_hopper import BACKEND, backward_params, driver, index
 from magi_kernels_hopper.forward import Params, geometry
 from magi_kernels_hopper.variants import (
     BACKWARD_SIZES,
     FORWARD_SIZES,
     HEAD_DIMS,
-    BackwardVariant,
     ForwardVariant,
     all_variants,
 )
@@ -120,14 +119,6 @@ def test_heads_share_tiles(heads, pack, tile_q, num_packs):
     assert (cut.pack, cut.tile_q, cut.num_packs) == (pack, tile_q, num_packs)
     assert cut.packs_per_kv_head * heads[1] == num_packs
     assert cut.packs_per_section == cut.packs_per_kv_head
-
-
-@pytest.mark.parametrize(
-    ("heads", "expected"),
-    [((8, 8), (1, 64, 16, 128)), ((64, 8), (2, 32, 32, 1024)), ((6, 2), (1, 64, 16, 96)), ((12, 2), (2, 32, 32, 192))],
-)
-def test_heads_share_tiles_of_the_backward_pass(heads, expected):
-    assert backward.geometry(BackwardVariant(128, "bf16"), 1000, *heads) == expected
 
 
 def test_expected_speed():

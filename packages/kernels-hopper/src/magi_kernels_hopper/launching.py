@@ -18,18 +18,18 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def counters(device: torch.device, stream: int) -> Tensor:
-    """Two zeros, which the kernel leaves as it finds them. Launches on one stream share them, one after another.
+    """Four zeros, which the kernel leaves as it finds them. Launches on one stream share them, one after another.
 
     A graph may be replayed on any stream, so that a launch that is captured has its own.
     """
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
+        return torch.zeros(4, dtype=torch.int32, device=device)
     return _stream_counters(device, stream)
 
 
 @cache
 def _stream_counters(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(2, dtype=torch.int32, device=device)
+    return torch.zeros(4, dtype=torch.int32, device=device)
 
 
 @cache
