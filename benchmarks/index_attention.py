@@ -85,8 +85,8 @@ def measure(shape: Shape, repeat: int) -> str:
     name = "torch" if backend is None else getattr(backend, "name", "?")
     sizes = f"{shape.tokens:7}{shape.heads:4}/{shape.kv_heads}{shape.selected:9}{shape.dim:5}"
     return (
-        f"{sizes}{name:>9}{seconds * 1e3:9.3f}{speed:9.0f}{gathered:9.2f}{torch_seconds * 1e3:10.1f}{torch_seconds / seconds:8.1f}"
-        f"{whole * 1e3:10.3f}{whole / seconds:8.2f}"
+        f"{sizes}{name:>9}{seconds * 1e3:9.3f}{speed:9.0f}{gathered:9.2f}{torch_seconds * 1e3:10.1f}"
+        f"{torch_seconds / seconds:8.1f}{whole * 1e3:10.3f}{whole / seconds:8.2f}"
     )
 
 

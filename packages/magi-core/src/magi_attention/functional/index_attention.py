@@ -22,7 +22,7 @@ from magi_attention.kernels.registry import choose_for_indices
 from magi_attention.kernels.sink import fold_sink, sink_gradient
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
 def attend_by_indices(
     q: Tensor,
     k: Tensor,
