@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Consumers for tiles of more than 64 rows of queries: each has 64 keys of the tile, and their gradients and those of
-// their values. Scores and gradients of probabilities take turns in the same registers, so that 80 rows fit; in between,
-// probabilities are kept as they were rounded.
+// their values. Gradients of queries are two steps late, so that they are there when probabilities are; on their way out
+// they overlap with gradients of values, and the stores of gradients of scores with those of keys. Scores and gradients
+// of probabilities take turns in the same registers, so that 80 rows fit; in between, probabilities are kept as they
+// were rounded.
 #pragma once
 
 #include "consumer.cuh"
@@ -25,46 +27,55 @@ struct TallConsumer {
 
     __device__ __forceinline__ TallConsumer(Params const& p, Shared<T>& s, int group) : p(p), s(s), group(group) {}
 
-    // Gradients of the queries of the step before, and products after them that are not waited for.
-    template <typename Start>
-    __device__ __forceinline__ void add_dq_before(Start const& start_others, bool exists) {
-        Dq<T> dq;
-        RingPlace<2> const before = place.before();
-        if (exists) ptx::mbarrier_try_wait_parity(&s.ds_full[before.stage()], before.parity());
+    // Starts the gradients of the queries of a step, once all consumers' gradients of scores are there.
+    __device__ __forceinline__ void start_dq(Dq<T>& dq, RingPlace<2> const& of) {
+        ptx::mbarrier_try_wait_parity(&s.ds_full[of.stage()], of.parity());
         ptx::wgmma_fence();
-        multiply_scores_transposed<T>(dq, s.ds[before.stage()], s.k, group);
+        multiply_scores_transposed<T>(dq, s.ds[of.stage()], s.k, group);
         ptx::wgmma_commit_group();
-        ptx::wgmma_fence();
-        start_others();
-        ptx::wgmma_commit_group();
-        ptx::wgmma_wait_group<1>();
-        ptx::fence_registers(dq);
-        if (!exists) return;
-        Target const target = s.ds_target[before.stage()];
-        arrive_warp(&s.ds_empty[before.stage()]);
-        hand_over_dq(s, dq, target, before, group);
     }
 
-    // One tile of queries, and of the one before the gradients of queries.
-    __device__ __forceinline__ void step(int key, bool ragged, bool first) {
+    // Hands them over; their products must have been waited for.
+    __device__ __forceinline__ void finish_dq_of(Dq<T>& dq, RingPlace<2> const& of) {
+        ptx::fence_registers(dq);
+        Target const target = s.ds_target[of.stage()];
+        arrive_warp(&s.ds_empty[of.stage()]);
+        hand_over_dq(s, dq, target, of, group);
+    }
+
+    // Tile of queries i of an item, and the gradients of the queries two before, whose buffers this one takes over. If there
+    // were none, what is computed in their place is not used.
+    __device__ __forceinline__ void step(int key, bool ragged, int i) {
         Fragments<T> p_fragments, ds_fragments;
         [[maybe_unused]] Fragments<T> factors;  // what the gradients of probabilities are multiplied by, under a cap
         int const stage = place.stage();
+        ptx::mbarrier_try_wait_parity(&s.q_full[stage], place.parity());
+        ptx::mbarrier_try_wait_parity(&s.dout_full[stage], place.parity());
         {
-            Scores<T> scores;
-            ptx::mbarrier_try_wait_parity(&s.q_full[stage], place.parity());
+            Dq<T> dq;
+            {
+                Scores<T> scores;
+                ptx::mbarrier_try_wait_parity(&s.ds_full[stage], place.parity() ^ 1);
+                ptx::wgmma_fence();
+                multiply_columns<Element, TileK, TileQ>(scores, s.k, 64 * group, s.q[stage]);
+                ptx::wgmma_commit_group();
+                StepMask<T> const mask(p, s.step[stage], key, ragged);
+                ptx::wgmma_wait_group<0>();
+                ptx::fence_registers(scores);
+                mask.apply(scores);
+                to_probabilities<T>(p, scores, p_fragments, terms_of_thread<T>(s.row_terms[stage][0]));
+                if constexpr (T::kSoftcap) to_fragments<Element>(scores, factors);
+            }
             ptx::wgmma_fence();
-            multiply_columns<Element, TileK, TileQ>(scores, s.k, 64 * group, s.q[stage]);
+            multiply_scores_transposed<T>(dq, s.ds[stage], s.k, group);
             ptx::wgmma_commit_group();
-            StepMask<T> const mask(p, s.step[stage], key, ragged);
-            ptx::wgmma_wait_group<0>();
-            ptx::fence_registers(scores);
-            mask.apply(scores);
-            to_probabilities<T>(p, scores, p_fragments, terms_of_thread<T>(s.row_terms[stage][0]));
-            if constexpr (T::kSoftcap) to_fragments<Element>(scores, factors);
+            multiply_rows<Element, TileQ>(dv, p_fragments, s.dout[stage]);
+            ptx::wgmma_commit_group();
+            ptx::wgmma_wait_group<1>();
+            ptx::fence_registers(dq);
+            if (i > 1) finish_dq_of(dq, place);
         }
         Scores<T> ds;
-        ptx::mbarrier_try_wait_parity(&s.dout_full[stage], place.parity());
         ptx::wgmma_fence();
         multiply_columns<Element, TileK, TileQ>(ds, s.v, 64 * group, s.dout[stage]);
         ptx::wgmma_commit_group();
@@ -72,17 +83,15 @@ struct TallConsumer {
         ptx::fence_registers(ds);
         rounded_to_score_gradients<T>(T::kSoftcap ? factors : p_fragments, ds, ds_fragments,
                                       terms_of_thread<T>(s.row_terms[stage][1]));
-        ptx::wgmma_fence();
-        multiply_rows<Element, TileQ>(dv, p_fragments, s.dout[stage]);
-        ptx::wgmma_commit_group();
-        ptx::mbarrier_try_wait_parity(&s.ds_empty[place.stage()], place.parity() ^ 1);
-        store_scores<T>(s.ds[place.stage()], ds_fragments, 64 * group);
-        if (threadIdx.x == 128) s.ds_target[place.stage()] = {s.step[stage].w, s.rank[stage]};
-        ptx::fence_proxy_async_shared();
-        arrive_warp(&s.ds_full[place.stage()]);
-        ptx::wgmma_wait_group<0>();
         arrive_warp(&s.dout_empty[stage]);
-        add_dq_before([&] { multiply_rows<Element, TileQ>(dk, ds_fragments, s.q[stage]); }, !first);
+        ptx::wgmma_fence();
+        multiply_rows<Element, TileQ>(dk, ds_fragments, s.q[stage]);
+        ptx::wgmma_commit_group();
+        ptx::mbarrier_try_wait_parity(&s.ds_empty[stage], place.parity() ^ 1);
+        store_scores<T>(s.ds[stage], ds_fragments, 64 * group);
+        if (threadIdx.x == 128) s.ds_target[stage] = {s.step[stage].w, s.rank[stage]};
+        ptx::fence_proxy_async_shared();
+        arrive_warp(&s.ds_full[stage]);
         ptx::wgmma_wait_group<0>();
         arrive_warp(&s.q_empty[stage]);
         place.advance();
@@ -93,12 +102,21 @@ struct TallConsumer {
         int const key = tile * T::kTileN + 64 * group;
         ptx::mbarrier_try_wait_parity(&s.k_full, kv_place.parity());
         ptx::mbarrier_try_wait_parity(&s.v_full, kv_place.parity());
-        for (int i = 0; i < num_steps; i++) step(key, ragged, i == 0);
-
-        add_dq_before([] {}, true);
+        for (int i = 0; i < num_steps; i++) step(key, ragged, i);
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(dk);
         ptx::fence_registers(dv);
+        RingPlace<2> const last = place.before();
+        Dq<T> dq;
+        if (num_steps > 1) {
+            RingPlace<2> const before = last.before();
+            start_dq(dq, before);
+            ptx::wgmma_wait_group<0>();
+            finish_dq_of(dq, before);
+        }
+        start_dq(dq, last);
+        ptx::wgmma_wait_group<0>();
+        finish_dq_of(dq, last);
         arrive_warp(&s.kv_empty);
         kv_place.advance();
     }
