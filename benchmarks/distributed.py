@@ -145,8 +145,16 @@ def calc(key: DistAttnRuntimeKey, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def differentiable(forward: Callable[[], Tensor], leaves: list[Tensor], dout: Tensor) -> Passes:
-    """Passes whose backward pass is autograd's."""
-    return forward, lambda out: torch.autograd.grad(out, leaves, dout)
+    """Passes whose backward pass is autograd's.
+
+    It runs in the thread that calls it: in a training one thread goes through all layers, and is not woken for each.
+    """
+
+    def backward(out: Tensor) -> object:
+        with torch.autograd.set_multithreading_enabled(False):
+            return torch.autograd.grad(out, leaves, dout)
+
+    return forward, backward
 
 
 def baseline(cell: Cell, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Passes:

@@ -14,10 +14,20 @@ us          host time of one cast, in microseconds: the median.
 
 The second table repeats some rows beside attention (scaled_dot_product_attention, causal) that never stops meanwhile;
 ``slower`` is by how much that is slowed down while it lasts.
+
+``--host`` measures instead what the host spends on a call, by number of ranges; ranks may share a GPU then, so that one
+is enough. Each number is the median, and the least after a slash, of calls one after another.
+
+cast        the native cast of K and V rows that are lent, by either transport.
+release     wait for it, and give back what was lent.
+reduce      the native reduce of the same rows, summed in bfloat16 onto float32.
+torch       what the same ranges cost as copies by PyTorch, one ``copy_`` each, to memory of the same GPU.
+torch/cast  that over the faster native cast.
 """
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections import deque
@@ -34,6 +44,7 @@ from magi_attention.comm import AllToAllCollectives
 from magi_attention.testing.distributed import RankPool
 from magi_comm_grpcoll import ContextOptions, GroupContext
 from magi_comm_grpcoll.calibrate import exchange_in_turns
+from magi_comm_grpcoll.capability import SHARING
 from magi_comm_grpcoll.routes import Transport
 
 ROW_BYTES = 4096
@@ -155,6 +166,61 @@ def time_beside_attention(
     return peer_bytes * (num_ranks - 1) / seconds / 1e9, slower
 
 
+def time_host(rank: int, num_ranks: int, method: str, ranges: int, times: int) -> dict[str, tuple[float, float]]:
+    """Microseconds of the host, median and least, of each part of an exchange of so many ranges per tensor and peer."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    table = exchange_in_turns(rank, num_ranks, 8, ranges)
+    kv = [torch.zeros(table.num_source, ROW_BYTES // 2, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    if method == "torch":
+        landed = torch.empty(table.num_received, ROW_BYTES // 2, dtype=torch.bfloat16, device=device)
+        firsts = [8 * number for number in range(ranges)] * (num_ranks - 1)
+        copies = [(landed[i * 8 : i * 8 + 8], x[first : first + 8]) for x in kv for i, first in enumerate(firsts)]
+        return {"cast": timed(lambda: [target.copy_(source) for target, source in copies], times)[0]}
+    native = context(method)
+    partials = [torch.zeros(table.num_received, *x.shape[1:], dtype=x.dtype, device=device) for x in kv]
+    totals = [torch.zeros(x.shape, device=device) for x in kv]
+    cast, release = timed(lambda: native.cast(kv, table, lend=True), times, finish)
+    reduce, _ = timed(lambda: native.reduce(partials, table, totals), times, finish)
+    return {"cast": cast, "release": release, "reduce": reduce}
+
+
+def timed(
+    call: Callable[[], Any], times: int, after: Callable[[Any], None] = lambda result: None
+) -> list[tuple[float, float]]:
+    """Microseconds of a call, and of what comes after it: median and least of each."""
+    seconds: list[tuple[float, float]] = []
+    for number in range(times + 16):
+        started = time.perf_counter()
+        result = call()
+        called = time.perf_counter()
+        after(result)
+        done = time.perf_counter()
+        if number % 8 == 7:  # GPUs fall behind, and would let the host wait at last
+            torch.cuda.synchronize()
+        if number >= 16:
+            seconds.append((called - started, done - called))
+    return [(statistics.median(each) * 1e6, min(each) * 1e6) for each in zip(*seconds, strict=True)]
+
+
+def run_host_table(pool: RankPool, options: argparse.Namespace) -> dict[str, dict[str, tuple[float, float]]]:
+    """Print the host's microseconds by number of ranges that a rank sends; returns the cells."""
+    cells = {}
+    columns = [f"{name} {part}" for name in _TRANSPORTS for part in ("cast", "release", "reduce")]
+    print(f"{'ranges':>7} {''.join(f'{name:>16}' for name in [*columns, 'torch'])}  torch/cast", flush=True)
+    for count in options.ranges:
+        ranges = max(1, count // 2 // (options.ranks - 1))  # of each tensor to each peer
+        row = {
+            f"{name} {part}": number
+            for name in (*_TRANSPORTS, "torch")
+            for part, number in pool.run(time_host, name, ranges, options.times, timeout_s=120)[0].items()
+        }
+        cells[f"{count} ranges"] = row
+        text = "".join(f"{f'{median:.1f}/{least:.1f}':>16}" for median, least in row.values())
+        ratio = row["torch cast"][0] / min(row[f"{name} cast"][0] for name in _TRANSPORTS)
+        print(f"{count:7d} {text}  {ratio:10.1f}", flush=True)
+    return cells
+
+
 def run_tables(pool: RankPool, options: argparse.Namespace) -> dict[str, dict[str, tuple[float, float]]]:
     """Print both tables; returns their cells by range and method."""
     cells = {}
@@ -195,10 +261,17 @@ def main() -> None:
     parser.add_argument("--kib", type=int, nargs="*", default=[16, 32, 64, 256, 1024, 4096, 16384])
     parser.add_argument("--beside-kib", type=int, nargs="*", default=[32, 4096])
     parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--host", action="store_true", help="measure the host's time alone; works with one GPU")
+    parser.add_argument("--ranges", type=int, nargs="*", default=[2, 50, 500], help="that a rank sends, for --host")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
-    with RankPool(options.ranks, "nccl") as pool:
-        cells = run_tables(pool, options)
+    is_shared = torch.cuda.device_count() < options.ranks
+    if is_shared and not options.host:
+        parser.error(f"{options.ranks} ranks need as many GPUs; only --host does with fewer")
+    if is_shared:
+        os.environ[SHARING] = "1"  # NCCL refuses to share one
+    with RankPool(options.ranks, "gloo" if is_shared else "nccl") as pool:
+        cells = run_host_table(pool, options) if options.host else run_tables(pool, options)
     if options.json:
         options.json.write_text(json.dumps(cells, indent=1))
 

@@ -95,3 +95,14 @@ def bars(row: Sequence[Cell], sdpa_causal: Cell | None) -> Iterator[Bar]:
         share = CUDNN_FLEX_SHARES.get((mask, direction)) if tokens == CUDNN_FLEX_TOKENS else None
         if share and (peer := by_name.get("cudnn_flex", {}).get(direction)):
             yield Bar(mask, tokens, direction, "cudnn_flex", speed / peer, share)
+
+
+def summary(found: Sequence[Bar]) -> Iterator[str]:
+    """Say for each peer in how many comparisons the bar holds, and which of them is the closest."""
+    for peer in dict.fromkeys(bar.peer for bar in found):
+        of_peer = [bar for bar in found if bar.peer == peer]
+        least = min(of_peer, key=lambda bar: bar.ratio)
+        verdict = "HOLDS" if all(bar.holds for bar in of_peer) else "MISSED"
+        count = f"{sum(bar.holds for bar in of_peer)} of {len(of_peer)}"
+        where = f"{least.mask} {least.tokens} {least.direction}"
+        yield f"{verdict}: at least {least.needed} of {peer}: {count}, least {least.ratio:.3f} ({where})"

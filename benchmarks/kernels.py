@@ -5,27 +5,32 @@ Rows are masks and lengths; columns our backends, beside cuDNN's and FlashAttent
 FlexAttention, all in one run on the same tensors. ``auto`` repeats the figures of the backends that our registry
 chooses for the row, which may differ by direction. FLOPs are those of the pairs that the mask keeps:
 ``4 * pairs * heads * dim`` forward, 2.5 times that backward. A time is the median of several launches between CUDA
-events, after warm-up. What a kernel cannot do is left out; an error ends its cell alone and is told below the table.
+events, after warm-up; those of a row take turns, one launch each in a random order, so that a GPU that slows down when
+it gets hot does so for all alike. What a kernel cannot do is left out; an error ends its cell alone and is told below
+the table.
 
 The columns of ratios are ``auto`` over FlashAttention-4's own kernels, over the original relative to cuDNN's causal
 attention, and over ``cudnn_flex``; below the table it says which bars (``benchmarks/kernel_bars.py``) hold. The rows
 that have bars come first, and FlexAttention, which is compiled for every row, comes last, as a table of its own.
+``--read`` shows the figures that an earlier run wrote to a file.
 """
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from kernel_bars import DIRECTIONS, Bar, Cell, bars
+from kernel_bars import DIRECTIONS, Bar, Cell, bars, summary
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -184,33 +189,53 @@ def contenders() -> dict[str, Callable[[Case], Passes | None]]:
     return {**ours, **others}
 
 
-def median_seconds(launch: Callable[[], object], repeat: int) -> float:
-    """The median time on the device of ``repeat`` launches, after three others."""
-    for _ in range(3):
-        launch()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
-    torch.cuda.synchronize()
-    marks[0].record()
-    for mark in marks[1:]:
-        launch()
-        mark.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks)) / 1e3
-
-
-def measure(name: str, case: Case, repeat: int) -> Cell:
-    """One cell: TFLOP/s of both passes, or why there are none."""
-    cell: Cell = {"mask": case.mask, "tokens": len(case.q), "contender": name}
-    try:
-        passes = contenders()[name](case)
-        if passes is not None:
-            flops = 4 * case.slices.area() * case.q.shape[1] * case.q.shape[2]
-            cell["forward"] = flops / median_seconds(passes[0], repeat) / 1e12
-            cell["backward"] = 2.5 * flops / median_seconds(passes[1], repeat) / 1e12
-    except Exception as error:  # whatever one kernel does, the others are measured
-        cell["error"] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+def measure(case: Case, names: Sequence[str], repeat: int) -> list[Cell]:
+    """The cells of a row: TFLOP/s of both passes, or why there are none."""
+    cells: dict[str, Cell] = {name: {"mask": case.mask, "tokens": len(case.q), "contender": name} for name in names}
+    ready: dict[str, Passes] = {}
+    for name in names:
+        with telling_errors(cells[name]):
+            if (passes := contenders()[name](case)) is not None:
+                for launch in passes * 3:
+                    launch()
+                torch.cuda.synchronize()
+                ready[name] = passes
+    flops = 4 * case.slices.area() * case.q.shape[1] * case.q.shape[2]
+    for at, direction in enumerate(DIRECTIONS):
+        seconds = median_seconds([passes[at] for passes in ready.values()], repeat)
+        for name, median in zip(ready, seconds, strict=True):
+            cells[name][direction] = (1.0, 2.5)[at] * flops / median / 1e12
+    del ready
     torch.cuda.empty_cache()
-    return cell
+    return list(cells.values())
+
+
+@contextmanager
+def telling_errors(cell: Cell) -> Iterator[None]:
+    """Note an error in the cell: whatever one kernel does, the others are measured."""
+    try:
+        yield
+    except Exception as error:
+        cell["error"] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+
+
+def median_seconds(launches: Sequence[Callable[[], object]], repeat: int) -> list[float]:
+    """The median time on the device of ``repeat`` launches of each, in turns, each time in another order."""
+    marks = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in launches] for _ in range(repeat)]
+    torch.cuda.synchronize()
+    turns, shuffle = list(range(len(launches))), random.Random(0).shuffle
+    for row in marks:
+        shuffle(turns)  # a kernel that draws less power leaves the GPU faster for the next
+        for turn in turns:
+            start, stop = row[turn]
+            start.record()
+            launches[turn]()
+            stop.record()
+    torch.cuda.synchronize()
+    return [
+        statistics.median(start.elapsed_time(stop) for start, stop in column) / 1e3
+        for column in zip(*marks, strict=True)
+    ]
 
 
 def chosen(case: Case, row: list[Cell]) -> Cell:
@@ -276,31 +301,63 @@ def plot(cells: list[Cell], path: str) -> None:
     figure.savefig(path)
 
 
+class Table:
+    """The table, printed row by row.
+
+    Args:
+        names: its columns.
+        with_bars: whether ``auto`` is among them, and ratios are shown.
+    """
+
+    def __init__(self, names: Sequence[str], *, with_bars: bool) -> None:
+        self.with_bars = with_bars
+        self.bars: list[Bar] = []
+        self._sdpa_causal: Cell | None = None
+        peers = ("fa4-native", "original", "cudnn_flex") if with_bars else ()
+        print(f"{'mask':24}{'tokens':>7}", *(f"{name:>14}" for name in names), *(f"/{peer:>14}" for peer in peers))
+
+    def add(self, row: list[Cell]) -> None:
+        """Print a row, and see which bars it meets. The causal one of a length comes first."""
+        mask, tokens = row[0]["mask"], row[0]["tokens"]
+        sdpa = next((cell for cell in row if cell["contender"] == "cudnn-sdpa"), None)
+        if mask == "causal":
+            self._sdpa_causal = sdpa
+        of_this_length = self._sdpa_causal is not None and self._sdpa_causal["tokens"] == tokens
+        found = list(bars(row, self._sdpa_causal if of_this_length else None)) if self.with_bars else []
+        self.bars += found
+        ratios = show_ratios(found) if self.with_bars else ""
+        print(f"{mask:24}{tokens:7}", *(f"{show(cell):>14}" for cell in row), ratios, flush=True)
+
+
 def run(options: argparse.Namespace, names: list[str]) -> tuple[list[Cell], list[Bar]]:
     """Measure and print rows; returns their cells, and the bars that they have."""
     ours = [name for name in names if name in installed_backends()]
-    columns = [*names, *(["auto"] if ours else [])]
-    peers = ("fa4-native", "original", "cudnn_flex") if ours else ()
-    print(f"{'mask':24}{'tokens':>7}", *(f"{name:>14}" for name in columns), *(f"/{peer:>14}" for peer in peers))
+    table = Table([*names, *(["auto"] if ours else [])], with_bars=bool(ours))
     cells: list[Cell] = []
-    found: list[Bar] = []
     for tokens in options.tokens:
-        sdpa_causal = None
         for mask in options.masks:
             if time.perf_counter() - STARTED > options.limit:
                 print(f"{mask:24}{tokens:7} left out: {options.limit:.0f} s are over")
                 continue
             case = make_case(mask, tokens, options)
-            row = [measure(name, case, options.repeat) for name in names]
+            row = measure(case, names, options.repeat)
             row += [chosen(case, row)] if ours else []
-            if mask == "causal":
-                sdpa_causal = next((cell for cell in row if cell["contender"] == "cudnn-sdpa"), None)
-            new = list(bars(row, sdpa_causal))
-            ratios = show_ratios(new) if ours else ""
-            print(f"{mask:24}{tokens:7}", *(f"{show(cell):>14}" for cell in row), ratios, flush=True)
+            table.add(row)
             cells += row
-            found += new
-    return cells, found
+    return cells, table.bars
+
+
+def read(path: str) -> tuple[str, list[Cell], list[Bar]]:
+    """Print the tables of a file; returns what it was measured on, its cells, and the bars that they have."""
+    kept = json.loads(Path(path).read_text())
+    found: list[Bar] = []
+    for is_last, some in groupby(kept["cells"], key=lambda cell: cell["contender"] == LAST):
+        rows = [list(row) for _, row in groupby(some, key=lambda cell: (cell["mask"], cell["tokens"]))]
+        table = Table([cell["contender"] for cell in rows[0]], with_bars=not is_last)
+        for row in rows:
+            table.add(row)
+        found += table.bars
+    return kept["where"], kept["cells"], found
 
 
 def main() -> None:
@@ -317,21 +374,28 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=float("inf"), help="begin no row after so many seconds")
     parser.add_argument("--json", help="write all cells to this file")
     parser.add_argument("--plot", help="draw them into this file (.png, .pdf or .svg)")
+    parser.add_argument("--read", help="measure nothing, but show the cells of this file")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if options.read:
+        where, cells, found = read(options.read)
+        print(where)
+    elif not torch.cuda.is_available():
         sys.exit("benchmarks/kernels.py needs a GPU")
-    names = options.backends or list(contenders())
-    gpu = torch.cuda.get_device_name()
-    print(f"{gpu}, torch {torch.__version__}, {options.heads}/{options.kv_heads} heads of {options.dim}, bfloat16")
-    cells, found = run(options, [name for name in names if name != LAST])
-    if LAST in names:
-        cells += run(options, [LAST])[0]
-    print(*found, sep="\n")
-    print(f"{sum(bar.holds for bar in found)} of {len(found)} bars hold")
+    else:
+        names = options.backends or list(contenders())
+        shape = f"{options.heads}/{options.kv_heads} heads of {options.dim}, bfloat16"
+        where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {shape}"
+        print(where)
+        cells, found = [], []
+        if first := [name for name in names if name != LAST]:
+            cells, found = run(options, first)
+        if LAST in names:
+            cells += run(options, [LAST])[0]
+    print(*(bar for bar in found if not bar.holds), *summary(found), sep="\n")
     for message in dict.fromkeys(f"{cell['contender']}: {cell['error']}" for cell in cells if "error" in cell):
         print(message)
     if options.json:
-        Path(options.json).write_text(json.dumps({"gpu": gpu, "torch": torch.__version__, "cells": cells}, indent=1))
+        Path(options.json).write_text(json.dumps({"where": where, "cells": cells}, indent=1))
     if options.plot:
         plot(cells, options.plot)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``benchmarks/kernels.py`` says of its bars, on made-up figures."""
 
-from benchmarks.kernel_bars import bars
+from benchmarks.kernel_bars import bars, summary
 
 
 def cell(contender: str, forward: float, backward: float, mask: str = "causal", tokens: int = 32768):
@@ -36,3 +36,15 @@ def test_what_was_not_measured_or_has_no_bar_is_left_out():
         [cell("auto", 1, 1, "varlen_causal") | {"forward": 2}, cell("cudnn_flex", 1, 2, "varlen_causal")], None
     )
     assert str(bar) == "varlen_causal 32768 backward: 0.50 of cudnn_flex, 1.05 MISSED"
+
+
+def test_the_summary_names_the_closest_comparison_of_each_peer():
+    row = [cell("auto", 650, 582.0), cell("fa4-native", 600, 610)]
+    found = [
+        *bars(row, None),
+        *bars([cell("auto", 1, 104, "varlen_causal"), cell("cudnn_flex", 1, 104 / 1.06, "varlen_causal")], None),
+    ]
+    assert list(summary(found)) == [
+        "MISSED: at least 0.97 of fa4-native: 1 of 2, least 0.954 (causal 32768 backward)",
+        "HOLDS: at least 1.05 of cudnn_flex: 1 of 1, least 1.060 (varlen_causal 32768 backward)",
+    ]

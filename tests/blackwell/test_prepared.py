@@ -2,6 +2,7 @@
 """Launches that skip the projects' Python code, with stand-ins for their functions. Needs none of the wheels."""
 
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +67,31 @@ def test_a_freshly_compiled_kernel_is_called_without_its_wrapper():
 
 def test_forward_keeps_what_follows_the_scale():
     prepared = PreparedForward.of_launch(Launch(print, ("q", "k", "v", "out", "lse", 0.5, "table", None)), scale_at=5)
-    assert prepared == (print, ("table", None))
+    assert prepared[:2] == (print, ("table", None))
+
+
+def test_launches_tell_the_allocator_of_their_streams(monkeypatch):
+    """Before every launch, and of every table; of what each call has of its own, nothing."""
+    recorded: list[tuple[torch.Tensor, int]] = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda table, stream: recorded.append(table))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=5))
+    x, semaphore, tables = torch.zeros(2, 2), torch.zeros(3), [torch.zeros(1) for _ in range(3)]
+    forward = PreparedForward.of_launch(Launch(print, (x, x, x, x, x, 0.5, (tables[0], None))), scale_at=5)
+    forward.streams.add_current()
+    assert recorded == [tables[0]]
+    recorded.clear()
+    before, main = (x, x, x, x, x, None, x, tables[1]), (*[x] * 9, 0.5, semaphore, [tables[2]])
+    ignore = Launch(lambda *arguments: None, ())
+    prepared = PreparedBackward(
+        ignore._replace(arguments=before), ignore._replace(arguments=main), [], dlse_at=6, semaphores_at=(10,)
+    )
+    for _ in range(2):
+        prepared((x,) * 5, x, None, (x,) * 3, 0.5)
+    assert len(recorded) == 2
+    assert recorded[0] is tables[1]
+    assert recorded[1] is tables[2]
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -44,7 +44,10 @@ def jobs(arch: str) -> list[Job]:
             for dtype in (BF16, FP16)
             for dims in DIMS
             for heads in HEADS
-            for job in _all_masks(arch, heads, dims, dtype, ("dlse",))
+            for job in (
+                *_all_masks(arch, heads, dims, dtype, ("dlse",)),
+                *_case(arch, "cudnn_flex", heads, dims, dtype, "", "deterministic dlse"),
+            )
         ),
     ]
     return [job for job in dict.fromkeys(wanted) if makes_sense(*job)]

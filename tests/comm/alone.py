@@ -53,7 +53,7 @@ def push(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def reduce(seed: int, partial_dtype: torch.dtype, dtype: torch.dtype, dim: int) -> None:
     """Sum, average and merge by lse, against float64."""
     table = RandomNeeds(seed, NUM_RANKS, 0.8, max_rows=40).table(0)
-    routes, rows = routes_of(table, torch.device("cuda", 0)), sum(table.send_counts)
+    segments, rows = routes_of(table, torch.device("cuda", 0)).segments, sum(table.send_counts)
     slots = random_tensor(1, (rows, 4, dim), partial_dtype).cuda()
     old = random_tensor(2, (table.num_source, 4, dim), dtype).cuda()
     sent = torch.tensor(
@@ -64,11 +64,11 @@ def reduce(seed: int, partial_dtype: torch.dtype, dtype: torch.dtype, dim: int) 
     stream = torch.cuda.current_stream()
     for average, expected in ((False, total), (True, total / terms[:, None, None])):
         got = old.clone()
-        add_slots(stream, got, slots, routes, average)
+        add_slots(stream, got, slots, segments, average)
         torch.testing.assert_close(got.cpu(), expected.to(dtype))
     lse, old_lse = (random_tensor(3 + i, (n, 4), torch.float32).cuda() for i, n in enumerate((rows, table.num_source)))
     got, got_lse = old.clone(), old_lse.clone()
-    merge_slots(stream, got, got_lse, old_lse, slots, lse, routes)
+    merge_slots(stream, got, got_lse, old_lse, slots, lse, segments)
     weights, old_weights = lse.double().cpu().exp(), old_lse.double().cpu().exp()
     mass = old_weights.index_add(0, sent, weights)
     weighted = (old.double().cpu() * old_weights[..., None]).index_add(

@@ -5,25 +5,98 @@ All of a context's own Python code runs as it is; only the driver, the kernels a
 """
 
 import ctypes
+import gc
+import itertools
 import queue
 import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from magi_comm_grpcoll import context, kernels, routes, wires
+from magi_attention.comm import work as core_work
+from magi_comm_grpcoll import arena, context, kernels, routes, wires
+from magi_comm_grpcoll import work as native_work
 from magi_comm_grpcoll.driver import MEMORY_OPERATION, WAIT_VALUE
 from magi_comm_grpcoll.tables import TASK
+from tests.comm.emulated_memory import Memory, Placed
 
-_local = threading.local()
-_streams: dict[int, "Stream"] = {}
+_GIVE_UP_S = 20.0
+
+
+class Ended(BaseException):
+    """The emulation has ended, or failed, while a stream waited."""
+
+
+class Machine:
+    """The GPUs of an emulation: their memory, and their streams, which are threads.
+
+    A stream's fault, such as a use of memory that has gone, is kept: every later host synchronization raises it, as
+    that of a GPU, and the end of the emulation does.
+    """
+
+    def __init__(self) -> None:
+        self.memory, self.streams, self.of_thread = Memory(), list[Stream](), threading.local()
+        self.fault: BaseException | None = None
+        self.is_over = False
+
+    def fail(self, error: BaseException) -> None:
+        """Keep what a stream did wrong; all streams do nothing but end from now on."""
+        self.fault, self.is_over = self.fault or error, True
+
+    def check(self) -> None:
+        """Raise what a stream did wrong."""
+        if self.fault is not None:
+            raise self.fault
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        """Wait, in a stream's thread."""
+        while not holds():
+            if self.is_over:
+                raise Ended
+            time.sleep(1e-4)
+
+    def placed(self) -> Placed:
+        """A block in which this thread's tensors are made in the GPUs' memory."""
+        return Placed(self.memory, self._take)
+
+    def _take(self, num_bytes: int) -> torch.Tensor:
+        at_once = getattr(self.of_thread, "is_without_order", False)
+        return self.memory.take(num_bytes, _now if at_once else current_stream().enqueue)
+
+    @contextmanager
+    def without_order(self) -> Iterator[None]:
+        """A block whose tensors' memory may be used anew as soon as they are dropped, whatever streams still do."""
+        self.of_thread.is_without_order = True
+        yield
+        self.of_thread.is_without_order = False
+
+    def end(self) -> None:
+        """Wait until all streams have done what they were given, and end their threads."""
+        gc.collect()  # works and tensors in cycles: what they were to enqueue when they go
+        for stream in self.streams:
+            stream.finish()
+        deadline = time.monotonic() + _GIVE_UP_S
+        for stream in self.streams:
+            stream.thread.join(max(0.0, deadline - time.monotonic()))
+        waiting = [stream.name for stream in self.streams if stream.thread.is_alive()]
+        self.is_over = True
+        for stream in self.streams:
+            stream.thread.join()
+        self.check()
+        assert not waiting, f"streams that never end: {waiting}"
+
+
+_machine: Machine
+
+
+def _now(run: Callable[[], None]) -> None:
+    run()
 
 
 class Event:
@@ -36,59 +109,76 @@ class Event:
         self.done = threading.Event()
         stream.enqueue(self.done.set)
 
+    def query(self) -> bool:
+        return self.done.is_set()
+
     def synchronize(self) -> None:
         self.done.wait()
+        _machine.check()
 
 
 class Stream:
     """A thread that carries out what it is given, in order and with random pauses."""
 
     def __init__(self, device: object = None, priority: int = 0) -> None:
-        self.device, self.device_index, self.cuda_stream = torch.device("cpu"), 0, len(_streams) + 1
-        _streams[self.cuda_stream] = self
-        self._queue: queue.Queue[Callable[[], None]] = queue.Queue()
-        threading.Thread(target=self._run, daemon=True).start()
+        self.device, self.device_index, self._machine = torch.device("cpu"), 0, _machine
+        _machine.streams.append(self)
+        self.cuda_stream = _machine.streams.index(self) + 1
+        self.name = f"stream {self.cuda_stream} of {threading.current_thread().name}"
+        # Unlike other queues, of use in finalizers, which interrupt any thread anywhere.
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        self.thread.start()
 
     def _run(self) -> None:
         pause = random.Random(self.cuda_stream)
-        while True:
-            run = self._queue.get()
+        while (run := self._queue.get()) is not None:
             if pause.random() < 0.1:
                 time.sleep(pause.random() * 2e-3)
-            run()
-            self._queue.task_done()
+            try:
+                run()
+            except Ended:
+                pass
+            except BaseException as error:
+                self._machine.fail(error)
 
     def enqueue(self, run: Callable[[], None]) -> None:
         self._queue.put(run)
 
-    def record_event(self) -> Event:
-        event = Event()
+    def finish(self) -> None:
+        self._queue.put(None)
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
         event.record(self)
         return event
 
     def wait_event(self, event: Event) -> None:
-        self.enqueue(event.done.wait)
+        done = event.done
+        self.enqueue(lambda: self._machine.until(done.is_set))
 
     def synchronize(self) -> None:
-        self._queue.join()
+        self.record_event().synchronize()
 
     def query(self) -> bool:
-        return not self._queue.unfinished_tasks
+        return self.record_event().done.wait(0.01)
 
 
 def current_stream(device: object = None) -> Stream:
-    if not hasattr(_local, "stream"):
-        _local.stream = Stream()
-    return _local.stream
+    if not hasattr(_machine.of_thread, "stream"):
+        _machine.of_thread.stream = Stream()
+    return _machine.of_thread.stream
 
 
 @contextmanager
-def stream_of_block(stream: Stream):
+def stream_of_block(stream: Stream) -> Iterator[None]:
     """What PyTorch does in the block happens at once, so all before it must have happened."""
-    before, _local.stream = current_stream(), stream
-    stream.synchronize()
-    yield
-    _local.stream = before
+    before, _machine.of_thread.stream = current_stream(), stream
+    try:
+        stream.synchronize()
+        yield
+    finally:
+        _machine.of_thread.stream = before
 
 
 class Driver:
@@ -97,48 +187,55 @@ class Driver:
             np.frombuffer(ctypes.string_at(at, 8 * count), np.uint64).tolist() for at in (targets, sources, sizes)
         ]
         pieces = random.sample(list(zip(*columns, strict=True)), count)  # a batch has no order
-        _streams[stream].enqueue(lambda: [ctypes.memmove(*piece) for piece in pieces])
+        _machine.streams[stream - 1].enqueue(lambda: [_copy(*piece) for piece in pieces] and None)
 
     def enqueue_memory_operations(self, operations: int, count: int, stream: int) -> None:
         table = np.frombuffer(ctypes.string_at(operations, MEMORY_OPERATION.itemsize * count), MEMORY_OPERATION)
-        _streams[stream].enqueue(
-            lambda: [_operate(*each) for each in table[["operation", "address", "value"]].tolist()]
-        )
+        columns = table[["operation", "address", "value"]].tolist()
+        _machine.streams[stream - 1].enqueue(lambda: [_operate(*each) for each in columns] and None)
+
+
+def _copy(target: int, source: int, num_bytes: int) -> None:
+    _array(target, np.uint8, num_bytes)[:] = _array(source, np.uint8, num_bytes)
 
 
 def _operate(operation: int, address: int, value: int) -> None:
-    word = ctypes.c_int64.from_address(address)
-    while operation == WAIT_VALUE and word.value < value:
-        time.sleep(1e-4)
-    if operation != WAIT_VALUE:
-        word.value = value
+    if operation == WAIT_VALUE:
+        _machine.until(lambda: _array(address, np.int64, 1)[0] >= value)
+    else:
+        _array(address, np.int64, 1)[0] = value
 
 
 def _array(address: int, dtype: Any, count: int) -> np.ndarray:
-    size = np.dtype(dtype).itemsize * count
-    return np.frombuffer((ctypes.c_char * size).from_address(address), dtype)
+    return _machine.memory.at(address, np.dtype(dtype).itemsize * count).view(dtype)
 
 
-def launch(stream: Stream, config: object, kernel: tuple[str, str], *arguments: Any) -> None:
-    run = {"push": _push, "add_": _add}[kernel[1][:4]]
-    stream.enqueue(lambda: run(*arguments))
+class Launch:
+    """See the wheel's; a kernel is its file and its name."""
+
+    def __init__(
+        self, stream: Stream, kernel: tuple[str, str], grid: int, block: object, parameters: list[int], shared: int = 0
+    ) -> None:
+        self._stream, self.parameters = stream, [*parameters]
+        self._run = {"push": _push, "add_": _add}[kernel[1][:4]]
+
+    def __call__(self) -> None:
+        now = [*self.parameters]
+        self._stream.enqueue(lambda: self._run(*now))
 
 
-def _push(*arguments: Any) -> None:
+def _push(*arguments: int) -> None:
     sources, (arenas, offset, tasks, num_tasks, controls, num_told, flag, value, _) = arguments[:4], arguments[4:]
-    for source, target, size, tensor, peer in _array(tasks, TASK, int(num_tasks)).tolist():
+    for source, target, size, tensor, peer in _array(tasks, TASK, num_tasks).tolist():
         base = int(_array(arenas, np.int64, peer + 1)[peer])
-        ctypes.memmove(base + int(offset) + target, sources[tensor] + source, size)
-    for control in _array(controls, np.int64, int(num_told)).tolist():
-        ctypes.c_int64.from_address(control + int(flag)).value = int(value)
+        _copy(base + offset + target, sources[tensor] + source, size)
+    for control in _array(controls, np.int64, num_told).tolist():
+        _array(control + flag, np.int64, 1)[0] = value
 
 
-def _add(
-    into: int, slots: int, rows: int, offsets: int, places: int, num_rows: Any, columns: Any, average: Any
-) -> None:
-    width = int(columns)
-    bounds = _array(offsets, np.int32, int(num_rows) + 1)
-    for row, (first, last) in zip(_array(rows, np.int32, int(num_rows)), pairwise(bounds), strict=True):
+def _add(into: int, slots: int, rows: int, offsets: int, places: int, num_rows: int, width: int, average: int) -> None:
+    bounds = _array(offsets, np.int32, num_rows + 1)
+    for row, (first, last) in zip(_array(rows, np.int32, num_rows), itertools.pairwise(bounds), strict=True):
         target = _array(into + int(row) * width * 4, np.float32, width)
         for place in _array(places, np.int32, int(last))[first:].tolist():
             target += _array(slots + place * width * 4, np.float32, width)
@@ -151,13 +248,18 @@ class Group:
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks, self.barrier = num_ranks, threading.Barrier(num_ranks)
-        self.shown: dict[object, list[Any]] = defaultdict(lambda: [None] * num_ranks)
+        self._turns = [itertools.count() for _ in range(num_ranks)]
+        self._shown: defaultdict[int, list[Any]] = defaultdict(lambda: [None] * num_ranks)
 
-    def exchange(self, name: object, value: Any) -> list[Any]:
-        self.shown[name][_local.rank] = value
+    def exchange(self, value: Any) -> list[Any]:
+        """What all ranks show each other; nothing of it is kept."""
+        rank = _machine.of_thread.rank
+        turn = next(self._turns[rank])
+        self._shown[turn][rank] = value
         self.barrier.wait(30)
-        answers = [*self.shown[name]]
+        answers = [*self._shown[turn]]
         self.barrier.wait(30)
+        self._shown.pop(turn, None)
         return answers
 
 
@@ -166,45 +268,61 @@ class Handshake:
         self.group = group
 
     def exchange(self, message: bytes) -> list[bytes]:
-        return self.group.exchange("message", message)
+        return self.group.exchange(message)
 
 
 class SharedMemory:
     def __init__(self, num_bytes: int, device: object, group: Group, handshake: Handshake) -> None:
-        self.local = torch.zeros(num_bytes + 256, dtype=torch.uint8)
-        self.local = self.local[-self.local.data_ptr() % 256 :][:num_bytes]
-        self.parts = group.exchange("memory", self.local)
+        with _machine.without_order():  # PyTorch waits for the GPU before it unmaps any; nothing shall rely on it
+            self.local = torch.zeros(num_bytes, dtype=torch.uint8)
+        self.parts = group.exchange(self.local)
         self.addresses = np.array([part.data_ptr() for part in self.parts])
         self.device_addresses = torch.from_numpy(self.addresses)
 
 
-def emulate(monkeypatch: Any) -> None:
-    """Replace the GPU in the modules of the wheel."""
-    zeros = torch.zeros
+@contextmanager
+def emulate(monkeypatch: Any) -> Iterator[None]:
+    """Replace the GPU in the modules of the wheel; at the end, no stream has anything to do any more."""
+    global _machine
+    _machine = machine = Machine()
     for module, name, value in (
         (context, "Handshake", Handshake),
         (context, "SharedMemory", SharedMemory),
+        (arena, "SharedMemory", SharedMemory),
         (context, "agree", lambda handshake, device: ""),
-        (context, "group_rank", lambda group: _local.rank),
+        (context, "group_rank", lambda group: machine.of_thread.rank),
         (context, "group_size", lambda group: group.num_ranks),
         (wires, "driver", Driver),
         (routes, "driver", Driver),
         (routes, "device_name", lambda device: "emulated"),
-        (kernels, "launch", launch),
+        (kernels, "Launch", Launch),
         (kernels, "kernel", lambda fatbin, name, device, shared=0: (fatbin, name)),
-        (kernels, "launch_config", lambda *arguments: arguments),
         (torch.cuda, "Stream", Stream),
         (torch.cuda, "Event", Event),
         (torch.cuda, "stream", stream_of_block),
         (torch.cuda, "current_stream", current_stream),
+        *((module, "current_stream", current_stream) for module in (context, native_work, core_work)),
         (torch.cuda, "synchronize", lambda device=None: None),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "device", lambda device: stream_of_block(current_stream())),
-        (torch, "zeros", lambda *size, pin_memory=False, **options: zeros(*size, **options)),
+        (torch, "zeros", _zeros),
+        (torch, "from_numpy", lambda array: _from_numpy(array).clone()),  # as its upload would be
         (torch.Tensor, "pin_memory", lambda self: self),
     ):
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr("magi_comm_grpcoll.arena.SharedMemory", SharedMemory)
+    with machine.placed():
+        yield
+    machine.end()
+
+
+_torch_zeros, _from_numpy = torch.zeros, torch.from_numpy
+
+
+def _zeros(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+    if not pin_memory:
+        return _torch_zeros(*size, **options)
+    with _machine.without_order():  # the allocator of pinned memory knows of no stream that uses it
+        return _torch_zeros(*size, **options)
 
 
 def run_ranks(num_ranks: int, run: Callable[[int, Group], Any], timeout_s: float = 60) -> list[Any]:
@@ -212,14 +330,17 @@ def run_ranks(num_ranks: int, run: Callable[[int, Group], Any], timeout_s: float
     group, results, errors = Group(num_ranks), [None] * num_ranks, []
 
     def work(rank: int) -> None:
-        _local.rank = rank
+        _machine.of_thread.rank = rank
         try:
-            results[rank] = run(rank, group)
+            with _machine.placed():
+                results[rank] = run(rank, group)
         except BaseException as error:
             errors.append(error)
             group.barrier.abort()
 
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(num_ranks)]
+    threads = [
+        threading.Thread(target=work, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(num_ranks)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -3,6 +3,7 @@
 
 import gc
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -13,7 +14,7 @@ from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll import CapacityError, ContextOptions, GroupContext, PeerTimeoutError, SlotLentError, context
 from magi_comm_grpcoll.lane import Round
 from magi_comm_grpcoll.watchdog import Watchdog, Watched
-from magi_comm_grpcoll.work import NativeWork
+from magi_comm_grpcoll.work import EventPool, NativeWork
 from tests.comm.emulation import Stream, emulate, run_ranks
 from tests.comm.test_native import fragmented_table
 from tests.distributed.exchanges import RandomNeeds, random_tensor
@@ -21,7 +22,8 @@ from tests.distributed.exchanges import RandomNeeds, random_tensor
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
-    emulate(monkeypatch)
+    with emulate(monkeypatch):
+        yield
 
 
 @pytest.mark.parametrize("transport", ["copy_engine", "push", None])
@@ -49,6 +51,8 @@ def test_casts_and_reduces(transport, num_ranks):
                 partial = received[0].clone()
                 work.release()
                 total = sources[rank][0].clone()
+                if turn == 1:
+                    total = torch.stack([total, total], dim=-1)[..., 1]  # not contiguous
                 native.reduce([partial], table, [total], "avg" if turn == 3 else "sum").wait_host()
                 counts = torch.tensor([len(needs.partials_of(rank, row)) for row in range(len(total))])[:, None, None]
                 expected = sources[rank][0] * (1 + counts if turn < 3 else 1)
@@ -77,7 +81,7 @@ def test_rounds_and_capacity():
         counts = torch.tensor([len(needs.partials_of(rank, row)) for row in range(len(total))])[:, None]
         torch.testing.assert_close(total, sources[rank] * counts)
         with pytest.raises(CapacityError, match="but 2097152 is the most"):
-            native.cast([torch.zeros(len(total), 1 << 20)], needs.table(rank))
+            native.cast([torch.zeros(1, 1 << 20).expand(len(total), -1)], needs.table(rank))
 
     run_ranks(2, run)
 
@@ -124,6 +128,26 @@ def test_a_rank_that_stops_is_named_and_nobody_hangs(transport):
             native.reduce([rows.new_zeros(table.num_received, 4)], table, [rows])
 
     run_ranks(3, run)
+
+
+def test_a_context_may_go_with_all_its_exchanges_under_way():
+    def run(rank, group):
+        native, table = GroupContext(group, ContextOptions(timeout_s=30)), fragmented_table(rank, 2, 4, 2)
+        begin = threading.Event()
+        torch.cuda.current_stream().enqueue(lambda: begin.wait(20) or pytest.fail("nothing was under way"))
+        rows = torch.ones(table.num_source, 4)
+        for work in [native.cast([rows], table, lend=True) for _ in range(2)]:
+            work.wait()
+            work.release()
+        context_of_rank, table = weakref.ref(native), None
+        del native, rows, work
+        gc.collect()
+        assert context_of_rank() is None
+        time.sleep(0.2)  # the watchdog has seen that it is gone
+        begin.set()
+        torch.cuda.current_stream().synchronize()
+
+    run_ranks(2, run)
 
 
 def test_own_rows_lie_among_received_ones():
@@ -173,7 +197,7 @@ def test_only_what_could_start_and_stands_still_is_late():
             raise AssertionError("not called from here")
 
     owner = Owner()
-    watchdog = Watchdog(rings, weakref.WeakMethod(owner.give_up), timeout_s=10)
+    watchdog = Watchdog(rings, weakref.ref(owner), timeout_s=10)
     watchdog.stop()
     assert watchdog.look(0) is watchdog.look(100) is None  # nothing is under way
     rings[1].progress[:] = 3, 2
@@ -185,7 +209,9 @@ def test_only_what_could_start_and_stands_still_is_late():
 
 def test_what_is_lent_goes_back_behind_its_readers_whoever_drops_it():
     stream, reader, told = Stream(), Stream(), []
-    work = NativeWork(stream, reader, None, [], None, lambda: None, told.append)
+    work = NativeWork(
+        stream, reader, None, [], None, lambda: None, lambda behind: told.append(behind.record_event()), EventPool()
+    )
     work.wait()
     reads = threading.Event()
     reader.enqueue(reads.wait)

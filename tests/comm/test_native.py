@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Native casts and reduces on real GPUs: the same bits as all-to-all, by every transport, in every interleaving."""
+"""Native casts and reduces on real GPUs: the same bits as all-to-all, by every transport, in every interleaving.
+
+With fewer GPUs than ranks, all ranks share one: the same protocol, at another speed.
+"""
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from magi_attention.comm import AllToAllCollectives
 from magi_attention.plan.exchange import ExchangeTable
-from magi_attention.testing.distributed import RankPool
 from magi_comm_grpcoll import (
     CapacityError,
     ContextOptions,
@@ -17,6 +18,7 @@ from magi_comm_grpcoll import (
     PlanMismatchError,
     SlotLentError,
 )
+from tests.comm.ranks import Reference, device, make_pool
 from tests.distributed.exchanges import RandomNeeds, random_tensor
 
 TRANSPORTS = ["copy_engine", "push", None]
@@ -37,11 +39,9 @@ REDUCED = [
 ]
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(2, marks=pytest.mark.gpu(2)), pytest.param(4, marks=pytest.mark.gpu(4))]
-)
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.gpu(1)) for n in (2, 4)])
 def pool(request):
-    with RankPool(request.param, "nccl") as pool:
+    with make_pool(request.param) as pool:
         yield pool
 
 
@@ -57,10 +57,6 @@ def context(transport: str | None = None, number: int = 0) -> GroupContext:
     return _contexts[key]
 
 
-def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def fragmented_table(rank: int, num_ranks: int, num_ranges: int, rows: int, seed: int = 0) -> ExchangeTable:
     """Everybody sends ranges of ``rows`` rows to everybody, itself included, which end up in mixed order."""
     order = np.random.default_rng(seed).permutation(num_ranges * num_ranks) * rows
@@ -72,14 +68,14 @@ def fragmented_table(rank: int, num_ranks: int, num_ranges: int, rows: int, seed
 
 def compare_casts(rank: int, world_size: int, transport: str | None, seed: int) -> None:
     needs = RandomNeeds(seed, world_size, 0.5, max_rows=200)
-    native, reference = context(transport), AllToAllCollectives(dist.group.WORLD)
+    native, reference = context(transport), Reference()
     for table in (needs.table(rank), fragmented_table(rank, world_size, 37, 3, seed)):
         for specs in FORMATS:
             mine = [
                 random_tensor(97 * rank + i, (table.num_source, *shape), dtype).to(device())
                 for i, (shape, dtype) in enumerate(specs)
             ]
-            expected = reference.cast(mine, table).wait()
+            expected = reference.cast(mine, table)
             for lend in (False, True):
                 work = native.cast(mine, table, lend=lend)
                 for got, wanted in zip(work.wait(), expected, strict=True):
@@ -102,7 +98,7 @@ def test_casts_have_the_bits_of_all_to_all(pool, transport):
 
 def compare_reduces(rank: int, world_size: int, seed: int) -> None:
     needs = RandomNeeds(seed, world_size, 0.7, max_rows=200)
-    reference = AllToAllCollectives(dist.group.WORLD)
+    reference = Reference()
     for table in (needs.table(rank), fragmented_table(rank, world_size, 37, 3, seed)):
         for partial_dtype, dtype in REDUCED:
             for shape in ((8, 128), (5, 3)):
@@ -112,7 +108,7 @@ def compare_reduces(rank: int, world_size: int, seed: int) -> None:
                 old = [random_tensor(9 * rank + i, (table.num_source, *shape), dtype).to(device()) for i in range(2)]
                 for op in ("sum", "avg"):
                     expected = [x.clone() for x in old]
-                    reference.reduce(partials, table, expected, op).wait()
+                    reference.reduce(partials, table, expected, op)
                     for transport in TRANSPORTS:
                         got = [x.clone() for x in old]
                         context(transport).reduce(partials, table, got, op).wait()
@@ -129,7 +125,7 @@ def test_reduces_have_the_bits_of_all_to_all(pool):
 def compare_merges(rank: int, world_size: int, seed: int) -> None:
     needs = RandomNeeds(seed, world_size, 0.7, max_rows=100)
     table = needs.table(rank)
-    reference = AllToAllCollectives(dist.group.WORLD)
+    reference = Reference()
 
     def lse_of(number: int, rows: int) -> torch.Tensor:
         lse = random_tensor(number, (rows, 4), torch.float32).to(device()) * 5
@@ -144,11 +140,10 @@ def compare_merges(rank: int, world_size: int, seed: int) -> None:
                 random_tensor(rank + 7, (table.num_source, 4, dim), dtype).to(device()),
                 lse_of(rank + 90, table.num_source),
             )
-            results = []
-            for collectives in (reference, *map(context, TRANSPORTS)):
-                out, lse = old.clone(), old_lse.clone()
-                collectives.reduce([partial], table, [out], "lse", partial_lse, lse).wait()
-                results.append((out, lse))
+            results = [(old.clone(), old_lse.clone()) for _ in range(1 + len(TRANSPORTS))]
+            reference.reduce([partial], table, [results[0][0]], "lse", partial_lse, results[0][1])
+            for (out, lse), native in zip(results[1:], map(context, TRANSPORTS), strict=True):
+                native.reduce([partial], table, [out], "lse", partial_lse, lse).wait()
             (wanted, wanted_lse), (first, first_lse), *others = results
             torch.testing.assert_close(first, wanted)
             torch.testing.assert_close(first_lse, wanted_lse)
@@ -202,7 +197,7 @@ def test_a_thousand_epochs_under_random_delays(pool, transport):
 def interleave_contexts(rank: int, world_size: int) -> None:
     table = fragmented_table(rank, world_size, 23, 5)
     sources = [random_tensor(rank + 10 * i, (table.num_source, 64), torch.bfloat16).to(device()) for i in range(2)]
-    expected = [AllToAllCollectives(dist.group.WORLD).cast([x], table).wait()[0] for x in sources]
+    expected = [Reference().cast([x], table)[0] for x in sources]
     natives = [context("copy_engine", 0), context("push", 1)]
     for _ in range(50):
         works = [native.cast([x], table, lend=True) for native, x in zip(natives, sources, strict=True)]
@@ -284,7 +279,7 @@ def use_the_entry_point(rank: int, world_size: int) -> None:
     (received,) = first.cast([rows], table).wait()
     into, expected = torch.zeros_like(rows), torch.zeros_like(rows)
     second.reduce([received], table, [into]).wait()  # no kernel for float64
-    AllToAllCollectives(dist.group.WORLD).reduce([received], table, [expected]).wait()
+    Reference().reduce([received], table, [expected])
     assert torch.equal(into, expected)
 
 

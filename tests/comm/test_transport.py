@@ -10,7 +10,7 @@ from magi_attention.comm import GroupCollectives
 from magi_attention.comm.registry import make_collectives
 from magi_attention.config import DistAttnConfig, RuntimeConfig
 from magi_comm_grpcoll import ContextOptions, NativeCollectives
-from magi_comm_grpcoll.capability import reason_against
+from magi_comm_grpcoll.capability import SHARING, agree, reason_against
 from magi_comm_grpcoll.kernels import missing_kernels
 from tests.distributed.exchanges import RandomNeeds, random_tensor, two_hop
 
@@ -50,6 +50,21 @@ def test_missing_kernels_name_the_fix(monkeypatch, tmp_path) -> None:
     assert "without its CUDA kernels" in missing_kernels()
     assert "with nvcc on PATH" in missing_kernels()
     assert "it needs CUDA GPUs, not cpu" in reason_against(torch.device("cpu"))
+
+
+class Mirror:
+    """Every rank of the group answers as this one does."""
+
+    def exchange(self, message: bytes) -> list[bytes]:
+        return [message] * 2
+
+
+def test_ranks_share_a_gpu_only_when_told_to(monkeypatch) -> None:
+    monkeypatch.setattr("magi_comm_grpcoll.capability.reason_against", lambda device: "")
+    monkeypatch.delenv(SHARING, raising=False)
+    assert f"several of its ranks share one GPU (for tests, set {SHARING}=1" in agree(Mirror(), torch.device("cpu"))
+    monkeypatch.setenv(SHARING, "1")
+    assert not agree(Mirror(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

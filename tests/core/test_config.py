@@ -261,8 +261,8 @@ def test_resolving_without_any_variable():
         backward_high_precision_reduce=False,
         keep_received=True,
         sink_grad_reduce="none",
-        forward_sm_margin=4,
-        backward_sm_margin=4,
+        forward_sm_margin=None,
+        backward_sm_margin=None,
         flatten_head_groups=False,
         auto_range_merge=False,
         check_plan=True,
@@ -312,9 +312,9 @@ def test_a_contradiction_with_the_environment_raises_when_resolved(monkeypatch):
         config.resolved()
 
 
-def test_native_collectives_need_no_margin(monkeypatch):
+def test_margins_are_left_open_unless_somebody_chose_them(monkeypatch):
     resolved = RuntimeConfig(native_grpcoll=True).resolved()
-    assert (resolved.forward_sm_margin, resolved.backward_sm_margin) == (0, 0)
+    assert (resolved.forward_sm_margin, resolved.backward_sm_margin) == (None, None)
     monkeypatch.setenv("MAGI_ATTENTION_FFA_FORWARD_SM_MARGIN", "3")
     resolved = RuntimeConfig(native_grpcoll=True, backward_sm_margin=5).resolved()
     assert (resolved.forward_sm_margin, resolved.backward_sm_margin) == (3, 5)

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging in place and adding up over peers: the GPU kernels do what plain PyTorch does, step by step."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -99,17 +103,50 @@ def test_columns_share_rows_and_are_aligned():
     assert all((column == number + 1).all() for number, column in enumerate(columns))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [slice(2, 6), torch.tensor([5, 0, 3])], ids=["run", "index"])
-@pytest.mark.parametrize("shape", [(4, 6), (3, 5), (), (2, 0)], ids=str)
-def test_packing_takes_strided_rows(rows, shape):
+@pytest.mark.parametrize("shape", [(4, 6), (3, 5), (), (2, 0), (300, 8)], ids=str)
+def test_packing_takes_strided_rows(device, rows, shape):
     generator = torch.Generator().manual_seed(0)
-    whole = torch.randn(7, 2, *shape, generator=generator)
-    tensors = [whole[:, 1], torch.arange(7)]  # rows of the first lie apart
+    whole = torch.randn(7, 2, *shape, generator=generator).to(device)
+    tensors = [whole[:, 1], torch.arange(7, device=device)]  # rows of the first lie apart
     layout = lay_out(row_formats(tensors))
-    buffer = pack(tensors, rows, len(torch.arange(7)[rows]), layout)
-    targets = [torch.zeros(7, *shape), torch.zeros(7, dtype=torch.int64)]
+    if not isinstance(rows, slice):
+        rows = rows.to(device)
+    buffer = pack(tensors, rows, len(tensors[1][rows]), layout)
+    targets = [torch.zeros(7, *shape, device=device), torch.zeros(7, dtype=torch.int64, device=device)]
     deliver(buffer, rows, layout, targets)
     for number, (source, target) in enumerate(zip(tensors, targets, strict=True)):
         assert torch.equal(layout.column(buffer, number), source[rows])
         assert torch.equal(target[rows], source[rows])
         assert target.count_nonzero() <= source[rows].numel()
+
+
+INTERPRETED = """
+import torch
+from magi_attention.comm.packing import lay_out, row_formats
+from magi_attention.comm.triton_rows import launch_move_rows
+from magi_attention.comm.words import words_of
+
+generator = torch.Generator().manual_seed(0)
+wide = torch.randn(23, 3, 520, generator=generator)
+tensors = [torch.randn(23, 2, 8, generator=generator).bfloat16(), wide[:, 1]]
+for some in (tensors, tensors[:1]):
+    layout = lay_out(row_formats(some))
+    for rows in (torch.tensor([3, 5, 19, 0, 1, 2, 22]), slice(5, 12)):
+        buffer = torch.zeros(7, layout.num_words, dtype=torch.int64)
+        launch_move_rows(layout.word_rows(buffer), [words_of(x) for x in some], rows, 7, scatter=False)
+        targets = [torch.zeros_like(x) for x in some]
+        launch_move_rows([words_of(x) for x in targets], layout.word_rows(buffer), rows, 7, scatter=True)
+        for number, (x, target) in enumerate(zip(some, targets)):
+            assert torch.equal(layout.column(buffer, number), x[rows]), number
+            assert torch.equal(target[rows], x[rows]), number
+            assert target.count_nonzero() <= x[rows].numel()
+"""
+
+
+def test_the_kernel_that_moves_rows_in_triton_s_interpreter():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -427,8 +427,8 @@ def test_degree_auto_is_chosen():
 
 
 def test_it_says_where_the_chunks_are_left_to_the_heap():
-    flags = ("--mask", "varlen_full", "--tokens", 1 << 20, "--ranks", 64)
+    flags = ("--mask", "varlen_full", "--tokens", 1 << 20, "--ranks", 256)
     assert not figures_of(*flags)["plan"]["left_to_heap"]
     assert "leaves them to" not in run(*flags)
-    assert figures_of(*flags, "--chunk-size", 2048)["plan"]["left_to_heap"]
-    assert "leaves them to the greedy heap" in " ".join(run(*flags, "--chunk-size", 2048).split())
+    assert figures_of(*flags, "--chunk-size", 1024)["plan"]["left_to_heap"]
+    assert "leaves them to the greedy heap" in " ".join(run(*flags, "--chunk-size", 1024).split())

@@ -21,7 +21,7 @@ from magi_attention.runtime.regular import MOST_RUNS, regular_runs
 from magi_attention.runtime.schedule import Costs, Pass, Schedule, Step, make_schedule
 from tests.core.test_plan import cast, dense_count, layouts, two_hop_cast
 
-REST = {"pair": 1.0, "summed_row": 0.0, "call": 0.0, "least_work": 0.0}
+REST = {"pair": 1.0, "summed_row": 0.0, "call": 0.0, "cut": 1e9, "least_work": 0.0}
 COSTS = {
     "together": Costs(fetched_row=0.0, exchange=0.0, merged_row=1.0, **REST),
     "apart": Costs(fetched_row=1e9, exchange=1e9, merged_row=0.0, **REST),
@@ -113,7 +113,7 @@ def test_every_pair_once(name, case, degree, per_node):
     plans = build_plans(slices, layout, range(num_ranks), options, mesh_shape=mesh_shape)
     schedules = [make_schedule(plan, COSTS[name]) for plan in plans]
     own = [np.concatenate([np.arange(a, b) for a, b, _ in layout.runs_of(r).tolist()]) for r in range(num_ranks)]
-    count = np.zeros((layout.total, layout.total), int)
+    counts = [np.zeros((layout.total, layout.total), int) for _ in range(2)]
     numbers = sorted({step.number for each in schedules for step in each.forward.steps if step.exchange is not None})
     buffers = {}
     for number in numbers:
@@ -125,15 +125,17 @@ def test_every_pair_once(name, case, degree, per_node):
             check_pass(of, len(own[rank]), len(own[rank]))
             exchanges = [step.number for step in of.steps if step.exchange is not None]
             assert exchanges == numbers
-            kept = [call.slices for step in of.steps for call in step.calls]
-            assert sorted(map(id, kept)) == sorted(id(call.slices) for call in each.calls)
-        for step in each.forward.steps:
-            keys = own[rank] if step.exchange is None else buffers[step.number][rank]
-            for call in step.calls:
-                rows, columns = own[rank][call.queries], keys[call.keys]
-                part = dense_count(call.slices, len(rows), len(columns))
-                count[np.ix_(rows, columns)] += part
-    assert np.array_equal(count, dense_count(slices, layout.total, layout.total))
+        kept = [call.slices for step in each.backward.steps for call in step.calls]
+        assert sorted(map(id, kept)) == sorted(id(call.slices) for call in each.calls)
+        for count, of in zip(counts, (each.forward, each.backward_with_rows), strict=True):
+            for step in of.steps:
+                keys = own[rank] if step.exchange is None else buffers[step.number][rank]
+                for call in step.calls:
+                    rows, columns = own[rank][call.queries], keys[call.keys]
+                    part = dense_count(call.slices, len(rows), len(columns))
+                    count[np.ix_(rows, columns)] += part
+    for count in counts:
+        assert np.array_equal(count, dense_count(slices, layout.total, layout.total))
 
 
 def two_ranks(slices: SliceTable, tokens: int, costs: Costs) -> list[Schedule]:
@@ -162,6 +164,18 @@ def test_few_queries_hide_the_travel_where_all_need_what_comes():
         assert second.own_places is not None
         assert [call.queries for call in second.calls if call.queries_known] == [window.queries]
         assert all(call.slices.rows[:, 4].tolist() == [0] for call in schedule.calls)
+
+
+def test_with_all_rows_at_hand_one_kernel_does_backward_what_two_do_forward():
+    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True)
+    for tokens, num_kernels in ((1 << 14, 1), (1 << 16, 2)):
+        rank0, _ = two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, costs)
+        first, second = rank0.forward.steps
+        assert len(first.calls) == len(second.calls) == 1
+        assert second.own_places is not None
+        of = rank0.backward_with_rows
+        assert sum(len(step.calls) for step in of.steps) == num_kernels
+        assert sum(step.exchange is not None for step in of.steps) == 1
 
 
 def test_slow_links_are_hidden_behind_all_own_rows():

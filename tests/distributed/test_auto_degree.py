@@ -235,7 +235,10 @@ def test_answers_and_gradients_are_right(pool, cp, rates):
     case = Case(157, slices, min(cp, pool.world_size), config=config_of(precision="fp64"), num_sinks=1)
     answer, num_stages = pool.run(attend_with, case, rates)[0]
     assert_right(case, answer)
-    assert num_stages == 1 if case.cp == 1 or rates is SLOW_LAUNCHES else num_stages > 2
+    if case.cp == 1:
+        assert num_stages == 1
+    else:
+        assert num_stages == 2 if rates is SLOW_LAUNCHES else num_stages > 2
 
 
 @pytest.mark.parametrize("rates", [SLOW_LINKS, SLOW_LAUNCHES], ids=["slow-links", "slow-launches"])
@@ -245,7 +248,7 @@ def test_queries_and_keys_of_two_sequences(pool, rates):
     case = Case(131, slices, pool.world_size, config=config, total_k=257, num_sinks=1)
     answer, num_stages = pool.run(attend_with, case, rates)[0]
     assert_right(case, answer)
-    assert num_stages == 1 if rates is SLOW_LAUNCHES else num_stages > 2
+    assert num_stages == 2 if rates is SLOW_LAUNCHES else num_stages > 2
 
 
 def test_two_hops(pool):

@@ -4,9 +4,9 @@
 
 #include "backward/traits.cuh"
 
-template <int HeadDim>
+template <int HeadDim, int TileM>
 void print() {
-    using Traits = magi::backward::Traits<HeadDim, short, false, 64, 2>;
+    using Traits = magi::backward::Traits<HeadDim, short, false, TileM, 2>;
     for (int part = 0; part < Traits::kDqParts; part++) {
         for (int thread = 0; thread < 128; thread++) {
             for (int i = 0; i < Traits::kDqRegisters * Traits::kDqPasses; i++) {
@@ -18,9 +18,9 @@ void print() {
 }
 
 int main() {
-    print<64>();
-    print<96>();
-    print<128>();
-    print<192>();
-    print<256>();
+    print<64, 64>();
+    print<96, 64>();
+    print<128, 80>();
+    print<192, 64>();
+    print<256, 64>();
 }

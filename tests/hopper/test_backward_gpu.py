@@ -17,6 +17,7 @@ from magi_attention.testing.metric import assert_within_pytorch_error
 from magi_attention.testing.oracle import dense_mask, masked_attention
 from magi_attention.testing.stages import Inputs, random_inputs
 from magi_kernels_hopper import BACKEND
+from magi_kernels_hopper.backward_order import WorkSizes, order_work
 from magi_kernels_hopper.variants import BACKWARD_SIZES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
@@ -98,6 +99,19 @@ def test_nothing_to_do():
     assert not any(each.any() for each in got)
     got = BACKEND.backward(x.q[:0], x.q[:0], x.k, x.v, zeros[:0], lse[:0], None, AttentionCall(SliceTable([]), 1.0))
     assert not any(each.any() for each in got)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("rows", [[[0, 777, 0, 777, 1]], IRREGULAR], ids=["causal", "irregular"])
+def test_heads_of_several_items(rows, dim, deterministic):
+    """The gradients of keys of one head are the sum of several items'."""
+    slices = SliceTable(rows)
+    sizes = BACKWARD_SIZES[dim]
+    blocks = torch.cuda.get_device_properties(0).multi_processor_count
+    work = order_work(slices.bands(), 777, 777, WorkSizes(sizes.tile_m, sizes.tile_n, 2, 8, blocks))
+    assert work.split > 1
+    check(inputs(777, dim=dim, heads=(16, 2)), slices, deterministic=deterministic)
 
 
 @settings(max_examples=200, deadline=None)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from magi_attention.common.slices import SliceTable
 from magi_attention.testing.masks import rectangular_masks
 from magi_attention.testing.oracle import dense_mask
-from magi_kernels_hopper.backward_plan import column_tables, ranks
+from magi_kernels_hopper.backward_order import WorkSizes, clusters
+from magi_kernels_hopper.backward_plan import adders, column_tables, mark_first, ranks
 from magi_kernels_hopper.plan import FULL
 from magi_kernels_hopper.tables import device_column_tables
 from tests.hopper.backward_walk import pair_counts, walk
@@ -23,7 +24,9 @@ def test_every_pair_counts_once(mask, tile_q, tile_k):
     tables = column_tables(slices.bands(), num_q, num_k, tile_q, tile_k)
     counts = pair_counts(tables, num_q, num_k, tile_q, tile_k)
     np.testing.assert_array_equal(counts, dense_mask(slices, num_q, num_k).numpy())
-    assert sorted(tables.order.tolist()) == list(range(-(-num_k // tile_k)))
+    tiles_q = -(-num_q // tile_q)
+    met = [step.tile for tile in range(len(tables.tiles)) for step in walk(tables, tile, num_k, tile_q, tile_k)]
+    np.testing.assert_array_equal(adders(tables, tiles_q), np.bincount(met, minlength=tiles_q))
 
 
 @settings(max_examples=100, deadline=None)
@@ -31,14 +34,35 @@ def test_every_pair_counts_once(mask, tile_q, tile_k):
 def test_ranks_count_up_in_the_order_of_work(mask, tile_q, tile_k):
     (num_q, num_k), slices = mask
     tables = column_tables(slices.bands(), num_q, num_k, tile_q, tile_k)
-    table = ranks(tables).tolist()
+    order = clusters(tables)
+    table = ranks(tables, order).tolist()
     reached = dict.fromkeys(range(-(-num_q // tile_q)), 0)
-    for tile in tables.order.tolist():
+    for tile in order.tolist():
         steps = list(walk(tables, tile, num_k, tile_q, tile_k))
         for left, step in zip(range(len(steps), 0, -1), steps, strict=True):
             assert table[tables.tiles[tile, 3] + left - 1] == reached[step.tile]
             reached[step.tile] += 1
     assert len(table) == sum(reached.values())
+
+
+@settings(max_examples=200, deadline=None)
+@given(rectangular_masks(150), st.sampled_from([1, 4, 10, 24]), st.sampled_from([8, 16]), st.randoms())
+def test_first_to_meet(mask, tile_q, tile_k, random):
+    """Cut where that changes, runs are the same otherwise."""
+    (num_q, num_k), slices = mask
+    tables = column_tables(slices.bands(), num_q, num_k, tile_q, tile_k)
+    order = np.array(random.sample(range(len(tables.tiles)), len(tables.tiles)))
+    marked = mark_first(tables, order)
+    met = set()
+    for tile in order.tolist():
+        first_run, num_runs, *_ = marked.tiles[tile].tolist()
+        for first, end, piece, _ in marked.runs[first_run : first_run + num_runs].tolist():
+            queries = set(range(first, end))
+            assert queries.isdisjoint(met) if piece < 0 else queries <= met
+        met.update(step.tile for step in walk(marked, tile, num_k, tile_q, tile_k))
+        before, after = (list(walk(each, tile, num_k, tile_q, tile_k)) for each in (tables, marked))
+        assert [(step.tile, step.masked) for step in before] == [(step.tile, step.masked) for step in after]
+        assert all((a.kept == b.kept).all() for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +99,7 @@ def test_long_runs_stay_short_tables():
 
 def test_masks_too_large_for_an_order_are_refused():
     slices = SliceTable([[0, 1 << 22, 0, 1 << 22, 0]])
-    sizes = (1 << 22, 1 << 22, 32, 128, torch.device("cpu"))
+    sizes = (1 << 22, 1 << 22, WorkSizes(64, 128, 8, 2, 132), torch.device("cpu"))
     with pytest.raises(RuntimeError, match="for each of 4294967296 pairs of tiles"):
         device_column_tables(slices, *sizes, ordered=True)
     assert device_column_tables(slices, *sizes, ordered=False).ranks is None

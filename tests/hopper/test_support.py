@@ -13,14 +13,12 @@ import torch
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, KernelBackend
 from magi_attention.kernels.registry import choose_backend, installed_backends
-from magi_kernels_hopper import BACKEND, backward, backward_params, driver, index
+from magi_kernels_hopper import BACKEND, backward_params, driver, index
 from magi_kernels_hopper.forward import Params, geometry
-from magi_kernels_hopper.launching import StreamsOfTables
 from magi_kernels_hopper.variants import (
     BACKWARD_SIZES,
     FORWARD_SIZES,
     HEAD_DIMS,
-    BackwardVariant,
     ForwardVariant,
     all_variants,
 )
@@ -82,18 +80,6 @@ def test_a_driver_that_cannot_load_kernels_is_named(monkeypatch):
         driver.Kernel(Path("some.cubin"), "entry", 0, 128, 0)
 
 
-def test_tables_outlive_launches_on_every_stream(monkeypatch):
-    recorded = []
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda table, stream: recorded.append((table, stream)))
-    first, second = SimpleNamespace(cuda_stream=0), SimpleNamespace(cuda_stream=7)
-    table = torch.zeros(1)
-    streams = StreamsOfTables((table, None, True))
-    for stream in (first, second, first, second):
-        streams.add(stream)
-    assert [each[1] for each in recorded] == [first, second]
-    assert all(each[0] is table for each in recorded)
-
-
 def test_parameters_have_the_size_that_the_kernel_asserts():
     assert ctypes.sizeof(Params) == 640
     assert Params.results.offset == 3 * 128
@@ -133,14 +119,6 @@ def test_heads_share_tiles(heads, pack, tile_q, num_packs):
     assert (cut.pack, cut.tile_q, cut.num_packs) == (pack, tile_q, num_packs)
     assert cut.packs_per_kv_head * heads[1] == num_packs
     assert cut.packs_per_section == cut.packs_per_kv_head
-
-
-@pytest.mark.parametrize(
-    ("heads", "expected"),
-    [((8, 8), (1, 64, 16, 128)), ((64, 8), (2, 32, 32, 1024)), ((6, 2), (1, 64, 16, 96)), ((12, 2), (2, 32, 32, 192))],
-)
-def test_heads_share_tiles_of_the_backward_pass(heads, expected):
-    assert backward.geometry(BackwardVariant(128, "bf16"), 1000, *heads) == expected
 
 
 def test_expected_speed():

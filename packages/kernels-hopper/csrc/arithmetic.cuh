@@ -40,6 +40,20 @@ __device__ __forceinline__ float2 unpack(uint32_t word, __half) {
     return __half22float2(reinterpret_cast<__half2 const&>(word));
 }
 
+// The same, at this place of the program: until then the word takes one register, not two.
+__device__ __forceinline__ float2 unpack_here(uint32_t word, __nv_bfloat16) {
+    float2 pair;
+    asm volatile("shl.b32 %0, %2, 16;\nand.b32 %1, %2, 0xFFFF0000;" : "=f"(pair.x), "=f"(pair.y) : "r"(word));
+    return pair;
+}
+__device__ __forceinline__ float2 unpack_here(uint32_t word, __half) {
+    float2 pair;
+    asm volatile("{\n.reg .f16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}"
+                 : "=f"(pair.x), "=f"(pair.y)
+                 : "r"(word));
+    return pair;
+}
+
 // Accumulators of a product to fragments of the left operand of the next one, 16 columns in each.
 template <typename Element, int Count>
 __device__ __forceinline__ void to_fragments(float const (&values)[Count], uint32_t (&fragments)[Count / 8][4]) {

@@ -2,6 +2,7 @@
 """Whether the GPUs of a group can exchange natively, as all its ranks agree."""
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import torch
 
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.kernels import LEAST_CAPABILITY, missing_kernels
+
+# PyTorch's own setting, for tests: with 1, symmetric memory lets ranks share a GPU.
+SHARING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 
 # A driver attribute: streams can wait for and write 64-bit words.
 _MEMORY_OPERATIONS = 122
@@ -46,25 +50,24 @@ def _driver_reason(device: torch.device) -> str:
 
 def agree(handshake: Handshake, device: torch.device) -> str:
     """Compare what the ranks' machines can do; returns why the group can't exchange natively, the same on all ranks."""
-    mine = {"reason": reason_against(device), "host": _host(), "device": None}
+    shares = os.environ.get(SHARING) == "1"
+    mine = {"reason": reason_against(device), "host": host(), "device": None, "shares": shares}
     if device.type == "cuda":
         mine["device"] = str(torch.cuda.get_device_properties(device).uuid)
     ranks = [json.loads(answer) for answer in handshake.exchange(json.dumps(mine).encode())]
     for rank, answer in enumerate(ranks):
         if answer["reason"]:
             return f"on rank {rank} {answer['reason']}"
-    if len({answer["host"] for answer in ranks}) > 1:
-        return (
-            f"its ranks are on {len({answer['host'] for answer in ranks})} hosts, and between hosts there is none yet"
-        )
-    if len({answer["device"] for answer in ranks}) < len(ranks):
-        return "several of its ranks share one GPU"
+    if (num_hosts := len({answer["host"] for answer in ranks})) > 1:
+        return f"its ranks are on {num_hosts} hosts, and a context is for one"
+    if len({answer["device"] for answer in ranks}) < len(ranks) and not all(answer["shares"] for answer in ranks):
+        return f"several of its ranks share one GPU (for tests, set {SHARING}=1 on all ranks)"
     out_of_reach = _out_of_reach(device, [answer["device"] for answer in ranks])
     answers = [answer.decode() for answer in handshake.exchange(out_of_reach.encode())]
     return next((answer for answer in answers if answer), "")
 
 
-def _host() -> str:
+def host() -> str:
     """Tells machines apart; containers of one machine are not."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 

@@ -16,21 +16,24 @@ from magi_attention.comm.protocol import ReduceOp, Work
 from magi_attention.comm.routes import Rows
 from magi_attention.kernels.protocol import Support
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
-from magi_comm_grpcoll.capability import reason_against
+from magi_comm_grpcoll.capability import host, reason_against
 from magi_comm_grpcoll.combine import formats_combine
-from magi_comm_grpcoll.context import GroupContext, NotNativeError
+from magi_comm_grpcoll.context import GroupContext, NotNativeError, group_timeout_s
+from magi_comm_grpcoll.handshake import Handshake
+from magi_comm_grpcoll.nodes import RelayedCollectives, ranks_per_node, subgroups
 
 logger = logging.getLogger(__name__)
 
-# One context for each process group, since its memory and its flags are the group's.
-_contexts: dict[str, tuple[GroupHandle, GroupContext | None]] = {}
+# One for each process group, since a context's memory and flags are the group's.
+_contexts: dict[str, tuple[GroupHandle, GroupContext | RelayedCollectives | None]] = {}
 
 
 class NativeCollectives:
     """Group cast and group reduce of a process group over direct connections between GPUs.
 
-    All objects of one group share its context. Where the group's GPUs can't exchange natively, all ranks go by
-    all-to-all, and the first one logs why.
+    All objects of one group share its context. A group over several hosts has one on each of them, and rows cross to
+    each host once, by all-to-all. Where the GPUs of a host can't exchange natively, all its ranks go by all-to-all, and
+    the first one logs why.
 
     Args:
         group: the process group; None for this process alone.
@@ -41,6 +44,11 @@ class NativeCollectives:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.fallback = AllToAllCollectives(group)
         self.context = None if group is None or group_size(group) == 1 else context_of(group)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group."""
+        return self.fallback.group
 
     @classmethod
     def supports(cls, device: torch.device) -> Support:
@@ -76,24 +84,48 @@ class NativeCollectives:
         """
         arguments: tuple[Any, ...] = (partials, table, into, op, partial_lse, into_lse)
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
-        if self.context is None or not formats_combine(row_formats(sent), [*into], op):
+        if self.context is None:
+            return self.fallback.reduce(*arguments)
+        if isinstance(self.context, GroupContext) and not formats_combine(row_formats(sent), [*into], op):
             return self.fallback.reduce(*arguments)
         return self.context.reduce(partials, _one_hop(table), into, op, partial_lse, into_lse)
 
 
-def context_of(group: dist.ProcessGroup) -> GroupContext | None:
-    """The context of a process group, made by the first call, a collective; None where there can't be one."""
+def context_of(group: dist.ProcessGroup) -> GroupContext | RelayedCollectives | None:
+    """What all objects of a group share, made by the first call, a collective; None where there can't be one."""
     known = _contexts.get(group.group_name)
     if known is not None and known[0].group is group:
         return known[1]
-    try:
-        context = GroupContext(group)
-    except NotNativeError as error:
-        context = None
-        if group_rank(group) == 0:
-            logger.warning("the native group collectives are replaced by all-to-all: %s", error)
+    context = _make_context(group)
     _contexts[group.group_name] = GroupHandle(group), context
     return context
+
+
+def _make_context(group: dist.ProcessGroup) -> GroupContext | RelayedCollectives | None:
+    rank, device = group_rank(group), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    timeout_s = group_timeout_s(group, device)
+    handshake = Handshake(group, timeout_s)
+    hosts = [answer.decode() for answer in handshake.exchange(host().encode())]
+    per_node, reason = ranks_per_node(hosts), "its ranks are not numbered host by host, with equally many on each"
+    if 1 < per_node < len(hosts):
+        return relayed_over(group, per_node, timeout_s)
+    if per_node == 1:
+        reason = "each of its ranks is on another host"
+    elif per_node:
+        try:
+            return GroupContext(group)
+        except NotNativeError as error:
+            reason = str(error)
+    if rank == 0:
+        logger.warning("the native group collectives are replaced by all-to-all: %s", reason)
+    return None
+
+
+def relayed_over(group: dist.ProcessGroup, per_node: int, timeout_s: float) -> RelayedCollectives:
+    """Collectives over nodes of so many ranks of a group each. All its ranks must call it."""
+    inter, intra = subgroups(group, per_node, timeout_s)
+    hops = AllToAllCollectives(inter), NativeCollectives(intra)
+    return RelayedCollectives(Handshake(inter, timeout_s), group_rank(group), *hops, per_node)
 
 
 def _one_hop(table: ExchangeTable | TwoHopExchange) -> ExchangeTable:

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Combining what a group reduce brought into the slots, by one kernel per tensor, in ascending order of the ranks."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from magi_attention.comm.packing import RowFormat
-from magi_attention.comm.routes import Routes
 from magi_comm_grpcoll import kernels
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _THREADS = 256
+
+# Rows, offsets and places, as magi_attention.comm.routes.Routes.segments describes them.
+Segments = tuple[Tensor, Tensor, Tensor]
 
 
 def can_combine(partial: torch.dtype, into: torch.dtype) -> bool:
@@ -20,17 +21,17 @@ def can_combine(partial: torch.dtype, into: torch.dtype) -> bool:
     return known and (partial == into or torch.float32 in (partial, into))
 
 
-def add_slots(stream: "torch.cuda.Stream", into: Tensor, slots: Tensor, routes: Routes, average: bool) -> None:
+def add_slots(stream: "torch.cuda.Stream", into: Tensor, slots: Tensor, segments: Segments, average: bool) -> None:
     """Add the slots' rows to the rows of ``into`` that they belong to.
 
     Args:
         stream: where it is launched.
         into: ``[num_source, ...]``, contiguous, changed in place and rounded once.
         slots: ``[num_sent, ...]``.
-        routes: of the exchange.
+        segments: which rows of the slots belong to which of ``into``.
         average: divide by the number of terms, the old value of ``into`` counting as one.
     """
-    _launch(stream, "add", into, slots, routes, into.shape[1:].numel(), [into, slots], [int(average)])
+    _launch(stream, "add", into, slots, segments, into.shape[1:].numel(), [into, slots], [int(average)])
 
 
 def merge_slots(
@@ -40,7 +41,7 @@ def merge_slots(
     old_lse: Tensor,
     slots: Tensor,
     slots_lse: Tensor,
-    routes: Routes,
+    segments: Segments,
 ) -> None:
     """Merge the slots' partial outputs by log-sum-exp.
 
@@ -51,11 +52,11 @@ def merge_slots(
         old_lse: a copy of ``into_lse``.
         slots: ``[num_sent, heads, dim]``.
         slots_lse: ``[num_sent, heads]`` float32.
-        routes: of the exchange.
+        segments: which rows of the slots belong to which of ``into``.
     """
     heads, dim = into.shape[1:]
     tensors = [into, into_lse, old_lse, slots, slots_lse]
-    _launch(stream, "merge", into, slots, routes, dim, tensors, [dim], of_row=heads)
+    _launch(stream, "merge", into, slots, segments, dim, tensors, [dim], of_row=heads)
 
 
 def _launch(
@@ -63,14 +64,14 @@ def _launch(
     what: str,
     into: Tensor,
     slots: Tensor,
-    routes: Routes,
+    segments: Segments,
     run: int,
     tensors: list[Tensor],
     last: list[int],
     of_row: int | None = None,
 ) -> None:
     """Launch a kernel of reduce.cu; ``run`` is how many elements vectors must divide."""
-    rows, offsets, places = routes.segments
+    rows, offsets, places = segments
     columns = into.shape[1:].numel()
     if not len(rows) or not columns:
         return
@@ -82,16 +83,19 @@ def _launch(
     while across < min(-(-columns // width), _THREADS):
         across *= 2
     block = across, _THREADS // across
-    index = into.device.index
-    kernels.launch(
+    kernel = f"{what}_{_NAMES[slots.dtype]}_{_NAMES[into.dtype]}_{width}"
+    kernels.Launch(
         stream,
-        kernels.launch_config(-(-len(rows) // block[1]), block),
-        kernels.kernel("reduce", f"{what}_{_NAMES[slots.dtype]}_{_NAMES[into.dtype]}_{width}", index),
-        *(tensor.data_ptr() for tensor in (*tensors, rows, offsets, places)),
-        np.int32(len(rows)),
-        np.int32(columns if of_row is None else of_row),
-        *map(np.int32, last),
-    )
+        kernels.kernel("reduce", kernel, into.device.index),
+        -(-len(rows) // block[1]),
+        block,
+        [
+            *(tensor.data_ptr() for tensor in (*tensors, rows, offsets, places)),
+            len(rows),
+            columns if of_row is None else of_row,
+            *last,
+        ],
+    )()
 
 
 def formats_combine(partials: tuple[RowFormat, ...], into: list[Tensor], op: str) -> bool:

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import count
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from magi_attention.comm.alltoall import check_out, check_reduce
 from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
 from magi_attention.comm.packing import RowFormat, put_rows, row_formats
 from magi_attention.comm.protocol import ReduceOp
-from magi_attention.comm.routes import Rows, routes_of
+from magi_attention.comm.routes import Rows
+from magi_attention.comm.streams import current_stream
 from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.capability import agree
@@ -96,6 +97,7 @@ class GroupContext:
         let_go_at_exit(self, "group")
         index = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.device = torch.device("cpu") if index is None else torch.device("cuda", index)
+        self._index = index or 0
         timeout_s = self.options.timeout_s or group_timeout_s(group, self.device)
         self._handshake = Handshake(group, timeout_s)
         if reason := agree(self._handshake, self.device):
@@ -105,10 +107,12 @@ class GroupContext:
         self._streams = _Streams(self.device)
         self._make_rings()
         rings = [Watched(name, progress) for name, progress in zip(LANES, self._progress.numpy(), strict=True)]
-        self._watchdog = Watchdog(rings, weakref.WeakMethod(self._give_up), timeout_s)
+        self._watchdog = Watchdog(rings, weakref.ref(self), timeout_s)
         self._timeout_s = timeout_s
+        weakref.finalize(self, _let_streams_end, self._streams.all, (self._lanes, self._progress)).atexit = False
 
     def _make_rings(self) -> None:
+        _drop_outlived()
         num_rings, num_slots = len(LANES), self.options.num_slots
         num_bytes = num_rings * Words.num_bytes(self.num_ranks)
         self._control = SharedMemory(num_bytes, self.device, self.group, self._handshake)
@@ -134,19 +138,24 @@ class GroupContext:
     ) -> NativeWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         self._check_call()
-        _check_rows("tensors", tensors, table.num_source, self.device)
         if out is not None:
             check_out(out, tensors, table.num_received)
-        lane, rounds = self._lanes[CAST], self._prepare(CAST, table, row_formats(tensors))
-        caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
+
+        def prepare() -> list[Round]:
+            _check_rows("tensors", tensors, table.num_source, self.device)
+            return self._prepare(CAST, table, row_formats(tensors))
+
+        # What a call with the same arguments has checked and found holds for later ones.
+        rounds = table.derived((self, CAST, *map(_kind, tensors)), prepare)
+        lane = self._lanes[CAST]
+        caller, arrive = current_stream(self._index), lane.wires.arrive
         tensors = [tensor.contiguous() for tensor in tensors]
         if lend and out is None and len(rounds) == 1:
             started = rounds[0].start(tensors, caller)
             if own_places is not None:
                 _put_own(arrive, started.ready, rounds[0].landed(started.slot), own_places, tensors)
-            give_back = partial(lane.exchange.release, started.epoch)
-            lent, kept = [*rounds[0].landed(started.slot)], [rounds, *tensors]
-            return NativeWork(arrive, caller, lent, kept, started.packed, self._check, give_back)
+            lent = [*rounds[0].landed(started.slot)]
+            return rounds[0].work(started, caller, lent, [rounds, *tensors], self._check, lends=True)
         received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
         for part in rounds:
             started = part.start(tensors, caller)
@@ -155,8 +164,7 @@ class GroupContext:
                 part.deliver(started.slot, received)
         if own_places is not None:
             _put_own(arrive, started.ready, received, own_places, tensors)
-        kept = [rounds, *tensors, *received]
-        return NativeWork(arrive, caller, received, kept, started.packed, self._check)
+        return part.work(started, caller, received, [rounds, *tensors, *received], self._check)
 
     @torch.no_grad()
     def reduce(
@@ -174,33 +182,38 @@ class GroupContext:
             TypeError: no kernel combines these dtypes; see :func:`~magi_comm_grpcoll.combine.can_combine`.
         """
         self._check_call()
-        check_reduce(partials, into, op, partial_lse, into_lse)
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
         targets = [*into] if into_lse is None else [*into, into_lse]
-        _check_rows("partials", sent, table.num_received, self.device)
-        _check_rows("into", targets, table.num_source, self.device)
-        check_combine(sent, targets, op)
-        lane, rounds = self._lanes[REDUCE], self._prepare(REDUCE, table, row_formats(sent))
-        caller, arrive = torch.cuda.current_stream(self.device.index), lane.wires.arrive
+
+        def prepare() -> list[Round]:
+            check_reduce(partials, into, op, partial_lse, into_lse)
+            _check_rows("partials", sent, table.num_received, self.device)
+            _check_rows("into", targets, table.num_source, self.device)
+            check_combine(sent, targets, op)
+            return self._prepare(REDUCE, table, row_formats(sent))
+
+        kinds = *map(_kind, sent), len(sent) - len(partials), *map(_kind, targets), len(targets) - len(into)
+        rounds, lane = table.derived((self, REDUCE, op, *kinds), prepare), self._lanes[REDUCE]
+        caller, arrive = current_stream(self._index), lane.wires.arrive
         sent = [tensor.contiguous() for tensor in sent]
         written = [tensor.contiguous() for tensor in targets]
         old_lse = written[-1].clone() if op == "lse" else None
         for part in rounds:
-            started, routes = part.start(sent, caller), routes_of(part.plan.table, self.device)
+            started = part.start(sent, caller)
             arrive.wait_event(started.ready)
             slots = part.landed(started.slot)
             with lane.read(started):
                 if old_lse is not None:
-                    merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], routes)
+                    merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], part.segments)
                 else:
                     for target, rows in zip(written, slots, strict=True):
-                        add_slots(arrive, target, rows, routes, average=op == "avg")
-        with torch.cuda.stream(arrive):
-            for target, result in zip(targets, written, strict=True):
-                if target is not result:
+                        add_slots(arrive, target, rows, part.segments, average=op == "avg")
+        if apart := [pair for pair in zip(targets, written, strict=True) if pair[0] is not pair[1]]:
+            with torch.cuda.stream(arrive):
+                for target, result in apart:
                     target.copy_(result)
         kept = [rounds, old_lse, *sent, *written, *targets]
-        return NativeWork(arrive, caller, None, kept, started.packed, self._check)
+        return part.work(started, caller, None, kept, self._check)
 
     def close(self) -> None:
         """Give the memory back. A collective of the host; waits until all that was enqueued is done."""
@@ -224,7 +237,7 @@ class GroupContext:
         if not lane.arena.fits(needed):  # on all ranks alike
             self._quiesce(b"grow")
             lane.arena.grow(needed, most, self.device, self.group, self._handshake)
-        return [Round(plan, formats, lane) for plan in plans]
+        return [Round(plan, formats, lane, number == REDUCE) for plan in plans]
 
     def _quiesce(self, why: bytes) -> None:
         """Wait until no rank has anything under way."""
@@ -247,8 +260,8 @@ class GroupContext:
                 "them, or switch native_grpcoll off"
             )
 
-    def _give_up(self, number: int, epoch: int) -> None:
-        """Called by the watchdog: name the ranks that are missing, refuse further calls, and free the streams."""
+    def give_up(self, number: int, epoch: int) -> None:
+        """For the watchdog: name the ranks that are missing, refuse further calls, and free the streams."""
         words = self._words[number]
         needed = [(words.arrived, epoch + 1), (words.credit, max(0, epoch - self.options.num_slots + 1))]
         with torch.cuda.device(self.device), torch.cuda.stream(self._streams.watch):
@@ -280,6 +293,25 @@ class _Streams:
         self.all = [self.send, self.credit, *self.arrive]
 
 
+# By number, what the streams of contexts that are gone may still use, and events behind which they don't. A context may
+# go on any thread, in the middle of anything.
+_outliving: "dict[int, tuple[list[torch.cuda.Event], object]]" = {}
+_numbers = count()
+
+
+def _let_streams_end(streams: "Sequence[torch.cuda.Stream]", used: object) -> None:
+    """Keep what the streams of a context use until they are done with it, also if the context has gone before."""
+    _drop_outlived()
+    if not all(stream.query() for stream in streams):
+        _outliving[next(_numbers)] = [stream.record_event() for stream in streams], used
+
+
+def _drop_outlived() -> None:
+    for number, (events, _) in [*_outliving.items()]:
+        if all(event.query() for event in events):
+            _outliving.pop(number, None)
+
+
 def _put_own(
     stream: "torch.cuda.Stream",
     ready: "torch.cuda.Event",
@@ -304,6 +336,11 @@ def check_combine(partials: Sequence[Tensor], into: Sequence[Tensor], op: str) -
     if not formats_combine(row_formats(partials), [*into], op):
         told = ", ".join(f"{x.dtype} onto {y.dtype}" for x, y in zip(partials, into, strict=True))
         raise TypeError(f"no kernel combines {told}: use bfloat16, float16 or float32, and a float32 log-sum-exp")
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    """All of a tensor that decides whether a call is right, and what it needs."""
+    return tensor.dtype, tensor.shape, tensor.device
 
 
 def _check_rows(name: str, tensors: Sequence[Tensor], num_rows: int, device: torch.device) -> None:

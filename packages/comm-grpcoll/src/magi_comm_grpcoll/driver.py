@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two calls of the CUDA driver that take whole tables, without an object per entry.
+"""The calls of the CUDA driver that an exchange makes, without an object per argument or entry.
 
-The tables are numpy arrays that are made once and passed by address: a Python object for each of 500 copies would cost
-ten times what the driver needs for all of them.
+Their tables are made once and passed by address: a Python object for each of 500 copies would cost ten times what the
+driver needs for all of them, and a launch through NVIDIA's Python objects as much as the rest of a cast.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-# The structs CUmemcpyAttributes and CUstreamBatchMemOpParams of cuda.h.
+# The structs CUmemcpyAttributes, CUstreamBatchMemOpParams and CUlaunchConfig of cuda.h.
 _COPY_ATTRIBUTES = np.dtype([("order", "i4"), ("hints", "i4", 4), ("flags", "u4")])
 MEMORY_OPERATION = np.dtype(
     {
@@ -19,6 +19,14 @@ MEMORY_OPERATION = np.dtype(
         "formats": ["u4", "u8", "u8", "u4"],
         "offsets": [0, 8, 16, 24],
         "itemsize": 48,
+    }
+)
+LAUNCH = np.dtype(
+    {
+        "names": ["grid", "block", "shared_bytes", "stream", "attributes", "num_attributes"],
+        "formats": ["3u4", "3u4", "u4", "u8", "u8", "u4"],
+        "offsets": [0, 12, 24, 32, 40, 48],
+        "itemsize": 56,
     }
 )
 WAIT_VALUE, WRITE_VALUE = 4, 5  # CU_STREAM_MEM_OP_{WAIT,WRITE}_VALUE_64
@@ -39,6 +47,8 @@ class Driver:
         pointer, count = ctypes.c_void_p, ctypes.c_size_t
         self._memory_operations = self._library.cuStreamBatchMemOp_v2
         self._memory_operations.argtypes = [pointer, ctypes.c_uint, pointer, ctypes.c_uint]
+        self._launch = self._library.cuLaunchKernelEx
+        self._launch.argtypes = [pointer, pointer, pointer, pointer]
         arguments = [pointer, pointer, pointer, count, pointer, pointer, count, pointer]
         self._copy_batch = ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(self._find("cuMemcpyBatchAsync", _CUDA_13))
         self._attributes = _ATTRIBUTES.ctypes.data, _FIRST_OF_ATTRIBUTE.ctypes.data
@@ -52,6 +62,10 @@ class Driver:
         """Enqueue waits for and writes of words, given the address of ``count`` :data:`MEMORY_OPERATION`."""
         if count:
             self._check(self._memory_operations(stream, count, operations, 0))
+
+    def launch(self, launch: int, kernel: int, parameters: int) -> None:
+        """Launch a kernel, given the addresses of a :data:`LAUNCH` and of the addresses of its parameters."""
+        self._check(self._launch(launch, kernel, parameters, None))
 
     def _find(self, name: str, version: int) -> int:
         address, found = ctypes.c_void_p(), ctypes.c_int()

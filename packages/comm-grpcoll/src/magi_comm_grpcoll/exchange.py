@@ -45,7 +45,7 @@ class SlotExchange:
         prepared.route.send(bases, epoch % self._ring.num_slots, epoch)
 
     def arrive(self, prepared: Prepared, epoch: int) -> None:
-        """Enqueue the wait for what comes, on a stream that is behind all that was sent."""
+        """Enqueue the wait for what comes, and until this rank's own tensors have been sent."""
         self._wires.await_arrival(prepared.sources, epoch)
 
     def release(self, epoch: int, after: Any) -> None:

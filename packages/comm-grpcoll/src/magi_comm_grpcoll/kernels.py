@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled CUDA kernels: found beside this file, loaded and launched by cuda.core."""
+"""The compiled CUDA kernels: found beside this file, loaded by cuda.core, launched with prepared parameters."""
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from magi_comm_grpcoll.driver import LAUNCH, driver
 
 FOLDER = Path(__file__).parent / "_kernels"
 FATBINS = ("push_bulk", "push_words", "reduce")
@@ -38,42 +42,49 @@ def _library(fatbin: str, device: int) -> Any:
 
 
 @cache
-def kernel(fatbin: str, name: str, device: int, shared_bytes: int = 0) -> Any:
-    """A kernel, ready to be launched on the device of that index with so much dynamic shared memory."""
+def kernel(fatbin: str, name: str, device: int, shared_bytes: int = 0) -> int:
+    """The driver's handle of a kernel that may have so much dynamic shared memory on the device of that index."""
     found = _library(fatbin, device).get_kernel(name)
     if shared_bytes:
-        from cuda.bindings import driver
+        from cuda.bindings import driver as cuda
 
-        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (status,) = driver.cuKernelSetAttribute(limit, shared_bytes, found.handle, driver.CUdevice(device))
-        if status != driver.CUresult.CUDA_SUCCESS:
+        limit = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (status,) = cuda.cuKernelSetAttribute(limit, shared_bytes, found.handle, cuda.CUdevice(device))
+        if status != cuda.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"{name} can't have {shared_bytes} bytes of shared memory: {status.name}")
-    return found
+    return int(found.handle)
 
 
-@cache
-def launch_config(grid: int, block: tuple[int, int], shared_bytes: int = 0) -> Any:
-    """The launch of ``grid`` blocks."""
-    from cuda.core import LaunchConfig
+class Launch:
+    """A launch that is made ready once, and whose parameters can be changed before each time.
 
-    return LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
+    Args:
+        stream: where.
+        kernel: what :func:`kernel` gave.
+        grid: number of blocks.
+        block: threads of a block in x and y.
+        parameters: the kernel's, addresses and integers of up to 64 bits that are not negative.
+        shared_bytes: dynamic shared memory of a block.
 
+    Attributes:
+        parameters: a word for each; a shorter one is in its low bytes.
+    """
 
-@cache
-def core_stream(handle: int) -> Any:
-    """cuda.core's name for a stream of PyTorch that lives as long as the process."""
-    from cuda.core import Stream
+    def __init__(
+        self,
+        stream: "torch.cuda.Stream",
+        kernel: int,
+        grid: int,
+        block: tuple[int, int],
+        parameters: Sequence[int],
+        shared_bytes: int = 0,
+    ) -> None:
+        self.parameters = (ctypes.c_uint64 * len(parameters))(*parameters)
+        first = ctypes.addressof(self.parameters)
+        self._addresses = (ctypes.c_uint64 * len(parameters))(*range(first, first + 8 * len(parameters), 8))
+        self._launch = np.array(((grid, 1, 1), (*block, 1), shared_bytes, stream.cuda_stream, 0, 0), LAUNCH)
+        self._call = self._launch.ctypes.data, kernel, ctypes.addressof(self._addresses)
 
-    return Stream.from_handle(handle)
-
-
-def launch(stream: "torch.cuda.Stream", config: Any, kernel: Any, *arguments: Any) -> None:
-    """Launch a kernel; addresses are ints, numbers are numpy's scalars."""
-    _launcher()(core_stream(stream.cuda_stream), config, kernel, *arguments)
-
-
-@cache
-def _launcher() -> Callable[..., None]:
-    from cuda.core import launch as launch_kernel
-
-    return launch_kernel
+    def __call__(self) -> None:
+        """Launch with the parameters as they are."""
+        driver().launch(*self._call)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One kind of collective on one rank: its slots, its flags, its streams, and exchanges that are ready for them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +13,12 @@ from torch import Tensor
 from magi_attention.comm.packing import RowFormat
 from magi_attention.comm.routes import routes_of
 from magi_comm_grpcoll.arena import Arena, SharedMemory
+from magi_comm_grpcoll.combine import Segments
 from magi_comm_grpcoll.exchange import Prepared, SlotExchange
 from magi_comm_grpcoll.plans import Plan
 from magi_comm_grpcoll.routes import Transport, make_route
 from magi_comm_grpcoll.wires import DeviceWires
+from magi_comm_grpcoll.work import EventPool, NativeWork, Result
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Lane:
         control: every rank's control block.
         rank: this rank.
         transport: how pieces travel; None for the faster way for each exchange.
+        events: to record.
     """
 
     exchange: SlotExchange
@@ -36,6 +41,7 @@ class Lane:
     control: SharedMemory
     rank: int
     transport: Transport | None
+    events: EventPool = field(default_factory=EventPool)
 
     @contextmanager
     def read(self, started: "Started") -> Iterator[None]:
@@ -46,17 +52,23 @@ class Lane:
         try:
             yield
         finally:
-            self.exchange.release(started.epoch, self.wires.arrive.record_event())
+            self.release(started.epoch, self.wires.arrive)
+
+    def release(self, epoch: int, reader: "torch.cuda.Stream") -> None:
+        """Give an epoch's slot back to the senders behind what a stream has been given."""
+        is_read = self.events.take()
+        is_read.record(reader)
+        self.exchange.release(epoch, is_read)
+        self.events.put(is_read)
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(NamedTuple):
     """An exchange that has been enqueued.
 
     Attributes:
         epoch: its number.
         slot: where it arrives.
-        ready: recorded on the caller's stream before it; until the next one.
+        ready: recorded on the caller's stream before it; until the next one of the same plan.
         packed: recorded when a kernel that pushes could start; None for copy engines.
     """
 
@@ -73,31 +85,56 @@ class Round:
         plan: the plan.
         formats: of the tensors.
         lane: the plan's lane.
+        is_reduce: whether what arrives is added up.
+
+    Attributes:
+        plan: the plan.
+        segments: of a reduce, which rows of the slot belong together.
     """
 
-    def __init__(self, plan: Plan, formats: tuple[RowFormat, ...], lane: Lane) -> None:
+    segments: Segments
+
+    def __init__(self, plan: Plan, formats: tuple[RowFormat, ...], lane: Lane, is_reduce: bool) -> None:
         self.plan, self._formats, self._lane = plan, formats, lane
         self._memory: SharedMemory | None = None
         self._transport: Transport | None = None
-        self._events = torch.cuda.Event(), torch.cuda.Event()  # recorded anew each time
+        self._ready = torch.cuda.Event()  # recorded anew each time
         device = lane.control.local.device
-        self._landing = None if plan.landing is None else torch.from_numpy(plan.landing).to(device)
-        self._named = None if plan.names_all_rows else routes_of(plan.table, device).received
+        with torch.cuda.stream(lane.wires.arrive):  # which alone uses these, so that they may be dropped at any time
+            self._landing = None if plan.landing is None else torch.from_numpy(plan.landing).to(device)
+            if is_reduce:
+                self.segments = routes_of(plan.table, device).segments
+            else:
+                self._named = None if plan.names_all_rows else routes_of(plan.table, device).received
 
     def start(self, tensors: Sequence[Tensor], caller: "torch.cuda.Stream") -> Started:
         """Enqueue what sends the tensors, and let the arriving stream wait for that and for what comes."""
-        bound, wires, exchange = self._bind(), self._lane.wires, self._lane.exchange
-        ready, sent = self._events
-        ready.record(caller)
-        wires.send.wait_event(ready)
+        lane, bound, packed = self._lane, self._bind(), None
+        wires, exchange = lane.wires, lane.exchange
+        self._ready.record(caller)
+        wires.send.wait_event(self._ready)
         epoch = exchange.begin()
-        # A kernel that pushes needs multiprocessors, and shall find some before the next kernel takes them all.
-        packed = wires.send.record_event() if self._transport == "push" else None
+        if self._transport == "push":
+            # The kernel needs multiprocessors, and shall find some before the next one takes them all.
+            packed = lane.events.take()
+            packed.record(wires.send)
         exchange.send(bound, epoch, [tensor.data_ptr() for tensor in tensors])
-        sent.record(wires.send)
-        wires.arrive.wait_event(sent)
         exchange.arrive(bound, epoch)
-        return Started(epoch, epoch % self._lane.arena.num_slots, ready, packed)
+        return Started(epoch, epoch % lane.arena.num_slots, self._ready, packed)
+
+    def work(
+        self,
+        started: "Started",
+        caller: "torch.cuda.Stream",
+        result: Result,
+        buffers: Sequence[object],
+        check: Callable[[], None],
+        lends: bool = False,
+    ) -> NativeWork[Result]:
+        """A work for what has been enqueued."""
+        lane = self._lane
+        give_back = partial(lane.release, started.epoch) if lends else None
+        return NativeWork(lane.wires.arrive, caller, result, buffers, started.packed, check, give_back, lane.events)
 
     def landed(self, slot: int) -> tuple[Tensor, ...]:
         """``[num_rows, ...]``: what is in this rank's slot, tensor by tensor."""

@@ -81,9 +81,7 @@ def gather_plans(
         PlanMismatchError: the ranks' calls don't fit each other; on every rank.
         CapacityError: the exchange does not fit in any number of rounds; on every rank.
     """
-    answers = [_parse(answer) for answer in handshake.exchange(_message(operation, table, formats))]
-    _check_same_call([header for header, _ in answers])
-    tables = [_table(header, ranges) for header, ranges in answers]
+    tables = gather_tables(handshake, operation, table, formats)
     check_match(tables)
     num_rounds = 1
     while True:
@@ -97,6 +95,15 @@ def gather_plans(
                 f"a {operation} needs slots of {needed} bytes even in {len(plans)} rounds, but {most_bytes} is the "
                 "most that the capacity allows"
             )
+
+
+def gather_tables(
+    handshake: Handshake, operation: str, table: ExchangeTable, formats: Sequence[RowFormat] = ()
+) -> list[ExchangeTable]:
+    """Show this rank's table to the others; returns those of all ranks. See :func:`gather_plans`."""
+    answers = [_parse(answer) for answer in handshake.exchange(_message(operation, table, formats))]
+    _check_same_call([header for header, _ in answers])
+    return [_table(header, ranges) for header, ranges in answers]
 
 
 def make_plans(

@@ -13,7 +13,7 @@ from magi_comm_grpcoll import kernels
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.driver import driver
 from magi_comm_grpcoll.switch import switch_bytes
-from magi_comm_grpcoll.tables import ByteCopies, cut, tasks_of
+from magi_comm_grpcoll.tables import TASK, ByteCopies, cut, tasks_of
 from magi_comm_grpcoll.wires import DeviceWires
 
 Transport = Literal["copy_engine", "push"]
@@ -21,6 +21,8 @@ Transport = Literal["copy_engine", "push"]
 # Blocks of a push, one for each multiprocessor that it takes.
 PUSH_BLOCKS = 8
 _MOST_TENSORS = 4  # of one launch
+# Places among the parameters of a push: see csrc/push_bulk.cu.
+_SLOT_OFFSET, _VALUE = _MOST_TENSORS + 1, _MOST_TENSORS + 7
 _LEAST_TASK_BYTES, _MOST_TASK_BYTES, _TASKS_PER_BLOCK = 1 << 15, 1 << 18, 8
 
 
@@ -86,59 +88,66 @@ class PushRoute:
         arena: the ring's slots.
         wires: the ring's flags.
         control: every rank's control block.
-        tells: whether the peers are told; not if another route follows in the same exchange.
+        tells: whether the ranks are told; not if another route follows in the same exchange.
     """
 
     def __init__(
         self, copies: ByteCopies, arena: Arena, wires: DeviceWires, control: SharedMemory, tells: bool = True
     ) -> None:
         assert arena.memory is not None
-        self._wires, self._device = wires, arena.memory.local.device
-        self._granule, self._known = copies.granule, dict[int, tuple[object, object]]()
-        self._slot_offsets = [np.uint64(number * arena.slot_bytes) for number in range(arena.num_slots)]
+        self._wires, self._memory, self._control = wires, arena.memory, control
+        self._granule, self._launches_by_granule = copies.granule, dict[int, list[kernels.Launch]]()
+        self._bases: list[int] = []
+        self._slot_offsets = [number * arena.slot_bytes for number in range(arena.num_slots)]
         share = int(copies.size.sum()) // (PUSH_BLOCKS * _TASKS_PER_BLOCK)
         most = min(max(share, _LEAST_TASK_BYTES), _MOST_TASK_BYTES) // 16384 * 16384
         pieces = cut(copies, most)
-        self._kept: list[torch.Tensor] = [torch.zeros(1, dtype=torch.int32, device=self._device)]
         num_tensors = int(pieces.tensor.max(initial=0)) + 1
-        groups = list(pairwise([*range(0, num_tensors, _MOST_TENSORS), num_tensors]))
-        self._launches = []
-        for first, stop in groups:
-            chosen = pieces.select((pieces.tensor >= first) & (pieces.tensor < stop))
-            tasks = torch.from_numpy(tasks_of(chosen._replace(tensor=chosen.tensor - first)).view(np.uint8))
-            tasks = tasks.to(self._device)
-            num_told = len(arena.memory.addresses) if tells and stop == num_tensors else 0
-            self._kept.append(tasks)
-            self._launches.append((first, stop, tasks.data_ptr(), np.uint32(len(chosen.size)), np.uint32(num_told)))
-        self._arenas, self._controls = arena.memory.device_addresses.data_ptr(), control.device_addresses.data_ptr()
-        self._kept += [arena.memory.device_addresses, control.device_addresses]
-        self._flag_offset, self._num_done = np.uint64(wires.flag_offset), self._kept[0].data_ptr()
+        self._parts = []  # the first tensor of a launch, its pieces, and how many ranks it tells
+        with torch.cuda.stream(wires.send):  # which alone uses these, so that they may be dropped at any time
+            self._num_done = torch.zeros(1, dtype=torch.int32, device=arena.memory.local.device)
+            for first, stop in pairwise([*range(0, num_tensors, _MOST_TENSORS), num_tensors]):
+                chosen = pieces.select((pieces.tensor >= first) & (pieces.tensor < stop))
+                tasks = torch.from_numpy(tasks_of(chosen._replace(tensor=chosen.tensor - first)).view(np.uint8))
+                num_told = len(arena.memory.addresses) if tells and stop == num_tensors else 0
+                uploaded = tasks.pin_memory().to(self._num_done.device, non_blocking=True)  # the host waits for nobody
+                self._parts.append((first, uploaded, num_told))
 
     def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
         """See :class:`Route`."""
+        if bases != self._bases:
+            self._bases = [*bases]
+            self._launches = self._launches_for(bases)
+        for launch in self._launches:
+            launch.parameters[_SLOT_OFFSET] = self._slot_offsets[slot]
+            launch.parameters[_VALUE] = epoch + 1
+            launch()
+
+    def _launches_for(self, bases: Sequence[int]) -> "list[kernels.Launch]":
+        """The launches for tensors at these addresses."""
         union = self._granule
         for base in bases:
             union |= base
-        kernel, config = self._kernel(union & -union)
-        offset, value = self._slot_offsets[slot], np.uint64(epoch + 1)
-        for first, stop, tasks, num_tasks, num_told in self._launches:
-            sources = [*bases[first:stop], *[0] * (_MOST_TENSORS - (stop - first))]
-            pieces = self._arenas, offset, tasks, num_tasks
-            told = self._controls, num_told, self._flag_offset, value, self._num_done
-            kernels.launch(self._wires.send, config, kernel, *sources, *pieces, *told)
+        granule = union & -union
+        if granule not in self._launches_by_granule:
+            self._launches_by_granule[granule] = [self._launch(granule, *part) for part in self._parts]
+        launches = self._launches_by_granule[granule]
+        for launch, (first, _, _) in zip(launches, self._parts, strict=True):
+            for number, base in enumerate(bases[first : first + _MOST_TENSORS]):
+                launch.parameters[number] = base
+        return launches
 
-    def _kernel(self, granule: int) -> tuple[object, object]:
-        """The kernel for pieces whose addresses and sizes are multiples of ``granule``, and its launch."""
-        if granule not in self._known:
-            index = self._device.index
-            if granule >= 16:
-                shared = kernels.BULK_SHARED_BYTES
-                kernel = kernels.kernel("push_bulk", "push_bulk", index, shared)
-                self._known[granule] = kernel, kernels.launch_config(PUSH_BLOCKS, (64, 1), shared)
-            else:
-                kernel = kernels.kernel("push_words", f"push_words_{granule}", index)
-                self._known[granule] = kernel, kernels.launch_config(PUSH_BLOCKS, (512, 1))
-        return self._known[granule]
+    def _launch(self, granule: int, first: int, tasks: torch.Tensor, num_told: int) -> kernels.Launch:
+        """A launch for pieces whose addresses and sizes are multiples of ``granule``."""
+        index, is_bulk = tasks.device.index, granule >= 16
+        shared = kernels.BULK_SHARED_BYTES if is_bulk else 0
+        name = ("push_bulk", "push_bulk") if is_bulk else ("push_words", f"push_words_{granule}")
+        parameters = [*[0] * _MOST_TENSORS, self._memory.device_addresses.data_ptr(), 0, tasks.data_ptr()]
+        parameters += [len(tasks) // TASK.itemsize, self._control.device_addresses.data_ptr(), num_told]
+        parameters += [self._wires.flag_offset, 0, self._num_done.data_ptr()]
+        block = (64 if is_bulk else 512), 1
+        kernel = kernels.kernel(*name, index, shared)
+        return kernels.Launch(self._wires.send, kernel, PUSH_BLOCKS, block, parameters, shared)
 
 
 class RouteWithOwn:

@@ -4,8 +4,8 @@
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,22 +27,26 @@ class Watched(NamedTuple):
     progress: NDArray[np.int64]
 
 
+class Owner(Protocol):
+    """Who keeps a watchdog."""
+
+    def give_up(self, ring: int, epoch: int) -> None:
+        """Called from the watchdog's thread, with the number of the ring that stands still and its epoch."""
+
+
 class Watchdog:
-    """Calls ``give_up`` once an exchange that could start has not finished within ``timeout_s``.
+    """Calls its owner's ``give_up`` once an exchange that could start has not finished within ``timeout_s``.
 
     It looks at words in the host's memory alone, and makes no CUDA call before it gives up.
 
     Args:
         rings: what to watch.
-        give_up: called with the number of the ring that stands still and the epoch, from the watchdog's thread; a weak
-            reference, so that the thread ends with its owner.
+        owner: a weak reference, so that the thread ends with its owner.
         timeout_s: from the moment at which nothing but the peers is missing.
     """
 
-    def __init__(
-        self, rings: Sequence[Watched], give_up: "weakref.WeakMethod[Callable[[int, int], None]]", timeout_s: float
-    ) -> None:
-        self._rings, self._give_up, self._timeout_s = rings, give_up, timeout_s
+    def __init__(self, rings: Sequence[Watched], owner: "weakref.ref[Owner]", timeout_s: float) -> None:
+        self._rings, self._owner, self._timeout_s = rings, owner, timeout_s
         self._since: list[tuple[int, float] | None] = [None] * len(rings)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="magi grpcoll watchdog", daemon=True)
@@ -68,9 +72,8 @@ class Watchdog:
     def _run(self) -> None:
         while not self._stop.wait(PERIOD_S):
             if (late := self.look(time.monotonic())) is not None:
-                give_up = self._give_up()
-                if give_up is not None:
-                    give_up(*late)
+                if (owner := self._owner()) is not None:
+                    owner.give_up(*late)
                 return
-            if self._give_up() is None:
+            if self._owner() is None:
                 return

@@ -25,10 +25,10 @@ class Wires(Protocol):
         """Before sending: wait until every rank's credit has reached the number."""
 
     def tell_arrival(self, epoch: int) -> None:
-        """After sending: tell every other rank that this epoch of this rank has arrived."""
+        """After sending: tell every rank that this epoch of this rank has arrived."""
 
     def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
-        """Before reading, behind what was sent: wait until this epoch of these ranks has arrived, but for this one."""
+        """Before reading: wait until this epoch of these ranks has arrived, and of this one."""
 
     def tell_credit(self, credit: int, after: "torch.cuda.Event") -> None:
         """After ``after``: tell every rank that this one is done with so many epochs."""
@@ -57,36 +57,39 @@ class Words:
 
 
 class _Operations:
-    """Operations on words, one after another, made once and enqueued with other numbers each time."""
+    """Operations on words, one after another, made once and enqueued on a stream with other numbers each time."""
 
-    def __init__(self, *parts: tuple[int, NDArray[np.int64]]) -> None:
+    def __init__(self, stream: int, *parts: tuple[int, NDArray[np.int64]]) -> None:
         self._table = memory_operations(*parts)
         stops = np.cumsum([len(words) for _, words in parts])
-        self._values = np.split(self._table["value"], stops[:-1])
+        # Bound once: what a call does is a microsecond of many.
+        self._set_values = [values.fill for values in np.split(self._table["value"], stops[:-1])]
         size = self._table.itemsize
         self._calls = [
-            (self._table.ctypes.data + first * size, min(MOST_MEMORY_OPERATIONS, len(self._table) - first))
+            (self._table.ctypes.data + first * size, min(MOST_MEMORY_OPERATIONS, len(self._table) - first), stream)
             for first in range(0, len(self._table), MOST_MEMORY_OPERATIONS)
         ]
+        self._enqueue = driver().enqueue_memory_operations
 
-    def enqueue(self, stream: int, *numbers: int) -> None:
-        for values, number in zip(self._values, numbers, strict=True):
-            values.fill(number)
-        for address, count in self._calls:
-            driver().enqueue_memory_operations(address, count, stream)
+    def enqueue(self, *numbers: int) -> None:
+        for set_values, number in zip(self._set_values, numbers, strict=True):
+            set_values(number)
+        for call in self._calls:
+            self._enqueue(*call)
 
 
 class _Letter:
     """Copies a word of this rank to words of other ranks."""
 
-    def __init__(self, outbox: int, targets: NDArray[np.int64]) -> None:
+    def __init__(self, stream: int, outbox: int, targets: NDArray[np.int64]) -> None:
         self._targets = targets.astype(np.uint64)
         self._sources = np.full(len(targets), outbox, np.uint64)
         self._sizes = np.full(len(targets), WORD, np.uint64)
-        self._batch = self._targets.ctypes.data, self._sources.ctypes.data, self._sizes.ctypes.data, len(targets)
+        addresses = self._targets.ctypes.data, self._sources.ctypes.data, self._sizes.ctypes.data
+        self._batch = *addresses, len(targets), stream
 
-    def enqueue(self, stream: int) -> None:
-        driver().copy(*self._batch, stream)
+    def enqueue(self) -> None:
+        driver().copy(*self._batch)
 
 
 class DeviceWires:
@@ -119,39 +122,41 @@ class DeviceWires:
         self.flag_offset = int(words.arrived[rank])
         outboxes = here + words.outboxes
         started, self._finished = _word(mark), _word(mark + WORD)
+        sending, crediting = send.cuda_stream, credit.cuda_stream
         # What is to be told after sending is written first, in one call with the rest.
         self._before_sending = _Operations(
-            (WRITE_VALUE, started), (WRITE_VALUE, outboxes[:1]), (WAIT_VALUE, here + words.credit)
+            sending, (WRITE_VALUE, started), (WRITE_VALUE, outboxes[:1]), (WAIT_VALUE, here + words.credit)
         )
+        self._arrival_letter = _Letter(sending, int(outboxes[0]), (control.addresses + words.arrived[rank])[others])
+        self._after_sending = _Operations(sending, (WRITE_VALUE, self._arrived[rank : rank + 1]))
         self._before_reading: dict[tuple[int, ...], _Operations] = {}
         own_credit = here + words.credit[rank : rank + 1]
-        self._before_crediting = _Operations((WRITE_VALUE, outboxes[1:]), (WRITE_VALUE, own_credit))
-        self._arrival_letter = _Letter(int(outboxes[0]), (control.addresses + words.arrived[rank])[others])
-        self._credit_letter = _Letter(int(outboxes[1]), (control.addresses + words.credit[rank])[others])
-        self._handles = send.cuda_stream, arrive.cuda_stream, credit.cuda_stream
+        self._before_crediting = _Operations(crediting, (WRITE_VALUE, outboxes[1:]), (WRITE_VALUE, own_credit))
+        self._credit_letter = _Letter(crediting, int(outboxes[1]), (control.addresses + words.credit[rank])[others])
 
     def await_credit(self, credit: int, epoch: int) -> None:
         """See :class:`Wires`."""
-        self._before_sending.enqueue(self._handles[0], epoch + 1, epoch + 1, credit)
+        self._before_sending.enqueue(epoch + 1, epoch + 1, credit)
 
     def tell_arrival(self, epoch: int) -> None:
         """See :class:`Wires`; ``await_credit`` of the epoch came before."""
-        self._arrival_letter.enqueue(self._handles[0])
+        self._arrival_letter.enqueue()
+        self._after_sending.enqueue(epoch + 1)
 
     def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
         """See :class:`Wires`; also marks the epoch as finished."""
         if sources not in self._before_reading:
-            others = [source for source in sources if source != self._rank]
+            awaited = sorted({*sources, self._rank})
             self._before_reading[sources] = _Operations(
-                (WAIT_VALUE, self._arrived[others]), (WRITE_VALUE, self._finished)
+                self.arrive.cuda_stream, (WAIT_VALUE, self._arrived[awaited]), (WRITE_VALUE, self._finished)
             )
-        self._before_reading[sources].enqueue(self._handles[1], epoch + 1, epoch + 1)
+        self._before_reading[sources].enqueue(epoch + 1, epoch + 1)
 
     def tell_credit(self, credit: int, after: "torch.cuda.Event") -> None:
         """See :class:`Wires`."""
         self.credit.wait_event(after)
-        self._before_crediting.enqueue(self._handles[2], credit, credit)
-        self._credit_letter.enqueue(self._handles[2])
+        self._before_crediting.enqueue(credit, credit)
+        self._credit_letter.enqueue()
 
 
 def _word(address: int) -> NDArray[np.int64]:

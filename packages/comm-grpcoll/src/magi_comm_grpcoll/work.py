@@ -6,9 +6,28 @@ from typing import Generic, TypeVar
 
 import torch
 
+from magi_attention.comm.streams import current_stream
 from magi_attention.comm.work import StreamWork
 
 Result = TypeVar("Result")
+
+
+class EventPool:
+    """Events to record anew, since making one takes as long as recording it. Serves all threads."""
+
+    def __init__(self) -> None:
+        self._free: list[torch.cuda.Event] = []
+
+    def take(self) -> "torch.cuda.Event":
+        """An event that nobody waits for any more."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return torch.cuda.Event()
+
+    def put(self, event: "torch.cuda.Event") -> None:
+        """Take an event back once nobody will make a stream wait for it."""
+        self._free.append(event)
 
 
 class NativeWork(StreamWork[Result], Generic[Result]):
@@ -21,7 +40,8 @@ class NativeWork(StreamWork[Result], Generic[Result]):
         buffers: what the collective reads or writes of ``caller``'s, kept alive.
         packed: recorded when nothing but the transfer was left.
         check: raises if the context has given up.
-        give_back: called once with an event after which the lent rows are not read any more; None if none are lent.
+        give_back: called once with a stream behind which the lent rows are not read any more; None if none are lent.
+        pool: of events; gets those of this work when it goes.
     """
 
     def __init__(
@@ -32,10 +52,11 @@ class NativeWork(StreamWork[Result], Generic[Result]):
         buffers: Sequence[object],
         packed: "torch.cuda.Event | None",
         check: Callable[[], None],
-        give_back: "Callable[[torch.cuda.Event], None] | None" = None,
+        give_back: "Callable[[torch.cuda.Stream], None] | None",
+        pool: "EventPool",
     ) -> None:
-        super().__init__(stream, caller, result, buffers, packed)
-        self._check, self._give_back = check, give_back
+        self._check, self._give_back, self._pool, self._recorded = check, give_back, pool, pool.take()
+        super().__init__(stream, caller, result, buffers, packed, self._recorded)
 
     def wait(self) -> Result:
         """Return the result; it may be used on the current stream. A second call returns the same again.
@@ -58,7 +79,7 @@ class NativeWork(StreamWork[Result], Generic[Result]):
 
     def release(self) -> None:
         """See :class:`~magi_attention.comm.protocol.Work`."""
-        self._release_behind(torch.cuda.current_stream(self._caller.device_index))
+        self._release_behind(current_stream(self._caller.device_index))
 
     def _release_behind(self, stream: "torch.cuda.Stream") -> None:
         if self._give_back is None:
@@ -66,8 +87,11 @@ class NativeWork(StreamWork[Result], Generic[Result]):
         give_back, self._give_back = self._give_back, None
         if self._done is not None:
             super().wait()
-        give_back(stream.record_event())
+        give_back(stream)
 
     def __del__(self) -> None:
         self._release_behind(self._caller)  # it may go on any thread, whose current stream says nothing
         super().__del__()
+        self._pool.put(self._recorded)
+        if self.packed is not None:
+            self._pool.put(self.packed)

@@ -21,6 +21,8 @@ from magi_attention.kernels.protocol import (
     Support,
     attend_to_nothing,
 )
+from magi_attention.utils.dtypes import as_dtype
+from magi_attention.utils.torch_modes import on_device_of, without_grad
 from magi_kernels_blackwell.cases import arch_number, combinations, request_of
 from magi_kernels_blackwell.masks import has_pairs
 from magi_kernels_blackwell.measured import tflops
@@ -118,7 +120,7 @@ class WheelBackend(ABC):
         """See the protocol."""
         return self.forward_into(None, q, k, v, call)
 
-    @torch.no_grad()
+    @without_grad
     def forward_into(
         self, target: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> AttentionResult:
@@ -126,7 +128,7 @@ class WheelBackend(ABC):
         if not has_pairs(call.slices):
             return attend_to_nothing(q, v, call.max_logits)
         q, call = _with_positive_scale(q, call)
-        with torch.cuda.device(q.device):
+        with on_device_of(q):
             out, lse, max_logits = self.launch_forward(q, k, v, call, target)
         return AttentionResult(out, lse.T, max_logits)
 
@@ -144,7 +146,7 @@ class WheelBackend(ABC):
         """See the protocol."""
         return self.backward_into(None, dout, q, k, v, out, lse, dlse, call)
 
-    @torch.no_grad()
+    @without_grad
     def backward_into(
         self,
         target: Tensor | None,
@@ -160,11 +162,11 @@ class WheelBackend(ABC):
         """See :class:`magi_attention.kernels.protocol.WritesInPlace`."""
         if not has_pairs(call.slices):
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        lse = lse.float().T.contiguous()
-        dlse = None if dlse is None else dlse.float().T.contiguous()
-        dout, out, scale = dout.to(q.dtype), out.to(q.dtype), call.softmax_scale
+        lse = as_dtype(lse.T, torch.float32).contiguous()
+        dlse = None if dlse is None else as_dtype(dlse.T, torch.float32).contiguous()
+        dout, out, scale = as_dtype(dout, q.dtype), as_dtype(out, q.dtype), call.softmax_scale
         q, call = _with_positive_scale(q, call)
-        with torch.cuda.device(q.device):
+        with on_device_of(q):
             dq, dk, dv = self.launch_backward(dout, q, k, v, out, lse, dlse, call, target)
         if scale <= 0:
             dq = dq.neg_() if scale < 0 else dq.zero_()

@@ -2,11 +2,10 @@
 """How fast the backends are expected to be, from measurements.
 
 Measured with 64 query heads and 8 key/value heads of 128 dims, bfloat16, at 8k and 32k tokens (the lower figure of the
-two) on an H100 80GB. What changed since was measured on an H200 beside ``cudnn_flex``, and is given relative to that
-backend's figure on the H100: FlashAttention-4's backward pass on windows (1.09 of it at least), on blocks (1.02) and on
-irregular masks (0.97), and its forward pass on windows (0.97 at 32k tokens, 1.05 at 8k). benchmarks/kernels.py measures
-again. Blackwell has not been measured: it is taken to rank the backends as Hopper does, at 2.2 times the speed, the
-ratio of the chips' matrix throughput.
+two) on an H100 80GB by benchmarks/kernels.py, in turns with each other and with the backend ``hopper``. Irregular masks
+(``general``) are taken to run as causal documents do, but backward by FlashAttention-4 at 0.97 of ``cudnn_flex``, as
+measured on an H200. Blackwell has not been measured: it is taken to rank the backends as Hopper does, at 2.2 times the
+speed, the ratio of the chips' matrix throughput.
 """
 
 from magi_attention.kernels.protocol import AttentionRequest
@@ -15,24 +14,24 @@ from magi_kernels_blackwell.wheels import HOPPER, capability_of
 # (forward, backward) TFLOP/s by mask class, as magi_attention.kernels.mask_class names them.
 _H100: dict[str, dict[str, tuple[float, float]]] = {
     "fa4": {
-        "full": (689, 599),
-        "causal": (691, 595),
-        "varlen_full": (613, 504),
-        "varlen_causal": (488, 385),
-        "sliding_window": (530, 392),
-        "block_causal": (590, 470),
-        "block_sparse": (590, 470),
-        "general": (488, 352),
+        "full": (624, 596),
+        "causal": (644, 538),
+        "varlen_full": (554, 454),
+        "varlen_causal": (458, 323),
+        "sliding_window": (441, 371),
+        "block_causal": (561, 460),
+        "block_sparse": (561, 460),
+        "general": (458, 293),
     },
     "cudnn_flex": {
-        "full": (670, 586),
-        "causal": (648, 545),
-        "varlen_full": (623, 464),
-        "varlen_causal": (528, 363),
-        "sliding_window": (545, 360),
-        "block_causal": (619, 461),
-        "block_sparse": (619, 461),
-        "general": (528, 363),
+        "full": (615, 566),
+        "causal": (643, 523),
+        "varlen_full": (579, 415),
+        "varlen_causal": (497, 302),
+        "sliding_window": (453, 338),
+        "block_causal": (598, 418),
+        "block_sparse": (598, 418),
+        "general": (497, 302),
     },
 }
 # What ranks the backends otherwise with 64 dims; on an H200 at 16k tokens.

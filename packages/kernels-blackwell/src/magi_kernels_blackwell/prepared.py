@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from magi_attention.kernels.table_streams import StreamsOfTables
+
 _watching = RLock()
 
 
@@ -31,7 +33,8 @@ class Launch(NamedTuple):
 class _WatchedCache:
     """Stands for a project's cache of compiled kernels: those found are noted when called, instead of launched.
 
-    Only in the thread that watches; others get the kernels.
+    Only in the thread that watches; others get the kernels. A project that launches what it has just compiled without
+    taking it from its cache is not noticed here: see :func:`noted`.
     """
 
     def __init__(self, kept: Any) -> None:
@@ -79,16 +82,35 @@ def watched(*functions: Any) -> Iterator[tuple[list[Launch], ...]]:
                 function.compile_cache = cache.kept
 
 
+def noted(launches: Sequence[Launch], *, is_tracing: bool) -> bool:
+    """Whether launches were noted; where kernels are only compiled there are none.
+
+    Raises:
+        RuntimeError: kernels should have been launched, but nothing was noted. To go on without them would leave the
+            results of all later calls as they lie in memory.
+    """
+    if not launches and not is_tracing:
+        raise RuntimeError(
+            "a kernel was prepared, but its launch was not noticed: the installed wheel launches otherwise"
+        )
+    return bool(launches)
+
+
 class PreparedForward(NamedTuple):
-    """A forward pass's kernel, and what it takes after the tensors and the softmax scale."""
+    """A forward pass's kernel, what it takes after the tensors and the softmax scale, and who reads the tables there.
+
+    ``streams.add_current()`` comes before every launch.
+    """
 
     kernel: Callable[..., object]
     rest: tuple[Any, ...]
+    streams: StreamsOfTables
 
     @classmethod
     def of_launch(cls, launch: Launch, scale_at: int) -> "PreparedForward":
         """Keep of a launch what later ones share. ``scale_at`` is the place of the softmax scale."""
-        return cls(launch.kernel, launch.arguments[scale_at + 1 :])
+        rest = launch.arguments[scale_at + 1 :]
+        return cls(launch.kernel, rest, StreamsOfTables(rest))
 
 
 class PreparedBackward:
@@ -113,9 +135,10 @@ class PreparedBackward:
         self._statistics, self._dq_sum = before.arguments[2].shape, _shape(before.arguments[5])
         self._sums = tuple(main.arguments[place].shape for place in (7, 8)) if len(after) == 3 else ()
         self._semaphores = {at - 10: shape for at in semaphores_at if (shape := _shape(main.arguments[at]))}
-        for at in (self._dlse_at, *self._semaphores):
-            rest = self._before_rest if at == self._dlse_at else self._main_rest
-            rest[at] = None
+        self._before_rest[self._dlse_at] = None
+        for at in self._semaphores:
+            self._main_rest[at] = None
+        self._streams = StreamsOfTables((self._before_rest, self._main_rest, self._after_rest))
 
     def __call__(
         self,
@@ -126,11 +149,12 @@ class PreparedBackward:
         scale: float,
     ) -> None:
         """Launch with dout, q, k, v and out, and write dq, dk and dv; all shaped as in the noted call."""
+        self._streams.add_current()
         dout, q, k, v, out = tensors
         dq, dk, dv = gradients
         lse2, dpsum = lse.new_empty((2, *self._statistics)).unbind()
         dq_sum = dq if self._dq_sum is None else lse.new_empty(self._dq_sum)
-        dk_sum, dv_sum = (lse.new_zeros(shape) for shape in self._sums) if self._sums else (dk, dv)
+        dk_sum, dv_sum = self._zeros(lse) if self._sums else (dk, dv)
         rest = self._before_rest
         if dlse is not None:
             rest = [*rest[: self._dlse_at], dlse, *rest[self._dlse_at + 1 :]]
@@ -145,11 +169,12 @@ class PreparedBackward:
         for kernel, given, noted in zip(self._after, sums, self._after_rest, strict=False):
             kernel(*given, *noted)
 
-
-def settle(device: torch.device) -> None:
-    """Wait for tables that were just made on the current stream, so that launches on all streams may read them."""
-    if torch.cuda.is_available():
-        torch.cuda.current_stream(device).synchronize()
+    def _zeros(self, like: Tensor) -> Sequence[Tensor]:
+        """Sums of dk and dv, cleared by one kernel where both have one shape."""
+        first, second = self._sums
+        return (
+            like.new_zeros((2, *first)).unbind() if first == second else (like.new_zeros(first), like.new_zeros(second))
+        )
 
 
 def layout_of(*tensors: Tensor) -> tuple[Any, ...]:

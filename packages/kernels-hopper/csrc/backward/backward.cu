@@ -17,8 +17,3 @@ extern "C" __global__ void __launch_bounds__(magi::backward::kRowThreads)
     magi_backward_prepare(__grid_constant__ magi::backward::RowParams const params) {
     magi::backward::prepare<Traits>(params);
 }
-
-extern "C" __global__ void __launch_bounds__(magi::backward::kRowThreads)
-    magi_backward_convert(__grid_constant__ magi::backward::RowParams const params) {
-    magi::backward::convert<Traits>(params);
-}

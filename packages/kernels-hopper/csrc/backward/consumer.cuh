@@ -81,6 +81,23 @@ __device__ __forceinline__ void to_score_gradients(Scores<T> const& factors, Sco
     to_fragments<typename T::Element>(ds, fragments);
 }
 
+// The same with probabilities as they were rounded for the product with the gradients of outputs.
+template <typename T>
+__device__ __forceinline__ void rounded_to_score_gradients(Fragments<T> const& probabilities, Scores<T> const& ds,
+                                                           Fragments<T>& fragments, float const* delta) {
+#pragma unroll
+    for (int i = 0; i < T::kTileM / 16; i++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float2 const of_rows = terms_of(delta, 2 * i + j / 2);
+            float2 const factor = unpack_here(probabilities[i][j], typename T::Element{});
+            int const e = 8 * i + 2 * j;
+            fragments[i][j] =
+                pack(factor.x * (ds[e] - of_rows.x), factor.y * (ds[e + 1] - of_rows.y), typename T::Element{});
+        }
+    }
+}
+
 // Which of a thread's scores of 64 keys count, in a step that has a mask or with keys of which not all exist.
 template <typename T>
 struct StepMask {
@@ -112,14 +129,23 @@ __device__ __forceinline__ void store_scores(void* ds, Fragments<T> const& fragm
     }
 }
 
+// The item in a slot, which is read again where it is needed, so that it takes no registers in between.
 template <typename T>
-__device__ __forceinline__ Item next_item(Shared<T>& s, RingPlace<2>& place) {
+__device__ __forceinline__ Item item_in(Shared<T> const& s, RingPlace<2> const& place) {
+    int4 const slot = *reinterpret_cast<int4 const*>(s.item[place.stage()]);
+    return {slot.x, slot.y, slot.z, slot.w >> 16, slot.w & 0xFFFF};
+}
+
+template <typename T>
+__device__ __forceinline__ Item next_item(Shared<T>& s, RingPlace<2> const& place) {
     ptx::mbarrier_try_wait_parity(&s.item_full[place.stage()], place.parity());
-    int const* const slot = s.item[place.stage()];
-    Item const item = {slot[0], slot[1], slot[2]};
+    return item_in(s, place);
+}
+
+template <typename T>
+__device__ __forceinline__ void leave_item(Shared<T>& s, RingPlace<2>& place) {
     arrive_warp(&s.item_empty[place.stage()]);
     place.advance();
-    return item;
 }
 
 }  // namespace magi::backward

@@ -1,16 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // The backward kernel. Each block takes tiles of keys from a common list until none is left, and for each of them meets
 // all tiles of queries that see it, of all query heads that share its key head: gradients of keys and values stay in
-// registers until they are complete. Those of queries are added up in device memory, by the copy engine.
+// registers until they are complete, unless the packs of a head are several blocks' work. Those of queries are added up in
+// device memory, by the copy engine, and converted as soon as they are complete.
 #pragma once
 
 #include "narrow.cuh"
 #include "producer.cuh"
+#include "tall.cuh"
 #include "wide.cuh"
 
 namespace magi::backward {
 
-constexpr uint32_t kConsumerRegisters = 240, kProducerRegisters = 24;
+// Of each thread. What the warps that move data lack is spilled, which does less harm to them than to consumers.
+template <typename T>
+constexpr uint32_t kProducerRegisters =
+    T::kHeadDim == 192 ? 56 : T::kHeadDim == 128 || (T::kHeadDim == 256 && T::kSoftcap) ? 24 : 40;
+template <typename T>
+constexpr uint32_t kConsumerRegisters = (504 - kProducerRegisters<T>) / 2;
 
 template <typename T>
 __device__ __forceinline__ void init_barriers(Shared<T>& s) {
@@ -45,6 +52,14 @@ __device__ __forceinline__ void init_barriers(Shared<T>& s) {
     ptx::fence_mbarrier_init();
 }
 
+// Both warps of each block that use the counters come here at last: the last of all leaves them as they were found.
+__device__ __forceinline__ void leave(Params const& p) {
+    __threadfence();
+    uint32_t const last = 2 * gridDim.x - 1;
+    if (atomicInc(reinterpret_cast<uint32_t*>(p.counters) + 1, last) != last) return;
+    for (int i : {0, 2, 3}) atomicExch(p.counters + i, 0);
+}
+
 template <typename T>
 __device__ __forceinline__ void backward(Params const& p) {
     extern __shared__ __align__(1024) uint8_t memory[];
@@ -53,17 +68,22 @@ __device__ __forceinline__ void backward(Params const& p) {
     if (threadIdx.x == 0) init_barriers(s);
     __syncthreads();
     if (warp < 4) {
-        ptx::setmaxnreg_dec<kProducerRegisters>();
-        if (warp <= (T::kDqShared ? kConsumers : 0) && ptx::elect_sync()) {
+        ptx::setmaxnreg_dec<kProducerRegisters<T>>();
+        if (warp == 3) {
+            Finisher<T>{p}.run();
+            if (ptx::elect_sync()) leave(p);
+        } else if (warp <= (T::kDqShared ? kConsumers : 0) && ptx::elect_sync()) {
             if (warp == 0) {
                 Loader<T>{p, s}.run();
+                leave(p);
             } else if constexpr (T::kDqShared) {
                 Reducer<T>{p, s, warp - 1}.run();
             }
         }
     } else {
-        ptx::setmaxnreg_inc<kConsumerRegisters>();
-        using Consumer = std::conditional_t<T::kWide, WideConsumer<T>, NarrowConsumer<T>>;
+        ptx::setmaxnreg_inc<kConsumerRegisters<T>>();
+        using OfNarrow = std::conditional_t<T::kTall, TallConsumer<T>, NarrowConsumer<T>>;
+        using Consumer = std::conditional_t<T::kWide, WideConsumer<T>, OfNarrow>;
         Consumer(p, s, warp / 4 - 1).run();
     }
 }

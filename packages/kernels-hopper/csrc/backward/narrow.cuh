@@ -96,11 +96,12 @@ struct NarrowConsumer {
         ds_place.advance();
     }
 
-    __device__ __forceinline__ void differentiate(Item const& item, int key) {
-        bool const ragged = (item.tile + 1) * T::kTileN > p.num_k;
+    __device__ __forceinline__ void differentiate(int tile, int num_steps) {
+        bool const ragged = (tile + 1) * T::kTileN > p.num_k;
+        int const key = tile * T::kTileN + 64 * group;
         ptx::mbarrier_try_wait_parity(&s.k_full, kv_place.parity());
         ptx::mbarrier_try_wait_parity(&s.v_full, kv_place.parity());
-        for (int i = 0; i < item.num_steps; i++) step(key, ragged, i == 0);
+        for (int i = 0; i < num_steps; i++) step(key, ragged, i == 0);
 
         if (computes_dq_before()) add_dq_before([] {}, true);
         ptx::wgmma_wait_group<0>();
@@ -112,14 +113,17 @@ struct NarrowConsumer {
 
     __device__ __forceinline__ void run() {
         while (true) {
-            Item const item = next_item(s, item_place);
-            if (item.tile < 0) break;
-            int const key = item.tile * T::kTileN + 64 * group;
+            Item const next = next_item(s, item_place);
+            if (next.tile < 0) break;
 #pragma unroll
             for (int i = 0; i < T::kHeadDim / 2; i++) dk[i] = dv[i] = 0;
-            if (item.num_steps > 0) differentiate(item, key);
-            store_rows<T>(dv, p.dv, p.out_is_float, key, p.num_k, p.num_kv_heads, item.kv_head, 1);
-            store_rows<T>(dk, p.dk, p.out_is_float, key, p.num_k, p.num_kv_heads, item.kv_head, p.scale);
+            if (next.num_steps > 0) differentiate(next.tile, next.num_steps);
+            Item const item = item_in(s, item_place);
+            leave_item(s, item_place);
+            if (!exchange_with_items<T>(p, item, group, dk, dv)) continue;
+            int const key = item.tile * T::kTileN + 64 * group;
+            store_rows<T>(dv, p.dv, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, 1);
+            store_rows<T>(dk, p.dk, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, p.scale);
         }
         RingPlace<2> next = ds_place;
         if (T::kDqAlternates && next.stage() != group) next.advance();

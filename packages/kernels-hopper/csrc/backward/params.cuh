@@ -8,59 +8,74 @@
 
 namespace magi::backward {
 
+// How gradients are written: as elements, as floats, or added to floats.
+enum OutMode : int { kElements, kFloats, kAddFloats };
+
 // A tile of queries holds `1 << log2_pack` neighboring query heads of one key head, and for each of them the same
 // tokens: row r is of token r >> log2_pack and of head r & ((1 << log2_pack) - 1) from the tile's first. Tiles are cut
 // from token 0.
 //
 // tiles:  for each tile of keys (first run, number of runs, number of tiles of queries, first of its ranks).
 // runs:   (first tile of queries, end, first piece, number of pieces or -1): of a full run, which has -1 pieces, all
-//         pairs count.
+//         pairs count. The first piece has bit 31 set if no tile of keys that comes earlier in `items` meets these tiles of
+//         queries: then the sums of their gradients are written, and not added to.
 // pieces: pairs of (q0, q1, d0, d1), (k0, k1, 0, 0): key j is seen by query i if k0 <= j < k1, q0 <= i < q1,
 //         d0 <= i - j <= d1.
-// order:  tiles of keys, the longest first.
+// items:  in the order of work (tile of keys, key head, first of its packs, number of packs). Where the packs of one tile
+//         of keys and head are several items', these have as many each, and add up their gradients of keys and values
+//         one after another, the first packs first.
 // ranks:  for each tile of keys and each tile of queries that it meets, how many tiles of keys that come earlier in
-//         `order` meet it.
+//         `items` meet it; null if the order in which they add does not matter.
+// adders: for each tile of queries, how many tiles of keys meet it.
 struct Params {
     CUtensorMap q, dout, k, v;
     void* dk;             // [num_k, kv heads, head_dim], of Element or float
     void* dv;             // the same
     float* dq_sums;       // [packs][tiles of queries][parts][floats of a part], in the order of accumulators; see Traits
     float* row_terms;     // [packs][tiles of queries][2][terms of a tile]: lse in exponents of 2, then delta; see Traits
-    uint32_t* semaphores; // [packs][tiles of queries][parts], 0 before the launch; null if the order does not matter
-    uint32_t* counters;   // 2, zero before and after the launch
+    int* counters;        // 4, zero before and after the launch
     int4 const* tiles;
     int4 const* runs;
     int4 const* pieces;
-    int const* order;
+    int4 const* items;
     int const* ranks;
     int num_k, num_kv_heads;
     int log2_pack;
     int packs_per_kv_head;      // query heads of a key head, divided by the pack
-    int num_tiles_q, num_tiles_k;
-    int heads_per_section;      // key heads that are computed together, so that their queries stay in the L2 cache
+    int num_tiles_q, num_items;
     float scale;                // of scores
     float to_log2;              // from products of queries and keys to exponents of 2
     float cap_slope, cap;       // of kernels with softcap: 2 log2(e) scale / softcap, log2(e) softcap
-    int out_is_float;           // dk and dv are float
+    int out_mode;               // of dk and dv, an OutMode
+    int const* adders;
+    void* dq;                   // [num_q, heads, head_dim]
+    int* added;                 // [packs][tiles of queries][parts]: how many tiles of keys have added; 0 before the launch
+    int* complete;              // [packs * tiles of queries * parts]: 1 + parts to which all have added, in that order, or 0
+    int num_q, num_packs;       // packs of all key heads
+    float dq_scale;
+    int dq_mode;
+    int num_complete;           // parts to which some tile of keys adds
+    float* partial;             // [tiles of keys][key heads][consumers][2][64 * head_dim], in the order of accumulators
+    int* items_done;            // [tiles of keys][key heads][consumers]: how many items of the same keys; 0 before the launch
 };
 
 static_assert(sizeof(Params) == 768, "backward_params.py pads its structure to this size");
 
-// Before and after the backward kernel: per row of queries.
+// Before the backward kernel: per row of queries.
 struct RowParams {
     void const* out;      // [num_q, heads, head_dim]
     void const* dout;
     float const* lse;     // [num_q, heads], natural logarithm
     float const* dlse;    // or null
-    float* dq_sums;
-    float* row_terms;
-    uint32_t* semaphores;
-    void* dq;             // [num_q, heads, head_dim], of Element or float
+    float* row_terms;     // these as in Params
+    int *added, *complete, *items_done;
+    int const* adders;
+    void* dq;
     int num_q, num_heads;
     int log2_pack;
     int num_tiles_q;
-    float scale;
-    int dq_is_float;
+    int num_items_done;
+    int dq_mode;
 };
 
 }  // namespace magi::backward

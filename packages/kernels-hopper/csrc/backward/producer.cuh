@@ -7,6 +7,7 @@
 #include "../ptx/cp_async_bulk_tensor.cuh"
 #include "../ring.cuh"
 #include "schedule.cuh"
+#include "finisher.cuh"
 #include "shared.cuh"
 #include "sums.cuh"
 
@@ -46,8 +47,8 @@ struct Loader {
         constexpr uint32_t kTermBytes = sizeof(s.row_terms[0]);
         ptx::mbarrier_try_wait_parity(&s.q_empty[stage], place.parity() ^ 1);
         int const tile = walk.pack * p.num_tiles_q + walk.tile;
-        s.step[stage] = make_int4(token, walk.run.z, walk.run.w, tile);
-        if (p.semaphores != nullptr) s.rank[stage] = walk.rank();
+        s.step[stage] = make_int4(token, walk.first_piece(), walk.run.w, tile);
+        s.rank[stage] = walk.rank();
         ptx::mbarrier_arrive_expect_tx(&s.q_full[stage], T::TileQ::kBytes + kTermBytes);
         load<typename T::TileQ>(s.q[stage], &p.q, &s.q_full[stage], walk.pack << p.log2_pack, token,
                                 CacheHint::kEvictNormal);
@@ -69,20 +70,21 @@ struct Loader {
         slot[0] = item.tile;
         slot[1] = item.kv_head;
         slot[2] = item.num_steps;
+        slot[3] = item.first_pack << 16 | item.packs;
         ptx::mbarrier_arrive(&s.item_full[item_place.stage()]);
         item_place.advance();
     }
 
     __device__ __forceinline__ void run() {
-        int const num_items = p.num_tiles_k * p.num_kv_heads;
-        int number = blockIdx.x;
-        while (number < num_items) {
-            int const next = gridDim.x + atomicAdd(p.counters, 1);
+        // An item is taken when all of the one before is loaded, and not earlier: others may wait for it, and a block that is
+        // done sooner could have taken it. As blocks take none before they run, those that wait never wait for such a block.
+        while (true) {
+            int const number = atomicAdd(p.counters, 1);
+            if (number >= p.num_items) break;
             Item const item = item_at(p, number);
             announce(item);
-            number = next;
             if (item.num_steps == 0) continue;
-            Walk walk(p, item.tile, item.kv_head);
+            Walk walk(p, item);
             load_queries(walk);
             load_keys(item);
             load_gradients(walk);
@@ -94,10 +96,7 @@ struct Loader {
                 place.advance();
             }
         }
-        announce({-1, 0, 0});
-        // The block that is the last to finish leaves both counters as it found them.
-        __threadfence();
-        if (atomicInc(p.counters + 1, gridDim.x - 1) == gridDim.x - 1) atomicExch(p.counters, 0);
+        announce({-1, 0, 0, 0, 0});
     }
 };
 
@@ -108,29 +107,51 @@ struct Reducer {
     Shared<T>& s;
     int const group;  // which consumer
 
+    __device__ __forceinline__ int part_of(Target const& target) const {
+        return target.tile * T::kDqParts + (T::kDqAlternates ? 0 : group);
+    }
+
+    // Tells that what was added last is there, if that has not been told yet. Up to `Pending` additions came after it.
+    template <int Pending>
+    __device__ __forceinline__ void tell(Target& added) const {
+        if (added.tile < 0) return;
+        ptx::cp_async_bulk_wait_group<Pending>();
+        ptx::fence_proxy_async_global();
+        count_addition<T>(p, added.tile, part_of(added));
+        added.tile = -1;
+    }
+
+    // To tell takes about as long as to add, and is done meanwhile, or where there is nothing else to do. Others may wait
+    // for it, so it is never left undone while this thread waits.
     __device__ __forceinline__ void run() {
         RingPlace<1> place;
+        Target before = {-1, 0};
         while (true) {
+            if (!ptx::mbarrier_test_wait_parity(&s.dq_full[group], place.parity())) tell<0>(before);
             ptx::mbarrier_try_wait_parity(&s.dq_full[group], place.parity());
             Target const target = s.dq_target[group];
             if (target.tile < 0) break;
-            int64_t const part = static_cast<int64_t>(target.tile) * T::kDqParts + (T::kDqAlternates ? 0 : group);
-            if (p.semaphores != nullptr) {
-                wait_for_turn(p.semaphores + part, target.rank);
+            int const part = part_of(target);
+            float* const sums = p.dq_sums + static_cast<int64_t>(part) * T::kDqFloats;
+            if (target.rank == 0) {  // the first to add
+                ptx::cp_async_bulk_store(sums, s.dq[group], sizeof(s.dq[group]));
+            } else {
+                if (!is_turn(p, part, target.rank)) {
+                    tell<0>(before);
+                    wait_for_turn(p, part, target.rank);
+                }
                 ptx::fence_proxy_async_global();
+                ptx::cp_reduce_async_bulk_add(sums, s.dq[group], sizeof(s.dq[group]));
             }
-            ptx::cp_reduce_async_bulk_add(p.dq_sums + part * T::kDqFloats, s.dq[group], sizeof(s.dq[group]));
             ptx::cp_async_bulk_commit_group();
+            tell<1>(before);
+            before = target;
             ptx::cp_async_bulk_wait_group_read<0>();
             ptx::mbarrier_arrive(&s.dq_empty[group]);
             place.advance();
-            if (p.semaphores != nullptr) {
-                ptx::cp_async_bulk_wait_group<0>();
-                ptx::fence_proxy_async_global();
-                give_turn(p.semaphores + part);
-            }
+            if (p.ranks != nullptr) tell<0>(before);
         }
-        ptx::cp_async_bulk_wait_group<0>();
+        tell<0>(before);
     }
 };
 

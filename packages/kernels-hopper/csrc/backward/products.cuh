@@ -63,4 +63,18 @@ __device__ __forceinline__ void multiply_scores(float (&dq)[T::kDqRegisters], vo
     }
 }
 
+// A part of dq^T = k^T ds^T, over keys: 64 columns of dq.
+template <typename T>
+__device__ __forceinline__ void multiply_scores_transposed(float (&dq)[T::kDqRegisters], void const* ds, void const* k,
+                                                           int part) {
+    using Element = typename T::Element;
+            uint64_t const a = T::TileK::mn_major(uniform_address(k)) + T::TileK::from(0, 64) * part;
+            uint64_t const b = T::TileDs::k_major(uniform_address(ds));
+#pragma unroll
+            for (int key = 0; key < T::kTileN; key += 16) {
+                ptx::Wgmma<T::kTileM>::template ss<Element, 1, 0>(dq, a + T::TileK::from(key, 0), b + T::TileDs::from(0, key),
+                                                                 key > 0);
+            }
+}
+
 }  // namespace magi::backward

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is done for each row of queries before and after the backward kernel.
+// What is done for each row of queries before the backward kernel.
 #pragma once
 
 #include "../arithmetic.cuh"
@@ -21,7 +21,7 @@ struct QueryRow {
     }
 };
 
-// Block tile + num_tiles_q * pack: the terms of the tile's rows, and zeros for their sums of gradients.
+// Block tile + num_tiles_q * pack: the terms of the tile's rows, and what the backward kernel finds zero.
 template <typename T>
 __device__ __forceinline__ void prepare(RowParams const& p) {
     using Element = typename T::Element;
@@ -30,10 +30,15 @@ __device__ __forceinline__ void prepare(RowParams const& p) {
     constexpr int kRowsAtOnce = kRowThreads / kLanes;
     int const tile = blockIdx.x % p.num_tiles_q, pack = blockIdx.x / p.num_tiles_q;
     int64_t const number = static_cast<int64_t>(pack) * p.num_tiles_q + tile;
-    auto* const sums = reinterpret_cast<float4*>(p.dq_sums + number * T::kTileM * T::kHeadDim);
-    for (int i = threadIdx.x; i < T::kTileM * T::kHeadDim / 4; i += kRowThreads) sums[i] = make_float4(0, 0, 0, 0);
-    if (p.semaphores != nullptr && threadIdx.x < T::kDqParts) p.semaphores[number * T::kDqParts + threadIdx.x] = 0;
+    if (threadIdx.x < T::kDqParts) {
+        int64_t const part = number * T::kDqParts + threadIdx.x;
+        p.added[part] = p.complete[part] = 0;
+    }
+    if (blockIdx.x == 0) {
+        for (int i = threadIdx.x; i < p.num_items_done; i += kRowThreads) p.items_done[i] = 0;
+    }
 
+    bool const no_adders = __ldg(p.adders + tile) == 0;
     float* const terms = p.row_terms + number * 2 * T::kTerms;
     int const lane = threadIdx.x % kLanes;
 #pragma unroll
@@ -55,51 +60,19 @@ __device__ __forceinline__ void prepare(RowParams const& p) {
         }
 #pragma unroll
         for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        // Rows of tiles that meet no tile of keys, which nobody else writes.
+        if (inside && lane < kVectors && no_adders && p.dq_mode != kAddFloats) {
+            bool const is_float = p.dq_mode == kFloats;
+            int64_t const bytes = (query.index * T::kHeadDim + 8 * lane) * (is_float ? 4 : 2);
+            auto* const target = reinterpret_cast<uint4*>(static_cast<char*>(p.dq) + bytes);
+            target[0] = make_uint4(0, 0, 0, 0);
+            if (is_float) target[1] = make_uint4(0, 0, 0, 0);
+        }
         if (lane == 0 && row < T::kTileM) {
             // Rows that see no key, and those beyond the last token, have probabilities exp(-inf).
             float const lse = inside ? p.lse[query.index] : -INFINITY;
             terms[T::term_of(row)] = lse == -INFINITY ? INFINITY : lse * kLog2E;
             terms[T::kTerms + T::term_of(row)] = inside && p.dlse != nullptr ? sum - p.dlse[query.index] : sum;
-        }
-    }
-}
-
-// Block parts * (tile + num_tiles_q * pack) + part: from what has been added up, in the order of accumulators, to gradients
-// of the tile's rows, of which a part is a block of columns.
-template <typename T>
-__device__ __forceinline__ void convert(RowParams const& p) {
-    constexpr int kStride = T::kDqColumns + 4, kVectors = T::kDqColumns / 8;
-    __shared__ float rows[T::kTileM * kStride];
-    int const part = blockIdx.x % T::kDqParts, number = blockIdx.x / T::kDqParts;
-    int const first_column = T::kDqColumns * part;
-    auto const* const sums = reinterpret_cast<float4 const*>(p.dq_sums + static_cast<int64_t>(blockIdx.x) * T::kDqFloats);
-#pragma unroll
-    for (int first = 0; first < T::kDqFloats / 4; first += kRowThreads) {
-        int const i = first + threadIdx.x;
-        float4 const sum = sums[i];
-        float const value[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            DqPlace const place = T::dq_place(part, i % 128, i / 128 * 4 + e);
-            rows[place.row * kStride + place.column - first_column] = value[e] * p.scale;
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < T::kTileM * kVectors; i += kRowThreads) {
-        QueryRow const query(p, number / p.num_tiles_q, number % p.num_tiles_q, T::kTileM, i / kVectors);
-        if (query.token >= p.num_q) continue;
-        float const* const from = rows + i / kVectors * kStride + i % kVectors * 8;
-        int64_t const to = query.index * T::kHeadDim + first_column + i % kVectors * 8;
-        float4 const a = *reinterpret_cast<float4 const*>(from), b = *reinterpret_cast<float4 const*>(from + 4);
-        if (p.dq_is_float) {
-            auto* const target = reinterpret_cast<float4*>(static_cast<float*>(p.dq) + to);
-            target[0] = a;
-            target[1] = b;
-        } else {
-            using Element = typename T::Element;
-            *reinterpret_cast<uint4*>(static_cast<Element*>(p.dq) + to) =
-                make_uint4(magi::pack(a.x, a.y, Element{}), magi::pack(a.z, a.w, Element{}),
-                           magi::pack(b.x, b.y, Element{}), magi::pack(b.z, b.w, Element{}));
         }
     }
 }

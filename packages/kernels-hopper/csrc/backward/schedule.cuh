@@ -9,23 +9,25 @@ namespace magi::backward {
 struct Item {
     int tile;  // of keys, or -1: there is none left
     int kv_head;
-    int num_steps;  // tiles of queries that it meets, over all packs of its head
+    int num_steps;   // tiles of queries that it meets, over all its packs
+    int first_pack;  // of its head's
+    int packs;
+
+    // Its place among the items of the same keys, and whether it is the last.
+    __device__ __forceinline__ int number() const { return first_pack / packs; }
+    __device__ __forceinline__ bool is_last(Params const& p) const { return first_pack + packs == p.packs_per_kv_head; }
 };
 
-// Item `number` in the order of work: sections of heads, in each the longest tiles first, all its heads side by side.
+// Item `number` in the order of work.
 __device__ __forceinline__ Item item_at(Params const& p, int number) {
-    int const items_per_section = p.num_tiles_k * p.heads_per_section;
-    int const section = number / items_per_section;
-    int const first_head = section * p.heads_per_section;
-    int const heads = min(p.heads_per_section, p.num_kv_heads - first_head);
-    int const within = number - section * items_per_section;
-    int const tile = __ldg(p.order + within / heads);
-    return {tile, first_head + within % heads, __ldg(p.tiles + tile).z * p.packs_per_kv_head};
+    int4 const item = __ldg(p.items + number);
+    return {item.x, item.y, __ldg(p.tiles + item.x).z * item.w, item.z, item.w};
 }
 
-// Walks through the tiles of queries of an item: those of all its runs, the last ones first, once for each pack. Neighboring
-// tiles of keys then meet the same tiles of queries at about the same time, so that these stay in the L2 cache; and tiles
-// of keys that come earlier in a causal mask's order of work are earlier at every tile of queries.
+// Walks through the tiles of queries of an item: those of all its runs, the last ones first, once for each pack. Tiles of
+// keys that work at the same time then meet the same tiles of queries at about the same time, so that these stay in the
+// L2 cache, and so do the sums of their gradients; and tiles of keys that come earlier in a causal mask's order of work
+// are earlier at every tile of queries.
 struct Walk {
     Params const& p;
     int4 header;  // of the tile of keys
@@ -36,13 +38,13 @@ struct Walk {
     int pack;
     int left;  // tiles of this pack, with this one
 
-    __device__ __forceinline__ Walk(Params const& p, int tile_k, int kv_head)
+    __device__ __forceinline__ Walk(Params const& p, Item const& item)
         : p(p),
-          header(__ldg(p.tiles + tile_k)),
+          header(__ldg(p.tiles + item.tile)),
           run(__ldg(p.runs + header.x + header.y - 1)),
           run_number(header.y - 1),
           tile(run.y - 1),
-          pack(kv_head * p.packs_per_kv_head),
+          pack(item.kv_head * p.packs_per_kv_head + item.first_pack),
           left(header.z) {
         following = run_after();
     }
@@ -62,8 +64,12 @@ struct Walk {
         following = run_after();
     }
 
-    // How many tiles of keys add to this tile's gradients before this one.
-    __device__ __forceinline__ int rank() const { return __ldg(p.ranks + header.w + left - 1); }
+    __device__ __forceinline__ int first_piece() const { return run.z & 0x7FFFFFFF; }
+
+    // How many tiles of keys must have added to this tile's gradients before this one does.
+    __device__ __forceinline__ int rank() const {
+        return p.ranks == nullptr ? run.z >= 0 : __ldg(p.ranks + header.w + left - 1);
+    }
 };
 
 }  // namespace magi::backward

@@ -15,8 +15,8 @@ struct SharedProbabilities {
 template <typename T>
 struct SharedProbabilities<T, false> {};
 
-// Where gradients of queries go: to those of a tile, counted over all packs. If there are semaphores, tiles of keys add to
-// them in the order of their ranks.
+// Where gradients of queries go: to those of a tile, counted over all packs, once as many tiles of keys have added to them
+// as the rank says. The first one, of rank 0, writes.
 struct Target {
     int tile, rank;
 };
@@ -47,7 +47,7 @@ struct Shared : SharedTiles<T>, SharedDq<T>, SharedProbabilities<T> {
     int4 step[T::kStages];  // first token, first piece, number of pieces or -1, tile counted over all packs
     int rank[T::kStages];   // of the tile of keys among those that meet the tile of queries
     Target ds_target[2];    // of gradients of queries
-    int item[2][4];         // tile of keys or -1, key head, steps
+    alignas(16) int item[2][4];         // tile of keys or -1, key head, steps, packs
     uint64_t k_full, v_full, kv_empty;
     uint64_t q_full[T::kStages], q_empty[T::kStages];
     uint64_t dout_full[T::kStages], dout_empty[T::kStages];

@@ -5,12 +5,11 @@
 #include "../ptx/barrier.cuh"
 #include "../ptx/cp_async_bulk.cuh"
 #include "../ring.cuh"
+#include "finisher.cuh"
 #include "params.cuh"
 #include "shared.cuh"
 
 namespace magi::backward {
-
-constexpr uint32_t kFirstTurn = 1;  // named barriers, one for each consumer; 0 is __syncthreads()
 
 // One arrival of each warp; what the warp has read by products must have been waited for.
 __device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
@@ -18,38 +17,43 @@ __device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
 }
 
-__device__ __forceinline__ void wait_for_turn(uint32_t const* semaphore, uint32_t rank) {
-    uint32_t reached;
-    do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(reached) : "l"(semaphore) : "memory");
-    } while (reached != rank);
+// Whether at least `rank` tiles of keys have added to a part of a tile's gradients.
+__device__ __forceinline__ bool is_turn(Params const& p, int part, int rank) {
+    return rank == 0 || ptx::load_acquire(p.added + part) >= rank;
+}
+__device__ __forceinline__ void wait_for_turn(Params const& p, int part, int rank) {
+    while (!is_turn(p, part, rank)) continue;
 }
 
-__device__ __forceinline__ void give_turn(uint32_t* semaphore) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(semaphore) : "memory");
+// Tells that one more tile of keys has added to a part of a tile's gradients.
+template <typename T>
+__device__ __forceinline__ void count_addition(Params const& p, int tile, int part) {
+    int const adders = __ldg(p.adders + tile % p.num_tiles_q);
+    if (ptx::add_acquire_release(p.added + part, 1) == adders - 1) Finisher<T>::push(p, part);
 }
 
-// Adds a part of the gradients, from a consumer's registers.
+// Adds a part of the gradients, from a consumer's registers; the first one to add writes.
 template <typename T>
 __device__ __forceinline__ void add_dq(Params const& p, float const (&dq)[T::kDqRegisters], Target target, int group,
                                        int pass) {
-    int64_t const part = static_cast<int64_t>(target.tile) * T::kDqParts + group;
-    int const thread = threadIdx.x % 128;
-    if (p.semaphores != nullptr && pass == 0) {
-        if (thread == 0) wait_for_turn(p.semaphores + part, target.rank);
+    int const part = target.tile * T::kDqParts + group, thread = threadIdx.x % 128;
+    if (pass == 0) {
+        if (thread == 0) wait_for_turn(p, part, target.rank);
         ptx::barrier_sync(kFirstTurn + group, 128);
     }
-    float* const sums = p.dq_sums + part * T::kDqFloats + pass * T::kDqRegisters * 128 + thread * 4;
+    float* const sums =
+        p.dq_sums + static_cast<int64_t>(part) * T::kDqFloats + pass * T::kDqRegisters * 128 + thread * 4;
 #pragma unroll
     for (int i = 0; i < T::kDqRegisters; i += 4) {
-        asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums + i * 128), "f"(dq[i]),
-                     "f"(dq[i + 1]), "f"(dq[i + 2]), "f"(dq[i + 3])
-                     : "memory");
+        if (target.rank == 0) {
+            *reinterpret_cast<float4*>(sums + i * 128) = make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
+        } else {
+            ptx::red_add(sums + i * 128, dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
+        }
     }
-    if (p.semaphores != nullptr && pass == T::kDqPasses - 1) {
-        __threadfence();
+    if (pass == T::kDqPasses - 1) {
         ptx::barrier_sync(kFirstTurn + group, 128);
-        if (thread == 0) give_turn(p.semaphores + part);
+        if (thread == 0) count_addition<T>(p, target.tile, part);
     }
 }
 

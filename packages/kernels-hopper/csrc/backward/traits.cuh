@@ -13,6 +13,7 @@ struct DqPlace {
 
 constexpr int kConsumers = 2;  // warpgroups that compute
 constexpr int kThreads = 128 * (kConsumers + 1);
+constexpr uint32_t kFirstTurn = 1;  // named barriers, one for each consumer; 0 is __syncthreads()
 
 // The sizes that are chosen by measurement; variants.py has those of each kernel.
 //   TileM:  rows of queries of a tile
@@ -29,6 +30,10 @@ struct Traits {
     // computes those of values, the other those of keys. Otherwise each has keys of its own.
     static constexpr bool kWide = HeadDim > 128;
     static constexpr int kTileN = kWide ? 64 : 64 * kConsumers;
+
+    // More rows of queries than a product has: then gradients of queries are computed transposed.
+    static constexpr bool kTall = kTileM > 64;
+    static_assert(!kTall || HeadDim == 128, "a consumer has 64 columns of gradients of queries");
 
     using TileQ = PanelTile<kTileM, HeadDim>;
     using TileK = PanelTile<kTileN, HeadDim>;
@@ -52,7 +57,6 @@ struct Traits {
     static constexpr int kDqWhole = (kDqColumns - kDqHalf) / kDqPasses;  // of a pass
     static constexpr int kDqFloats = kTileM * kDqColumns;
     static constexpr int kDqRegisters = kDqFloats / 128 / kDqPasses;  // of a thread
-    static_assert(kTileM == 64, "rows of queries are those of a product");
     static_assert(kDqPasses == 1 || kDqHalf == 0, "passes are of whole panels");
 
     // Sums of gradients of queries are added to by the copy engine, from shared memory, where there is room.
@@ -66,6 +70,7 @@ struct Traits {
     MAGI_HOST_DEVICE static constexpr DqPlace dq_place(int part, int thread, int i) {
         int const pass = i / kDqRegisters, row = accumulator_row(thread, i);
         i %= kDqRegisters;
+        if (kTall) return {accumulator_column(thread, i), dq_whole_column(part) + row};
         if (i < kDqWhole / 2) return {row, dq_whole_column(part) + pass * kDqWhole + accumulator_column(thread, i)};
         return {row, dq_half_column(part) + accumulator_column(thread, i - kDqWhole / 2)};
     }

@@ -161,11 +161,12 @@ struct WideConsumer {
         while (true) {
             Item const item = next_item(s, item_place);
             if (item.tile < 0) break;
+            leave_item(s, item_place);
             int const key = item.tile * T::kTileN;
 #pragma unroll
             for (int i = 0; i < T::kHeadDim / 2; i++) sums[i] = 0;
             if (item.num_steps > 0) differentiate(item, key);
-            store_rows<T>(sums, group == 0 ? p.dv : p.dk, p.out_is_float, key, p.num_k, p.num_kv_heads, item.kv_head,
+            store_rows<T>(sums, group == 0 ? p.dv : p.dk, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head,
                           group == 0 ? 1 : p.scale);
         }
         if constexpr (T::kDqShared) finish_dq(s, ds_place, group);

@@ -16,6 +16,13 @@ __device__ __forceinline__ void cp_async_bulk_load(void* target, void const* sou
         : "memory");
 }
 
+// Stores `bytes`, between addresses as above.
+__device__ __forceinline__ void cp_async_bulk_store(void* target, void const* source, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(shared_address(source)),
+                 "r"(bytes)
+                 : "memory");
+}
+
 // Adds floats of shared memory to floats in device memory, element by element.
 __device__ __forceinline__ void cp_reduce_async_bulk_add(float* target, void const* source, uint32_t bytes) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target),

@@ -12,11 +12,13 @@ from magi_attention.kernels.protocol import (
     AttentionCall,
     AttentionRequest,
     AttentionResult,
+    Direction,
     IndexCall,
     KernelBackend,
     Support,
     attend_to_nothing,
 )
+from magi_attention.utils.torch_modes import on_device_of, without_grad
 from magi_kernels_hopper.measured import tflops
 from magi_kernels_hopper.support import support_of, support_of_indices
 
@@ -26,6 +28,9 @@ class HopperBackend:
 
     name = "hopper"
 
+    def __init__(self) -> None:
+        self._served: set[object] = set()
+
     def supports(self, request: AttentionRequest) -> Support:
         """See the protocol."""
         return support_of(request)
@@ -34,7 +39,7 @@ class HopperBackend:
         """See the protocol."""
         return tflops(request)
 
-    @torch.no_grad()
+    @without_grad
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
         """See the protocol.
 
@@ -43,24 +48,24 @@ class HopperBackend:
         """
         return self.forward_into(None, q, k, v, call)
 
-    @torch.no_grad()
+    @without_grad
     def forward_into(
         self, target: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> AttentionResult:
         """See :class:`magi_attention.kernels.protocol.WritesInPlace`."""
-        self._check(q, k, v, call)
+        self._check("forward", q, k, v, call)
         if not len(q) or not len(k):
             return attend_to_nothing(q, v, call.max_logits)
         out = q.new_empty(*q.shape[:2], v.shape[2]) if target is None else target
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         return AttentionResult(out, lse, _launch(q, k, v, call, out, lse, merge=False))
 
-    @torch.no_grad()
+    @without_grad
     def forward_onto(
         self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> Tensor | None:
         """See :class:`magi_attention.kernels.protocol.MergesInPlace`."""
-        self._check(q, k, v, call)
+        self._check("forward", q, k, v, call)
         if not len(q) or not len(k):
             return attend_to_nothing(q, v, call.max_logits).max_logits
         if out.is_contiguous() and out.dtype in (q.dtype, torch.float32):
@@ -69,16 +74,11 @@ class HopperBackend:
         merge_into(out, lse, result.out, result.lse)
         return result.max_logits
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
-        request = AttentionRequest.of_tensors(q, k, v, softcap=call.softcap, max_logits=call.max_logits)
-        if not (support := support_of(request)):
-            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
-
     def supports_indices(self, request: AttentionRequest) -> Support:
         """See :class:`magi_attention.kernels.protocol.AttendsToIndices`."""
         return support_of_indices(request)
 
-    @torch.no_grad()
+    @without_grad
     def forward_indices(self, q: Tensor, k: Tensor, v: Tensor, call: IndexCall) -> AttentionResult:
         """See :class:`magi_attention.kernels.protocol.AttendsToIndices`; the tensors are not empty.
 
@@ -93,11 +93,11 @@ class HopperBackend:
         out = q.new_empty(*q.shape[:2], v.shape[2])
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         max_logits = lse.new_full(lse.shape[1:], -torch.inf) if call.max_logits else None
-        with torch.cuda.device(q.device):
+        with on_device_of(q):
             launch_index(q, k, v, call, out, lse, max_logits)
         return AttentionResult(out, lse, max_logits)
 
-    @torch.no_grad()
+    @without_grad
     def backward(
         self,
         dout: Tensor,
@@ -114,14 +114,12 @@ class HopperBackend:
         Raises:
             RuntimeError: with the reason why not, if the tensors are not what :meth:`supports` would say yes to.
         """
-        request = AttentionRequest.of_tensors(q, k, v, softcap=call.softcap, deterministic=call.deterministic)
-        if not (support := support_of(request.toward("backward"))):
-            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
+        self._check("backward", q, k, v, call)
         if not len(q) or not len(k):
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         from magi_kernels_hopper.backward import launch_backward
 
-        with torch.cuda.device(q.device):
+        with on_device_of(q):
             return launch_backward(dout, q, k, v, out, lse, dlse, call)
 
     def backward_into(
@@ -139,13 +137,26 @@ class HopperBackend:
         """See :class:`magi_attention.kernels.protocol.WritesInPlace`; dq is always a tensor of its own."""
         return self.backward(dout, q, k, v, out, lse, dlse, call)
 
+    def _check(self, direction: Direction, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
+        """Raise ``RuntimeError`` for what is not supported; once found to be, that is not asked again."""
+        options = call.softcap > 0, call.max_logits, call.deterministic
+        asked = direction, q.device, q.dtype, q.shape[1:], k.shape[1:], v.shape[1:], options
+        if asked in self._served:
+            return
+        request = AttentionRequest.of_tensors(
+            q, k, v, softcap=call.softcap, max_logits=call.max_logits, deterministic=call.deterministic
+        )
+        if not (support := support_of(request.toward(direction))):
+            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
+        self._served.add(asked)
+
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor, lse: Tensor, *, merge: bool
 ) -> Tensor | None:
     from magi_kernels_hopper.forward import launch_forward
 
-    with torch.cuda.device(q.device):
+    with on_device_of(q):
         return launch_forward(q, k, v, call, out, lse, merge=merge)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One launch of the backward kernels: terms of rows, gradients, and the conversion of those of queries.
+"""One launch of the backward kernels: terms of rows, and gradients.
 
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from magi_attention.kernels.protocol import AttentionCall
+from magi_attention.kernels.table_streams import StreamsOfTables
+from magi_kernels_hopper.backward_order import WorkSizes
 from magi_kernels_hopper.backward_params import Params, RowParams
 from magi_kernels_hopper.driver import CUBINS, Kernel, TensorMap
 from magi_kernels_hopper.launching import (
-    StreamsOfTables,
     aligned,
     counters,
     index_of,
@@ -27,16 +28,6 @@ from magi_kernels_hopper.support import ELEMENT_OF
 from magi_kernels_hopper.tables import device_column_tables
 from magi_kernels_hopper.variants import BackwardVariant
 
-LARGEST_PACK = 2
-"""How many query heads of a key head share a tile of queries at most; a power of two.
-
-The more heads, the fewer tiles are partly hidden by the mask, but the longer it takes until the next tile of keys meets
-the same queries.
-"""
-
-ITEMS_PER_MULTIPROCESSOR = 2
-"""Tiles of keys that are worked on before those of other heads: few, so that their queries stay in the L2 cache."""
-
 GAP = 16
 """Terms of a tile are this many more than its rows, ``Traits::kTerms`` in csrc/backward/traits.cuh."""
 
@@ -45,35 +36,9 @@ LOG2_E = math.log2(math.e)
 MAP_BYTES = ctypes.sizeof(TensorMap)
 
 
-class Geometry(NamedTuple):
-    """How the work of one call is cut.
-
-    Attributes:
-        pack: neighboring query heads that share a tile of queries.
-        tile_q: tokens of a tile of queries.
-        tiles_q: how many there are, of one pack.
-        num_tiles: of queries, of all packs.
-    """
-
-    pack: int
-    tile_q: int
-    tiles_q: int
-    num_tiles: int
-
-
-def geometry(variant: BackwardVariant, num_q: int, num_heads_q: int, num_heads_kv: int) -> Geometry:
-    """Decide how to cut the work of ``num_q`` queries."""
-    group = num_heads_q // num_heads_kv
-    pack = min(group & -group, LARGEST_PACK)
-    tile_q = variant.sizes.tile_m // pack
-    tiles_q = -(-num_q // tile_q)
-    return Geometry(pack, tile_q, tiles_q, tiles_q * (num_heads_q // pack))
-
-
 class _Kernels(NamedTuple):
     prepare: Kernel
     backward: Kernel
-    convert: Kernel
 
 
 class PreparedBackward:
@@ -89,58 +54,68 @@ class PreparedBackward:
     def __init__(self, variant: BackwardVariant, call: AttentionCall, q: Tensor, k: Tensor) -> None:
         (num_q, num_heads, head_dim), (num_k, num_kv_heads, _) = q.shape, k.shape
         sizes = variant.sizes
-        cut = geometry(variant, num_q, num_heads, num_kv_heads)
-        self.sizes, self.num_tiles, self.ordered = sizes, cut.num_tiles, call.deterministic
-        self.tables = device_column_tables(
-            call.slices, num_q, num_k, cut.tile_q, sizes.tile_n, q.device, ordered=self.ordered
+        group, available = num_heads // num_kv_heads, max(multiprocessors(q.device) - call.sm_margin, 1)
+        self.tables = tables = device_column_tables(
+            call.slices,
+            num_q,
+            num_k,
+            WorkSizes(sizes.tile_m, sizes.tile_n, num_kv_heads, group, available),
+            q.device,
+            ordered=call.deterministic,
         )
-        self.streams = StreamsOfTables(self.tables)
+        pack, tile_q = tables.pack, sizes.tile_m // tables.pack
+        tiles_q = -(-num_q // tile_q)
+        self.sizes, self.num_tiles = sizes, tiles_q * (num_heads // pack)
+        # Halves of tiles of keys, of a head, to whose gradients several items add.
+        self.num_shared = 2 * len(tables.tiles) * num_kv_heads if tables.split > 1 else 0
+        self.blocks = min(available, len(tables.items))
+        self.streams = StreamsOfTables(tables)
         self.kernels = _kernels(variant, q.device)
         self.swizzle_bytes = 128 if head_dim % 64 == 0 else 64
         panel = self.swizzle_bytes // 2
-        self.boxes = [(panel, *each) for each in 2 * [(cut.pack, cut.tile_q)] + 2 * [(1, sizes.tile_n)]]
-        num_tiles_k = len(self.tables.tiles)
-        num_multiprocessors = multiprocessors(q.device)
-        self.blocks = max(min(num_multiprocessors - call.sm_margin, num_tiles_k * num_kv_heads), 1)
-        items = ITEMS_PER_MULTIPROCESSOR * num_multiprocessors
+        self.boxes = [(panel, *each) for each in 2 * [(pack, tile_q)] + 2 * [(1, sizes.tile_n)]]
         scale = abs(call.softmax_scale) or 1.0
         capped = call.softcap > 0
         self.template = Params(
-            tiles=self.tables.tiles.data_ptr(),
-            runs=self.tables.runs.data_ptr(),
-            pieces=self.tables.pieces.data_ptr(),
-            order=self.tables.order.data_ptr(),
-            ranks=None if self.tables.ranks is None else self.tables.ranks.data_ptr(),
+            tiles=tables.tiles.data_ptr(),
+            runs=tables.runs.data_ptr(),
+            pieces=tables.pieces.data_ptr(),
+            items=tables.items.data_ptr(),
+            ranks=None if tables.ranks is None else tables.ranks.data_ptr(),
             num_k=num_k,
             num_kv_heads=num_kv_heads,
-            log2_pack=cut.pack.bit_length() - 1,
-            packs_per_kv_head=num_heads // num_kv_heads // cut.pack,
-            num_tiles_q=cut.tiles_q,
-            num_tiles_k=num_tiles_k,
-            heads_per_section=min(-(-items // num_tiles_k), num_kv_heads),
+            log2_pack=pack.bit_length() - 1,
+            packs_per_kv_head=group // pack,
+            num_tiles_q=tiles_q,
+            num_items=len(tables.items),
             scale=scale,
             to_log2=LOG2_E * scale,
             cap_slope=2 * LOG2_E * scale / call.softcap if capped else 0.0,
             cap=LOG2_E * call.softcap,
+            adders=tables.adders.data_ptr(),
+            num_q=num_q,
+            num_packs=num_heads // pack,
+            dq_scale=call.softmax_scale,
+            num_complete=tables.num_met * (num_heads // pack) * sizes.dq_parts,
         )
         self.row_template = RowParams(
             num_q=num_q,
             num_heads=num_heads,
-            log2_pack=cut.pack.bit_length() - 1,
-            num_tiles_q=cut.tiles_q,
-            scale=call.softmax_scale,
+            log2_pack=pack.bit_length() - 1,
+            num_tiles_q=tiles_q,
+            num_items_done=self.num_shared,
+            adders=tables.adders.data_ptr(),
         )
 
-    def workspace(self, head_dim: int, device: torch.device) -> list[Tensor]:
-        """What the kernels hand on: sums of gradients, terms of rows, and semaphores if there is an order."""
-        rows = self.num_tiles * self.sizes.tile_m
-        work = [
+    def workspace(self, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the kernels hand on: sums of gradients, terms of rows, sums of items, and how far they have come."""
+        rows, parts = self.num_tiles * self.sizes.tile_m, self.num_tiles * self.sizes.dq_parts
+        return (
             torch.empty(rows * head_dim, dtype=torch.float32, device=device),
             torch.empty(2 * (rows + GAP * self.num_tiles), dtype=torch.float32, device=device),
-        ]
-        if self.ordered:
-            work.append(torch.empty(self.num_tiles * self.sizes.dq_parts, dtype=torch.int32, device=device))
-        return work
+            torch.empty(self.num_shared * 2 * self.sizes.tile_n // 2 * head_dim, dtype=torch.float32, device=device),
+            torch.empty(2 * parts + self.num_shared, dtype=torch.int32, device=device),
+        )
 
 
 def launch_backward(
@@ -169,7 +144,7 @@ def launch_backward(
     lse, dlse = lse.float().contiguous(), None if dlse is None else dlse.float().contiguous()
     tensors = (aligned(q), dout, aligned(k), aligned(v))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    work = prepared.workspace(head_dim, device)
+    sums, terms, partial, progress = prepared.workspace(head_dim, device)
     torch_stream = torch.cuda.current_stream(device)
     prepared.streams.add(torch_stream)
     stream = torch_stream.cuda_stream
@@ -185,15 +160,15 @@ def launch_backward(
         ctypes.memmove(address, maps.get(x, box, prepared.swizzle_bytes), MAP_BYTES)
         address += MAP_BYTES
     zeros = counters(device, stream)
-    params.dk, params.dv, params.counters = dk.data_ptr(), dv.data_ptr(), zeros.data_ptr()
+    params.dq, params.dk, params.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+    params.dq_sums, params.partial, params.counters = sums.data_ptr(), partial.data_ptr(), zeros.data_ptr()
+    parts = 4 * prepared.num_tiles * prepared.sizes.dq_parts  # bytes
     for each in (rows, params):
-        each.dq_sums, each.row_terms = work[0].data_ptr(), work[1].data_ptr()
-        if prepared.ordered:
-            each.semaphores = work[2].data_ptr()
+        each.row_terms, each.added = terms.data_ptr(), progress.data_ptr()
+        each.complete, each.items_done = each.added + parts, each.added + 2 * parts
 
     prepared.kernels.prepare.launch(prepared.num_tiles, stream, rows)
     prepared.kernels.backward.launch(prepared.blocks, stream, params)
-    prepared.kernels.convert.launch(prepared.num_tiles * prepared.sizes.dq_parts, stream, rows)
     return dq, dk, dv
 
 
@@ -203,5 +178,4 @@ def _kernels(variant: BackwardVariant, device: torch.device) -> _Kernels:
     return _Kernels(
         Kernel(cubin, variant.prepare_entry, index, sizes.row_threads, 0),
         Kernel(cubin, variant.entry, index, sizes.threads, sizes.shared_bytes),
-        Kernel(cubin, variant.convert_entry, index, sizes.row_threads, 0),
     )

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from magi_attention.kernels.protocol import AttentionCall
+from magi_attention.kernels.table_streams import StreamsOfTables
 from magi_kernels_hopper.driver import CUBINS, Kernel, TensorMap
 from magi_kernels_hopper.launching import (
-    StreamsOfTables,
     aligned,
     counters,
     index_of,

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What launches of all kernels need besides their parameters."""
 
-from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -18,39 +17,19 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-class StreamsOfTables:
-    """The streams whose launches read tables: their memory is not given to others before these launches are done.
-
-    Args:
-        tables: on the device; what is no tensor is passed over.
-    """
-
-    def __init__(self, tables: Iterable[object]) -> None:
-        self._tables = [each for each in tables if isinstance(each, Tensor)]
-        self._known: set[int] = set()
-
-    def add(self, stream: torch.cuda.Stream) -> None:
-        """Tell the allocator of a stream, at its first launch."""
-        if stream.cuda_stream in self._known:
-            return
-        for table in self._tables:
-            table.record_stream(stream)
-        self._known.add(stream.cuda_stream)
-
-
 def counters(device: torch.device, stream: int) -> Tensor:
-    """Two zeros, which the kernel leaves as it finds them. Launches on one stream share them, one after another.
+    """Four zeros, which the kernel leaves as it finds them. Launches on one stream share them, one after another.
 
     A graph may be replayed on any stream, so that a launch that is captured has its own.
     """
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
+        return torch.zeros(4, dtype=torch.int32, device=device)
     return _stream_counters(device, stream)
 
 
 @cache
 def _stream_counters(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(2, dtype=torch.int32, device=device)
+    return torch.zeros(4, dtype=torch.int32, device=device)
 
 
 @cache

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast the kernels are expected to be, from measurements.
 
-Measured on an H200 with 64 query heads and 8 key/value heads of 128 dims, bfloat16, 8k and 32k tokens (the lower figure
-of the two). Forward figures were measured in turns with those of ``cudnn_flex`` and ``blackwell``, and are the ratio to
-the faster of these times what ``magi_kernels_blackwell.measured`` expects of that one, so that the automatic choice
-ranks all three by one run. NOTES.md has what was seen.
+Measured on an H100 80GB with 64 query heads and 8 key/value heads of 128 dims, bfloat16, at 8k and 32k tokens (the
+lower figure of the two) by benchmarks/kernels.py, in turns with ``cudnn_flex`` and ``blackwell``, so that the automatic
+choice ranks all three by one run. Scattered blocks (``block_sparse``) were measured on an H200, and are given relative
+to ``cudnn_flex``. NOTES.md has what was seen.
 """
 
 from magi_attention.kernels.protocol import AttentionRequest
 
 # (forward, backward) TFLOP/s by mask class, as magi_attention.kernels.mask_class names them.
 _128_DIMS = {
-    "full": (671, 510),
-    "causal": (693, 384),
-    "varlen_full": (628, 312),
-    "varlen_causal": (545, 252),
-    "sliding_window": (586, 348),
-    "block_causal": (624, 316),
-    "block_sparse": (661, 195),
-    "general": (545, 252),
+    "full": (611, 515),
+    "causal": (643, 346),
+    "varlen_full": (625, 308),
+    "varlen_causal": (527, 219),
+    "sliding_window": (492, 332),
+    "block_causal": (608, 309),
+    "block_sparse": (638, 177),
+    "general": (527, 219),
 }
 # Kernels for other head dims keep the matrix units about this busy, compared to 128 dims.
 _DIM_FACTOR = {64: 0.75, 96: 0.8, 192: 0.95, 256: 0.9}

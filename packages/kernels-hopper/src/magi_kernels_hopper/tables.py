@@ -8,7 +8,8 @@ from torch import Tensor
 
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.device_tiles import upload
-from magi_kernels_hopper.backward_plan import column_tables, ranks
+from magi_kernels_hopper.backward_order import WorkSizes, order_work
+from magi_kernels_hopper.backward_plan import adders, ranks
 from magi_kernels_hopper.plan import RowTables, row_tables
 from magi_kernels_hopper.variants import ForwardVariant, forward_variants
 
@@ -64,17 +65,33 @@ def device_row_tables(
 
 
 class DeviceColumnTables(NamedTuple):
-    """:class:`magi_kernels_hopper.backward_plan.ColumnTables`, as int32, and the ranks if they are needed."""
+    """:class:`magi_kernels_hopper.backward_order.Work` and the tables that it is of, as int32.
 
+    Attributes:
+        pack: query heads that share a tile of queries.
+        split: how many items the packs of one head are.
+        tiles: as are the next two, of :class:`magi_kernels_hopper.backward_plan.ColumnTables`.
+        runs: see there.
+        pieces: see there.
+        items: the work, in order.
+        adders: :func:`magi_kernels_hopper.backward_plan.adders`.
+        num_met: tiles of queries, of one pack, that some tile of keys meets.
+        ranks: :func:`magi_kernels_hopper.backward_plan.ranks`, if gradients are to be added up in order.
+    """
+
+    pack: int
+    split: int
     tiles: Tensor
     runs: Tensor
     pieces: Tensor
-    order: Tensor
+    items: Tensor
+    adders: Tensor
+    num_met: int
     ranks: Tensor | None
 
 
 def device_column_tables(
-    slices: SliceTable, num_q: int, num_k: int, tile_q: int, tile_k: int, device: torch.device, *, ordered: bool
+    slices: SliceTable, num_q: int, num_k: int, sizes: WorkSizes, device: torch.device, *, ordered: bool
 ) -> DeviceColumnTables:
     """Build and upload the tables of a mask, with the ranks if gradients are to be added up in order.
 
@@ -83,21 +100,27 @@ def device_column_tables(
     """
 
     def build() -> DeviceColumnTables:
-        tables = column_tables(slices.bands(), num_q, num_k, tile_q, tile_k)
+        work = order_work(slices.bands(), num_q, num_k, sizes)
+        tables = work.tables
         if ordered and (num_ranks := int(tables.tiles[:, 2].sum())) > MOST_RANKS:
             raise RuntimeError(
                 f"backend 'hopper': the deterministic backward pass needs a number for each of {num_ranks} pairs of "
                 f"tiles, and can have {MOST_RANKS}; use more GPUs, or do without determinism"
             )
+        of_queries = adders(tables, -(-num_q * work.pack // sizes.tile_m))
         return DeviceColumnTables(
+            pack=work.pack,
+            split=work.split,
             tiles=upload(tables.tiles, device),
             runs=upload(tables.runs, device),
             pieces=upload(tables.pieces, device),
-            order=upload(tables.order, device),
-            ranks=upload(ranks(tables), device) if ordered else None,
+            items=upload(work.items, device),
+            adders=upload(of_queries, device),
+            num_met=int((of_queries > 0).sum()),
+            ranks=upload(ranks(tables, work.order), device) if ordered else None,
         )
 
-    return slices.derived(("hopper columns", num_q, num_k, tile_q, tile_k, device, ordered), build)
+    return slices.derived(("hopper columns", num_q, num_k, sizes, device, ordered), build)
 
 
 def _keys(tables: RowTables, box_k: int) -> int:

@@ -138,13 +138,13 @@ class BackwardSizes:
 
     threads = 384
     row_threads = 256
-    """Threads of a block of the kernels that come before and after."""
+    """Threads of a block of the kernel that comes before."""
 
 
 BACKWARD_SIZES = {
     64: BackwardSizes(64, 128, 2, 1, 134 << 10),
     96: BackwardSizes(64, 128, 2, 1, 180 << 10),
-    128: BackwardSizes(64, 128, 2, 2, 196 << 10),
+    128: BackwardSizes(80, 128, 2, 2, 227 << 10),
     192: BackwardSizes(64, 64, 2, 2, 227 << 10),
     256: BackwardSizes(64, 64, 2, 2, 227 << 10),
 }
@@ -153,7 +153,7 @@ BACKWARD_SIZES = {
 
 @dataclass(frozen=True)
 class BackwardVariant:
-    """One backward kernel, and those that come before and after it.
+    """One backward kernel, and the one that comes before it.
 
     Attributes:
         head_dim: of queries, keys and values.
@@ -168,7 +168,6 @@ class BackwardVariant:
     source = "backward/backward.cu"
     entry = "magi_backward"
     prepare_entry = "magi_backward_prepare"
-    convert_entry = "magi_backward_convert"
 
     @property
     def name(self) -> str:

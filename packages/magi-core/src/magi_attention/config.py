@@ -235,7 +235,8 @@ class RuntimeConfig:
         keep_received: keep received keys and values for the backward pass where they take little memory, at most a
             quarter of what q and out take; else they are exchanged again.
         sink_grad_reduce: how the ranks' gradients of the sink are combined: none, sum or avg.
-        forward_sm_margin: multiprocessors that forward kernels leave to communication.
+        forward_sm_margin: multiprocessors that forward kernels leave to communication. None leaves some where rows
+            travel beside a kernel by means that need any, and none elsewhere; a number holds for every kernel.
         backward_sm_margin: the same for backward kernels.
         flatten_head_groups: accepted for compatibility; all heads share one plan.
         auto_range_merge: let kernels process slices with equal ranges together.
@@ -296,13 +297,15 @@ class RuntimeConfig:
                 raise MagiValueError(f"RuntimeConfig: {one} and {other} cannot be combined; switch one of them off")
 
     def resolved(self) -> RuntimeConfig:
-        """Return a copy in which the environment has filled every field that was None."""
+        """Return a copy in which the environment has filled every field that was None.
+
+        Margins stay None while their variables are not set: only with a plan is it known beside which kernels rows
+        travel.
+        """
         filled: dict[str, Any] = {name: read() for name, read in _ENVIRONMENT.items() if getattr(self, name) is None}
-        if filled.get("native_grpcoll", self.native_grpcoll):
-            # Native collectives occupy no multiprocessor that the kernels would have to leave free.
-            for name, variable in _SM_MARGINS.items():
-                if name in filled and not is_set(variable):
-                    filled[name] = 0
+        for name, variable in _SM_MARGINS.items():
+            if name in filled and not is_set(variable):
+                del filled[name]
         return replace(self, **filled)
 
 
@@ -371,6 +374,6 @@ class DistAttnConfig:
             )
 
     def resolved(self) -> DistAttnConfig:
-        """Return a copy whose runtime config has no None left; call it when a key is made."""
+        """Return a copy whose runtime config is :meth:`resolved <RuntimeConfig.resolved>`; for when a key is made."""
         config = replace(self)  # the environment may have asked for traveling queries since
         return replace(config, runtime_config=config.runtime_config.resolved())

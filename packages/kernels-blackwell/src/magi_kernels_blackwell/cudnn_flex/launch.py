@@ -11,10 +11,19 @@ from torch import Tensor
 
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall
+from magi_attention.kernels.table_streams import settle
 from magi_kernels_blackwell.cudnn_flex.library import Library, quiet
 from magi_kernels_blackwell.cudnn_flex.tables import row_functions
 from magi_kernels_blackwell.masks import intervals_of_queries
-from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, settle, watched
+from magi_kernels_blackwell.prepared import (
+    Launch,
+    PreparedBackward,
+    PreparedForward,
+    direct,
+    layout_of,
+    noted,
+    watched,
+)
 from magi_kernels_blackwell.wheels import HOPPER
 
 SCALE_AT = 6
@@ -77,6 +86,7 @@ def launch_forward(
             counter = lse.new_zeros(1, dtype=torch.int32)
             num_sms = max(rest[COUNTER_AT + 1] - call.sm_margin, 1)
             rest = (*rest[:COUNTER_AT], counter, num_sms)
+        prepared.streams.add_current()
         prepared.kernel(*batch, out, lse, max_logits, call.softmax_scale, *rest)
     return out.squeeze(0), lse.squeeze(0), max_logits
 
@@ -91,7 +101,7 @@ def _prepare_forward(
 ) -> PreparedForward | None:
     """Find the kernel for tensors as they are given to it; None where it is only compiled."""
     dispatch = library.dispatch
-    with quiet(library), watched(dispatch._flex_attn_fwd) as (launches,):
+    with quiet(library):
         plan = mask_plan(library, call.slices, batch, backward=False)
         prepared = dispatch._prepare_flex_attn_fwd(
             *batch,
@@ -102,9 +112,14 @@ def _prepare_forward(
         )
         counter = torch.empty(1, dtype=torch.int32, device=out.device) if prepared.arch == HOPPER else None
         tensors = (*batch, out, lse, call.softmax_scale, None, None, counter, max_logits)
-        kernel = dispatch._compile_flex_attn_fwd(prepared, *tensors)
-        dispatch._launch_flex_attn_fwd(prepared, kernel, *tensors)
-    return PreparedForward.of_launch(launches[-1], SCALE_AT) if launches else None
+        # The function launches what it is given, so that its cache need not be watched. It must not: a kernel that has
+        # just been compiled does not come from there.
+        kernel = direct(dispatch._compile_flex_attn_fwd(prepared, *tensors))
+        launches: list[Launch] = []
+        dispatch._launch_flex_attn_fwd(prepared, lambda *each: launches.append(Launch(kernel, each)), *tensors)
+    if not noted(launches, is_tracing=dispatch.is_fake_mode()):
+        return None
+    return PreparedForward.of_launch(launches[-1], SCALE_AT)
 
 
 def launch_backward(
@@ -166,7 +181,7 @@ def _prepare_backward(
             dlse=dlse,
             _compile_outputs=gradients,
         )
-    if not main:
+    if not noted(main, is_tracing=dispatch.is_fake_mode()):
         return None
     # Kernels for 256 dims on Blackwell have none, and a list of tiles in their first place.
     semaphores = [at for at in SEMAPHORES_AT if main[0].arguments[at] is None or torch.is_tensor(main[0].arguments[at])]

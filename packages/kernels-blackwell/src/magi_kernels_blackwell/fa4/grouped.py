@@ -55,10 +55,11 @@ def launch_grouped_backward(
     q, k, v, dout, out = (_without_broadcast(x).unsqueeze(0) for x in (q, k, v, dout, out))
     dlse = None if dlse is None else dlse.unsqueeze(0)
     before = (out, dout, dpsum, lse.unsqueeze(0), lse2, dq_sum, None, None, dlse, None, None, 1.0, None, None)
+    tables.streams.add_current()
     kernels.before(*before)
     by_group = (x.view(1, heads_k, -1) for x in (lse2, dpsum, dq_sum))
     tensors = (q, k, v, dout, *by_group, dk.unsqueeze(0), dv.unsqueeze(0))
-    kernels.main(*grouped.arguments(tensors, call.softmax_scale, tables[5:], grouped.Runs(*tables[:5])))
+    kernels.main(*grouped.arguments(tensors, call.softmax_scale, tables[6:], grouped.Runs(*tables[1:6])))
     kernels.after(dq_sum, dq.unsqueeze(0), call.softmax_scale, None, None, None, None)
     return dq, dk, dv
 

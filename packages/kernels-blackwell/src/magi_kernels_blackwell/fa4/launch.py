@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.kernels.protocol import AttentionCall
+from magi_attention.kernels.table_streams import settle
 from magi_kernels_blackwell.fa4.grouped import gradients_like, launch_grouped_backward
 from magi_kernels_blackwell.fa4.library import Library
 from magi_kernels_blackwell.fa4.tables import (
@@ -21,7 +22,7 @@ from magi_kernels_blackwell.fa4.tables import (
     to_device,
 )
 from magi_kernels_blackwell.masks import PackedMask, packed_mask
-from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, settle, watched
+from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, noted, watched
 from magi_kernels_blackwell.wheels import HOPPER
 
 SCALE_AT = 5
@@ -59,6 +60,7 @@ def launch_forward(
     key = ("fa4 forward", arch, call.softcap, *layout_of(q, k, v))
     prepared = call.slices.derived(key, lambda: _prepare_forward(library, arch, tensors, packed, call))
     if prepared is not None:
+        prepared.streams.add_current()
         prepared.kernel(*tensors, call.softmax_scale, *prepared.rest)
     return out, lse
 
@@ -90,7 +92,9 @@ def _prepare_forward(
     with watched(library.forward) as (launches,), library.masks.bound():
         library.forward(q, k, v, **options)
         settle(q.device)
-    return PreparedForward.of_launch(launches[-1], SCALE_AT) if launches else None
+    return (
+        PreparedForward.of_launch(launches[-1], SCALE_AT) if noted(launches, is_tracing=library.is_tracing()) else None
+    )
 
 
 def launch_backward(
@@ -198,7 +202,9 @@ def _prepare_backward(
     with watched(*library.backward_parts) as (before, main, after), library.masks.bound():
         library.backward(q, k, v, out, dout, lse, **options)
         settle(q.device)
-    return PreparedBackward(before[0], main[0], after, DLSE_AT, SEMAPHORES_AT) if main else None
+    if not noted(main, is_tracing=library.is_tracing()):
+        return None
+    return PreparedBackward(before[0], main[0], after, DLSE_AT, SEMAPHORES_AT)
 
 
 def _as_batch(packed: PackedMask | None, *tensors: Any) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from magi_attention.common import bands as band
 from magi_attention.common.slices import SliceTable, expand_counts
+from magi_attention.kernels.table_streams import StreamsOfTables, settle
 from magi_attention.kernels.tiles import IndexLists, RowIntervals, Tiles, classify_tiles, tile_runs
 from magi_kernels_blackwell.masks import intervals_of_keys, intervals_of_queries
 
@@ -70,6 +71,7 @@ class RunTables(NamedTuple):
     """A mask for a backward pass that walks runs of tiles, int32. Shapes: R rows of tiles (blocks of keys), L lines.
 
     Attributes:
+        streams: of the launches that read the tables.
         work: ``[R * key heads]``, the rows in the order of work, each as ``row * heads + head``.
         partial_offsets: ``[R + 1]``, and
         partial_runs: ``[.., 2]``: row r has the partial tiles of the blocks of queries ``start`` to ``stop`` of the
@@ -79,6 +81,7 @@ class RunTables(NamedTuple):
         offsets, bounds: as of :class:`SparseTables`.
     """
 
+    streams: StreamsOfTables
     work: Tensor
     partial_offsets: Tensor
     partial_runs: Tensor
@@ -157,7 +160,9 @@ def run_tables(
         intervals = intervals_of_queries(slices, num_q) if of_queries else intervals_of_keys(slices, num_k)
         work = longest_first(partial.sizes + full.sizes, heads_k)
         tables = (work, partial.offsets, _pairs(partial), full.offsets, _pairs(full), *_line_tables(intervals))
-        return RunTables(*(to_device(table, device) for table in tables))
+        on_device = [to_device(table, device) for table in tables]
+        settle(device)
+        return RunTables(StreamsOfTables(on_device), *on_device)
 
     return slices.derived(("fa4 runs", num_q, num_k, heads_k, tiling, device), build)
 

@@ -24,7 +24,17 @@ def check_attention_call(
     softcap: float,
     return_max_logits: bool,
 ) -> None:
-    """Raise what :func:`magi_attention.api.calc_attn` says about its arguments."""
+    """Raise what :func:`magi_attention.api.calc_attn` says about its arguments; what passed once passes at once."""
+    asked: tuple[object, ...] | None = None
+    try:
+        asked = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+        asked += softmax_scale, softcap, return_max_logits
+        if sink is not None:
+            asked += sink.shape, sink.dtype, sink.device
+        if asked in manager.checked_calls:
+            return
+    except (AttributeError, TypeError):  # no tensors, or no numbers, of which the checks will tell
+        asked = None
     key = manager.key
     _check_tensors(q, k, v, sink, key.is_same_source)
     _check_rows("q has", q, manager, AttnRole.QUERY)
@@ -35,6 +45,8 @@ def check_attention_call(
         raise MagiValueError(f"softmax_scale is {softmax_scale}; it must be finite, or None for head_dim ** -0.5")
     if key.is_flatten_head_groups_enable and (sink is not None or return_max_logits):
         raise MagiValueError("flattened head groups exclude a sink and max_logits: switch off flatten_head_groups")
+    if asked is not None:
+        manager.checked_calls.add(asked)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, is_same_source: bool) -> None:

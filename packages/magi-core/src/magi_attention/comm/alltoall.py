@@ -8,13 +8,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.group import group_size, let_go_at_exit
-from magi_attention.comm.packing import deliver, lay_out, pack, put_rows, row_formats
+from magi_attention.comm.packing import RowLayout, deliver, lay_out, pack, put_all_rows, row_formats
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
-from magi_attention.comm.routes import Rows, routes_of
-from magi_attention.comm.streams import communication_stream
+from magi_attention.comm.routes import Routes, Rows, routes_of
+from magi_attention.comm.streams import communication_stream, current_stream
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_attention.utils.torch_modes import without_grad
+
+_METHOD = "all_to_all_single" if hasattr(dist.ProcessGroup, "all_to_all_single") else "alltoall_base"
+
+
+def _options(async_op: bool) -> dist.AllToAllOptions:
+    options = dist.AllToAllOptions()
+    options.asyncOp = async_op
+    return options
+
+
+_OPTIONS = {async_op: _options(async_op) for async_op in (False, True)}
 
 
 class AllToAllCollectives:
@@ -34,7 +46,7 @@ class AllToAllCollectives:
         let_go_at_exit(self, "group")
         self.num_ranks = group_size(group)
 
-    @torch.no_grad()
+    @without_grad
     def cast(
         self,
         tensors: Sequence[Tensor],
@@ -44,14 +56,13 @@ class AllToAllCollectives:
         lend: bool = False,
     ) -> PendingWork[list[Tensor]] | StreamWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        table = self._checked(table)
-        _check_rows("tensors", tensors, table.num_source)
-        routes = routes_of(table, tensors[0].device)
-        layout = lay_out(row_formats(tensors))
+        routes, layout = self._prepared(
+            table, ("cast",), tensors, lambda checked: _check_rows("tensors", tensors, checked.num_source)
+        )
         buffer = landed = None
         if out is None:
             buffer = tensors[0].new_empty((table.num_received, layout.num_words), dtype=torch.int64)
-            received = [layout.column(buffer, number) for number in range(len(tensors))]
+            received = layout.all_columns(buffer)
             if isinstance(routes.received, slice):
                 landed = buffer[routes.received]
         else:
@@ -69,17 +80,16 @@ class AllToAllCollectives:
             if buffer is None:
                 deliver(arrived, routes.received, layout, received)
             elif not is_in_place:
-                put_rows(buffer, routes.received, arrived)
+                put_all_rows([buffer], routes.received, [arrived])
             return received
 
         counts = routes.send_counts, routes.recv_counts
         work = self._exchange(gather, arrived, counts, finish, [*tensors, *received])
         if own_places is not None:  # while the others' rows travel
-            for own, target in zip(tensors, received, strict=True):
-                put_rows(target, own_places, own)
+            put_all_rows(received, own_places, tensors)
         return work
 
-    @torch.no_grad()
+    @without_grad
     def reduce(
         self,
         partials: Sequence[Tensor],
@@ -90,13 +100,15 @@ class AllToAllCollectives:
         into_lse: Tensor | None = None,
     ) -> PendingWork[None] | StreamWork[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        table = self._checked(table)
-        check_reduce(partials, into, op, partial_lse, into_lse)
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
-        _check_rows("partials", sent, table.num_received)
-        _check_rows("into", into, table.num_source)
-        routes = routes_of(table, sent[0].device)
-        layout = lay_out(row_formats(sent))
+
+        def check(checked: ExchangeTable) -> None:
+            check_reduce(partials, into, op, partial_lse, into_lse)
+            _check_rows("partials", sent, checked.num_received)
+            _check_rows("into", into, checked.num_source)
+
+        asked = op, into_lse is None, len(partials), *[(each.dtype, each.shape, each.device) for each in into]
+        routes, layout = self._prepared(table, asked, sent, check)
         landed = sent[0].new_empty((routes.num_sent, layout.num_words), dtype=torch.int64)
 
         def gather() -> Tensor:
@@ -135,8 +147,8 @@ class AllToAllCollectives:
         if stream is None:
             packed = gather()
             transfer = self._send(packed, landed, counts, async_op=True)
-            return PendingWork(transfer, torch.no_grad()(finish), buffers=(packed, landed, *kept))
-        caller = torch.cuda.current_stream(device.index)  # a number is looked up faster than a device
+            return PendingWork(transfer, without_grad(finish), buffers=(packed, landed, *kept))
+        caller = current_stream(landed.get_device())
         stream.wait_stream(caller)
         torch.cuda.set_stream(stream)
         try:
@@ -155,14 +167,39 @@ class AllToAllCollectives:
             landed.copy_(packed)  # a result never shares memory with what was sent
             return None
         send, recv = counts
-        return dist.all_to_all_single(landed, packed, recv, send, self.group, async_op=async_op)
+        # What dist.all_to_all_single does after checks that cost more than the rest; torch 2.13 renamed the method.
+        work = getattr(self.group, _METHOD)(landed, packed, recv, send, _OPTIONS[async_op])
+        if async_op or work is None:
+            return work
+        work.wait()
+        return None
 
-    def _checked(self, table: ExchangeTable | TwoHopExchange) -> ExchangeTable:
+    def _prepared(
+        self,
+        table: ExchangeTable | TwoHopExchange,
+        asked: tuple[object, ...],
+        sent: Sequence[Tensor],
+        check: Callable[[ExchangeTable], None],
+    ) -> tuple[Routes, RowLayout]:
+        """The routes of a table on a device and the layout of what is sent; checked once for all tensors of the shapes.
+
+        Args:
+            table: of the exchange.
+            asked: what else ``check`` looks at.
+            sent: tensors whose rows travel.
+            check: raises for arguments that don't fit.
+        """
         if isinstance(table, TwoHopExchange):
             raise TypeError("a two-hop exchange needs HierarchicalCollectives, not AllToAllCollectives")
-        if table.num_ranks != self.num_ranks:
-            raise ValueError(f"an exchange among {table.num_ranks} ranks can't run in a group of {self.num_ranks}")
-        return table
+
+        def prepare() -> tuple[Routes, RowLayout]:
+            if table.num_ranks != self.num_ranks:
+                raise ValueError(f"an exchange among {table.num_ranks} ranks can't run in a group of {self.num_ranks}")
+            check(table)
+            return routes_of(table, sent[0].device), lay_out(row_formats(sent))
+
+        key = self.num_ranks, asked, *[(each.dtype, each.shape, each.device) for each in sent]
+        return table.derived(key, prepare)
 
 
 def check_reduce(

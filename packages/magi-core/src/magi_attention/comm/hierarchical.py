@@ -2,20 +2,28 @@
 """Group collectives in two hops over a 2-D mesh: between the nodes once per row, then inside each node."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from magi_attention.comm.alltoall import AllToAllCollectives, check_out, check_reduce
-from magi_attention.comm.packing import put_rows
-from magi_attention.comm.protocol import ReduceOp, Work
+from magi_attention.comm.alltoall import check_out, check_reduce
+from magi_attention.comm.packing import put_all_rows
+from magi_attention.comm.protocol import GroupCollectives, ReduceOp, Work
 from magi_attention.comm.routes import Rows
 from magi_attention.comm.streams import communication_stream, running_on
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.common.logsumexp import accumulation_dtype, merge_lse, rescale_weight
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+
+
+class GroupCollectivesOfHop(GroupCollectives, Protocol):
+    """What carries one hop, and the process group that it serves."""
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group, beside whose streams the other hop runs."""
 
 
 class HierarchicalCollectives:
@@ -25,15 +33,14 @@ class HierarchicalCollectives:
     wait for their exchanges in the same order.
 
     Args:
-        inter_group: the ranks with this rank's place in their nodes, one per node.
-        intra_group: the ranks of this rank's node.
+        inter: of the ranks with this rank's place in their nodes, one per node.
+        intra: of the ranks of this rank's node.
     """
 
     name = "hierarchical"
 
-    def __init__(self, inter_group: dist.ProcessGroup, intra_group: dist.ProcessGroup) -> None:
-        self._inter = AllToAllCollectives(inter_group)
-        self._intra = AllToAllCollectives(intra_group)
+    def __init__(self, inter: GroupCollectivesOfHop, intra: GroupCollectivesOfHop) -> None:
+        self._inter, self._intra = inter, intra
 
     @torch.no_grad()
     def cast(
@@ -51,8 +58,7 @@ class HierarchicalCollectives:
             check_out(out, tensors, hops.num_received)
         received = [*(out or (x.new_empty((hops.num_received, *x.shape[1:])) for x in tensors))]
         if own_places is not None:
-            for own, target in zip(tensors, received, strict=True):
-                put_rows(target, own_places, own)
+            put_all_rows(received, own_places, tensors)
         held = [x.new_empty((hops.intra.num_source, *x.shape[1:])) for x in tensors]
         first = self._inter.cast(tensors, hops.inter, out=[x[num_own:] for x in held])
 
@@ -126,8 +132,8 @@ class HierarchicalCollectives:
 
 
 def _then(
-    first: PendingWork[Any] | StreamWork[Any],
-    collectives: AllToAllCollectives,
+    first: Work[Any],
+    collectives: GroupCollectivesOfHop,
     second: Callable[[], Result],
     buffers: Sequence[Tensor],
 ) -> Work[Result]:
@@ -143,6 +149,7 @@ def _then(
     device = buffers[0].device
     caller, stream = torch.cuda.current_stream(device), communication_stream(collectives.group, device)
     assert stream is not None
+    assert isinstance(first, StreamWork)
     with running_on(stream):
         first.precede(stream)
         return StreamWork(stream, caller, second(), [first, *buffers], first.packed)

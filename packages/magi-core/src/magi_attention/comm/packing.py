@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.routes import Rows
+from magi_attention.comm.words import WORD_BYTES, WordRows, as_words, move_rows
 
-_WORD_BYTES = 8
 # Kernels read columns where they arrive, and want rows of them aligned so.
 _COLUMN_WORDS = 2
 
@@ -33,7 +33,7 @@ class RowFormat(NamedTuple):
     @property
     def num_words(self) -> int:
         """Words that a row fills; the end is padded to a whole word."""
-        return -(-self.num_elements * self.dtype.itemsize // _WORD_BYTES)
+        return -(-self.num_elements * self.dtype.itemsize // WORD_BYTES)
 
 
 def row_formats(tensors: Sequence[Tensor]) -> tuple[RowFormat, ...]:
@@ -65,15 +65,26 @@ class RowLayout(NamedTuple):
 
     def column(self, buffer: Tensor, number: int) -> Tensor:
         """``[rows, *shape]``: one tensor's part of a buffer ``[rows, num_words]``, without a copy."""
-        column = self.columns[number]
-        elements = buffer.view(column.dtype)
-        offset = elements.storage_offset() + column.first_element
-        return elements.as_strided((buffer.shape[0], *column.shape), column.strides, offset)
+        return self.all_columns(buffer)[number]
+
+    def all_columns(self, buffer: Tensor) -> list[Tensor]:
+        """:meth:`column` of every tensor."""
+        found, dtype, elements = [], buffer.dtype, buffer
+        for column in self.columns:
+            if column.dtype != dtype:
+                dtype, elements = column.dtype, buffer.view(column.dtype)
+            offset = elements.storage_offset() + column.first_element
+            found.append(elements.as_strided((buffer.shape[0], *column.shape), column.strides, offset))
+        return found
 
     def words(self, buffer: Tensor, number: int) -> Tensor:
         """``[rows, words]``: the same as words."""
         column = self.columns[number]
         return buffer.narrow(1, column.first_word, column.num_words)
+
+    def word_rows(self, buffer: Tensor) -> list[WordRows]:
+        """The same of all tensors, without views."""
+        return [WordRows(buffer, each.first_word, self.num_words, each.num_words) for each in self.columns]
 
 
 @lru_cache(maxsize=4096)
@@ -88,10 +99,10 @@ def lay_out(formats: tuple[RowFormat, ...]) -> RowLayout:
         end += -end % _COLUMN_WORDS
     columns = []
     for (dtype, shape), first, row in zip(formats, first_words, formats, strict=True):
-        strides = [end * _WORD_BYTES // dtype.itemsize]
+        strides = [end * WORD_BYTES // dtype.itemsize]
         strides += [shape[number + 1 :].numel() for number in range(len(shape))]
         columns.append(
-            _Column(first, row.num_words, dtype, shape, first * _WORD_BYTES // dtype.itemsize, tuple(strides))
+            _Column(first, row.num_words, dtype, shape, first * WORD_BYTES // dtype.itemsize, tuple(strides))
         )
     return RowLayout(tuple(columns), end)
 
@@ -99,12 +110,14 @@ def lay_out(formats: tuple[RowFormat, ...]) -> RowLayout:
 def pack(tensors: Sequence[Tensor], rows: Rows, num_rows: int, layout: RowLayout) -> Tensor:
     """Gather rows in a new buffer ``[num_rows, num_words]``; one run of rows of a single tensor is not copied."""
     if len(tensors) == 1 and isinstance(rows, slice):
-        words = _as_words(tensors[0])
+        words = as_words(tensors[0])
         if words is not None and words.is_contiguous():
             return words[rows]
     buffer = tensors[0].new_empty((num_rows, layout.num_words), dtype=torch.int64)
+    if move_rows(layout.word_rows(buffer), tensors, rows, num_rows, scatter=False):
+        return buffer
     for number, tensor in enumerate(tensors):
-        words = _as_words(tensor)
+        words = as_words(tensor)
         source = tensor if words is None else words
         target = layout.column(buffer, number) if words is None else layout.words(buffer, number)
         if isinstance(rows, slice):
@@ -123,38 +136,24 @@ def deliver(buffer: Tensor, rows: Rows, layout: RowLayout, targets: Sequence[Ten
         layout: of the buffer.
         targets: contiguous, one per tensor.
     """
-    for number, target in enumerate(targets):
-        put_rows(target, rows, layout.column(buffer, number))
+    if not move_rows(targets, layout.word_rows(buffer), rows, buffer.shape[0], scatter=True):
+        for number, target in enumerate(targets):
+            put_rows(target, rows, layout.column(buffer, number))
+
+
+def put_all_rows(targets: Sequence[Tensor], places: Rows, tensors: Sequence[Tensor]) -> None:
+    """Write all rows of tensors to their places in tensors of the same dtypes."""
+    if not move_rows(targets, tensors, places, tensors[0].shape[0], scatter=True):
+        for target, tensor in zip(targets, tensors, strict=True):
+            put_rows(target, places, tensor)
 
 
 def put_rows(target: Tensor, places: Rows, rows: Tensor) -> None:
     """Write rows to their places in a tensor of the same dtype."""
-    target_words, words = _as_words(target), _as_words(rows)
+    target_words, words = as_words(target), as_words(rows)
     if target_words is not None and words is not None:
         target, rows = target_words, words
     if isinstance(places, slice):
         target[places].copy_(rows)
     else:
         target.index_copy_(0, places, rows)
-
-
-def _as_words(tensor: Tensor) -> Tensor | None:
-    """``[rows, words]``: a tensor as words, which copy fastest; None if its rows are not runs of whole words."""
-    shape, itemsize = tensor.shape, tensor.itemsize
-    if tensor.dtype == torch.int64 and len(shape) == 2 and tensor.stride(1) == 1:
-        return tensor
-    size = shape[1:].numel()
-    if not size or size * itemsize % _WORD_BYTES or tensor.storage_offset() * itemsize % _WORD_BYTES:
-        return None
-    if not tensor.is_contiguous():
-        strides = tensor.stride()
-        run = 1
-        for length, stride in zip(reversed(shape[1:]), reversed(strides[1:]), strict=True):
-            if length != 1 and stride != run:
-                return None
-            run *= length
-        if strides[0] * itemsize % _WORD_BYTES:
-            return None
-    if tensor.data_ptr() % _WORD_BYTES:
-        return None
-    return tensor.view(shape[0], size).view(torch.int64)

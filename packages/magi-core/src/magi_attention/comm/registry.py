@@ -40,7 +40,7 @@ def make_collectives(
         if mesh is None or mesh.ndim != 2:
             shape = None if mesh is None else tuple(mesh.shape)
             raise ValueError(f"hierarchical_comm needs a 2-D mesh (nodes, ranks of a node), not one of shape {shape}")
-        return HierarchicalCollectives(mesh.get_group(0), mesh.get_group(1))
+        return HierarchicalCollectives(*(AllToAllCollectives(mesh.get_group(hop)) for hop in range(2)))
     return AllToAllCollectives(group)
 
 

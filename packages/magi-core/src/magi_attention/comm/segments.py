@@ -15,12 +15,12 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def can_add_segments(into: Sequence[Tensor], layout: RowLayout) -> bool:
     """Whether :func:`add_segments` can do it."""
-    return (
-        into[0].is_cuda
-        and all(column.dtype in _DTYPES for column in layout.columns)
-        and all(target.dtype in _DTYPES and target.is_contiguous() for target in into)
-        and has_triton()
-    )
+    if not into[0].is_cuda:
+        return False
+    for target, column in zip(into, layout.columns, strict=True):
+        if not (target.dtype in _DTYPES and column.dtype in _DTYPES and target.is_contiguous()):
+            return False
+    return has_triton()
 
 
 def add_segments(into: Sequence[Tensor], buffer: Tensor, layout: RowLayout, routes: Routes) -> None:
@@ -34,6 +34,6 @@ def add_segments(into: Sequence[Tensor], buffer: Tensor, layout: RowLayout, rout
     """
     from magi_attention.comm.triton_segments import launch_add_segments
 
-    terms = [layout.column(buffer, number) for number in range(len(into))]
+    terms = layout.all_columns(buffer)
     for number in range(0, len(into), 2):
         launch_add_segments(into[number : number + 2], terms[number : number + 2], routes.segments)

@@ -32,6 +32,21 @@ def communication_stream(group: dist.ProcessGroup | None, device: torch.device) 
     return _stream_of("" if group is None else group.group_name, device)
 
 
+_handle_of_current = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # builds without CUDA have none
+_known: dict[tuple[int, int], torch.cuda.Stream] = {}
+
+
+def current_stream(device_index: int) -> torch.cuda.Stream:
+    """``torch.cuda.current_stream`` of a GPU, with one object for each stream, found faster than a new one is made."""
+    if _handle_of_current is None:
+        return torch.cuda.current_stream(device_index)
+    key = device_index, _handle_of_current(device_index)
+    stream = _known.get(key)
+    if stream is None:
+        stream = _known[key] = torch.cuda.current_stream(device_index)
+    return stream
+
+
 @contextmanager
 def running_on(stream: "torch.cuda.Stream | None") -> Iterator[None]:
     """Enqueue what follows on ``stream``, after all that the current stream has been given; None changes nothing."""

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from magi_attention.utils.triton import launch, next_power_of_2
+
 _MOST_COLUMNS = 1024
 
 
@@ -62,8 +64,8 @@ def launch_add_segments(
     columns = [target[:1].numel() for target in into]
     if not len(rows) or not any(columns):
         return
-    block = min(triton.next_power_of_2(max(columns)), _MOST_COLUMNS)
-    grid = (len(rows), sum(triton.cdiv(each, block) for each in columns))
-    pair = (into[0], into[-1], terms[0], terms[-1])
-    strides = (terms[0].stride(0), terms[-1].stride(0))
-    _add_segments[grid](*pair, rows, bounds, places, *strides, columns[0], columns[-1], BLOCK=block, num_warps=4)
+    block = min(next_power_of_2(max(columns)), _MOST_COLUMNS)
+    grid = (len(rows), sum(-(-each // block) for each in columns), 1)
+    tensors = (into[0], into[-1], terms[0], terms[-1], rows, bounds, places)
+    fixed = (terms[0].stride(0), terms[-1].stride(0), columns[0], columns[-1])
+    launch(_add_segments, grid, tensors, (), fixed, {"BLOCK": block}, num_warps=4)

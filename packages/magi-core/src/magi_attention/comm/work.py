@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from magi_attention.comm.streams import current_stream
+
 Result = TypeVar("Result")
 
 
@@ -55,6 +57,7 @@ class StreamWork(Generic[Result]):
         result: what ``wait`` returns.
         buffers: what the collective reads or writes of ``caller``'s, kept alive.
         packed: recorded on ``stream`` once the rows to send had been gathered.
+        done: an event to record now, for who keeps some; None for a new one.
     """
 
     def __init__(
@@ -64,9 +67,10 @@ class StreamWork(Generic[Result]):
         result: Result,
         buffers: Sequence[object],
         packed: torch.cuda.Event | None = None,
+        done: torch.cuda.Event | None = None,
     ) -> None:
         self._caller, self._result, self._buffers, self.packed = caller, result, buffers, packed
-        self._done: torch.cuda.Event | None = stream.record_event()
+        self._done: torch.cuda.Event | None = stream.record_event(done)
 
     def precede(self, stream: torch.cuda.Stream) -> None:
         """Let another stream wait, which gives up no buffers."""
@@ -81,7 +85,7 @@ class StreamWork(Generic[Result]):
     def wait(self) -> Result:
         """Return the result; it may be used on the current stream. A second call returns the same again."""
         if self._done is not None:
-            current = torch.cuda.current_stream(self._caller.device_index)
+            current = current_stream(self._caller.device_index)
             current.wait_event(self._done)
             if current != self._caller:
                 self._caller.wait_event(self._done)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bands = NDArray[np.int64]
+Column = NDArray[np.int64]
 
 Q0, Q1, K0, K1, D0, D1 = range(6)
 
@@ -37,15 +38,23 @@ def shrink(bands: Bands) -> tuple[Bands, NDArray[np.int64]]:
 
     Returns the trimmed bands and, for each, the index of the band it came from.
     """
-    q0, q1, k0, k1, d0, d1 = bands.T
+    trimmed, kept = trim(*bands.T)
+    if len(kept) == len(bands):
+        return np.column_stack(trimmed), kept
+    return np.column_stack([column[kept] for column in trimmed]), kept
+
+
+def trim(
+    q0: Column, q1: Column, k0: Column, k1: Column, d0: Column, d1: Column
+) -> tuple[tuple[Column, Column, Column, Column, Column, Column], Column]:
+    """The same on columns, the dropped bands left among them: the trimmed columns, and the indices of those to keep."""
     # Row i reaches columns [i + d0, i + d1]; column j is reached by rows [j - d1, j - d0].
     new_q0, new_q1 = np.maximum(q0, k0 - d1), np.minimum(q1, k1 - d0)
     new_k0, new_k1 = np.maximum(k0, q0 + d0), np.minimum(k1, q1 + d1)
     lower = np.maximum(d0, new_k0 - (new_q1 - 1))
     upper = np.minimum(d1, (new_k1 - 1) - new_q0)
-    trimmed = np.column_stack([new_q0, new_q1, new_k0, new_k1, lower, upper])
     kept = np.flatnonzero((new_q1 > new_q0) & (new_k1 > new_k0) & (upper >= lower))
-    return trimmed[kept], kept
+    return (new_q0, new_q1, new_k0, new_k1, lower, upper), kept
 
 
 def clip(bands: Bands, axis: int, start: NDArray[np.int64] | int, stop: NDArray[np.int64] | int) -> Bands:
@@ -70,29 +79,37 @@ def transpose(bands: Bands) -> Bands:
     return np.column_stack([bands[:, K0:D0], bands[:, Q0:K0], -bands[:, D1], -bands[:, D0]])
 
 
-def _pairs_below(bands: Bands, stop: NDArray[np.int64], diagonal: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Count the pairs of the boxes with ``i < stop`` and ``j - i <= diagonal``.
+def _pairs_below(q0: Column, k0: Column, width: Column, stop: Column, diagonal: Column) -> Column:
+    """Count the pairs of boxes of ``width`` columns with ``i < stop`` and ``j - i <= diagonal``.
 
-    Row ``i`` keeps ``clamp(i + diagonal - k0 + 1, 0, k1 - k0)`` columns, an arithmetic series cut at both ends.
+    Row ``i`` keeps ``clamp(i + diagonal - k0 + 1, 0, width)`` columns, an arithmetic series cut at both ends.
     """
-    width = np.maximum(bands[:, K1] - bands[:, K0], 0)
 
-    def series(last: NDArray[np.int64]) -> NDArray[np.int64]:
+    def series(last: Column) -> Column:
         ramp = np.clip(last, 0, width)
         return ramp * (ramp + 1) // 2 + np.maximum(last - width, 0) * width
 
-    columns_of_row_zero = diagonal - bands[:, K0] + 1
-    return series(stop - 1 + columns_of_row_zero) - series(bands[:, Q0] - 1 + columns_of_row_zero)
+    columns_before_row_zero = diagonal - k0
+    return series(stop + columns_before_row_zero) - series(q0 + columns_before_row_zero)
 
 
-def area_above(bands: Bands, stop: NDArray[np.int64]) -> NDArray[np.int64]:
+def area_above(bands: Bands, stop: Column) -> Column:
     """Count the kept pairs ``(i, j)`` of each band with ``i < stop``, in closed form.
 
     ``stop`` is clamped to the band's rows, so differences over growing stops give the area of runs of rows.
     """
-    stop = np.clip(stop, bands[:, Q0], np.maximum(bands[:, Q0], bands[:, Q1]))
-    area = _pairs_below(bands, stop, bands[:, D1]) - _pairs_below(bands, stop, bands[:, D0] - 1)
-    return np.where(bands[:, D1] >= bands[:, D0], area, 0)
+    q0, q1, k0, k1, d0, d1 = bands.T
+    return column_area(q0, np.clip(stop, q0, np.maximum(q0, q1)), k0, k1, d0, d1)
+
+
+def column_area(q0: Column, q1: Column, k0: Column, k1: Column, d0: Column, d1: Column) -> Column:
+    """Count the pairs that each band keeps, the bands given by columns, ``q1`` not below ``q0``."""
+    width = np.maximum(k1 - k0, 0)
+    pairs = _pairs_below(q0, k0, width, q1, d1)
+    # Where the lower diagonal cuts nothing off, there is nothing below it.
+    cut = np.flatnonzero(d0 > k0 - q1 + 1)
+    pairs[cut] -= _pairs_below(q0[cut], k0[cut], width[cut], q1[cut], d0[cut] - 1)
+    return np.where(d1 >= d0, pairs, 0)
 
 
 def area(bands: Bands) -> NDArray[np.int64]:

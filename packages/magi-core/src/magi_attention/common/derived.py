@@ -12,9 +12,12 @@ class KeepsDerived:
 
     def derived(self, name: object, build: Callable[[], Derived]) -> Derived:
         """Return ``build()``, called once per ``name``."""
-        known = self.__dict__.setdefault("_derived", {})
-        if name not in known:
-            known[name] = build()
+        known: dict[object, Derived] = self.__dict__.setdefault("_derived", {})
+        try:
+            return known[name]  # the name, which may be long, is hashed once
+        except KeyError:
+            pass
+        known[name] = build()
         return known[name]
 
     def forget_derived(self) -> None:

@@ -5,7 +5,6 @@ Shape suffixes: t tokens, h heads, d head dim, n entries of a list; q queries, k
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from magi_attention.kernels.registry import choose_for_indices
 from magi_attention.kernels.sink import fold_sink, sink_gradient
 
 
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
 def attend_by_indices(
     q: Tensor,
     k: Tensor,
@@ -59,28 +59,6 @@ def attend_by_indices(
             wait for the device, such an index is an error of the device, as in torch's own indexing.
         TypeError: If indices are not integers.
     """
-    attend = _attend
-    if "torch._dynamo" in sys.modules:  # compilers run this as it is; without them, their import would cost a second
-        attend = torch.compiler.disable(_attend)
-    return attend(q, k, v, indices, sink, softmax_scale, softcap, sm_margin, return_max_logits, backend)
-
-
-# The frame above is not for compilers either.
-attend_by_indices._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    sink: Tensor | None,
-    softmax_scale: float | None,
-    softcap: float,
-    sm_margin: int,
-    return_max_logits: bool,
-    backend: str,
-) -> tuple[Tensor, AttnForwardMeta]:
     check_tensors(q, k, v)
     if not 0 <= softcap < math.inf:
         raise MagiValueError(f"softcap must be positive, or 0 for none, got {softcap}")

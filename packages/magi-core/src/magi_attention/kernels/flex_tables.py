@@ -11,6 +11,7 @@ from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.device_tiles import DeviceIntervals, interval_bounds, interval_table, padded_lists
+from magi_attention.kernels.table_streams import StreamsOfTables, settle
 from magi_attention.kernels.tiles import TileRuns, bands_from_intervals, row_intervals, tile_runs
 
 BLOCK = 128
@@ -45,15 +46,25 @@ class LayerTables(NamedTuple):
     bounds: Tensor
 
 
+class MaskLayers(NamedTuple):
+    """A mask's layers, none for one without pairs, and the streams of the launches that read them."""
+
+    layers: list[LayerTables]
+    streams: StreamsOfTables
+
+
 def num_blocks(num_tokens: int) -> int:
     """How many blocks a tensor is padded to: at least two, since compilers treat size one as a case of its own."""
     return max(-(-num_tokens // BLOCK), 2)
 
 
 def layers_of(slices: SliceTable, num_q: int, num_k: int, device: torch.device) -> list[LayerTables]:
-    """Return the layers whose union is the mask, none for a mask without pairs. Built once and kept with the table."""
+    """Return the layers whose union is the mask, none for a mask without pairs. Built once and kept with the table.
 
-    def build() -> list[LayerTables]:
+    They may be read on the stream that is current, until they are dropped.
+    """
+
+    def build() -> MaskLayers:
         bands = slices.bands()
         intervals = interval_table(bands, num_q, device)
         most = int(intervals.counts.max()) if num_q else 0
@@ -63,9 +74,13 @@ def layers_of(slices: SliceTable, num_q: int, num_k: int, device: torch.device) 
             on_host = row_intervals(bands, num_q)
             cuts = [*range(0, most, INTERVALS_PER_LAYER[-1]), most]
             parts = [(bands_from_intervals(on_host, first, last), first, last) for first, last in pairwise(cuts)]
-        return [_layer(part, intervals, first, last, num_q, num_k, device) for part, first, last in parts]
+        layers = [_layer(part, intervals, first, last, num_q, num_k, device) for part, first, last in parts]
+        settle(device)
+        return MaskLayers(layers, StreamsOfTables(layers))
 
-    return slices.derived(("flex layers", num_q, num_k, device), build)
+    layers, streams = slices.derived(("flex layers", num_q, num_k, device), build)
+    streams.add_current()
+    return layers
 
 
 def _layer(

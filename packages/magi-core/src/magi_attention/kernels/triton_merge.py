@@ -5,10 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from magi_attention.utils.triton import launch, next_power_of_2
+
 _ELEMENTS_PER_PROGRAM = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_pairs",))
 def _merge(  # type: ignore[no-untyped-def]
     out,
     lse,
@@ -56,11 +58,19 @@ def _merge(  # type: ignore[no-untyped-def]
 def launch_merge(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> None:
     """Merge ``out2`` ``[tq, hq, dv]``, ``lse2`` ``[tq, hq]`` into ``out``, ``lse``; the last stride of outputs is 1."""
     num_tokens, num_heads, dim = out.shape
-    width = triton.next_power_of_2(dim)
+    width = next_power_of_2(dim)
     pairs = max(_ELEMENTS_PER_PROGRAM // width, 1)
     num_pairs = num_tokens * num_heads
     if not num_pairs:
         return
     strides = (*out.stride()[:2], *lse.stride(), *out2.stride()[:2], *lse2.stride())
-    grid = (triton.cdiv(num_pairs, pairs),)
-    _merge[grid](out, lse, out2, lse2, num_pairs, num_heads, dim, *strides, PAIRS=pairs, DIM=width, num_warps=4)
+    tensors, fixed = (out, lse, out2, lse2), (num_heads, dim, *strides)
+    launch(
+        _merge,
+        (-(-num_pairs // pairs), 1, 1),
+        tensors,
+        (num_pairs,),
+        fixed,
+        {"PAIRS": pairs, "DIM": width},
+        num_warps=4,
+    )

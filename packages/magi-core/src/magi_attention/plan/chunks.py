@@ -49,9 +49,14 @@ def measure_chunks(slices: SliceTable, total: int, chunk_size: int, deal_keys: D
     last = -(-bands[:, band.Q1] // chunk_size)
     owner, step = expand_counts(last - first)
     chunk = first[owner] + step
-    rows = band.clip(bands[owner], band.Q0, chunk * chunk_size, (chunk + 1) * chunk_size)
-    pieces, kept = band.shrink(rows)
-    chunk = chunk[kept]
-    area = totals(chunk, band.area(pieces), -(-total // chunk_size))
-    keys = pieces[:, band.K0 : band.D0]
-    return ChunkWork(slices, total, chunk_size, area, chunk, source[owner[kept]], keys, deal_keys)
+    # By columns, which are much faster than rows of six.
+    q0, q1, *others = (column[owner] for column in np.ascontiguousarray(bands.T))
+    q0, q1 = np.maximum(q0, chunk * chunk_size), np.minimum(q1, (chunk + 1) * chunk_size)
+    trimmed, kept = band.trim(q0, q1, *others)
+    pieces = list(trimmed)
+    if len(kept) < len(chunk):
+        chunk, owner = chunk[kept], owner[kept]
+        pieces = [column[kept] for column in pieces]
+    area = totals(chunk, band.column_area(*pieces), -(-total // chunk_size))
+    keys = np.column_stack(pieces[band.K0 : band.D0])
+    return ChunkWork(slices, total, chunk_size, area, chunk, source[owner], keys, deal_keys)

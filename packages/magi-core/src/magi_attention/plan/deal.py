@@ -11,8 +11,9 @@ are, the larger the piece. Hence, one rank after the other:
    the rank reads their keys anyway. Light documents fill the rest, and need not be cut for it: how many chunks
    of either end the rank gets follows from what the filling leaves of tokens and area, so both come out right.
 
-Rows that many ranks read keep their owner sending. So each rank of a long document takes a share of its light end, and
-no more of the rest than it can send (see :func:`share_of_light_end`).
+Rows that many ranks read keep their owner sending. So each rank of a long document takes no more of it than it can
+send, and a share of its light end where even a rank that fills little of its area there would send too much.
+:mod:`magi_attention.plan.spread` mends what comes out above the limit.
 
 For a causal mask this ends in pairs of runs from both ends, for a sliding window in one run per rank.
 """
@@ -27,7 +28,7 @@ from magi_attention.plan.filling import Array, Filling, Floats, Lights
 # It saves too little to be worth the imbalance where there are fewer documents than FEW of the ranks, unless all chunks
 # are about equally heavy and runs of equal length almost balanced, or some are heavier than FINE of the mean area.
 # Nor is it worth it in groups of up to SMALL_GROUP ranks: few rows travel there, over fast links.
-AIM, AIM_OF_FEW, FEW, FINE, SMALL_GROUP = 1.0188, 1.002, 0.25, 0.05, 4
+AIM, AIM_OF_FEW, FEW, FINE, SMALL_GROUP = 1.019, 1.002, 0.25, 0.05, 4
 # A rank's aim is at most this multiple of the mean of what is left, so that the last ranks are not left idle.
 LEAD = 1.2
 # Costs of a filling are in rows. A filling of a given number of tokens that falls short of the budget by a share of the
@@ -39,8 +40,12 @@ LACK, EXCESS = 2.5, 1000.0
 PRICE, WASTE, RESERVE = 1.0, 2.5, 0.5
 # A filling may be shorter than planned by this share of the tokens or by as many chunks as the light end gives.
 SHORTER = 0.05
+# A rank at the lower end of a long document fills so much of its area there, the rest with others' chunks.
+OWN = 0.4
 # The light end is worth using if the heavy end's chunks weigh so many times more.
 GRADED = 1.15
+# More than any area.
+UNREACHABLE = np.iinfo(np.int64).max // 4
 # The light documents are listed anew after so many ranks.
 RELIST = 16
 
@@ -67,7 +72,7 @@ class Deal(Filling):
 
     def _serve(self) -> None:
         """Fill one rank."""
-        anchor = self.heaviness.index(max(self.heaviness))
+        anchor = int(self.heaviness.argmax())
         low, high = self.low[anchor], self.high[anchor]
         # What one more piece of the anchor costs: the rows that it reads.
         self.price = max(self.cut[high - 1], self.cut[(low + high) // 2], self.cut[min(low + 1, high - 1)], 1)
@@ -98,10 +103,17 @@ class Deal(Filling):
             taken, _ = self._split_room(anchor, 0, lights)
             share = self.light_share[anchor] = self._share_of_light_end(anchor, taken)
         taken, light = self._split_room(anchor, share, lights)
+        readers = self._readers_of_rest(anchor)
+        others = max(self.expected_readers[anchor] - 1, readers)
+        if readers and share:
+            # The lower the heavy end, the more ranks read it: those that send most of it are spared the light end.
+            left = max(0, int((self.most_sent - taken * readers) / others))
+            if left < share:
+                taken, light = self._split_room(anchor, left, lights)
         light = max(light, room - taken - lights.tokens[-1])  # there is nothing else
-        sendable = self._sendable(anchor) - light
-        if taken > max(1, sendable):
-            taken = max(1, sendable)
+        sendable = max(1, int((self.most_sent - light * others) / readers)) if readers else high - low
+        if taken > sendable:
+            taken = sendable
         elif self._is_light_end_better(anchor, taken, light):
             if taken + light < room:
                 self._fill_between(anchor, taken, light, lights)
@@ -125,7 +137,7 @@ class Deal(Filling):
         filling = np.concatenate([own, (weights // lengths).repeat(lengths)])
         filling.sort()
         filling = filling[: room - share]
-        filled = np.full(room - share + 1, np.iinfo(np.int64).max // 4)
+        filled = np.full(room - share + 1, UNREACHABLE)
         filled[0] = self.area[low + share] - self.area[low]
         filled[1 : len(filling) + 1] = filled[0] + np.cumsum(filling)
         # From the longest piece of the heavy end to none at all, all with the lightest filling.
@@ -140,7 +152,9 @@ class Deal(Filling):
         return taken, share + light
 
     def _share_of_light_end(self, anchor: int, taken: int) -> int:
-        """How many chunks of the anchor's light end each of its ranks should take, so that none sends much too much.
+        """How many chunks of the anchor's light end each of its ranks should take, so that none sends too much.
+
+        The light end reaches up to the first place from where a rank doesn't send too much if OWN of its area is there.
 
         Args:
             anchor: the document.
@@ -152,10 +166,18 @@ class Deal(Filling):
             return 0
         # The first rank takes the lightest filling, the last ones none.
         mean_area = (area[high] - area[high - taken] + self.budget) / 2
-        num_ranks = (area[high] - area[low]) / mean_area
-        return int(
-            share_of_light_end(self.evenly_sent / self.chunks_read[anchor]) * self.chunks_read[anchor] / num_ranks
-        )
+        num_ranks = self.expected_readers[anchor] = (area[high] - area[low]) / mean_area
+        # A rank owns OWN * mean_area / chunk_area chunks there, read by those whose area lies above.
+        enough = self.most_sent / OWN
+        least, most = low, high
+        while least < most:
+            middle = (least + most) // 2
+            is_read = 4 * self.cut[middle + 1] >= 3 * (middle + 1 - low) * self.chunk_size
+            if is_read and area[high] - area[middle] > enough * (area[middle + 1] - area[middle]):
+                least = middle + 1
+            else:
+                most = middle
+        return math.ceil((least - low) / num_ranks) if least - low > num_ranks / 2 else 0
 
     def _reads_light_end(self, anchor: int, taken: int) -> bool:
         """Whether ``taken`` chunks of the anchor's heavy end read most of what is left of it."""
@@ -224,14 +246,3 @@ class Deal(Filling):
 
         if not self._choose(anchor, lights, self.room, 0, cost):
             self._fill_with_anything(lights.pieces)
-
-
-def share_of_light_end(ratio: float) -> float:
-    """The part of a causal document that all its ranks share, lest one sends more than ``ratio`` times its length.
-
-    Let a causal document of length L be dealt in pieces of equal area to m ranks, ``m p² / L²`` of them below
-    position p. The piece at p has ``L² / (2 m p)`` rows and ``m (1 - p² / L²)`` readers, and so sends
-    ``(L / p - p / L) L / 2`` rows, which is g L at ``p / L = sqrt(g² + 1) - g``. Other masks are treated alike, L being
-    the most that a row reads.
-    """
-    return math.sqrt(ratio**2 + 1) - ratio

@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose how many overlap stages there are.
 
-For equal stages the timeline of :mod:`plan.simulate` has a closed form. With ``own`` and ``stage`` the time to compute
-with own rows and with one stage's, and ``fetch`` that to receive a stage's rows or to send their gradients home (links
-carry both directions at once, so both take as long), n stages take::
+For equal stages the timeline of :mod:`plan.simulate` has a closed form. With ``early`` and ``first`` the time to
+compute before the first received rows come and with these, ``stage`` that of a later stage, and ``fetch`` that to
+receive a stage's rows or to send their gradients home (links carry both directions at once, so both take as long),
+n > 1 stages take::
 
-    forward  = max(own, fetch) + (n - 1) max(stage, fetch) + stage
-    backward = max(own, fetch) + max(stage, fetch) + (n - 2) max(stage, 2 fetch) + max(stage, fetch) + fetch
-    backward = max(own, fetch) + stage + fetch                                                            (for n = 1)
+    forward  = max(early, fetch) + max(first, fetch) + (n - 2) max(stage, fetch) + stage
+    backward = max(early, fetch) + max(first, fetch) + (n - 2) max(stage, 2 fetch) + max(stage, fetch) + fetch
 
-since the first stage's rows travel while the own rows are computed, every other stage's while the one before is, and
-backward a stage's gradients go home on the same link, before the rows of the stage after the next. With degree 0 a
-single kernel waits for all rows, which are copied behind the own ones: ``fetch + copy + own + stage``, and ``fetch``
-once more backward. In two hops an exchange takes the time of both. There more rows cross in more stages, once for each
-stage in which ranks of a node fetch them: their number is taken to grow with a power of n, found by cutting two stages.
+and one stage::
+
+    forward  = max(early, fetch) + first
+    backward = max(early, fetch) + first + fetch
+
+since the first stage's rows travel while ``early`` is computed, every other stage's while the one before is, and
+backward a stage's gradients go home on the same link, before the rows of the stage after the next. How much a rank
+computes early is its own choice, among ``EARLY_SHARES`` of its own pairs: what it does early must be merged, what it
+keeps back hides no travel. In two hops an exchange takes the time of both. There more rows cross in more stages, once
+for each stage in which ranks of a node fetch them: their number is taken to grow with a power of n, found by cutting
+two stages.
+
+Degree 0, a single kernel that waits for all rows, is degree 1 with nothing computed early, and never chosen.
 
 Stages as they are cut are not equal: one may hold most of what a rank sends. So a few of the degrees that come out well
 are cut and simulated.
@@ -27,7 +35,7 @@ from numpy.typing import NDArray
 
 from magi_attention.plan.demand import Demand
 from magi_attention.plan.layout import Layout
-from magi_attention.plan.rates import BACKWARD_OVER_FORWARD_FLOP, MERGE_BYTES, TILE, Cluster
+from magi_attention.plan.rates import BACKWARD_OVER_FORWARD_FLOP, EARLY_SHARES, MERGE_BYTES, TILE, Cluster
 from magi_attention.plan.relays import rows_crossing, two_hop_loads
 from magi_attention.plan.simulate import predict
 from magi_attention.plan.stage_work import count_tiles, measure_stages, real_tokens
@@ -51,9 +59,7 @@ def choose_degree(
     options: StageOptions,
     mesh_shape: tuple[int, int] | None = None,
 ) -> int:
-    """The given degree or, if that is None, the smallest whose predicted time is within 1 % of the best.
-
-    Degree 0, which hides nothing if the links turn out slower, is chosen only where it is the best by 1 %.
+    """The given degree or, if that is None, the smallest whose predicted time is within 1 % of the best, at least 1.
 
     Args:
         demand: what the ranks compute and need.
@@ -69,9 +75,7 @@ def choose_degree(
         return 1
     if options.cluster is None:
         return _smallest_near_best(_predict_by_factors(demand, options)) + 1
-    at_once, staged = _predict_layer(demand, layout, key_layout, options, options.cluster, mesh_shape)
-    if at_once * (1 + WORTHWHILE_GAIN) < staged.min():
-        return 0
+    staged = _predict_layer(demand, layout, key_layout, options, options.cluster, mesh_shape)
     promising = np.flatnonzero(staged <= staged.min() * (1 + PROMISING)) + 1
     promising = promising[np.unique(np.linspace(0, len(promising) - 1, SIMULATED).round().astype(np.int64))]
     seconds = [
@@ -106,10 +110,12 @@ def _predict_by_factors(demand: Demand, options: StageOptions) -> Values:
     rank, start, stop = demand.remote.T
     rows = totals(rank, stop - start, len(demand.area))
     n = np.arange(1, options.max_degree + 1)[:, None]
+    stage = (demand.area - demand.area_own) * options.seconds_per_pair / n
     stages = _Stages(
         degree=n,
-        own=demand.area_own * options.seconds_per_pair,
-        stage=(demand.area - demand.area_own) * options.seconds_per_pair / n,
+        early=demand.area_own * options.seconds_per_pair,
+        first=stage,
+        stage=stage,
         fetch=rows * options.seconds_per_row / n,
     )
     return stages.forward().max(axis=1)
@@ -122,8 +128,8 @@ def _predict_layer(
     options: StageOptions,
     cluster: Cluster,
     mesh_shape: tuple[int, int] | None,
-) -> tuple[float, Values]:
-    """Both passes with degree 0, and with each degree from 1."""
+) -> Values:
+    """Both passes with each degree from 1."""
     rank, start, stop = demand.remote.T
     rows = totals(rank, stop - start, key_layout.num_ranks)
     _, num_pieces = piece_sizes(rows, options)
@@ -143,19 +149,25 @@ def _predict_layer(
     tile_pairs = tiles * float(TILE**2)
     own_share = demand.area_own / np.maximum(demand.area, 1)
 
+    fetch = travel / n + exchange_latency
+    early_share = np.array(EARLY_SHARES)[:, None, None]
+
     def stages(compute: Values) -> _Stages:
-        own, remote = compute * own_share, compute * (1 - own_share)
-        return _Stages(n, own + latency, remote / n + latency + merge, travel / n + exchange_latency)
+        own, remote = compute * own_share, compute * (1 - own_share) / n
+        return _Stages(
+            degree=n,
+            early=early_share * own + (early_share > 0) * latency,
+            first=(1 - early_share) * own + remote + latency + early_share * merge,
+            stage=remote + latency + merge,
+            fetch=fetch,
+        )
 
     flop = options.shape.flop_per_pair
-    forward = tile_pairs * (flop / (cluster.forward_tflops * 1e12))
-    backward = tile_pairs * (flop * BACKWARD_OVER_FORWARD_FLOP / (cluster.backward_tflops * 1e12))
-    fetch = travel[0] + exchange_latency
-    read_and_written = 2 * (key_layout.rows_per_rank + rows) * options.shape.bytes_per_row
-    before_kernel = fetch + read_and_written / (cluster.memory_gbs * 1e9) + latency
-    at_once = (before_kernel + forward).max() + (before_kernel + backward + fetch).max()
-    staged = stages(forward).forward().max(axis=1) + stages(backward).backward().max(axis=1)
-    return float(at_once), staged
+    forward = stages(tile_pairs * (flop / (cluster.forward_tflops * 1e12))).forward()
+    backward = stages(tile_pairs * (flop * BACKWARD_OVER_FORWARD_FLOP / (cluster.backward_tflops * 1e12))).backward()
+    chosen = (forward + backward).argmin(axis=0)[None]
+    slowest = [np.take_along_axis(each, chosen, axis=0)[0].max(axis=1) for each in (forward, backward)]
+    return slowest[0] + slowest[1]
 
 
 def _growth_of_crossing(demand: Demand, key_layout: Layout, options: StageOptions, ranks_per_node: int) -> float:
@@ -172,18 +184,20 @@ def _growth_of_crossing(demand: Demand, key_layout: Layout, options: StageOption
 
 @dataclass(frozen=True, eq=False)
 class _Stages:
-    """Seconds of each part, as the top of this module names them; arrays that broadcast to ``(degrees, ranks)``."""
+    """Seconds of each part, as the top of this module names them; they broadcast to ``([shares,] degrees, ranks)``."""
 
     degree: NDArray[np.int64]
-    own: Values
+    early: Values
+    first: Values
     stage: Values
     fetch: Values
 
     def forward(self) -> Values:
-        first = np.maximum(self.own, self.fetch)
-        return first + (self.degree - 1) * np.maximum(self.stage, self.fetch) + self.stage
+        several = np.maximum(self.first, self.fetch) + self.stage
+        several = several + (self.degree - 2) * np.maximum(self.stage, self.fetch)
+        return np.maximum(self.early, self.fetch) + np.where(self.degree > 1, several, self.first)
 
     def backward(self) -> Values:
-        either = np.maximum(self.stage, self.fetch)
-        several = 2 * either + (self.degree - 2) * np.maximum(self.stage, 2 * self.fetch)
-        return np.maximum(self.own, self.fetch) + np.where(self.degree > 1, several, self.stage) + self.fetch
+        several = np.maximum(self.first, self.fetch) + np.maximum(self.stage, self.fetch)
+        several = several + (self.degree - 2) * np.maximum(self.stage, 2 * self.fetch)
+        return np.maximum(self.early, self.fetch) + np.where(self.degree > 1, several, self.first) + self.fetch

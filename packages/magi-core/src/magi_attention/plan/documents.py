@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents: the parts of a mask that have no key in common, laid on the grid of chunks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ class Documents:
         stop: ``(n,)`` the place after its last.
         area: ``(num_chunks + 1,)`` the mask area before each place.
         cut: ``(num_chunks + 1,)`` about how many key rows must travel more once the line is cut before that place.
+        read: ``(num_chunks,)`` about how many of its run's first chunks each chunk reads, if it reads the very first:
+            all before it in a causal document, the question in a shared one; otherwise 0.
     """
 
     line: Array
@@ -30,6 +32,7 @@ class Documents:
     stop: Array
     area: Array
     cut: Array
+    read: Array
 
 
 def find_documents(
@@ -45,7 +48,9 @@ def find_documents(
     after = np.minimum(stop, num_chunks - 1)
     border = np.maximum(np.where(to_last[after], loss[after], 0), np.where(to_last[stop - 1], 0, loss[stop - 1]))
     line = np.arange(num_chunks)
-    return _lay_out(work.area, line, start, border[:-1], _cut_costs(work, chunk_size), num_ranks, largest_share)
+    hull = _key_hulls(work, chunk_size)
+    documents = _lay_out(work.area, line, start, border[:-1], _cut_costs(*hull), num_ranks, largest_share)
+    return replace(documents, read=_chunks_read(documents, *hull, chunk_size))
 
 
 def find_two_sided_documents(work: ChunkWork, num_ranks: int, largest_share: float) -> Documents:
@@ -78,7 +83,7 @@ def _lay_out(
     for a, b in zip(start[falling].tolist(), stop[falling].tolist(), strict=True):
         line[a:b] = line[a:b][::-1]
         cut[a : b + 1] = cut[a : b + 1][::-1]
-    return Documents(line, start, stop, np.append(0, np.cumsum(chunk_area[line])), cut)
+    return Documents(line, start, stop, np.append(0, np.cumsum(chunk_area[line])), cut, np.zeros(num_chunks, np.int64))
 
 
 def component_starts(slices: SliceTable) -> Array:
@@ -132,14 +137,28 @@ def _join_neighbors(tokens: Array, area: Array, border: Array, most_tokens: int,
     return np.array([run for run in range(len(root)) if root[run] == run], np.int64)
 
 
-def _cut_costs(work: ChunkWork, chunk_size: int) -> Array:
-    """For each border between chunks, the length that the hulls of the keys of both sides have in common."""
+def _key_hulls(work: ChunkWork, chunk_size: int) -> tuple[Array, Array]:
+    """``(num_chunks,)`` the first key that each chunk reads and the one after the last; its first row for none."""
     begin = np.arange(len(work.area)) * chunk_size
     low, high = np.full_like(begin, np.iinfo(np.int64).max), np.full_like(begin, -1)
     np.minimum.at(low, work.chunk, work.keys[:, 0])
     np.maximum.at(high, work.chunk, work.keys[:, 1])
     unread = high < 0
     low[unread], high[unread] = begin[unread], begin[unread]
+    return low, high
+
+
+def _cut_costs(low: Array, high: Array) -> Array:
+    """For each border between chunks, the length that the hulls of the keys of both sides have in common."""
     before = np.append(0, np.maximum.accumulate(high))
     after = np.append(np.minimum.accumulate(low[::-1])[::-1], before[-1])
     return np.maximum(before - after, 0)
+
+
+def _chunks_read(documents: Documents, low: Array, high: Array, chunk_size: int) -> Array:
+    """See :attr:`Documents.read`."""
+    first = np.repeat(documents.line[documents.start], documents.stop - documents.start)
+    last = np.repeat(documents.line[documents.stop - 1], documents.stop - documents.start)
+    low, high = low[documents.line], high[documents.line]
+    reads_first = np.where(first <= last, low < (first + 1) * chunk_size, high > first * chunk_size)
+    return reads_first * (documents.cut[:-1] // chunk_size + 1)

@@ -17,11 +17,11 @@ Floats = NDArray[np.float64]
 LONG_PREFIXES, SHORT_PREFIXES = 3, 1
 # With more documents than ALL_TRIED, those too short to fill the room are left out first.
 ALL_TRIED = 512
-# Each rank of a document takes such a share of its light end that others send at most EVENLY_SENT times the most that a
-# row reads; no rank is given more than MOST_SENT times that to send. Neither matters where fewer rows are sent than a
-# rank has time for while it computes: one per HIDING_PAIRS (query, key) pairs. That is between 50 GB/s and H100's rates
-# for 32 query and 8 key heads, with some distance.
-EVENLY_SENT, MOST_SENT, HIDING_PAIRS = 1.3, 2.0, 4000
+# No rank should send more than MOST_SENT times the most rows that one row reads, which is about what some rank must
+# receive, or PART_SENT of the longest document, where rows read less of it. That doesn't matter where fewer rows are
+# sent than a rank has time for while it computes: one per HIDING_PAIRS (query, key) pairs. That is between 50 GB/s and
+# H100's rates for 32 query and 8 key heads, with some distance.
+MOST_SENT, PART_SENT, HIDING_PAIRS = 1.3, 0.9, 4000
 
 
 class Lights(NamedTuple):
@@ -42,6 +42,7 @@ class Filling:
         budget: mask area that it can still take.
         mean: mean area of the ranks that are not filled.
         price: rows that one more piece of the rank's anchor would cost.
+        most_sent: how many chunks a rank should send at most, counted once for each rank that receives them.
     """
 
     def __init__(self, documents: Documents, capacities: Sequence[int], chunk_size: int) -> None:
@@ -57,24 +58,19 @@ class Filling:
         self.area_start, self.area_stop = self.area_float[self.start], self.area_float[self.stop]
         length = self.stop - self.start
         self.end_length = np.clip(length // 4, 1, max(1, max(capacities))).tolist()
-        self.heaviness = [self._heaviness(document) for document in range(len(length))]
+        self.heaviness = np.array([self._heaviness(document) for document in range(len(length))], np.int64)
         self.by_density = np.argsort(
             -((documents.area[self.stop] - documents.area[self.start]) // length), kind="stable"
         ).tolist()
         self.blocks = self._cut_into_blocks(max(1, max(capacities)))
         self.light_first: list[tuple[int, int, int]] = []
         self.chunk_size = chunk_size
-        # The most chunks that one row of each document reads, and the chunks of its light end that each of its ranks
-        # takes: None until the first of them is served.
-        most_area = np.maximum.reduceat(np.append(self.chunk_area, 0), np.column_stack([self.start, self.stop]).ravel())
-        self.chunks_read = (most_area[::2] / chunk_size**2).tolist()
+        # The chunks of each document's light end that each of its ranks takes: None until the first of them is served.
         self.light_share: list[int | None] = [None] * len(length)
-        # How many ranks got chunks of each document, and the last of them.
+        # How many ranks got chunks of each document, and the last of them; how many will have got some in the end.
         self.readers, self.last_reader = [0] * len(length), [-1] * len(length)
-        hidden = self.area[-1] / len(capacities) / HIDING_PAIRS / chunk_size
-        self.evenly_sent, self.most_sent = (
-            max(times * max(self.chunks_read), hidden) for times in (EVENLY_SENT, MOST_SENT)
-        )
+        self.expected_readers = [1.0] * len(length)
+        self.most_sent = find_most_sent(documents, len(capacities), chunk_size)
         self.rank = self.room = self.budget = self.mean = self.price = 0
 
     def _take(self, document: int, start: int, stop: int) -> None:
@@ -170,9 +166,17 @@ class Filling:
 
     def _sendable(self, document: int) -> int:
         """How many chunks of the document one rank can send to those that have read it."""
-        left, readers = self.high[document] - self.low[document], self.readers[document]
-        is_read = 4 * self.cut[self.high[document]] >= 3 * left * self.chunk_size
-        return int(self.most_sent / readers) if readers and is_read else left
+        readers = self._readers_of_rest(document)
+        return int(self.most_sent / readers) if readers else self.high[document] - self.low[document]
+
+    def _readers_of_rest(self, document: int) -> int:
+        """How many ranks have got chunks that read what is left of the document."""
+        high = self.high[document]
+        read, rest = self.cut[high], (high - self.low[document]) * self.chunk_size
+        if 4 * read < 3 * rest or not self.readers[document]:
+            return 0
+        # What reads beyond its own rows will be read from below too.
+        return max(self.readers[document], int(self.expected_readers[document]) if read > rest else 0)
 
     def _choose(
         self, anchor: int, lights: Lights, most: int, shorter: int, cost: Callable[[Floats, Floats], Floats]
@@ -250,3 +254,11 @@ class Filling:
         for document, (low, high) in enumerate(zip(self.low.copy(), self.high.copy(), strict=True)):
             if self.room and low < high:
                 self._take(document, low, min(high, low + self.room))
+
+
+def find_most_sent(documents: Documents, num_ranks: int, chunk_size: int) -> float:
+    """How many chunks a rank should send at most, counted once for each rank that receives them."""
+    most_read = int(np.diff(documents.area).max()) / chunk_size**2
+    longest = int((documents.stop - documents.start).max())
+    hidden = int(documents.area[-1]) / num_ranks / HIDING_PAIRS / chunk_size
+    return max(MOST_SENT * most_read, PART_SENT * longest, hidden)

@@ -17,7 +17,9 @@ from magi_attention.plan.deal import SMALL_GROUP, Deal
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.documents import find_documents
 from magi_attention.plan.even_out import even_out
+from magi_attention.plan.filling import find_most_sent
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.spread import SenderSwaps
 from magi_attention.plan.totals import totals
 
 Owner = NDArray[np.int64]
@@ -61,7 +63,9 @@ def deal_by_locality(
     thousandths = LIMIT if num_ranks > SMALL_GROUP else LIMIT_OF_SMALL_GROUP
     limit = int(documents.area[-1]) * thousandths // (1000 * num_ranks)
     owner = np.empty(num_chunks, np.int64)
-    owner[documents.line] = even_out(dealt, documents, num_ranks, limit)
+    even = even_out(dealt, documents, num_ranks, limit)
+    most_sent = find_most_sent(documents, num_ranks, chunk_size)
+    owner[documents.line] = SenderSwaps(even, documents, num_ranks, chunk_size, limit, most_sent).run()
     peak = _peak(owner, work)
     if peak <= limit and num_chunks > COMPARED_CHUNKS:
         return owner

@@ -17,6 +17,10 @@ LSE_BYTES = 4
 
 BACKWARD_OVER_FORWARD_FLOP = 2.5
 
+EARLY_SHARES = (1.0, 0.0, 0.125, 0.25, 0.5)
+"""Shares of a rank's queries that the runtime may compute with own rows before the first received ones come: all of
+them, none or some; see :mod:`magi_attention.runtime.schedule`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:

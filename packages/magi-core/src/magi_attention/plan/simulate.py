@@ -5,7 +5,7 @@ The model, for a rank, a stage and one pass (symbols are fields of :class:`~plan
 :class:`~plan.rates.LayerShape`)::
 
     compute = kernel_latency + tiles * TILE² * flop_per_pair / flop_rate + merge
-    merge   = tokens * heads_q * head_dim * MERGE_BYTES / memory_rate               (for a second and later partial)
+    merge   = share * tokens * heads_q * head_dim * MERGE_BYTES / memory_rate       (for a second and later partial)
     travel  = exchange_latency + bytes_per_row * max(intra / nvlink_rate, inter / link_rate)
     travel  = 2 * exchange_latency + bytes_per_row * (inter / link_rate + intra / nvlink_rate)       (in two hops)
 
@@ -23,6 +23,11 @@ lse and one more number per head go out and the gradient of q comes home (:attr:
 kernel runs where the keys are, and the owner of the queries merges what comes home once it has arrived: that takes
 another ``merge``, which counts as travel.
 
+Of its own pairs, a rank may compute a share (one of ``EARLY_SHARES``) before the first received rows come, and the rest
+in one kernel with these, so that only the share's partial results must be merged: all of them hides the most travel,
+none needs no merge. For later stages ``share`` is 1. Each rank takes the share with the least time of both passes. The
+runtime decides in the same way, but knows which queries need received rows at all, and keeps these back.
+
 Stages follow one another as in the runtime. One exchange travels at a time on a rank: a stage's rows after those of the
 stage before, and not before the kernel two stages earlier is done. The backward pass fetches the rows again and sends
 each stage's gradients of keys and values home after its kernel, sent and received swapped. A pass ends with its slowest
@@ -30,12 +35,20 @@ rank; within it, no rank waits for another. Left out: everything but the attenti
 down of kernels by communication, and rows that the runtime keeps for the backward pass instead of fetching them again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_attention.plan.rates import BACKWARD_OVER_FORWARD_FLOP, MERGE_BYTES, TILE, Cluster, LayerShape
+from magi_attention.plan.rates import (
+    BACKWARD_OVER_FORWARD_FLOP,
+    EARLY_SHARES,
+    MERGE_BYTES,
+    TILE,
+    Cluster,
+    LayerShape,
+)
 from magi_attention.plan.stage_work import StageWork
 
 Seconds = NDArray[np.float64]
@@ -56,10 +69,14 @@ class PassTimeline:
     send_home: Seconds
 
     @property
+    def tables(self) -> tuple[Seconds, Seconds, Seconds]:
+        """All three."""
+        return self.fetch, self.compute, self.send_home
+
+    @property
     def seconds_by_rank(self) -> Seconds:
         """``(ranks,)`` when each rank is done."""
-        ends = [self.fetch[..., 1], self.compute[..., 1], self.send_home[..., 1]]
-        return np.max(ends, axis=(0, 2))
+        return np.max([table[..., 1] for table in self.tables], axis=(0, 2))
 
     @property
     def seconds(self) -> float:
@@ -97,26 +114,77 @@ def predict(work: StageWork, cluster: Cluster, shape: LayerShape) -> Prediction:
     """Predict both passes by the model at the top of this module."""
     forward_flop = shape.flop_per_pair
     backward_flop = forward_flop * BACKWARD_OVER_FORWARD_FLOP
-    merge = work.tokens[:, None] * (shape.heads_q * shape.head_dim * MERGE_BYTES / (cluster.memory_gbs * 1e9))
-    is_partial = (work.pairs > 0) & ~work.queries_travel
-    merges = merge * (is_partial & (np.cumsum(is_partial, axis=1) > 1))
-    latency = np.where(work.pairs > 0, cluster.kernel_latency_us * 1e-6, 0.0)
+    merge = work.tokens * (shape.heads_q * shape.head_dim * MERGE_BYTES / (cluster.memory_gbs * 1e9))
     tile_pairs = work.tiles * float(TILE**2)
-    forward = latency + tile_pairs * forward_flop / (cluster.forward_tflops * 1e12) + merges
-    backward = latency + tile_pairs * backward_flop / (cluster.backward_tflops * 1e12) + merges
-    mean_pairs = work.pairs.sum() / len(work.pairs)
+    forward, backward = (
+        _compute_by_share(work, tile_pairs * seconds, merge, cluster.kernel_latency_us * 1e-6)
+        for seconds in (
+            forward_flop / (cluster.forward_tflops * 1e12),
+            backward_flop / (cluster.backward_tflops * 1e12),
+        )
+    )
     travel = [
         _travel_seconds(work, cluster, *each)
         for each in zip(shape.bytes_of_key_row, shape.bytes_of_query_row, strict=True)
     ]
     out_forward, home_forward, out_backward, home_backward = travel
     comes_home = work.queries_travel & (work.received.sum(axis=0) > 0)
+    merge_visitors = merge[:, None] * comes_home
+    timelines = (
+        _walk_all(out_forward, forward, home_forward + merge_visitors),
+        _walk_all(out_backward, backward, home_backward + merge_visitors),
+    )
+    best = np.sum([[each.seconds_by_rank for each in of_pass] for of_pass in timelines], axis=0).argmin(axis=0)
+    mean_pairs = work.pairs.sum() / len(work.pairs)
     return Prediction(
-        forward=_walk(out_forward, forward, home_forward + merge * comes_home),
-        backward=_walk(out_backward, backward, home_backward + merge * comes_home),
+        forward=_take_by_rank(timelines[0], best),
+        backward=_take_by_rank(timelines[1], best),
         ideal_seconds=float(
             mean_pairs * (forward_flop / cluster.forward_tflops + backward_flop / cluster.backward_tflops) / 1e12
         ),
+    )
+
+
+def _compute_by_share(
+    work: StageWork, kernels: NDArray[np.floating], merge: NDArray[np.floating], latency: float
+) -> list[Seconds]:
+    """What each stage's kernel and merge take, ``(ranks, stages)``, with each early share that can be.
+
+    Args:
+        work: what is computed.
+        kernels: the kernels alone.
+        merge: ``(ranks,)`` to merge all of a rank's partial results.
+        latency: of a kernel.
+    """
+    is_partial = (work.pairs > 0) & ~work.queries_travel
+    merges = merge[:, None] * (is_partial & (np.cumsum(is_partial, axis=1) > 1))
+    apart = np.where(work.pairs > 0, latency, 0.0) + kernels + merges
+    # Where queries travel, and where there is no later stage, all is computed as planned.
+    if work.queries_travel.any() or kernels.shape[1] == 1:
+        return [apart]
+    computed = [apart]
+    for share in EARLY_SHARES[1:]:
+        later = (1 - share) * kernels[:, 0] + kernels[:, 1]
+        arranged = apart.copy()
+        arranged[:, 0] = share * kernels[:, 0] + latency * ((share > 0) & (work.pairs[:, 0] > 0))
+        arranged[:, 1] = later + latency * (later > 0) + share * merges[:, 1]
+        computed.append(arranged)
+    return computed
+
+
+def _walk_all(fetch: Seconds, compute: Sequence[Seconds], send_home: Seconds) -> list[PassTimeline]:
+    """The timeline of each arrangement of the kernels."""
+    num_ranks, num = len(fetch), len(compute)
+    whole = _walk(np.tile(fetch, (num, 1)), np.concatenate(compute), np.tile(send_home, (num, 1)))
+    parts = (np.split(table, range(num_ranks, num * num_ranks, num_ranks)) for table in whole.tables)
+    return [PassTimeline(*tables) for tables in zip(*parts, strict=True)]
+
+
+def _take_by_rank(timelines: Sequence[PassTimeline], chosen: NDArray[np.int64]) -> PassTimeline:
+    """Each rank's part of the timeline that is chosen for it."""
+    ranks = np.arange(len(chosen))
+    return PassTimeline(
+        *(np.stack(tables)[chosen, ranks] for tables in zip(*(each.tables for each in timelines), strict=True))
     )
 
 

@@ -15,6 +15,7 @@ from magi_attention.kernels.sink import sink_gradient
 from magi_attention.runtime.backward import SavedAttention, differentiate
 from magi_attention.runtime.forward import attend
 from magi_attention.runtime.job import AttentionJob, DistAttnRuntime
+from magi_attention.utils.dtypes import as_dtype
 
 _COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -53,7 +54,7 @@ def dist_attn_func(
     # Here, since gradients are never enabled inside.
     keeps_received = job.keeps_received and torch.is_grad_enabled()
     out, lse, max_logits = _DistributedAttention.apply(q, k, v, sink, job, keeps_received)
-    return out.to(given), AttnForwardMeta(lse=lse, max_logits=max_logits)
+    return as_dtype(out, given), AttnForwardMeta(lse=lse, max_logits=max_logits)
 
 
 def compute_dtype(precision: str | None, given: torch.dtype) -> torch.dtype:

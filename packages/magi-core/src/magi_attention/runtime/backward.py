@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.routes import Rows
+from magi_attention.comm.words import move_rows
 from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.runtime.job import AttentionJob, Launch, LaunchStep
 from magi_attention.runtime.streams import Returns, walk_steps
+from magi_attention.utils.dtypes import as_dtype
 from magi_attention.utils.profiling import named
 
 
@@ -52,9 +54,12 @@ def differentiate(
     sums = _GradientSums(job, saved, dout, dlse)
     travelers = [q, dout, lse, _row_term(saved, dout, dlse)] if job.queries_travel else [q]
     of_pass = job.backward if kept is None else job.backward_with_rows
-    with closing(walk_steps(of_pass.steps, job.collectives, travelers, k, v, kept)) as steps:
+    kernels_first = of_pass.schedule.kernels_first
+    walk = walk_steps(of_pass.steps, job.collectives, travelers, k, v, kept, kernels_first=kernels_first)
+    with closing(walk) as steps:
         for each, rows, keys, values in steps:
-            sums.returns.send()
+            if not kernels_first:
+                sums.returns.send()
             if each.step.queries_travel:
                 sums.compute_visitors(each, rows, keys, values)
             else:
@@ -86,7 +91,7 @@ class _Sum:
     def add(self, run: slice | None, gradient: Tensor, is_known: bool) -> None:
         """Add the gradient of a run of rows, or of all, for which the sum ``is_known`` already or not."""
         if run is None and self.total is None:
-            self.total = gradient if self._dtype is None else gradient.to(self._dtype)
+            self.total = gradient if self._dtype is None else as_dtype(gradient, self._dtype)
             return
         target = self.allocated(gradient.dtype)
         if run is not None:
@@ -104,12 +109,17 @@ class _Sum:
         return self.total
 
 
-def take_rows(x: Tensor, rows: Rows) -> Tensor:
-    """Some rows; a view where they are one run, and most of all."""
-    if not isinstance(rows, slice):
-        return x.index_select(0, rows)
-    taken = x[rows]
-    return taken if 2 * taken.shape[0] >= x.shape[0] else taken.clone()
+def take_rows(tensors: Sequence[Tensor], rows: Rows) -> list[Tensor]:
+    """The same rows of one or two tensors; views where they are one run, and most of all."""
+    if isinstance(rows, slice):
+        views = [x[rows] for x in tensors]
+        return [view if 2 * len(view) >= len(x) else view.clone() for view, x in zip(views, tensors, strict=True)]
+    num_rows = rows.shape[0]
+    taken = [x.new_empty((num_rows, *x.shape[1:])) for x in tensors]
+    if not move_rows(taken, tensors, rows, num_rows, scatter=False):
+        for target, x in zip(taken, tensors, strict=True):
+            torch.index_select(x, 0, rows, out=target)
+    return taken
 
 
 class _GradientSums:
@@ -136,7 +146,7 @@ class _GradientSums:
         self._dq_from_away: Tensor | None = None
 
     def compute(self, each: LaunchStep, keys: Tensor, values: Tensor) -> None:
-        """Launch a step's kernels, and let what belongs to others go home."""
+        """Launch a step's kernels, send what still waits of the step before, and let what belongs to others go home."""
         step, places, launches = each
         sums = self._sums
         if not step.reads_own_alone:
@@ -147,12 +157,13 @@ class _GradientSums:
             self._dq.add(launch.queries, gradients.dq, launch.queries_known)
             for total, gradient in zip(sums, gradients[1:], strict=True):
                 total.add(launch.keys, gradient, launch.keys_known)
+        self.returns.send()
         if step.exchange is None:
             return
         partials = [total.allocated(self._saved.k.dtype) for total in sums]
         if places is not None:
-            for own, partial in zip(self._sums, partials, strict=True):
-                own.add(None, take_rows(partial, places), own.total is not None)
+            for own, taken in zip(self._sums, take_rows(partials, places), strict=True):
+                own.add(None, taken, own.total is not None)
         self._sums = self._late
         self.returns.put(step, partials, [own.allocated(partials[0].dtype) for own in self._own])
 
@@ -169,6 +180,7 @@ class _GradientSums:
                 )
             for total, gradient in zip(self._own, (dk, dv), strict=True):
                 total.add(launch.keys, gradient, launch.keys_known)
+        self.returns.send()
         assert self._dq_from_away is None
         self._dq_from_away = torch.zeros_like(self._saved.q, dtype=self._dtype)
         self.returns.put(each.step, [dq], [self._dq_from_away])
@@ -202,4 +214,4 @@ class _GradientSums:
             if late.total is not None:
                 own.add(None, late.total, own.total is not None)
         dk, dv = (total.allocated(x.dtype) for total, x in zip(self._own, (k, v), strict=True))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        return as_dtype(dq, q.dtype), as_dtype(dk, k.dtype), as_dtype(dv, v.dtype)

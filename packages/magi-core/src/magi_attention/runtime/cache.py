@@ -29,10 +29,12 @@ class DistAttnRuntimeDict:
 
     def get(self, key: DistAttnRuntimeKey, default: Any = None) -> Any:
         """The manager of ``key``, which becomes the most recent, or ``default``."""
-        if key not in self._managers:
+        manager = self._managers.get(key)
+        if manager is None:
             return default
-        self._make_most_recent(key)
-        return self._managers[key]
+        if next(reversed(self._managers)) is not key:
+            self._make_most_recent(key)
+        return manager
 
     def keys(self) -> list[DistAttnRuntimeKey]:
         """All keys, the least recent first."""
@@ -118,7 +120,10 @@ class DistAttnRuntimeDictManager:
         self._dict_of(key.group_ranks)[key] = manager
 
     def _dict_of(self, ranks: tuple[int, ...]) -> DistAttnRuntimeDict:
-        return self._dicts.setdefault(ranks, DistAttnRuntimeDict(self.max_size_per_group))
+        found = self._dicts.get(ranks)
+        if found is None:
+            found = self._dicts[ranks] = DistAttnRuntimeDict(self.max_size_per_group)
+        return found
 
 
 dist_attn_runtime_dict_mgr = DistAttnRuntimeDictManager(general.dist_attn_runtime_dict_size())
@@ -133,9 +138,14 @@ def find_manager(key: DistAttnRuntimeKey, *, becomes_most_recent: bool = True) -
     """
     if not isinstance(key, DistAttnRuntimeKey):
         raise TypeError(f"key must be a DistAttnRuntimeKey, as magi_attn_flex_key makes it, not {type(key).__name__}")
-    if key not in dist_attn_runtime_dict_mgr:
+    manager = None
+    if becomes_most_recent:
+        manager = dist_attn_runtime_dict_mgr.get(key)
+    elif key in dist_attn_runtime_dict_mgr:
+        manager = dist_attn_runtime_dict_mgr[key]
+    if manager is None:
         raise ValueError(
             "The dist attn runtime key does not exist! It was cleared, or gave way to newer keys "
             f"(the cache keeps {dist_attn_runtime_dict_mgr.max_size_per_group} per group): make it again"
         )
-    return dist_attn_runtime_dict_mgr.get(key) if becomes_most_recent else dist_attn_runtime_dict_mgr[key]
+    return manager

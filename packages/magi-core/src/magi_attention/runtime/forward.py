@@ -14,6 +14,7 @@ from magi_attention.kernels.sink import fold_sink
 from magi_attention.runtime.job import AttentionJob, Launch
 from magi_attention.runtime.schedule import Step
 from magi_attention.runtime.streams import walk_steps
+from magi_attention.utils.dtypes import as_dtype
 from magi_attention.utils.profiling import named
 
 
@@ -35,7 +36,9 @@ def attend(
     """
     results = _Results(job, q, v)
     visits = []
-    with closing(walk_steps(job.forward.steps, job.collectives, [q], k, v, lend=kept is None)) as steps:
+    lend, kernels_first = kept is None, job.forward.schedule.kernels_first
+    walk = walk_steps(job.forward.steps, job.collectives, [q], k, v, lend=lend, kernels_first=kernels_first)
+    with closing(walk) as steps:
         for (step, _, launches), (queries,), keys, values in steps:
             if kept is not None and step.exchange is not None:
                 kept += [keys, values]
@@ -52,7 +55,7 @@ def attend(
         lse = fold_sink(out, lse, sink)
     if job.max_logits:
         max_logits = _group_maximum(job, max_logits, lse)
-    return AttentionResult(out.to(q.dtype), lse, max_logits if job.max_logits else None)
+    return AttentionResult(as_dtype(out, q.dtype), lse, max_logits if job.max_logits else None)
 
 
 def _attend_visitors(launches: tuple[Launch, ...], queries: Tensor, keys: Tensor, values: Tensor) -> AttentionResult:
@@ -141,7 +144,7 @@ class _Results:
         """Keep the first results of some queries."""
         dtype = accumulation_dtype(partial.out) if self._most > 2 else partial.out.dtype
         if run is None and self._out is None:
-            self._out, self._lse = partial.out.to(dtype), partial.lse
+            self._out, self._lse = as_dtype(partial.out, dtype), partial.lse
         else:
             out, lse = self._allocated(dtype)
             if run is not None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the forward and the backward pass of one distributed attention have in common, resolved once for its shapes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from magi_attention.comm.group import let_go_at_exit
 from magi_attention.comm.protocol import GroupCollectives
 from magi_attention.comm.routes import Rows
 from magi_attention.config import RuntimeConfig
+from magi_attention.env.general import ffa_backward_sm_margin, ffa_forward_sm_margin
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, Direction, MergesInPlace, WritesInPlace
 from magi_attention.kernels.registry import backends_for_slices
 from magi_attention.plan.build import Plan
@@ -82,7 +83,7 @@ class DistAttnRuntime:
         """Drop what takes memory on devices and can be derived again."""
         self._jobs.clear()
         if "schedule" in self.__dict__:
-            for step in self.schedule.forward.steps:
+            for step in (*self.schedule.forward.steps, *self.schedule.backward_with_rows.steps):
                 for call in step.calls:
                     call.slices.forget_derived()
                 for table in step.exchange.tables if step.exchange else ():
@@ -191,11 +192,10 @@ def _make_job(
     names = options.kernel_backend or "auto", options.kernel_backend_backward or "same"
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
 
-    def prepare(of: Pass, direction: Direction) -> LaunchPass:
+    def prepare(of: Pass, direction: Direction, *, fetches: bool = True) -> LaunchPass:
         is_forward = direction == "forward"
-        margin = options.forward_sm_margin if is_forward else options.backward_sm_margin
 
-        def launch(step: Step, call: KernelCall) -> Launch:
+        def launch(step: Step, call: KernelCall, sm_margin: int) -> Launch:
             pair = backends_for_slices(call.slices, request, *names)
             backend = pair.forward if is_forward else pair.backward
             num_queries = step.exchange.num_received if step.queries_travel and step.exchange else len(q)
@@ -206,7 +206,7 @@ def _make_job(
                 softcap=softcap,
                 deterministic=deterministic,
                 max_logits=max_logits and is_forward,
-                sm_margin=margin or 0,
+                sm_margin=sm_margin,
             )
             return Launch(
                 queries=None if call.queries.start == 0 and call.queries.stop >= num_queries else call.queries,
@@ -221,11 +221,12 @@ def _make_job(
             )
 
         steps = []
-        for step in of.steps:
+        for number, step in enumerate(of.steps):
+            margin = _sm_margin(options, direction, travels_beside(of.steps, number, is_forward, fetches))
             places = None if step.own_places is None else _rows_of(step.own_places, q.device)
             # A process alone may leave out padding, and with it whole runs of queries.
             calls = [call for call in step.calls if step.queries_travel or call.queries.start < len(q)]
-            steps.append(LaunchStep(step, places, tuple(launch(step, call) for call in calls)))
+            steps.append(LaunchStep(step, places, tuple(launch(step, call, margin) for call in calls)))
         return LaunchPass(of, tuple(steps))
 
     return AttentionJob(
@@ -235,10 +236,36 @@ def _make_job(
         options=options,
         forward=prepare(schedule.forward, "forward"),
         backward=prepare(schedule.backward, "backward"),
-        backward_with_rows=prepare(schedule.backward_with_rows, "backward"),
+        backward_with_rows=prepare(schedule.backward_with_rows, "backward", fetches=False),
         max_logits=max_logits,
         keeps_received=bool(options.keep_received) and _takes_little(runtime.plan, q, k, v),
     )
+
+
+def travels_beside(steps: Sequence[Step], number: int, is_forward: bool, fetches: bool) -> bool:
+    """Whether rows travel while a step's kernels run: later steps' rows, or what earlier steps send back.
+
+    Args:
+        steps: of a pass.
+        number: the step's place among them.
+        is_forward: whether it is a forward pass, in which only visiting queries' outputs are sent back.
+        fetches: whether the pass fetches its steps' rows.
+    """
+    fetched = fetches and any(each.exchange is not None for each in steps[number + 1 :])
+    return fetched or any(
+        each.exchange is not None and (each.queries_travel or not is_forward) for each in steps[:number]
+    )
+
+
+def _sm_margin(options: RuntimeConfig, direction: Direction, travels: bool) -> int:
+    """Multiprocessors that a kernel leaves to what travels beside it."""
+    is_forward = direction == "forward"
+    chosen = options.forward_sm_margin if is_forward else options.backward_sm_margin
+    if chosen is not None:
+        return chosen
+    if not travels or options.native_grpcoll:  # native collectives occupy none that kernels would have to leave free
+        return 0
+    return ffa_forward_sm_margin() if is_forward else ffa_backward_sm_margin()
 
 
 def _takes_little(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -47,6 +47,7 @@ class DistAttnRuntimeMgr:
         key_layout: who owns which keys and values; in self-attention the same object as ``layout``.
         rank: this process's rank in the key's group.
         dist_attn_runtime: the plan and the means to carry it out.
+        checked_calls: shapes, dtypes, devices and options of calls whose arguments have been found right.
     """
 
     def __init__(self, key: DistAttnRuntimeKey, dist_attn_runtime: DistAttnRuntime) -> None:
@@ -57,6 +58,7 @@ class DistAttnRuntimeMgr:
         self.rank = plan.rank
         self.dist_attn_runtime = dist_attn_runtime
         self.dist_attn_config = key.dist_attn_config
+        self.checked_calls: set[object] = set()
         self._row_collectives = AllToAllCollectives(key.cp_group)
 
     def __eq__(self, other: object) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from magi_attention.comm.protocol import GroupCollectives
 from magi_attention.common.slices import SliceTable
-from magi_attention.kernels.merge import merge_partials
+from magi_attention.kernels.merge import merge_into
 from magi_attention.kernels.protocol import AttentionCall
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange, exchange_of_stage, two_hop_exchange
 from magi_attention.plan.layout import Layout
@@ -73,9 +73,9 @@ def measure_kernels(layer: Layer) -> KernelTimes:
         num_tokens = more
     flop = layer.shape.flop_per_pair * num_tokens**2
     several = (seconds, _seconds(backward, layer.device))
-    lse = torch.zeros(num_tokens, heads, device=layer.device)
+    lse, partial_lse = (torch.zeros(num_tokens, heads, device=layer.device) for _ in range(2))
     partial_out = torch.zeros(num_tokens, heads, dim, dtype=layer.dtype, device=layer.device)
-    merge = _seconds(partial(merge_partials, partial_out.float(), lse, partial_out, lse), layer.device)
+    merge = _seconds(partial(merge_into, partial_out.float(), lse, partial_out, partial_lse), layer.device)
     return KernelTimes(
         forward_tflops=_rate(flop, several[0], few[0]) / 1e12,
         backward_tflops=_rate(flop * BACKWARD_OVER_FORWARD_FLOP, several[1], few[1]) / 1e12,

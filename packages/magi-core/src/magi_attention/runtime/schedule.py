@@ -53,6 +53,10 @@ KERNELS_OF_EXCHANGE = 4
 LATENCIES_PER_CALL = 10
 """Another kernel costs so many latencies of kernels in both passes: backward it is several, and ends are not filled."""
 
+LATENCIES_PER_CUT = 100
+"""So many latencies it costs in all to compute in two kernels backward what one can, regular masks or not: on an H100,
+half of a causal mask of 16k tokens took 0.6 ms longer in two regular kernels than in one."""
+
 LEAST_LATENCIES = 150
 """Where a forward pass takes less than so many latencies of kernels, the host would not keep up with more of them."""
 
@@ -72,6 +76,7 @@ class Costs:
         merged_row: to merge a query row's results in both passes, and to read it once more.
         summed_row: to sum up the gradients of a key row of several kernels.
         call: what another kernel costs in both passes, apart from its work.
+        cut: what it costs in a backward pass that has all rows from the start.
         least_work: forward passes that take less are not cut into more kernels.
     """
 
@@ -81,6 +86,7 @@ class Costs:
     merged_row: float
     summed_row: float
     call: float
+    cut: float
     least_work: float
 
     @classmethod
@@ -95,8 +101,13 @@ class Costs:
             merged_row=shape.heads_q * shape.head_dim * BYTES_PER_MERGED_NUMBER / (rates.memory_gbs * 1e9),
             summed_row=2 * shape.heads_kv * shape.head_dim * BYTES_PER_SUMMED_NUMBER / (rates.memory_gbs * 1e9),
             call=LATENCIES_PER_CALL * rates.kernel_latency_us * 1e-6,
+            cut=LATENCIES_PER_CUT * rates.kernel_latency_us * 1e-6,
             least_work=LEAST_LATENCIES * rates.kernel_latency_us * 1e-6,
         )
+
+    def is_short(self, pairs: int) -> bool:
+        """Whether a forward pass over so many pairs is too short to be cut, or for the host to be ahead."""
+        return pairs * self.pair < self.least_work
 
 
 class KernelCall(NamedTuple):
@@ -158,6 +169,8 @@ class Pass:
         blank_late_keys: the same for those of kernels on own rows after that, which must not touch what comes home.
         most_results: how many calls have results for a query, at most.
         most_key_results: how many calls and returning gradients there are for one of the rank's keys, at most.
+        kernels_first: whether kernels are launched before the exchanges that travel beside them, since the GPU would
+            wait for the host to launch these; else after, since their few blocks would wait for the kernels' many.
     """
 
     steps: tuple[Step, ...]
@@ -166,6 +179,7 @@ class Pass:
     blank_late_keys: bool
     most_results: int
     most_key_results: int
+    kernels_first: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +189,8 @@ class Schedule:
     Attributes:
         forward: own rows first, while others travel.
         backward: likewise; the last of several kernels on own rows comes last, while gradients travel.
-        backward_with_rows: the backward pass where the forward pass left the received rows: own rows last.
+        backward_with_rows: the backward pass where the forward pass left the received rows: own rows last, or in one
+            kernel with the received ones where they lie among them.
     """
 
     forward: Pass
@@ -199,8 +214,27 @@ def make_schedule(plan: Plan, costs: Costs) -> Schedule:
         if len(own.calls) > 1:
             before, after = replace(own, calls=own.calls[:-1]), replace(own, calls=own.calls[-1:])
             backward = [before, *others, after]
+        if (whole := _in_one(plan, own, others[0], costs)) is not None:
+            with_rows = [whole, *others[1:]]
     num_keys = int(plan.key_layout.rows_per_rank[plan.rank])
-    return Schedule(*(_with_flags(each, num_queries, num_keys) for each in (steps, backward, with_rows)))
+    is_short = costs.is_short(int(band.area(plan.bands).sum()))
+    passes = (_with_flags(each, num_queries, num_keys) for each in (steps, backward, with_rows))
+    return Schedule(*(replace(each, kernels_first=is_short) for each in passes))
+
+
+def _in_one(plan: Plan, own: Step, other: Step, costs: Costs) -> Step | None:
+    """What the step of own rows and the next one compute, as one kernel, if own rows lie among the received ones.
+
+    None where several are better, of which the last would hide that gradients travel home.
+    """
+    stage = plan.stages[other.number]
+    travel = costs.exchange + stage.num_received * costs.fetched_row
+    if other.own_places is None or not own.calls or travel > (len(own.calls) + len(other.calls) - 1) * costs.cut:
+        return None
+    everything = np.array([(0, int(plan.layout.rows_per_rank[plan.rank]))])
+    nothing = np.empty((0, 2), np.int64)
+    whole = _together(plan, other.number, stage, nothing, everything, replace(costs, call=costs.cut))
+    return whole if len(whole.calls) == 1 else None
 
 
 def _arrange(plan: Plan, num_queries: int, costs: Costs) -> list[Step]:
@@ -231,6 +265,7 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
         return everything
     in_need = merge(stage.slices.rows[:, :2])
     num_own = int(plan.key_layout.rows_per_rank[plan.rank])
+    is_short = costs.is_short(int(band.area(plan.bands).sum()))
     fetch = costs.exchange + stage.num_received * costs.fetched_row
     own_bands = slices_in(plan.bands, plan.key_layout.runs_of(plan.rank)).bands()
 
@@ -246,7 +281,7 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
         return exposed + num_merged * costs.merged_row + summed * costs.summed_row + num_calls * costs.call
 
     candidates = [everything, nothing]
-    if int(band.area(plan.bands).sum()) * costs.pair >= costs.least_work:
+    if not is_short:
         long = max(LEAST_EARLY_ROWS, num_queries // LEAST_EARLY_SHARE)
         independent = subtract(everything, in_need)
         candidates.append(independent[independent[:, 1] - independent[:, 0] >= long])

@@ -11,6 +11,7 @@ from torch import Tensor
 from magi_attention.comm.protocol import GroupCollectives, Work
 from magi_attention.runtime.job import LaunchStep
 from magi_attention.runtime.schedule import Step
+from magi_attention.utils.dtypes import as_dtype
 from magi_attention.utils.profiling import named
 
 # Exchanges whose rows are traveling or being read, and exchanges whose partial gradients are on their way home. Memory
@@ -43,10 +44,12 @@ def walk_steps(
     kept: Sequence[Tensor] | None = None,
     *,
     lend: bool = True,
+    kernels_first: bool = False,
 ) -> Generator[StepInputs, None, None]:
     """Walk the steps; the next steps' rows travel while one is computed.
 
-    Their exchanges are launched before the kernels of the step. A step that reads own rows alone reads them where they
+    Their exchanges are launched before the kernels of the step, or for the first step after these, with
+    ``kernels_first``. A step that reads own rows alone reads them where they
     are; where it reads received rows too, these arrive among a copy of the own ones. To free the rows of a step before
     those of another are fetched, drop its inputs before asking for the next. Close the generator: if a kernel fails,
     what the collectives have lent is given back then, and not only when nobody holds the error any more.
@@ -59,6 +62,7 @@ def walk_steps(
         v: the rank's values.
         kept: what the exchanges brought before, two tensors each; then there are none.
         lend: whether what they bring may lie in memory of the collectives, to be used only until the next step.
+        kernels_first: as of :class:`~magi_attention.runtime.schedule.Pass`.
     """
     if kept is not None:
         pairs = iter(zip(kept[::2], kept[1::2], strict=True))
@@ -77,12 +81,15 @@ def walk_steps(
                 traveling.append(collectives.cast(tensors, step.exchange, own_places=places, lend=lend))
 
     try:
+        rest = deque(steps)
+        if kernels_first and rest and rest[0].step.exchange is None:
+            yield StepInputs(rest.popleft(), queries, k, v)
         fetch_next()
-        if traveling and steps[0].step.exchange is None:
+        if traveling and rest[0].step.exchange is None:
             traveling[0].wait_packed()
         for _ in range(MOST_FETCHED - 1):
             fetch_next()
-        for each in steps:
+        for each in rest:
             if each.step.exchange is None:
                 yield StepInputs(each, queries, k, v)
                 continue
@@ -115,7 +122,7 @@ class Returns:
         self._waiting = step, partials, into
 
     def send(self) -> None:
-        """Launch what waits: once the rows that the next steps read have been fetched, before the next kernel."""
+        """Launch what waits, if anything does: once the rows that the next steps read have been fetched."""
         if self._waiting is None:
             return
         step, partials, into = self._waiting
@@ -124,7 +131,7 @@ class Returns:
         while len(self._traveling) >= MOST_RETURNING:
             self._traveling.popleft().wait()
         with named(f"magi: reduce stage {step.number}"):
-            partials = [x.to(self._dtype) for x in partials]
+            partials = [as_dtype(x, self._dtype) for x in partials]
             self._traveling.append(self._collectives.reduce(partials, step.exchange, into))
 
     def finish(self) -> None:

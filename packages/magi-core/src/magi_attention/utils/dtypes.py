@@ -12,3 +12,8 @@ def max_fp_dtype(*dtypes: torch.dtype) -> torch.dtype:
 def to_higher_fp_dtype(tensor: torch.Tensor, lowest_precision: torch.dtype) -> torch.Tensor:
     """The tensor in ``lowest_precision``, or as it is if its own type is at least as precise."""
     return tensor.to(max_fp_dtype(tensor.dtype, lowest_precision))
+
+
+def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor.to(dtype)``, which costs a call of PyTorch even where it does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

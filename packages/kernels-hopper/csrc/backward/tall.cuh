@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// Consumers for tiles of more than 64 rows of queries: each has 64 keys of the tile, and their gradients and those of
+// their values. Scores and gradients of probabilities take turns in the same registers, so that 80 rows fit; in between,
+// probabilities are kept as they were rounded.
+#pragma once
+
+#include "consumer.cuh"
+
+namespace magi::backward {
+
+template <typename T>
+struct TallConsumer {
+    static_assert(T::kStages == 2);
+    using Element = typename T::Element;
+    using TileK = typename T::TileK;
+    using TileQ = typename T::TileQ;
+
+    Params const& p;
+    Shared<T>& s;
+    int const group;     // which consumer
+    RingPlace<2> place;  // of tiles of queries, and of gradients of scores: there are two of both
+    RingPlace<2> item_place;
+    RingPlace<1> kv_place;
+    float dk[T::kHeadDim / 2], dv[T::kHeadDim / 2];
+
+    __device__ __forceinline__ TallConsumer(Params const& p, Shared<T>& s, int group) : p(p), s(s), group(group) {}
+
+    // Gradients of the queries of the step before, and products after them that are not waited for.
+    template <typename Start>
+    __device__ __forceinline__ void add_dq_before(Start const& start_others, bool exists) {
+        Dq<T> dq;
+        RingPlace<2> const before = place.before();
+        if (exists) ptx::mbarrier_try_wait_parity(&s.ds_full[before.stage()], before.parity());
+        ptx::wgmma_fence();
+        multiply_scores_transposed<T>(dq, s.ds[before.stage()], s.k, group);
+        ptx::wgmma_commit_group();
+        ptx::wgmma_fence();
+        start_others();
+        ptx::wgmma_commit_group();
+        ptx::wgmma_wait_group<1>();
+        ptx::fence_registers(dq);
+        if (!exists) return;
+        Target const target = s.ds_target[before.stage()];
+        arrive_warp(&s.ds_empty[before.stage()]);
+        hand_over_dq(s, dq, target, before, group);
+    }
+
+    // One tile of queries, and of the one before the gradients of queries.
+    __device__ __forceinline__ void step(int key, bool ragged, bool first) {
+        Fragments<T> p_fragments, ds_fragments;
+        [[maybe_unused]] Fragments<T> factors;  // what the gradients of probabilities are multiplied by, under a cap
+        int const stage = place.stage();
+        {
+            Scores<T> scores;
+            ptx::mbarrier_try_wait_parity(&s.q_full[stage], place.parity());
+            ptx::wgmma_fence();
+            multiply_columns<Element, TileK, TileQ>(scores, s.k, 64 * group, s.q[stage]);
+            ptx::wgmma_commit_group();
+            StepMask<T> const mask(p, s.step[stage], key, ragged);
+            ptx::wgmma_wait_group<0>();
+            ptx::fence_registers(scores);
+            mask.apply(scores);
+            to_probabilities<T>(p, scores, p_fragments, terms_of_thread<T>(s.row_terms[stage][0]));
+            if constexpr (T::kSoftcap) to_fragments<Element>(scores, factors);
+        }
+        Scores<T> ds;
+        ptx::mbarrier_try_wait_parity(&s.dout_full[stage], place.parity());
+        ptx::wgmma_fence();
+        multiply_columns<Element, TileK, TileQ>(ds, s.v, 64 * group, s.dout[stage]);
+        ptx::wgmma_commit_group();
+        ptx::wgmma_wait_group<0>();
+        ptx::fence_registers(ds);
+        rounded_to_score_gradients<T>(T::kSoftcap ? factors : p_fragments, ds, ds_fragments,
+                                      terms_of_thread<T>(s.row_terms[stage][1]));
+        ptx::wgmma_fence();
+        multiply_rows<Element, TileQ>(dv, p_fragments, s.dout[stage]);
+        ptx::wgmma_commit_group();
+        ptx::mbarrier_try_wait_parity(&s.ds_empty[place.stage()], place.parity() ^ 1);
+        store_scores<T>(s.ds[place.stage()], ds_fragments, 64 * group);
+        if (threadIdx.x == 128) s.ds_target[place.stage()] = {s.step[stage].w, s.rank[stage]};
+        ptx::fence_proxy_async_shared();
+        arrive_warp(&s.ds_full[place.stage()]);
+        ptx::wgmma_wait_group<0>();
+        arrive_warp(&s.dout_empty[stage]);
+        add_dq_before([&] { multiply_rows<Element, TileQ>(dk, ds_fragments, s.q[stage]); }, !first);
+        ptx::wgmma_wait_group<0>();
+        arrive_warp(&s.q_empty[stage]);
+        place.advance();
+    }
+
+    __device__ __forceinline__ void differentiate(int tile, int num_steps) {
+        bool const ragged = (tile + 1) * T::kTileN > p.num_k;
+        int const key = tile * T::kTileN + 64 * group;
+        ptx::mbarrier_try_wait_parity(&s.k_full, kv_place.parity());
+        ptx::mbarrier_try_wait_parity(&s.v_full, kv_place.parity());
+        for (int i = 0; i < num_steps; i++) step(key, ragged, i == 0);
+
+        add_dq_before([] {}, true);
+        ptx::wgmma_wait_group<0>();
+        ptx::fence_registers(dk);
+        ptx::fence_registers(dv);
+        arrive_warp(&s.kv_empty);
+        kv_place.advance();
+    }
+
+    __device__ __forceinline__ void run() {
+        while (true) {
+            Item const next = next_item(s, item_place);
+            if (next.tile < 0) break;
+#pragma unroll
+            for (int i = 0; i < T::kHeadDim / 2; i++) dk[i] = dv[i] = 0;
+            if (next.num_steps > 0) differentiate(next.tile, next.num_steps);
+            Item const item = item_in(s, item_place);
+            leave_item(s, item_place);
+            if (!exchange_with_items<T>(p, item, group, dk, dv)) continue;
+            int const key = item.tile * T::kTileN + 64 * group;
+            store_rows<T>(dv, p.dv, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, 1);
+            store_rows<T>(dk, p.dk, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, p.scale);
+        }
+        finish_dq(s, place, group);
+    }
+};
+
+}  // namespace magi::backward

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch's modes, entered only where they are not on yet: entering one costs microseconds, which launches count."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+_NOTHING = nullcontext()
+
+
+def without_grad(function: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Decorate a function as :func:`torch.no_grad` does."""
+
+    @wraps(function)
+    def run(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Make the GPU of a tensor the current one; nothing for a tensor on a CPU."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(x.device)

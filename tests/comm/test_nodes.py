@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups over several nodes, here virtual ones: natively inside a node, each row once from node to node."""
+
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from magi_attention.comm import AllToAllCollectives
+from magi_attention.testing.distributed import RankPool
+from magi_comm_grpcoll import NativeCollectives, collectives
+from magi_comm_grpcoll.context import GroupContext
+from magi_comm_grpcoll.nodes import RelayedCollectives, ranks_per_node
+from tests.comm.ranks import make_pool
+from tests.comm.test_native import fragmented_table
+from tests.distributed.exchanges import RandomNeeds, random_tensor
+
+PER_NODE = 2
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(4) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def gpu_pool():
+    with make_pool(4) as pool:
+        yield pool
+
+
+def over_virtual_nodes(rank: int, per_node: int, device: torch.device) -> NativeCollectives:
+    """Collectives of the world, whose ranks take themselves for those of other hosts."""
+    collectives.host = lambda: f"host {rank // per_node}"
+    native = NativeCollectives(dist.group.WORLD)
+    assert isinstance(native.context, RelayedCollectives)
+    assert NativeCollectives(dist.group.WORLD).context is native.context
+    intra = native.context._hops._intra
+    assert isinstance(intra, NativeCollectives)
+    assert (intra.context is None) == (device.type == "cpu")
+    assert intra.context is None or isinstance(intra.context, GroupContext)
+    return native
+
+
+def compare(rank: int, world_size: int, device_type: str) -> None:
+    device = torch.device(device_type)
+    native = over_virtual_nodes(rank, PER_NODE, device)
+    for seed in range(4):
+        needs = RandomNeeds(seed, world_size, 0.7, max_rows=60)
+        for formats in (
+            [((8, 16), torch.bfloat16)] * 2,
+            [((3,), torch.float16), ((), torch.int64), ((5,), torch.bool)],
+        ):
+            sources = [
+                [
+                    random_tensor(9 * r + i, (needs.num_rows[r], *shape), dtype)
+                    for i, (shape, dtype) in enumerate(formats)
+                ]
+                for r in range(world_size)
+            ]
+            mine, table = [x.to(device) for x in sources[rank]], needs.table(rank)
+            for lend in (False, True):
+                work = native.cast(mine, table, lend=lend)
+                for i, got in enumerate(work.wait()):
+                    assert torch.equal(got.cpu(), needs.received([of_rank[i] for of_rank in sources], rank))
+                work.release()
+        compare_reduces(rank, native, needs, device)
+
+
+def compare_reduces(rank: int, native: NativeCollectives, needs: RandomNeeds, device: torch.device) -> None:
+    direct, table = AllToAllCollectives(dist.group.WORLD), needs.table(rank)
+    for dtype in (torch.float32, torch.float64):
+        partial = random_tensor(rank, (table.num_received, 4, 8), dtype)
+        old = random_tensor(rank + 50, (table.num_source, 4, 8), dtype)
+        for op in ("sum", "avg"):
+            wanted, got = old.clone(), old.clone().to(device)
+            if dist.get_backend() == "nccl":
+                wanted = wanted.to(device)
+            direct.reduce([partial.to(wanted.device)], table, [wanted], op).wait()
+            native.reduce([partial.to(device)], table, [got], op).wait()
+            torch.testing.assert_close(got.cpu(), wanted.cpu())
+    lse, old_lse = (random_tensor(rank + 70 + i, (n, 4), torch.float32) for i, n in enumerate((len(partial), len(old))))
+    out, out_lse = old.float().to(device), old_lse.clone().to(device)
+    where = device if dist.get_backend() == "nccl" else torch.device("cpu")
+    wanted, wanted_lse = old.float().to(where), old_lse.clone().to(where)
+    direct.reduce([partial.float().to(where)], table, [wanted], "lse", lse.to(where), wanted_lse).wait()
+    native.reduce([partial.float().to(device)], table, [out], "lse", lse.to(device), out_lse).wait()
+    torch.testing.assert_close(out.cpu(), wanted.cpu())
+    torch.testing.assert_close(out_lse.cpu(), wanted_lse.cpu())
+
+
+def repeat(rank: int, world_size: int, device_type: str) -> None:
+    """Exchanges one after another without a host synchronization, with own rows among the received ones."""
+    native, table = (
+        over_virtual_nodes(rank, PER_NODE, torch.device(device_type)),
+        fragmented_table(rank, world_size, 7, 3),
+    )
+    owner = torch.empty(table.num_received, 1, device=device_type)
+    for peer, start, stop in table.recv.tolist():
+        owner[start:stop] = peer
+    larger = RandomNeeds(0, world_size + 1).table(0)
+    with pytest.raises(ValueError, match=f"among {world_size + 1} ranks can't run in a group of {world_size}"):
+        native.cast([torch.ones(larger.num_source, 8, device=device_type)], larger)
+    for turn in range(30):
+        rows = torch.full((table.num_source, 8), 10.0 * turn + rank, device=device_type)
+        (received,) = native.cast([rows], table).wait()
+        assert torch.equal(received, (10.0 * turn + owner).expand_as(received))
+        total = torch.zeros_like(rows)
+        native.reduce([received], table, [total]).wait()
+        assert torch.equal(total, world_size * rows)
+
+
+def test_the_same_rows_and_sums_as_directly(pool):
+    pool.run(compare, "cpu")
+
+
+def test_exchanges_one_after_another(pool):
+    pool.run(repeat, "cpu")
+
+
+@pytest.mark.gpu(1)
+def test_the_same_rows_and_sums_on_gpus(gpu_pool):
+    gpu_pool.run(compare, "cuda")
+
+
+@pytest.mark.gpu(1)
+def test_exchanges_one_after_another_on_gpus(gpu_pool):
+    gpu_pool.run(repeat, "cuda")
+
+
+def mix_hosts(rank: int, world_size: int) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("magi_comm_grpcoll.collectives").addHandler(handler)
+    group = dist.new_group(range(world_size))
+    collectives.host = lambda: f"host {rank % 2}"
+    assert NativeCollectives(group).context is None
+    collectives.host = lambda: f"host {rank}"
+    group = dist.new_group(range(world_size))
+    assert NativeCollectives(group).context is None
+    assert len(lines) == (0 if rank else 2)
+    assert rank or "not numbered host by host" in lines[0]
+    assert rank or "each of its ranks is on another host" in lines[1]
+
+
+def test_other_orders_of_ranks_go_by_all_to_all(pool):
+    pool.run(mix_hosts)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [("aa", 2), ("aabb", 2), ("abab", 0), ("aab", 0), ("aabbb", 0), ("abcd", 1), ("aabbaa", 0), ("aaabbb", 3)],
+)
+def test_ranks_of_a_node(hosts, expected):
+    assert ranks_per_node([*hosts]) == expected

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All ranks of a group as threads of one process, which share its one device: every arrangement of kernels on a GPU.
+
+Rows are packed, put in place, merged and summed by the kernels that a group of several GPUs uses, on its streams; only
+the transfer itself is a copy.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Barrier
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from magi_attention.comm.alltoall import AllToAllCollectives
+from magi_attention.common import packed
+from magi_attention.common.slices import SliceTable
+from magi_attention.config import LocalityDispatchAlg, RuntimeConfig
+from magi_attention.plan.build import build_plans
+from magi_attention.plan.dispatch import make_layout
+from magi_attention.plan.stages import StageOptions
+from magi_attention.runtime import schedule as scheduling
+from magi_attention.runtime.autograd import dist_attn_func
+from magi_attention.runtime.job import DistAttnRuntime
+from magi_attention.testing.metric import assert_within_pytorch_error
+from magi_attention.testing.oracle import dense_attention, dense_mask, masked_attention
+from tests.core.test_schedule import COSTS
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+TOKENS, HEADS, DIM = 384, (4, 2), 32
+MASKS = {
+    "causal": packed.varlen([0, TOKENS]),
+    "packed causal": packed.varlen([0, 125, 150, 320, TOKENS]),
+    "full": SliceTable([[0, TOKENS, 0, TOKENS, 0]]),
+    "window": packed.sliding_window([0, TOKENS], left=50, right=0),
+}
+SHORT = scheduling.Costs(
+    pair=0.0, fetched_row=1.0, exchange=1.0, merged_row=0.0, summed_row=0.0, call=0.0, cut=0.0, least_work=1.0
+)
+"""Of passes that are over before the host could launch an exchange."""
+
+
+@dataclass
+class Switch:
+    """Where the ranks' packed rows lie while all copy what is for them."""
+
+    num_ranks: int
+    barrier: Barrier = field(init=False)
+    slots: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.barrier = Barrier(self.num_ranks, timeout=60)
+
+
+class ThreadCollectives(AllToAllCollectives):
+    """One rank's collectives among threads."""
+
+    def __init__(self, rank: int, switch: Switch) -> None:
+        super().__init__(None)
+        self.rank, self.switch, self.num_ranks = rank, switch, switch.num_ranks
+
+    def _send(self, packed: Tensor, landed: Tensor, counts: tuple[list[int], list[int]], async_op: bool) -> None:
+        send, recv = counts
+        self.switch.slots[self.rank] = packed.split(send)
+        self.switch.barrier.wait()
+        for peer, into in enumerate(landed.split(recv)):
+            into.copy_(self.switch.slots[peer][self.rank])
+        self.switch.barrier.wait()
+
+
+def attend(rank: int, switch: Switch, plan, costs, tensors: list[Tensor], keep: bool) -> list[Tensor]:
+    """One rank's out, lse, dq, dk and dv."""
+    options = RuntimeConfig(kernel_backend="reference", keep_received=keep).resolved()
+    runtime = DistAttnRuntime(plan, ThreadCollectives(rank, switch), None, options, costs)
+    rows = torch.from_numpy(plan.layout.positions(rank)).to(tensors[0].device)
+    q, k, v, dout, dlse = (x[rows] for x in tensors)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    for _ in range(2):  # the second call takes what the first one prepared
+        out, meta = dist_attn_func(*leaves, runtime)
+        with torch.autograd.set_multithreading_enabled(False):
+            gradients = torch.autograd.grad((out, meta.lse), leaves, (dout, dlse))
+    return [out.detach(), meta.lse.detach(), *gradients]
+
+
+def dense(attend_densely, dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
+    q, k, v = (x.to(dtype).requires_grad_() for x in tensors[:3])
+    out, lse, _ = attend_densely(q, k, v)
+    gradients = torch.autograd.grad((out, lse), (q, k, v), (tensors[3].to(out), tensors[4].to(lse)))
+    return [out.detach(), lse.detach(), *gradients]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", [*sorted(COSTS), "short"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_arrangement_is_right(device, dtype, name, mask, monkeypatch):
+    monkeypatch.setattr(scheduling, "LEAST_EARLY_ROWS", 1)
+    monkeypatch.setattr(scheduling, "WINDOW_STEP", 16)
+    slices, costs = MASKS[mask], SHORT if name == "short" else COSTS[name]
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((HEADS[0], DIM), (HEADS[1], DIM), (HEADS[1], DIM), (HEADS[0], DIM))
+    tensors = [torch.randn(TOKENS, *shape, generator=draw).to(device, dtype) for shape in shapes]
+    tensors.append(torch.randn(TOKENS, HEADS[0], generator=draw).to(device))
+    truth = dense(lambda q, k, v: dense_attention(q, k, v, slices), torch.float64, tensors)
+    kept = dense_mask(slices, TOKENS, TOKENS, device)
+    plain = dense(lambda q, k, v: masked_attention(q, k, v, kept), dtype, tensors)
+    for num_ranks, degree, keep in ((2, 1, True), (2, 1, False), (3, 2, False)):
+        layout = make_layout(
+            slices, num_real=TOKENS, total=TOKENS, chunk_size=16, num_ranks=num_ranks, algorithm=LocalityDispatchAlg()
+        )
+        plans = build_plans(slices, layout, range(num_ranks), StageOptions(degree=degree, min_piece=16))
+        order = torch.from_numpy(np.concatenate([layout.positions(rank) for rank in range(num_ranks)])).to(device)
+        switch = Switch(num_ranks)
+        with ThreadPoolExecutor(num_ranks) as pool:
+            running = [pool.submit(attend, rank, switch, plan, costs, tensors, keep) for rank, plan in enumerate(plans)]
+            results = [each.result() for each in running]
+        for number, (reference, pytorch) in enumerate(zip(truth, plain, strict=True)):
+            actual = torch.cat([result[number] for result in results])
+            says = f"{('out', 'lse', 'dq', 'dk', 'dv')[number]}, {num_ranks} ranks, kept {keep}"
+            if dtype == torch.float64:
+                torch.testing.assert_close(actual, reference[order], rtol=1e-9, atol=1e-9, msg=says)
+            else:
+                assert_within_pytorch_error(actual, reference[order], pytorch[order], 2.0, says)
