@@ -73,7 +73,8 @@ def test_long_runs_stay_short_tables():
         ("full", True),
         ("causal", True),
         ("swa_causal_1024", True),
-        ("varlen_causal", False),
+        ("varlen_causal", True),
+        ("shared_question", False),
         ("varlen_full", False),
     ],
 )

@@ -13,9 +13,9 @@ from magi_kernels_hopper.backward_plan import adders, ranks
 from magi_kernels_hopper.plan import RowTables, row_tables
 from magi_kernels_hopper.variants import ForwardVariant, forward_variants
 
-WIDE_KEYS = 1.025
-"""How many times the keys of the narrower boxes the wider ones may compute with and still be faster: they take 3.3 %
-less time for each key, and more for each tile that is masked."""
+WIDE_KEYS = 1.03
+"""How many times the keys of the narrower boxes the wider ones may compute with and still be faster: both were
+equally fast at 1.027 and at 1.035 (NOTES.md)."""
 
 
 MOST_RANKS = 2**31 - 1
