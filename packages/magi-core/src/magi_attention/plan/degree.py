@@ -47,7 +47,7 @@ from magi_attention.plan.traffic import Table, direct_links
 WORTHWHILE_GAIN = 0.01
 # Of the degrees that would be within this share of the best if stages were equal, SIMULATED from the least to the
 # greatest are simulated.
-PROMISING, SIMULATED = 0.05, 3
+PROMISING, SIMULATED = 0.05, 5
 
 Values = NDArray[np.floating]
 
