@@ -4,22 +4,23 @@
 Measured on an H100 80GB with 64 query heads and 8 key/value heads of 128 dims, bfloat16, at 8k and 32k tokens (the
 lower figure of the two) by benchmarks/kernels.py, in turns with ``cudnn_flex`` and ``blackwell``, so that the automatic
 choice ranks all three by one run. Forward figures are those times what this version gained over the measured one in
-turns with it, on an H200: 1 % (packed full documents) to 5 %. Scattered blocks (``block_sparse``) were measured on an
-H200, and are given relative to ``cudnn_flex``. NOTES.md has what was seen.
+turns with it, on an H200: 1 % (packed full documents) to 5 %. Backward figures are those of ``blackwell`` times what
+this version reached of it on an H200, the lower of 8k and 32k tokens. Scattered blocks (``block_sparse``) were measured
+on an H200, and are given relative to ``cudnn_flex``. NOTES.md has what was seen.
 """
 
 from magi_attention.kernels.protocol import AttentionRequest
 
 # (forward, backward) TFLOP/s by mask class, as magi_attention.kernels.mask_class names them.
 _128_DIMS = {
-    "full": (632, 515),
-    "causal": (674, 346),
-    "varlen_full": (632, 308),
-    "varlen_causal": (545, 219),
-    "sliding_window": (517, 332),
-    "block_causal": (615, 309),
+    "full": (632, 524),
+    "causal": (674, 522),
+    "varlen_full": (632, 391),
+    "varlen_causal": (545, 277),
+    "sliding_window": (517, 357),
+    "block_causal": (615, 396),
     "block_sparse": (646, 177),
-    "general": (545, 219),
+    "general": (545, 277),
 }
 # Kernels for other head dims keep the matrix units about this busy, compared to 128 dims.
 _DIM_FACTOR = {64: 0.75, 96: 0.8, 192: 0.95, 256: 0.9}
