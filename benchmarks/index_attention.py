@@ -51,7 +51,9 @@ def draw_lists(shape: Shape) -> Tensor:
     seen = torch.arange(1, shape.tokens + 1, device="cuda")[:, None, None]
     # One key from each of equal parts of what a query sees: different, random, and quick to draw.
     jitter = torch.rand(shape.tokens, shape.kv_heads, shape.selected, device="cuda")
-    keys = ((order + jitter) * seen / shape.selected).int()
+    first = order * seen // shape.selected
+    size = (order + 1) * seen // shape.selected - first
+    keys = (first + torch.minimum((jitter * size).int(), size - 1)).int()
     few = torch.where(order < seen, order, -1).int()
     return torch.where(seen < shape.selected, few, keys)
 

@@ -44,6 +44,31 @@ def test_everything_in_float64(shape, heads, softcap, layout, seed):
     torch.testing.assert_close(meta.max_logits, largest, rtol=1e-12, atol=1e-12)
 
 
+def test_lists_written_over_before_the_backward_pass():
+    x = random_inputs(20, 30, dtype=torch.float32)
+    q = x.q.requires_grad_()
+    lists = random_lists(20, 2, 30, 10).int()
+    out, _ = flex_flash_attn_func(q, x.k, x.v, index_attn_indices=lists)
+    lists.copy_(lists.flip(0))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(x.dout)
+
+
+def test_keys_that_nobody_names_may_hold_anything():
+    x = random_inputs(20, 30, dtype=torch.float32)
+    leaves = [each.requires_grad_() for each in x[:3]]
+    lists = random_lists(20, 2, 30, 10)
+    lists = torch.where(lists == 0, 1, lists)
+    spoilt = [each.detach().clone() for each in leaves]
+    for each in spoilt[1:]:
+        each[0] = torch.nan
+    results = []
+    for tensors in (leaves, [each.requires_grad_() for each in spoilt]):
+        out, _ = flex_flash_attn_func(*tensors, index_attn_indices=lists)
+        results.append((out, *torch.autograd.grad(out, tensors, x.dout)))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_part_at_a_time(dtype, monkeypatch):
     monkeypatch.setitem(indexed.BYTES_AT_A_TIME, "cpu", 1 << 14)

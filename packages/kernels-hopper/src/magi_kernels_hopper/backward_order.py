@@ -141,7 +141,7 @@ def _best_order(tables: ColumnTables, sizes: WorkSizes, packs: int, *, spread: b
     few = [each for each in splits if packs // each * sizes.group <= FEW_HEADS * packs]
     if spread and few and len(order) and steps.min() < steps.max():
         splits = few
-    if len(order) * sizes.num_kv_heads > MOST_ITEMS:
+    if len(order) * sizes.num_kv_heads * splits[0] > MOST_ITEMS:
         return _with_tail(tables, order, sizes.num_kv_heads * splits[0], TAILS[0]), splits[0]
     best: tuple[float, Indices, int] | None = None
     for split in splits[:2]:

@@ -84,7 +84,8 @@ class _Job:
 
 def _checked(indices: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """Return the indices as ``[tq, hk, n]``, int32 and contiguous."""
-    if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.is_complex():
+    integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if not isinstance(indices, Tensor) or indices.dtype not in integers:
         given = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
         raise MagiTypeError(f"index_attn_indices must be a tensor of integers, got {given}")
     num_q, num_kv_heads = q.shape[0], k.shape[1]
@@ -100,6 +101,8 @@ def _checked(indices: Tensor, q: Tensor, k: Tensor) -> Tensor:
         raise MagiValueError(f"index_attn_indices must be where q is, on {q.device}, not on {indices.device}")
     if not indices.is_cuda and indices.numel() and int(indices.max()) >= len(k):
         raise MagiValueError(f"index_attn_indices has {int(indices.max())}, but k has {len(k)} rows")
+    if indices.dtype == torch.int64:  # what int32 cannot hold is beyond k, and shall be noticed as such
+        indices = indices.clamp(-1, 2**31 - 1)
     return indices.to(torch.int32).reshape(num_q, num_kv_heads, indices.shape[2]).contiguous()
 
 
@@ -119,7 +122,8 @@ class _IndexAttention(torch.autograd.Function):
         out, lse = owned(out.to(q.dtype)), owned(lse)
         ctx.call = job.call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, sink)
+        # Saved, so that autograd notices if the caller writes the next lists over them.
+        ctx.save_for_backward(q, k, v, out, lse, sink, job.call.indices)
         if max_logits is not None:
             ctx.mark_non_differentiable(max_logits)
         return out, lse, max_logits
@@ -127,7 +131,7 @@ class _IndexAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, sink = ctx.saved_tensors
+        q, k, v, out, lse, sink, _indices = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         with without_autocast(q):
             if 0 in (len(q), len(k), ctx.call.indices.shape[2]):

@@ -18,8 +18,8 @@ from torch import Tensor
 from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.kernels.protocol import AttentionResult, IndexCall
 
-BYTES_AT_A_TIME = {"cpu": 64 << 20, "gpu": 1 << 30}
-"""Of gathered keys and values."""
+BYTES_AT_A_TIME = {"cpu": 24 << 20, "gpu": 320 << 20}
+"""Of gathered keys and values; with what is made of them some three times as much is in use."""
 
 
 class _Part(NamedTuple):
@@ -59,7 +59,8 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, call: IndexCall) -> Iterator[_Part]:
         ended = (indices < 0).cumsum(-1) > 0  # a list ends at its first negative entry
         rows = indices.masked_fill(ended, 0)
         queries = q[tokens].to(dtype).unflatten(1, (k.shape[1], -1))
-        keys, values = (x[rows, heads].to(dtype) for x in (k, v))
+        # Row 0 stands in for what is hidden: what it holds, which may not be finite, must not get into sums as 0 * inf.
+        keys, values = (x[rows, heads].to(dtype).masked_fill_(ended[..., None], 0.0) for x in (k, v))
         scores = queries @ keys.mT * call.softmax_scale
         hidden = ended[:, :, None]
         largest = scores.masked_fill(hidden, -torch.inf).amax((0, 3))
@@ -125,8 +126,20 @@ def differentiate_by_indices(
             dscores = dscores * (1 - part.tanh.square())
         dscores = dscores * call.softmax_scale
         dq[part.tokens] = (dscores @ part.k).flatten(1, 2)
-        # Keys that many queries name get a sum whose order is fixed, on a GPU too.
-        places = (part.rows, heads.expand_as(part.rows))
-        dk.index_put_(places, dscores.mT @ part.q, accumulate=True)
-        dv.index_put_(places, probabilities.mT @ part_dout, accumulate=True)
+        places = part.rows * k.shape[1] + heads
+        _add_rows(dk, places, dscores.mT @ part.q)
+        _add_rows(dv, places, probabilities.mT @ part_dout)
     return dq, dk, dv
+
+
+def _add_rows(into: Tensor, places: Tensor, terms: Tensor) -> None:
+    """Add ``terms [..., d]`` to the rows ``places`` of ``into [tk, hk, d]``, counted over both dimensions.
+
+    Rows that many queries name get a sum whose order is fixed: on a GPU ``index_put_`` sorts, on a CPU it adds by
+    several threads as they come, where ``scatter_add_`` does not.
+    """
+    rows, places, terms = into.flatten(0, 1), places.flatten(), terms.flatten(0, -2)
+    if into.is_cuda:
+        rows.index_put_((places,), terms, accumulate=True)
+    else:
+        rows.scatter_add_(0, places[:, None].expand_as(terms), terms)

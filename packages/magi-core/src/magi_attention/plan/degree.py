@@ -141,7 +141,8 @@ def _predict_layer(
     else:
         hops, links = 2, two_hop_loads(demand.remote, key_layout, mesh_shape[1]).by_rank
         growth = _growth_of_crossing(demand, key_layout, options, mesh_shape[1])
-    travel = links.busy_seconds(options.shape.bytes_per_row, hops, cluster) * n**growth
+    # Powers differ in their last bits from CPU to CPU, and ranks must choose alike.
+    travel = links.busy_seconds(options.shape.bytes_per_row, hops, cluster) * np.round(n**growth, 6)
     exchange_latency, latency = hops * cluster.exchange_latency_us * 1e-6, cluster.kernel_latency_us * 1e-6
     numbers = options.shape.heads_q * options.shape.head_dim
     merge = real_tokens(layout) * (numbers * MERGE_BYTES / (cluster.memory_gbs * 1e9))

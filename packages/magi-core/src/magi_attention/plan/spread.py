@@ -102,7 +102,7 @@ class SenderSwaps:
             sent = totals(runs.rank, sends_before[runs.last] - sends_before[runs.first], self.num_ranks)
             excess = sent - self.most_sent
             number = min(max(1, int(self.num_ranks * BUSIEST)), MOST_BUSY)
-            excess[np.argsort(excess)[:-number]] = 0
+            excess[np.argsort(excess, kind="stable")[:-number]] = 0
             if excess.max() <= TOLERANCE * self.most_sent or not self._swap(runs, sends_before, sent, excess):
                 break
         return self.owner
@@ -219,7 +219,7 @@ def _pairs_that_may_do(
     pairs = []
     for members, window in ((room <= narrow, narrow), (room > narrow, mean_area)):
         partners = np.flatnonzero(members)
-        partners = partners[np.argsort(place[partners])]
+        partners = partners[np.argsort(place[partners], kind="stable")]
         begin = np.searchsorted(place[partners], own - window)
         count = np.maximum(np.searchsorted(place[partners], most, side="right") - begin, 0)
         g = np.repeat(np.arange(len(own)), count)

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from magi_attention.utils.torch_modes import on_device_of
+
 _compiled: dict[object, Any] = {}
 
 
@@ -33,7 +35,7 @@ def launch(
     constants: dict[str, Any],
     **options: Any,
 ) -> None:
-    """Launch a kernel on the current stream of the tensors' GPU, which must be current.
+    """Launch a kernel on the current stream of the tensors' GPU.
 
     Triton looks at every argument of every launch, to find what it has compiled for such. This finds it in less time.
 
@@ -51,10 +53,11 @@ def launch(
         addresses |= each.data_ptr()
     key = function, tensors[0].get_device(), fixed, *constants.values(), *[each.dtype for each in tensors]
     compiled = None if addresses % 16 else _compiled.get(key)
-    if compiled is not None:
-        compiled[grid](*tensors, *free, *fixed, *constants.values())
-        return
-    launched = function[grid](*tensors, *free, *fixed, **constants, **options)
+    with on_device_of(tensors[0]):  # Triton launches on the current one
+        if compiled is not None:
+            compiled[grid](*tensors, *free, *fixed, *constants.values())
+            return
+        launched = function[grid](*tensors, *free, *fixed, **constants, **options)
     # The interpreter compiles nothing; and tensors that are not aligned as usual have kernels of their own.
     if launched is not None and not addresses % 16:
         _compiled[key] = launched
