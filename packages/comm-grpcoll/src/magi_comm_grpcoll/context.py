@@ -20,6 +20,7 @@ from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.routes import Rows
 from magi_attention.comm.streams import current_stream
 from magi_attention.plan.exchange import ExchangeTable
+from magi_attention.utils.torch_modes import without_grad
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.capability import agree
 from magi_comm_grpcoll.combine import add_slots, formats_combine, merge_slots
@@ -166,7 +167,7 @@ class GroupContext:
             _put_own(arrive, started.ready, received, own_places, tensors)
         return part.work(started, caller, received, [rounds, *tensors, *received], self._check)
 
-    @torch.no_grad()
+    @without_grad
     def reduce(
         self,
         partials: Sequence[Tensor],

@@ -5,7 +5,6 @@ Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
 import ctypes
-import math
 from functools import cache
 from typing import NamedTuple
 
@@ -24,14 +23,13 @@ from magi_kernels_hopper.launching import (
     multiprocessors,
     tensor_maps,
 )
+from magi_kernels_hopper.results import LOG2_E, scored_upward
 from magi_kernels_hopper.support import ELEMENT_OF
 from magi_kernels_hopper.tables import device_column_tables
 from magi_kernels_hopper.variants import BackwardVariant
 
 GAP = 16
 """Terms of a tile are this many more than its rows, ``Traits::kTerms`` in csrc/backward/traits.cuh."""
-
-LOG2_E = math.log2(math.e)
 
 MAP_BYTES = ctypes.sizeof(TensorMap)
 
@@ -138,8 +136,7 @@ def launch_backward(
         (*key, call.sm_margin),
         lambda: PreparedBackward(BackwardVariant(head_dim, ELEMENT_OF[q.dtype], call.softcap > 0), call, q, k),
     )
-    if call.softmax_scale <= 0:  # masked scores are -inf, before they are scaled
-        q = -q if call.softmax_scale < 0 else torch.zeros_like(q)
+    q = scored_upward(q, call.softmax_scale)  # masked scores are -inf, before they are scaled
     dout, out = (aligned(x.to(q.dtype).contiguous()) for x in (dout, out))
     lse, dlse = lse.float().contiguous(), None if dlse is None else dlse.float().contiguous()
     tensors = (aligned(q), dout, aligned(k), aligned(v))

@@ -16,6 +16,7 @@ from magi_attention.comm.streams import communication_stream, running_on
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.common.logsumexp import accumulation_dtype, merge_lse, rescale_weight
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_attention.utils.torch_modes import without_grad
 
 
 class GroupCollectivesOfHop(GroupCollectives, Protocol):
@@ -42,7 +43,7 @@ class HierarchicalCollectives:
     def __init__(self, inter: GroupCollectivesOfHop, intra: GroupCollectivesOfHop) -> None:
         self._inter, self._intra = inter, intra
 
-    @torch.no_grad()
+    @without_grad
     def cast(
         self,
         tensors: Sequence[Tensor],
@@ -62,7 +63,7 @@ class HierarchicalCollectives:
         held = [x.new_empty((hops.intra.num_source, *x.shape[1:])) for x in tensors]
         first = self._inter.cast(tensors, hops.inter, out=[x[num_own:] for x in held])
 
-        @torch.no_grad()
+        @without_grad
         def pass_on() -> list[Tensor]:
             for own_and_relay, own in zip(held, tensors, strict=True):
                 own_and_relay[:num_own].copy_(own)
@@ -70,7 +71,7 @@ class HierarchicalCollectives:
 
         return _then(first, self._intra, pass_on, [*tensors, *held, *received])
 
-    @torch.no_grad()
+    @without_grad
     def reduce(
         self,
         partials: Sequence[Tensor],
@@ -95,7 +96,7 @@ class HierarchicalCollectives:
         first = self._intra.reduce(sent, hops.intra, sums)
         num_own = hops.inter.num_source
 
-        @torch.no_grad()
+        @without_grad
         def pass_on() -> None:
             relay = [total[num_own:].to(partial.dtype) for total, partial in zip(sums, sent, strict=True)]
             own = [total[:num_own] for total in sums]
@@ -117,7 +118,7 @@ class HierarchicalCollectives:
         first = self._intra.reduce([partial], hops.intra, [out], "lse", partial_lse, lse)
         num_own = hops.inter.num_source
 
-        @torch.no_grad()
+        @without_grad
         def pass_on() -> None:
             relay, relay_lse = out[num_own:].to(partial.dtype), lse[num_own:].to(partial_lse.dtype)
             own, own_lse = out[:num_own], lse[:num_own]
