@@ -301,7 +301,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--precision", choices=list(Precision), default=Precision.BF16)
     parser.add_argument("--backend", default="auto", help="kernel backend")
-    parser.add_argument("--sm-margin", type=int, default=0, help="multiprocessors that our kernels leave to others")
+    parser.add_argument(
+        "--sm-margin", type=int, help="multiprocessors that our kernels leave to others; by default as in a training"
+    )
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=4, help="timed passes of a round; the median counts")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of all methods; the median counts")

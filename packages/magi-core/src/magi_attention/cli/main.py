@@ -303,7 +303,8 @@ def bench(
         str, typer.Option(metavar="N|auto", help="Stages in which remote rows are fetched; 0 for no overlap.")
     ] = str(BENCH_DEFAULT.overlap_degree),
     sm_margin: Annotated[
-        int, typer.Option(help="Multiprocessors that kernels leave to communication.")
+        int | None,
+        typer.Option(help="Multiprocessors that kernels leave to communication; by default as in a training."),
     ] = BENCH_DEFAULT.sm_margin,
     warmup: Annotated[int, typer.Option(help="Passes before the timed ones.")] = BENCH_DEFAULT.warmup,
     repeat: Annotated[int, typer.Option(help="Timed passes; the median counts.")] = BENCH_DEFAULT.repeat,
