@@ -306,6 +306,12 @@ def bench(
         int | None,
         typer.Option(help="Multiprocessors that kernels leave to communication; by default as in a training."),
     ] = BENCH_DEFAULT.sm_margin,
+    native_grpcoll: Annotated[
+        bool | None,
+        typer.Option(
+            "--native/--no-native", help="Move rows by native group collectives; by default as in a training."
+        ),
+    ] = BENCH_DEFAULT.native_grpcoll,
     warmup: Annotated[int, typer.Option(help="Passes before the timed ones.")] = BENCH_DEFAULT.warmup,
     repeat: Annotated[int, typer.Option(help="Timed passes; the median counts.")] = BENCH_DEFAULT.repeat,
     trace: Annotated[
@@ -330,6 +336,7 @@ def bench(
             device=device,
             overlap_degree=parse_degree(overlap_degree),
             sm_margin=sm_margin,
+            native_grpcoll=native_grpcoll,
             warmup=warmup,
             repeat=repeat,
             trace=None if trace is None else trace.absolute(),

@@ -24,6 +24,7 @@ class BenchOptions:
         overlap_degree: remote stages; None for automatic.
         sm_margin: multiprocessors that kernels leave to communication, where a backend can; None for as many as in a
             training, by the environment.
+        native_grpcoll: whether native group collectives move the rows; None for what the environment says.
         warmup: passes before those that are timed.
         repeat: passes that are timed.
         trace: where rank 0 writes a Chrome trace; None for no trace.
@@ -40,6 +41,7 @@ class BenchOptions:
     device: Device = Device.AUTO
     overlap_degree: int | None = 1
     sm_margin: int | None = None
+    native_grpcoll: bool | None = None
     warmup: int = 3
     repeat: int = 10
     trace: Path | None = None
