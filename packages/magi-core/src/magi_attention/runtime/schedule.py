@@ -209,12 +209,14 @@ def make_schedule(plan: Plan, costs: Costs) -> Schedule:
     steps = _arrange(plan, num_queries, costs)
     own, *others = steps
     backward = with_rows = steps
-    if own.exchange is None and others and not any(each.queries_travel for each in others):
+    if own.own_places is not None and len(own.calls) > 1:
+        backward = with_rows = [_whole(plan, own, num_queries, costs), *others]
+    elif own.exchange is None and others and not any(each.queries_travel for each in others):
         with_rows = [*others, own]
         if len(own.calls) > 1:
             before, after = replace(own, calls=own.calls[:-1]), replace(own, calls=own.calls[-1:])
             backward = [before, *others, after]
-        if (whole := _in_one(plan, own, others[0], costs)) is not None:
+        if (whole := _in_one(plan, own, others[0], num_queries, costs)) is not None:
             with_rows = [whole, *others[1:]]
     num_keys = int(plan.key_layout.rows_per_rank[plan.rank])
     is_short = costs.is_short(int(band.area(plan.bands).sum()))
@@ -222,7 +224,7 @@ def make_schedule(plan: Plan, costs: Costs) -> Schedule:
     return Schedule(*(replace(each, kernels_first=is_short) for each in passes))
 
 
-def _in_one(plan: Plan, own: Step, other: Step, costs: Costs) -> Step | None:
+def _in_one(plan: Plan, own: Step, other: Step, num_queries: int, costs: Costs) -> Step | None:
     """What the step of own rows and the next one compute, as one kernel, if own rows lie among the received ones.
 
     None where several are better, of which the last would hide that gradients travel home.
@@ -231,10 +233,14 @@ def _in_one(plan: Plan, own: Step, other: Step, costs: Costs) -> Step | None:
     travel = costs.exchange + stage.num_received * costs.fetched_row
     if other.own_places is None or not own.calls or travel > (len(own.calls) + len(other.calls) - 1) * costs.cut:
         return None
-    everything = np.array([(0, int(plan.layout.rows_per_rank[plan.rank]))])
-    nothing = np.empty((0, 2), np.int64)
-    whole = _together(plan, other.number, stage, nothing, everything, replace(costs, call=costs.cut))
+    whole = _whole(plan, other, num_queries, costs)
     return whole if len(whole.calls) == 1 else None
+
+
+def _whole(plan: Plan, step: Step, num_queries: int, costs: Costs) -> Step:
+    """A step whose rows come among the own ones, for all queries at once, cut only where that is worth it backward."""
+    everything, nothing = np.array([(0, num_queries)]), np.empty((0, 2), np.int64)
+    return _together(plan, step.number, plan.stages[step.number], nothing, everything, replace(costs, call=costs.cut))
 
 
 def _arrange(plan: Plan, num_queries: int, costs: Costs) -> list[Step]:
