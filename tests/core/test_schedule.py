@@ -17,8 +17,10 @@ from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.plan.rates import LayerShape, default_rates
 from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime import schedule as scheduling
+from magi_attention.runtime.costs import Costs
 from magi_attention.runtime.regular import MOST_RUNS, regular_runs
-from magi_attention.runtime.schedule import Costs, Pass, Schedule, Step, make_schedule
+from magi_attention.runtime.schedule import make_schedule
+from magi_attention.runtime.steps import Pass, Schedule, Step
 from tests.core.test_plan import cast, dense_count, layouts, two_hop_cast
 
 REST = {"pair": 1.0, "summed_row": 0.0, "call": 0.0, "cut": 1e9, "least_work": 0.0}

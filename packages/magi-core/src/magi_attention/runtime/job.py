@@ -19,7 +19,9 @@ from magi_attention.env.general import ffa_backward_sm_margin, ffa_forward_sm_ma
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, Direction, MergesInPlace, WritesInPlace
 from magi_attention.kernels.registry import backends_for_slices
 from magi_attention.plan.build import Plan
-from magi_attention.runtime.schedule import Costs, KernelCall, Pass, Runs, Schedule, Step, make_schedule
+from magi_attention.runtime.costs import Costs
+from magi_attention.runtime.schedule import make_schedule
+from magi_attention.runtime.steps import KernelCall, Pass, Runs, Schedule, Step
 
 MOST_KEPT = 0.25
 """Received rows, with own ones among them, are kept for the backward pass if they take so much of what q and out do."""
