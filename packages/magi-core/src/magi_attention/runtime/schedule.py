@@ -66,16 +66,16 @@ def make_schedule(plan: Plan, costs: Costs) -> Schedule:
 
 
 def _in_one(plan: Plan, own: Step, other: Step, num_queries: int, costs: Costs) -> Step | None:
-    """What the step of own rows and the next one compute, as one kernel, if own rows lie among the received ones.
+    """What the step of own rows and the next one compute, in fewer kernels, if own rows lie among the received ones.
 
-    None where several are better, of which the last would hide that gradients travel home.
+    None where that saves less than it takes gradients to travel home, which a last kernel on own rows would hide.
     """
-    stage = plan.stages[other.number]
-    travel = costs.exchange + stage.num_received * costs.fetched_row
-    if other.own_places is None or not own.calls or travel > (len(own.calls) + len(other.calls) - 1) * costs.cut:
+    if other.own_places is None or not own.calls:
         return None
     whole = _whole(plan, other, num_queries, costs)
-    return whole if len(whole.calls) == 1 else None
+    travel = costs.exchange + plan.stages[other.number].num_received * costs.fetched_row
+    num_saved = len(own.calls) + len(other.calls) - len(whole.calls)
+    return whole if travel < num_saved * costs.cut else None
 
 
 def _whole(plan: Plan, step: Step, num_queries: int, costs: Costs) -> Step:
