@@ -18,9 +18,10 @@ KERNELS_OF_EXCHANGE = 4
 LATENCIES_PER_CALL = 10
 """Another kernel costs so many latencies of kernels in both passes: backward it is several, and ends are not filled."""
 
-LATENCIES_PER_CUT = 100
-"""So many latencies it costs in all to compute in two kernels backward what one can, regular masks or not: on an H100,
-half of a causal mask of 16k tokens took 0.6 ms longer in two regular kernels than in one."""
+LATENCIES_PER_CUT = 200
+"""So many latencies it costs in all to compute in two kernels backward what one can, regular masks or not: a quarter of
+a causal mask of 32k tokens, where regular masks should save 1.3 ms, took 0.5 ms longer in two regular kernels on an
+H200, their sum not counted; of packed documents with twice as many pairs two were as fast."""
 
 LEAST_LATENCIES = 150
 """Where a forward pass takes less than so many latencies of kernels, the host would not keep up with more of them."""
