@@ -12,6 +12,7 @@ from torch import Tensor
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, PrecompileCase, Support
 from magi_kernels_blackwell.backend import LATENT_DIMS, WheelBackend
 from magi_kernels_blackwell.cudnn_flex import launch, library, precompile
+from magi_kernels_blackwell.prepared import KeysDone, ignore
 from magi_kernels_blackwell.support import refuse
 from magi_kernels_blackwell.wheels import CUDNN_FRONTEND, HOPPER, capability_of
 
@@ -49,8 +50,9 @@ class CudnnFlexBackend(WheelBackend):
         """See :class:`WheelBackend`."""
         return launch.launch_forward(library.load(q.device), q, k, v, call, into)
 
-    def backward_into(
+    def backward_keys_first(
         self,
+        keys_done: KeysDone,
         target: Tensor | None,
         dout: Tensor,
         q: Tensor,
@@ -70,7 +72,7 @@ class CudnnFlexBackend(WheelBackend):
             raise RuntimeError(
                 "cudnn.flex_attention cannot differentiate lse for 256 dims on Blackwell; use the backend 'flex'"
             )
-        return super().backward_into(target, dout, q, k, v, out, lse, dlse, call)
+        return super().backward_keys_first(keys_done, target, dout, q, k, v, out, lse, dlse, call)
 
     def launch_backward(
         self,
@@ -83,9 +85,11 @@ class CudnnFlexBackend(WheelBackend):
         dlse: Tensor | None,
         call: AttentionCall,
         into: Tensor | None = None,
+        keys_done: KeysDone = ignore,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`WheelBackend`."""
-        return launch.launch_backward(library.load(q.device), dout, q, k, v, out, lse, dlse, call)  # makes its own dq
+        # It makes its own dq.
+        return launch.launch_backward(library.load(q.device), dout, q, k, v, out, lse, dlse, call, keys_done)
 
 
 BACKEND = CudnnFlexBackend()

@@ -4,6 +4,7 @@
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,16 @@ from magi_kernels_blackwell.fa4.tables import (
     to_device,
 )
 from magi_kernels_blackwell.masks import PackedMask, packed_mask
-from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, noted, watched
+from magi_kernels_blackwell.prepared import (
+    KeysDone,
+    PreparedBackward,
+    PreparedForward,
+    check_sums,
+    ignore,
+    layout_of,
+    noted,
+    watched,
+)
 from magi_kernels_blackwell.wheels import HOPPER
 
 SCALE_AT = 5
@@ -109,6 +119,7 @@ def launch_backward(
     dlse: Tensor | None,
     call: AttentionCall,
     into: Tensor | None = None,
+    keys_done: KeysDone = ignore,
 ) -> Gradients:
     """Return the gradients. There must be some queries and keys.
 
@@ -122,11 +133,12 @@ def launch_backward(
         lse, dlse: ``[hq, tq]`` float32, contiguous.
         call: the mask and how to score.
         into: where to write dq; None for a new tensor.
+        keys_done: called with dk and dv once they are launched.
     """
     dout, q, k, v, out = (library.aligned(x) for x in (dout, q, k, v, out))
     packed = packed_mask(call.slices, q.shape[0], k.shape[0])
     launch = launch_grouped_backward if arch == HOPPER and _suits_groups(packed, q, k, v) else launch_own_backward
-    return Gradients(*launch(library, arch, dout, q, k, v, out, lse, dlse, call, into))
+    return Gradients(*launch(library, arch, dout, q, k, v, out, lse, dlse, call, into, keys_done))
 
 
 def _suits_groups(packed: PackedMask | None, q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -153,6 +165,7 @@ def launch_own_backward(
     dlse: Tensor | None,
     call: AttentionCall,
     into: Tensor | None = None,
+    keys_done: KeysDone = ignore,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by FlashAttention-4's backward pass as it is; arguments as of :func:`launch_backward`."""
     packed = packed_mask(call.slices, q.shape[0], k.shape[0])
@@ -164,7 +177,7 @@ def launch_own_backward(
         key, lambda: _prepare_backward(library, arch, tensors, lse, dlse, results, packed, call)
     )
     if prepared is not None:
-        prepared(tensors, lse, dlse, results, call.softmax_scale)
+        prepared(tensors, lse, dlse, results, call.softmax_scale, partial(keys_done, dk, dv))
     return dq, dk, dv
 
 
@@ -204,6 +217,7 @@ def _prepare_backward(
         settle(q.device)
     if not noted(main, is_tracing=library.is_tracing()):
         return None
+    check_sums(main[0], after, gradients)
     return PreparedBackward(before[0], main[0], after, DLSE_AT, SEMAPHORES_AT)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an attention kernel backend must offer. Shape suffixes: t tokens, h heads, d head dim; q queries, k keys."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -199,6 +199,29 @@ class WritesInPlace(Protocol):
         call: AttentionCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`KernelBackend.backward` with ``dq`` written to ``target``, if it is given."""
+
+
+@runtime_checkable
+class FinishesKeysFirst(Protocol):
+    """The optional ability of a backend to say when gradients of keys and values are there, before those of queries."""
+
+    def backward_keys_first(
+        self,
+        keys_done: Callable[[Tensor, Tensor], object],
+        target: Tensor | None,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`WritesInPlace.backward_into` that calls ``keys_done(dk, dv)`` once, as soon as they are launched.
+
+        What ``keys_done`` launches runs behind them on the current stream, before what is left to do for dq.
+        """
 
 
 @runtime_checkable
