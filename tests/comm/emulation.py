@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from magi_attention.comm import work as core_work
-from magi_comm_grpcoll import arena, context, kernels, routes, wires
+from magi_comm_grpcoll import context, kernels, puts, routes, wires
 from magi_comm_grpcoll import work as native_work
 from magi_comm_grpcoll.driver import MEMORY_OPERATION, WAIT_VALUE
 from magi_comm_grpcoll.tables import TASK
@@ -42,6 +42,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.memory, self.streams, self.of_thread = Memory(), list[Stream](), threading.local()
+        self.symmetric: list[tuple[list[int], int]] = []  # by allocation, its address on each rank, and its size
         self.fault: BaseException | None = None
         self.is_over = False
 
@@ -217,7 +218,8 @@ class Launch:
         self, stream: Stream, kernel: tuple[str, str], grid: int, block: object, parameters: list[int], shared: int = 0
     ) -> None:
         self._stream, self.parameters = stream, [*parameters]
-        self._run = {"push": _push, "add_": _add}[kernel[1][:4]]
+        runs = {"push": _push, "add_": _add, "put_": _put, "tell": _tell_all, "see_": _see_arrived}
+        self._run = runs[kernel[1][:4]]
 
     def __call__(self) -> None:
         now = [*self.parameters]
@@ -231,6 +233,36 @@ def _push(*arguments: int) -> None:
         _copy(base + offset + target, sources[tensor] + source, size)
     for control in _array(controls, np.int64, num_told).tolist():
         _array(control + flag, np.int64, 1)[0] = value
+
+
+def _put(*arguments: int) -> None:
+    sources, (slot, tasks, num_tasks, counts, num_told, me, flag, value, _) = arguments[:4], arguments[4:]
+    table = _array(tasks, TASK, num_tasks).tolist()
+    for source, target, size, tensor, peer in random.sample(table, num_tasks):
+        _copy(_there(slot, me, peer) + target, sources[tensor] + source, size)
+        _array(_there(flag, me, peer), np.int64, 1)[0] += 1
+    for peer, count in enumerate(_array(counts, np.int32, num_told).tolist()):
+        if peer != me:
+            _array(_there(flag, me, peer), np.int64, 1)[0] += puts.UNIT - count
+    if num_told:
+        _array(flag, np.int64, 1)[0] = value
+
+
+def _tell_all(flag: int, value: int, num_peers: int, me: int) -> None:
+    for peer in range(num_peers):
+        _array(_there(flag, me, peer), np.int64, 1)[0] = value
+
+
+def _see_arrived(words: int, num_words: int, value: int) -> None:
+    assert all(_array(word, np.int64, 1)[0] >= value for word in _array(words, np.int64, num_words).tolist())
+
+
+def _there(address: int, me: int, peer: int) -> int:
+    """The place on a peer that has an address here, in memory that all have."""
+    for addresses, size in _machine.symmetric:
+        if 0 <= address - addresses[me] < size:
+            return address - addresses[me] + addresses[peer]
+    raise AssertionError("it is in no symmetric memory")
 
 
 def _add(into: int, slots: int, rows: int, offsets: int, places: int, num_rows: int, width: int, average: int) -> None:
@@ -272,12 +304,27 @@ class Handshake:
 
 
 class SharedMemory:
-    def __init__(self, num_bytes: int, device: object, group: Group, handshake: Handshake) -> None:
+    def __init__(self, num_bytes: int, group: Group, is_mapped: bool) -> None:
         with _machine.without_order():  # PyTorch waits for the GPU before it unmaps any; nothing shall rely on it
             self.local = torch.zeros(num_bytes, dtype=torch.uint8)
         self.parts = group.exchange(self.local)
         self.addresses = np.array([part.data_ptr() for part in self.parts])
+        if not is_mapped:
+            rank = _machine.of_thread.rank
+            _machine.symmetric.insert(0, (self.addresses.tolist(), num_bytes))
+            self.addresses[np.arange(group.num_ranks) != rank] = 0  # other hosts
         self.device_addresses = torch.from_numpy(self.addresses)
+
+
+class Allocator:
+    def __init__(self, group: Group, is_mapped: bool) -> None:
+        self.group, self.is_mapped = group, is_mapped
+
+    def allocate(self, num_bytes: int) -> SharedMemory:
+        return SharedMemory(num_bytes, self.group, self.is_mapped)
+
+    def free_unused(self) -> None:
+        pass
 
 
 @contextmanager
@@ -287,9 +334,12 @@ def emulate(monkeypatch: Any) -> Iterator[None]:
     _machine = machine = Machine()
     for module, name, value in (
         (context, "Handshake", Handshake),
-        (context, "SharedMemory", SharedMemory),
-        (arena, "SharedMemory", SharedMemory),
-        (context, "agree", lambda handshake, device: ""),
+        (context, "MappedAllocator", lambda device, group, handshake: Allocator(group, is_mapped=True)),
+        (context, "HeapAllocator", lambda heap, handshake: Allocator(handshake.group, is_mapped=False)),
+        (context, "heap_of", lambda *of: None),
+        (context.dist, "get_process_group_ranks", lambda group: [*range(group.num_ranks)]),
+        (context, "agree", lambda handshake, device, needs: ""),
+        (puts, "put_kernel", lambda name, device: ("put", name)),
         (context, "group_rank", lambda group: machine.of_thread.rank),
         (context, "group_size", lambda group: group.num_ranks),
         (wires, "driver", Driver),

@@ -26,7 +26,7 @@ def emulated(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("transport", ["copy_engine", "push", None])
+@pytest.mark.parametrize("transport", ["copy_engine", "push", "put", None])
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_casts_and_reduces(transport, num_ranks):
     all_needs = [RandomNeeds(seed, num_ranks, 0.6, max_rows=20) for seed in range(3)]
@@ -110,7 +110,7 @@ def test_lent_rows_must_come_back():
     run_ranks(2, run)
 
 
-@pytest.mark.parametrize("transport", ["copy_engine", "push"])
+@pytest.mark.parametrize("transport", ["copy_engine", "push", "put"])
 def test_a_rank_that_stops_is_named_and_nobody_hangs(transport):
     def run(rank, group):
         native = GroupContext(group, ContextOptions(transport=transport, timeout_s=0.5))

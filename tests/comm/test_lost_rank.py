@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from magi_comm_grpcoll import ContextOptions, GroupContext, PeerTimeoutError
-from tests.comm.ranks import backend_of
+from tests.comm.ranks import NO_PUTS, backend_of
 from tests.comm.test_native import fragmented_table
 
 TIMEOUT_S = 2.0
@@ -46,7 +46,10 @@ def work_until_lost(rank: int, world_size: int, port: int, transport: str, resul
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.parametrize("transport", ["copy_engine", "push"])
+@pytest.mark.parametrize(
+    "transport",
+    ["copy_engine", "push", pytest.param("put", marks=pytest.mark.skipif(bool(NO_PUTS), reason=NO_PUTS))],
+)
 def test_the_others_get_an_error_that_names_the_lost_rank(transport):
     world_size = min(max(torch.cuda.device_count(), 3), 4)
     backend_of(world_size)  # the ranks may share GPUs

@@ -18,10 +18,13 @@ from magi_comm_grpcoll import (
     PlanMismatchError,
     SlotLentError,
 )
-from tests.comm.ranks import Reference, device, make_pool
+from tests.comm.ranks import NO_PUTS, Reference, device, make_pool
 from tests.distributed.exchanges import RandomNeeds, random_tensor
 
-TRANSPORTS = ["copy_engine", "push", None]
+# "heap" stands for the faster of copy engines and push, in memory of NVSHMEM.
+TRANSPORTS = ["copy_engine", "push", None, *([] if NO_PUTS else ["put", "heap"])]
+PUT = pytest.param("put", marks=pytest.mark.skipif(bool(NO_PUTS), reason=NO_PUTS))
+HEAP = pytest.param("heap", marks=PUT.marks)
 # Rows of 16 bytes and more that bulk copies take, and others that they don't.
 FORMATS = [
     [((8, 128), torch.bfloat16), ((8, 128), torch.bfloat16)],
@@ -45,6 +48,7 @@ def pool(request):
         yield pool
 
 
+_IN_HEAP = ContextOptions(allocator="nvshmem", timeout_s=30)
 _contexts: dict[tuple[str | None, int], GroupContext] = {}
 
 
@@ -52,7 +56,7 @@ def context(transport: str | None = None, number: int = 0) -> GroupContext:
     """One context per transport and number, kept by the rank's process."""
     key = transport, number
     if key not in _contexts:
-        options = ContextOptions(transport=transport, timeout_s=30)  # type: ignore[arg-type]
+        options = ContextOptions(transport=transport, timeout_s=30) if transport != "heap" else _IN_HEAP
         _contexts[key] = GroupContext(dist.group.WORLD, options)
     return _contexts[key]
 
@@ -90,7 +94,7 @@ def compare_casts(rank: int, world_size: int, transport: str | None, seed: int) 
     torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ["copy_engine", "push", None, PUT, HEAP])
 def test_casts_have_the_bits_of_all_to_all(pool, transport):
     for seed in range(4):
         pool.run(compare_casts, transport, seed, timeout_s=60)
@@ -189,7 +193,7 @@ def run_epochs(rank: int, world_size: int, transport: str | None, num_epochs: in
     assert wrong.item() == 0
 
 
-@pytest.mark.parametrize("transport", ["copy_engine", "push"])
+@pytest.mark.parametrize("transport", ["copy_engine", "push", PUT, HEAP])
 def test_a_thousand_epochs_under_random_delays(pool, transport):
     pool.run(run_epochs, transport, 1000, timeout_s=100)
 

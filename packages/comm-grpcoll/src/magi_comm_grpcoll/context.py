@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,14 +22,16 @@ from magi_attention.comm.routes import Rows
 from magi_attention.comm.streams import current_stream
 from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.utils.torch_modes import without_grad
-from magi_comm_grpcoll.arena import Arena, SharedMemory
-from magi_comm_grpcoll.capability import agree
+from magi_comm_grpcoll.arena import Allocator, Arena, MappedAllocator
+from magi_comm_grpcoll.capability import Needs, agree
 from magi_comm_grpcoll.combine import add_slots, formats_combine, merge_slots
-from magi_comm_grpcoll.errors import PeerTimeoutError
+from magi_comm_grpcoll.errors import NotNativeError, PeerTimeoutError
 from magi_comm_grpcoll.exchange import SlotExchange
 from magi_comm_grpcoll.handshake import Handshake
+from magi_comm_grpcoll.heap import HeapAllocator, heap_of
 from magi_comm_grpcoll.lane import Lane, Round
 from magi_comm_grpcoll.plans import gather_plans
+from magi_comm_grpcoll.puts import PutWires
 from magi_comm_grpcoll.ring import Ring
 from magi_comm_grpcoll.routes import Transport
 from magi_comm_grpcoll.watchdog import RELEASED, Watchdog, Watched
@@ -48,21 +51,29 @@ class ContextOptions:
     """What can be chosen about a context; the same on all ranks.
 
     Attributes:
-        transport: ``"copy_engine"``, ``"push"``, or None for the faster one for each exchange.
+        transport: ``"copy_engine"``, ``"push"``, or None for the faster one for each exchange: to ranks of the same
+            host. ``"put"``, by NVSHMEM, reaches other hosts too.
         num_slots: how many casts, and how many reduces, may hold rows at a time.
         timeout_s: seconds until a rank that does not come is an error; None for the process group's own timeout.
         capacity_bytes: the most memory that the slots may take, half for casts and half for reduces; None for no limit.
             An exchange that needs more goes in several rounds.
+        allocator: ``"torch"`` for PyTorch's symmetric memory, ``"nvshmem"`` for NVSHMEM's; None for the former unless
+            the transport is ``"put"``, which needs the latter.
     """
 
     transport: Transport | None = None
     num_slots: int = 2
     timeout_s: float | None = None
     capacity_bytes: int | None = None
+    allocator: Literal["torch", "nvshmem"] | None = None
 
     def __post_init__(self) -> None:
-        if self.transport not in (None, "copy_engine", "push"):
-            raise ValueError(f"transport must be 'copy_engine', 'push' or None, not {self.transport!r}")
+        if self.transport not in (None, "copy_engine", "push", "put"):
+            raise ValueError(f"transport must be 'copy_engine', 'push', 'put' or None, not {self.transport!r}")
+        if self.allocator not in (None, "torch", "nvshmem"):
+            raise ValueError(f"allocator must be 'torch', 'nvshmem' or None, not {self.allocator!r}")
+        if self.transport == "put" and self.allocator == "torch":
+            raise ValueError("transport 'put' needs the memory of allocator 'nvshmem', not 'torch'")
         if self.num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, not {self.num_slots}")
         if self.capacity_bytes is not None and not Arena.most_in(self.capacity_bytes // len(LANES), self.num_slots):
@@ -71,12 +82,8 @@ class ContextOptions:
             raise ValueError(f"timeout_s must be positive, not {self.timeout_s}")
 
 
-class NotNativeError(RuntimeError):
-    """The GPUs of a group can't exchange natively; raised on every rank with the same reason."""
-
-
 class GroupContext:
-    """Group cast and group reduce over direct connections between the GPUs of one host.
+    """Group cast and group reduce over direct connections between the GPUs of one host, or by puts between hosts.
 
     Making one is a collective of the host, and so is the first run of every exchange table with tensors of some row
     format. Later runs only enqueue: neither the host nor the GPUs wait for all ranks. Calls can't be captured in a CUDA
@@ -101,8 +108,11 @@ class GroupContext:
         self._index = index or 0
         timeout_s = self.options.timeout_s or group_timeout_s(group, self.device)
         self._handshake = Handshake(group, timeout_s)
-        if reason := agree(self._handshake, self.device):
+        uses_heap = self.options.transport == "put" or self.options.allocator == "nvshmem"
+        needs = Needs(nvshmem=uses_heap, one_host=self.options.transport != "put")
+        if reason := agree(self._handshake, self.device, needs):
             raise NotNativeError(reason)
+        self._allocator = self._make_allocator(uses_heap)
         self._error: PeerTimeoutError | None = None
         self._closed = False
         self._streams = _Streams(self.device)
@@ -112,11 +122,18 @@ class GroupContext:
         self._timeout_s = timeout_s
         weakref.finalize(self, _let_streams_end, self._streams.all, (self._lanes, self._progress)).atexit = False
 
+    def _make_allocator(self, uses_heap: bool) -> Allocator:
+        if not uses_heap:
+            return MappedAllocator(self.device, self.group, self._handshake)
+        ranks, is_one_host = dist.get_process_group_ranks(self.group), self.options.transport != "put"
+        heap = heap_of(ranks, self.rank, self.device, self._handshake, is_one_host)
+        return HeapAllocator(heap, self._handshake)
+
     def _make_rings(self) -> None:
         _drop_outlived()
         num_rings, num_slots = len(LANES), self.options.num_slots
         num_bytes = num_rings * Words.num_bytes(self.num_ranks)
-        self._control = SharedMemory(num_bytes, self.device, self.group, self._handshake)
+        self._control = self._allocator.allocate(num_bytes)
         self._control.local.zero_()
         self._progress = torch.zeros(num_rings, 2, dtype=torch.int64, pin_memory=True)
         torch.cuda.synchronize(self.device)
@@ -125,8 +142,9 @@ class GroupContext:
         self._lanes = []
         for number, words in enumerate(self._words):
             streams = self._streams.send, self._streams.arrive[number], self._streams.credit
-            wires = DeviceWires(self._control, words, self.rank, self._progress[number], *streams)
-            exchange, arena = SlotExchange(Ring(num_slots), wires), Arena(num_slots)
+            kind = PutWires if self.options.transport == "put" else DeviceWires
+            wires = kind(self._control, words, self.rank, self._progress[number], *streams)
+            exchange, arena = SlotExchange(Ring(num_slots), wires), Arena(num_slots, self._allocator)
             self._lanes.append(Lane(exchange, wires, arena, self._control, self.rank, self.options.transport))
 
     def cast(
@@ -223,6 +241,7 @@ class GroupContext:
         self._closed = True
         for lane in self._lanes:
             lane.arena.memory = None
+        self._allocator.free_unused()
 
     def _prepare(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> list[Round]:
         if table.num_ranks != self.num_ranks:
@@ -237,7 +256,7 @@ class GroupContext:
         needed = max(plan.slot_bytes for plan in plans)
         if not lane.arena.fits(needed):  # on all ranks alike
             self._quiesce(b"grow")
-            lane.arena.grow(needed, most, self.device, self.group, self._handshake)
+            lane.arena.grow(needed, most)
         return [Round(plan, formats, lane, number == REDUCE) for plan in plans]
 
     def _quiesce(self, why: bytes) -> None:
@@ -264,7 +283,8 @@ class GroupContext:
     def give_up(self, number: int, epoch: int) -> None:
         """For the watchdog: name the ranks that are missing, refuse further calls, and free the streams."""
         words = self._words[number]
-        needed = [(words.arrived, epoch + 1), (words.credit, max(0, epoch - self.options.num_slots + 1))]
+        unit = self._lanes[number].wires.unit
+        needed = [(words.arrived, (epoch + 1) * unit), (words.credit, max(0, epoch - self.options.num_slots + 1))]
         with torch.cuda.device(self.device), torch.cuda.stream(self._streams.watch):
             seen = self._control.local.cpu().numpy().view(np.int64)
             late = {rank for at, least in needed for rank in np.flatnonzero(seen[at // 8] < least).tolist()}

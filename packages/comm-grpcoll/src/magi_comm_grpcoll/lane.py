@@ -69,7 +69,7 @@ class Started(NamedTuple):
         epoch: its number.
         slot: where it arrives.
         ready: recorded on the caller's stream before it; until the next one of the same plan.
-        packed: recorded when a kernel that pushes could start; None for copy engines.
+        packed: recorded when a kernel that sends could start; None for copy engines.
     """
 
     epoch: int
@@ -114,7 +114,7 @@ class Round:
         self._ready.record(caller)
         wires.send.wait_event(self._ready)
         epoch = exchange.begin()
-        if self._transport == "push":
+        if self._transport != "copy_engine":
             # The kernel needs multiprocessors, and shall find some before the next one takes them all.
             packed = lane.events.take()
             packed.record(wires.send)

@@ -103,7 +103,12 @@ class DeviceWires:
         send: the stream that sends.
         arrive: the stream that waits for what arrives.
         credit: the stream that tells what is done with.
+
+    Attributes:
+        unit: by how much one epoch raises the words of arrival.
     """
+
+    unit = 1
 
     def __init__(
         self,
@@ -115,7 +120,7 @@ class DeviceWires:
         arrive: "torch.cuda.Stream",
         credit: "torch.cuda.Stream",
     ) -> None:
-        self.send, self.arrive, self.credit = send, arrive, credit
+        self.send, self.arrive, self.credit, self.words = send, arrive, credit, words
         here, mark = int(control.addresses[rank]), progress.data_ptr()
         self._arrived, self._rank = here + words.arrived, rank
         others = np.arange(len(control.addresses)) != rank
@@ -150,7 +155,7 @@ class DeviceWires:
             self._before_reading[sources] = _Operations(
                 self.arrive.cuda_stream, (WAIT_VALUE, self._arrived[awaited]), (WRITE_VALUE, self._finished)
             )
-        self._before_reading[sources].enqueue(epoch + 1, epoch + 1)
+        self._before_reading[sources].enqueue((epoch + 1) * self.unit, epoch + 1)
 
     def tell_credit(self, credit: int, after: "torch.cuda.Event") -> None:
         """See :class:`Wires`."""

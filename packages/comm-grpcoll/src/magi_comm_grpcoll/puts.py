@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pieces put by NVSHMEM, each with a signal that raises the receiver's flag: between nodes over the network.
+
+A rank names a place on another one by the address of the same place in its own memory. See ``csrc/put.cu`` for how the
+flags count.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+
+from magi_comm_grpcoll import kernels
+from magi_comm_grpcoll.arena import Arena, SharedMemory
+from magi_comm_grpcoll.heap import link
+from magi_comm_grpcoll.tables import TASK, ByteCopies
+from magi_comm_grpcoll.tasks import MOST_TENSORS, upload_tasks
+from magi_comm_grpcoll.wires import DeviceWires, Words
+
+# kUnit of csrc/put.cu.
+UNIT = 1 << 28
+# One for each multiprocessor that it takes.
+PUT_BLOCKS = 16
+_PUT_THREADS, _FLAG_THREADS = 512, 128
+# Places among the parameters of a put.
+_SLOT, _VALUE = MOST_TENSORS, MOST_TENSORS + 7
+
+
+@cache
+def put_kernel(name: str, device: int) -> int:
+    """The driver's handle of a kernel of ``csrc/put.cu``, which knows where NVSHMEM's memory is."""
+    _link_once(device)
+    return kernels.kernel("put", name, device)
+
+
+@cache
+def _link_once(device: int) -> None:
+    link(kernels.library("put", device))
+
+
+class PutWires(DeviceWires):
+    """Flags between nodes: NVSHMEM's signals, sent by kernels. See :class:`DeviceWires` for the arguments."""
+
+    unit = UNIT
+
+    def __init__(
+        self,
+        control: SharedMemory,
+        words: Words,
+        rank: int,
+        progress: torch.Tensor,
+        send: "torch.cuda.Stream",
+        arrive: "torch.cuda.Stream",
+        credit: "torch.cuda.Stream",
+    ) -> None:
+        super().__init__(control, words, rank, progress, send, arrive, credit)
+        self._here, self._device = control.local.data_ptr(), control.local.device
+        self.num_ranks, self.rank = len(control.addresses), rank
+        self.flag = self._here + self.flag_offset
+        self._sees: dict[tuple[int, ...], tuple[kernels.Launch, torch.Tensor]] = {}
+        parameters = [self._here + int(words.credit[rank]), 0, self.num_ranks, rank]
+        self._tell_credit = kernels.Launch(
+            credit, put_kernel("tell_all", self._device.index), 1, (_FLAG_THREADS, 1), parameters
+        )
+
+    def tell_arrival(self, epoch: int) -> None:
+        """See :class:`~magi_comm_grpcoll.wires.Wires`; puts tell it themselves."""
+
+    def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
+        """See :class:`~magi_comm_grpcoll.wires.Wires`.
+
+        A kernel follows the wait, in which NVSHMEM makes what a network adapter has written visible.
+        """
+        super().await_arrival(sources, epoch)
+        if not sources:
+            return
+        if sources not in self._sees:
+            words = self._here + self.words.arrived[list(sources)]
+            with torch.cuda.stream(self.arrive):
+                uploaded = torch.from_numpy(words).pin_memory().to(self._device, non_blocking=True)
+            parameters = [uploaded.data_ptr(), len(words), 0]
+            kernel = put_kernel("see_arrived", self._device.index)
+            self._sees[sources] = kernels.Launch(self.arrive, kernel, 1, (_FLAG_THREADS, 1), parameters), uploaded
+        launch, _ = self._sees[sources]
+        launch.parameters[2] = (epoch + 1) * self.unit
+        launch()
+
+    def tell_credit(self, credit: int, after: "torch.cuda.Event") -> None:
+        """See :class:`~magi_comm_grpcoll.wires.Wires`."""
+        self.credit.wait_event(after)
+        self._tell_credit.parameters[1] = credit
+        self._tell_credit()
+
+
+class PutRoute:
+    """A kernel whose blocks put pieces in turns.
+
+    Args:
+        copies: the pieces.
+        arena: the ring's slots.
+        wires: the ring's flags.
+    """
+
+    def __init__(self, copies: ByteCopies, arena: Arena, wires: PutWires) -> None:
+        assert arena.memory is not None
+        self._memory, device = arena.memory, arena.memory.local.device
+        slots = self._memory.local.data_ptr()
+        self._slots = [slots + number * arena.slot_bytes for number in range(arena.num_slots)]
+        pieces, self._parts = upload_tasks(copies, PUT_BLOCKS, wires.send, device)
+        counts = np.bincount(pieces.peer, minlength=wires.num_ranks).astype(np.uint32)
+        with torch.cuda.stream(wires.send):
+            self._num_done = torch.zeros(1, dtype=torch.int32, device=device)
+            self._counts = torch.from_numpy(counts.view(np.int32)).pin_memory().to(device, non_blocking=True)
+        self._bases: list[int] = []
+        self._launches = []
+        for part in self._parts:
+            num_told = wires.num_ranks if part.is_last else 0
+            parameters = [*[0] * MOST_TENSORS, 0, part.tasks.data_ptr(), len(part.tasks) // TASK.itemsize]
+            parameters += [self._counts.data_ptr(), num_told, wires.rank, wires.flag, 0, self._num_done.data_ptr()]
+            kernel = put_kernel("put_signal", device.index)
+            self._launches.append(kernels.Launch(wires.send, kernel, PUT_BLOCKS, (_PUT_THREADS, 1), parameters))
+
+    def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
+        """See :class:`~magi_comm_grpcoll.routes.Route`."""
+        if bases != self._bases:
+            self._bases = [*bases]
+            for launch, part in zip(self._launches, self._parts, strict=True):
+                for number, base in enumerate(part.bases_of(bases)):
+                    launch.parameters[number] = base
+        for launch in self._launches:
+            launch.parameters[_SLOT] = self._slots[slot]
+            launch.parameters[_VALUE] = (epoch + 1) * UNIT
+            launch()
