@@ -45,6 +45,7 @@ class NativeCollectives:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.fallback = AllToAllCollectives(group)
         self.context = None if group is None or group_size(group) == 1 else context_of(group)
+        self.needs_multiprocessors = self.context is None or self.context.needs_multiprocessors
 
     @property
     def group(self) -> dist.ProcessGroup | None:

@@ -101,6 +101,8 @@ class GroupContext:
 
     def __init__(self, group: dist.ProcessGroup, options: ContextOptions | None = None) -> None:
         self.options = options or ContextOptions()
+        # Pushes by choice find some between attention kernels: see Round.start.
+        self.needs_multiprocessors = self.options.transport in ("push", "put")
         self.group, self.rank, self.num_ranks = group, group_rank(group), group_size(group)
         let_go_at_exit(self, "group")
         index = torch.cuda.current_device() if torch.cuda.is_available() else None

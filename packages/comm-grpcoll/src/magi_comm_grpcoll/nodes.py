@@ -33,6 +33,7 @@ class RelayedCollectives:
     """
 
     name = "native"
+    needs_multiprocessors = True
 
     def __init__(
         self,
