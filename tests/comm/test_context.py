@@ -175,6 +175,29 @@ def test_own_rows_lie_among_received_ones():
     run_ranks(2, run)
 
 
+@pytest.mark.parametrize("transport", ["copy_engine", "put"])
+def test_own_rows_wait_until_their_slot_is_given_back(transport):
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport=transport, timeout_s=30))
+        table = ExchangeTable(np.array([[1 - rank, 0, 4]]), np.array([[1 - rank, 0, 4]]), 2, 4, 8)
+        wrong, reader = [], torch.cuda.Stream()  # which the caller's stream knows nothing of
+
+        def read(received: torch.Tensor, turn: int) -> None:
+            time.sleep(3e-3)
+            wrong.extend([turn] * bool((received[4:] != turn).any()))
+
+        for turn in range(12):
+            work = native.cast([torch.full((4, 3), float(turn))], table, own_places=slice(4, 8), lend=True)
+            work.precede(reader)
+            (received,) = work.wait()
+            reader.enqueue(lambda received=received, turn=turn: read(received, turn))
+            work._release_behind(reader)
+        reader.synchronize()
+        assert not wrong
+
+    run_ranks(2, run)
+
+
 def test_graphs_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from magi_attention.comm.alltoall import check_out, check_reduce
 from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
-from magi_attention.comm.packing import RowFormat, put_rows, row_formats
+from magi_attention.comm.packing import RowFormat, row_formats
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.routes import Rows
 from magi_attention.comm.streams import current_stream
@@ -29,7 +29,7 @@ from magi_comm_grpcoll.errors import NotNativeError, PeerTimeoutError
 from magi_comm_grpcoll.exchange import SlotExchange
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.heap import HeapAllocator, heap_of
-from magi_comm_grpcoll.lane import Lane, Round
+from magi_comm_grpcoll.lane import Lane, OwnRows, Round
 from magi_comm_grpcoll.plans import gather_plans
 from magi_comm_grpcoll.puts import PutWires
 from magi_comm_grpcoll.ring import Ring
@@ -171,20 +171,17 @@ class GroupContext:
         lane = self._lanes[CAST]
         caller, arrive = current_stream(self._index), lane.wires.arrive
         tensors = [tensor.contiguous() for tensor in tensors]
+        own = None if own_places is None else OwnRows(own_places, tensors)
         if lend and out is None and len(rounds) == 1:
-            started = rounds[0].start(tensors, caller)
-            if own_places is not None:
-                _put_own(arrive, started.ready, rounds[0].landed(started.slot), own_places, tensors)
+            started = rounds[0].start(tensors, caller, own)
             lent = [*rounds[0].landed(started.slot)]
             return rounds[0].work(started, caller, lent, [rounds, *tensors], self._check, lends=True)
         received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
-        for part in rounds:
-            started = part.start(tensors, caller)
+        for number, part in enumerate(rounds):
+            started = part.start(tensors, caller, None if number else own, received)
             arrive.wait_event(started.ready)
             with lane.read(started), torch.no_grad(), torch.cuda.stream(arrive):
                 part.deliver(started.slot, received)
-        if own_places is not None:
-            _put_own(arrive, started.ready, received, own_places, tensors)
         return part.work(started, caller, received, [rounds, *tensors, *received], self._check)
 
     @without_grad
@@ -333,20 +330,6 @@ def _drop_outlived() -> None:
     for number, (events, _) in [*_outliving.items()]:
         if all(event.query() for event in events):
             _outliving.pop(number, None)
-
-
-def _put_own(
-    stream: "torch.cuda.Stream",
-    ready: "torch.cuda.Event",
-    received: Sequence[Tensor],
-    places: Rows,
-    tensors: Sequence[Tensor],
-) -> None:
-    """Copy this rank's own rows to their places among the received ones, once they are ``ready``."""
-    stream.wait_event(ready)
-    with torch.no_grad(), torch.cuda.stream(stream):
-        for target, own in zip(received, tensors, strict=True):
-            put_rows(target, places, own)
 
 
 def group_timeout_s(group: dist.ProcessGroup, device: torch.device) -> float:

@@ -136,12 +136,17 @@ class DeviceWires:
         self._after_sending = _Operations(sending, (WRITE_VALUE, self._arrived[rank : rank + 1]))
         self._before_reading: dict[tuple[int, ...], _Operations] = {}
         own_credit = here + words.credit[rank : rank + 1]
+        self._before_own = _Operations(arrive.cuda_stream, (WAIT_VALUE, own_credit))
         self._before_crediting = _Operations(crediting, (WRITE_VALUE, outboxes[1:]), (WRITE_VALUE, own_credit))
         self._credit_letter = _Letter(crediting, int(outboxes[1]), (control.addresses + words.credit[rank])[others])
 
     def await_credit(self, credit: int, epoch: int) -> None:
         """See :class:`Wires`."""
         self._before_sending.enqueue(epoch + 1, epoch + 1, credit)
+
+    def await_own_credit(self, credit: int) -> None:
+        """Let the arriving stream wait until this rank's own credit has reached the number."""
+        self._before_own.enqueue(credit)
 
     def tell_arrival(self, epoch: int) -> None:
         """See :class:`Wires`; ``await_credit`` of the epoch came before."""
