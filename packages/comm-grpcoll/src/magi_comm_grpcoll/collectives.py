@@ -20,6 +20,7 @@ from magi_comm_grpcoll.capability import host, reason_against
 from magi_comm_grpcoll.combine import formats_combine
 from magi_comm_grpcoll.context import ContextOptions, GroupContext, group_timeout_s
 from magi_comm_grpcoll.errors import NotNativeError
+from magi_comm_grpcoll.fabric import ibgda_fact, nvshmem_fact
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.nodes import RelayedCollectives, ranks_per_node, subgroups
 
@@ -57,6 +58,11 @@ class NativeCollectives:
         """Whether tensors of a device could travel natively, whoever the other ranks are."""
         reason = reason_against(device)
         return Support(not reason, reason)
+
+    @classmethod
+    def facts(cls) -> dict[str, str]:
+        """What ``magi doctor`` says beyond that: what there is for rows between hosts."""
+        return {"nvshmem": nvshmem_fact(), "ibgda": ibgda_fact()}
 
     def cast(
         self,

@@ -20,6 +20,8 @@ SWITCH_OFF = "MAGI_GRPCOLL_NO_NVSHMEM"
 INSTALL = 'pip install "magi-comm-grpcoll[nvshmem]"'
 # The device code is linked with this version, and works with later ones of the same major number.
 LEAST_VERSION = (3, 4)
+# In which NVSHMEM takes memory from the GPU, unless NVSHMEM_CUMEM_GRANULARITY says otherwise. It keeps what is freed.
+_STEP_BYTES = 1 << 29
 
 
 def reason_against_nvshmem() -> str:
@@ -65,8 +67,10 @@ class Heap:
             CapacityError: a rank has not so much memory left; on every rank.
         """
         self.free_unused(handshake)
-        left = torch.cuda.mem_get_info(self.device)[0]
-        check_allocated(handshake, f"only {left} bytes are free" if left < num_bytes else "", num_bytes)
+        # NVSHMEM ends the process where its own allocation fails.
+        left, needed = torch.cuda.mem_get_info(self.device)[0], -(-num_bytes // _STEP_BYTES) * _STEP_BYTES
+        failure = f"NVSHMEM may take {needed}, and {left} are free" if left < needed else ""
+        check_allocated(handshake, failure, num_bytes)
         address = _bindings().malloc(num_bytes)
         check_allocated(handshake, "" if address else "NVSHMEM has no memory left", num_bytes)
         block = _Block(address, num_bytes)
