@@ -4,6 +4,8 @@
 With fewer GPUs than ranks, all ranks share one: the same protocol, at another speed.
 """
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -314,3 +316,24 @@ def run_in_rounds(rank: int, world_size: int) -> None:
 
 def test_what_does_not_fit_goes_in_rounds_with_the_same_bits(pool):
     pool.run(run_in_rounds, timeout_s=60)
+
+
+def cast_once(rank: int, world_size: int, transport: str) -> None:
+    table = fragmented_table(rank, world_size, 3, 4)
+    native = context(transport)
+    (received,) = native.cast([torch.ones(table.num_source, 8, device=device())], table).wait()
+    assert (received == 1).all()
+    native.reduce([received], table, [torch.ones(table.num_source, 8, device=device())]).wait()
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("transport", ["copy_engine", PUT, HEAP])
+def test_processes_end_by_themselves(transport):
+    with make_pool(2) as pool:
+        pool.run(cast_once, transport, timeout_s=60)
+        processes = [*pool._processes]
+        for pipe in pool._pipes:
+            pipe.send_bytes(pickle.dumps(None))
+        for process in processes:
+            process.join(20)
+        assert [process.exitcode for process in processes] == [0, 0]

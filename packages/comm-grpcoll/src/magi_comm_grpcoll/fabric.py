@@ -7,7 +7,7 @@ from pathlib import Path
 from magi_comm_grpcoll.heap import reason_against_nvshmem
 from magi_comm_grpcoll.kernels import LINKED_FATBINS, missing_kernels
 
-_ADAPTERS = Path("/sys/class/infiniband")
+ADAPTERS = Path("/sys/class/infiniband")
 _DRIVER = Path("/proc/driver/nvidia/params")
 # What scripts/enable_ibgda_on_host.sh sets, as the driver shows it.
 _OPTIONS = ("EnableStreamMemOPs: 1", "PeerMappingOverride=1")
@@ -26,9 +26,14 @@ def nvshmem_fact() -> str:
     return f"{nvshmem.core.get_version().libnvshmem_version}, nvshmem4py {bindings}"
 
 
-def ibgda_fact(adapters: Path = _ADAPTERS, driver: Path = _DRIVER) -> str:
+def adapters(folder: Path = ADAPTERS) -> list[str]:
+    """The network adapters that can do RDMA, over InfiniBand or Ethernet."""
+    return sorted(path.name for path in folder.glob("*"))
+
+
+def ibgda_fact(folder: Path = ADAPTERS, driver: Path = _DRIVER) -> str:
     """Whether the host looks ready for puts by the GPU itself: network adapters, and options of the driver."""
-    found = sorted(path.name for path in adapters.glob("mlx5_*"))
+    found = [name for name in adapters(folder) if name.startswith("mlx5_")]
     if not found:
         return "no Mellanox network adapter is visible"
     try:
