@@ -11,6 +11,7 @@ import torch
 
 from magi_comm_grpcoll import CapacityError, NotNativeError, heap
 from magi_comm_grpcoll.heap import Heap, HeapAllocator, heap_of, reason_against_nvshmem
+from magi_comm_grpcoll.puts import link_everywhere
 
 CPU = torch.device("cpu")
 
@@ -200,3 +201,21 @@ def test_the_users_environment_stands(monkeypatch):
     assert "NVSHMEM_REMOTE_TRANSPORT" not in environment
     heap._prepare_environment(is_one_host=True)
     assert environment["NVSHMEM_REMOTE_TRANSPORT"] == "none"
+
+
+def test_a_kernel_that_is_not_loaded_on_one_rank_is_an_error_on_all(monkeypatch):
+    of_thread = threading.local()
+
+    def load(name: str, device: int) -> int:
+        if of_thread.rank:
+            raise RuntimeError("device code of another version\nwith a trace")
+        return 1
+
+    def each(rank, handshake):
+        of_thread.rank = rank
+        link_everywhere(handshake, torch.device("cuda", 0))
+
+    monkeypatch.setattr("magi_comm_grpcoll.puts.put_kernel", load)
+    for error in Ranks().run(each):
+        assert isinstance(error, NotNativeError)
+        assert str(error) == "on rank 1 the kernel that puts can't be loaded: device code of another version"

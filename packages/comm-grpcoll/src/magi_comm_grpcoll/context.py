@@ -31,7 +31,7 @@ from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.heap import HeapAllocator, heap_of
 from magi_comm_grpcoll.lane import Lane, OwnRows, Round
 from magi_comm_grpcoll.plans import gather_plans
-from magi_comm_grpcoll.puts import PutWires
+from magi_comm_grpcoll.puts import PutWires, link_everywhere
 from magi_comm_grpcoll.ring import Ring
 from magi_comm_grpcoll.routes import Transport
 from magi_comm_grpcoll.watchdog import RELEASED, Watchdog, Watched
@@ -129,6 +129,8 @@ class GroupContext:
             return MappedAllocator(self.device, self.group, self._handshake)
         ranks, is_one_host = dist.get_process_group_ranks(self.group), self.options.transport != "put"
         heap = heap_of(ranks, self.rank, self.device, self._handshake, is_one_host)
+        if self.options.transport == "put":
+            link_everywhere(self._handshake, self.device)
         return HeapAllocator(heap, self._handshake)
 
     def _make_rings(self) -> None:

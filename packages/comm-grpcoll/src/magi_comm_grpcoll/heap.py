@@ -161,16 +161,17 @@ def heap_of(ranks: Sequence[int], pe: int, device: torch.device, handshake: Hand
     failure = ""
     if _heap is not None and (_heap.ranks != tuple(ranks) or _heap.device != device):
         failure = f"NVSHMEM serves ranks {[*_heap.ranks]} already, and a process can start it once"
-    _agree(handshake, failure)
+    raise_everywhere(handshake, failure)
     if _heap is None:
         identity, *_ = handshake.exchange(_unique_id() if pe == 0 else b"")
         failure = _start(identity, pe, len(ranks), device, is_one_host)
-        _agree(handshake, failure and f"NVSHMEM did not start: {failure}")
+        raise_everywhere(handshake, failure and f"NVSHMEM did not start: {failure}")
         _heap = Heap(ranks, pe, device)
     return _heap
 
 
-def _agree(handshake: Handshake, failure: str) -> None:
+def raise_everywhere(handshake: Handshake, failure: str) -> None:
+    """Raise :class:`NotNativeError` on every rank if one of them has a failure to tell."""
     for rank, answer in enumerate(handshake.exchange(failure.encode())):
         if answer:
             raise NotNativeError(f"on rank {rank} {answer.decode()}")

@@ -6,17 +6,19 @@ flags count.
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
 
 from magi_comm_grpcoll import kernels
-from magi_comm_grpcoll.arena import Arena, SharedMemory
-from magi_comm_grpcoll.heap import link
+from magi_comm_grpcoll.arena import Arena
+from magi_comm_grpcoll.errors import first_line
+from magi_comm_grpcoll.handshake import Handshake
+from magi_comm_grpcoll.heap import link, raise_everywhere
 from magi_comm_grpcoll.tables import TASK, ByteCopies
 from magi_comm_grpcoll.tasks import MOST_TENSORS, upload_tasks
-from magi_comm_grpcoll.wires import DeviceWires, Words
+from magi_comm_grpcoll.wires import DeviceWires
 
 # kUnit of csrc/put.cu.
 UNIT = 1 << 28
@@ -39,30 +41,43 @@ def _link_once(device: int) -> None:
     link(kernels.library("put", device))
 
 
+def link_everywhere(handshake: Handshake, device: torch.device) -> None:
+    """Load the kernels on all ranks, a collective; raises ``NotNativeError`` on all of them if one can't."""
+    failure = ""
+    try:
+        put_kernel("put_signal", device.index)
+    except Exception as error:  # whatever the driver or NVSHMEM has against them
+        failure = f"the kernel that puts can't be loaded: {first_line(error)}"
+    raise_everywhere(handshake, failure)
+
+
 class PutWires(DeviceWires):
     """Flags between nodes: NVSHMEM's signals, sent by kernels. See :class:`DeviceWires` for the arguments."""
 
     unit = UNIT
 
-    def __init__(
-        self,
-        control: SharedMemory,
-        words: Words,
-        rank: int,
-        progress: torch.Tensor,
-        send: "torch.cuda.Stream",
-        arrive: "torch.cuda.Stream",
-        credit: "torch.cuda.Stream",
-    ) -> None:
-        super().__init__(control, words, rank, progress, send, arrive, credit)
-        self._here, self._device = control.local.data_ptr(), control.local.device
-        self.num_ranks, self.rank = len(control.addresses), rank
-        self.flag = self._here + self.flag_offset
-        self._sees: dict[tuple[int, ...], tuple[kernels.Launch, torch.Tensor]] = {}
-        parameters = [self._here + int(words.credit[rank]), 0, self.num_ranks, rank]
-        self._tell_credit = kernels.Launch(
-            credit, put_kernel("tell_all", self._device.index), 1, (_FLAG_THREADS, 1), parameters
-        )
+    @cached_property
+    def flag(self) -> int:
+        """Where this rank's word is that tells of its arrivals: the address on every rank."""
+        return self.control.local.data_ptr() + self.flag_offset
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the group."""
+        return len(self.control.addresses)
+
+    @cached_property
+    def _telling(self) -> kernels.Launch:
+        word = self.control.local.data_ptr() + int(self.words.credit[self.rank])
+        return self._launch("tell_all", self.credit, [word, 0, self.num_ranks, self.rank])
+
+    @cached_property
+    def _seeing(self) -> dict[tuple[int, ...], tuple[kernels.Launch, torch.Tensor]]:
+        return {}
+
+    def _launch(self, name: str, stream: "torch.cuda.Stream", parameters: list[int]) -> kernels.Launch:
+        kernel = put_kernel(name, self.control.local.device.index)
+        return kernels.Launch(stream, kernel, 1, (_FLAG_THREADS, 1), parameters)
 
     def tell_arrival(self, epoch: int) -> None:
         """See :class:`~magi_comm_grpcoll.wires.Wires`; puts tell it themselves."""
@@ -75,22 +90,21 @@ class PutWires(DeviceWires):
         super().await_arrival(sources, epoch)
         if not sources:
             return
-        if sources not in self._sees:
-            words = self._here + self.words.arrived[list(sources)]
+        if sources not in self._seeing:
+            words = self.control.local.data_ptr() + self.words.arrived[list(sources)]
             with torch.cuda.stream(self.arrive):
-                uploaded = torch.from_numpy(words).pin_memory().to(self._device, non_blocking=True)
+                uploaded = torch.from_numpy(words).pin_memory().to(self.control.local.device, non_blocking=True)
             parameters = [uploaded.data_ptr(), len(words), 0]
-            kernel = put_kernel("see_arrived", self._device.index)
-            self._sees[sources] = kernels.Launch(self.arrive, kernel, 1, (_FLAG_THREADS, 1), parameters), uploaded
-        launch, _ = self._sees[sources]
+            self._seeing[sources] = self._launch("see_arrived", self.arrive, parameters), uploaded
+        launch, _ = self._seeing[sources]
         launch.parameters[2] = (epoch + 1) * self.unit
         launch()
 
     def tell_credit(self, credit: int, after: "torch.cuda.Event") -> None:
         """See :class:`~magi_comm_grpcoll.wires.Wires`."""
         self.credit.wait_event(after)
-        self._tell_credit.parameters[1] = credit
-        self._tell_credit()
+        self._telling.parameters[1] = credit
+        self._telling()
 
 
 class PutRoute:

@@ -120,9 +120,10 @@ class DeviceWires:
         arrive: "torch.cuda.Stream",
         credit: "torch.cuda.Stream",
     ) -> None:
-        self.send, self.arrive, self.credit, self.words = send, arrive, credit, words
+        self.send, self.arrive, self.credit = send, arrive, credit
+        self.control, self.words, self.rank = control, words, rank
         here, mark = int(control.addresses[rank]), progress.data_ptr()
-        self._arrived, self._rank = here + words.arrived, rank
+        self._arrived = here + words.arrived
         others = np.arange(len(control.addresses)) != rank
         self.flag_offset = int(words.arrived[rank])
         outboxes = here + words.outboxes
@@ -156,7 +157,7 @@ class DeviceWires:
     def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
         """See :class:`Wires`; also marks the epoch as finished."""
         if sources not in self._before_reading:
-            awaited = sorted({*sources, self._rank})
+            awaited = sorted({*sources, self.rank})
             self._before_reading[sources] = _Operations(
                 self.arrive.cuda_stream, (WAIT_VALUE, self._arrived[awaited]), (WRITE_VALUE, self._finished)
             )
