@@ -12,13 +12,14 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
+from magi_attention.comm import hierarchical
 from magi_attention.comm import work as core_work
 from magi_comm_grpcoll import context, kernels, puts, routes, wires
 from magi_comm_grpcoll import work as native_work
@@ -157,6 +158,8 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         done = event.done
         self.enqueue(lambda: self._machine.until(done.is_set))
+        if getattr(self._machine.of_thread, "block", None) is self:
+            self.synchronize()  # what PyTorch does next happens at once
 
     def synchronize(self) -> None:
         self.record_event().synchronize()
@@ -171,15 +174,23 @@ def current_stream(device: object = None) -> Stream:
     return _machine.of_thread.stream
 
 
+def _communication_stream() -> Stream:
+    if not hasattr(_machine.of_thread, "communication"):
+        _machine.of_thread.communication = Stream()
+    return _machine.of_thread.communication
+
+
 @contextmanager
 def stream_of_block(stream: Stream) -> Iterator[None]:
     """What PyTorch does in the block happens at once, so all before it must have happened."""
-    before, _machine.of_thread.stream = current_stream(), stream
+    here = _machine.of_thread
+    before = current_stream(), getattr(here, "block", None)
+    here.stream = here.block = stream
     try:
         stream.synchronize()
         yield
     finally:
-        _machine.of_thread.stream = before
+        here.stream, here.block = before
 
 
 class Driver:
@@ -235,17 +246,27 @@ def _push(*arguments: int) -> None:
         _array(control + flag, np.int64, 1)[0] = value
 
 
-def _put(*arguments: int) -> None:
-    sources, (slot, tasks, num_tasks, counts, num_told, me, flag, value, _) = arguments[:4], arguments[4:]
+def _put(
+    stage: int,
+    slot: int,
+    tasks: int,
+    num_tasks: int,
+    counts: int,
+    num_told: int,
+    me: int,
+    flag: int,
+    value: int,
+    _: int,
+) -> None:
+    _there(stage, me, me)  # a network adapter reads symmetric memory alone
     table = _array(tasks, TASK, num_tasks).tolist()
-    for source, target, size, tensor, peer in random.sample(table, num_tasks):
-        _copy(_there(slot, me, peer) + target, sources[tensor] + source, size)
+    for source, target, size, _, peer in random.sample(table, num_tasks):
+        _copy(_there(slot, me, peer) + target, stage + source, size)
         _array(_there(flag, me, peer), np.int64, 1)[0] += 1
     for peer, count in enumerate(_array(counts, np.int32, num_told).tolist()):
         if peer != me:
             _array(_there(flag, me, peer), np.int64, 1)[0] += puts.UNIT - count
-    if num_told:
-        _array(flag, np.int64, 1)[0] = value
+    _array(flag, np.int64, 1)[0] = value
 
 
 def _tell_all(flag: int, value: int, num_peers: int, me: int) -> None:
@@ -276,16 +297,22 @@ def _add(into: int, slots: int, rows: int, offsets: int, places: int, num_rows: 
 
 
 class Group:
-    """What the ranks share."""
+    """What the ranks share, or some of them."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, members: Sequence[int] | None = None) -> None:
         self.num_ranks, self.barrier = num_ranks, threading.Barrier(num_ranks)
+        self.members = [*range(num_ranks)] if members is None else [*members]
         self._turns = [itertools.count() for _ in range(num_ranks)]
         self._shown: defaultdict[int, list[Any]] = defaultdict(lambda: [None] * num_ranks)
 
+    @property
+    def rank(self) -> int:
+        """The number of this thread's rank in it."""
+        return self.members.index(_machine.of_thread.rank)
+
     def exchange(self, value: Any) -> list[Any]:
         """What all ranks show each other; nothing of it is kept."""
-        rank = _machine.of_thread.rank
+        rank = self.rank
         turn = next(self._turns[rank])
         self._shown[turn][rank] = value
         self.barrier.wait(30)
@@ -310,7 +337,7 @@ class SharedMemory:
         self.parts = group.exchange(self.local)
         self.addresses = np.array([part.data_ptr() for part in self.parts])
         if not is_mapped:
-            rank = _machine.of_thread.rank
+            rank = group.rank
             _machine.symmetric.insert(0, (self.addresses.tolist(), num_bytes))
             self.addresses[np.arange(group.num_ranks) != rank] = 0  # other hosts
         self.device_addresses = torch.from_numpy(self.addresses)
@@ -337,17 +364,18 @@ def emulate(monkeypatch: Any) -> Iterator[None]:
         (context, "MappedAllocator", lambda device, group, handshake: Allocator(group, is_mapped=True)),
         (context, "HeapAllocator", lambda heap, handshake: Allocator(handshake.group, is_mapped=False)),
         (context, "heap_of", lambda *of: None),
-        (context.dist, "get_process_group_ranks", lambda group: [*range(group.num_ranks)]),
+        (context.dist, "get_process_group_ranks", lambda group: group.members),
         (context, "agree", lambda handshake, device, needs: ""),
         (context, "link_everywhere", lambda handshake, device: None),
         (puts, "put_kernel", lambda name, device: ("put", name)),
-        (context, "group_rank", lambda group: machine.of_thread.rank),
+        (context, "group_rank", lambda group: group.rank),
         (context, "group_size", lambda group: group.num_ranks),
         (wires, "driver", Driver),
         (routes, "driver", Driver),
         (routes, "device_name", lambda device: "emulated"),
         (kernels, "Launch", Launch),
         (kernels, "kernel", lambda fatbin, name, device, shared=0: (fatbin, name)),
+        (hierarchical, "communication_stream", lambda group, device: _communication_stream()),
         (torch.cuda, "Stream", Stream),
         (torch.cuda, "Event", Event),
         (torch.cuda, "stream", stream_of_block),

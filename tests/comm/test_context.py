@@ -64,11 +64,12 @@ def test_casts_and_reduces(transport, num_ranks):
     run_ranks(num_ranks, run)
 
 
-def test_rounds_and_capacity():
+@pytest.mark.parametrize(("transport", "capacity"), [(None, 8 << 20), ("put", 12 << 20)])
+def test_rounds_and_capacity(transport, capacity):
     needs = RandomNeeds(1, 2, 0.9, max_rows=2000)
 
     def run(rank, group):
-        native = GroupContext(group, ContextOptions(capacity_bytes=8 << 20, timeout_s=30))
+        native = GroupContext(group, ContextOptions(transport=transport, capacity_bytes=capacity, timeout_s=30))
         table = needs.table(rank)
         sources = [random_tensor(r, (needs.num_rows[r], 1024), torch.float32) for r in range(2)]
         for lend in (True, False):

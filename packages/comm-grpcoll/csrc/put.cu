@@ -17,17 +17,16 @@ __device__ __forceinline__ uint64_t* word(uint64_t address) { return reinterpret
 
 }  // namespace magi
 
-// `flag` is this rank's word in everybody's control block, and `num_pieces[p]` how many pieces go to rank p in all
-// launches of the exchange, of which the last alone has any `num_peers` to tell.
+// The pieces lie in this rank's own symmetric memory, at `stage`: a network adapter reads no other. `flag` is this rank's
+// word in everybody's control block, and `num_pieces[p]` how many pieces go to rank p.
 extern "C" __global__ void __launch_bounds__(512, 1)
-    put_signal(uint64_t first, uint64_t second, uint64_t third, uint64_t fourth, uint64_t slot,
-               const magi::Task* __restrict__ tasks, uint32_t num_tasks, const uint32_t* __restrict__ num_pieces,
-               uint32_t num_peers, uint32_t me, uint64_t flag, uint64_t value, uint32_t* __restrict__ num_done) {
-    const magi::Sources sources{first, second, third, fourth};
+    put_signal(uint64_t stage, uint64_t slot, const magi::Task* __restrict__ tasks, uint32_t num_tasks,
+               const uint32_t* __restrict__ num_pieces, uint32_t num_peers, uint32_t me, uint64_t flag, uint64_t value,
+               uint32_t* __restrict__ num_done) {
     for (uint32_t t = blockIdx.x; t < num_tasks; t += gridDim.x) {
         const magi::Task task = tasks[t];
         nvshmemx_putmem_signal_nbi_block(reinterpret_cast<void*>(slot + task.target),
-                                         reinterpret_cast<const void*>(sources[task.tensor] + task.source), task.bytes,
+                                         reinterpret_cast<const void*>(stage + task.source), task.bytes,
                                          magi::word(flag), 1, NVSHMEM_SIGNAL_ADD, task.peer);
     }
     for (uint32_t peer = blockIdx.x * blockDim.x + threadIdx.x; peer < num_peers; peer += gridDim.x * blockDim.x)
@@ -45,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     if (!is_last || threadIdx.x != 0) return;
     __threadfence_system();
     *num_done = 0;
-    if (num_peers != 0) magi::store_release(flag, value);
+    magi::store_release(flag, value);
 }
 
 // Sets this rank's word in everybody's control block, in the order of the calls.

@@ -91,6 +91,7 @@ class Arena:
     Args:
         num_slots: how many.
         allocator: of their memory.
+        is_staged: whether there is one more, from which this rank's rows are sent.
 
     Attributes:
         slot_bytes: size of a slot.
@@ -99,14 +100,20 @@ class Arena:
 
     _STEP = 1 << 21
 
-    def __init__(self, num_slots: int, allocator: Allocator) -> None:
+    def __init__(self, num_slots: int, allocator: Allocator, is_staged: bool = False) -> None:
         self.num_slots, self.slot_bytes, self._allocator = num_slots, 0, allocator
+        self._num_all = num_slots + is_staged
         self.memory: SharedMemory | None = None
 
     @classmethod
     def most_in(cls, num_bytes: int, num_slots: int) -> int:
         """The size of a slot of which so many take at most ``num_bytes``."""
         return num_bytes // num_slots // cls._STEP * cls._STEP
+
+    @property
+    def stage_offset(self) -> int:
+        """Where the slot is from which rows are sent."""
+        return self.num_slots * self.slot_bytes
 
     def fits(self, num_bytes: int) -> bool:
         """Whether a slot can hold so many bytes."""
@@ -123,7 +130,7 @@ class Arena:
         size = -(-spare // self._STEP) * self._STEP
         self.slot_bytes = size if most_bytes is None else min(size, most_bytes)
         self.memory = None
-        self.memory = self._allocator.allocate(self.num_slots * self.slot_bytes)
+        self.memory = self._allocator.allocate(self._num_all * self.slot_bytes)
 
     def slot(self, number: int) -> Tensor:
         """``[slot_bytes]`` uint8: one of this rank's slots."""

@@ -76,10 +76,20 @@ class ContextOptions:
             raise ValueError("transport 'put' needs the memory of allocator 'nvshmem', not 'torch'")
         if self.num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, not {self.num_slots}")
-        if self.capacity_bytes is not None and not Arena.most_in(self.capacity_bytes // len(LANES), self.num_slots):
-            raise ValueError(f"capacity_bytes gives none of {self.num_slots} slots 2 MiB: {self.capacity_bytes}")
+        if self.capacity_bytes is not None and not Arena.most_in(self.capacity_bytes // len(LANES), self.num_areas):
+            raise ValueError(f"capacity_bytes gives none of {self.num_areas} slots 2 MiB: {self.capacity_bytes}")
         if self.timeout_s is not None and self.timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive, not {self.timeout_s}")
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether rows are sent from a slot of their own: network adapters read no other memory."""
+        return self.transport == "put"
+
+    @property
+    def num_areas(self) -> int:
+        """Slots of casts, and of reduces, with that one."""
+        return self.num_slots + self.is_staged
 
 
 class GroupContext:
@@ -110,8 +120,8 @@ class GroupContext:
         self._index = index or 0
         timeout_s = self.options.timeout_s or group_timeout_s(group, self.device)
         self._handshake = Handshake(group, timeout_s)
-        uses_heap = self.options.transport == "put" or self.options.allocator == "nvshmem"
-        needs = Needs(nvshmem=uses_heap, one_host=self.options.transport != "put")
+        uses_heap = self.options.is_staged or self.options.allocator == "nvshmem"
+        needs = Needs(nvshmem=uses_heap, one_host=not self.options.is_staged)
         if reason := agree(self._handshake, self.device, needs):
             raise NotNativeError(reason)
         self._allocator = self._make_allocator(uses_heap)
@@ -148,7 +158,10 @@ class GroupContext:
             streams = self._streams.send, self._streams.arrive[number], self._streams.credit
             kind = PutWires if self.options.transport == "put" else DeviceWires
             wires = kind(self._control, words, self.rank, self._progress[number], *streams)
-            exchange, arena = SlotExchange(Ring(num_slots), wires), Arena(num_slots, self._allocator)
+            exchange, arena = (
+                SlotExchange(Ring(num_slots), wires),
+                Arena(num_slots, self._allocator, self.options.is_staged),
+            )
             self._lanes.append(Lane(exchange, wires, arena, self._control, self.rank, self.options.transport))
 
     def cast(
@@ -250,10 +263,11 @@ class GroupContext:
         return table.derived((self, number, formats), lambda: self._plan(number, table, formats))
 
     def _plan(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> list[Round]:
-        lane, num_slots, most = self._lanes[number], self.options.num_slots, None
+        lane, most = self._lanes[number], None
         if self.options.capacity_bytes is not None:
-            most = Arena.most_in(self.options.capacity_bytes // len(LANES), num_slots)
-        plans = gather_plans(self._handshake, LANES[number], table, formats, self.rank, most)
+            most = Arena.most_in(self.options.capacity_bytes // len(LANES), self.options.num_areas)
+        is_staged = self.options.is_staged
+        plans = gather_plans(self._handshake, LANES[number], table, formats, self.rank, most, is_staged)
         needed = max(plan.slot_bytes for plan in plans)
         if not lane.arena.fits(needed):  # on all ranks alike
             self._quiesce(b"grow")

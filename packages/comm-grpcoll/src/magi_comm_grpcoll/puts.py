@@ -17,7 +17,7 @@ from magi_comm_grpcoll.errors import first_line
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.heap import link, raise_everywhere
 from magi_comm_grpcoll.tables import TASK, ByteCopies
-from magi_comm_grpcoll.tasks import MOST_TENSORS, upload_tasks
+from magi_comm_grpcoll.tasks import upload_tasks
 from magi_comm_grpcoll.wires import DeviceWires
 
 # kUnit of csrc/put.cu.
@@ -26,7 +26,7 @@ UNIT = 1 << 28
 PUT_BLOCKS = 16
 _PUT_THREADS, _FLAG_THREADS = 512, 128
 # Places among the parameters of a put.
-_SLOT, _VALUE = MOST_TENSORS, MOST_TENSORS + 7
+_SLOT, _VALUE = 1, 8
 
 
 @cache
@@ -107,11 +107,24 @@ class PutWires(DeviceWires):
         self._telling()
 
 
+def stage(copies: ByteCopies, rank: int) -> tuple[ByteCopies, ByteCopies]:
+    """Send pieces by way of a place in this rank's own symmetric memory, where they lie one after another.
+
+    A network adapter reads only memory that NVSHMEM has registered. Gathering costs little beside the network.
+
+    Returns:
+        The pieces on their way there, and from there to their peers.
+    """
+    place, zero = np.cumsum(copies.size) - copies.size, np.zeros_like(copies.tensor)
+    there = copies._replace(peer=np.full_like(copies.peer, rank), target=place)
+    return there, copies._replace(tensor=zero, source=place)
+
+
 class PutRoute:
     """A kernel whose blocks put pieces in turns.
 
     Args:
-        copies: the pieces.
+        copies: the pieces, which have been staged.
         arena: the ring's slots.
         wires: the ring's flags.
     """
@@ -119,30 +132,21 @@ class PutRoute:
     def __init__(self, copies: ByteCopies, arena: Arena, wires: PutWires) -> None:
         assert arena.memory is not None
         self._memory, device = arena.memory, arena.memory.local.device
-        slots = self._memory.local.data_ptr()
-        self._slots = [slots + number * arena.slot_bytes for number in range(arena.num_slots)]
-        pieces, self._parts = upload_tasks(copies, PUT_BLOCKS, wires.send, device)
+        base = self._memory.local.data_ptr()
+        self._slots = [base + number * arena.slot_bytes for number in range(arena.num_slots)]
+        pieces, (part,) = upload_tasks(copies, PUT_BLOCKS, wires.send, device)
         counts = np.bincount(pieces.peer, minlength=wires.num_ranks).astype(np.uint32)
         with torch.cuda.stream(wires.send):
-            self._num_done = torch.zeros(1, dtype=torch.int32, device=device)
-            self._counts = torch.from_numpy(counts.view(np.int32)).pin_memory().to(device, non_blocking=True)
-        self._bases: list[int] = []
-        self._launches = []
-        for part in self._parts:
-            num_told = wires.num_ranks if part.is_last else 0
-            parameters = [*[0] * MOST_TENSORS, 0, part.tasks.data_ptr(), len(part.tasks) // TASK.itemsize]
-            parameters += [self._counts.data_ptr(), num_told, wires.rank, wires.flag, 0, self._num_done.data_ptr()]
-            kernel = put_kernel("put_signal", device.index)
-            self._launches.append(kernels.Launch(wires.send, kernel, PUT_BLOCKS, (_PUT_THREADS, 1), parameters))
+            num_done = torch.zeros(1, dtype=torch.int32, device=device)
+            num_pieces = torch.from_numpy(counts.view(np.int32)).pin_memory().to(device, non_blocking=True)
+        self._kept = part.tasks, num_done, num_pieces
+        parameters = [base + arena.stage_offset, 0, part.tasks.data_ptr(), len(part.tasks) // TASK.itemsize]
+        parameters += [num_pieces.data_ptr(), wires.num_ranks, wires.rank, wires.flag, 0, num_done.data_ptr()]
+        kernel = put_kernel("put_signal", device.index)
+        self._launch = kernels.Launch(wires.send, kernel, PUT_BLOCKS, (_PUT_THREADS, 1), parameters)
 
     def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
         """See :class:`~magi_comm_grpcoll.routes.Route`."""
-        if bases != self._bases:
-            self._bases = [*bases]
-            for launch, part in zip(self._launches, self._parts, strict=True):
-                for number, base in enumerate(part.bases_of(bases)):
-                    launch.parameters[number] = base
-        for launch in self._launches:
-            launch.parameters[_SLOT] = self._slots[slot]
-            launch.parameters[_VALUE] = (epoch + 1) * UNIT
-            launch()
+        self._launch.parameters[_SLOT] = self._slots[slot]
+        self._launch.parameters[_VALUE] = (epoch + 1) * UNIT
+        self._launch()

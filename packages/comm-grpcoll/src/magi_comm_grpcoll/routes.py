@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from magi_comm_grpcoll import kernels
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.driver import driver
-from magi_comm_grpcoll.puts import PutRoute, PutWires
+from magi_comm_grpcoll.puts import PutRoute, PutWires, stage
 from magi_comm_grpcoll.switch import switch_bytes
 from magi_comm_grpcoll.tables import TASK, ByteCopies
 from magi_comm_grpcoll.tasks import MOST_TENSORS, LaunchPart, upload_tasks
@@ -88,16 +88,24 @@ class PushRoute:
         wires: the ring's flags.
         control: every rank's control block.
         tells: whether the ranks are told; not if another route follows in the same exchange.
+        to_stage: whether the pieces go to where rows are sent from.
     """
 
     def __init__(
-        self, copies: ByteCopies, arena: Arena, wires: DeviceWires, control: SharedMemory, tells: bool = True
+        self,
+        copies: ByteCopies,
+        arena: Arena,
+        wires: DeviceWires,
+        control: SharedMemory,
+        tells: bool = True,
+        to_stage: bool = False,
     ) -> None:
         assert arena.memory is not None
         self._wires, self._memory, self._control = wires, arena.memory, control
         self._granule, self._launches_by_granule = copies.granule, dict[int, list[kernels.Launch]]()
         self._bases: list[int] = []
-        self._slot_offsets = [number * arena.slot_bytes for number in range(arena.num_slots)]
+        offsets = [number * arena.slot_bytes for number in range(arena.num_slots)]
+        self._slot_offsets = [arena.stage_offset] * arena.num_slots if to_stage else offsets
         _, self._parts = upload_tasks(copies, PUSH_BLOCKS, wires.send, arena.memory.local.device)
         self._num_told = len(arena.memory.addresses) if tells else 0
         with torch.cuda.stream(wires.send):  # which alone uses it, so that it may be dropped at any time
@@ -140,21 +148,16 @@ class PushRoute:
         return kernels.Launch(self._wires.send, kernel, PUSH_BLOCKS, block, parameters, shared)
 
 
-class RouteWithOwn:
-    """Copies of this rank to itself by a kernel, then those to others.
+class RouteInTurns:
+    """One route after another, of which the last tells the ranks."""
 
-    Args:
-        own: the route of the pieces that stay here, which tells nobody.
-        others: the route of the other pieces.
-    """
-
-    def __init__(self, own: Route, others: Route) -> None:
-        self._own, self._others = own, others
+    def __init__(self, *routes: Route) -> None:
+        self._routes = routes
 
     def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
         """See :class:`Route`."""
-        self._own.send(bases, slot, epoch)
-        self._others.send(bases, slot, epoch)
+        for route in self._routes:
+            route.send(bases, slot, epoch)
 
 
 def make_route(
@@ -166,14 +169,18 @@ def make_route(
     transport: Transport | None = None,
 ) -> tuple[Route, Transport]:
     """Make the route for the pieces of ``rank``, by the given transport or the faster one; by puts over their wires."""
-    if isinstance(wires, PutWires):
-        return PutRoute(copies, arena, wires), "put"
     stays: NDArray[np.bool_] = copies.peer == rank
     others = copies.select(~stays)
-    chosen = transport or choose_transport(others, device_name(control.local.device))
-    if chosen == "push":
-        return PushRoute(copies, arena, wires, control), chosen
-    by_copies = CopyEngineRoute(others, arena, wires)
-    if not stays.any():
-        return by_copies, chosen
-    return RouteWithOwn(PushRoute(copies.select(stays), arena, wires, control, tells=False), by_copies), chosen
+    chosen: Transport = "put"
+    if isinstance(wires, PutWires):
+        staged, put = stage(others, rank)
+        first = [PushRoute(staged, arena, wires, control, tells=False, to_stage=True)] if len(staged.size) else []
+        last: Route = PutRoute(put, arena, wires)
+    else:
+        chosen = transport or choose_transport(others, device_name(control.local.device))
+        if chosen == "push":
+            return PushRoute(copies, arena, wires, control), chosen
+        first, last = [], CopyEngineRoute(others, arena, wires)
+    if stays.any():
+        first.append(PushRoute(copies.select(stays), arena, wires, control, tells=False))
+    return (RouteInTurns(*first, last) if first else last), chosen
