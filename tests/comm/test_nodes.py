@@ -153,6 +153,22 @@ def test_exchanges_one_after_another_on_gpus(gpu_pool, puts):
     gpu_pool.run(repeat, "cuda", puts)
 
 
+def be_alone_on_hosts(rank: int, world_size: int) -> None:
+    collectives.host = lambda: f"host {rank}"
+    native = NativeCollectives(dist.group.WORLD)
+    assert isinstance(native.context, GroupContext)
+    assert native.context.options.transport == "put"
+    assert native.needs_multiprocessors
+    compare_reduces(rank, native, RandomNeeds(0, world_size, 0.7, max_rows=60), torch.device("cuda"))
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.skipif(bool(NO_PUTS), reason=NO_PUTS)
+def test_ranks_that_are_alone_on_their_hosts_put_at_once():
+    with make_pool(2) as pool:
+        pool.run(be_alone_on_hosts)
+
+
 def mix_hosts(rank: int, world_size: int) -> None:
     lines: list[str] = []
     handler = logging.Handler()
