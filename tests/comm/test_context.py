@@ -26,7 +26,7 @@ def emulated(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("transport", ["copy_engine", "push", None])
+@pytest.mark.parametrize("transport", ["copy_engine", "push", "put", None])
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_casts_and_reduces(transport, num_ranks):
     all_needs = [RandomNeeds(seed, num_ranks, 0.6, max_rows=20) for seed in range(3)]
@@ -64,11 +64,12 @@ def test_casts_and_reduces(transport, num_ranks):
     run_ranks(num_ranks, run)
 
 
-def test_rounds_and_capacity():
+@pytest.mark.parametrize(("transport", "capacity"), [(None, 8 << 20), ("put", 12 << 20)])
+def test_rounds_and_capacity(transport, capacity):
     needs = RandomNeeds(1, 2, 0.9, max_rows=2000)
 
     def run(rank, group):
-        native = GroupContext(group, ContextOptions(capacity_bytes=8 << 20, timeout_s=30))
+        native = GroupContext(group, ContextOptions(transport=transport, capacity_bytes=capacity, timeout_s=30))
         table = needs.table(rank)
         sources = [random_tensor(r, (needs.num_rows[r], 1024), torch.float32) for r in range(2)]
         for lend in (True, False):
@@ -110,7 +111,7 @@ def test_lent_rows_must_come_back():
     run_ranks(2, run)
 
 
-@pytest.mark.parametrize("transport", ["copy_engine", "push"])
+@pytest.mark.parametrize("transport", ["copy_engine", "push", "put"])
 def test_a_rank_that_stops_is_named_and_nobody_hangs(transport):
     def run(rank, group):
         native = GroupContext(group, ContextOptions(transport=transport, timeout_s=0.5))
@@ -171,6 +172,29 @@ def test_own_rows_lie_among_received_ones():
             native.cast([rows], table, out=[out]).wait_host()
             expected[places] = -1.0
             assert torch.equal(out, expected)
+
+    run_ranks(2, run)
+
+
+@pytest.mark.parametrize("transport", ["copy_engine", "put"])
+def test_own_rows_wait_until_their_slot_is_given_back(transport):
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport=transport, timeout_s=30))
+        table = ExchangeTable(np.array([[1 - rank, 0, 4]]), np.array([[1 - rank, 0, 4]]), 2, 4, 8)
+        wrong, reader = [], torch.cuda.Stream()  # which the caller's stream knows nothing of
+
+        def read(received: torch.Tensor, turn: int) -> None:
+            time.sleep(3e-3)
+            wrong.extend([turn] * bool((received[4:] != turn).any()))
+
+        for turn in range(12):
+            work = native.cast([torch.full((4, 3), float(turn))], table, own_places=slice(4, 8), lend=True)
+            work.precede(reader)
+            (received,) = work.wait()
+            reader.enqueue(lambda received=received, turn=turn: read(received, turn))
+            work._release_behind(reader)
+        reader.synchronize()
+        assert not wrong
 
     run_ranks(2, run)
 

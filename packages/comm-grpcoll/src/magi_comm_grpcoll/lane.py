@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from magi_attention.comm.packing import RowFormat
-from magi_attention.comm.routes import routes_of
+from magi_attention.comm.packing import RowFormat, put_all_rows
+from magi_attention.comm.routes import Rows, routes_of
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.combine import Segments
 from magi_comm_grpcoll.exchange import Prepared, SlotExchange
@@ -62,6 +62,18 @@ class Lane:
         self.events.put(is_read)
 
 
+class OwnRows(NamedTuple):
+    """A rank's own rows among those that it receives.
+
+    Attributes:
+        places: rows of the receive buffers.
+        tensors: what belongs there.
+    """
+
+    places: Rows
+    tensors: Sequence[Tensor]
+
+
 class Started(NamedTuple):
     """An exchange that has been enqueued.
 
@@ -69,7 +81,7 @@ class Started(NamedTuple):
         epoch: its number.
         slot: where it arrives.
         ready: recorded on the caller's stream before it; until the next one of the same plan.
-        packed: recorded when a kernel that pushes could start; None for copy engines.
+        packed: recorded when a kernel that sends could start; None for copy engines.
     """
 
     epoch: int
@@ -107,18 +119,36 @@ class Round:
             else:
                 self._named = None if plan.names_all_rows else routes_of(plan.table, device).received
 
-    def start(self, tensors: Sequence[Tensor], caller: "torch.cuda.Stream") -> Started:
-        """Enqueue what sends the tensors, and let the arriving stream wait for that and for what comes."""
+    def start(
+        self,
+        tensors: Sequence[Tensor],
+        caller: "torch.cuda.Stream",
+        own: OwnRows | None = None,
+        received: Sequence[Tensor] | None = None,
+    ) -> Started:
+        """Enqueue what sends the tensors, and let the arriving stream wait for that and for what comes.
+
+        Args:
+            tensors: of the caller's stream.
+            caller: the stream.
+            own: are copied to their places while the others travel.
+            received: where these are, of the caller's stream; None for the slot.
+        """
         lane, bound, packed = self._lane, self._bind(), None
         wires, exchange = lane.wires, lane.exchange
         self._ready.record(caller)
         wires.send.wait_event(self._ready)
         epoch = exchange.begin()
-        if self._transport == "push":
+        if self._transport != "copy_engine":
             # The kernel needs multiprocessors, and shall find some before the next one takes them all.
             packed = lane.events.take()
             packed.record(wires.send)
         exchange.send(bound, epoch, [tensor.data_ptr() for tensor in tensors])
+        if own is not None:
+            wires.arrive.wait_event(self._ready)
+            wires.await_own_credit(exchange.credit_needed(epoch))
+            with torch.no_grad(), torch.cuda.stream(wires.arrive):
+                put_all_rows(received or self.landed(epoch % lane.arena.num_slots), own.places, own.tensors)
         exchange.arrive(bound, epoch)
         return Started(epoch, epoch % lane.arena.num_slots, self._ready, packed)
 

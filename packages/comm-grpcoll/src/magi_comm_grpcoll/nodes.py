@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups over several nodes: natively inside each, by all-to-all between them, each row across once."""
+"""Groups over several nodes: by direct connections inside each, each row once across, by puts or all-to-all."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -33,6 +33,7 @@ class RelayedCollectives:
     """
 
     name = "native"
+    needs_multiprocessors = True
 
     def __init__(
         self,

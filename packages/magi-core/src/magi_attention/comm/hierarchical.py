@@ -39,6 +39,7 @@ class HierarchicalCollectives:
     """
 
     name = "hierarchical"
+    needs_multiprocessors = True
 
     def __init__(self, inter: GroupCollectivesOfHop, intra: GroupCollectivesOfHop) -> None:
         self._inter, self._intra = inter, intra

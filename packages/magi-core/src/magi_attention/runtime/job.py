@@ -240,7 +240,8 @@ def _make_job(
 
         steps = []
         for number, step in enumerate(of.steps):
-            margin = _sm_margin(options, direction, travels_beside(of.steps, number, is_forward, fetches))
+            travels = travels_beside(of.steps, number, is_forward, fetches)
+            margin = _sm_margin(options, direction, travels and runtime.collectives.needs_multiprocessors)
             places = None if step.own_places is None else _rows_of(step.own_places, q.device)
             # A process alone may leave out padding, and with it whole runs of queries.
             calls = [call for call in step.calls if step.queries_travel or call.queries.start < len(q)]
@@ -275,13 +276,13 @@ def travels_beside(steps: Sequence[Step], number: int, is_forward: bool, fetches
     )
 
 
-def _sm_margin(options: RuntimeConfig, direction: Direction, travels: bool) -> int:
-    """Multiprocessors that a kernel leaves to what travels beside it."""
+def _sm_margin(options: RuntimeConfig, direction: Direction, are_wanted: bool) -> int:
+    """Multiprocessors that a kernel leaves to others, given whether what travels beside it wants any."""
     is_forward = direction == "forward"
     chosen = options.forward_sm_margin if is_forward else options.backward_sm_margin
     if chosen is not None:
         return chosen
-    if not travels or options.native_grpcoll:  # native collectives occupy none that kernels would have to leave free
+    if not are_wanted:
         return 0
     return ffa_forward_sm_margin() if is_forward else ffa_backward_sm_margin()
 

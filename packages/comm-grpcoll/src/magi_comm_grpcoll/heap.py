@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NVSHMEM in this process: started for the ranks of one group, memory that all of them have, and its device code."""
+
+import os
+import weakref
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from magi_comm_grpcoll.arena import check_allocated
+from magi_comm_grpcoll.errors import NotNativeError, first_line
+from magi_comm_grpcoll.handshake import Handshake
+
+SWITCH_OFF = "MAGI_GRPCOLL_NO_NVSHMEM"
+INSTALL = 'pip install "magi-comm-grpcoll[nvshmem]"'
+# The device code is linked with this version, and works with later ones of the same major number.
+LEAST_VERSION = (3, 4)
+# In which NVSHMEM takes memory from the GPU, unless NVSHMEM_CUMEM_GRANULARITY says otherwise. It keeps what is freed.
+_STEP_BYTES = 1 << 29
+
+
+def reason_against_nvshmem() -> str:
+    """Why this process can't use NVSHMEM, whoever the others are; empty if it can."""
+    if os.environ.get(SWITCH_OFF, "0") not in ("", "0"):
+        return f"NVSHMEM is switched off by {SWITCH_OFF}"
+    if find_spec("nvshmem") is None:
+        return f"nvshmem4py is not installed: {INSTALL}"
+    try:
+        import nvshmem.core
+
+        version = str(nvshmem.core.get_version().libnvshmem_version)
+    except Exception as error:  # whatever a library that does not fit the bindings, or can't be loaded, does
+        return f"NVSHMEM can't be loaded: {first_line(error)}; {INSTALL}"
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if major != LEAST_VERSION[0] or minor < LEAST_VERSION[1]:
+        wanted = ".".join(map(str, LEAST_VERSION))
+        return f"NVSHMEM {version} is installed, and {wanted} or later of the same major version is needed: {INSTALL}"
+    return ""
+
+
+class Heap:
+    """Symmetric memory of the ranks of a group. A process has one; :func:`heap_of` gives it.
+
+    Everything is a collective of the group. NVSHMEM itself waits for ever, so each of its collectives follows a
+    handshake, which has a time limit.
+
+    Args:
+        ranks: the group's global ranks; their order gives the numbers of the PEs.
+        pe: this rank's number.
+        device: this rank's GPU.
+    """
+
+    def __init__(self, ranks: Sequence[int], pe: int, device: torch.device) -> None:
+        self.ranks, self.pe, self.device = tuple(ranks), pe, device
+        # What has been given out, in the same order on all ranks, and whether tensors still live in it.
+        self._given: list[tuple[int, weakref.ref[_Block]]] = []
+
+    def allocate(self, num_bytes: int, handshake: Handshake) -> "HeapMemory":
+        """So many bytes on every rank.
+
+        Raises:
+            CapacityError: a rank has not so much memory left; on every rank.
+        """
+        self.free_unused(handshake)
+        # NVSHMEM ends the process where its own allocation fails.
+        left, needed = torch.cuda.mem_get_info(self.device)[0], -(-num_bytes // _STEP_BYTES) * _STEP_BYTES
+        failure = f"NVSHMEM may take {needed}, and {left} are free" if left < needed else ""
+        check_allocated(handshake, failure, num_bytes)
+        address = _bindings().malloc(num_bytes)
+        check_allocated(handshake, "" if address else "NVSHMEM has no memory left", num_bytes)
+        block = _Block(address, num_bytes)
+        self._given.append((address, weakref.ref(block)))
+        return HeapMemory(block, self)
+
+    def free_unused(self, handshake: Handshake) -> None:
+        """Free what no tensor of any rank lies in any more."""
+        unused = [block() is None for _, block in self._given]
+        answers = handshake.exchange(np.array(unused, np.bool_).tobytes())
+        everywhere = np.logical_and.reduce([np.frombuffer(answer, np.bool_) for answer in answers])
+        kept = []
+        for entry, is_unused in zip(self._given, everywhere.tolist(), strict=True):
+            if is_unused:
+                _bindings().free(entry[0])
+            else:
+                kept.append(entry)
+        self._given = kept
+
+
+class _Block:
+    """Memory of the heap, kept by the tensors in it, as they take it by this protocol."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.address, self.num_bytes = address, num_bytes
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+class HeapAllocator:
+    """Memory of a heap for one user of it.
+
+    Args:
+        heap: the heap.
+        handshake: with its ranks.
+    """
+
+    def __init__(self, heap: Heap, handshake: Handshake) -> None:
+        self.heap, self._handshake = heap, handshake
+
+    def allocate(self, num_bytes: int) -> "HeapMemory":
+        """See :class:`~magi_comm_grpcoll.arena.Allocator`."""
+        return self.heap.allocate(num_bytes, self._handshake)
+
+    def free_unused(self) -> None:
+        """See :class:`~magi_comm_grpcoll.arena.Allocator`."""
+        self.heap.free_unused(self._handshake)
+
+
+class HeapMemory:
+    """See :class:`~magi_comm_grpcoll.arena.SharedMemory`.
+
+    Args:
+        block: this rank's part.
+        heap: where it is from.
+
+    Attributes:
+        addresses: 0 for ranks whose memory this one reaches by puts alone. Those name a place by its address here.
+    """
+
+    def __init__(self, block: _Block, heap: Heap) -> None:
+        self.local: Tensor = torch.as_tensor(block, device=heap.device)
+        reached = (_bindings().ptr(block.address, pe) for pe in range(len(heap.ranks)))
+        self.addresses: NDArray[np.int64] = np.fromiter(reached, np.int64)
+        self.device_addresses = torch.from_numpy(self.addresses).to(heap.device)
+
+
+# NVSHMEM starts once in a process.
+_heap: Heap | None = None
+
+
+def heap_of(ranks: Sequence[int], pe: int, device: torch.device, handshake: Handshake, is_one_host: bool) -> Heap:
+    """The heap of a group, started by the first call, a collective. See :class:`Heap`.
+
+    Args:
+        handshake: with the group's ranks.
+        is_one_host: whether all ranks are on one host.
+
+    Raises:
+        NotNativeError: NVSHMEM does not start, or serves another group already; on every rank.
+    """
+    global _heap
+    failure = ""
+    if _heap is not None and (_heap.ranks != tuple(ranks) or _heap.device != device):
+        failure = f"NVSHMEM serves ranks {[*_heap.ranks]} already, and a process can start it once"
+    raise_everywhere(handshake, failure)
+    if _heap is None:
+        identity, *_ = handshake.exchange(_unique_id() if pe == 0 else b"")
+        failure = _start(identity, pe, len(ranks), device, is_one_host)
+        raise_everywhere(handshake, failure and f"NVSHMEM did not start: {failure}")
+        _heap = Heap(ranks, pe, device)
+    return _heap
+
+
+def raise_everywhere(handshake: Handshake, failure: str) -> None:
+    """Raise :class:`NotNativeError` on every rank if one of them has a failure to tell."""
+    for rank, answer in enumerate(handshake.exchange(failure.encode())):
+        if answer:
+            raise NotNativeError(f"on rank {rank} {answer.decode()}")
+
+
+def link(library: Any) -> None:
+    """Tell a loaded :class:`cuda.core.ObjectCode` with NVSHMEM's device code where the heap is."""
+    _bindings().culibrary_init(int(library.handle))
+
+
+def _start(unique_id: bytes, pe: int, num_pes: int, device: torch.device, is_one_host: bool) -> str:
+    """Start NVSHMEM; returns what went wrong."""
+    import nvshmem.core
+    from cuda.core import Device
+
+    _prepare_environment(is_one_host)
+    torch.cuda.synchronize(device)  # makes the device's context, which NVSHMEM expects
+    gpu = Device(device.index)
+    gpu.set_current()
+    identity = nvshmem.core.get_unique_id(empty=True)
+    identity._data.view(np.uint8)[:] = np.frombuffer(unique_id, np.uint8)
+    try:
+        nvshmem.core.init(device=gpu, uid=identity, rank=pe, nranks=num_pes, initializer_method="uid")
+    except Exception as error:
+        return first_line(error)
+    return ""
+
+
+def _prepare_environment(is_one_host: bool) -> None:
+    """Set what the user has not: no multicast, which nothing here uses, and puts by the GPU itself between hosts."""
+    os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
+    if is_one_host:
+        os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
+    else:
+        os.environ.setdefault("NVSHMEM_IB_ENABLE_IBGDA", "1")
+
+
+def _unique_id() -> bytes:
+    import nvshmem.core
+
+    return bytes(nvshmem.core.get_unique_id()._data.tobytes())
+
+
+def _bindings() -> Any:
+    import nvshmem.bindings
+
+    return nvshmem.bindings
