@@ -30,7 +30,7 @@ enum OutMode : int { kElements, kFloats, kAddFloats };
 struct Params {
     CUtensorMap q, dout, k, v;
     void* dk;             // [num_k, kv heads, head_dim], of Element or float
-    void* dv;             // the same
+    void* dv;             // the same, of the values' head dim
     float* dq_sums;       // [packs][tiles of queries][parts][floats of a part], in the order of accumulators; see Traits
     float* row_terms;     // [packs][tiles of queries][2][terms of a tile]: lse in exponents of 2, then delta; see Traits
     int* counters;        // 4, zero before and after the launch
@@ -63,7 +63,7 @@ static_assert(sizeof(Params) == 768, "backward_params.py pads its structure to t
 
 // Before the backward kernel: per row of queries.
 struct RowParams {
-    void const* out;      // [num_q, heads, head_dim]
+    void const* out;      // [num_q, heads, head dim of values]
     void const* dout;
     float const* lse;     // [num_q, heads], natural logarithm
     float const* dlse;    // or null

@@ -37,8 +37,8 @@ struct Loader {
         ptx::mbarrier_try_wait_parity(&s.kv_empty, kv_place.parity() ^ 1);
         ptx::mbarrier_arrive_expect_tx(&s.k_full, T::TileK::kBytes);
         load<typename T::TileK>(s.k, &p.k, &s.k_full, item.kv_head, item.tile * T::kTileN, CacheHint::kEvictFirst);
-        ptx::mbarrier_arrive_expect_tx(&s.v_full, T::TileK::kBytes);
-        load<typename T::TileK>(s.v, &p.v, &s.v_full, item.kv_head, item.tile * T::kTileN, CacheHint::kEvictFirst);
+        ptx::mbarrier_arrive_expect_tx(&s.v_full, T::TileV::kBytes);
+        load<typename T::TileV>(s.v, &p.v, &s.v_full, item.kv_head, item.tile * T::kTileN, CacheHint::kEvictFirst);
         kv_place.advance();
     }
 
@@ -59,8 +59,8 @@ struct Loader {
     __device__ __forceinline__ void load_gradients(Walk const& walk) {
         int const stage = place.stage();
         ptx::mbarrier_try_wait_parity(&s.dout_empty[stage], place.parity() ^ 1);
-        ptx::mbarrier_arrive_expect_tx(&s.dout_full[stage], T::TileQ::kBytes);
-        load<typename T::TileQ>(s.dout[stage], &p.dout, &s.dout_full[stage], walk.pack << p.log2_pack,
+        ptx::mbarrier_arrive_expect_tx(&s.dout_full[stage], T::TileDout::kBytes);
+        load<typename T::TileDout>(s.dout[stage], &p.dout, &s.dout_full[stage], walk.pack << p.log2_pack,
                                 walk.tile * (T::kTileM >> p.log2_pack), CacheHint::kEvictNormal);
     }
 

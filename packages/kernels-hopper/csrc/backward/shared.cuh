@@ -35,9 +35,9 @@ struct SharedDq<T, false> {};
 template <typename T>
 struct SharedTiles {
     alignas(1024) uint8_t k[T::TileK::kBytes];
-    alignas(1024) uint8_t v[T::TileK::kBytes];
+    alignas(1024) uint8_t v[T::TileV::kBytes];
     alignas(1024) uint8_t q[T::kStages][T::TileQ::kBytes];
-    alignas(1024) uint8_t dout[T::kStages][T::TileQ::kBytes];
+    alignas(1024) uint8_t dout[T::kStages][T::TileDout::kBytes];
     alignas(1024) uint8_t ds[2][T::TileDs::kBytes];
 };
 
