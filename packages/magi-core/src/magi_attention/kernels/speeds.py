@@ -65,10 +65,10 @@ class MeasuredSpeed:
         Raises:
             ValueError: if a name is unknown or missing, or a value cannot be.
         """
-        known = [each.name for each in fields(cls)]
-        if not isinstance(entry, dict) or not {"backend", "tflops"} <= set(entry) <= set(known):
+        names = [each.name for each in fields(cls)]
+        if not isinstance(entry, dict) or not {"backend", "tflops"} <= set(entry) <= set(names):
             raise ValueError(
-                f"must be an object with backend and tflops, and else only {', '.join(known[2:])}: {entry}"
+                f"must be an object with backend and tflops, and else only {', '.join(names[2:])}: {entry}"
             )
         speed = cls(**entry | {"backend": ALIASES.get(entry["backend"], entry["backend"])})
         if not environment.is_known_kernel_backend(speed.backend):
