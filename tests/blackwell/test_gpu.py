@@ -84,6 +84,17 @@ def test_head_dims(backend, dims, heads):
     assert_stage_is_right(backend, x, SliceTable(IRREGULAR))
 
 
+@pytest.mark.parametrize(
+    ("dims", "heads"),
+    [((8, 8), (4, 2)), ((32, 32), (4, 2)), ((72, 72), (4, 2)), ((40, 104), (4, 4)), ((72, 40), (4, 4))],
+    ids=str,
+)
+def test_small_and_odd_head_dims_by_cudnn(dims, heads):
+    x = inputs(700, dims=dims, heads=heads)
+    skip_unless_supported(CUDNN_FLEX_BACKEND, x)
+    assert_stage_is_right(CUDNN_FLEX_BACKEND, x, SliceTable(IRREGULAR))
+
+
 @of_each_backend
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1)], ids=str)
 def test_heads_in_float16(backend, heads):

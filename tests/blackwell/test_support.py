@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the backends say of themselves: which requests they serve, how fast, what they compile. Needs no wheel."""
+"""What the backends say of themselves: which requests they serve, how fast, what they compile."""
 
 import tomllib
 from dataclasses import replace
@@ -28,6 +28,7 @@ FA4, CUDNN = FLASH_ATTENTION_4_BACKEND, CUDNN_FLEX_BACKEND
 of_each_backend = pytest.mark.parametrize("backend", [FA4, CUDNN], ids=lambda backend: backend.name)
 ROOT = Path(__file__).parents[2]
 PINNED = wheels.FLASH_ATTENTION | wheels.CUDNN_FRONTEND
+NO_CUDNN = wheels.missing_wheels(tuple(wheels.CUDNN_FRONTEND.items()))
 PLAIN = AttentionRequest(torch.device("cuda"), torch.bfloat16, 8, 2, 128, 128)
 
 
@@ -157,6 +158,30 @@ def test_grouped_heads_of_latent_attention_have_no_backward_pass_on_hopper_by_cu
     refused = CUDNN.supports_on(90, asked((192, 128), (8, 2), direction="backward"))
     assert not refused
     assert "'blackwell'" in refused.reason
+
+
+def test_backward_passes_of_unequal_head_dims_on_hopper_by_cudnn():
+    for dims, heads in (((72, 40), (8, 2)), ((64, 128), (8, 8)), ((56, 104), (8, 8))):
+        assert CUDNN.supports_on(90, asked(dims, heads))
+        assert CUDNN.supports_on(100, asked(dims, heads, direction="backward"))
+        refused = CUDNN.supports_on(90, asked(dims, heads, direction="backward"))
+        assert not refused
+        assert str(dims) in refused.reason
+        assert "'flex'" in refused.reason
+    assert CUDNN.supports_on(90, asked((72, 40), (8, 8), direction="backward"))
+    assert CUDNN.supports_on(90, asked((72, 72), (8, 2), direction="backward"))
+
+
+@pytest.mark.skipif(bool(NO_CUDNN), reason=NO_CUDNN)
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (6, 2), (8, 1)], ids=str)
+def test_head_dims_on_hopper_are_those_that_cudnn_itself_says(heads):
+    from cudnn.flex_attention.kernels.sm90.bwd.backward_config import sm90_native_bwd_can_implement
+    from cudnn.flex_attention.kernels.sm90.fwd.forward_config import sm90_native_fwd_can_implement
+
+    for dims in (*product(range(8, 129, 8), repeat=2), (192, 128), (256, 256)):
+        assert bool(CUDNN.supports_on(90, asked(dims, heads))) == sm90_native_fwd_can_implement(*dims), dims
+        served = CUDNN.supports_on(90, asked(dims, heads, direction="backward"))
+        assert bool(served) == sm90_native_bwd_can_implement(*dims, *heads), dims
 
 
 @pytest.mark.parametrize("arch", [90, 100, 103])
