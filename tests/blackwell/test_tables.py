@@ -13,6 +13,7 @@ from magi_attention.common.slices import SliceTable, expand_counts
 from magi_attention.kernels.tiles import IndexLists, classify_tiles
 from magi_attention.testing.masks import MASK_FAMILIES, random_masks, rectangular_masks
 from magi_attention.testing.oracle import dense_mask
+from magi_kernels_blackwell.cudnn_flex import tables as cudnn_tables
 from magi_kernels_blackwell.cudnn_flex.tables import row_functions
 from magi_kernels_blackwell.fa4.tables import (
     RunTables,
@@ -175,7 +176,7 @@ def test_lines_of_the_last_tile_beyond_the_tensor_have_no_intervals():
 @given(rectangular_masks(100))
 def test_row_functions_are_the_mask_with_ascending_ends(mask):
     (num_q, num_k), slices = mask
-    functions = row_functions(intervals_of_queries(slices, num_q))
+    functions = row_functions(intervals_of_queries(slices, num_q), CPU).numpy()
     assert functions.dtype == np.int32
     assert functions.shape[::2] == (1, num_q)
     assert functions.shape[1] % 2 == 1
@@ -186,6 +187,16 @@ def test_row_functions_are_the_mask_with_ascending_ends(mask):
     for start, stop in zip(ends[1::2], ends[2::2], strict=True):
         seen |= (key >= start[:, None]) & (key < stop[:, None])
     assert np.array_equal(seen, dense_mask(slices, num_q, num_k).numpy())
+
+
+def test_row_functions_are_padded_to_the_row_of_most_intervals_up_to_a_size(monkeypatch):
+    slices = SliceTable([[0, 1, 2 * k, 2 * k + 1, 0] for k in range(4)] + [[1, 3, 1, 4, 0]])
+    intervals = intervals_of_queries(slices, 4)
+    functions = row_functions(intervals, CPU)
+    assert functions[0].T.tolist() == [[1, 2, 3, 4, 5, 6, 7], [0, 1, 4, 4, 4, 4, 4], [0, 1, 4, 4, 4, 4, 4], [0] * 7]
+    monkeypatch.setattr(cudnn_tables, "MOST_ENDS", 27)
+    with pytest.raises(ValueError, match=r"4 key intervals of the query that has the most.* 'blackwell'"):
+        row_functions(intervals, CPU)
 
 
 def dense_packed(packed: PackedMask, num_q: int, num_k: int) -> torch.Tensor:
