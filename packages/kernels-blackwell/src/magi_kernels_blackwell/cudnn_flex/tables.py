@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mask as the row functions that cudnn.flex_attention reads."""
+"""A mask as the row functions that cudnn.flex_attention reads.
+
+Tensors are not indexed by brackets here: these ask for the device, which is not there where kernels are only compiled.
+"""
 
 import numpy as np
 import torch
@@ -36,12 +39,13 @@ def row_functions(intervals: RowIntervals, device: torch.device) -> Tensor:
     first[has_first] = intervals.stops[intervals.offsets[:-1][has_first]]
     last[some] = intervals.stops[intervals.offsets[1:][some] - 1]
     functions = upload(last, device).repeat(num_functions, 1)
-    functions[0] = upload(first, device)
     later = place > 0
-    at_row, at_place = (upload(each[later], device).long() for each in (row, place))
-    functions[2 * at_place - 1, at_row] = upload(intervals.starts[later], device)
-    functions[2 * at_place, at_row] = upload(intervals.stops[later], device)
-    return functions[None]
+    row, place = row[later], place[later]
+    at_function = np.concatenate([np.zeros(num_q, np.int64), 2 * place - 1, 2 * place])
+    at_row = np.concatenate([np.arange(num_q), row, row])
+    ends = np.concatenate([first, intervals.starts[later], intervals.stops[later]])
+    functions.index_put_(tuple(upload(each, device).long() for each in (at_function, at_row)), upload(ends, device))
+    return functions.unsqueeze(0)
 
 
 def _check_size(num_functions: int, num_q: int, most: int) -> None:

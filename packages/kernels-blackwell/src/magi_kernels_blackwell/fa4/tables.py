@@ -4,6 +4,8 @@
 Tiles come as two padded lists per row of tiles, ascending: full tiles, of which the kernels mask only what lies beyond
 the tensors' ends, and partial ones, which they mask by the intervals of each line. The forward pass walks keys for each
 block of queries, the backward pass queries for each block of keys. The host finds runs of tiles; the device lists them.
+
+Tensors are not indexed by brackets here: these ask for the device, which is not there where kernels are only compiled.
 """
 
 from dataclasses import dataclass
@@ -226,7 +228,7 @@ def _padded_lists(tiles: TileRuns, most: int, device: torch.device) -> _Lists:
     lists = []
     for runs in (tiles.partial, tiles.full):
         width = max(int(runs.sizes.max(initial=0)), min(most, 2))
-        lists += [table[None, None] for table in padded_lists(runs, device, width=width)]
+        lists += [table.view(1, 1, *table.shape) for table in padded_lists(runs, device, width=width)]
     return _Lists(*lists)
 
 
@@ -243,12 +245,12 @@ def _ranks(by_query: TileRuns, by_key: _Lists) -> tuple[Tensor, Tensor]:
     device = by_key.partial_tiles.device
     place = torch.from_numpy(np.append(-1, row * num_rows + start)).to(device)
     shift = upload(np.append(0, rank_of_first - start), device)
-    block = torch.arange(num_rows, dtype=torch.int32, device=device)[:, None]
+    block = torch.arange(num_rows, dtype=torch.int32, device=device).unsqueeze(1)
 
     def ranks(counts: Tensor, tiles: Tensor) -> Tensor:
         run = torch.searchsorted(place, tiles.long() * num_rows + block, right=True) - 1
-        padding = torch.arange(tiles.shape[3], device=device) >= counts[..., None]
-        return (shift[run] + block).masked_fill_(padding, 0)
+        padding = torch.arange(tiles.shape[3], device=device) >= counts.unsqueeze(3)
+        return (shift.take(run) + block).masked_fill_(padding, 0)
 
     return ranks(by_key.partial_counts, by_key.partial_tiles), ranks(by_key.full_counts, by_key.full_tiles)
 
@@ -261,7 +263,7 @@ def _line_tables(
         intervals = upload_intervals(intervals_of_queries(slices, num_q), device)
     else:
         intervals = interval_table(band.transpose(slices.bands()), num_k, device)
-    offsets = torch.cat([intervals.offsets, intervals.offsets[-1:].expand(LINE_PADDING)])
+    offsets = torch.cat([intervals.offsets, intervals.offsets.narrow(0, -1, 1).expand(LINE_PADDING)])
     return offsets, _pairs(intervals)
 
 

@@ -82,7 +82,7 @@ def padded_lists(
     counts = upload(sizes, device)
     shifts = _repeat(upload(shift, device), upload(length, device), len(sizes) * width).view(len(sizes), width)
     column = torch.arange(width, dtype=torch.int32, device=device)
-    return DeviceLists(counts, shifts.add_(column).masked_fill_(column >= counts[:, None], 0))
+    return DeviceLists(counts, shifts.add_(column).masked_fill_(column >= counts.unsqueeze(1), 0))
 
 
 def compressed_lists(runs: RowIntervals, device: torch.device) -> CompressedLists:
