@@ -9,14 +9,14 @@ import torch
 from typer.testing import CliRunner
 
 from magi_attention.cli.doctor import command
-from magi_attention.cli.doctor.backends import capabilities, check_backends, choices
+from magi_attention.cli.doctor.backends import allowed_error, capabilities, check_backends, choices
 from magi_attention.cli.doctor.communication import check_communication, communication_facts, peer_access
 from magi_attention.cli.doctor.machine import machine_facts, package_versions
 from magi_attention.cli.doctor.settings import check_planner, check_variables, variables_set
 from magi_attention.cli.main import app
 from magi_attention.kernels import registry
 from magi_attention.kernels.mask_class import MASK_CLASSES
-from magi_attention.kernels.protocol import AttentionResult
+from magi_attention.kernels.protocol import AttentionRequest, AttentionResult
 from magi_attention.kernels.reference import BACKEND as REFERENCE
 from magi_attention.kernels.reference import ReferenceBackend
 from magi_attention.kernels.registry import UnloadableBackend
@@ -100,6 +100,15 @@ def test_backends_are_held_against_the_oracle(install):
     assert "libx.so" in checks["broken"].detail
     assert "largest error of out" in checks["wrong forward"].detail
     assert "nan" in checks["wrong backward"].detail
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "factor"),
+    [("cuda", "bfloat16", 2), ("cuda", "float16", 2), ("cuda", "float32", 4), ("cpu", "float32", 2)],
+)
+def test_more_than_twice_plain_pytorchs_error_is_for_float32_on_gpus(device, dtype, factor):
+    request = AttentionRequest(torch.device(device), getattr(torch, dtype), 4, 2, 64, 64)
+    assert allowed_error(request) == factor
 
 
 def test_planner_and_communication_are_well():
