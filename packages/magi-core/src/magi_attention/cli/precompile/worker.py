@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing import get_context
 from typing import Literal
+from unittest import mock
 
 from magi_attention.kernels.protocol import KernelSelection, PrecompileCase, Precompiles
 from magi_attention.kernels.registry import installed_backends
@@ -78,21 +79,12 @@ def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
                 yield _outcome_of(future, running[future])
 
 
-@contextmanager
-def _quiet_children() -> Iterator[None]:
+def _quiet_children() -> AbstractContextManager[object]:
     """Let PyTorch's C++ code in processes that start inside log errors only, unless the user set what it logs.
 
     Kernels are compiled with tensors that have no memory. When asked where it lies, that code warns of a bug.
     """
-    variable = "TORCH_CPP_LOG_LEVEL"
-    if variable in os.environ:
-        yield
-        return
-    os.environ[variable] = "ERROR"
-    try:
-        yield
-    finally:
-        del os.environ[variable]
+    return mock.patch.dict(os.environ, {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ})
 
 
 def compile_one(task: Task) -> Outcome:
