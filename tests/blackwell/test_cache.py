@@ -15,17 +15,18 @@ VARIABLE = "MAGI_ATTENTION_FFA_FA4_CACHE_DIR"
 
 
 @pytest.fixture(autouse=True)
-def forget():
+def forget(monkeypatch):
+    monkeypatch.setattr(cache, "_folders", {})
     yield
     cache._warn_of.cache_clear()
     cache._linked.cache_clear()
 
 
-def folder_inside(folder: str = "project/sm_90") -> Path:
+def folder_inside(folder: str = "project/sm_90", prefix: str = "PROJECT") -> Path:
     """What the project reads while it is imported."""
-    with cache.kept_in(folder, "PROJECT"):
-        assert os.environ[ENABLED] == "1"
-        return Path(os.environ[DIRECTORY])
+    with cache.kept_in(folder, prefix):
+        assert os.environ[f"{prefix}_CUTE_DSL_CACHE_ENABLED"] == "1"
+        return Path(os.environ[f"{prefix}_CUTE_DSL_CACHE_DIR"])
 
 
 def test_folder_by_environment_variables(monkeypatch, tmp_path):
@@ -59,10 +60,21 @@ def test_a_users_own_setting_stays(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_process_has_one_folder_for_each_project(monkeypatch, tmp_path):
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    assert folder_inside() == folder_inside()
+    assert folder_inside("other/sm_100", "OTHER") == tmp_path / "other/sm_100"
+    with pytest.raises(RuntimeError, match="has loaded project/sm_90, and cannot load project/sm_100"):
+        folder_inside("project/sm_100")
+    monkeypatch.setenv(ENABLED, "0")
+    with pytest.raises(RuntimeError, match="need a process each"), cache.kept_in("project/sm_103", "PROJECT"):
+        pass
+
+
 def test_a_folder_that_cannot_be_made_is_told_once(monkeypatch, caplog):
     monkeypatch.setenv(VARIABLE, "/proc/nothere")
     with caplog.at_level(logging.WARNING):
-        first, second = folder_inside(), folder_inside("other/sm_90")
+        first, second = folder_inside(), folder_inside("other/sm_90", "OTHER")
     for folder in (first, second):
         (folder / "kernel.o").write_text("of this process")
     assert first != second

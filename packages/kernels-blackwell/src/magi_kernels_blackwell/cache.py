@@ -17,6 +17,7 @@ from magi_attention.env.build import kernel_cache_dir
 from magi_attention.utils.folders import why_unwritable
 
 logger = logging.getLogger(__name__)
+_folders: dict[str, str] = {}
 
 
 @contextmanager
@@ -30,7 +31,15 @@ def kept_in(folder: str, variable_prefix: str) -> Iterator[None]:
         folder: a folder below :func:`magi_attention.env.build.kernel_cache_dir`. Kernels of different architectures
             need different ones: neither project tells all of them apart.
         variable_prefix: what the project's own environment variables begin with.
+
+    Raises:
+        RuntimeError: If this process keeps the project's kernels in another folder already.
     """
+    if (first := _folders.setdefault(variable_prefix, folder)) != folder:
+        raise RuntimeError(
+            f"this process has loaded {first}, and cannot load {folder} as well: GPUs of different architectures, or on"
+            " Blackwell of different numbers of multiprocessors, need a process each"
+        )
     enabled, directory = f"{variable_prefix}_CUTE_DSL_CACHE_ENABLED", f"{variable_prefix}_CUTE_DSL_CACHE_DIR"
     if enabled in os.environ:
         yield
