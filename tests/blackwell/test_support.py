@@ -22,6 +22,8 @@ from magi_attention.kernels.protocol import (
 from magi_attention.kernels.registry import choose_backend, installed_backends
 from magi_kernels_blackwell import CUDNN_FLEX_BACKEND, FLASH_ATTENTION_4_BACKEND, support, wheels
 from magi_kernels_blackwell.cases import NATIVE_MASKS, SHORT_LENGTH, call_of, request_of
+from magi_kernels_blackwell.compiling import multiprocessors_of
+from magi_kernels_blackwell.fa4.library import folder_of
 from magi_kernels_blackwell.masks import packed_mask
 
 FA4, CUDNN = FLASH_ATTENTION_4_BACKEND, CUDNN_FLEX_BACKEND
@@ -243,6 +245,16 @@ def test_cases_to_compile_are_what_is_supported(backend):
     forward = backend.precompile_cases(KernelSelection("sm_100", (torch.float16,), ((8, 8),), dims, ("forward",)))
     assert {case.direction for case in forward} == {"forward"}
     assert not any("deterministic" in case.variant for case in forward)
+
+
+def test_cases_are_of_the_multiprocessors_that_were_asked_for():
+    for number, expected in ((None, 148), (152, 152)):
+        asked_for = KernelSelection("sm_100", (torch.bfloat16,), ((8, 8),), ((64, 64),), multiprocessors=number)
+        (count,) = {case.multiprocessors for case in FA4.precompile_cases(asked_for)}
+        assert count == number
+        assert multiprocessors_of(100, count) == expected
+    assert folder_of(100, 148) != folder_of(100, 152)
+    assert folder_of(90, 114) == folder_of(90, 132)
 
 
 def test_cases_launch_the_kernels_that_they_name():

@@ -93,6 +93,11 @@ def test_selections():
     assert read[0] == KernelSelection(
         "sm_90", (torch.bfloat16, torch.float16), ((8, 8), (8, 2)), ((64, 64), (192, 128)), ("backward",)
     )
+    assert [each.multiprocessors for each in (*read, *read_selections(["sm_100"], [], [], [], "both", 152))] == [
+        None,
+        None,
+        152,
+    ]
     assert read_selections(["sm_90"], [], [], [], "both") == [
         KernelSelection(
             "sm_90", (torch.bfloat16,), ((32, 32), (32, 8)), ((64, 64), (128, 128)), ("forward", "backward")
