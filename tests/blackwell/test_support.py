@@ -20,6 +20,7 @@ from magi_attention.kernels.protocol import (
     Precompiles,
 )
 from magi_attention.kernels.registry import choose_backend, installed_backends
+from magi_attention.testing.stages import random_inputs
 from magi_kernels_blackwell import CUDNN_FLEX_BACKEND, FLASH_ATTENTION_4_BACKEND, support, wheels
 from magi_kernels_blackwell.cases import NATIVE_MASKS, SHORT_LENGTH, call_of, request_of
 from magi_kernels_blackwell.compiling import multiprocessors_of
@@ -184,6 +185,15 @@ def test_head_dims_on_hopper_are_those_that_cudnn_itself_says(heads):
         assert bool(CUDNN.supports_on(90, asked(dims, heads))) == sm90_native_fwd_can_implement(*dims), dims
         served = CUDNN.supports_on(90, asked(dims, heads, direction="backward"))
         assert bool(served) == sm90_native_bwd_can_implement(*dims, *heads), dims
+
+
+def test_gradients_of_lse_for_256_dims_on_blackwell_are_refused(machine):
+    machine(100)
+    call = AttentionCall(SliceTable([[0, 4, 0, 4, 0]]), 1.0)
+    x = random_inputs(4, 4, heads=(2, 2), dims=(256, 256), dtype=torch.bfloat16)
+    lse = torch.zeros(4, 2)
+    with pytest.raises(RuntimeError, match=r"which qo_comm always asks for.*kernel_backend_backward='flex'"):
+        CUDNN.backward(x.dout, x.q, x.k, x.v, x.v, lse, lse, call)
 
 
 @pytest.mark.parametrize("arch", [90, 100, 103])

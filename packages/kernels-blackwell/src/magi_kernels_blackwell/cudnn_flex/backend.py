@@ -71,7 +71,9 @@ class CudnnFlexBackend(WheelBackend):
         """
         if dlse is not None and q.shape[2] == 256 and capability_of(q.device) != HOPPER:
             raise RuntimeError(
-                "cudnn.flex_attention cannot differentiate lse for 256 dims on Blackwell; use the backend 'flex'"
+                "cudnn.flex_attention cannot differentiate lse for 256 dims on Blackwell, which qo_comm "
+                "always asks for; choose another backward pass by RuntimeConfig(kernel_backend_backward='flex') or "
+                "MAGI_ATTENTION_KERNEL_BACKEND_BACKWARD=flex"
             )
         return super().backward_into(target, dout, q, k, v, out, lse, dlse, call)
 
