@@ -13,7 +13,7 @@ from magi_attention.kernels.device_tiles import upload
 from magi_attention.kernels.tiles import RowIntervals
 
 MOST_ENDS = 2**31 - 1
-"""How many ends a mask may have, padding included: kernels count them in 32 bits, and they take 8 GiB."""
+"""How many ends a mask may have, padding included: as many as 32 bits count; they take 8 GiB."""
 
 
 def row_functions(intervals: RowIntervals, device: torch.device) -> Tensor:
