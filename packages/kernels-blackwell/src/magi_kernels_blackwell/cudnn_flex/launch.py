@@ -51,8 +51,7 @@ class MaskPlans:
     def get(self, library: Library, slices: SliceTable, batch: list[Tensor], *, backward: bool) -> Any:
         """Return the plan for ``batch``: q, k, v as ``[1, t, h, d]``. A plan with the backward pass serves both."""
         if self._plan is None or backward > self._plan.metadata.has_backward:
-            table = row_functions(intervals_of_queries(slices, batch[0].shape[1]))
-            functions = torch.from_numpy(table).to(batch[0].device)
+            functions = row_functions(intervals_of_queries(slices, batch[0].shape[1]), batch[0].device)
             self._plan = library.create_mask_plan(functions, *batch, build_backward=backward)
             settle(functions.device)
         return self._plan

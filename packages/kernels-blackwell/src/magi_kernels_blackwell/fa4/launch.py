@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from magi_attention.kernels.device_tiles import upload
 from magi_attention.kernels.protocol import AttentionCall
 from magi_attention.kernels.table_streams import settle
 from magi_kernels_blackwell.fa4.grouped import gradients_like, launch_grouped_backward
@@ -20,7 +21,6 @@ from magi_kernels_blackwell.fa4.tables import (
     backward_tiling,
     forward_tables,
     forward_tiling,
-    to_device,
 )
 from magi_kernels_blackwell.masks import PackedMask, packed_mask
 from magi_kernels_blackwell.prepared import (
@@ -97,7 +97,7 @@ def _prepare_forward(
             "pack_gqa": False,
             "mask_mod": library.masks.by_intervals if arch == HOPPER else library.masks.keys_by_intervals,
             "aux_tensors": [tables.offsets, tables.bounds],
-            "block_sparse_tensors": _sparse(library, tables, (tiling.block_q, tiling.block_k), ranks=False),
+            "block_sparse_tensors": _sparse(library, tables, (tiling.block_q, tiling.block_k)),
         }
     with watched(library.forward) as (launches,), library.masks.bound():
         library.forward(q, k, v, **options)
@@ -204,13 +204,11 @@ def _prepare_backward(
         options |= _window(packed) | _documents(packed, q.device)
     else:
         tiling = backward_tiling(q.shape[-1])
-        tables = backward_tables(call.slices, q.shape[1], k.shape[1], tiling, q.device)
+        tables = backward_tables(call.slices, q.shape[1], k.shape[1], tiling, q.device, ranks=call.deterministic)
         options |= {
             "mask_mod": library.masks.by_intervals,
             "aux_tensors": [tables.offsets, tables.bounds],
-            "block_sparse_tensors": _sparse(
-                library, tables, (tiling.block_q, tiling.block_k), ranks=call.deterministic
-            ),
+            "block_sparse_tensors": _sparse(library, tables, (tiling.block_q, tiling.block_k)),
         }
     with watched(*library.backward_parts) as (before, main, after), library.masks.bound():
         library.backward(q, k, v, out, dout, lse, **options)
@@ -239,18 +237,18 @@ def _documents(packed: PackedMask, device: torch.device) -> dict[str, Any]:
     if packed.num_documents == 1:
         return {}
     ends = {"q": packed.q_offsets, "k": packed.k_offsets}
-    offsets = {f"cu_seqlens_{name}": to_device(table, device) for name, table in ends.items()}
+    offsets = {f"cu_seqlens_{name}": upload(table, device) for name, table in ends.items()}
     return offsets | {f"max_seqlen_{name}": int((table[1:] - table[:-1]).max()) for name, table in ends.items()}
 
 
-def _sparse(library: Library, tables: SparseTables, block_size: tuple[int, int], *, ranks: bool) -> Any:
+def _sparse(library: Library, tables: SparseTables, block_size: tuple[int, int]) -> Any:
     return library.sparse_tensors(
         tables.partial_counts,
         tables.partial_tiles,
         tables.full_counts,
         tables.full_tiles,
         block_size=block_size,
-        dq_write_order=tables.partial_ranks if ranks else None,
-        dq_write_order_full=tables.full_ranks if ranks else None,
-        spt=False if ranks else None,
+        dq_write_order=tables.partial_ranks,
+        dq_write_order_full=tables.full_ranks,
+        spt=None if tables.partial_ranks is None else False,
     )

@@ -257,12 +257,18 @@ def precompile(
     ] = None,
     direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "both",
     backend: Annotated[list[str] | None, typer.Option(help="A backend's name; by default all that can.")] = None,
+    multiprocessors: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of the GPUs, where kernels depend on it; by default as the GPU here, or a common model, has."
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Compilers at a time.")] = 4,
 ) -> None:
     """Compile kernels into the backends' caches on disk, also for another GPU and on a machine without one.
 
-    Options but --direction and --jobs can be given several times; all combinations are compiled. What the cache has is
-    left alone. The environment variable MAGI_ATTENTION_FFA_FA4_CACHE_DIR names the cache's folder.
+    Options but --direction, --multiprocessors and --jobs can be given several times; all combinations are compiled.
+    What the cache has is left alone. MAGI_ATTENTION_FFA_FA4_CACHE_DIR names the cache's folder.
     """
     from rich.console import Console
 
@@ -271,7 +277,7 @@ def precompile(
     from magi_attention.cli.precompile.worker import find_tasks
 
     try:
-        selections = read_selections(arch or [], dtype or [], heads or [], head_dim or [], direction)
+        selections = read_selections(arch or [], dtype or [], heads or [], head_dim or [], direction, multiprocessors)
         tasks = find_tasks(selections, backend or [])
         if not tasks:
             raise ValueError("no backend supports any of these combinations; there is nothing to compile")

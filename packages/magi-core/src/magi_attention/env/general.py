@@ -141,7 +141,7 @@ def cuda_device_max_connections(text: str) -> int:
 
 @variable("MAGI_ATTENTION_CACHE_DIR", "~/.cache/magi_attention")
 def cache_dir(text: str) -> Path:
-    """The folder of what is measured once and kept: rates of machines, and the calibration of native collectives."""
+    """The folder of what is kept: machines' measured rates, native collectives' calibration, compiled kernels."""
     return Path(text).expanduser()
 
 

@@ -289,6 +289,7 @@ class KernelSelection:
         heads: pairs of query heads and key/value heads.
         head_dims: pairs of the head dims of queries and keys, and of values.
         directions: which passes.
+        multiprocessors: of the GPUs, where kernels depend on it; None for as many as the GPU here has, or common ones.
     """
 
     arch: str
@@ -296,6 +297,7 @@ class KernelSelection:
     heads: tuple[tuple[int, int], ...]
     head_dims: tuple[tuple[int, int], ...]
     directions: tuple[Direction, ...] = ("forward", "backward")
+    multiprocessors: int | None = None
 
 
 @dataclass(frozen=True)
@@ -303,6 +305,7 @@ class PrecompileCase:
     """One kernel to compile: a combination of a :class:`KernelSelection`.
 
     ``variant`` names what else a backend compiles apart, such as ``"softcap"``; empty for the plain kernel.
+    ``multiprocessors`` is the selection's.
     """
 
     arch: str
@@ -313,6 +316,7 @@ class PrecompileCase:
     head_dim_v: int
     direction: Direction
     variant: str = ""
+    multiprocessors: int | None = None
 
     def __str__(self) -> str:
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
