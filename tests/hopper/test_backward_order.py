@@ -77,7 +77,7 @@ def test_windows_drift(name, moves):
 def test_documents_stay_together_the_longest_first():
     tables = column_tables(workloads.make("varlen_causal", 32768).bands(), 32768, 32768, 32, 128)
     ends = workloads.document_ends(32768)
-    order = clusters(tables).order
+    order = clusters(tables)
     document = np.searchsorted(ends, order * 128 + 127, side="right") - 1  # of a tile's last key
     changes = np.count_nonzero(np.diff(document))
     assert changes < 2 * len(ends)

@@ -33,10 +33,7 @@ Tiles of keys of a causal document have lists of unlike length. Were their items
 soon be at unlike packs, and share nothing in the L2 cache any more.
 """
 
-LAST_HEADS = 2
-"""Key heads that are taken together at the end, cluster by cluster, so that what comes last are short items."""
-
-SMALL, SORTED = 0.1, 0.05
+SMALL, SORTED = 0.1, 0.1
 """Shares of the work, at the end: of what is cut to single packs, and of what is done by length, the longest first.
 
 What is done by length shares little in the cache. NOTES.md has what other shares do.
@@ -55,20 +52,8 @@ def drifts(tables: ColumnTables) -> bool:
     return bool(2 * steps[1:][moved].sum() > steps[1:][both].sum())
 
 
-class Clusters(NamedTuple):
-    """Tiles of keys in an order in which those are side by side that share most of their tiles of queries.
-
-    Attributes:
-        order: tiles of keys, the clusters with the longest lists first.
-        number: of each of these, in that order, which cluster it belongs to, from 0 up.
-    """
-
-    order: Indices
-    number: Indices
-
-
-def clusters(tables: ColumnTables) -> Clusters:
-    """Find the clusters of tiles of keys."""
+def clusters(tables: ColumnTables) -> Indices:
+    """Order tiles of keys: side by side those that share most of their tiles of queries, the longest lists first."""
     steps, last = tables.tiles[:, 2], _last_tiles(tables)
     first = np.where(steps > 0, last - steps + 1, 0)  # as if lists had no gaps
     shared = np.minimum(last[1:], last[:-1]) - np.maximum(first[1:], first[:-1]) + 1
@@ -82,7 +67,7 @@ def clusters(tables: ColumnTables) -> Clusters:
     backward = steps[order[ends - 1]] > steps[order[starts]]
     place = np.arange(len(order))
     run = np.searchsorted(starts, place, side="right") - 1
-    return Clusters(order[np.where(backward[run], starts[run] + ends[run] - 1 - place, place)], run)
+    return order[np.where(backward[run], starts[run] + ends[run] - 1 - place, place)]
 
 
 class WorkSizes(NamedTuple):
@@ -135,42 +120,36 @@ def order_work(bands: Bands, num_q: int, num_k: int, sizes: WorkSizes, *, ordere
     tables = column_tables(bands, num_q, num_k, sizes.tile_m // pack, sizes.tile_k)
     if pack > 1 and drifts(tables):
         pack, tables = 1, column_tables(bands, num_q, num_k, sizes.tile_m, sizes.tile_k)
-    packs, found = sizes.group // pack, clusters(tables)
+    packs, order = sizes.group // pack, clusters(tables)
     steps = tables.tiles[:, 2]
     if sizes.tile_k != SPLIT_TILE or not steps.any():
-        items = _items(found, np.ones_like(steps), packs, sizes.num_kv_heads)
+        items = _items(order, np.ones_like(steps), packs, sizes.num_kv_heads)
     elif ordered:
         # A tile that is done with a pack sooner than those before it would wait for them at the next pack.
         same = steps.min() == steps.max()
-        items = _items(found, np.full_like(steps, 1 if same else packs), packs, sizes.num_kv_heads)
+        items = _items(order, np.full_like(steps, 1 if same else packs), packs, sizes.num_kv_heads)
     else:
-        items = _balanced_items(found, steps, packs, sizes)
-    return Work(pack, bool((items[:, 3] < packs).any()), tables, items, found.order)
+        items = _balanced_items(order, steps, packs, sizes)
+    return Work(pack, bool((items[:, 3] < packs).any()), tables, items, order)
 
 
-def _balanced_items(found: Clusters, steps: Indices, packs: int, sizes: WorkSizes) -> Indices:
+def _balanced_items(order: Indices, steps: Indices, packs: int, sizes: WorkSizes) -> Indices:
     """Items of whole heads where they are not too long, and small ones at the end."""
     longest = min(LONGEST * steps.sum() * packs * sizes.num_kv_heads / sizes.blocks, MOST_STEPS)
     divisors = np.array([each for each in range(1, packs + 1) if packs % each == 0])
     enough = np.searchsorted(divisors, steps * packs / longest)
-    parts = divisors[np.minimum(enough, len(divisors) - 1)]
-    first = max(sizes.num_kv_heads - LAST_HEADS, 0)
-    items = _items(found, parts, packs, sizes.num_kv_heads, first)
+    items = _items(order, divisors[np.minimum(enough, len(divisors) - 1)], packs, sizes.num_kv_heads)
     return _by_length(_with_small_end(items, steps, packs), steps)
 
 
-def _items(found: Clusters, parts: Indices, packs: int, num_heads: int, first_of_last: int | None = None) -> Indices:
-    """Head by head, in each cluster by cluster, in each the first parts of all tiles, then the second ones.
-
-    Heads from ``first_of_last`` on are taken together: cluster by cluster, in each head by head.
-    """
-    place, part = expand_counts(parts[found.order])
-    head = np.repeat(np.arange(num_heads), len(place))
-    place, part = np.tile(place, num_heads), np.tile(part, num_heads)
-    together = head if first_of_last is None else np.minimum(head, first_of_last)
-    order = np.lexsort((place, part, head, found.number[place], together))
-    tile, size = found.order[place], packs // parts[found.order[place]]
-    return np.column_stack([tile, head, part * size, size])[order]
+def _items(order: Indices, parts: Indices, packs: int, num_heads: int) -> Indices:
+    """Head by head the first parts of all tiles of keys, in order, then the second ones of those that have more."""
+    place, part = expand_counts(parts[order])
+    by_part = np.argsort(part, kind="stable")
+    tile, part = order[place[by_part]], part[by_part]
+    size = packs // parts[tile]
+    head = np.repeat(np.arange(num_heads), len(tile))
+    return np.column_stack([np.tile(tile, num_heads), head, np.tile(part * size, num_heads), np.tile(size, num_heads)])
 
 
 def _at_end(items: Indices, steps: Indices, share: float) -> NDArray[np.bool_]:
