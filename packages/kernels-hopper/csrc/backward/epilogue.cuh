@@ -66,7 +66,7 @@ __device__ __forceinline__ bool exchange_with_items(Params const& p, Item const&
         if (thread == 0) {
             while (ptx::load_acquire(p.items_done + place) < item.number()) continue;
         }
-        ptx::barrier_sync(kFirstTurn + group, 128);
+        ptx::barrier_sync(kOwnBarrier + group, 128);
 #pragma unroll
         for (int i = 0; i < Count; i += 4) {
             float4 const a = partial[i * 32], b = partial[(Count + i) * 32];
@@ -80,7 +80,7 @@ __device__ __forceinline__ bool exchange_with_items(Params const& p, Item const&
         partial[i * 32] = make_float4(dk[i], dk[i + 1], dk[i + 2], dk[i + 3]);
         partial[(Count + i) * 32] = make_float4(dv[i], dv[i + 1], dv[i + 2], dv[i + 3]);
     }
-    ptx::barrier_sync(kFirstTurn + group, 128);
+    ptx::barrier_sync(kOwnBarrier + group, 128);
     if (thread == 0) ptx::store_release(p.items_done + place, item.number() + 1);
     return false;
 }

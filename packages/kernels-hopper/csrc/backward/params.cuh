@@ -17,8 +17,7 @@ enum OutMode : int { kElements, kFloats, kAddFloats };
 //
 // tiles:  for each tile of keys (first run, number of runs, number of tiles of queries, first of its ranks).
 // runs:   (first tile of queries, end, first piece, number of pieces or -1): of a full run, which has -1 pieces, all
-//         pairs count. The first piece has bit 31 set if no tile of keys that comes earlier in `items` meets these tiles of
-//         queries: then the sums of their gradients are written, and not added to.
+//         pairs count.
 // pieces: pairs of (q0, q1, d0, d1), (k0, k1, 0, 0): key j is seen by query i if k0 <= j < k1, q0 <= i < q1,
 //         d0 <= i - j <= d1.
 // items:  in the order of work (tile of keys, key head, first of its packs, number of packs). Where the packs of one tile
@@ -49,7 +48,8 @@ struct Params {
     int out_mode;               // of dk and dv, an OutMode
     int const* adders;
     void* dq;                   // [num_q, heads, head_dim]
-    int* added;                 // [packs][tiles of queries][parts]: how many tiles of keys have added; 0 before the launch
+    int* added;                 // [packs][tiles of queries][parts]: how many tiles of keys have added, 0 before the launch;
+                                // or kClaimed
     int* complete;              // [packs * tiles of queries * parts]: 1 + parts to which all have added, in that order, or 0
     int num_q, num_packs;       // packs of all key heads
     float dq_scale;

@@ -21,14 +21,15 @@ struct QueryRow {
     }
 };
 
-// Block tile + num_tiles_q * pack: the terms of the tile's rows, and what the backward kernel finds zero.
+// Block pack + packs * tile: the terms of the tile's rows, and what the backward kernel finds zero. Blocks that run at the
+// same time read all heads of the same tokens, which are neighbors in memory.
 template <typename T>
 __device__ __forceinline__ void prepare(RowParams const& p) {
     using Element = typename T::Element;
     constexpr int kVectors = T::kHeadDimV / 8;                           // of 16 bytes, in a row of outputs
     constexpr int kLanes = kVectors <= 8 ? 8 : kVectors <= 16 ? 16 : 32;  // that share a row
     constexpr int kRowsAtOnce = kRowThreads / kLanes;
-    int const tile = blockIdx.x % p.num_tiles_q, pack = blockIdx.x / p.num_tiles_q;
+    int const num_packs = p.num_heads >> p.log2_pack, tile = blockIdx.x / num_packs, pack = blockIdx.x % num_packs;
     int64_t const number = static_cast<int64_t>(pack) * p.num_tiles_q + tile;
     if (threadIdx.x < T::kDqParts) {
         int64_t const part = number * T::kDqParts + threadIdx.x;

@@ -13,7 +13,8 @@ struct DqPlace {
 
 constexpr int kConsumers = 2;  // warpgroups that compute
 constexpr int kThreads = 128 * (kConsumers + 1);
-constexpr uint32_t kFirstTurn = 1;  // named barriers, one for each consumer; 0 is __syncthreads()
+// The first of two named barriers each, one for each consumer; 0 is __syncthreads().
+constexpr uint32_t kOwnBarrier = 1, kTurnBarrier = kOwnBarrier + kConsumers;
 
 // HeadDim is that of queries and keys, HeadDimV that of values and outputs. The other sizes are chosen by measurement;
 // variants.py has those of each kernel.

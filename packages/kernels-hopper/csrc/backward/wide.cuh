@@ -30,7 +30,7 @@ struct WideConsumer {
         if constexpr (T::kDqShared) {
             hand_over_dq(s, dq, s.ds_target[ds_place.before().stage()], ds_place.before(), group);
         } else {
-            add_dq<T>(p, dq, s.ds_target[ds_place.before().stage()], group, pass);
+            add_dq<T>(p, s, dq, s.ds_target[ds_place.before().stage()], group, pass);
         }
     }
 

@@ -65,7 +65,7 @@ class PreparedBackward:
         tiles_q = -(-num_q // tile_q)
         self.sizes, self.num_tiles = sizes, tiles_q * (num_heads // pack)
         # Halves of tiles of keys, of a head, to whose gradients several items add.
-        self.num_shared = 2 * len(tables.tiles) * num_kv_heads if tables.split > 1 else 0
+        self.num_shared = 2 * len(tables.tiles) * num_kv_heads if tables.split else 0
         self.blocks = min(available, len(tables.items))
         self.streams = StreamsOfTables(tables)
         self.kernels = _kernels(variant, q.device)
