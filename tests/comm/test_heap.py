@@ -85,7 +85,7 @@ def bindings(monkeypatch):
 
 def test_memory_is_freed_once_no_rank_uses_it(bindings):
     def each(rank, handshake):
-        memory = Heap([3, 5], rank, CPU)
+        memory = Heap([3, 5], CPU)
         allocator = HeapAllocator(memory, handshake)
         first = allocator.allocate(64)
         assert first.addresses.tolist() == [1 << 20, 0]
@@ -110,7 +110,7 @@ def test_memory_is_freed_once_no_rank_uses_it(bindings):
 def test_too_little_memory_is_told_on_all_ranks(bindings, monkeypatch):
     def each(rank, handshake):
         bindings().left = 1 << 30 if rank else 10
-        HeapAllocator(Heap([0, 1], rank, CPU), handshake).allocate(64)
+        HeapAllocator(Heap([0, 1], CPU), handshake).allocate(64)
 
     for error in Ranks().run(each):
         assert isinstance(error, CapacityError)
@@ -121,17 +121,18 @@ def test_too_little_memory_is_told_on_all_ranks(bindings, monkeypatch):
 
 
 def start(rank, handshake, ranks=(0, 1)):
-    return heap_of(ranks, rank, CPU, handshake, is_one_host=False)
+    return heap_of(ranks, rank, CPU, handshake, crosses=True)
 
 
 def test_it_starts_once_for_one_group(monkeypatch):
     started = []
 
-    def note(identity, pe, num_pes, device, is_one_host):
-        started.append((identity, pe, num_pes, is_one_host))
+    def note(identity, pe, num_pes, device, crosses):
+        started.append((identity, pe, num_pes, crosses))
         return ""
 
     of_rank = threading.local()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     monkeypatch.setattr(heap, "_unique_id", lambda: b"identity")
     monkeypatch.setattr(heap, "_start", note)
     monkeypatch.setattr(heap, "_heap", None)
@@ -141,7 +142,7 @@ def test_it_starts_once_for_one_group(monkeypatch):
         return of_rank.heap.ranks
 
     assert Ranks().run(each) == [(0, 1)] * 2  # both ranks are this process, so that one heap is the last one's
-    assert sorted(started) == [(b"identity", 0, 2, False), (b"identity", 1, 2, False)]
+    assert sorted(started) == [(b"identity", 0, 2, True), (b"identity", 1, 2, True)]
     for error in Ranks().run(lambda rank, handshake: start(rank, handshake, (0, 2))):
         assert isinstance(error, NotNativeError)
         assert str(error) == "on rank 0 NVSHMEM serves ranks [0, 1] already, and a process can start it once"
@@ -150,6 +151,7 @@ def test_it_starts_once_for_one_group(monkeypatch):
 
 
 def test_a_rank_on_which_it_does_not_start_is_named_on_all(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     monkeypatch.setattr(heap, "_unique_id", lambda: b"identity")
     monkeypatch.setattr(heap, "_start", lambda identity, pe, *of: "no transport" if pe else "")
     monkeypatch.setattr(heap, "_heap", None)
@@ -157,6 +159,9 @@ def test_a_rank_on_which_it_does_not_start_is_named_on_all(monkeypatch):
         assert isinstance(error, NotNativeError)
         assert str(error) == "on rank 1 NVSHMEM did not start: no transport"
     assert heap._heap is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 1 << 40))
+    for error in Ranks().run(start):
+        assert str(error) == "on rank 0 NVSHMEM takes up to 2415919104 bytes to start, and 10 are free"
 
 
 @pytest.mark.parametrize(
@@ -195,11 +200,11 @@ def test_the_users_environment_stands(monkeypatch):
     environment = {name: value for name, value in heap.os.environ.items() if name not in names}
     monkeypatch.setattr(heap.os, "environ", environment)
     environment["NVSHMEM_IB_ENABLE_IBGDA"] = "0"
-    heap._prepare_environment(is_one_host=False)
+    heap._prepare_environment(crosses=True)
     assert environment["NVSHMEM_DISABLE_NVLS"] == "1"
     assert environment["NVSHMEM_IB_ENABLE_IBGDA"] == "0"
     assert "NVSHMEM_REMOTE_TRANSPORT" not in environment
-    heap._prepare_environment(is_one_host=True)
+    heap._prepare_environment(crosses=False)
     assert environment["NVSHMEM_REMOTE_TRANSPORT"] == "none"
 
 

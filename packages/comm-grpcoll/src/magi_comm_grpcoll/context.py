@@ -137,9 +137,9 @@ class GroupContext:
     def _make_allocator(self, uses_heap: bool) -> Allocator:
         if not uses_heap:
             return MappedAllocator(self.device, self.group, self._handshake)
-        ranks, is_one_host = dist.get_process_group_ranks(self.group), self.options.transport != "put"
-        heap = heap_of(ranks, self.rank, self.device, self._handshake, is_one_host)
-        if self.options.transport == "put":
+        ranks, crosses = dist.get_process_group_ranks(self.group), self.options.transport == "put"
+        heap = heap_of(ranks, self.rank, self.device, self._handshake, crosses)
+        if crosses:
             link_everywhere(self._handshake, self.device)
         return HeapAllocator(heap, self._handshake)
 

@@ -22,6 +22,8 @@ INSTALL = 'pip install "magi-comm-grpcoll[nvshmem]"'
 LEAST_VERSION = (3, 4)
 # In which NVSHMEM takes memory from the GPU, unless NVSHMEM_CUMEM_GRANULARITY says otherwise. It keeps what is freed.
 _STEP_BYTES = 1 << 29
+# The most that its start was seen to take.
+_START_BYTES = 9 << 28
 
 
 def reason_against_nvshmem() -> str:
@@ -51,12 +53,11 @@ class Heap:
 
     Args:
         ranks: the group's global ranks; their order gives the numbers of the PEs.
-        pe: this rank's number.
         device: this rank's GPU.
     """
 
-    def __init__(self, ranks: Sequence[int], pe: int, device: torch.device) -> None:
-        self.ranks, self.pe, self.device = tuple(ranks), pe, device
+    def __init__(self, ranks: Sequence[int], device: torch.device) -> None:
+        self.ranks, self.device = tuple(ranks), device
         # What has been given out, in the same order on all ranks, and whether tensors still live in it.
         self._given: list[tuple[int, weakref.ref[_Block]]] = []
 
@@ -147,12 +148,12 @@ class HeapMemory:
 _heap: Heap | None = None
 
 
-def heap_of(ranks: Sequence[int], pe: int, device: torch.device, handshake: Handshake, is_one_host: bool) -> Heap:
+def heap_of(ranks: Sequence[int], pe: int, device: torch.device, handshake: Handshake, crosses: bool) -> Heap:
     """The heap of a group, started by the first call, a collective. See :class:`Heap`.
 
     Args:
         handshake: with the group's ranks.
-        is_one_host: whether all ranks are on one host.
+        crosses: whether its memory is put to ranks on other hosts.
 
     Raises:
         NotNativeError: NVSHMEM does not start, or serves another group already; on every rank.
@@ -161,12 +162,14 @@ def heap_of(ranks: Sequence[int], pe: int, device: torch.device, handshake: Hand
     failure = ""
     if _heap is not None and (_heap.ranks != tuple(ranks) or _heap.device != device):
         failure = f"NVSHMEM serves ranks {[*_heap.ranks]} already, and a process can start it once"
+    elif _heap is None and (left := torch.cuda.mem_get_info(device)[0]) < _START_BYTES:
+        failure = f"NVSHMEM takes up to {_START_BYTES} bytes to start, and {left} are free"
     raise_everywhere(handshake, failure)
     if _heap is None:
         identity, *_ = handshake.exchange(_unique_id() if pe == 0 else b"")
-        failure = _start(identity, pe, len(ranks), device, is_one_host)
+        failure = _start(identity, pe, len(ranks), device, crosses)
         raise_everywhere(handshake, failure and f"NVSHMEM did not start: {failure}")
-        _heap = Heap(ranks, pe, device)
+        _heap = Heap(ranks, device)
     return _heap
 
 
@@ -182,12 +185,12 @@ def link(library: Any) -> None:
     _bindings().culibrary_init(int(library.handle))
 
 
-def _start(unique_id: bytes, pe: int, num_pes: int, device: torch.device, is_one_host: bool) -> str:
+def _start(unique_id: bytes, pe: int, num_pes: int, device: torch.device, crosses: bool) -> str:
     """Start NVSHMEM; returns what went wrong."""
     import nvshmem.core
     from cuda.core import Device
 
-    _prepare_environment(is_one_host)
+    _prepare_environment(crosses)
     torch.cuda.synchronize(device)  # makes the device's context, which NVSHMEM expects
     gpu = Device(device.index)
     gpu.set_current()
@@ -200,13 +203,13 @@ def _start(unique_id: bytes, pe: int, num_pes: int, device: torch.device, is_one
     return ""
 
 
-def _prepare_environment(is_one_host: bool) -> None:
+def _prepare_environment(crosses: bool) -> None:
     """Set what the user has not: no multicast, which nothing here uses, and puts by the GPU itself between hosts."""
     os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
-    if is_one_host:
-        os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
-    else:
+    if crosses:
         os.environ.setdefault("NVSHMEM_IB_ENABLE_IBGDA", "1")
+    else:
+        os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
 
 
 def _unique_id() -> bytes:
