@@ -362,7 +362,7 @@ def emulate(monkeypatch: Any) -> Iterator[None]:
     for module, name, value in (
         (context, "Handshake", Handshake),
         (context, "MappedAllocator", lambda device, group, handshake: Allocator(group, is_mapped=True)),
-        (context, "HeapAllocator", lambda heap, handshake: Allocator(handshake.group, is_mapped=False)),
+        (context, "HeapAllocator", lambda heap, handshake, streams: Allocator(handshake.group, is_mapped=False)),
         (context, "heap_of", lambda *of: None),
         (context.dist, "get_process_group_ranks", lambda group: group.members),
         (context, "agree", lambda handshake, device, needs: ""),

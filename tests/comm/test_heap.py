@@ -121,10 +121,10 @@ def test_too_little_memory_is_told_on_all_ranks(bindings, monkeypatch):
 
 
 def start(rank, handshake, ranks=(0, 1)):
-    return heap_of(ranks, rank, CPU, handshake, crosses=True)
+    return heap_of(ranks, rank, CPU, handshake, handshake, crosses=True)
 
 
-def test_it_starts_once_for_one_group(monkeypatch):
+def test_it_starts_once_for_one_group(monkeypatch, no_farewell):
     started = []
 
     def note(identity, pe, num_pes, device, crosses):
@@ -147,6 +147,7 @@ def test_it_starts_once_for_one_group(monkeypatch):
         assert isinstance(error, NotNativeError)
         assert str(error) == "on rank 0 NVSHMEM serves ranks [0, 1] already, and a process can start it once"
     assert {type(each) for each in Ranks().run(start)} == {Heap}
+    assert [call[0] for call in no_farewell] == [heap._leave] * 2
     assert len(started) == 2
 
 
@@ -162,6 +163,48 @@ def test_a_rank_on_which_it_does_not_start_is_named_on_all(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 1 << 40))
     for error in Ranks().run(start):
         assert str(error) == "on rank 0 NVSHMEM takes up to 2415919104 bytes to start, and 10 are free"
+
+
+@pytest.fixture(autouse=True)
+def no_farewell(monkeypatch):
+    registered = []
+    monkeypatch.setattr(heap.atexit, "register", lambda *call: registered.append(call))
+    return registered
+
+
+class Busy:
+    """A stream with this many questions' work before it."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def query(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_it_stops_as_all_ranks_exit(monkeypatch):
+    stopped = []
+    monkeypatch.setattr(heap, "_bindings", lambda: SimpleNamespace(hostlib_finalize=lambda: stopped.append(1)))
+
+    def leave(rank, handshake, left):
+        of_rank = Heap([0, 1], CPU)
+        HeapAllocator(of_rank, handshake, [Busy(left if rank else 0)])
+        heap._leave(of_rank, handshake)
+
+    assert Ranks().run(lambda rank, handshake: leave(rank, handshake, 3)) == [None, None]
+    assert len(stopped) == 2
+    monkeypatch.setattr(heap, "FAREWELL_S", 0.1)
+    assert Ranks().run(lambda rank, handshake: leave(rank, handshake, 1 << 30)) == [None, None]
+    assert len(stopped) == 2  # rank 1 was not done
+
+
+def test_it_stops_on_no_rank_if_one_does_not_come(monkeypatch):
+    def exchange(message):
+        raise RuntimeError("ranks [1] did not come")
+
+    monkeypatch.setattr(heap, "_bindings", lambda: pytest.fail("nothing can be stopped alone"))
+    heap._leave(Heap([0, 1], CPU), SimpleNamespace(exchange=exchange))
 
 
 @pytest.mark.parametrize(

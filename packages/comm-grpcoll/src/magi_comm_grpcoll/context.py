@@ -28,7 +28,7 @@ from magi_comm_grpcoll.combine import add_slots, formats_combine, merge_slots
 from magi_comm_grpcoll.errors import NotNativeError, PeerTimeoutError
 from magi_comm_grpcoll.exchange import SlotExchange
 from magi_comm_grpcoll.handshake import Handshake
-from magi_comm_grpcoll.heap import HeapAllocator, heap_of
+from magi_comm_grpcoll.heap import FAREWELL_S, HeapAllocator, heap_of
 from magi_comm_grpcoll.lane import Lane, OwnRows, Round
 from magi_comm_grpcoll.plans import gather_plans
 from magi_comm_grpcoll.puts import PutWires, link_everywhere
@@ -124,10 +124,10 @@ class GroupContext:
         needs = Needs(nvshmem=uses_heap, one_host=not self.options.is_staged)
         if reason := agree(self._handshake, self.device, needs):
             raise NotNativeError(reason)
+        self._streams = _Streams(self.device)
         self._allocator = self._make_allocator(uses_heap)
         self._error: PeerTimeoutError | None = None
         self._closed = False
-        self._streams = _Streams(self.device)
         self._make_rings()
         rings = [Watched(name, progress) for name, progress in zip(LANES, self._progress.numpy(), strict=True)]
         self._watchdog = Watchdog(rings, weakref.ref(self), timeout_s)
@@ -138,10 +138,11 @@ class GroupContext:
         if not uses_heap:
             return MappedAllocator(self.device, self.group, self._handshake)
         ranks, crosses = dist.get_process_group_ranks(self.group), self.options.transport == "put"
-        heap = heap_of(ranks, self.rank, self.device, self._handshake, crosses)
+        farewell = Handshake(self.group, FAREWELL_S)
+        heap = heap_of(ranks, self.rank, self.device, self._handshake, farewell, crosses)
         if crosses:
             link_everywhere(self._handshake, self.device)
-        return HeapAllocator(heap, self._handshake)
+        return HeapAllocator(heap, self._handshake, self._streams.all)
 
     def _make_rings(self) -> None:
         _drop_outlived()

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """NVSHMEM in this process: started for the ranks of one group, memory that all of them have, and its device code."""
 
+import atexit
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -24,6 +26,8 @@ LEAST_VERSION = (3, 4)
 _STEP_BYTES = 1 << 29
 # The most that its start was seen to take.
 _START_BYTES = 9 << 28
+# How long a rank that exits waits for what is under way, and then for the others.
+FAREWELL_S = 5.0
 
 
 def reason_against_nvshmem() -> str:
@@ -54,10 +58,14 @@ class Heap:
     Args:
         ranks: the group's global ranks; their order gives the numbers of the PEs.
         device: this rank's GPU.
+
+    Attributes:
+        streams: on which its memory is used.
     """
 
     def __init__(self, ranks: Sequence[int], device: torch.device) -> None:
         self.ranks, self.device = tuple(ranks), device
+        self.streams: list[torch.cuda.Stream] = []
         # What has been given out, in the same order on all ranks, and whether tensors still live in it.
         self._given: list[tuple[int, weakref.ref[_Block]]] = []
 
@@ -112,10 +120,12 @@ class HeapAllocator:
     Args:
         heap: the heap.
         handshake: with its ranks.
+        streams: on which the memory is used.
     """
 
-    def __init__(self, heap: Heap, handshake: Handshake) -> None:
+    def __init__(self, heap: Heap, handshake: Handshake, streams: "Sequence[torch.cuda.Stream]" = ()) -> None:
         self.heap, self._handshake = heap, handshake
+        heap.streams += streams
 
     def allocate(self, num_bytes: int) -> "HeapMemory":
         """See :class:`~magi_comm_grpcoll.arena.Allocator`."""
@@ -148,11 +158,19 @@ class HeapMemory:
 _heap: Heap | None = None
 
 
-def heap_of(ranks: Sequence[int], pe: int, device: torch.device, handshake: Handshake, crosses: bool) -> Heap:
+def heap_of(
+    ranks: Sequence[int],
+    pe: int,
+    device: torch.device,
+    handshake: Handshake,
+    farewell: Handshake,
+    crosses: bool,
+) -> Heap:
     """The heap of a group, started by the first call, a collective. See :class:`Heap`.
 
     Args:
         handshake: with the group's ranks.
+        farewell: another one, for when the ranks exit.
         crosses: whether its memory is put to ranks on other hosts.
 
     Raises:
@@ -170,7 +188,26 @@ def heap_of(ranks: Sequence[int], pe: int, device: torch.device, handshake: Hand
         failure = _start(identity, pe, len(ranks), device, crosses)
         raise_everywhere(handshake, failure and f"NVSHMEM did not start: {failure}")
         _heap = Heap(ranks, device)
+        if crosses:
+            atexit.register(_leave, _heap, farewell)
     return _heap
+
+
+def _leave(heap: Heap, farewell: Handshake) -> None:
+    """Stop NVSHMEM, a collective, as the interpreters of all ranks exit.
+
+    Otherwise its thread crashes the process, which unloads the network adapter's library under it. Where a rank does
+    not come, or is not done, nothing is stopped: that would wait for ever.
+    """
+    deadline = time.monotonic() + FAREWELL_S
+    try:
+        while (is_busy := not all(stream.query() for stream in heap.streams)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        answers = farewell.exchange(b"busy" if is_busy else b"")
+    except RuntimeError:  # of a GPU too
+        return
+    if not any(answers):
+        _bindings().hostlib_finalize()
 
 
 def raise_everywhere(handshake: Handshake, failure: str) -> None:
