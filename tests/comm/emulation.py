@@ -366,6 +366,7 @@ def emulate(monkeypatch: Any) -> Iterator[None]:
         (context, "heap_of", lambda *of: None),
         (context.dist, "get_process_group_ranks", lambda group: group.members),
         (context, "agree", lambda handshake, device, needs: ""),
+        (context, "group_timeout_s", lambda group, device: _GIVE_UP_S),
         (context, "link_everywhere", lambda handshake, device: None),
         (puts, "put_kernel", lambda name, device: ("put", name)),
         (context, "group_rank", lambda group: group.rank),

@@ -6,6 +6,7 @@ import sys
 import threading
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,10 @@ class Bindings:
 
     def __init__(self) -> None:
         self.next, self.freed, self.left = 1 << 20, [], 1 << 30
+        self.status = 0
+
+    def init_status(self) -> int:
+        return self.status
 
     def malloc(self, num_bytes: int) -> int:
         if num_bytes > self.left:
@@ -124,7 +129,7 @@ def start(rank, handshake, ranks=(0, 1)):
     return heap_of(ranks, rank, CPU, handshake, handshake, crosses=True)
 
 
-def test_it_starts_once_for_one_group(monkeypatch, no_farewell):
+def test_it_starts_once_for_one_group(bindings, monkeypatch, no_farewell):
     started = []
 
     def note(identity, pe, num_pes, device, crosses):
@@ -132,7 +137,6 @@ def test_it_starts_once_for_one_group(monkeypatch, no_farewell):
         return ""
 
     of_rank = threading.local()
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     monkeypatch.setattr(heap, "_unique_id", lambda: b"identity")
     monkeypatch.setattr(heap, "_start", note)
     monkeypatch.setattr(heap, "_heap", None)
@@ -151,8 +155,7 @@ def test_it_starts_once_for_one_group(monkeypatch, no_farewell):
     assert len(started) == 2
 
 
-def test_a_rank_on_which_it_does_not_start_is_named_on_all(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+def test_a_rank_on_which_it_does_not_start_is_named_on_all(bindings, monkeypatch):
     monkeypatch.setattr(heap, "_unique_id", lambda: b"identity")
     monkeypatch.setattr(heap, "_start", lambda identity, pe, *of: "no transport" if pe else "")
     monkeypatch.setattr(heap, "_heap", None)
@@ -163,6 +166,53 @@ def test_a_rank_on_which_it_does_not_start_is_named_on_all(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 1 << 40))
     for error in Ranks().run(start):
         assert str(error) == "on rank 0 NVSHMEM takes up to 2415919104 bytes to start, and 10 are free"
+
+
+def test_somebody_elses_nvshmem_is_not_joined(bindings, monkeypatch):
+    monkeypatch.setattr(heap, "_start", lambda *of: pytest.fail("it has been started"))
+    monkeypatch.setattr(heap, "_heap", None)
+
+    def each(rank, handshake):
+        bindings().status = 2 * rank
+        start(rank, handshake)
+
+    for error in Ranks().run(each):
+        assert isinstance(error, NotNativeError)
+        assert str(error).startswith("on rank 1 something else in the process has started NVSHMEM")
+
+
+def test_a_start_that_gives_other_numbers_is_none(monkeypatch):
+    package, core, numbers = ModuleType("nvshmem"), ModuleType("nvshmem.core"), [1, 3]
+    package.core = core  # type: ignore[attr-defined]
+    core.get_unique_id = lambda empty: SimpleNamespace(_data=np.zeros(128, np.uint8))  # type: ignore[attr-defined]
+    core.init = lambda **of: None  # type: ignore[attr-defined]
+    cuda_core = ModuleType("cuda.core")
+    cuda_core.Device = lambda index: SimpleNamespace(set_current=lambda: None)  # type: ignore[attr-defined]
+    for name, module in (("nvshmem", package), ("nvshmem.core", core), ("cuda.core", cuda_core)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(heap, "_prepare_environment", lambda crosses: None)
+    found = SimpleNamespace(my_pe=lambda: numbers[0], n_pes=lambda: numbers[1])
+    monkeypatch.setattr(heap, "_bindings", lambda: found)
+    assert heap._start(bytes(128), 0, 2, CPU, True) == "it is number 1 of 3 instead of 0 of 2"
+    numbers[:] = 0, 2
+    assert heap._start(bytes(128), 0, 2, CPU, True) == ""
+
+
+def test_memory_that_pytorch_keeps_to_itself_is_tried_once_more(bindings, monkeypatch):
+    emptied: list[int] = []
+
+    def left(device: object) -> tuple[int, int]:
+        return 1 << 40 if threading.get_ident() in emptied else 0, 1 << 40
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(threading.get_ident()))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", left)
+
+    def each(rank, handshake):
+        return HeapAllocator(Heap([0, 1], CPU), handshake).allocate(64).addresses.tolist()
+
+    assert Ranks().run(each) == [[1 << 20, 0]] * 2
+    assert len(emptied) == 2  # on both ranks, once
 
 
 @pytest.fixture(autouse=True)

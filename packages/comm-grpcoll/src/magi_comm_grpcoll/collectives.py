@@ -120,7 +120,7 @@ def _make_context(group: dist.ProcessGroup) -> GroupContext | RelayedCollectives
     if per_node:
         try:
             return GroupContext(group, ContextOptions(transport="put" if per_node == 1 else None))
-        except NotNativeError as error:
+        except (NotNativeError, CapacityError) as error:
             reason = str(error)
     if rank == 0:
         logger.warning("the native group collectives are replaced by all-to-all: %s", reason)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from magi_comm_grpcoll.arena import check_allocated
+from magi_comm_grpcoll.arena import allocate_everywhere
 from magi_comm_grpcoll.errors import NotNativeError, first_line
 from magi_comm_grpcoll.handshake import Handshake
 
@@ -77,11 +77,15 @@ class Heap:
         """
         self.free_unused(handshake)
         # NVSHMEM ends the process where its own allocation fails.
-        left, needed = torch.cuda.mem_get_info(self.device)[0], -(-num_bytes // _STEP_BYTES) * _STEP_BYTES
-        failure = f"NVSHMEM may take {needed}, and {left} are free" if left < needed else ""
-        check_allocated(handshake, failure, num_bytes)
+        needed = -(-num_bytes // _STEP_BYTES) * _STEP_BYTES
+
+        def look() -> str:
+            left = torch.cuda.mem_get_info(self.device)[0]
+            return f"NVSHMEM may take {needed}, and {left} are free" if left < needed else ""
+
+        allocate_everywhere(handshake, look, num_bytes)
         address = _bindings().malloc(num_bytes)
-        check_allocated(handshake, "" if address else "NVSHMEM has no memory left", num_bytes)
+        allocate_everywhere(handshake, lambda: "" if address else "NVSHMEM has no memory left", num_bytes)
         block = _Block(address, num_bytes)
         self._given.append((address, weakref.ref(block)))
         return HeapMemory(block, self)
@@ -180,6 +184,8 @@ def heap_of(
     failure = ""
     if _heap is not None and (_heap.ranks != tuple(ranks) or _heap.device != device):
         failure = f"NVSHMEM serves ranks {[*_heap.ranks]} already, and a process can start it once"
+    elif _heap is None and _bindings().init_status() > 0:
+        failure = "something else in the process has started NVSHMEM, which only one can use"
     elif _heap is None and (left := torch.cuda.mem_get_info(device)[0]) < _START_BYTES:
         failure = f"NVSHMEM takes up to {_START_BYTES} bytes to start, and {left} are free"
     raise_everywhere(handshake, failure)
@@ -237,7 +243,8 @@ def _start(unique_id: bytes, pe: int, num_pes: int, device: torch.device, crosse
         nvshmem.core.init(device=gpu, uid=identity, rank=pe, nranks=num_pes, initializer_method="uid")
     except Exception as error:
         return first_line(error)
-    return ""
+    found = _bindings().my_pe(), _bindings().n_pes()
+    return "" if found == (pe, num_pes) else f"it is number {found[0]} of {found[1]} instead of {pe} of {num_pes}"
 
 
 def _prepare_environment(crosses: bool) -> None:
