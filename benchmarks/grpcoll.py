@@ -233,7 +233,7 @@ def run_tables(pool: RankPool, options: argparse.Namespace) -> dict[str, dict[st
     for kib in options.kib:
         row = cells[f"alone {kib} KiB"] = run_row(pool, options, time_alone, kib)
         text = "".join(f"{speed:8.0f}{host:6.0f}" for speed, host in row.values())
-        best = max(row["copies"][0], row["push"][0])
+        best = max(row[name][0] for name in _TRANSPORTS)
         print(f"{kib:6d}KiB {text}  {best / row['a2a'][0]:8.2f} {best / row['nccl'][0]:9.2f}", flush=True)
     print(f"\nbeside attention\n{'range':>9} {''.join(f'{name:>8}  slower' for name in METHODS)}", flush=True)
     for kib in options.beside_kib:

@@ -362,10 +362,11 @@ def emulate(monkeypatch: Any) -> Iterator[None]:
     for module, name, value in (
         (context, "Handshake", Handshake),
         (context, "MappedAllocator", lambda device, group, handshake: Allocator(group, is_mapped=True)),
-        (context, "HeapAllocator", lambda heap, handshake: Allocator(handshake.group, is_mapped=False)),
+        (context, "HeapAllocator", lambda heap, handshake, streams: Allocator(handshake.group, is_mapped=False)),
         (context, "heap_of", lambda *of: None),
         (context.dist, "get_process_group_ranks", lambda group: group.members),
         (context, "agree", lambda handshake, device, needs: ""),
+        (context, "group_timeout_s", lambda group, device: _GIVE_UP_S),
         (context, "link_everywhere", lambda handshake, device: None),
         (puts, "put_kernel", lambda name, device: ("put", name)),
         (context, "group_rank", lambda group: group.rank),

@@ -87,6 +87,84 @@ def test_rounds_and_capacity(transport, capacity):
     run_ranks(2, run)
 
 
+class Grudging:
+    """An emulated allocator that gives no more than ``most`` bytes at a time, and knows what still lives."""
+
+    def __init__(self, allocator, most: int) -> None:
+        self._allocator, self.most, self.given = allocator, most, []
+
+    def allocate(self, num_bytes: int):
+        if num_bytes > self.most:
+            raise CapacityError(f"{num_bytes} bytes are too many")
+        memory = self._allocator.allocate(num_bytes)
+        self.given.append(weakref.ref(memory))
+        return memory
+
+    def free_unused(self) -> None:
+        gc.collect()
+
+    @property
+    def num_alive(self) -> int:
+        gc.collect()
+        return sum(each() is not None for each in self.given)
+
+
+@pytest.mark.parametrize("transport", ["copy_engine", "push", "put"])
+def test_slots_go_when_larger_ones_come_or_the_context_is_closed(transport, monkeypatch):
+    make = GroupContext._make_allocator
+    monkeypatch.setattr(GroupContext, "_make_allocator", lambda self, heap: Grudging(make(self, heap), 1 << 40))
+
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport=transport, timeout_s=30))
+        tables = [fragmented_table(rank, 2, 4, rows) for rows in (2, 40)]
+        for table in tables * 3:
+            native.cast([torch.ones(table.num_source, 1 << 14)], table).wait_host()
+        assert native._allocator.num_alive == 2  # with the flags
+        native.close()
+        assert native._allocator.num_alive == 1
+        assert len(tables) == 2
+
+    run_ranks(2, run)
+
+
+def test_after_a_growth_that_fails_what_fitted_before_goes_on(monkeypatch):
+    make = GroupContext._make_allocator
+    monkeypatch.setattr(GroupContext, "_make_allocator", lambda self, heap: Grudging(make(self, heap), 8 << 20))
+
+    def run(rank, group):
+        native, small = GroupContext(group, ContextOptions(timeout_s=30)), fragmented_table(rank, 2, 4, 2)
+        large, rows = fragmented_table(rank, 2, 40, 20), torch.full((small.num_source, 1 << 10), float(rank))
+        expected = torch.tensor([owner for owner, first, stop in small.recv.tolist() for _ in range(stop - first)])
+        order = torch.tensor([row for _, first, stop in small.recv.tolist() for row in range(first, stop)])
+        for most in (8 << 20, 8 << 20, 1 << 20):
+            (received,) = native.cast([rows], small).wait_host()
+            assert (received[order] == expected[:, None]).all()
+            native._allocator.most = most
+            with pytest.raises(CapacityError, match="bytes are too many"):
+                native.cast([torch.ones(large.num_source, 1 << 11)], large)
+        with pytest.raises(CapacityError, match="there is no memory to receive rows in"):
+            native.cast([rows], small)
+
+    run_ranks(2, run)
+
+
+def test_a_gpu_that_fails_while_a_rank_is_late_keeps_the_error():
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(timeout_s=0.5))
+        if rank:
+            return
+        table = fragmented_table(rank, 2, 4, 2)
+        native._control.local.cpu = lambda: (_ for _ in ()).throw(RuntimeError("the GPU has failed\nat length"))
+        native._watchdog.stop()
+        native.give_up(0, 3)
+        with pytest.raises(PeerTimeoutError, match="some ranks of the group did not do their part of cast number 3"):
+            native.cast([torch.ones(table.num_source, 4)], table)
+        with pytest.raises(PeerTimeoutError):
+            native.close()
+
+    run_ranks(2, run)
+
+
 def test_lent_rows_must_come_back():
     needs = RandomNeeds(2, 2, 0.9, max_rows=9)
 

@@ -17,16 +17,16 @@ def test_the_doctor_tells_what_there_is_between_hosts():
     ("adapters", "parameters", "expected"),
     [
         (0, "", "no Mellanox network adapter is visible"),
-        (2, None, "2 network adapters; {driver} can't be read: No such file or directory"),
+        (2, None, "2 mlx5 network adapters; {driver} can't be read: No such file or directory"),
         (
             1,
             'EnableStreamMemOPs: 1\nRegistryDwords: ""\n',
-            "1 network adapters; the driver is loaded without PeerMappingOverride=1: see docs/ibgda.md",
+            "1 mlx5 network adapters; the driver is loaded without PeerMappingOverride=1: see docs/ibgda.md",
         ),
         (
             8,
             'EnableStreamMemOPs: 1\nRegistryDwords: "PeerMappingOverride=1;"\n',
-            "8 network adapters, and the driver is loaded with the options for it",
+            "8 mlx5 network adapters, and the driver is loaded with the options for it",
         ),
     ],
 )

@@ -12,8 +12,9 @@ from magi_attention.comm import AllToAllCollectives
 from magi_attention.testing.distributed import RankPool
 from magi_comm_grpcoll import NativeCollectives, collectives
 from magi_comm_grpcoll.context import GroupContext
+from magi_comm_grpcoll.errors import CapacityError
 from magi_comm_grpcoll.heap import SWITCH_OFF
-from magi_comm_grpcoll.nodes import RelayedCollectives, ranks_per_node
+from magi_comm_grpcoll.nodes import RelayedCollectives, ranks_per_node, subgroups
 from tests.comm.ranks import NO_PUTS, make_pool
 from tests.comm.test_native import fragmented_table
 from tests.distributed.exchanges import RandomNeeds, random_tensor
@@ -183,6 +184,36 @@ def mix_hosts(rank: int, world_size: int) -> None:
     assert len(lines) == (0 if rank else 2)
     assert rank or "not numbered host by host" in lines[0]
     assert rank or "it needs CUDA GPUs, not cpu" in lines[1]
+
+
+class Context:
+    """Stands for one of those that put."""
+
+    closed = 0
+
+    def __init__(self, group: dist.ProcessGroup, options: object = None) -> None:
+        self.needs_multiprocessors = True
+        if dist.get_rank() % PER_NODE == 1:
+            raise CapacityError("rank 0 can't allocate 4096 bytes to receive rows in: NVSHMEM has no memory left")
+
+    def close(self) -> None:
+        Context.closed += 1
+
+
+def disagree(rank: int, world_size: int) -> None:
+    """The ranks of one place can put, those of the other can't."""
+    made, collectives.GroupContext = collectives.GroupContext, Context
+    try:
+        group = dist.new_group(range(world_size))
+        inter, _ = subgroups(group, PER_NODE, 30.0)
+        assert collectives._make_crossing(group, inter, 30.0) is None
+    finally:
+        collectives.GroupContext = made
+    assert Context.closed == 1 - rank % PER_NODE
+
+
+def test_if_one_place_cannot_put_none_does(pool):
+    pool.run(disagree)
 
 
 def test_other_orders_of_ranks_go_by_all_to_all(pool):

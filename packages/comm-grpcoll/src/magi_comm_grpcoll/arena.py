@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory of this rank that all ranks of a group can write, and theirs."""
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -67,22 +69,39 @@ class _Mapped:
     def __init__(self, num_bytes: int, device: torch.device, group: dist.ProcessGroup, handshake: Handshake) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        failure = ""
-        try:
-            self.local: Tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-        except RuntimeError as error:  # of which running out of memory is one
-            failure = first_line(error)
-        check_allocated(handshake, failure, num_bytes)
+        def attempt() -> str:
+            try:
+                self.local: Tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+            except RuntimeError as error:  # of which running out of memory is one
+                return first_line(error)
+            return ""
+
+        allocate_everywhere(handshake, attempt, num_bytes)
         self._mapping = symmetric_memory.rendezvous(self.local, group)
         self.addresses: NDArray[np.int64] = np.array(self._mapping.buffer_ptrs, np.int64)
         self.device_addresses = torch.from_numpy(self.addresses).to(device)
 
 
-def check_allocated(handshake: Handshake, failure: str, num_bytes: int) -> None:
-    """Raise :class:`CapacityError` on every rank if one of them has a failure to tell."""
-    for rank, answer in enumerate(handshake.exchange(failure.encode())):
-        if answer:
-            raise CapacityError(f"rank {rank} can't allocate {num_bytes} bytes to receive rows in: {answer.decode()}")
+def allocate_everywhere(handshake: Handshake, attempt: Callable[[], str], num_bytes: int) -> None:
+    """Attempt something on all ranks, and once more without what PyTorch keeps to itself if it fails on one of them.
+
+    Args:
+        handshake: with the ranks.
+        attempt: returns what went wrong.
+        num_bytes: what is allocated.
+
+    Raises:
+        CapacityError: it failed again; on every rank.
+    """
+    for is_last in (False, True):
+        answers = handshake.exchange(attempt().encode())
+        rank = next((rank for rank, answer in enumerate(answers) if answer), None)
+        if rank is None:
+            return
+        if not is_last:
+            torch.cuda.empty_cache()
+    assert rank is not None
+    raise CapacityError(f"rank {rank} can't allocate {num_bytes} bytes to receive rows in: {answers[rank].decode()}")
 
 
 class Arena:
@@ -125,12 +144,25 @@ class Arena:
         Args:
             num_bytes: what a slot must hold.
             most_bytes: the most that it may hold; None for no limit.
+
+        Raises:
+            CapacityError: a rank has not so much memory left; on every rank, and the slots are as before, but new.
         """
-        spare = num_bytes + num_bytes // 8 if self.slot_bytes else max(num_bytes, 1)
+        before = self.slot_bytes
+        spare = num_bytes + num_bytes // 8 if before else max(num_bytes, 1)
         size = -(-spare // self._STEP) * self._STEP
-        self.slot_bytes = size if most_bytes is None else min(size, most_bytes)
-        self.memory = None
-        self.memory = self._allocator.allocate(self._num_all * self.slot_bytes)
+        self.memory, self.slot_bytes = None, 0
+        try:
+            self._make(size if most_bytes is None else min(size, most_bytes))
+        except CapacityError:
+            if before:  # what fitted before shall go on, if there is room for it again
+                with suppress(CapacityError):
+                    self._make(before)
+            raise
+
+    def _make(self, slot_bytes: int) -> None:
+        self.memory = self._allocator.allocate(self._num_all * slot_bytes)
+        self.slot_bytes = slot_bytes
 
     def slot(self, number: int) -> Tensor:
         """``[slot_bytes]`` uint8: one of this rank's slots."""

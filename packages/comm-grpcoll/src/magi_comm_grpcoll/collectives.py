@@ -19,7 +19,7 @@ from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_comm_grpcoll.capability import host, reason_against
 from magi_comm_grpcoll.combine import formats_combine
 from magi_comm_grpcoll.context import ContextOptions, GroupContext, group_timeout_s
-from magi_comm_grpcoll.errors import NotNativeError
+from magi_comm_grpcoll.errors import CapacityError, NotNativeError
 from magi_comm_grpcoll.fabric import ibgda_fact, nvshmem_fact
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.nodes import RelayedCollectives, ranks_per_node, subgroups
@@ -120,7 +120,7 @@ def _make_context(group: dist.ProcessGroup) -> GroupContext | RelayedCollectives
     if per_node:
         try:
             return GroupContext(group, ContextOptions(transport="put" if per_node == 1 else None))
-        except NotNativeError as error:
+        except (NotNativeError, CapacityError) as error:
             reason = str(error)
     if rank == 0:
         logger.warning("the native group collectives are replaced by all-to-all: %s", reason)
@@ -140,7 +140,7 @@ def _make_crossing(group: dist.ProcessGroup, inter: dist.ProcessGroup, timeout_s
     context, reason = None, ""
     try:
         context = GroupContext(inter, ContextOptions(transport="put"))
-    except NotNativeError as error:
+    except (NotNativeError, CapacityError) as error:
         reason = str(error)
     answers = [answer.decode() for answer in Handshake(group, timeout_s).exchange(reason.encode())]
     if not (reason := next((answer for answer in answers if answer), "")):

@@ -25,17 +25,17 @@ from magi_attention.utils.torch_modes import without_grad
 from magi_comm_grpcoll.arena import Allocator, Arena, MappedAllocator
 from magi_comm_grpcoll.capability import Needs, agree
 from magi_comm_grpcoll.combine import add_slots, formats_combine, merge_slots
-from magi_comm_grpcoll.errors import NotNativeError, PeerTimeoutError
+from magi_comm_grpcoll.errors import NotNativeError, PeerTimeoutError, first_line
 from magi_comm_grpcoll.exchange import SlotExchange
 from magi_comm_grpcoll.handshake import Handshake
-from magi_comm_grpcoll.heap import HeapAllocator, heap_of
+from magi_comm_grpcoll.heap import FAREWELL_S, HeapAllocator, heap_of
 from magi_comm_grpcoll.lane import Lane, OwnRows, Round
 from magi_comm_grpcoll.plans import gather_plans
 from magi_comm_grpcoll.puts import PutWires, link_everywhere
 from magi_comm_grpcoll.ring import Ring
 from magi_comm_grpcoll.routes import Transport
 from magi_comm_grpcoll.watchdog import RELEASED, Watchdog, Watched
-from magi_comm_grpcoll.wires import DeviceWires, Words
+from magi_comm_grpcoll.wires import WORD, DeviceWires, Words
 from magi_comm_grpcoll.work import NativeWork
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ class ContextOptions:
         transport: ``"copy_engine"``, ``"push"``, or None for the faster one for each exchange: to ranks of the same
             host. ``"put"``, by NVSHMEM, reaches other hosts too.
         num_slots: how many casts, and how many reduces, may hold rows at a time.
-        timeout_s: seconds until a rank that does not come is an error; None for the process group's own timeout.
+        timeout_s: seconds until a rank that does not do its part of an exchange is an error; None for the process
+            group's own timeout, which always holds where the ranks talk on the host: here, and at first uses.
         capacity_bytes: the most memory that the slots may take, half for casts and half for reduces; None for no limit.
             An exchange that needs more goes in several rounds.
         allocator: ``"torch"`` for PyTorch's symmetric memory, ``"nvshmem"`` for NVSHMEM's; None for the former unless
@@ -119,15 +120,15 @@ class GroupContext:
         self.device = torch.device("cpu") if index is None else torch.device("cuda", index)
         self._index = index or 0
         timeout_s = self.options.timeout_s or group_timeout_s(group, self.device)
-        self._handshake = Handshake(group, timeout_s)
+        self._handshake = Handshake(group, group_timeout_s(group, self.device))
         uses_heap = self.options.is_staged or self.options.allocator == "nvshmem"
         needs = Needs(nvshmem=uses_heap, one_host=not self.options.is_staged)
         if reason := agree(self._handshake, self.device, needs):
             raise NotNativeError(reason)
+        self._streams = _Streams(self.device)
         self._allocator = self._make_allocator(uses_heap)
         self._error: PeerTimeoutError | None = None
         self._closed = False
-        self._streams = _Streams(self.device)
         self._make_rings()
         rings = [Watched(name, progress) for name, progress in zip(LANES, self._progress.numpy(), strict=True)]
         self._watchdog = Watchdog(rings, weakref.ref(self), timeout_s)
@@ -137,11 +138,12 @@ class GroupContext:
     def _make_allocator(self, uses_heap: bool) -> Allocator:
         if not uses_heap:
             return MappedAllocator(self.device, self.group, self._handshake)
-        ranks, is_one_host = dist.get_process_group_ranks(self.group), self.options.transport != "put"
-        heap = heap_of(ranks, self.rank, self.device, self._handshake, is_one_host)
-        if self.options.transport == "put":
+        ranks, crosses = dist.get_process_group_ranks(self.group), self.options.transport == "put"
+        farewell = Handshake(self.group, FAREWELL_S)
+        heap = heap_of(ranks, self.rank, self.device, self._handshake, farewell, crosses)
+        if crosses:
             link_everywhere(self._handshake, self.device)
-        return HeapAllocator(heap, self._handshake)
+        return HeapAllocator(heap, self._handshake, self._streams.all)
 
     def _make_rings(self) -> None:
         _drop_outlived()
@@ -254,6 +256,7 @@ class GroupContext:
         self._watchdog.stop()
         self._closed = True
         for lane in self._lanes:
+            lane.let_go()
             lane.arena.memory = None
         self._allocator.free_unused()
 
@@ -271,11 +274,13 @@ class GroupContext:
         needed = max(plan.slot_bytes for plan in plans)
         if not lane.arena.fits(needed):  # on all ranks alike
             self._quiesce(b"grow")
+            lane.let_go()
             lane.arena.grow(needed, most)
         return [Round(plan, formats, lane, number == REDUCE) for plan in plans]
 
     def _quiesce(self, why: bytes) -> None:
         """Wait until no rank has anything under way."""
+        self._check()  # streams of a broken context need not end
         for stream in self._streams.all:
             stream.synchronize()
         self._check()
@@ -297,26 +302,37 @@ class GroupContext:
 
     def give_up(self, number: int, epoch: int) -> None:
         """For the watchdog: name the ranks that are missing, refuse further calls, and free the streams."""
-        words = self._words[number]
-        unit = self._lanes[number].wires.unit
+        self._error = self._timeout_of((), number, epoch)  # also if the GPU tells no more
+        try:
+            with torch.cuda.device(self.device), torch.cuda.stream(self._streams.watch):
+                self._error = self._timeout_of(self._late(number, epoch), number, epoch)
+                logger.error("%s", self._error)
+                self._free_streams()
+        except RuntimeError as error:
+            logger.error("%s; what waits on its GPU can't be freed: %s", self._error, first_line(error))
+
+    def _late(self, number: int, epoch: int) -> tuple[int, ...]:
+        words, unit = self._words[number], self._lanes[number].wires.unit
         needed = [(words.arrived, (epoch + 1) * unit), (words.credit, max(0, epoch - self.options.num_slots + 1))]
-        with torch.cuda.device(self.device), torch.cuda.stream(self._streams.watch):
-            seen = self._control.local.cpu().numpy().view(np.int64)
-            late = {rank for at, least in needed for rank in np.flatnonzero(seen[at // 8] < least).tolist()}
-            ranks = tuple(sorted(late - {self.rank}))  # whose own words are not all written
-            self._error = PeerTimeoutError(
-                f"ranks {list(ranks)} of the group did not do their part of {LANES[number]} number {epoch} "
-                f"within {self._timeout_s:g} s; this group can't be used natively any more",
-                ranks,
-            )
-            logger.error("%s", self._error)
-            freed = torch.full((len(seen),), RELEASED, dtype=torch.int64).pin_memory()
-            for _ in range(_MAX_ROUNDS_OF_RELEASE):  # a rank that comes late writes smaller numbers again
-                self._control.local.copy_(freed.view(torch.uint8), non_blocking=True)
-                self._streams.watch.synchronize()
-                time.sleep(0.01)
-                if all(stream.query() for stream in self._streams.all):
-                    return
+        seen = self._control.local.cpu().numpy().view(np.int64)
+        late = {rank for at, least in needed for rank in np.flatnonzero(seen[at // 8] < least).tolist()}
+        return tuple(sorted(late - {self.rank}))  # whose own words are not all written
+
+    def _timeout_of(self, ranks: tuple[int, ...], number: int, epoch: int) -> PeerTimeoutError:
+        return PeerTimeoutError(
+            f"{f'ranks {list(ranks)}' if ranks else 'some ranks'} of the group did not do their part of "
+            f"{LANES[number]} number {epoch} within {self._timeout_s:g} s; this group can't be used natively any more",
+            ranks,
+        )
+
+    def _free_streams(self) -> None:
+        freed = torch.full((len(self._control.local) // WORD,), RELEASED, dtype=torch.int64).pin_memory()
+        for _ in range(_MAX_ROUNDS_OF_RELEASE):  # a rank that comes late writes smaller numbers again
+            self._control.local.copy_(freed.view(torch.uint8), non_blocking=True)
+            self._streams.watch.synchronize()
+            time.sleep(0.01)
+            if all(stream.query() for stream in self._streams.all):
+                return
 
 
 class _Streams:

@@ -39,8 +39,10 @@ def ibgda_fact(folder: Path = ADAPTERS, driver: Path = _DRIVER) -> str:
     try:
         parameters = driver.read_text(encoding="utf-8")
     except OSError as error:
-        return f"{len(found)} network adapters; {driver} can't be read: {error.strerror}"
+        return f"{len(found)} mlx5 network adapters; {driver} can't be read: {error.strerror}"
     unset = [option for option in _OPTIONS if option not in parameters]
     if unset:
-        return f"{len(found)} network adapters; the driver is loaded without {' and '.join(unset)}: see docs/ibgda.md"
-    return f"{len(found)} network adapters, and the driver is loaded with the options for it"
+        return (
+            f"{len(found)} mlx5 network adapters; the driver is loaded without {' and '.join(unset)}: see docs/ibgda.md"
+        )
+    return f"{len(found)} mlx5 network adapters, and the driver is loaded with the options for it"

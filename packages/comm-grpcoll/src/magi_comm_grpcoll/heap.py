@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """NVSHMEM in this process: started for the ranks of one group, memory that all of them have, and its device code."""
 
+import atexit
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -12,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from magi_comm_grpcoll.arena import check_allocated
+from magi_comm_grpcoll.arena import allocate_everywhere
 from magi_comm_grpcoll.errors import NotNativeError, first_line
 from magi_comm_grpcoll.handshake import Handshake
 
@@ -22,6 +24,10 @@ INSTALL = 'pip install "magi-comm-grpcoll[nvshmem]"'
 LEAST_VERSION = (3, 4)
 # In which NVSHMEM takes memory from the GPU, unless NVSHMEM_CUMEM_GRANULARITY says otherwise. It keeps what is freed.
 _STEP_BYTES = 1 << 29
+# The most that its start was seen to take.
+_START_BYTES = 9 << 28
+# How long a rank that exits waits for what is under way, and then for the others.
+FAREWELL_S = 5.0
 
 
 def reason_against_nvshmem() -> str:
@@ -51,12 +57,15 @@ class Heap:
 
     Args:
         ranks: the group's global ranks; their order gives the numbers of the PEs.
-        pe: this rank's number.
         device: this rank's GPU.
+
+    Attributes:
+        streams: on which its memory is used.
     """
 
-    def __init__(self, ranks: Sequence[int], pe: int, device: torch.device) -> None:
-        self.ranks, self.pe, self.device = tuple(ranks), pe, device
+    def __init__(self, ranks: Sequence[int], device: torch.device) -> None:
+        self.ranks, self.device = tuple(ranks), device
+        self.streams: list[torch.cuda.Stream] = []
         # What has been given out, in the same order on all ranks, and whether tensors still live in it.
         self._given: list[tuple[int, weakref.ref[_Block]]] = []
 
@@ -68,11 +77,15 @@ class Heap:
         """
         self.free_unused(handshake)
         # NVSHMEM ends the process where its own allocation fails.
-        left, needed = torch.cuda.mem_get_info(self.device)[0], -(-num_bytes // _STEP_BYTES) * _STEP_BYTES
-        failure = f"NVSHMEM may take {needed}, and {left} are free" if left < needed else ""
-        check_allocated(handshake, failure, num_bytes)
+        needed = -(-num_bytes // _STEP_BYTES) * _STEP_BYTES
+
+        def look() -> str:
+            left = torch.cuda.mem_get_info(self.device)[0]
+            return f"NVSHMEM may take {needed}, and {left} are free" if left < needed else ""
+
+        allocate_everywhere(handshake, look, num_bytes)
         address = _bindings().malloc(num_bytes)
-        check_allocated(handshake, "" if address else "NVSHMEM has no memory left", num_bytes)
+        allocate_everywhere(handshake, lambda: "" if address else "NVSHMEM has no memory left", num_bytes)
         block = _Block(address, num_bytes)
         self._given.append((address, weakref.ref(block)))
         return HeapMemory(block, self)
@@ -111,10 +124,12 @@ class HeapAllocator:
     Args:
         heap: the heap.
         handshake: with its ranks.
+        streams: on which the memory is used.
     """
 
-    def __init__(self, heap: Heap, handshake: Handshake) -> None:
+    def __init__(self, heap: Heap, handshake: Handshake, streams: "Sequence[torch.cuda.Stream]" = ()) -> None:
         self.heap, self._handshake = heap, handshake
+        heap.streams += streams
 
     def allocate(self, num_bytes: int) -> "HeapMemory":
         """See :class:`~magi_comm_grpcoll.arena.Allocator`."""
@@ -147,12 +162,20 @@ class HeapMemory:
 _heap: Heap | None = None
 
 
-def heap_of(ranks: Sequence[int], pe: int, device: torch.device, handshake: Handshake, is_one_host: bool) -> Heap:
+def heap_of(
+    ranks: Sequence[int],
+    pe: int,
+    device: torch.device,
+    handshake: Handshake,
+    farewell: Handshake,
+    crosses: bool,
+) -> Heap:
     """The heap of a group, started by the first call, a collective. See :class:`Heap`.
 
     Args:
         handshake: with the group's ranks.
-        is_one_host: whether all ranks are on one host.
+        farewell: another one, for when the ranks exit.
+        crosses: whether its memory is put to ranks on other hosts.
 
     Raises:
         NotNativeError: NVSHMEM does not start, or serves another group already; on every rank.
@@ -161,13 +184,36 @@ def heap_of(ranks: Sequence[int], pe: int, device: torch.device, handshake: Hand
     failure = ""
     if _heap is not None and (_heap.ranks != tuple(ranks) or _heap.device != device):
         failure = f"NVSHMEM serves ranks {[*_heap.ranks]} already, and a process can start it once"
+    elif _heap is None and _bindings().init_status() > 0:
+        failure = "something else in the process has started NVSHMEM, which only one can use"
+    elif _heap is None and (left := torch.cuda.mem_get_info(device)[0]) < _START_BYTES:
+        failure = f"NVSHMEM takes up to {_START_BYTES} bytes to start, and {left} are free"
     raise_everywhere(handshake, failure)
     if _heap is None:
         identity, *_ = handshake.exchange(_unique_id() if pe == 0 else b"")
-        failure = _start(identity, pe, len(ranks), device, is_one_host)
+        failure = _start(identity, pe, len(ranks), device, crosses)
         raise_everywhere(handshake, failure and f"NVSHMEM did not start: {failure}")
-        _heap = Heap(ranks, pe, device)
+        _heap = Heap(ranks, device)
+        if crosses:
+            atexit.register(_leave, _heap, farewell)
     return _heap
+
+
+def _leave(heap: Heap, farewell: Handshake) -> None:
+    """Stop NVSHMEM, a collective, as the interpreters of all ranks exit.
+
+    Otherwise its thread crashes the process, which unloads the network adapter's library under it. Where a rank does
+    not come, or is not done, nothing is stopped: that would wait for ever.
+    """
+    deadline = time.monotonic() + FAREWELL_S
+    try:
+        while (is_busy := not all(stream.query() for stream in heap.streams)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        answers = farewell.exchange(b"busy" if is_busy else b"")
+    except RuntimeError:  # of a GPU too
+        return
+    if not any(answers):
+        _bindings().hostlib_finalize()
 
 
 def raise_everywhere(handshake: Handshake, failure: str) -> None:
@@ -182,12 +228,12 @@ def link(library: Any) -> None:
     _bindings().culibrary_init(int(library.handle))
 
 
-def _start(unique_id: bytes, pe: int, num_pes: int, device: torch.device, is_one_host: bool) -> str:
+def _start(unique_id: bytes, pe: int, num_pes: int, device: torch.device, crosses: bool) -> str:
     """Start NVSHMEM; returns what went wrong."""
     import nvshmem.core
     from cuda.core import Device
 
-    _prepare_environment(is_one_host)
+    _prepare_environment(crosses)
     torch.cuda.synchronize(device)  # makes the device's context, which NVSHMEM expects
     gpu = Device(device.index)
     gpu.set_current()
@@ -197,16 +243,17 @@ def _start(unique_id: bytes, pe: int, num_pes: int, device: torch.device, is_one
         nvshmem.core.init(device=gpu, uid=identity, rank=pe, nranks=num_pes, initializer_method="uid")
     except Exception as error:
         return first_line(error)
-    return ""
+    found = _bindings().my_pe(), _bindings().n_pes()
+    return "" if found == (pe, num_pes) else f"it is number {found[0]} of {found[1]} instead of {pe} of {num_pes}"
 
 
-def _prepare_environment(is_one_host: bool) -> None:
+def _prepare_environment(crosses: bool) -> None:
     """Set what the user has not: no multicast, which nothing here uses, and puts by the GPU itself between hosts."""
     os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
-    if is_one_host:
-        os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
-    else:
+    if crosses:
         os.environ.setdefault("NVSHMEM_IB_ENABLE_IBGDA", "1")
+    else:
+        os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
 
 
 def _unique_id() -> bytes:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from magi_attention.comm.packing import RowFormat, put_all_rows
 from magi_attention.comm.routes import Rows, routes_of
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.combine import Segments
+from magi_comm_grpcoll.errors import CapacityError
 from magi_comm_grpcoll.exchange import Prepared, SlotExchange
 from magi_comm_grpcoll.plans import Plan
 from magi_comm_grpcoll.routes import Transport, make_route
@@ -33,6 +35,7 @@ class Lane:
         rank: this rank.
         transport: how pieces travel; None for the faster way for each exchange.
         events: to record.
+        rounds: what was prepared.
     """
 
     exchange: SlotExchange
@@ -42,6 +45,12 @@ class Lane:
     rank: int
     transport: Transport | None
     events: EventPool = field(default_factory=EventPool)
+    rounds: "WeakSet[Round]" = field(default_factory=WeakSet)
+
+    def let_go(self) -> None:
+        """Let all prepared exchanges forget the slots, which nothing uses any more but tensors that were lent."""
+        for each in self.rounds:
+            each.let_go()
 
     @contextmanager
     def read(self, started: "Started") -> Iterator[None]:
@@ -108,8 +117,8 @@ class Round:
 
     def __init__(self, plan: Plan, formats: tuple[RowFormat, ...], lane: Lane, is_reduce: bool) -> None:
         self.plan, self._formats, self._lane = plan, formats, lane
-        self._memory: SharedMemory | None = None
-        self._transport: Transport | None = None
+        self.let_go()
+        lane.rounds.add(self)
         self._ready = torch.cuda.Event()  # recorded anew each time
         device = lane.control.local.device
         with torch.cuda.stream(lane.wires.arrive):  # which alone uses these, so that they may be dropped at any time
@@ -118,6 +127,13 @@ class Round:
                 self.segments = routes_of(plan.table, device).segments
             else:
                 self._named = None if plan.names_all_rows else routes_of(plan.table, device).received
+
+    def let_go(self) -> None:
+        """Forget the slots; the next exchange finds those that there are then."""
+        self._memory: SharedMemory | None = None
+        self._transport: Transport | None = None
+        self._bound: Prepared | None = None
+        self._views: list[tuple[Tensor, ...]] = []
 
     def start(
         self,
@@ -184,7 +200,9 @@ class Round:
 
     def _bind(self) -> Prepared:
         lane, memory = self._lane, self._lane.arena.memory
-        if self._memory is not memory or memory is None:
+        if memory is None:
+            raise CapacityError("there is no memory to receive rows in, since some could not be had before: free some")
+        if self._bound is None or self._memory is not memory:
             route, self._transport = make_route(
                 self.plan.copies, lane.rank, lane.arena, lane.wires, lane.control, lane.transport
             )
