@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the CUDA kernels of this package to fatbins while hatchling builds it."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,15 @@ def nvcc() -> str:
 
 
 def nvshmem() -> Path:
-    """The folder of NVSHMEM's wheel, a build requirement."""
-    spec = importlib.util.find_spec("nvidia")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (found := Path(folder, "nvshmem")).exists():
-            return found
-    raise RuntimeError(
-        f"NVSHMEM is not installed: pip install {NVSHMEM_WHEEL}, or set {SETTING}=1 to go without kernels"
-    )
+    """The folder of NVSHMEM's wheel, a build requirement, which builds without isolation don't check."""
+    name, wanted = NVSHMEM_WHEEL.split("==")
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        installed = "none"
+    if installed != wanted:
+        raise RuntimeError(
+            f"the kernels are linked with NVSHMEM {wanted}, and {installed} is installed: "
+            f"pip install {NVSHMEM_WHEEL}, or set {SETTING}=1 to go without kernels"
+        )
+    return Path(distribution(name).locate_file("nvidia/nvshmem"))

@@ -4,7 +4,8 @@
 import pytest
 
 from magi_attention.cli.doctor.communication import communication_facts
-from magi_comm_grpcoll.fabric import ibgda_fact
+from magi_comm_grpcoll import fabric
+from magi_comm_grpcoll.fabric import ibgda_fact, reason_against_network
 
 
 def test_the_doctor_tells_what_there_is_between_hosts():
@@ -16,7 +17,7 @@ def test_the_doctor_tells_what_there_is_between_hosts():
 @pytest.mark.parametrize(
     ("adapters", "parameters", "expected"),
     [
-        (0, "", "no Mellanox network adapter is visible"),
+        (0, "", "no mlx5 network adapter is visible"),
         (2, None, "2 mlx5 network adapters; {driver} can't be read: No such file or directory"),
         (
             1,
@@ -37,3 +38,17 @@ def test_whether_a_host_is_ready_for_ibgda(tmp_path, adapters, parameters, expec
     if parameters is not None:
         driver.write_text(parameters)
     assert ibgda_fact(tmp_path, driver) == expected.format(driver=driver)
+
+
+def test_only_known_adapters_or_the_users_choice_reach_other_hosts(monkeypatch, tmp_path):
+    monkeypatch.setattr(fabric.adapters, "__defaults__", (tmp_path,))
+    (tmp_path / "rdmap0s6").mkdir()  # EFA
+    for name, is_fine in ((None, False), ("none", False), ("libfabric", True)):
+        monkeypatch.delenv(fabric.TRANSPORT, raising=False)
+        if name is not None:
+            monkeypatch.setenv(fabric.TRANSPORT, name)
+        assert (reason_against_network() == "") == is_fine
+    monkeypatch.delenv(fabric.TRANSPORT)
+    assert "no mlx5 network adapter is visible" in reason_against_network()
+    (tmp_path / "mlx5_0").mkdir()
+    assert not reason_against_network()

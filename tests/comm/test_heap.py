@@ -178,7 +178,7 @@ def test_somebody_elses_nvshmem_is_not_joined(bindings, monkeypatch):
 
     for error in Ranks().run(each):
         assert isinstance(error, NotNativeError)
-        assert str(error).startswith("on rank 1 something else in the process has started NVSHMEM")
+        assert str(error).startswith("on rank 1 NVSHMEM has been started in the process before")
 
 
 def test_a_start_that_gives_other_numbers_is_none(monkeypatch):
@@ -192,11 +192,16 @@ def test_a_start_that_gives_other_numbers_is_none(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(heap, "_prepare_environment", lambda crosses: None)
-    found = SimpleNamespace(my_pe=lambda: numbers[0], n_pes=lambda: numbers[1])
+    found = SimpleNamespace(my_pe=lambda: numbers[0], n_pes=lambda: numbers[1], init_status=lambda: 3)
     monkeypatch.setattr(heap, "_bindings", lambda: found)
     assert heap._start(bytes(128), 0, 2, CPU, True) == "it is number 1 of 3 instead of 0 of 2"
     numbers[:] = 0, 2
     assert heap._start(bytes(128), 0, 2, CPU, True) == ""
+    found.init_status = lambda: 1  # the ranks have met, and that is all
+    assert "no transport reaches the other ranks" in heap._start(bytes(128), 0, 2, CPU, True)
+    found.culibrary_init = lambda handle: 7
+    with pytest.raises(RuntimeError, match="does not take its device code, status 7"):
+        heap.link(SimpleNamespace(handle=1))
 
 
 def test_memory_that_pytorch_keeps_to_itself_is_tried_once_more(bindings, monkeypatch):

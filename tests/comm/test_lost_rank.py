@@ -72,7 +72,7 @@ def test_the_others_get_an_error_that_names_the_lost_rank(transport):
     for process in processes:
         process.start()
     try:
-        answers = [results.get(timeout=90) for _ in range(2 * (world_size - 1))]
+        answers = [results.get(timeout=40) for _ in range(2 * (world_size - 1))]
     finally:
         for process in processes:
             process.kill()

@@ -145,13 +145,13 @@ ACROSS = pytest.mark.parametrize(
 @pytest.mark.gpu(1)
 @ACROSS
 def test_the_same_rows_and_sums_on_gpus(gpu_pool, puts):
-    gpu_pool.run(compare, "cuda", puts)
+    gpu_pool.run(compare, "cuda", puts, timeout_s=60)
 
 
 @pytest.mark.gpu(1)
 @ACROSS
 def test_exchanges_one_after_another_on_gpus(gpu_pool, puts):
-    gpu_pool.run(repeat, "cuda", puts)
+    gpu_pool.run(repeat, "cuda", puts, timeout_s=60)
 
 
 def be_alone_on_hosts(rank: int, world_size: int) -> None:
@@ -167,7 +167,7 @@ def be_alone_on_hosts(rank: int, world_size: int) -> None:
 @pytest.mark.skipif(bool(NO_PUTS), reason=NO_PUTS)
 def test_ranks_that_are_alone_on_their_hosts_put_at_once():
     with make_pool(2) as pool:
-        pool.run(be_alone_on_hosts)
+        pool.run(be_alone_on_hosts, timeout_s=60)
 
 
 def mix_hosts(rank: int, world_size: int) -> None:

@@ -129,12 +129,15 @@ def test_what_is_staged_lies_together_and_fits_on_all_ranks(case, formats, opera
     rng = np.random.default_rng(seed)
     for rank, plan in enumerate(plans):
         there, onward = stage(plan.copies, rank)
-        total = int(plan.copies.size.sum())
+        total = int((there.target + there.size).max(initial=0))
         assert total <= plan.stage_bytes <= plan.slot_bytes
+        assert there.size.sum() <= plan.copies.size.sum()
+        written = np.zeros(total, int)
         tensors = [random_rows(rng, plan.table.num_source + plan.table.num_received, row).ravel() for row in formats]
         staged = np.zeros(total, np.uint8)
         for tensor, peer, source, target, size in zip(*(column.tolist() for column in there), strict=True):
             assert peer == rank
+            written[target : target + size] += 1
             staged[target : target + size] = tensors[tensor][source : source + size]
         for direct, (tensor, peer, source, target, size) in zip(
             zip(*(column.tolist() for column in plan.copies), strict=True),
@@ -144,6 +147,7 @@ def test_what_is_staged_lies_together_and_fits_on_all_ranks(case, formats, opera
             assert (tensor, peer, target, size) == (0, direct[1], direct[3], direct[4])
             expected = tensors[direct[0]][direct[2] : direct[2] + size]
             assert (staged[source : source + size] == expected).all()
+        assert written.max(initial=0) <= 1
 
 
 def table(send, recv, num_ranks=2, num_source=8) -> ExchangeTable:
@@ -176,6 +180,19 @@ def test_tables_that_do_not_match_are_refused_with_the_ranks():
         check_match([table([(1, 0, 3)], []), table([], [(0, 0, 2)])])
     with pytest.raises(PlanMismatchError, match="rank 1's table is for 3 ranks, not 2"):
         check_match([table([], []), table([], [], num_ranks=3)])
+
+
+def test_tensors_of_other_granules_go_apart():
+    """Rows of 20 bytes don't make those of 2 KiB slow."""
+    formats = RowFormat(torch.bfloat16, torch.Size([8, 128])), RowFormat(torch.float32, torch.Size([5]))
+    tables = [table([(1 - rank, 0, 3)], [(1 - rank, 0, 3)]) for rank in range(2)]
+    small, large = plan_of("cast", tables, formats, 0).copies.by_granule()
+    assert (small.granule, large.granule) == (4, 16)
+    assert (set(small.tensor), set(large.tensor)) == ({1}, {0})
+    for part in stage(plan_of("cast", tables, formats, 0).copies, 0)[0].by_granule():
+        assert part.granule == (16 if part.tensor[0] == 0 else 4)
+    (nothing,) = small.select(small.size < 0).by_granule()
+    assert not len(nothing.size)
 
 
 def test_granule_is_what_divides_everything():

@@ -81,8 +81,8 @@ def test_puts_need_nvshmem_and_reach_other_hosts(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("magi_comm_grpcoll.capability.reason_against_nvshmem", lambda: "NVSHMEM is not there")
     monkeypatch.setattr("magi_comm_grpcoll.capability.missing_kernels", lambda fatbins: "")
     assert agree(Mirror(), cpu, needs) == "on rank 0 NVSHMEM is not there"
-    assert "on rank 0 no network adapter for RDMA is visible" in agree(OfTwoHosts(), cpu, Needs(one_host=False))
-    monkeypatch.setattr("magi_comm_grpcoll.capability.adapters", lambda: ["mlx5_0"])
+    assert "on rank 0 no mlx5 network adapter is visible" in agree(OfTwoHosts(), cpu, Needs(one_host=False))
+    monkeypatch.setattr("magi_comm_grpcoll.capability.reason_against_network", lambda: "")
     assert not agree(OfTwoHosts(), cpu, Needs(one_host=False))
     assert agree(OfTwoHosts(), cpu) == "its ranks are on 2 hosts, and a context is for one"
 

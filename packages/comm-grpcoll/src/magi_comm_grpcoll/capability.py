@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from magi_comm_grpcoll.fabric import ADAPTERS, adapters
+from magi_comm_grpcoll.fabric import reason_against_network
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.heap import reason_against_nvshmem
 from magi_comm_grpcoll.kernels import LEAST_CAPABILITY, LINKED_FATBINS, missing_kernels
@@ -72,7 +72,7 @@ def agree(handshake: Handshake, device: torch.device, needs: Needs = _NO_MORE) -
     reason = reason_against(device)
     if not reason and needs.nvshmem:
         reason = missing_kernels(LINKED_FATBINS) or reason_against_nvshmem()
-    mine = {"reason": reason, "host": host(), "device": None, "shares": shares, "adapters": bool(adapters())}
+    mine = {"reason": reason, "host": host(), "device": None, "shares": shares, "network": reason_against_network()}
     if device.type == "cuda":
         mine["device"] = str(torch.cuda.get_device_properties(device).uuid)
     ranks = [json.loads(answer) for answer in handshake.exchange(json.dumps(mine).encode())]
@@ -82,12 +82,12 @@ def agree(handshake: Handshake, device: torch.device, needs: Needs = _NO_MORE) -
     num_hosts = len({answer["host"] for answer in ranks})
     if needs.one_host and num_hosts > 1:
         return f"its ranks are on {num_hosts} hosts, and a context is for one"
-    bare = [rank for rank, answer in enumerate(ranks) if not answer["adapters"]]
-    if num_hosts > 1 and bare:  # NVSHMEM would end the processes
-        return f"on rank {bare[0]} no network adapter for RDMA is visible in {ADAPTERS}"
+    alone = next((rank for rank, answer in enumerate(ranks) if answer["network"]), None)
+    if num_hosts > 1 and alone is not None:  # NVSHMEM would end the processes
+        return f"on rank {alone} {ranks[alone]['network']}"
     if len({answer["device"] for answer in ranks}) < len(ranks) and not all(answer["shares"] for answer in ranks):
         return f"several of its ranks share one GPU (for tests, set {SHARING}=1 on all ranks)"
-    if not needs.one_host:
+    if num_hosts > 1:
         return ""
     out_of_reach = _out_of_reach(device, [answer["device"] for answer in ranks])
     answers = [answer.decode() for answer in handshake.exchange(out_of_reach.encode())]

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this host has for transfers between hosts, as far as can be seen without starting any."""
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from magi_comm_grpcoll.heap import reason_against_nvshmem
 from magi_comm_grpcoll.kernels import LINKED_FATBINS, missing_kernels
 
+# NVSHMEM's own setting.
+TRANSPORT = "NVSHMEM_REMOTE_TRANSPORT"
 ADAPTERS = Path("/sys/class/infiniband")
 _DRIVER = Path("/proc/driver/nvidia/params")
 # What scripts/enable_ibgda_on_host.sh sets, as the driver shows it.
@@ -27,15 +30,22 @@ def nvshmem_fact() -> str:
 
 
 def adapters(folder: Path = ADAPTERS) -> list[str]:
-    """The network adapters that can do RDMA, over InfiniBand or Ethernet."""
-    return sorted(path.name for path in folder.glob("*"))
+    """The network adapters by which NVSHMEM's transports of InfiniBand and RoCE reach other hosts."""
+    return sorted(path.name for path in folder.glob("mlx5_*"))
+
+
+def reason_against_network() -> str:
+    """Why this host can't put to others, as far as can be seen; empty if it may, or the user has chosen how."""
+    if adapters() or os.environ.get(TRANSPORT, "none") != "none":
+        return ""
+    return f"no mlx5 network adapter is visible in {ADAPTERS}, and {TRANSPORT} names no other way"
 
 
 def ibgda_fact(folder: Path = ADAPTERS, driver: Path = _DRIVER) -> str:
     """Whether the host looks ready for puts by the GPU itself: network adapters, and options of the driver."""
-    found = [name for name in adapters(folder) if name.startswith("mlx5_")]
+    found = adapters(folder)
     if not found:
-        return "no Mellanox network adapter is visible"
+        return "no mlx5 network adapter is visible"
     try:
         parameters = driver.read_text(encoding="utf-8")
     except OSError as error:

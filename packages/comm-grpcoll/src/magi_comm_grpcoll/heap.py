@@ -24,6 +24,8 @@ INSTALL = 'pip install "magi-comm-grpcoll[nvshmem]"'
 LEAST_VERSION = (3, 4)
 # In which NVSHMEM takes memory from the GPU, unless NVSHMEM_CUMEM_GRANULARITY says otherwise. It keeps what is freed.
 _STEP_BYTES = 1 << 29
+# Of nvshmemx_init_status: ready, and ready with ranks that share a GPU.
+_IS_INITIALIZED, _FULL_MPG = 2, 4
 # The most that its start was seen to take.
 _START_BYTES = 9 << 28
 # How long a rank that exits waits for what is under way, and then for the others.
@@ -185,7 +187,7 @@ def heap_of(
     if _heap is not None and (_heap.ranks != tuple(ranks) or _heap.device != device):
         failure = f"NVSHMEM serves ranks {[*_heap.ranks]} already, and a process can start it once"
     elif _heap is None and _bindings().init_status() > 0:
-        failure = "something else in the process has started NVSHMEM, which only one can use"
+        failure = "NVSHMEM has been started in the process before, by something else or in vain"
     elif _heap is None and (left := torch.cuda.mem_get_info(device)[0]) < _START_BYTES:
         failure = f"NVSHMEM takes up to {_START_BYTES} bytes to start, and {left} are free"
     raise_everywhere(handshake, failure)
@@ -225,7 +227,8 @@ def raise_everywhere(handshake: Handshake, failure: str) -> None:
 
 def link(library: Any) -> None:
     """Tell a loaded :class:`cuda.core.ObjectCode` with NVSHMEM's device code where the heap is."""
-    _bindings().culibrary_init(int(library.handle))
+    if status := _bindings().culibrary_init(int(library.handle)):
+        raise RuntimeError(f"NVSHMEM does not take its device code, status {status}")
 
 
 def _start(unique_id: bytes, pe: int, num_pes: int, device: torch.device, crosses: bool) -> str:
@@ -243,6 +246,8 @@ def _start(unique_id: bytes, pe: int, num_pes: int, device: torch.device, crosse
         nvshmem.core.init(device=gpu, uid=identity, rank=pe, nranks=num_pes, initializer_method="uid")
     except Exception as error:
         return first_line(error)
+    if not _IS_INITIALIZED <= _bindings().init_status() <= _FULL_MPG:  # seen where no transport reaches the others
+        return "it says why above; most often no transport reaches the other ranks"
     found = _bindings().my_pe(), _bindings().n_pes()
     return "" if found == (pe, num_pes) else f"it is number {found[0]} of {found[1]} instead of {pe} of {num_pes}"
 

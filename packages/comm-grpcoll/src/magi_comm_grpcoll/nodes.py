@@ -7,10 +7,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor
 
-from magi_attention.comm.alltoall import check_out
 from magi_attention.comm.group import group_rank
-from magi_attention.comm.hierarchical import GroupCollectivesOfHop, HierarchicalCollectives, then
-from magi_attention.comm.packing import put_all_rows
+from magi_attention.comm.hierarchical import GroupCollectivesOfHop, HierarchicalCollectives, receive_buffers, then
 from magi_attention.comm.protocol import ReduceOp, Work
 from magi_attention.comm.routes import Rows
 from magi_attention.plan.exchange import ExchangeTable
@@ -64,11 +62,7 @@ class RelayedCollectives:
         Rows of this node travel in it while those of others cross.
         """
         relays = self._relayed(table)
-        if out is not None:
-            check_out(out, tensors, table.num_received)
-        received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
-        if own_places is not None:
-            put_all_rows(received, own_places, tensors)
+        received = receive_buffers(tensors, table.num_received, out, own_places)
         relayed = [x.new_empty((relays.far.num_source, *x.shape[1:])) for x in tensors]
         across = self._inter.cast(tensors, relays.hops.inter, out=relayed)
         near = self._intra.cast(tensors, relays.near, out=received)

@@ -17,6 +17,7 @@ from magi_comm_grpcoll.tables import (
     ByteCopies,
     Ints,
     SlotLayout,
+    aligned,
     byte_copies,
     cast_copies,
     check_match,
@@ -138,13 +139,13 @@ def _plan(
     mine = tables[rank]
     if operation == "cast":
         runs, rows, counts = cast_copies(tables, rank), [table.num_received for table in tables], mine.recv_counts
-        most_sent = max(sum(table.send_counts) for table in tables)
+        most_sent = max(min(sum(table.send_counts), table.num_source) for table in tables)
     else:
         runs, rows, counts = reduce_copies(tables, rank), [sum(t.send_counts) for t in tables], mine.send_counts
-        most_sent = max(sum(table.recv_counts) for table in tables)
+        most_sent = max(min(sum(table.recv_counts), table.num_received) for table in tables)
     layout = lay_out_slots(rows, row_bytes)
     sources = tuple(source for source, count in enumerate(counts) if count)
-    stage_bytes = most_sent * sum(row_bytes) if is_staged else 0
+    stage_bytes = sum(aligned(most_sent * width) for width in row_bytes) if is_staged else 0
     copies = byte_copies(runs, layout, row_bytes, rank)
     return Plan(copies, layout, sources, mine, rows[rank], stage_bytes=stage_bytes)
 

@@ -11,12 +11,13 @@ from functools import cache, cached_property
 import numpy as np
 import torch
 
+from magi_attention.common.intervals import merge
 from magi_comm_grpcoll import kernels
 from magi_comm_grpcoll.arena import Arena
 from magi_comm_grpcoll.errors import first_line
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.heap import link, raise_everywhere
-from magi_comm_grpcoll.tables import TASK, ByteCopies
+from magi_comm_grpcoll.tables import TASK, ByteCopies, aligned
 from magi_comm_grpcoll.tasks import upload_tasks
 from magi_comm_grpcoll.wires import DeviceWires
 
@@ -108,16 +109,28 @@ class PutWires(DeviceWires):
 
 
 def stage(copies: ByteCopies, rank: int) -> tuple[ByteCopies, ByteCopies]:
-    """Send pieces by way of a place in this rank's own symmetric memory, where they lie one after another.
+    """Send pieces by way of a place in this rank's own symmetric memory, where each byte lies once, tensor by tensor.
 
     A network adapter reads only memory that NVSHMEM has registered. Gathering costs little beside the network.
 
     Returns:
         The pieces on their way there, and from there to their peers.
     """
-    place, zero = np.cumsum(copies.size) - copies.size, np.zeros_like(copies.tensor)
-    there = copies._replace(peer=np.full_like(copies.peer, rank), target=place)
-    return there, copies._replace(tensor=zero, source=place)
+    there, source, first = [], np.empty_like(copies.source), 0
+    for tensor in np.unique(copies.tensor):
+        sent = copies.tensor == tensor
+        start = copies.source[sent]
+        runs = merge(np.column_stack([start, start + copies.size[sent]]))
+        sizes = runs[:, 1] - runs[:, 0]
+        place = first + np.cumsum(sizes) - sizes
+        run = np.searchsorted(runs[:, 0], start, side="right") - 1
+        source[sent] = start + (place - runs[:, 0])[run]
+        same = np.ones_like(sizes)
+        there.append(ByteCopies(tensor * same, rank * same, runs[:, 0], place, sizes))
+        first += aligned(int(sizes.sum()))
+    onward = copies._replace(tensor=np.zeros_like(copies.tensor), source=source)
+    columns = zip(copies.select(np.empty(0, np.int64)), *there, strict=True)
+    return ByteCopies(*map(np.concatenate, columns)), onward
 
 
 class PutRoute:

@@ -170,17 +170,26 @@ def make_route(
 ) -> tuple[Route, Transport]:
     """Make the route for the pieces of ``rank``, by the given transport or the faster one; by puts over their wires."""
     stays: NDArray[np.bool_] = copies.peer == rank
-    others = copies.select(~stays)
+    others, first = copies.select(~stays), list[Route]()
     chosen: Transport = "put"
     if isinstance(wires, PutWires):
         staged, put = stage(others, rank)
-        first = [PushRoute(staged, arena, wires, control, tells=False, to_stage=True)] if len(staged.size) else []
+        parts = staged.by_granule() if len(staged.size) else []
+        first += (PushRoute(part, arena, wires, control, tells=False, to_stage=True) for part in parts)
         last: Route = PutRoute(put, arena, wires)
     else:
         chosen = transport or choose_transport(others, device_name(control.local.device))
         if chosen == "push":
-            return PushRoute(copies, arena, wires, control), chosen
-        first, last = [], CopyEngineRoute(others, arena, wires)
+            *parts, end = copies.by_granule()
+            first += (PushRoute(part, arena, wires, control, tells=False) for part in parts)
+            return in_turns(*first, PushRoute(end, arena, wires, control)), chosen
+        last = CopyEngineRoute(others, arena, wires)
     if stays.any():
-        first.append(PushRoute(copies.select(stays), arena, wires, control, tells=False))
-    return (RouteInTurns(*first, last) if first else last), chosen
+        own = copies.select(stays).by_granule()
+        first += (PushRoute(part, arena, wires, control, tells=False) for part in own)
+    return in_turns(*first, last), chosen
+
+
+def in_turns(*routes: Route) -> Route:
+    """One route after another, of which the last tells the ranks."""
+    return routes[0] if len(routes) == 1 else RouteInTurns(*routes)

@@ -7,7 +7,7 @@ first all that come from rank 0, then from rank 1, and so on, each rank's in the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,17 @@ from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll.errors import PlanMismatchError
 
 Ints = NDArray[np.int64]
+_Size = TypeVar("_Size", int, Ints)
 
 # Kernels read rows where they arrive, with vectors and bulk copies.
 ALIGNMENT = 256
 # One entry of what a push kernel does: the struct Task of csrc/memory.cuh.
 TASK = np.dtype([("source", "u8"), ("target", "u8"), ("bytes", "u4"), ("tensor", "u2"), ("peer", "u2")])
+
+
+def aligned(num_bytes: _Size) -> _Size:
+    """The next multiple of :data:`ALIGNMENT`."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 class RowCopies(NamedTuple):
@@ -104,7 +110,7 @@ class SlotLayout:
 def lay_out_slots(rows: Sequence[int], row_bytes: Sequence[int]) -> SlotLayout:
     """Lay out slots for so many rows on each rank, and tensors of so many bytes per row."""
     needed = np.multiply.outer(np.asarray(rows, np.int64), np.asarray(row_bytes, np.int64))
-    padded = -(-needed // ALIGNMENT) * ALIGNMENT
+    padded = aligned(needed)
     stops = np.cumsum(padded, axis=1)
     return SlotLayout(stops - padded, stops[:, -1])
 
@@ -135,6 +141,13 @@ class ByteCopies(NamedTuple):
         """The largest of 16, 8, 4, 2 and 1 that divides all sizes and offsets."""
         union = int(np.bitwise_or.reduce(np.concatenate([self.source, self.target, self.size, [16]])))
         return union & -union
+
+    def by_granule(self) -> "list[ByteCopies]":
+        """The pieces apart whose tensors have other granules; at least one part, which may be empty."""
+        tensors = np.unique(self.tensor).tolist()
+        granule = np.array([self.select(self.tensor == tensor).granule for tensor in tensors], np.int64)
+        of_piece = granule[np.searchsorted(tensors, self.tensor)]
+        return [self.select(of_piece == each) for each in np.unique(granule)] or [self]
 
 
 def byte_copies(copies: RowCopies, layout: SlotLayout, row_bytes: Sequence[int], rank: int) -> ByteCopies:

@@ -56,11 +56,7 @@ class HierarchicalCollectives:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         hops = _checked(table)
         num_own = hops.inter.num_source
-        if out is not None:
-            check_out(out, tensors, hops.num_received)
-        received = [*(out or (x.new_empty((hops.num_received, *x.shape[1:])) for x in tensors))]
-        if own_places is not None:
-            put_all_rows(received, own_places, tensors)
+        received = receive_buffers(tensors, hops.num_received, out, own_places)
         held = [x.new_empty((hops.intra.num_source, *x.shape[1:])) for x in tensors]
         first = self._inter.cast(tensors, hops.inter, out=[x[num_own:] for x in held])
 
@@ -131,6 +127,18 @@ class HierarchicalCollectives:
             into_lse.copy_(final_lse)
 
         return then([first], self._inter, pass_on, [partial, partial_lse, out, lse, into, into_lse])
+
+
+def receive_buffers(
+    tensors: Sequence[Tensor], num_received: int, out: Sequence[Tensor] | None, own_places: Rows | None
+) -> list[Tensor]:
+    """What a cast of several hops receives in, which holds a rank's own rows already; see ``GroupCollectives.cast``."""
+    if out is not None:
+        check_out(out, tensors, num_received)
+    received = [*(out or (x.new_empty((num_received, *x.shape[1:])) for x in tensors))]
+    if own_places is not None:
+        put_all_rows(received, own_places, tensors)
+    return received
 
 
 def then(
