@@ -2,6 +2,7 @@
 """The kernels' machine code, looked at without a GPU."""
 
 import tarfile
+import zlib
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -109,4 +110,5 @@ def test_machine_code(cubins, variant):
 
 
 def test_wheel_stays_small(cubins):
-    assert sum(each.stat().st_size for each in cubins.glob("*.cubin")) < 5 << 20
+    """A wheel is a zip file."""
+    assert sum(len(zlib.compress(each.read_bytes())) for each in cubins.glob("*.cubin")) < 5 << 20

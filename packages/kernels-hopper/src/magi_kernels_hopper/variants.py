@@ -241,11 +241,13 @@ class IndexVariant:
         head_dim: of queries and keys.
         head_dim_v: of values.
         element: ``"bf16"`` or ``"fp16"``, the type of queries, keys and values.
+        softcap: whether scores are capped.
     """
 
     head_dim: int
     head_dim_v: int
     element: Element
+    softcap: bool = False
 
     source = "index/index.cu"
     entry = "magi_index"
@@ -253,7 +255,7 @@ class IndexVariant:
     @property
     def name(self) -> str:
         """What its cubin is called."""
-        return f"index_{_dims(self.head_dim, self.head_dim_v)}_{self.element}"
+        return f"index_{_dims(self.head_dim, self.head_dim_v)}_{self.element}{'_softcap' * self.softcap}"
 
     @property
     def sizes(self) -> IndexSizes:
@@ -272,6 +274,7 @@ class IndexVariant:
             "MAGI_HEAD_DIM": self.head_dim,
             "MAGI_HEAD_DIM_V": self.head_dim_v,
             "MAGI_ELEMENT": ELEMENTS[self.element],
+            "MAGI_SOFTCAP": int(self.softcap),
             "MAGI_STAGES": self.sizes.stages,
             "MAGI_BLOCKS": self.sizes.blocks,
             "MAGI_CONSUMER_REGISTERS": self.sizes.consumer_registers,
@@ -303,7 +306,7 @@ def all_variants() -> list[Variant]:
             for each in forward_variants(dims, element, softcap)
         ),
         *(BackwardVariant(dim, element, softcap) for dim, (element, softcap) in product(BACKWARD_SIZES, scores)),
-        *(IndexVariant(*dims, element) for dims, element in product(INDEX_SIZES, ELEMENTS)),
+        *(IndexVariant(*dims, element, softcap) for dims, (element, softcap) in product(INDEX_SIZES, scores)),
     ]
 
 
