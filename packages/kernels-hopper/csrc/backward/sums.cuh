@@ -11,11 +11,8 @@
 
 namespace magi::backward {
 
-// One arrival of each warp; what the warp has read by products must have been waited for.
-__device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
-}
+// What the warp has read by products must have been waited for.
+__device__ __forceinline__ void arrive_warp(uint64_t* barrier) { ptx::mbarrier_arrive_warp(barrier); }
 
 // Whether at least `rank` tiles of keys have added to a part of a tile's gradients.
 __device__ __forceinline__ bool is_turn(Params const& p, int part, int rank) {

@@ -24,18 +24,18 @@ constexpr uint32_t kFirstTurn = 1;  // named barriers, one for each consumer; 0 
 
 template <typename T>
 __device__ __forceinline__ void init_barriers(Shared<T>& s) {
-    constexpr uint32_t kWarps = 4 * T::kConsumers;
+    constexpr uint32_t kArrivals = 4 * T::kConsumers * ptx::kArrivalsOfWarp;  // of consumers
     ptx::mbarrier_init(&s.q_full, 1);
-    ptx::mbarrier_init(&s.q_empty, kWarps);
+    ptx::mbarrier_init(&s.q_empty, kArrivals);
     for (int i = 0; i < T::kStages; i++) {
         ptx::mbarrier_init(&s.k_full[i], 1);
-        ptx::mbarrier_init(&s.k_empty[i], kWarps);
+        ptx::mbarrier_init(&s.k_empty[i], kArrivals);
         ptx::mbarrier_init(&s.v_full[i], 1);
-        ptx::mbarrier_init(&s.v_empty[i], kWarps);
+        ptx::mbarrier_init(&s.v_empty[i], kArrivals);
     }
     for (int i = 0; i < 2; i++) {
         ptx::mbarrier_init(&s.item_full[i], 1);
-        ptx::mbarrier_init(&s.item_empty[i], kWarps);
+        ptx::mbarrier_init(&s.item_empty[i], kArrivals);
     }
     ptx::fence_mbarrier_init();
 }
@@ -154,11 +154,8 @@ struct Consumer {
 
     __device__ __forceinline__ Consumer(Params const& p, Shared<T>& s, int group) : p(p), s(s), group(group) {}
 
-    // One arrival of each warp; what the warp has read by products must have been waited for.
-    __device__ __forceinline__ void release(uint64_t* empty) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
-    }
+    // What the warp has read by products must have been waited for.
+    __device__ __forceinline__ void release(uint64_t* empty) { ptx::mbarrier_arrive_warp(empty); }
 
     __device__ __forceinline__ void wait_for_turn() { ptx::barrier_sync(kFirstTurn + group, 256); }
     __device__ __forceinline__ void give_turn() {
