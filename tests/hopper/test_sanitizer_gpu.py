@@ -54,7 +54,7 @@ def test_memcheck():
 
 
 def test_racecheck(tmp_path):
-    """Of kernels in which every thread arrives at barriers for itself: one that arrives for its warp is not followed."""
+    """Of kernels in which every thread arrives at barriers for itself: one that does for its warp is not followed."""
     nvcc = of_toolkit("nvcc")
     variants = [
         *forward_variants((128, 128), "bf16", softcap=False),
