@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ from magi_attention.kernels.mask_class import mask_class
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
 from magi_attention.kernels.registry import choose_backend, installed_backends
 from magi_attention.kernels.tiles import row_intervals
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import FlexKernelOptions
 
 MASKS = ("causal", "swa_causal_1024", "varlen_causal", "full", "varlen_full", "varlen_block_causal_4k")
 NATIVE: dict[str, tuple[int | None, int | None]] = {
@@ -175,12 +178,12 @@ def by_flex_attention(case: Case) -> Passes | None:
         columns = kept.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
         none = torch.zeros_like(counts)
         blocks = BlockMask.from_kv_blocks(none, columns, counts, columns, BLOCK, is_seen)
-        sizes = {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK}
+        sizes: FlexKernelOptions = {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK}
         forward = partial(attend, q, k, v, block_mask=blocks, enable_gqa=True, kernel_options=sizes)
     block_mask = torch.compile(create_block_mask)(is_seen, None, None, total, total)
-    leaves = tuple(x.clone().requires_grad_() for x in (q, k, v))
+    leaves = q_leaf, k_leaf, v_leaf = tuple(x.clone().requires_grad_() for x in (q, k, v))
     passes = with_autograd(
-        lambda: attend(*leaves, block_mask=block_mask, enable_gqa=True),
+        lambda: attend(q_leaf, k_leaf, v_leaf, block_mask=block_mask, enable_gqa=True),
         leaves,
         case.dout.transpose(0, 1)[None].contiguous(),
     )
