@@ -32,7 +32,8 @@ def test_every_pair_counts_once(mask, tile_q, box_k):
     [
         ([[0, 256, 0, 256, 0]], [2] * 16, [0] * 16),  # nothing to mask
         ([[0, 256, 0, 200, 0]], [2] * 16, [1] * 16),  # the last box is cut off
-        ([[0, 256, 0, 256, 1]], None, [1] * 16),  # one partial box on the diagonal, alone or beside a full one
+        # One partial box on the diagonal: alone, beside a full one, or last and alone after full ones.
+        ([[0, 256, 0, 256, 1]], None, [1] * 8 + [0] * 4 + [1] * 4),
         ([[0, 256, 1, 129, 0]], [1] * 16, [0] * 16),  # spans begin where they like
         ([[0, 8, 0, 128, 0], [8, 16, 0, 128, 0]], [1] + [0] * 15, [0] * 16),  # full by two slices together
         ([], [0] * 16, [0] * 16),
@@ -43,6 +44,20 @@ def test_boxes(rows, num_tiles, num_masked):
     if num_tiles is not None:
         assert tables.tiles[:, 1].tolist() == num_tiles
     assert tables.tiles[:, 2].tolist() == num_masked
+
+
+def test_an_odd_box_is_the_last_and_has_its_tile_alone():
+    """It is a partial one if their number is odd, so that full ones stay in pairs."""
+    tables = row_tables(SliceTable([[0, 16, 0, 5 * 64 - 20, 0]]).bands(), 16, 5 * 64, 16, 64)
+    (tile,) = tables.tiles.tolist()
+    assert tile[1:3] == [3, 0]
+    assert tables.runs[tile[3]].tolist()[:2] == [4 * 64, 5 * 64 - 20]
+    tables = row_tables(SliceTable([[0, 16, 0, 5 * 64, 0]]).bands(), 16, 5 * 64, 16, 64)
+    assert tables.runs[tables.tiles[0, 3], 3] == FULL
+    tables = row_tables(SliceTable([[0, 16, 0, 4 * 64, 0]]).bands(), 16, 5 * 64, 16, 64)
+    assert tables.tiles[0, 3] == -1
+    tables = row_tables(SliceTable([[0, 16, 0, 64, 0]]).bands(), 16, 5 * 64, 16, 64)
+    assert tables.tiles[0, 3] == -1
 
 
 def test_longest_come_first():

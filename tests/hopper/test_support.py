@@ -81,8 +81,8 @@ def test_a_driver_that_cannot_load_kernels_is_named(monkeypatch):
 
 
 def test_parameters_have_the_size_that_the_kernel_asserts():
-    assert ctypes.sizeof(Params) == 640
-    assert Params.results.offset == 3 * 128
+    assert ctypes.sizeof(Params) == 768
+    assert Params.results.offset == 4 * 128
     assert ctypes.sizeof(index.Params) == 384
     assert index.Params.results.offset == 128
     assert ctypes.sizeof(backward_params.Params) == 768
@@ -99,7 +99,9 @@ def test_every_kernel_fits_a_multiprocessor():
             continue
         sizes = variant.sizes
         assert variant.shared_bytes <= 227 * 1024
-        assert 128 * (sizes.consumers * sizes.consumer_registers + sizes.producer_registers) <= 1 << 16
+        # A block starts with as many for each of its threads, in steps of 8.
+        registers = (1 << 16) // sizes.threads // 8 * 8 * (sizes.consumers + 1)
+        assert sizes.consumers * sizes.consumer_registers + sizes.producer_registers <= registers
 
 
 @pytest.mark.parametrize(
@@ -109,8 +111,8 @@ def test_every_kernel_fits_a_multiprocessor():
         ((64, 8), 8, 16, 8),
         ((6, 2), 3, 42, 2),
         ((28, 4), 7, 18, 4),
-        ((40, 8), 5, 25, 8),
-        ((12, 2), 6, 21, 2),
+        ((40, 8), 5, 24, 8),
+        ((12, 2), 6, 20, 2),
         ((64, 1), 8, 16, 8),
     ],
 )

@@ -20,10 +20,12 @@ struct Traits {
     static constexpr int kHeadDim = HeadDim;
     static constexpr int kHeadDimV = HeadDimV;
     static constexpr bool kSoftcap = Softcap;
+    static constexpr bool kStagesOut = false;
     static constexpr int kStages = Stages;
     static constexpr int kBlocks = Blocks;
     static constexpr int kTileM = 64;
     static constexpr int kTileN = 64;
+    static constexpr int kBoxN = kTileN / 2;  // masks are applied to halves
     static constexpr int kThreads = 256;
     static constexpr int kConsumerRegisters = ConsumerRegisters;
     static constexpr int kProducerRegisters = ProducerRegisters;

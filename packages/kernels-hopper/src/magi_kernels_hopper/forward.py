@@ -43,6 +43,7 @@ class Params(ctypes.Structure):
         ("q", TensorMap),
         ("k", TensorMap),
         ("v", TensorMap),
+        ("out", TensorMap),
         ("results", Results),
         ("scoring", Scoring),
         ("counters", ctypes.c_void_p),
@@ -51,7 +52,7 @@ class Params(ctypes.Structure):
         ("pieces", ctypes.c_void_p),
         ("order", ctypes.c_void_p),
         ("pack", ctypes.c_int),
-        ("tile_q", ctypes.c_int),
+        ("share_q", ctypes.c_int),
         ("packs_per_kv_head", ctypes.c_int),
         ("num_tiles", ctypes.c_int),
         ("num_packs", ctypes.c_int),
@@ -65,6 +66,7 @@ class Geometry(NamedTuple):
 
     Attributes:
         pack: neighboring query heads that share a tile of queries.
+        share_q: tokens of a consumer, whose share of a tile they are.
         tile_q: tokens of a tile.
         packs_per_kv_head: packs that read the same keys.
         num_packs: of all heads.
@@ -72,6 +74,7 @@ class Geometry(NamedTuple):
     """
 
     pack: int
+    share_q: int
     tile_q: int
     packs_per_kv_head: int
     num_packs: int
@@ -87,7 +90,8 @@ def geometry(variant: ForwardVariant, num_heads_q: int, num_heads_kv: int, num_k
     heads_per_section = max(min(SECTION_BYTES // bytes_per_head, num_heads_kv), 1)
     return Geometry(
         pack,
-        variant.sizes.tile_m // pack,
+        64 // pack,
+        64 // pack * variant.sizes.consumers,
         packs_per_kv_head,
         num_heads_q // pack,
         heads_per_section * packs_per_kv_head,
@@ -111,8 +115,9 @@ class PreparedForward:
         variant = replace(variant, wide=self.tables.wide)
         sizes = variant.sizes
         self.kernel = _kernel(variant, q.device)
-        swizzles = [128 if dim % 64 == 0 else 64 for dim in (variant.head_dim, variant.head_dim, variant.head_dim_v)]
-        rows = [(cut.pack, cut.tile_q), (1, sizes.box_n), (1, sizes.box_n)]
+        dims = (variant.head_dim, variant.head_dim, variant.head_dim_v, variant.head_dim_v)
+        swizzles = [128 if dim % 64 == 0 else 64 for dim in dims]
+        rows = [(cut.pack, cut.share_q), (1, sizes.box_n), (1, sizes.box_n), (cut.pack, cut.share_q)]
         self.boxes = [(swizzle // 2, *each) for swizzle, each in zip(swizzles, rows, strict=True)]
         self.swizzles = swizzles
         items = len(self.tables.tiles) * cut.num_packs
@@ -124,7 +129,7 @@ class PreparedForward:
             order=self.tables.order.data_ptr(),
             scoring=Scoring.of(call.softmax_scale, call.softcap),
             pack=cut.pack,
-            tile_q=cut.tile_q,
+            share_q=cut.share_q,
             packs_per_kv_head=cut.packs_per_kv_head,
             num_tiles=len(self.tables.tiles),
             num_packs=cut.num_packs,
@@ -166,7 +171,8 @@ def launch_forward(
     params = Params.from_buffer_copy(prepared.template)
     maps = tensor_maps(device)
     address = ctypes.addressof(params)  # the maps come first
-    for x, box, swizzle_bytes in zip(tensors, prepared.boxes, prepared.swizzles, strict=True):
+    staged = out if out.dtype == q.dtype else q  # where it is not, the map is not used
+    for x, box, swizzle_bytes in zip((*tensors, staged), prepared.boxes, prepared.swizzles, strict=True):
         ctypes.memmove(address, maps.get(x, box, swizzle_bytes), MAP_BYTES)
         address += MAP_BYTES
     zeros = counters(device, stream)

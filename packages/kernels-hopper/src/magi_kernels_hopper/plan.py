@@ -22,7 +22,8 @@ Indices = NDArray[np.int64]
 FULL = -1
 """In place of a run's number of pieces: every pair of its boxes counts."""
 
-PARTIAL, PAD, WHOLE = range(3)
+PARTIAL, WHOLE, LAST, PAD = range(4)
+"""Kinds of runs, in the order in which a tile of queries meets them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,8 @@ class RowTables:
     """What ``csrc/forward/params.cuh`` describes.
 
     Attributes:
-        tiles: ``(num_tiles, 4)``: first run, tiles of keys, how many of them are masked, 0.
+        tiles: ``(num_tiles, 4)``: first run, tiles of keys, how many of them are masked, and the run of the
+            last box where it has its tile alone, else -1.
         runs: ``(n, 4)``: first key, end of keys, first piece, number of pieces or ``FULL``.
         pieces: ``(m, 8)``: k0, k1, d0, d1, q0, q1, 0, 0.
         order: ``(num_tiles,)``, those with the most work first.
@@ -77,19 +79,26 @@ def row_tables(bands: Bands, num_q: int, num_k: int, tile_q: int, box_k: int) ->
     boxes = -(-(runs.stop - runs.start) // box_k)
     num_boxes = np.bincount(runs.tile, boxes, num_tiles).astype(np.int64)
     num_partial = np.bincount(runs.tile, boxes * (runs.kind == PARTIAL), num_tiles).astype(np.int64)
-    odd = np.flatnonzero(num_boxes % 2)
-    rows = np.concatenate(
-        [
-            np.column_stack([runs.start, runs.stop, first_piece, np.where(runs.kind == WHOLE, FULL, num_pieces)]),
-            np.tile([num_k, num_k + box_k, 0, 0], (len(odd), 1)),  # a box that nobody sees
-        ]
-    )
-    tile, kind = np.append(runs.tile, odd), np.append(runs.kind, np.full(len(odd), PAD))
+    odd = num_boxes % 2 == 1
+    halfway = odd & (num_boxes > 1)
+    rows = np.column_stack([runs.start, runs.stop, first_piece, np.where(runs.kind == WHOLE, FULL, num_pieces)])
+    # Of an odd number of partial boxes one comes last: what ends halfway is masked, and whole boxes stay in pairs.
+    partial = np.flatnonzero(runs.kind == PARTIAL)
+    split = partial[np.append(runs.tile[partial][1:] > runs.tile[partial][:-1], len(partial) > 0)[: len(partial)]]
+    split = split[(halfway & (num_partial % 2 == 1))[runs.tile[split]]]
+    last = rows[split]
+    last[:, 0] += (boxes[split] - 1) * box_k
+    rows[split, 1] = last[:, 0]
+    beside = np.tile([num_k, num_k + box_k, 0, 0], (np.count_nonzero(odd), 1))  # a box that nobody sees
+    rows = np.concatenate([rows, last, beside])
+    tile = np.concatenate([runs.tile, runs.tile[split], np.flatnonzero(odd)])
+    kind = np.concatenate([runs.kind, np.full(len(last), LAST), np.full(len(beside), PAD)])
     order = np.lexsort((kind, tile))  # stable: keys ascend
-    first_run = np.searchsorted(tile[order], np.arange(num_tiles))
-    num_masked = -(-(num_partial + num_boxes % 2) // 2)
-    tiles = np.column_stack([first_run, (num_boxes + 1) // 2, num_masked, np.zeros_like(first_run)])
-    work = 8 * tiles[:, 1] + tiles[:, 2]  # a mask costs about an eighth of a tile
+    order = order[(rows[:, 1] > rows[:, 0])[order]]
+    first_run = np.searchsorted(tile[order], np.arange(num_tiles + 1))
+    last_run = np.where(halfway, first_run[1:] - 2, -1)
+    tiles = np.column_stack([first_run[:-1], (num_boxes + 1) // 2, (num_partial + ~halfway) // 2, last_run])
+    work = 8 * num_boxes + num_partial  # a mask costs about an eighth
     chosen = pieces[piece]
     table = np.zeros((len(chosen), 8), np.int64)
     table[:, :6] = chosen[:, [band.K0, band.K1, band.D0, band.D1, band.Q0, band.Q1]]

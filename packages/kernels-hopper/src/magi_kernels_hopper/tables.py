@@ -124,5 +124,5 @@ def device_column_tables(
 
 
 def _keys(tables: RowTables, box_k: int) -> int:
-    """The keys that all tiles of queries compute with together."""
-    return int(tables.tiles[:, 1].sum()) * 2 * box_k
+    """The keys that all tiles of queries compute with together; the last tile of keys may be half."""
+    return int((2 * tables.tiles[:, 1] - (tables.tiles[:, 3] >= 0)).sum()) * box_k

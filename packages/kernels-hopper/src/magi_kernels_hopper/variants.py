@@ -24,6 +24,7 @@ class ForwardSizes:
         consumers: warpgroups that compute, each with 64 rows of scores.
         box_n: keys of a box, which the copy engine loads at once; a tile of keys is two boxes.
         stages: tiles of keys, and as many of values, in shared memory.
+        stages_out: outputs go through shared memory, if there is room.
         consumer_registers: of each consumer's thread.
         producer_registers: of each thread of the warpgroup that loads.
     """
@@ -31,13 +32,9 @@ class ForwardSizes:
     consumers: int
     box_n: int
     stages: int
+    stages_out: bool
     consumer_registers: int
     producer_registers: int
-
-    @property
-    def tile_m(self) -> int:
-        """Rows of scores of a block."""
-        return 64 * self.consumers
 
     @property
     def threads(self) -> int:
@@ -46,21 +43,22 @@ class ForwardSizes:
 
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory of a block: tiles, and room for barriers and alignment, which the compiler checks."""
-        tiles = self.tile_m * head_dim + 2 * self.box_n * self.stages * (head_dim + head_dim_v)
+        queries = 64 * (self.consumers * head_dim + self.stages_out * head_dim_v)
+        tiles = queries + 2 * self.box_n * self.stages * (head_dim + head_dim_v)
         return 2 * tiles + 2048
 
 
 FORWARD_SIZES = {
-    (64, 64): ForwardSizes(3, 64, 2, 160, 32),
-    (96, 96): ForwardSizes(2, 64, 2, 232, 40),
-    (128, 128): ForwardSizes(2, 64, 2, 240, 24),
-    (192, 128): ForwardSizes(2, 64, 2, 240, 24),
-    (192, 192): ForwardSizes(2, 56, 2, 232, 40),
-    (256, 256): ForwardSizes(2, 40, 2, 232, 40),
+    (64, 64): ForwardSizes(3, 64, 2, True, 160, 32),
+    (96, 96): ForwardSizes(2, 64, 2, True, 232, 40),
+    (128, 128): ForwardSizes(2, 64, 2, True, 240, 24),
+    (192, 128): ForwardSizes(2, 64, 2, True, 240, 24),
+    (192, 192): ForwardSizes(2, 56, 2, False, 232, 40),
+    (256, 256): ForwardSizes(2, 40, 2, False, 232, 40),
 }
 """By head dims."""
 
-WIDE_SIZES = {(128, 128): ForwardSizes(2, 88, 2, 240, 24)}
+WIDE_SIZES = {(128, 128): ForwardSizes(2, 88, 2, True, 240, 24)}
 """The same with wider boxes, without softcap: faster for each key, and worse where spans of keys are short."""
 
 
@@ -112,6 +110,7 @@ class ForwardVariant:
             "MAGI_CONSUMERS": self.sizes.consumers,
             "MAGI_BOX_N": self.sizes.box_n,
             "MAGI_STAGES": self.sizes.stages,
+            "MAGI_STAGES_OUT": int(self.sizes.stages_out),
             "MAGI_CONSUMER_REGISTERS": self.sizes.consumer_registers,
             "MAGI_PRODUCER_REGISTERS": self.sizes.producer_registers,
             "MAGI_SHARED_BYTES": self.shared_bytes,
