@@ -18,8 +18,8 @@ ROWS = [[0, 100, 0, 150, 0], [100, 300, 50, 250, 1], [310, 320, 150, 170, 3], [3
 def main(dims: list[int]) -> None:
     for dim in dims:
         x = random_inputs(330, 300, heads=(4, 1), dims=(dim, dim), dtype=torch.bfloat16, device="cuda")
-        for wide in (0.0, 100.0):
-            tables.WIDE_KEYS = wide
+        for pairs in (0.0, 100.0):
+            tables.TALL_PAIRS = pairs
             call = AttentionCall(SliceTable(ROWS), 0.1, max_logits=True)
             out, lse, _ = BACKEND.forward(*x[:3], call)
             BACKEND.forward_onto(out, lse, *x[:3], call)

@@ -83,20 +83,18 @@ def test_long_runs_stay_short_tables():
 
 
 @pytest.mark.parametrize(
-    ("name", "wide"),
-    [
-        ("full", True),
-        ("causal", True),
-        ("swa_causal_1024", True),
-        ("varlen_causal", True),
-        ("shared_question", False),
-        ("varlen_full", False),
-    ],
+    "name", ["full", "causal", "swa_causal_1024", "varlen_causal", "shared_question", "varlen_full"]
 )
-def test_boxes_are_as_wide_as_is_faster(name, wide):
+def test_tiles_are_tall_where_that_is_faster(name):
     """What was measured to be faster with 64 heads, eight of them sharing keys, at 8k tokens."""
     slices, variant = workloads.make(name, 8192), ForwardVariant(128, 128, "bf16")
-    tables = device_row_tables(slices, 8192, 8192, 16, variant, torch.device("cpu"))
-    assert tables.wide is wide
+    assert device_row_tables(slices, 8192, 8192, 8, variant, torch.device("cpu")).tall
     capped = ForwardVariant(128, 128, "bf16", softcap=True)
-    assert not device_row_tables(slices, 8192, 8192, 16, capped, torch.device("cpu")).wide
+    assert not device_row_tables(slices, 8192, 8192, 8, capped, torch.device("cpu")).tall
+
+
+def test_tiles_are_not_tall_where_queries_see_different_blocks():
+    starts = 64 * np.random.default_rng(0).integers(0, 64, (64, 2))
+    rows = [[64 * i, 64 * i + 64, start, start + 64, 0] for i, row in enumerate(starts) for start in np.unique(row)]
+    tables = device_row_tables(SliceTable(rows), 4096, 4096, 8, ForwardVariant(128, 128, "bf16"), torch.device("cpu"))
+    assert not tables.tall

@@ -105,20 +105,20 @@ def test_every_kernel_fits_a_multiprocessor():
 
 
 @pytest.mark.parametrize(
-    ("heads", "pack", "tile_q", "num_packs"),
+    ("heads", "pack", "share_q", "num_packs"),
     [
-        ((8, 8), 1, 128, 8),
-        ((64, 8), 8, 16, 8),
-        ((6, 2), 3, 42, 2),
-        ((28, 4), 7, 18, 4),
-        ((40, 8), 5, 24, 8),
-        ((12, 2), 6, 20, 2),
-        ((64, 1), 8, 16, 8),
+        ((8, 8), 1, 64, 8),
+        ((64, 8), 8, 8, 8),
+        ((6, 2), 3, 21, 2),
+        ((28, 4), 7, 9, 4),
+        ((40, 8), 5, 12, 8),
+        ((12, 2), 6, 10, 2),
+        ((64, 1), 8, 8, 8),
     ],
 )
-def test_heads_share_tiles(heads, pack, tile_q, num_packs):
+def test_heads_share_tiles(heads, pack, share_q, num_packs):
     cut = geometry(ForwardVariant(128, 128, "bf16"), *heads, num_k=1 << 20)
-    assert (cut.pack, cut.tile_q, cut.num_packs) == (pack, tile_q, num_packs)
+    assert (cut.pack, cut.share_q, cut.num_packs) == (pack, share_q, num_packs)
     assert cut.packs_per_kv_head * heads[1] == num_packs
     assert cut.packs_per_section == cut.packs_per_kv_head
 

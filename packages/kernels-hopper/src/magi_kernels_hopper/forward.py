@@ -67,7 +67,6 @@ class Geometry(NamedTuple):
     Attributes:
         pack: neighboring query heads that share a tile of queries.
         share_q: tokens of a consumer, whose share of a tile they are.
-        tile_q: tokens of a tile.
         packs_per_kv_head: packs that read the same keys.
         num_packs: of all heads.
         packs_per_section: packs computed at a time.
@@ -75,7 +74,6 @@ class Geometry(NamedTuple):
 
     pack: int
     share_q: int
-    tile_q: int
     packs_per_kv_head: int
     num_packs: int
     packs_per_section: int
@@ -90,8 +88,7 @@ def geometry(variant: ForwardVariant, num_heads_q: int, num_heads_kv: int, num_k
     heads_per_section = max(min(SECTION_BYTES // bytes_per_head, num_heads_kv), 1)
     return Geometry(
         pack,
-        64 // pack,
-        64 // pack * variant.sizes.consumers,
+        variant.sizes.consumer_rows // pack,
         packs_per_kv_head,
         num_heads_q // pack,
         heads_per_section * packs_per_kv_head,
@@ -102,7 +99,7 @@ class PreparedForward:
     """All of a launch that does not change from call to call: made once for each mask and geometry, kept with the mask.
 
     Args:
-        variant: the kernel; the wide one is taken instead where it is faster.
+        variant: the kernel; the tall one is taken instead where it is faster.
         call: the mask, and how to score.
         q: ``[tq, hq, d]``.
         k: ``[tk, hk, d]``.
@@ -110,9 +107,9 @@ class PreparedForward:
 
     def __init__(self, variant: ForwardVariant, call: AttentionCall, q: Tensor, k: Tensor) -> None:
         cut = geometry(variant, q.shape[1], k.shape[1], k.shape[0])
-        self.tables = device_row_tables(call.slices, q.shape[0], k.shape[0], cut.tile_q, variant, q.device)
+        self.tables = device_row_tables(call.slices, q.shape[0], k.shape[0], cut.share_q, variant, q.device)
         self.streams = StreamsOfTables(self.tables)
-        variant = replace(variant, wide=self.tables.wide)
+        variant = replace(variant, tall=self.tables.tall)
         sizes = variant.sizes
         self.kernel = _kernel(variant, q.device)
         dims = (variant.head_dim, variant.head_dim, variant.head_dim_v, variant.head_dim_v)
