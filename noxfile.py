@@ -28,6 +28,7 @@ SUITES: dict[str, tuple[str, ...]] = {
         "hatchling",
         "jsonschema",
         "nox",
+        "nvidia-nvshmem-cu13",
         "packaging",
         "py-rattler",
         "validate-pyproject",

@@ -8,6 +8,7 @@ each, the median round counts. All but ``torch`` call the same kernel backend.
 single      the kernel alone, on every GPU at once without communication: the same mask family, over as many tokens as
             have (to 256 tokens) the mask area that a GPU has in the distributed attention.
 magi/N      ours, with N remote stages, or as many as are predicted to be the best (auto).
+native/N    the same with native group collectives. With magi beside it, ``native`` are its eff and its ratio to magi.
 eff         the best magi/N over single.
 gather      all-gather of keys and values, reduce-scatter of their gradients; contiguous shards.
 gather-zz   the same with zigzag shards.
@@ -52,6 +53,7 @@ from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.testing.distributed import RankError, RankPool
 
 MASKS = ("causal", "varlen_causal", "full", "varlen_block_causal_4k")
+OURS = ("magi/", "native/")
 BASELINES = ("gather", "gather-zz", "ring-zz", "torch")
 SINGLE_STEP = 256
 CELL_TIMEOUT_S = 240.0
@@ -102,7 +104,7 @@ def run_cell(rank: int, world_size: int, cell: Cell) -> Measured:
         slices = workloads.make(options.mask, tokens)
         pairs = slices.area()
     key = None
-    if cell.method.startswith("magi/"):
+    if cell.method.startswith(OURS):
         key = make_key(options, _world())
         tokens = find_manager(key).num_local_rows(AttnRole.QUERY)
     draw = torch.Generator(device).manual_seed(rank)
@@ -223,10 +225,14 @@ def measure_row(
         for method in methods[number:] + methods[:number]:
             if method in reasons:
                 continue
-            degree = method.removeprefix("magi/")
-            cell_options = replace(options.bench, overlap_degree=int(degree) if degree.isdigit() else None)
+            degree = method.partition("/")[2]
+            cell_options = replace(
+                options.bench,
+                overlap_degree=int(degree) if degree.isdigit() else None,
+                native_grpcoll=method.startswith("native/"),
+            )
             is_last = number == options.rounds - 1
-            cell = Cell(method, cell_options, options.breakdown and is_last and method.startswith("magi/"))
+            cell = Cell(method, cell_options, options.breakdown and is_last and method.startswith(OURS))
             if sys.stderr.isatty():
                 print(f"\r\033[K{where} {method}, round {number + 1} ", end="", file=sys.stderr, flush=True)
             try:
@@ -270,10 +276,12 @@ def print_row(
     for number, name in enumerate(("fwd", "bwd")):
         rate = {method: each.rates[number] for method, each in figures.items()}
         ours = max((rate[method] for method in rate if method.startswith("magi/")), default=nan)
+        native = max((rate[method] for method in rate if method.startswith("native/")), default=None)
         best = max((rate[method] for method in rate if method in BASELINES), default=nan)
         print(f"{world_size:>4}{options.tokens // world_size:>8}  {options.mask:24}{name:9}", end="")
         print("".join(f"{rate.get(method, nan):>10.4g}" for method in methods), end="")
-        print(f"{ours / rate.get('single', nan):>7.3f}{ours / best:>10.3f}", flush=True)
+        print(f"{ours / rate.get('single', nan):>7.3f}{ours / best:>10.3f}", end="")
+        print("" if native is None else f"{native / rate.get('single', nan):>9.3f}{native / ours:>7.3f}", flush=True)
         if host_time:
             host = {method: each.host[number] * 1e6 for method, each in figures.items()}
             print(f"{'':38}{name + ' host':9}" + "".join(f"{host.get(method, nan):>10.0f}" for method in methods))
@@ -295,13 +303,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 8192], help="tokens per GPU")
     parser.add_argument("--masks", nargs="+", choices=sorted(workloads.WORKLOADS), default=MASKS)
-    parser.add_argument("--methods", nargs="+", choices=("magi", *BASELINES), default=("magi", *BASELINES))
+    parser.add_argument("--methods", nargs="+", choices=("magi", "native", *BASELINES), default=("magi", *BASELINES))
     parser.add_argument("--overlap-degree", nargs="+", default=["1"], help="remote stages of magi: numbers or auto")
     parser.add_argument("--heads", type=int, nargs=2, metavar=("Q", "KV"), default=[64, 8])
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--precision", choices=list(Precision), default=Precision.BF16)
     parser.add_argument("--backend", default="auto", help="kernel backend")
-    parser.add_argument("--sm-margin", type=int, default=0, help="multiprocessors that our kernels leave to others")
+    parser.add_argument(
+        "--sm-margin", type=int, help="multiprocessors that our kernels leave to others; by default as in a training"
+    )
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=4, help="timed passes of a round; the median counts")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of all methods; the median counts")
@@ -323,15 +333,15 @@ def main() -> None:
     sizes = [size for size in arguments.gpus if size <= present]
     if not sizes:
         sys.exit(f"{present} GPUs are present, fewer than any of --gpus {arguments.gpus}; --device cpu needs none")
-    ours = [f"magi/{degree}" for degree in arguments.overlap_degree] if "magi" in arguments.methods else []
-    methods = ["single", *ours, *(name for name in BASELINES if name in arguments.methods)]
+    ours = [f"{name}/{degree}" for name in ("magi", "native") for degree in arguments.overlap_degree]
+    methods = ["single", *(name for name in (*ours, *BASELINES) if name.partition("/")[0] in arguments.methods)]
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     print(
         f"{name}, {arguments.heads[0]}/{arguments.heads[1]} heads of {arguments.head_dim}, {arguments.precision}, "
         f"kernel backend {arguments.backend}; TFLOP/s per GPU"
     )
     print(f"{'gpus':>4}{'tokens':>8}  {'mask':24}{'':9}" + "".join(f"{method:>10}" for method in methods), end="")
-    print(f"{'eff':>7}{'best/base':>10}")
+    print(f"{'eff':>7}{'best/base':>10}" + (f"{'native':>9}{'/magi':>7}" if "native" in arguments.methods else ""))
     failures: list[str] = []
     records: list[dict[str, object]] = []
     for world_size in sizes:

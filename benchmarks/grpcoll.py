@@ -7,6 +7,7 @@ of one direction while both are busy.
 
 copies      the native cast by copy engines.
 push        the native cast by a kernel on a few multiprocessors.
+puts        the native cast by NVSHMEM, as between hosts but over NVLink, where NVSHMEM is installed.
 a2a         the core's all-to-all over NCCL: pack, exchange, unpack.
 nccl        NCCL's all_to_all_single alone, of the same number of bytes, packed beforehand.
 best/a2a    the better native cast over the core's all-to-all; best/nccl over NCCL alone.
@@ -45,11 +46,15 @@ from magi_attention.testing.distributed import RankPool
 from magi_comm_grpcoll import ContextOptions, GroupContext
 from magi_comm_grpcoll.calibrate import exchange_in_turns
 from magi_comm_grpcoll.capability import SHARING
+from magi_comm_grpcoll.heap import reason_against_nvshmem
+from magi_comm_grpcoll.kernels import LINKED_FATBINS, missing_kernels
 from magi_comm_grpcoll.routes import Transport
 
 ROW_BYTES = 4096
-METHODS = ("copies", "push", "a2a", "nccl")
 _TRANSPORTS: dict[str, Transport] = {"copies": "copy_engine", "push": "push"}
+if not (missing_kernels(LINKED_FATBINS) or reason_against_nvshmem()):
+    _TRANSPORTS["puts"] = "put"
+METHODS = (*_TRANSPORTS, "a2a", "nccl")
 _contexts: dict[str, GroupContext] = {}
 
 
@@ -228,7 +233,7 @@ def run_tables(pool: RankPool, options: argparse.Namespace) -> dict[str, dict[st
     for kib in options.kib:
         row = cells[f"alone {kib} KiB"] = run_row(pool, options, time_alone, kib)
         text = "".join(f"{speed:8.0f}{host:6.0f}" for speed, host in row.values())
-        best = max(row["copies"][0], row["push"][0])
+        best = max(row[name][0] for name in _TRANSPORTS)
         print(f"{kib:6d}KiB {text}  {best / row['a2a'][0]:8.2f} {best / row['nccl'][0]:9.2f}", flush=True)
     print(f"\nbeside attention\n{'range':>9} {''.join(f'{name:>8}  slower' for name in METHODS)}", flush=True)
     for kib in options.beside_kib:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the CUDA kernels of this package to fatbins while hatchling builds it."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,14 +15,19 @@ CUDA = "13.0.*"
 NVCC_WHEELS = [f"nvidia-{name}=={CUDA}" for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")]
 # Code of Hopper and of Blackwell, and PTX for what comes later.
 TARGETS = ("arch=compute_90,code=sm_90", "arch=compute_100,code=sm_100", "arch=compute_90,code=compute_90")
+# Sources that are linked with NVSHMEM's device code, of which there is no PTX. Later host libraries load it too.
+LINKED = ("put",)
+NVSHMEM_WHEEL = "nvidia-nvshmem-cu13==3.4.5"
 
 
 class FatbinHook(BuildHookInterface):
     """Run nvcc for every CUDA source that is newer than its fatbin."""
 
     def dependencies(self) -> list[str]:
-        """Ask for PyPI's nvcc where the machine has none."""
-        return [] if is_switched_off() or shutil.which("nvcc") else ["cuda-pathfinder>=1.5", *NVCC_WHEELS]
+        """Ask for NVSHMEM, and for PyPI's nvcc where the machine has none."""
+        if is_switched_off():
+            return []
+        return [NVSHMEM_WHEEL, *([] if shutil.which("nvcc") else ["cuda-pathfinder>=1.5", *NVCC_WHEELS])]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile. The wheel holds no code for the host's processor, so it serves every machine."""
@@ -50,7 +56,12 @@ def is_switched_off() -> bool:
 
 def compile_fatbin(source: Path, fatbin: Path) -> None:
     """Compile one source for all targets."""
-    command = [nvcc(), "-fatbin", "-std=c++17", "-O3", *(f"-gencode={target}" for target in TARGETS)]
+    targets: list[str | Path] = [f"-gencode={target}" for target in TARGETS]
+    if source.stem in LINKED:
+        found = nvshmem()
+        targets = [*targets[:-1], "-rdc=true", "-dlink", "-cudadevrt=none"]
+        targets += [f"-I{found}/include", f"-L{found}/lib", "-lnvshmem_device"]
+    command = [nvcc(), "-fatbin", "-std=c++17", "-O3", *targets]
     print(f"nvcc {source.name} -> {fatbin.name}", flush=True)
     subprocess.run([*command, "-o", fatbin, source], check=True)
 
@@ -64,3 +75,14 @@ def nvcc() -> str:
     if found := find_nvidia_binary_utility("nvcc"):
         return str(found)
     raise RuntimeError(f"nvcc is not on PATH: install the CUDA toolkit {CUDA[:-2]}, or set {SETTING}=1 to go without")
+
+
+def nvshmem() -> Path:
+    """The folder of NVSHMEM's wheel, a build requirement."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (found := Path(folder, "nvshmem")).exists():
+            return found
+    raise RuntimeError(
+        f"NVSHMEM is not installed: pip install {NVSHMEM_WHEEL}, or set {SETTING}=1 to go without kernels"
+    )

@@ -27,6 +27,9 @@ from magi_kernels_blackwell.cases import NATIVE_MASKS, arch_number, request_of
 
 BACKENDS = {"fa4": FLASH_ATTENTION_4_BACKEND, "cudnn_flex": CUDNN_FLEX_BACKEND}
 ARCHS = ("sm_90", "sm_100")
+ALIKE_ARCHS = ("sm_103",)
+"""Architectures whose kernels are those of another but for the compiler's target: a short matrix will do."""
+
 DIRECTIONS = ("forward", "backward")
 DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 GROUPED, UNGROUPED, SINGLE = (8, 2), (8, 8), (8, 1)
@@ -95,6 +98,11 @@ def short_matrix(arch: str) -> list[tuple[str, PrecompileCase]]:
     return [(backend, case) for backend, case in wanted if makes_sense(backend, case)]
 
 
+def short_matrices() -> list[tuple[str, PrecompileCase]]:
+    """The short matrix of every architecture."""
+    return [case for arch in (*ARCHS, *ALIKE_ARCHS) for case in short_matrix(arch)]
+
+
 def makes_sense(backend: str, case: PrecompileCase) -> bool:
     """Whether the backend supports a case, and its words say something in its direction."""
     words = case.variant.split()
@@ -141,6 +149,7 @@ def main(target: Path) -> int:
     from tests.blackwell.report import write_report
 
     cases = [case for arch in ARCHS for case in full_matrix(arch)]
+    cases += [case for arch in ALIKE_ARCHS for case in short_matrix(arch)]
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(os.environ.get("COMPILE_KERNELS_CACHE") or folder)
         results = []

@@ -19,8 +19,8 @@ The attention kernels that `magi-kernels-blackwell` can launch, as the compiler 
 compile_kernels` writes this page, on a machine without a GPU, with {wheels}.
 
 ```{{warning}}
-**The kernels for sm_100 (Blackwell) have been compiled and their code has been checked. They have not been
-run:** there was no such GPU. Nothing here says that their results are right, or how fast they are.
+**The kernels for sm_100 and sm_103 (Blackwell) have been compiled and their code has been checked. They have not
+been run:** there was no such GPU. Nothing here says that their results are right, or how fast they are.
 ```
 
 The checks: each kernel
@@ -29,6 +29,7 @@ The checks: each kernel
 - uses the tensor cores of its architecture ({tensor_cores}) and loads by TMA (`UTMALDG`),
 - applies the bits of an irregular mask by `R2P`, but for cudnn_flex backward on sm_90, which tests them one by one,
 - has no local memory (stack), so no spilled registers, but for at most {limits}.
+  What holds for sm_100 holds for sm_103, of which a few kernels of every kind are compiled.
 
 While FlashAttention-4's kernels are traced with one of our tables, it is asserted that bit i of a mask stands for
 score i of a thread; for its forward pass on sm_100 that is the project's own promise.

@@ -16,7 +16,10 @@ STACK_LIMITS = {
     ("cudnn_flex", "sm_100", "forward"): 32,
     ("cudnn_flex", "sm_100", "backward"): 48,
 }
-"""Bytes of local memory per thread, by backend, architecture and direction; none for all that is not listed."""
+"""Bytes of local memory per thread, by backend, architecture and direction; none for all that is not listed.
+
+Limits of sm_100 are those of sm_103, too.
+"""
 
 SOFTCAP_STACK_LIMITS = {
     ("fa4", "sm_90", "backward"): 152,
@@ -28,7 +31,7 @@ SOFTCAP_STACK_LIMITS = {
 SMALL_STACK_LIMIT = 8
 """Bytes for the kernels around them: one that orders the work of a plan on sm_100 spills a value, once a mask."""
 
-TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_103": "UTCHMMA"}
 
 TESTS_BITS_OTHERWISE = ("cudnn_flex", "sm_90", "backward")
 """These kernels apply masks without ``R2P``."""
@@ -47,7 +50,7 @@ def broken_rules(backend: str, case: PrecompileCase, kernel: Kernel) -> list[str
         required.append("R2P")
     wrong = [f"has no {each}" for each in required if not kernel.instructions[each]]
     limits = SOFTCAP_STACK_LIMITS if "softcap" in case.variant else STACK_LIMITS
-    allowed = limits.get((backend, case.arch, case.direction), 0)
+    allowed = limits.get((backend, case.arch.replace("sm_103", "sm_100"), case.direction), 0)
     if kernel.stack > allowed:
         wrong.append(f"uses {kernel.stack} bytes of stack per thread, {allowed} are allowed")
     return wrong

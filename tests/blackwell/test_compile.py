@@ -20,7 +20,7 @@ MISSING = missing_wheels(tuple((FLASH_ATTENTION | CUDNN_FRONTEND).items()))
 NO_TOOL = "" if cuobjdump() else "there is no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
 pytestmark = pytest.mark.skipif(bool(MISSING or NO_TOOL), reason=MISSING or NO_TOOL)
 
-CASES = [case for arch in matrix.ARCHS for case in matrix.short_matrix(arch)]
+CASES = matrix.short_matrices()
 
 
 @pytest.fixture(scope="module")

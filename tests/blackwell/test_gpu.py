@@ -25,6 +25,7 @@ from magi_attention.testing.stages import Inputs, assert_stage_is_right, random_
 from magi_kernels_blackwell import CUDNN_FLEX_BACKEND, FLASH_ATTENTION_4_BACKEND
 from magi_kernels_blackwell.cases import call_of, tensors_of
 from tests.blackwell.matrix import keep_in
+from tests.blackwell.warm import SMALL_AND_ODD
 
 BF16 = torch.bfloat16
 
@@ -82,6 +83,13 @@ def test_head_dims(backend, dims, heads):
     x = inputs(700, dims=dims, heads=heads)
     skip_unless_supported(backend, x)
     assert_stage_is_right(backend, x, SliceTable(IRREGULAR))
+
+
+@pytest.mark.parametrize(("dims", "heads"), SMALL_AND_ODD, ids=str)
+def test_small_and_odd_head_dims_by_cudnn(dims, heads):
+    x = inputs(700, dims=dims, heads=heads)
+    skip_unless_supported(CUDNN_FLEX_BACKEND, x)
+    assert_stage_is_right(CUDNN_FLEX_BACKEND, x, SliceTable(IRREGULAR))
 
 
 @of_each_backend

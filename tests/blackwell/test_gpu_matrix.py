@@ -53,7 +53,7 @@ def of_each_kind(test):
     for name, values in (
         ("dtype", [torch.bfloat16, torch.float16]),
         ("heads", [(8, 2), (4, 4), (8, 1)]),
-        ("dims", [(128, 128), (64, 64), (192, 128), (256, 256), (96, 96)]),
+        ("dims", [(128, 128), (64, 64), (192, 128), (192, 192), (256, 256), (96, 96)]),
     ):
         test = pytest.mark.parametrize(name, values, ids=str)(test)
     backends = [FLASH_ATTENTION_4_BACKEND, CUDNN_FLEX_BACKEND]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from magi_attention.common.slices import SliceTable
-from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, WritesInPlace
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, FinishesKeysFirst, WritesInPlace
 from magi_kernels_blackwell import CUDNN_FLEX_BACKEND, FLASH_ATTENTION_4_BACKEND
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
@@ -57,3 +57,10 @@ def test_runs_of_larger_tensors(backend, mask):
     check(whole, run, dq, gradients[0])
     torch.testing.assert_close(dk, gradients[1], rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(dv, gradients[2], rtol=2e-2, atol=2e-2)
+    assert isinstance(backend, FinishesKeysFirst)
+    told: list[torch.Tensor] = []
+    dq, dk, dv = backend.backward_keys_first(lambda *of_keys: told.extend(x.clone() for x in of_keys), None, *tensors)
+    torch.testing.assert_close(dq, gradients[0], rtol=2e-2, atol=2e-2)
+    for early, late, expected_gradient in zip(told, (dk, dv), gradients[1:], strict=True):
+        assert torch.equal(early, late)
+        torch.testing.assert_close(late, expected_gradient, rtol=2e-2, atol=2e-2)

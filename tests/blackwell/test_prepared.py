@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from magi_kernels_blackwell.prepared import Launch, PreparedBackward, PreparedForward, direct, layout_of, watched
+from magi_kernels_blackwell.prepared import (
+    Launch,
+    PreparedBackward,
+    PreparedForward,
+    check_sums,
+    direct,
+    layout_of,
+    watched,
+)
 
 
 class Project:
@@ -129,7 +137,7 @@ def test_backward_passes_tensors_and_fresh_buffers(grouped, with_dlse):
     new_lse, new_dlse = floats(4, 6), floats(4, 6) if with_dlse else None
     for _ in range(2):
         calls.clear()
-        prepared(tensors, new_lse, new_dlse, gradients, 0.25)
+        prepared(tensors, new_lse, new_dlse, gradients, 0.25, kernel("keys are done"))
         (_, out, dout, dpsum, lse_, lse2, dq_sum_, cu, dlse_, seven), (_, *at), *rounded = calls
         assert out is new["out"]
         assert dout is new["dout"]
@@ -147,9 +155,23 @@ def test_backward_passes_tensors_and_fresh_buffers(grouped, with_dlse):
         else:
             assert at[7] is new["dk"]
             assert at[8] is new["dv"]
-        expected = [(dq_sum_, new["dq"], 0.25, "x"), (at[7], new["dk"], 0.25, "y"), (at[8], new["dv"], 1.0, "z")]
-        for (_, *given), wanted in zip(rounded, expected[: len(after) if grouped else 1], strict=True):
+        of_keys = [(at[7], new["dk"], 0.25, "y"), (at[8], new["dv"], 1.0, "z")] if grouped else []
+        expected = [*of_keys, (), (dq_sum_, new["dq"], 0.25, "x")]
+        for (_, *given), wanted in zip(rounded, expected, strict=True):
             assert all(a is b or a == b for a, b in zip(given, wanted, strict=True))
+
+
+@pytest.mark.parametrize("num_noted", [0, 1, 2, 3])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_sum_that_nothing_rounds_is_an_error(grouped, num_noted):
+    half, sum_of = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2)
+    main = Launch(print, (*[half] * 4, sum_of, sum_of, sum_of, *[sum_of if grouped else half] * 2, 0.5))
+    after = [Launch(print, ())] * num_noted
+    if num_noted == (3 if grouped else 1):
+        check_sums(main, after, [half] * 3)
+    else:
+        with pytest.raises(RuntimeError, match="launches otherwise"):
+            check_sums(main, after, [half] * 3)
 
 
 def test_layouts_tell_shapes_strides_and_dtypes_apart():

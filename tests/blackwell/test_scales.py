@@ -11,6 +11,7 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall, Support
 from magi_attention.kernels.registry import installed_backends
 from magi_kernels_blackwell.backend import WheelBackend
+from magi_kernels_blackwell.prepared import ignore
 
 REFERENCE = installed_backends()["reference"]
 
@@ -29,9 +30,10 @@ class StandIn(WheelBackend):
         out, lse, max_logits = REFERENCE.forward(q, k, v, call)
         return out, lse.T, max_logits
 
-    def launch_backward(self, dout, q, k, v, out, lse, dlse, call, into=None):
+    def launch_backward(self, dout, q, k, v, out, lse, dlse, call, into=None, keys_done=ignore):
         assert call.softmax_scale > 0
         dq, dk, dv = REFERENCE.backward(dout, q, k, v, out, lse.T, None if dlse is None else dlse.T, call)
+        keys_done(dk, dv)
         return (dq if into is None else into.copy_(dq)), dk, dv
 
 
@@ -52,7 +54,9 @@ def test_scales(monkeypatch, scale, softcap):
     dlse = dlse.masked_fill(expected.lse == -math.inf, 0)
     saved = (dout, q, k, v, expected.out, expected.lse, dlse, call)
     into = torch.full_like(q, torch.nan)
-    gradients = StandIn().backward_into(into, *saved)
+    told: list[torch.Tensor] = []
+    gradients = StandIn().backward_keys_first(lambda *of_keys: told.extend(of_keys), into, *saved)
+    assert all(a is b for a, b in zip(told, gradients[1:], strict=True))
     assert gradients[0] is into
     for ours, wanted in zip(gradients, REFERENCE.backward(*saved), strict=True):
         torch.testing.assert_close(ours, wanted)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the backends say of themselves: which requests they serve, how fast, what they compile. Needs no wheel."""
+"""What the backends say of themselves: which requests they serve, how fast, what they compile."""
 
 import tomllib
 from dataclasses import replace
@@ -20,14 +20,18 @@ from magi_attention.kernels.protocol import (
     Precompiles,
 )
 from magi_attention.kernels.registry import choose_backend, installed_backends
+from magi_attention.testing.stages import random_inputs
 from magi_kernels_blackwell import CUDNN_FLEX_BACKEND, FLASH_ATTENTION_4_BACKEND, support, wheels
 from magi_kernels_blackwell.cases import NATIVE_MASKS, SHORT_LENGTH, call_of, request_of
+from magi_kernels_blackwell.compiling import multiprocessors_of
+from magi_kernels_blackwell.fa4.library import folder_of
 from magi_kernels_blackwell.masks import packed_mask
 
 FA4, CUDNN = FLASH_ATTENTION_4_BACKEND, CUDNN_FLEX_BACKEND
 of_each_backend = pytest.mark.parametrize("backend", [FA4, CUDNN], ids=lambda backend: backend.name)
 ROOT = Path(__file__).parents[2]
 PINNED = wheels.FLASH_ATTENTION | wheels.CUDNN_FRONTEND
+NO_CUDNN = wheels.missing_wheels(tuple(wheels.CUDNN_FRONTEND.items()))
 PLAIN = AttentionRequest(torch.device("cuda"), torch.bfloat16, 8, 2, 128, 128)
 
 
@@ -159,6 +163,39 @@ def test_grouped_heads_of_latent_attention_have_no_backward_pass_on_hopper_by_cu
     assert "'blackwell'" in refused.reason
 
 
+def test_backward_passes_of_unequal_head_dims_on_hopper_by_cudnn():
+    for dims, heads in (((72, 40), (8, 2)), ((64, 128), (8, 8)), ((56, 104), (8, 8))):
+        assert CUDNN.supports_on(90, asked(dims, heads))
+        assert CUDNN.supports_on(100, asked(dims, heads, direction="backward"))
+        refused = CUDNN.supports_on(90, asked(dims, heads, direction="backward"))
+        assert not refused
+        assert str(dims) in refused.reason
+        assert "'flex'" in refused.reason
+    assert CUDNN.supports_on(90, asked((72, 40), (8, 8), direction="backward"))
+    assert CUDNN.supports_on(90, asked((72, 72), (8, 2), direction="backward"))
+
+
+@pytest.mark.skipif(bool(NO_CUDNN), reason=NO_CUDNN)
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (6, 2), (8, 1)], ids=str)
+def test_head_dims_on_hopper_are_those_that_cudnn_itself_says(heads):
+    from cudnn.flex_attention.kernels.sm90.bwd.backward_config import sm90_native_bwd_can_implement
+    from cudnn.flex_attention.kernels.sm90.fwd.forward_config import sm90_native_fwd_can_implement
+
+    for dims in (*product(range(8, 129, 8), repeat=2), (192, 128), (256, 256)):
+        assert bool(CUDNN.supports_on(90, asked(dims, heads))) == sm90_native_fwd_can_implement(*dims), dims
+        served = CUDNN.supports_on(90, asked(dims, heads, direction="backward"))
+        assert bool(served) == sm90_native_bwd_can_implement(*dims, *heads), dims
+
+
+def test_gradients_of_lse_for_256_dims_on_blackwell_are_refused(machine):
+    machine(100)
+    call = AttentionCall(SliceTable([[0, 4, 0, 4, 0]]), 1.0)
+    x = random_inputs(4, 4, heads=(2, 2), dims=(256, 256), dtype=torch.bfloat16)
+    lse = torch.zeros(4, 2)
+    with pytest.raises(RuntimeError, match=r"which qo_comm always asks for.*kernel_backend_backward='flex'"):
+        CUDNN.backward(x.dout, x.q, x.k, x.v, x.v, lse, lse, call)
+
+
 @pytest.mark.parametrize("arch", [90, 100, 103])
 def test_options(arch):
     assert FA4.supports_on(arch, asked(softcap=True))
@@ -218,6 +255,16 @@ def test_cases_to_compile_are_what_is_supported(backend):
     forward = backend.precompile_cases(KernelSelection("sm_100", (torch.float16,), ((8, 8),), dims, ("forward",)))
     assert {case.direction for case in forward} == {"forward"}
     assert not any("deterministic" in case.variant for case in forward)
+
+
+def test_cases_are_of_the_multiprocessors_that_were_asked_for():
+    for number, expected in ((None, 148), (152, 152)):
+        asked_for = KernelSelection("sm_100", (torch.bfloat16,), ((8, 8),), ((64, 64),), multiprocessors=number)
+        (count,) = {case.multiprocessors for case in FA4.precompile_cases(asked_for)}
+        assert count == number
+        assert multiprocessors_of(100, count) == expected
+    assert folder_of(100, 148) != folder_of(100, 152)
+    assert folder_of(90, 114) == folder_of(90, 132)
 
 
 def test_cases_launch_the_kernels_that_they_name():

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magi_attention.common.slices import SliceTable
+from magi_attention.common.slices import SliceTable, expand_counts
+from magi_attention.kernels.tiles import IndexLists, classify_tiles
 from magi_attention.testing.masks import MASK_FAMILIES, random_masks, rectangular_masks
 from magi_attention.testing.oracle import dense_mask
+from magi_kernels_blackwell.cudnn_flex import tables as cudnn_tables
 from magi_kernels_blackwell.cudnn_flex.tables import row_functions
 from magi_kernels_blackwell.fa4.tables import (
     RunTables,
@@ -72,7 +74,7 @@ def test_both_passes_tables_say_the_mask(mask, tiling):
     expected = dense_mask(slices, num_q, num_k)
     forward = forward_tables(slices, num_q, num_k, tiling, CPU)
     assert torch.equal(mask_of(forward, num_q, num_k, tiling, by_keys=False), expected)
-    backward = backward_tables(slices, num_q, num_k, tiling, CPU)
+    backward = backward_tables(slices, num_q, num_k, tiling, CPU, ranks=False)
     assert torch.equal(mask_of(backward, num_q, num_k, tiling, by_keys=True), expected)
     assert all(table is None or table.dtype == torch.int32 for table in (*forward, *backward))
 
@@ -118,7 +120,7 @@ def test_long_work_comes_first_and_alike_work_stays_together():
 @given(rectangular_masks(120))
 def test_ranks_number_each_query_blocks_tiles_by_ascending_keys(mask):
     (num_q, num_k), slices = mask
-    tables = backward_tables(slices, num_q, num_k, SMALL, CPU)
+    tables = backward_tables(slices, num_q, num_k, SMALL, CPU, ranks=True)
     ranked: dict[int, list[tuple[int, int]]] = {}
     for counts, tiles, ranks in (
         (tables.partial_counts, tables.partial_tiles, tables.partial_ranks),
@@ -130,6 +132,34 @@ def test_ranks_number_each_query_blocks_tiles_by_ascending_keys(mask):
                 ranked.setdefault(q_block, []).append((row, rank))
     for tiles_of_block in ranked.values():
         assert [rank for _, rank in sorted(tiles_of_block)] == list(range(len(tiles_of_block)))
+
+
+@settings(max_examples=60)
+@given(rectangular_masks(120), TILINGS)
+def test_lists_are_those_of_single_tiles(mask, tiling):
+    """Of both directions, padded with zeros, the ranks too; compared with what numpy lists one by one."""
+    (num_q, num_k), slices = mask
+    tiles = classify_tiles(slices.bands(), num_q, num_k, tiling.block_q, tiling.block_k)
+    by_query = tiles.partial, tiles.full
+    by_key = [lists.transposed(-(-num_k // tiling.block_k)) for lists in by_query]
+    forward = forward_tables(slices, num_q, num_k, tiling, CPU)
+    backward = backward_tables(slices, num_q, num_k, tiling, CPU, ranks=True)
+    for tables, kinds, most in (
+        (forward, by_query, -(-num_k // tiling.block_k)),
+        (backward, by_key, -(-num_q // tiling.block_q)),
+    ):
+        for lists, counts, listed in zip(kinds, tables[0:4:2], tables[1:4:2], strict=True):
+            width = max(int(lists.counts.max(initial=0)), min(most, 2))
+            assert np.array_equal(counts.numpy(), lists.counts[None, None])
+            assert np.array_equal(listed.numpy(), lists.padded(width)[None, None])
+    touched = np.zeros((len(by_key[0].counts), -(-num_q // tiling.block_q)), int)
+    for lists in by_key:
+        touched[expand_counts(lists.counts)[0], lists.indices] = 1
+    ranks = np.cumsum(touched, axis=0) - touched
+    for lists, listed in zip(by_key, backward[4:6], strict=True):
+        row, _ = expand_counts(lists.counts)
+        expected = IndexLists(lists.offsets, ranks[row, lists.indices])
+        assert np.array_equal(listed.numpy(), expected.padded(listed.shape[3])[None, None])
 
 
 def test_lines_of_the_last_tile_beyond_the_tensor_have_no_intervals():
@@ -146,7 +176,7 @@ def test_lines_of_the_last_tile_beyond_the_tensor_have_no_intervals():
 @given(rectangular_masks(100))
 def test_row_functions_are_the_mask_with_ascending_ends(mask):
     (num_q, num_k), slices = mask
-    functions = row_functions(intervals_of_queries(slices, num_q))
+    functions = row_functions(intervals_of_queries(slices, num_q), CPU).numpy()
     assert functions.dtype == np.int32
     assert functions.shape[::2] == (1, num_q)
     assert functions.shape[1] % 2 == 1
@@ -157,6 +187,16 @@ def test_row_functions_are_the_mask_with_ascending_ends(mask):
     for start, stop in zip(ends[1::2], ends[2::2], strict=True):
         seen |= (key >= start[:, None]) & (key < stop[:, None])
     assert np.array_equal(seen, dense_mask(slices, num_q, num_k).numpy())
+
+
+def test_row_functions_are_padded_to_the_row_of_most_intervals_up_to_a_size(monkeypatch):
+    slices = SliceTable([[0, 1, 2 * k, 2 * k + 1, 0] for k in range(4)] + [[1, 3, 1, 4, 0]])
+    intervals = intervals_of_queries(slices, 4)
+    functions = row_functions(intervals, CPU)
+    assert functions[0].T.tolist() == [[1, 2, 3, 4, 5, 6, 7], [0, 1, 4, 4, 4, 4, 4], [0, 1, 4, 4, 4, 4, 4], [0] * 7]
+    monkeypatch.setattr(cudnn_tables, "MOST_ENDS", 27)
+    with pytest.raises(ValueError, match=r"4 key intervals of the query that has the most.* 'blackwell'"):
+        row_functions(intervals, CPU)
 
 
 def dense_packed(packed: PackedMask, num_q: int, num_k: int) -> torch.Tensor:
@@ -232,7 +272,8 @@ def test_families_that_kernels_know_run_natively():
 def test_tables_are_kept_with_the_slices():
     slices = SliceTable([[0, 100, 0, 100, 1]])
     assert forward_tables(slices, 100, 100, SMALL, CPU) is forward_tables(slices, 100, 100, SMALL, CPU)
-    assert backward_tables(slices, 100, 100, SMALL, CPU) is backward_tables(slices, 100, 100, SMALL, CPU)
+    first, again = (backward_tables(slices, 100, 100, SMALL, CPU, ranks=True) for _ in range(2))
+    assert first is again
     assert packed_mask(slices, 100, 100) is packed_mask(slices, 100, 100)
 
 

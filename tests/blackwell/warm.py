@@ -26,7 +26,8 @@ Job = tuple[str, PrecompileCase]
 
 BF16, FP16 = torch.bfloat16, torch.float16
 PLAIN = (128, 128)
-DIMS = (PLAIN, (64, 64), (192, 128), (256, 256), (96, 96))
+DIMS = (PLAIN, (64, 64), (192, 128), (192, 192), (256, 256), (96, 96))
+SMALL_AND_ODD = (((8, 8), (4, 2)), ((32, 32), (4, 2)), ((72, 72), (4, 2)), ((40, 104), (4, 4)), ((72, 40), (4, 4)))
 HEADS = ((8, 2), (4, 4), (8, 1))
 OWN_MASKS = (*NATIVE_MASKS[:3], *(f"documents {mask}" for mask in NATIVE_MASKS[:3]))
 
@@ -38,7 +39,8 @@ def jobs(arch: str) -> list[Job]:
         *_all_masks(arch, (8, 2), PLAIN, BF16, ("", "dlse")),
         *_case(arch, "cudnn_flex", (4, 2), PLAIN, BF16, "max_logits", "deterministic dlse"),
         *(job for heads in ((4, 4), (6, 2), (8, 1)) for job in _few_masks(arch, heads, PLAIN, FP16)),
-        *(job for dims in (*DIMS, (192, 192)) for heads in HEADS[:2] for job in _few_masks(arch, heads, dims, BF16)),
+        *(job for dims in DIMS for heads in HEADS[:2] for job in _few_masks(arch, heads, dims, BF16)),
+        *(job for dims, heads in SMALL_AND_ODD for job in _case(arch, "cudnn_flex", heads, dims, BF16, "", "dlse")),
         *(
             job
             for dtype in (BF16, FP16)

@@ -12,15 +12,16 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
+from magi_attention.comm import hierarchical
 from magi_attention.comm import work as core_work
-from magi_comm_grpcoll import arena, context, kernels, routes, wires
+from magi_comm_grpcoll import context, kernels, puts, routes, wires
 from magi_comm_grpcoll import work as native_work
 from magi_comm_grpcoll.driver import MEMORY_OPERATION, WAIT_VALUE
 from magi_comm_grpcoll.tables import TASK
@@ -42,6 +43,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.memory, self.streams, self.of_thread = Memory(), list[Stream](), threading.local()
+        self.symmetric: list[tuple[list[int], int]] = []  # by allocation, its address on each rank, and its size
         self.fault: BaseException | None = None
         self.is_over = False
 
@@ -156,6 +158,8 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         done = event.done
         self.enqueue(lambda: self._machine.until(done.is_set))
+        if getattr(self._machine.of_thread, "block", None) is self:
+            self.synchronize()  # what PyTorch does next happens at once
 
     def synchronize(self) -> None:
         self.record_event().synchronize()
@@ -170,15 +174,23 @@ def current_stream(device: object = None) -> Stream:
     return _machine.of_thread.stream
 
 
+def _communication_stream() -> Stream:
+    if not hasattr(_machine.of_thread, "communication"):
+        _machine.of_thread.communication = Stream()
+    return _machine.of_thread.communication
+
+
 @contextmanager
 def stream_of_block(stream: Stream) -> Iterator[None]:
     """What PyTorch does in the block happens at once, so all before it must have happened."""
-    before, _machine.of_thread.stream = current_stream(), stream
+    here = _machine.of_thread
+    before = current_stream(), getattr(here, "block", None)
+    here.stream = here.block = stream
     try:
         stream.synchronize()
         yield
     finally:
-        _machine.of_thread.stream = before
+        here.stream, here.block = before
 
 
 class Driver:
@@ -217,7 +229,8 @@ class Launch:
         self, stream: Stream, kernel: tuple[str, str], grid: int, block: object, parameters: list[int], shared: int = 0
     ) -> None:
         self._stream, self.parameters = stream, [*parameters]
-        self._run = {"push": _push, "add_": _add}[kernel[1][:4]]
+        runs = {"push": _push, "add_": _add, "put_": _put, "tell": _tell_all, "see_": _see_arrived}
+        self._run = runs[kernel[1][:4]]
 
     def __call__(self) -> None:
         now = [*self.parameters]
@@ -233,6 +246,46 @@ def _push(*arguments: int) -> None:
         _array(control + flag, np.int64, 1)[0] = value
 
 
+def _put(
+    stage: int,
+    slot: int,
+    tasks: int,
+    num_tasks: int,
+    counts: int,
+    num_told: int,
+    me: int,
+    flag: int,
+    value: int,
+    _: int,
+) -> None:
+    _there(stage, me, me)  # a network adapter reads symmetric memory alone
+    table = _array(tasks, TASK, num_tasks).tolist()
+    for source, target, size, _, peer in random.sample(table, num_tasks):
+        _copy(_there(slot, me, peer) + target, stage + source, size)
+        _array(_there(flag, me, peer), np.int64, 1)[0] += 1
+    for peer, count in enumerate(_array(counts, np.int32, num_told).tolist()):
+        if peer != me:
+            _array(_there(flag, me, peer), np.int64, 1)[0] += puts.UNIT - count
+    _array(flag, np.int64, 1)[0] = value
+
+
+def _tell_all(flag: int, value: int, num_peers: int, me: int) -> None:
+    for peer in range(num_peers):
+        _array(_there(flag, me, peer), np.int64, 1)[0] = value
+
+
+def _see_arrived(words: int, num_words: int, value: int) -> None:
+    assert all(_array(word, np.int64, 1)[0] >= value for word in _array(words, np.int64, num_words).tolist())
+
+
+def _there(address: int, me: int, peer: int) -> int:
+    """The place on a peer that has an address here, in memory that all have."""
+    for addresses, size in _machine.symmetric:
+        if 0 <= address - addresses[me] < size:
+            return address - addresses[me] + addresses[peer]
+    raise AssertionError("it is in no symmetric memory")
+
+
 def _add(into: int, slots: int, rows: int, offsets: int, places: int, num_rows: int, width: int, average: int) -> None:
     bounds = _array(offsets, np.int32, num_rows + 1)
     for row, (first, last) in zip(_array(rows, np.int32, num_rows), itertools.pairwise(bounds), strict=True):
@@ -244,16 +297,22 @@ def _add(into: int, slots: int, rows: int, offsets: int, places: int, num_rows: 
 
 
 class Group:
-    """What the ranks share."""
+    """What the ranks share, or some of them."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, members: Sequence[int] | None = None) -> None:
         self.num_ranks, self.barrier = num_ranks, threading.Barrier(num_ranks)
+        self.members = [*range(num_ranks)] if members is None else [*members]
         self._turns = [itertools.count() for _ in range(num_ranks)]
         self._shown: defaultdict[int, list[Any]] = defaultdict(lambda: [None] * num_ranks)
 
+    @property
+    def rank(self) -> int:
+        """The number of this thread's rank in it."""
+        return self.members.index(_machine.of_thread.rank)
+
     def exchange(self, value: Any) -> list[Any]:
         """What all ranks show each other; nothing of it is kept."""
-        rank = _machine.of_thread.rank
+        rank = self.rank
         turn = next(self._turns[rank])
         self._shown[turn][rank] = value
         self.barrier.wait(30)
@@ -272,12 +331,27 @@ class Handshake:
 
 
 class SharedMemory:
-    def __init__(self, num_bytes: int, device: object, group: Group, handshake: Handshake) -> None:
+    def __init__(self, num_bytes: int, group: Group, is_mapped: bool) -> None:
         with _machine.without_order():  # PyTorch waits for the GPU before it unmaps any; nothing shall rely on it
             self.local = torch.zeros(num_bytes, dtype=torch.uint8)
         self.parts = group.exchange(self.local)
         self.addresses = np.array([part.data_ptr() for part in self.parts])
+        if not is_mapped:
+            rank = group.rank
+            _machine.symmetric.insert(0, (self.addresses.tolist(), num_bytes))
+            self.addresses[np.arange(group.num_ranks) != rank] = 0  # other hosts
         self.device_addresses = torch.from_numpy(self.addresses)
+
+
+class Allocator:
+    def __init__(self, group: Group, is_mapped: bool) -> None:
+        self.group, self.is_mapped = group, is_mapped
+
+    def allocate(self, num_bytes: int) -> SharedMemory:
+        return SharedMemory(num_bytes, self.group, self.is_mapped)
+
+    def free_unused(self) -> None:
+        pass
 
 
 @contextmanager
@@ -287,16 +361,22 @@ def emulate(monkeypatch: Any) -> Iterator[None]:
     _machine = machine = Machine()
     for module, name, value in (
         (context, "Handshake", Handshake),
-        (context, "SharedMemory", SharedMemory),
-        (arena, "SharedMemory", SharedMemory),
-        (context, "agree", lambda handshake, device: ""),
-        (context, "group_rank", lambda group: machine.of_thread.rank),
+        (context, "MappedAllocator", lambda device, group, handshake: Allocator(group, is_mapped=True)),
+        (context, "HeapAllocator", lambda heap, handshake, streams: Allocator(handshake.group, is_mapped=False)),
+        (context, "heap_of", lambda *of: None),
+        (context.dist, "get_process_group_ranks", lambda group: group.members),
+        (context, "agree", lambda handshake, device, needs: ""),
+        (context, "group_timeout_s", lambda group, device: _GIVE_UP_S),
+        (context, "link_everywhere", lambda handshake, device: None),
+        (puts, "put_kernel", lambda name, device: ("put", name)),
+        (context, "group_rank", lambda group: group.rank),
         (context, "group_size", lambda group: group.num_ranks),
         (wires, "driver", Driver),
         (routes, "driver", Driver),
         (routes, "device_name", lambda device: "emulated"),
         (kernels, "Launch", Launch),
         (kernels, "kernel", lambda fatbin, name, device, shared=0: (fatbin, name)),
+        (hierarchical, "communication_stream", lambda group, device: _communication_stream()),
         (torch.cuda, "Stream", Stream),
         (torch.cuda, "Event", Event),
         (torch.cuda, "stream", stream_of_block),

@@ -12,6 +12,11 @@ from magi_attention.comm import AllToAllCollectives
 from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.testing.distributed import RankPool
 from magi_comm_grpcoll.capability import SHARING
+from magi_comm_grpcoll.heap import reason_against_nvshmem
+from magi_comm_grpcoll.kernels import LINKED_FATBINS, missing_kernels
+
+# Why there is no transport "put" here.
+NO_PUTS = missing_kernels(LINKED_FATBINS) or reason_against_nvshmem()
 
 
 def backend_of(num_ranks: int) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from magi_comm_grpcoll.exchange import Prepared, SlotExchange
+from magi_comm_grpcoll.puts import UNIT
 from magi_comm_grpcoll.ring import Ring
+from magi_comm_grpcoll.routes import Route
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Rank:
 
     def __post_init__(self) -> None:
         self.streams = {name: deque() for name in ("caller", "send", "arrive", "credit")}
+        self.network: list[deque[Operation]] = []  # pieces under way, which overtake each other
         self.arrived, self.credit = [0] * self.num_ranks, [0] * self.num_ranks
         self.finished = self.num_sent = 0
         # What each source wrote to each slot.
@@ -56,6 +59,8 @@ class Rank:
 class SimulatedWires:
     """The flags of a ring; writes to peers arrive one at a time."""
 
+    unit = 1
+
     def __init__(self, ranks: Sequence[Rank], me: int) -> None:
         self.ranks, self.me = ranks, ranks[me]
 
@@ -68,13 +73,68 @@ class SimulatedWires:
 
     def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
         awaited = {*sources, self.me.number}
-        self.me.enqueue("arrive", lambda: None, lambda: all(self.me.arrived[s] > epoch for s in awaited))
+        self.me.enqueue(
+            "arrive", lambda: None, lambda: all(self.me.arrived[s] >= (epoch + 1) * self.unit for s in awaited)
+        )
         self.me.enqueue("arrive", lambda: setattr(self.me, "finished", epoch + 1))
 
     def tell_credit(self, credit: int, after: Event) -> None:
         self.me.wait("credit", after)
         for peer in self.ranks:
             self.me.enqueue("credit", lambda peer=peer: peer.credit.__setitem__(self.me.number, credit))
+
+
+class SimulatedPutWires(SimulatedWires):
+    """Flags to which puts add."""
+
+    unit = UNIT
+
+    def tell_arrival(self, epoch: int) -> None:
+        """Puts do it."""
+
+
+class SimulatedPuts:
+    """Puts two pieces to some peers, each with a signal; what is put overtakes what was put before."""
+
+    NUM_PIECES = 2
+
+    def __init__(self, wires: SimulatedPutWires, targets: Sequence[int], waits: bool = True) -> None:
+        self.wires, self.targets, self.waits = wires, targets, waits
+
+    def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
+        me, ranks = self.wires.me, self.wires.ranks
+
+        def fly(*steps: Callable[[], None]) -> None:
+            me.network.append(deque(Operation(lambda: True, step) for step in steps))
+
+        def write(target: int, piece: int) -> None:
+            found = ranks[target].slots[slot].get(me.number)
+            pieces = found[1] if isinstance(found, tuple) and found[0] == epoch else set()
+            ranks[target].slots[slot][me.number] = (epoch, pieces | {piece})
+            if len(pieces) + 1 == self.NUM_PIECES:
+                ranks[target].slots[slot][me.number] = epoch
+
+        def signal(target: int, amount: int) -> None:
+            ranks[target].arrived[me.number] += amount
+
+        def put() -> None:
+            me.network[:] = filter(None, me.network)
+            for target in range(len(ranks)):
+                num_pieces = self.NUM_PIECES if target in self.targets else 0
+                for piece in range(num_pieces):
+                    fly(
+                        lambda target=target, piece=piece: write(target, piece),
+                        lambda target=target: signal(target, 1),
+                    )
+                if target != me.number:
+                    fly(lambda target=target, rest=UNIT - num_pieces: signal(target, rest))
+
+        def finish() -> None:
+            me.num_sent = epoch + 1
+            me.arrived[me.number] = (epoch + 1) * UNIT
+
+        me.enqueue("send", put)
+        me.enqueue("send", finish, lambda: not self.waits or not any(me.network))
 
 
 class SimulatedRoute:
@@ -98,22 +158,26 @@ class Deadlock(AssertionError):
 
 def run_all(ranks: Sequence[Rank], choice: random.Random) -> None:
     """Run until all streams are empty, in random order."""
-    while waiting := [queue for rank in ranks for queue in rank.streams.values() if queue]:
+    while waiting := [queue for rank in ranks for queue in (*rank.streams.values(), *rank.network) if queue]:
         able = [queue for queue in waiting if queue[0].is_ready()]
         if not able:
             raise Deadlock(f"{len(waiting)} streams wait for ever")
         choice.choice(able).popleft().run()
 
 
-def run_exchanges(seed: int, num_ranks: int, num_slots: int, num_epochs: int, broken: str = "") -> None:
+def run_exchanges(
+    seed: int, num_ranks: int, num_slots: int, num_epochs: int, broken: str = "", by_puts: bool = False
+) -> None:
     """Random exchanges through a ring on all ranks; asserts that nobody reads what was not sent, or written over.
 
     Args:
-        broken: leave something out, to see that it is noticed: "credit" or "arrival".
+        broken: leave something out, to see that it is noticed: "credit", "arrival" or, of puts, "quiet".
+        by_puts: pieces are put with signals that count, and overtake each other.
     """
     choice = random.Random(seed)
     ranks = [Rank(number, num_ranks, num_slots) for number in range(num_ranks)]
-    wires = [SimulatedWires(ranks, me) for me in range(num_ranks)]
+    kind = SimulatedPutWires if by_puts else SimulatedWires
+    wires = [kind(ranks, me) for me in range(num_ranks)]
     for wire in wires:
         if broken == "credit":
             wire.await_credit = lambda credit, epoch: None  # type: ignore[method-assign]
@@ -146,7 +210,11 @@ def run_exchanges(seed: int, num_ranks: int, num_slots: int, num_epochs: int, br
             sources = tuple(source for source in range(num_ranks) if me in sends[source])
             rank.wait("send", rank.record("caller"))
             assert exchange.begin() == epoch
-            prepared = Prepared(SimulatedRoute(wire, sends[me]), sources)
+            if isinstance(wire, SimulatedPutWires):
+                route: Route = SimulatedPuts(wire, sends[me], waits=broken != "quiet")
+            else:
+                route = SimulatedRoute(wire, sends[me])
+            prepared = Prepared(route, sources)
             exchange.send(prepared, epoch, [])
             exchange.arrive(prepared, epoch)
             rank.enqueue("arrive", lambda rank=rank, epoch=epoch: drop_what_was_sent(rank, epoch))

@@ -26,7 +26,7 @@ def emulated(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("transport", ["copy_engine", "push", None])
+@pytest.mark.parametrize("transport", ["copy_engine", "push", "put", None])
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_casts_and_reduces(transport, num_ranks):
     all_needs = [RandomNeeds(seed, num_ranks, 0.6, max_rows=20) for seed in range(3)]
@@ -64,11 +64,12 @@ def test_casts_and_reduces(transport, num_ranks):
     run_ranks(num_ranks, run)
 
 
-def test_rounds_and_capacity():
+@pytest.mark.parametrize(("transport", "capacity"), [(None, 8 << 20), ("put", 12 << 20)])
+def test_rounds_and_capacity(transport, capacity):
     needs = RandomNeeds(1, 2, 0.9, max_rows=2000)
 
     def run(rank, group):
-        native = GroupContext(group, ContextOptions(capacity_bytes=8 << 20, timeout_s=30))
+        native = GroupContext(group, ContextOptions(transport=transport, capacity_bytes=capacity, timeout_s=30))
         table = needs.table(rank)
         sources = [random_tensor(r, (needs.num_rows[r], 1024), torch.float32) for r in range(2)]
         for lend in (True, False):
@@ -82,6 +83,84 @@ def test_rounds_and_capacity():
         torch.testing.assert_close(total, sources[rank] * counts)
         with pytest.raises(CapacityError, match="but 2097152 is the most"):
             native.cast([torch.zeros(1, 1 << 20).expand(len(total), -1)], needs.table(rank))
+
+    run_ranks(2, run)
+
+
+class Grudging:
+    """An emulated allocator that gives no more than ``most`` bytes at a time, and knows what still lives."""
+
+    def __init__(self, allocator, most: int) -> None:
+        self._allocator, self.most, self.given = allocator, most, []
+
+    def allocate(self, num_bytes: int):
+        if num_bytes > self.most:
+            raise CapacityError(f"{num_bytes} bytes are too many")
+        memory = self._allocator.allocate(num_bytes)
+        self.given.append(weakref.ref(memory))
+        return memory
+
+    def free_unused(self) -> None:
+        gc.collect()
+
+    @property
+    def num_alive(self) -> int:
+        gc.collect()
+        return sum(each() is not None for each in self.given)
+
+
+@pytest.mark.parametrize("transport", ["copy_engine", "push", "put"])
+def test_slots_go_when_larger_ones_come_or_the_context_is_closed(transport, monkeypatch):
+    make = GroupContext._make_allocator
+    monkeypatch.setattr(GroupContext, "_make_allocator", lambda self, heap: Grudging(make(self, heap), 1 << 40))
+
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport=transport, timeout_s=30))
+        tables = [fragmented_table(rank, 2, 4, rows) for rows in (2, 40)]
+        for table in tables * 3:
+            native.cast([torch.ones(table.num_source, 1 << 14)], table).wait_host()
+        assert native._allocator.num_alive == 2  # with the flags
+        native.close()
+        assert native._allocator.num_alive == 1
+        assert len(tables) == 2
+
+    run_ranks(2, run)
+
+
+def test_after_a_growth_that_fails_what_fitted_before_goes_on(monkeypatch):
+    make = GroupContext._make_allocator
+    monkeypatch.setattr(GroupContext, "_make_allocator", lambda self, heap: Grudging(make(self, heap), 8 << 20))
+
+    def run(rank, group):
+        native, small = GroupContext(group, ContextOptions(timeout_s=30)), fragmented_table(rank, 2, 4, 2)
+        large, rows = fragmented_table(rank, 2, 40, 20), torch.full((small.num_source, 1 << 10), float(rank))
+        expected = torch.tensor([owner for owner, first, stop in small.recv.tolist() for _ in range(stop - first)])
+        order = torch.tensor([row for _, first, stop in small.recv.tolist() for row in range(first, stop)])
+        for most in (8 << 20, 8 << 20, 1 << 20):
+            (received,) = native.cast([rows], small).wait_host()
+            assert (received[order] == expected[:, None]).all()
+            native._allocator.most = most
+            with pytest.raises(CapacityError, match="bytes are too many"):
+                native.cast([torch.ones(large.num_source, 1 << 11)], large)
+        with pytest.raises(CapacityError, match="there is no memory to receive rows in"):
+            native.cast([rows], small)
+
+    run_ranks(2, run)
+
+
+def test_a_gpu_that_fails_while_a_rank_is_late_keeps_the_error():
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(timeout_s=0.5))
+        if rank:
+            return
+        table = fragmented_table(rank, 2, 4, 2)
+        native._control.local.cpu = lambda: (_ for _ in ()).throw(RuntimeError("the GPU has failed\nat length"))
+        native._watchdog.stop()
+        native.give_up(0, 3)
+        with pytest.raises(PeerTimeoutError, match="some ranks of the group did not do their part of cast number 3"):
+            native.cast([torch.ones(table.num_source, 4)], table)
+        with pytest.raises(PeerTimeoutError):
+            native.close()
 
     run_ranks(2, run)
 
@@ -110,7 +189,7 @@ def test_lent_rows_must_come_back():
     run_ranks(2, run)
 
 
-@pytest.mark.parametrize("transport", ["copy_engine", "push"])
+@pytest.mark.parametrize("transport", ["copy_engine", "push", "put"])
 def test_a_rank_that_stops_is_named_and_nobody_hangs(transport):
     def run(rank, group):
         native = GroupContext(group, ContextOptions(transport=transport, timeout_s=0.5))
@@ -171,6 +250,29 @@ def test_own_rows_lie_among_received_ones():
             native.cast([rows], table, out=[out]).wait_host()
             expected[places] = -1.0
             assert torch.equal(out, expected)
+
+    run_ranks(2, run)
+
+
+@pytest.mark.parametrize("transport", ["copy_engine", "put"])
+def test_own_rows_wait_until_their_slot_is_given_back(transport):
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport=transport, timeout_s=30))
+        table = ExchangeTable(np.array([[1 - rank, 0, 4]]), np.array([[1 - rank, 0, 4]]), 2, 4, 8)
+        wrong, reader = [], torch.cuda.Stream()  # which the caller's stream knows nothing of
+
+        def read(received: torch.Tensor, turn: int) -> None:
+            time.sleep(3e-3)
+            wrong.extend([turn] * bool((received[4:] != turn).any()))
+
+        for turn in range(12):
+            work = native.cast([torch.full((4, 3), float(turn))], table, own_places=slice(4, 8), lend=True)
+            work.precede(reader)
+            (received,) = work.wait()
+            reader.enqueue(lambda received=received, turn=turn: read(received, turn))
+            work._release_behind(reader)
+        reader.synchronize()
+        assert not wrong
 
     run_ranks(2, run)
 

@@ -66,6 +66,23 @@ def test_pushes_copy_in_bulk_and_tell_the_whole_system_last(arch):
     assert all(any("SYS" in name for name in instructions) for instructions in [*pushes.values(), *words.values()])
 
 
+@pytest.mark.skipif(bool(kernels.missing_kernels(kernels.LINKED_FATBINS)), reason="put.fatbin is not there")
+def test_puts_are_linked_with_nvshmem_for_hopper_and_blackwell():
+    assert re.findall(r"(sm_\w+)\.cubin", dump("put", "-lelf")) == ARCHS
+    for arch in ARCHS:
+        symbols = dump("put", "-symbols", "-arch", arch)
+        for name in ("put_signal", "tell_all", "see_arrived"):
+            assert re.search(rf"ENTRY\s+{name}$", symbols, re.MULTILINE)
+        # What NVSHMEM fills in when the code is loaded, IBGDA's part among it; nothing is left to be found elsewhere.
+        for name in ("nvshmemi_device_state_d", "nvshmemi_ibgda_device_state_d", "nvshmemi_device_lib_version_d"):
+            assert re.search(rf"\s{name}$", symbols, re.MULTILINE)
+        assert "U_UNDEF" not in symbols
+        found = {
+            name: int(registers) for name, registers, _ in _RESOURCES.findall(dump("put", "-res-usage", "-arch", arch))
+        }
+        assert found["put_signal"] * 512 <= 1 << 16
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_pair_of_dtypes_has_kernels_that_read_16_bytes_at_a_time(arch):
     found = code("reduce", arch)

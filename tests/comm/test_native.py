@@ -4,6 +4,8 @@
 With fewer GPUs than ranks, all ranks share one: the same protocol, at another speed.
 """
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -18,10 +20,13 @@ from magi_comm_grpcoll import (
     PlanMismatchError,
     SlotLentError,
 )
-from tests.comm.ranks import Reference, device, make_pool
+from tests.comm.ranks import NO_PUTS, Reference, device, make_pool
 from tests.distributed.exchanges import RandomNeeds, random_tensor
 
-TRANSPORTS = ["copy_engine", "push", None]
+# "heap" stands for the faster of copy engines and push, in memory of NVSHMEM.
+TRANSPORTS = ["copy_engine", "push", None, *([] if NO_PUTS else ["put", "heap"])]
+PUT = pytest.param("put", marks=pytest.mark.skipif(bool(NO_PUTS), reason=NO_PUTS))
+HEAP = pytest.param("heap", marks=PUT.marks)
 # Rows of 16 bytes and more that bulk copies take, and others that they don't.
 FORMATS = [
     [((8, 128), torch.bfloat16), ((8, 128), torch.bfloat16)],
@@ -45,6 +50,7 @@ def pool(request):
         yield pool
 
 
+_IN_HEAP = ContextOptions(allocator="nvshmem", timeout_s=30)
 _contexts: dict[tuple[str | None, int], GroupContext] = {}
 
 
@@ -52,7 +58,7 @@ def context(transport: str | None = None, number: int = 0) -> GroupContext:
     """One context per transport and number, kept by the rank's process."""
     key = transport, number
     if key not in _contexts:
-        options = ContextOptions(transport=transport, timeout_s=30)  # type: ignore[arg-type]
+        options = ContextOptions(transport=transport, timeout_s=30) if transport != "heap" else _IN_HEAP
         _contexts[key] = GroupContext(dist.group.WORLD, options)
     return _contexts[key]
 
@@ -90,7 +96,7 @@ def compare_casts(rank: int, world_size: int, transport: str | None, seed: int) 
     torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ["copy_engine", "push", None, PUT, HEAP])
 def test_casts_have_the_bits_of_all_to_all(pool, transport):
     for seed in range(4):
         pool.run(compare_casts, transport, seed, timeout_s=60)
@@ -189,7 +195,7 @@ def run_epochs(rank: int, world_size: int, transport: str | None, num_epochs: in
     assert wrong.item() == 0
 
 
-@pytest.mark.parametrize("transport", ["copy_engine", "push"])
+@pytest.mark.parametrize("transport", ["copy_engine", "push", PUT, HEAP])
 def test_a_thousand_epochs_under_random_delays(pool, transport):
     pool.run(run_epochs, transport, 1000, timeout_s=100)
 
@@ -310,3 +316,24 @@ def run_in_rounds(rank: int, world_size: int) -> None:
 
 def test_what_does_not_fit_goes_in_rounds_with_the_same_bits(pool):
     pool.run(run_in_rounds, timeout_s=60)
+
+
+def cast_once(rank: int, world_size: int, transport: str) -> None:
+    table = fragmented_table(rank, world_size, 3, 4)
+    native = context(transport)
+    (received,) = native.cast([torch.ones(table.num_source, 8, device=device())], table).wait()
+    assert (received == 1).all()
+    native.reduce([received], table, [torch.ones(table.num_source, 8, device=device())]).wait()
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("transport", ["copy_engine", PUT, HEAP])
+def test_processes_end_by_themselves(transport):
+    with make_pool(2) as pool:
+        pool.run(cast_once, transport, timeout_s=60)
+        processes = [*pool._processes]
+        for pipe in pool._pipes:
+            pipe.send_bytes(pickle.dumps(None))
+        for process in processes:
+            process.join(20)
+        assert [process.exitcode for process in processes] == [0, 0]

@@ -2,6 +2,7 @@
 """Groups over several nodes, here virtual ones: natively inside a node, each row once from node to node."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from magi_attention.comm import AllToAllCollectives
 from magi_attention.testing.distributed import RankPool
 from magi_comm_grpcoll import NativeCollectives, collectives
 from magi_comm_grpcoll.context import GroupContext
-from magi_comm_grpcoll.nodes import RelayedCollectives, ranks_per_node
-from tests.comm.ranks import make_pool
+from magi_comm_grpcoll.errors import CapacityError
+from magi_comm_grpcoll.heap import SWITCH_OFF
+from magi_comm_grpcoll.nodes import RelayedCollectives, ranks_per_node, subgroups
+from tests.comm.ranks import NO_PUTS, make_pool
 from tests.comm.test_native import fragmented_table
 from tests.distributed.exchanges import RandomNeeds, random_tensor
 
@@ -31,22 +34,32 @@ def gpu_pool():
         yield pool
 
 
-def over_virtual_nodes(rank: int, per_node: int, device: torch.device) -> NativeCollectives:
-    """Collectives of the world, whose ranks take themselves for those of other hosts."""
+# By whether rows may be put across: NVSHMEM serves one group in a process, so all tests share these.
+_groups: dict[bool, dist.ProcessGroup] = {}
+
+
+def over_virtual_nodes(rank: int, per_node: int, device: torch.device, puts: bool = False) -> NativeCollectives:
+    """Collectives of all ranks, which take themselves for those of other hosts."""
     collectives.host = lambda: f"host {rank // per_node}"
-    native = NativeCollectives(dist.group.WORLD)
+    os.environ[SWITCH_OFF] = "0" if puts else "1"
+    if puts not in _groups:
+        _groups[puts] = dist.new_group(range(dist.get_world_size()))
+    native = NativeCollectives(_groups[puts])
     assert isinstance(native.context, RelayedCollectives)
-    assert NativeCollectives(dist.group.WORLD).context is native.context
-    intra = native.context._hops._intra
+    assert NativeCollectives(_groups[puts]).context is native.context
+    inter, intra = native.context._hops._inter, native.context._hops._intra
+    assert isinstance(inter, NativeCollectives)
     assert isinstance(intra, NativeCollectives)
     assert (intra.context is None) == (device.type == "cpu")
     assert intra.context is None or isinstance(intra.context, GroupContext)
+    assert (inter.context is not None) == puts
+    assert inter.context is None or inter.context.options.transport == "put"
     return native
 
 
-def compare(rank: int, world_size: int, device_type: str) -> None:
+def compare(rank: int, world_size: int, device_type: str, puts: bool = False) -> None:
     device = torch.device(device_type)
-    native = over_virtual_nodes(rank, PER_NODE, device)
+    native = over_virtual_nodes(rank, PER_NODE, device, puts)
     for seed in range(4):
         needs = RandomNeeds(seed, world_size, 0.7, max_rows=60)
         for formats in (
@@ -91,10 +104,10 @@ def compare_reduces(rank: int, native: NativeCollectives, needs: RandomNeeds, de
     torch.testing.assert_close(out_lse.cpu(), wanted_lse.cpu())
 
 
-def repeat(rank: int, world_size: int, device_type: str) -> None:
+def repeat(rank: int, world_size: int, device_type: str, puts: bool = False) -> None:
     """Exchanges one after another without a host synchronization, with own rows among the received ones."""
     native, table = (
-        over_virtual_nodes(rank, PER_NODE, torch.device(device_type)),
+        over_virtual_nodes(rank, PER_NODE, torch.device(device_type), puts),
         fragmented_table(rank, world_size, 7, 3),
     )
     owner = torch.empty(table.num_received, 1, device=device_type)
@@ -120,14 +133,41 @@ def test_exchanges_one_after_another(pool):
     pool.run(repeat, "cpu")
 
 
-@pytest.mark.gpu(1)
-def test_the_same_rows_and_sums_on_gpus(gpu_pool):
-    gpu_pool.run(compare, "cuda")
+ACROSS = pytest.mark.parametrize(
+    "puts",
+    [
+        pytest.param(False, id="alltoall"),
+        pytest.param(True, id="puts", marks=pytest.mark.skipif(bool(NO_PUTS), reason=NO_PUTS)),
+    ],
+)
 
 
 @pytest.mark.gpu(1)
-def test_exchanges_one_after_another_on_gpus(gpu_pool):
-    gpu_pool.run(repeat, "cuda")
+@ACROSS
+def test_the_same_rows_and_sums_on_gpus(gpu_pool, puts):
+    gpu_pool.run(compare, "cuda", puts)
+
+
+@pytest.mark.gpu(1)
+@ACROSS
+def test_exchanges_one_after_another_on_gpus(gpu_pool, puts):
+    gpu_pool.run(repeat, "cuda", puts)
+
+
+def be_alone_on_hosts(rank: int, world_size: int) -> None:
+    collectives.host = lambda: f"host {rank}"
+    native = NativeCollectives(dist.group.WORLD)
+    assert isinstance(native.context, GroupContext)
+    assert native.context.options.transport == "put"
+    assert native.needs_multiprocessors
+    compare_reduces(rank, native, RandomNeeds(0, world_size, 0.7, max_rows=60), torch.device("cuda"))
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.skipif(bool(NO_PUTS), reason=NO_PUTS)
+def test_ranks_that_are_alone_on_their_hosts_put_at_once():
+    with make_pool(2) as pool:
+        pool.run(be_alone_on_hosts)
 
 
 def mix_hosts(rank: int, world_size: int) -> None:
@@ -143,7 +183,37 @@ def mix_hosts(rank: int, world_size: int) -> None:
     assert NativeCollectives(group).context is None
     assert len(lines) == (0 if rank else 2)
     assert rank or "not numbered host by host" in lines[0]
-    assert rank or "each of its ranks is on another host" in lines[1]
+    assert rank or "it needs CUDA GPUs, not cpu" in lines[1]
+
+
+class Context:
+    """Stands for one of those that put."""
+
+    closed = 0
+
+    def __init__(self, group: dist.ProcessGroup, options: object = None) -> None:
+        self.needs_multiprocessors = True
+        if dist.get_rank() % PER_NODE == 1:
+            raise CapacityError("rank 0 can't allocate 4096 bytes to receive rows in: NVSHMEM has no memory left")
+
+    def close(self) -> None:
+        Context.closed += 1
+
+
+def disagree(rank: int, world_size: int) -> None:
+    """The ranks of one place can put, those of the other can't."""
+    made, collectives.GroupContext = collectives.GroupContext, Context
+    try:
+        group = dist.new_group(range(world_size))
+        inter, _ = subgroups(group, PER_NODE, 30.0)
+        assert collectives._make_crossing(group, inter, 30.0) is None
+    finally:
+        collectives.GroupContext = made
+    assert Context.closed == 1 - rank % PER_NODE
+
+
+def test_if_one_place_cannot_put_none_does(pool):
+    pool.run(disagree)
 
 
 def test_other_orders_of_ranks_go_by_all_to_all(pool):

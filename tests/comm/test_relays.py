@@ -5,8 +5,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
-from magi_comm_grpcoll.relays import relay_exchange
+from magi_attention.plan.exchange import ExchangeTable
+from magi_comm_grpcoll.relays import RelayExchange, relay_exchange
 from magi_comm_grpcoll.tables import check_match
 from tests.comm.test_native import fragmented_table
 from tests.distributed.exchanges import RandomNeeds
@@ -21,7 +21,7 @@ def expand(ranges: np.ndarray) -> np.ndarray:
 
 
 def cast(tables: list[ExchangeTable], sources: list[np.ndarray]) -> list[np.ndarray]:
-    """What every rank of a group receives."""
+    """What every rank of a group receives; -1 where nothing is sent to."""
     check_match(tables)
     received = [np.full(table.num_received, -1) for table in tables]
     for rank, table in enumerate(tables):
@@ -38,30 +38,36 @@ def cast(tables: list[ExchangeTable], sources: list[np.ndarray]) -> list[np.ndar
     return received
 
 
-def cast_in_two_hops(hops: list[TwoHopExchange], per_node: int, sources: list[np.ndarray]) -> list[np.ndarray]:
-    """The same over nodes of ``per_node`` ranks."""
-    held: list[np.ndarray] = [np.empty(0, np.int64)] * len(hops)
+def cast_over_nodes(relays: list[RelayExchange], per_node: int, sources: list[np.ndarray]) -> list[np.ndarray]:
+    """The same over nodes of ``per_node`` ranks: in two hops, and with the rows of a node apart."""
+    relayed: list[np.ndarray] = [np.empty(0, np.int64)] * len(relays)
     for place in range(per_node):
-        alike = range(place, len(hops), per_node)
-        relays = cast([hops[rank].inter for rank in alike], [sources[rank] for rank in alike])
-        for rank, relay in zip(alike, relays, strict=True):
-            assert (relay >= 0).all()
-            held[rank] = np.concatenate([sources[rank], relay])
+        alike = range(place, len(relays), per_node)
+        arrived = cast([relays[rank].hops.inter for rank in alike], [sources[rank] for rank in alike])
+        for rank, rows in zip(alike, arrived, strict=True):
+            assert (rows >= 0).all()
+            relayed[rank] = rows
     received = []
-    for first in range(0, len(hops), per_node):
+    for first in range(0, len(relays), per_node):
         node = range(first, first + per_node)
-        received += cast([hops[rank].intra for rank in node], [held[rank] for rank in node])
+        held = [np.concatenate([sources[rank], relayed[rank]]) for rank in node]
+        received += (together := cast([relays[rank].hops.intra for rank in node], held))
+        near = cast([relays[rank].near for rank in node], [sources[rank] for rank in node])
+        far = cast([relays[rank].far for rank in node], [relayed[rank] for rank in node])
+        for both, one, other in zip(together, near, far, strict=True):
+            assert ((one < 0) | (other < 0)).all()
+            assert (np.maximum(one, other) == both).all()
     return received
 
 
 def check(tables: list[ExchangeTable], per_node: int) -> None:
-    hops = [relay_exchange(tables[rank % per_node :: per_node], per_node, rank) for rank in range(len(tables))]
+    relays = [relay_exchange(tables[rank % per_node :: per_node], per_node, rank) for rank in range(len(tables))]
     sources = [1000 * rank + np.arange(table.num_source) for rank, table in enumerate(tables)]
     expected = cast(tables, sources)
-    for got, wanted in zip(cast_in_two_hops(hops, per_node, sources), expected, strict=True):
+    for got, wanted in zip(cast_over_nodes(relays, per_node, sources), expected, strict=True):
         assert (got == wanted).all()
-    for rank, exchange in enumerate(hops):
-        across = expand(exchange.inter.send)
+    for rank, exchange in enumerate(relays):
+        across = expand(exchange.hops.inter.send)
         assert len(np.unique(across, axis=0)) == len(across)  # once to each node
         wanted = expand(tables[rank].send)
         nodes = np.unique(np.column_stack([wanted[:, 0] // per_node, wanted[:, 1]]), axis=0)
@@ -92,7 +98,7 @@ def test_partly_overlapping_ranges_cross_as_one():
         ExchangeTable(nothing, np.array([(0, 0, 2), (0, 2, 5)]), 4, 0, 5),
     ]
     check(tables, 2)
-    hops = relay_exchange(tables[::2], 2, 0), relay_exchange(tables[::2], 2, 2)
+    hops = relay_exchange(tables[::2], 2, 0).hops, relay_exchange(tables[::2], 2, 2).hops
     assert hops[0].inter.send.tolist() == [[1, 0, 9]]
     assert hops[1].inter.recv.tolist() == [[0, 0, 9]]
     assert hops[1].intra.send.tolist() == [[0, 0, 6], [1, 4, 9]]

@@ -11,16 +11,19 @@ from tests.comm.simulation import run_exchanges
 
 
 @settings(max_examples=300)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 3), st.integers(1, 12))
-def test_nobody_reads_too_early_or_what_is_written_over(seed, num_ranks, num_slots, num_epochs):
-    run_exchanges(seed, num_ranks, num_slots, num_epochs)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 3), st.integers(1, 12), st.booleans())
+def test_nobody_reads_too_early_or_what_is_written_over(seed, num_ranks, num_slots, num_epochs, by_puts):
+    run_exchanges(seed, num_ranks, num_slots, num_epochs, by_puts=by_puts)
 
 
-@pytest.mark.parametrize("broken", ["credit", "arrival"])
-def test_without_a_wait_it_is_noticed(broken):
+@pytest.mark.parametrize(
+    ("broken", "by_puts"),
+    [("credit", False), ("arrival", False), ("credit", True), ("arrival", True), ("quiet", True)],
+)
+def test_without_a_wait_it_is_noticed(broken, by_puts):
     def run() -> None:
         for seed in range(50):
-            run_exchanges(seed, 3, 2, 12, broken)
+            run_exchanges(seed, 3, 2, 12, broken, by_puts)
 
     with pytest.raises(AssertionError, match="reads"):
         run()

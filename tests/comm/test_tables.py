@@ -12,6 +12,7 @@ from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll.driver import WAIT_VALUE, WRITE_VALUE, memory_operations
 from magi_comm_grpcoll.errors import PlanMismatchError
 from magi_comm_grpcoll.plans import make_plans
+from magi_comm_grpcoll.puts import stage
 from magi_comm_grpcoll.tables import ALIGNMENT, TASK, ByteCopies, cast_copies, check_match, cut, tasks_of
 from tests.distributed.exchanges import RandomNeeds
 
@@ -116,6 +117,33 @@ def test_rounds_bring_every_row_once_and_all_partials_of_a_row_together(case, nu
         sent = [{row for _, start, stop in plan.table.send.tolist() for row in range(start, stop)} for plan in rounds]
         assert sum(map(len, sent)) == len(set().union(*sent))
         assert sum(plan.num_rows for plan in rounds) == sum(tables[owner].send_counts)
+
+
+@given(cases, st.sampled_from(FORMATS), st.sampled_from(["cast", "reduce"]))
+def test_what_is_staged_lies_together_and_fits_on_all_ranks(case, formats, operation):
+    seed, num_ranks, share = case
+    needs = RandomNeeds(seed, num_ranks, share)
+    tables = [needs.table(rank) for rank in range(num_ranks)]
+    plans = [make_plans(operation, tables, formats, rank, is_staged=True)[0] for rank in range(num_ranks)]
+    assert len({plan.stage_bytes for plan in plans}) == 1
+    rng = np.random.default_rng(seed)
+    for rank, plan in enumerate(plans):
+        there, onward = stage(plan.copies, rank)
+        total = int(plan.copies.size.sum())
+        assert total <= plan.stage_bytes <= plan.slot_bytes
+        tensors = [random_rows(rng, plan.table.num_source + plan.table.num_received, row).ravel() for row in formats]
+        staged = np.zeros(total, np.uint8)
+        for tensor, peer, source, target, size in zip(*(column.tolist() for column in there), strict=True):
+            assert peer == rank
+            staged[target : target + size] = tensors[tensor][source : source + size]
+        for direct, (tensor, peer, source, target, size) in zip(
+            zip(*(column.tolist() for column in plan.copies), strict=True),
+            zip(*(column.tolist() for column in onward), strict=True),
+            strict=True,
+        ):
+            assert (tensor, peer, target, size) == (0, direct[1], direct[3], direct[4])
+            expected = tensors[direct[0]][direct[2] : direct[2] + size]
+            assert (staged[source : source + size] == expected).all()
 
 
 def table(send, recv, num_ranks=2, num_source=8) -> ExchangeTable:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native transport as the core finds and asks it, without a GPU."""
 
+import json
 from importlib.metadata import entry_points
 
 import pytest
@@ -10,7 +11,7 @@ from magi_attention.comm import GroupCollectives
 from magi_attention.comm.registry import make_collectives
 from magi_attention.config import DistAttnConfig, RuntimeConfig
 from magi_comm_grpcoll import ContextOptions, NativeCollectives
-from magi_comm_grpcoll.capability import SHARING, agree, reason_against
+from magi_comm_grpcoll.capability import SHARING, Needs, agree, reason_against
 from magi_comm_grpcoll.kernels import missing_kernels
 from tests.distributed.exchanges import RandomNeeds, random_tensor, two_hop
 
@@ -59,6 +60,13 @@ class Mirror:
         return [message] * 2
 
 
+class OfTwoHosts:
+    """The other rank has another GPU on another host."""
+
+    def exchange(self, message: bytes) -> list[bytes]:
+        return [message, json.dumps({**json.loads(message), "host": "other", "device": "other"}).encode()]
+
+
 def test_ranks_share_a_gpu_only_when_told_to(monkeypatch) -> None:
     monkeypatch.setattr("magi_comm_grpcoll.capability.reason_against", lambda device: "")
     monkeypatch.delenv(SHARING, raising=False)
@@ -67,10 +75,25 @@ def test_ranks_share_a_gpu_only_when_told_to(monkeypatch) -> None:
     assert not agree(Mirror(), torch.device("cpu"))
 
 
+def test_puts_need_nvshmem_and_reach_other_hosts(monkeypatch, tmp_path) -> None:
+    cpu, needs = torch.device("cpu"), Needs(nvshmem=True, one_host=False)
+    monkeypatch.setattr("magi_comm_grpcoll.capability.reason_against", lambda device: "")
+    monkeypatch.setattr("magi_comm_grpcoll.capability.reason_against_nvshmem", lambda: "NVSHMEM is not there")
+    monkeypatch.setattr("magi_comm_grpcoll.capability.missing_kernels", lambda fatbins: "")
+    assert agree(Mirror(), cpu, needs) == "on rank 0 NVSHMEM is not there"
+    assert "on rank 0 no network adapter for RDMA is visible" in agree(OfTwoHosts(), cpu, Needs(one_host=False))
+    monkeypatch.setattr("magi_comm_grpcoll.capability.adapters", lambda: ["mlx5_0"])
+    assert not agree(OfTwoHosts(), cpu, Needs(one_host=False))
+    assert agree(OfTwoHosts(), cpu) == "its ranks are on 2 hosts, and a context is for one"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"transport": "pigeon"}, "transport must be 'copy_engine', 'push' or None, not 'pigeon'"),
+        ({"transport": "pigeon"}, "transport must be 'copy_engine', 'push', 'put' or None, not 'pigeon'"),
+        ({"allocator": "malloc"}, "allocator must be 'torch', 'nvshmem' or None, not 'malloc'"),
+        ({"transport": "put", "allocator": "torch"}, "transport 'put' needs the memory of allocator 'nvshmem'"),
+        ({"transport": "put", "capacity_bytes": 8 << 20}, "capacity_bytes gives none of 3 slots 2 MiB: 8388608"),
         ({"num_slots": 0}, "num_slots must be at least 1, not 0"),
         ({"timeout_s": 0.0}, "timeout_s must be positive, not 0.0"),
     ],

@@ -58,6 +58,12 @@ def test_what_cannot_be_measured_is_refused(arguments, message):
     assert message in " ".join(result.output.split())
 
 
+def test_native_collectives_are_refused_where_there_are_none():
+    result = CliRunner().invoke(app, ["bench", "--device", "cpu", "-p", "2", "--tokens", "256", "--native"])
+    assert result.exit_code != 0
+    assert "native_grpcoll" in f"{result.output} {result.exception}"
+
+
 def test_an_unknown_mask_is_named():
     result = run("--mask", "nothing")
     assert result.exit_code == 2

@@ -232,6 +232,11 @@ def test_wrong_types(make, words):
             make()
 
 
+def test_what_the_blackwell_backend_can_do_is_its_own_answer():
+    config = RuntimeConfig(kernel_backend="blackwell", kernel_backend_backward="cudnn_flex", deterministic=True)
+    assert config.resolved().kernel_backend == "blackwell"
+
+
 def test_group_collective_settings():
     config = GrpCollConfig(num_sms=8, num_rdma_bytes=5)
     assert config.to_kernel_config() == {

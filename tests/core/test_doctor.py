@@ -9,14 +9,14 @@ import torch
 from typer.testing import CliRunner
 
 from magi_attention.cli.doctor import command
-from magi_attention.cli.doctor.backends import capabilities, check_backends, choices
+from magi_attention.cli.doctor.backends import allowed_error, capabilities, check_backends, choices
 from magi_attention.cli.doctor.communication import check_communication, communication_facts, peer_access
 from magi_attention.cli.doctor.machine import machine_facts, package_versions
-from magi_attention.cli.doctor.settings import check_planner, check_variables, variables_set
+from magi_attention.cli.doctor.settings import check_kernel_folder, check_planner, check_variables, variables_set
 from magi_attention.cli.main import app
 from magi_attention.kernels import registry
 from magi_attention.kernels.mask_class import MASK_CLASSES
-from magi_attention.kernels.protocol import AttentionResult
+from magi_attention.kernels.protocol import AttentionRequest, AttentionResult
 from magi_attention.kernels.reference import BACKEND as REFERENCE
 from magi_attention.kernels.reference import ReferenceBackend
 from magi_attention.kernels.registry import UnloadableBackend
@@ -35,6 +35,16 @@ class WrongBackend(ReferenceBackend):
 
     def backward(self, *args):
         return tuple(x * torch.nan for x in super().backward(*args))
+
+
+class CompilingBackend(ReferenceBackend):
+    """It compiles nothing, ahead of time."""
+
+    def precompile_cases(self, selection):
+        return []
+
+    def precompile(self, case):
+        return False
 
 
 @pytest.fixture
@@ -102,12 +112,33 @@ def test_backends_are_held_against_the_oracle(install):
     assert "nan" in checks["wrong backward"].detail
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "factor"),
+    [("cuda", "bfloat16", 2), ("cuda", "float16", 2), ("cuda", "float32", 4), ("cpu", "float32", 2)],
+)
+def test_more_than_twice_plain_pytorchs_error_is_for_float32_on_gpus(device, dtype, factor):
+    request = AttentionRequest(torch.device(device), getattr(torch, dtype), 4, 2, 64, 64)
+    assert allowed_error(request) == factor
+
+
 def test_planner_and_communication_are_well():
     assert check_planner().status == "ok"
     assert "rows travel" in check_planner().detail
     checks = status_of(check_communication())
     assert checks["gloo"] == "ok"
     assert checks["nccl"] == ("ok" if torch.cuda.is_available() else "skipped")
+
+
+def test_folder_of_compiled_kernels(install, monkeypatch, tmp_path):
+    install(reference=REFERENCE)
+    assert check_kernel_folder().status == "skipped"
+    install(compiling=CompilingBackend())
+    for folder, status in ((tmp_path / "new" / "kernels", "ok"), ("/proc/nothere", "failed")):
+        monkeypatch.setenv("MAGI_ATTENTION_FFA_FA4_CACHE_DIR", str(folder))
+        check = check_kernel_folder()
+        assert check.status == status
+        assert str(folder) in check.detail
+    assert "MAGI_ATTENTION_FFA_FA4_CACHE_DIR names another" in check.detail
 
 
 def test_variables(monkeypatch, tmp_path):

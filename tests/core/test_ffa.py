@@ -2,6 +2,7 @@
 """``flex_flash_attn_func`` on a CPU, by its documentation; and the errors that it raises."""
 
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -143,7 +144,11 @@ WHOLE = torch.tensor([[0, 8]])
         ({"k": torch.zeros(8, 2, 16, dtype=torch.float64)}, ValueError, "float64"),
         ({"v": torch.zeros(7, 2, 16)}, ValueError, r"\[7, 2, 16\]"),
         ({"q": torch.zeros(8, 3, 16)}, ValueError, "multiple of the key heads, got 3 and 2"),
-        ({"softcap": -1.0}, ValueError, "softcap"),
+        ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
+        ({"softmax_scale": math.nan}, ValueError, "softmax_scale is nan"),
+        ({"softmax_scale": -math.inf}, ValueError, "softmax_scale is -inf"),
+        ({"sm_margin": -3}, ValueError, "sm_margin must be at least 0, not -3"),
+        ({"sm_margin": 1.5}, TypeError, "sm_margin must be int, not 1.5"),
         ({"sink": torch.zeros(1, 3)}, ValueError, "sink"),
         ({"deterministic": True, "swap_bwd_qk_loop": True}, ValueError, "swap_bwd_qk_loop"),
     ],

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Index attention on a CPU: every query's own keys, against the dense oracle with the mask that they make."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -136,7 +138,11 @@ LISTS = torch.zeros(8, 2, 4, dtype=torch.int32)
         ({"index_attn_indices": LISTS.to("meta")}, ValueError, "on cpu, not on meta"),
         ({"k_ranges": torch.tensor([[0, 8]])}, ValueError, "belong to q_ranges"),
         ({"q_block_size": 2}, ValueError, "must be 1, got 2 and 1"),
-        ({"softcap": -1.0}, ValueError, "softcap"),
+        ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
+        ({"softmax_scale": math.nan}, ValueError, "softmax_scale is nan"),
+        ({"softmax_scale": -math.inf}, ValueError, "softmax_scale is -inf"),
+        ({"sm_margin": -3}, ValueError, "sm_margin must be at least 0, not -3"),
+        ({"sm_margin": 1.5}, TypeError, "sm_margin must be int, not 1.5"),
         ({"sink": torch.zeros(1, 3)}, ValueError, "sink"),
         ({"k": torch.zeros(9, 2, 8)}, ValueError, "shapes must be"),
     ],

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from magi_attention.api import DispatchConfig, DistAttnConfig, clear_cache, magi_attn_varlen_key
+from magi_attention.comm import AllToAllCollectives
 from magi_attention.common.enum import AttnRole
 from magi_attention.config import OverlapConfig, RuntimeConfig
 from magi_attention.runtime.cache import find_manager
@@ -56,6 +57,12 @@ def test_kernels_leave_multiprocessors_only_to_rows_that_travel_beside_them(num_
     assert found["forward"][0] == 4
     assert found["forward"][-1] == 0
     assert found["backward"][0] == 4
+
+
+def test_none_are_left_to_a_transport_that_takes_none(num_ranks, monkeypatch):
+    monkeypatch.setattr(AllToAllCollectives, "needs_multiprocessors", False)
+    found = margins(num_ranks)
+    assert not any(found["forward"] + found["backward"])
 
 
 def test_a_margin_that_was_chosen_holds_for_all_kernels(num_ranks, monkeypatch):

@@ -16,8 +16,12 @@ from magi_attention.kernels.reference import BACKEND as REFERENCE
 
 SOURCE = """
 import os
+import warnings
 from itertools import product
 from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from magi_attention.env.build import ffa_fa4_cache_dir
 from magi_attention.kernels.protocol import PrecompileCase
@@ -36,6 +40,9 @@ class PretendingBackend(ReferenceBackend):
 
     def precompile(self, case):
         print("talking compiler")
+        warnings.warn("talking compiler")
+        with FakeTensorMode():
+            torch.empty(1).data_ptr()  # which PyTorch's C++ code warns of
         if case.head_dim == 256:
             raise RuntimeError("no registers left [sad]")
         if case.head_dim == 512:
@@ -86,6 +93,11 @@ def test_selections():
     assert read[0] == KernelSelection(
         "sm_90", (torch.bfloat16, torch.float16), ((8, 8), (8, 2)), ((64, 64), (192, 128)), ("backward",)
     )
+    assert [each.multiprocessors for each in (*read, *read_selections(["sm_100"], [], [], [], "both", 152))] == [
+        None,
+        None,
+        152,
+    ]
     assert read_selections(["sm_90"], [], [], [], "both") == [
         KernelSelection(
             "sm_90", (torch.bfloat16,), ((32, 32), (32, 8)), ((64, 64), (128, 128)), ("forward", "backward")
@@ -126,13 +138,16 @@ def test_without_a_backend_that_can(monkeypatch):
         find_tasks([], [])
 
 
-def test_compiling_caching_and_failing(pretending):
+def test_compiling_caching_and_failing(pretending, capfd):
     flags = ("--arch", "sm_90", "--arch", "sm_100", "--head-dim", 64, "--heads", "4/2", "--jobs", 1)
     first = run(*flags, "--direction", "forward")
     assert first.exit_code == 0, first.output
     assert ["pretending", "sm_90", "2", "0", "0"] in [line[:5] for line in words(first)]
     assert ["pretending", "sm_100", "2", "0", "0"] in [line[:5] for line in words(first)]
     assert "talking" not in first.output
+    printed = "".join(capfd.readouterr())
+    assert "talking" not in printed
+    assert "FakeTensor" not in printed
     assert str(pretending) in first.stdout.replace("\n", "")
     names = {path.name for path in pretending.iterdir()}
     assert "sm_100 bfloat16 4-2 heads dim 64 forward softcap" in names

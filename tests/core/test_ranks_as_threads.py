@@ -5,6 +5,7 @@ Rows are packed, put in place, merged and summed by the kernels that a group of 
 the transfer itself is a copy.
 """
 
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Barrier
@@ -18,9 +19,11 @@ from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.common import packed
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import LocalityDispatchAlg, RuntimeConfig
+from magi_attention.kernels.registry import installed_backends
 from magi_attention.plan.build import build_plans
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.stages import StageOptions
+from magi_attention.runtime import job
 from magi_attention.runtime import schedule as scheduling
 from magi_attention.runtime.autograd import dist_attn_func
 from magi_attention.runtime.job import DistAttnRuntime
@@ -84,11 +87,25 @@ def attend(rank: int, switch: Switch, plan, costs, tensors: list[Tensor], keep: 
     return [out.detach(), meta.lse.detach(), *gradients]
 
 
+def attend_on_all(slices, layout, degree, costs, tensors: list[Tensor], keep: bool) -> list[list[Tensor]]:
+    """What :func:`attend` returns on every rank."""
+    plans = build_plans(slices, layout, range(layout.num_ranks), StageOptions(degree=degree, min_piece=16))
+    switch = Switch(layout.num_ranks)
+    with ThreadPoolExecutor(layout.num_ranks) as pool:
+        running = [pool.submit(attend, rank, switch, plan, costs, tensors, keep) for rank, plan in enumerate(plans)]
+        return [each.result() for each in running]
+
+
 def dense(attend_densely, dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
     q, k, v = (x.to(dtype).requires_grad_() for x in tensors[:3])
     out, lse, _ = attend_densely(q, k, v)
     gradients = torch.autograd.grad((out, lse), (q, k, v), (tensors[3].to(out), tensors[4].to(lse)))
     return [out.detach(), lse.detach(), *gradients]
+
+
+@pytest.fixture(autouse=True)
+def any_rows_may_be_kept(monkeypatch):
+    monkeypatch.setattr(job, "MOST_KEPT", 100.0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -110,12 +127,8 @@ def test_every_arrangement_is_right(device, dtype, name, mask, monkeypatch):
         layout = make_layout(
             slices, num_real=TOKENS, total=TOKENS, chunk_size=16, num_ranks=num_ranks, algorithm=LocalityDispatchAlg()
         )
-        plans = build_plans(slices, layout, range(num_ranks), StageOptions(degree=degree, min_piece=16))
         order = torch.from_numpy(np.concatenate([layout.positions(rank) for rank in range(num_ranks)])).to(device)
-        switch = Switch(num_ranks)
-        with ThreadPoolExecutor(num_ranks) as pool:
-            running = [pool.submit(attend, rank, switch, plan, costs, tensors, keep) for rank, plan in enumerate(plans)]
-            results = [each.result() for each in running]
+        results = attend_on_all(slices, layout, degree, costs, tensors, keep)
         for number, (reference, pytorch) in enumerate(zip(truth, plain, strict=True)):
             actual = torch.cat([result[number] for result in results])
             says = f"{('out', 'lse', 'dq', 'dk', 'dv')[number]}, {num_ranks} ranks, kept {keep}"
@@ -123,3 +136,48 @@ def test_every_arrangement_is_right(device, dtype, name, mask, monkeypatch):
                 torch.testing.assert_close(actual, reference[order], rtol=1e-9, atol=1e-9, msg=says)
             else:
                 assert_within_pytorch_error(actual, reference[order], pytorch[order], 2.0, says)
+
+
+class KeysFirst:
+    """The reference, which tells of gradients of keys before it returns those of queries."""
+
+    def __init__(self) -> None:
+        self.reference = installed_backends()["reference"]
+        self.num_told = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.reference, name)
+
+    def backward_keys_first(self, keys_done, target, *tensors) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = self.reference.backward(*tensors)
+        keys_done(dk, dv)
+        self.num_told += 1
+        return dq, dk, dv
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", sorted(COSTS))
+def test_gradients_of_keys_go_home_before_those_of_queries_are_there(device, name, monkeypatch):
+    slices = packed.varlen([0, TOKENS])
+    layout = make_layout(
+        slices, num_real=TOKENS, total=TOKENS, chunk_size=16, num_ranks=2, algorithm=LocalityDispatchAlg()
+    )
+    shapes = ((HEADS[0], DIM), (HEADS[1], DIM), (HEADS[1], DIM), (HEADS[0], DIM), (HEADS[0],))
+    tensors = [torch.randn(TOKENS, *shape, dtype=torch.float64, device=device) for shape in shapes]
+    expected = attend_on_all(slices, layout, 1, COSTS[name], tensors, keep=True)
+    backend, launched_inside = KeysFirst(), []
+    monkeypatch.setitem(installed_backends(), "reference", backend)
+    reduce = ThreadCollectives.reduce
+
+    def noted_reduce(self, *arguments, **options):
+        launched_inside.append(any(frame.name == "backward_keys_first" for frame in traceback.extract_stack()))
+        return reduce(self, *arguments, **options)
+
+    monkeypatch.setattr(ThreadCollectives, "reduce", noted_reduce)
+    actual = attend_on_all(slices, layout, 1, COSTS[name], tensors, keep=True)
+    # Two ranks attend twice; where a kernel on own rows comes last, it hides the way home.
+    assert len(launched_inside) == 4
+    assert sum(launched_inside) == backend.num_told == (4 if name == "together" else backend.num_told)
+    for ours, wanted in zip(actual, expected, strict=True):
+        for x, y in zip(ours, wanted, strict=True):
+            assert torch.equal(x, y)

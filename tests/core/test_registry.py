@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from magi_attention.common.slices import SliceTable
+from magi_attention.env import general
 from magi_attention.kernels import registry
 from magi_attention.kernels.protocol import AttentionRequest, KernelBackend, Support
 from magi_attention.kernels.registry import (
@@ -49,7 +50,12 @@ def install(monkeypatch):
 
     def pretend(**backends):
         points = [SimpleNamespace(name=name, load=lambda b=backend: load(b)) for name, backend in backends.items()]
-        monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "magi_attention.kernels" else [])
+
+        def entry_points(group):
+            return points if group == "magi_attention.kernels" else []
+
+        monkeypatch.setattr(registry, "entry_points", entry_points)
+        monkeypatch.setattr(general, "metadata", SimpleNamespace(entry_points=entry_points))
         monkeypatch.setattr(registry, "_logged", set())
         installed_backends.cache_clear()
 
@@ -138,6 +144,8 @@ def test_measured_figures_override_those_of_the_backends(install, speeds):
         ([{"backend": "a", "tflops": "1"}], "number of at least 0, got '1'"),
         ([{"backend": "a", "tflops": 1, "direction": "up"}], "forward or backward, got 'up'"),
         ([{"backend": "a", "tflops": 1, "mask_class": "odd"}], "one of full, causal.*got 'odd'"),
+        ([{"backend": "refrence", "tflops": 1}], "backend must be one of .*reference.*got 'refrence'"),
+        ([{"backend": "a", "tflops": 1, "arch": "SM90"}], "arch must be written as sm_90 .*got 'SM90'"),
     ],
 )
 def test_a_file_of_figures_that_makes_no_sense(install, speeds, entries, message):
@@ -145,6 +153,12 @@ def test_a_file_of_figures_that_makes_no_sense(install, speeds, entries, message
     speeds(entries)
     with pytest.raises(ValueError, match=f"MAGI_ATTENTION_KERNEL_SPEEDS=.*{message}"):
         choose_backend(REQUEST)
+
+
+def test_figures_of_names_that_the_original_has(install, speeds):
+    install(hopper=FakeBackend("hopper", 1), blackwell=FakeBackend("blackwell", 2))
+    speeds([{"backend": "ffa", "tflops": 3}])
+    assert choose_backend(REQUEST).name == "hopper"
 
 
 def test_a_file_of_figures_that_is_not_there(install, monkeypatch):

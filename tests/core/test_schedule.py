@@ -17,8 +17,10 @@ from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.plan.rates import LayerShape, default_rates
 from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime import schedule as scheduling
+from magi_attention.runtime.costs import Costs
 from magi_attention.runtime.regular import MOST_RUNS, regular_runs
-from magi_attention.runtime.schedule import Costs, Pass, Schedule, Step, make_schedule
+from magi_attention.runtime.schedule import make_schedule
+from magi_attention.runtime.steps import Pass, Schedule, Step
 from tests.core.test_plan import cast, dense_count, layouts, two_hop_cast
 
 REST = {"pair": 1.0, "summed_row": 0.0, "call": 0.0, "cut": 1e9, "least_work": 0.0}
@@ -113,7 +115,7 @@ def test_every_pair_once(name, case, degree, per_node):
     plans = build_plans(slices, layout, range(num_ranks), options, mesh_shape=mesh_shape)
     schedules = [make_schedule(plan, COSTS[name]) for plan in plans]
     own = [np.concatenate([np.arange(a, b) for a, b, _ in layout.runs_of(r).tolist()]) for r in range(num_ranks)]
-    counts = [np.zeros((layout.total, layout.total), int) for _ in range(2)]
+    counts = [np.zeros((layout.total, layout.total), int) for _ in range(3)]
     numbers = sorted({step.number for each in schedules for step in each.forward.steps if step.exchange is not None})
     buffers = {}
     for number in numbers:
@@ -121,13 +123,12 @@ def test_every_pair_once(name, case, degree, per_node):
         assert all(len(each) == 1 for each in steps), "every rank takes part in every exchange, once"
         buffers[number] = key_buffers([each[0] for each in steps], own, per_node or 1)
     for rank, each in enumerate(schedules):
-        for of in (each.forward, each.backward, each.backward_with_rows):
+        passes = each.forward, each.backward, each.backward_with_rows
+        for of in passes:
             check_pass(of, len(own[rank]), len(own[rank]))
             exchanges = [step.number for step in of.steps if step.exchange is not None]
             assert exchanges == numbers
-        kept = [call.slices for step in each.backward.steps for call in step.calls]
-        assert sorted(map(id, kept)) == sorted(id(call.slices) for call in each.calls)
-        for count, of in zip(counts, (each.forward, each.backward_with_rows), strict=True):
+        for count, of in zip(counts, passes, strict=True):
             for step in of.steps:
                 keys = own[rank] if step.exchange is None else buffers[step.number][rank]
                 for call in step.calls:
@@ -178,6 +179,18 @@ def test_with_all_rows_at_hand_one_kernel_does_backward_what_two_do_forward():
         assert sum(step.exchange is not None for step in of.steps) == 1
 
 
+def test_what_is_cut_to_be_regular_forward_stays_one_kernel_backward():
+    tokens = 1 << 10
+    schedules = two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, COSTS["together"])
+    assert [len(each.forward.steps[0].calls) for each in schedules] == [2, 1]
+    for schedule in schedules:
+        for of in (schedule.backward, schedule.backward_with_rows):
+            (step,) = of.steps
+            assert len(step.calls) == 1
+            assert not of.blank_queries
+            assert not step.blank_keys
+
+
 def test_slow_links_are_hidden_behind_all_own_rows():
     tokens = 1 << 16
     costs = Costs.of_layer(default_rates("H200"), LayerShape(8, 8, 128), ranks_share_node=False)
@@ -192,6 +205,7 @@ def test_masks_are_cut_where_they_become_regular():
     causal_then_more = SliceTable([[0, 100, 0, 100, 1], [100, 200, 0, 400, 0], [100, 200, 400, 500, 1]])
     assert regular_runs(causal_then_more, 0, 200) == [(0, 100), (100, 200)]
     assert regular_runs(packed.varlen([0, 50, 120, 200]), 0, 200) == [(0, 200)]
+    assert regular_runs(SliceTable([[0, 40, 0, 90, 0], [40, 80, 0, 90, 0], [80, 99, 90, 95, 0]]), 0, 99) == [(0, 99)]
     assert regular_runs(SliceTable([[0, 40, 0, 40, 0], [60, 100, 60, 90, 0]]), 0, 100) == [(0, 40), (40, 60), (60, 100)]
     stairs = SliceTable([[20 * n, 20 * n + 20, 0, 20 * n + 20, 0] for n in range(MOST_RUNS + 1)])
     assert regular_runs(stairs, 0, 20 * MOST_RUNS + 20) == [(0, 20 * MOST_RUNS + 20)]

@@ -162,26 +162,29 @@ def attend(case: Case, group: dist.ProcessGroup | DeviceMesh | None) -> Answer:
     return Answer(out.detach().cpu(), lse.detach().cpu(), maximum, [x.grad.cpu() for x in tensors])
 
 
-def dense_answer(case: Case, dtype: torch.dtype) -> Answer:
+def dense_answer(case: Case, dtype: torch.dtype, on: str = "cpu") -> Answer:
     """The dense answer computed in ``dtype``: the oracle's in float64, plain PyTorch's in the case's own."""
     tensors, dout, dlse = inputs_of(case)
     if dtype == torch.float64:
         tensors = [x.double() for x in tensors]
-    tensors = [x.requires_grad_() for x in tensors]
+    tensors = [x.to(on).requires_grad_() for x in tensors]
     sink = tensors[3] if case.num_sinks else None
     options = {"softmax_scale": case.softmax_scale, "softcap": case.softcap, "sink": sink}
     if dtype == torch.float64:
         out, lse, max_logits = dense_attention(*tensors[:3], case.slices, **options)
     else:
-        mask = dense_mask(case.slices, case.total, case.num_keys)
+        mask = dense_mask(case.slices, case.total, case.num_keys, on)
         out, lse, max_logits = masked_attention(*tensors[:3], mask, **options)
-    objective(out, lse, dout.to(dtype), dlse.to(dtype)).backward()
-    return Answer(out.detach(), lse.detach(), max_logits, [x.grad for x in tensors])
+    objective(out, lse, dout.to(on, dtype), dlse.to(on, dtype)).backward()
+    return Answer(out.detach().cpu(), lse.detach().cpu(), max_logits.cpu(), [x.grad.cpu() for x in tensors])
 
 
-def assert_right(case: Case, answer: Answer) -> None:
-    """Float64 cases agree with the oracle to 1e-10, others err at most twice as much as plain PyTorch."""
-    oracle = dense_answer(case, torch.float64)
+def assert_right(case: Case, answer: Answer, on: str = "cpu") -> None:
+    """Float64 cases agree with the oracle to 1e-10, others err at most twice as much as plain PyTorch.
+
+    Both are computed ``on`` this device.
+    """
+    oracle = dense_answer(case, torch.float64, on)
     if case.max_logits:
         tolerance = max(10 * torch.finfo(case.dtype).eps, 1e-10)
         torch.testing.assert_close(answer.max_logits.double(), oracle.max_logits, rtol=tolerance, atol=tolerance)
@@ -190,7 +193,7 @@ def assert_right(case: Case, answer: Answer) -> None:
             expected = oracle.tensors()[name]
             torch.testing.assert_close(tensor, expected, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
         return
-    plain = dense_answer(case, case.dtype)
+    plain = dense_answer(case, case.dtype, on)
     for name, tensor in answer.tensors().items():
         # exp(sink - lse) inherits the rounding of lse, a number near 5, where plain PyTorch divides two sums. Other
         # gradients average that over many rows, but the sink's is mostly that of the few rows with the fewest keys.

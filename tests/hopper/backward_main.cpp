@@ -6,7 +6,7 @@
 
 template <int HeadDim, int TileM>
 void print() {
-    using Traits = magi::backward::Traits<HeadDim, short, false, TileM, 2>;
+    using Traits = magi::backward::Traits<HeadDim, HeadDim, short, false, TileM, 2>;
     for (int part = 0; part < Traits::kDqParts; part++) {
         for (int thread = 0; thread < 128; thread++) {
             for (int i = 0; i < Traits::kDqRegisters * Traits::kDqPasses; i++) {

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_kernels_hopper.backward_plan import FIRST, ColumnTables
+from magi_kernels_hopper.backward_plan import ColumnTables
 from magi_kernels_hopper.plan import FULL
 
 
@@ -34,7 +34,6 @@ def walk(tables: ColumnTables, tile_k: int, num_k: int, size_q: int, size_k: int
     steps = [(tile, *pieces) for first, end, *pieces in runs for tile in reversed(range(first, end))]
     assert len(steps) == num_steps
     for tile, first_piece, num_pieces in steps:
-        first_piece %= -FIRST
         query = (tile * size_q + np.arange(size_q))[:, None]
         kept = np.full((size_q, size_k), num_pieces == FULL) & (key < num_k)
         for q0, q1, d0, d1, k0, k1, _, _ in tables.pieces[first_piece : first_piece + max(num_pieces, 0)].tolist():

@@ -26,10 +26,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 IRREGULAR = [[0, 200, 0, 300, 0], [200, 600, 100, 500, 1], [620, 640, 300, 340, 3], [620, 640, 0, 40, 2]]
 
 
-def inputs(num_q, num_k=None, *, dim=128, heads=(4, 2), dtype=torch.bfloat16) -> Inputs:
-    x = random_inputs(
-        num_q, num_q if num_k is None else num_k, heads=heads, dims=(dim, dim), dtype=dtype, device="cuda"
-    )
+def inputs(num_q, num_k=None, *, dims=(128, 128), heads=(4, 2), dtype=torch.bfloat16) -> Inputs:
+    x = random_inputs(num_q, num_q if num_k is None else num_k, heads=heads, dims=dims, dtype=dtype, device="cuda")
     if not (support := BACKEND.supports(AttentionRequest.of_tensors(x.q, x.k, x.v).toward("backward"))):
         pytest.skip(support.reason)
     return x
@@ -66,18 +64,18 @@ def test_few_tiles(num_q, num_k, heads):
     check(inputs(num_q, num_k, heads=heads), SliceTable([[0, num_q, 0, num_k, 0]]))
 
 
-@pytest.mark.parametrize("dim", BACKWARD_SIZES)
+@pytest.mark.parametrize("dims", BACKWARD_SIZES, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (8, 1), (6, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-def test_irregular_mask(dim, heads, dtype, softcap):
-    check(inputs(700, dim=dim, heads=heads, dtype=dtype), SliceTable(IRREGULAR), softcap=softcap)
+def test_irregular_mask(dims, heads, dtype, softcap):
+    check(inputs(700, dims=dims, heads=heads, dtype=dtype), SliceTable(IRREGULAR), softcap=softcap)
 
 
-@pytest.mark.parametrize("dim", BACKWARD_SIZES)
-def test_deterministic(dim):
-    check(inputs(1500, dim=dim, heads=(8, 2)), SliceTable([[0, 1500, 0, 1500, 1]]), deterministic=True)
-    check(inputs(700, dim=dim, heads=(8, 2)), SliceTable(IRREGULAR), deterministic=True)
+@pytest.mark.parametrize("dims", BACKWARD_SIZES, ids=str)
+def test_deterministic(dims):
+    check(inputs(1500, dims=dims, heads=(8, 2)), SliceTable([[0, 1500, 0, 1500, 1]]), deterministic=True)
+    check(inputs(700, dims=dims, heads=(8, 2)), SliceTable(IRREGULAR), deterministic=True)
 
 
 @pytest.mark.parametrize("family", MASK_FAMILIES)
@@ -107,11 +105,11 @@ def test_nothing_to_do():
 def test_heads_of_several_items(rows, dim, deterministic):
     """The gradients of keys of one head are the sum of several items'."""
     slices = SliceTable(rows)
-    sizes = BACKWARD_SIZES[dim]
+    sizes = BACKWARD_SIZES[dim, dim]
     blocks = torch.cuda.get_device_properties(0).multi_processor_count
-    work = order_work(slices.bands(), 777, 777, WorkSizes(sizes.tile_m, sizes.tile_n, 2, 8, blocks))
-    assert work.split > 1
-    check(inputs(777, dim=dim, heads=(16, 2)), slices, deterministic=deterministic)
+    sizes = WorkSizes(sizes.tile_m, sizes.tile_n, 2, 8, blocks)
+    assert order_work(slices.bands(), 777, 777, sizes, ordered=deterministic).split
+    check(inputs(777, dims=(dim, dim), heads=(16, 2)), slices, deterministic=deterministic)
 
 
 @settings(max_examples=200, deadline=None)

@@ -10,7 +10,7 @@ import pytest
 
 from magi_kernels_hopper.variants import BACKWARD_SIZES, BackwardVariant
 
-PLAIN = [BackwardVariant(dim, "bf16") for dim in BACKWARD_SIZES]
+PLAIN = [BackwardVariant(*dims, "bf16") for dims in BACKWARD_SIZES]
 CSRC = Path(__file__).parents[2] / "packages" / "kernels-hopper" / "csrc"
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")

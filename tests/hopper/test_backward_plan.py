@@ -11,7 +11,7 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.testing.masks import rectangular_masks
 from magi_attention.testing.oracle import dense_mask
 from magi_kernels_hopper.backward_order import WorkSizes, clusters
-from magi_kernels_hopper.backward_plan import adders, column_tables, mark_first, ranks
+from magi_kernels_hopper.backward_plan import adders, column_tables, ranks
 from magi_kernels_hopper.plan import FULL
 from magi_kernels_hopper.tables import device_column_tables
 from tests.hopper.backward_walk import pair_counts, walk
@@ -43,26 +43,6 @@ def test_ranks_count_up_in_the_order_of_work(mask, tile_q, tile_k):
             assert table[tables.tiles[tile, 3] + left - 1] == reached[step.tile]
             reached[step.tile] += 1
     assert len(table) == sum(reached.values())
-
-
-@settings(max_examples=200, deadline=None)
-@given(rectangular_masks(150), st.sampled_from([1, 4, 10, 24]), st.sampled_from([8, 16]), st.randoms())
-def test_first_to_meet(mask, tile_q, tile_k, random):
-    """Cut where that changes, runs are the same otherwise."""
-    (num_q, num_k), slices = mask
-    tables = column_tables(slices.bands(), num_q, num_k, tile_q, tile_k)
-    order = np.array(random.sample(range(len(tables.tiles)), len(tables.tiles)))
-    marked = mark_first(tables, order)
-    met = set()
-    for tile in order.tolist():
-        first_run, num_runs, *_ = marked.tiles[tile].tolist()
-        for first, end, piece, _ in marked.runs[first_run : first_run + num_runs].tolist():
-            queries = set(range(first, end))
-            assert queries.isdisjoint(met) if piece < 0 else queries <= met
-        met.update(step.tile for step in walk(marked, tile, num_k, tile_q, tile_k))
-        before, after = (list(walk(each, tile, num_k, tile_q, tile_k)) for each in (tables, marked))
-        assert [(step.tile, step.masked) for step in before] == [(step.tile, step.masked) for step in after]
-        assert all((a.kept == b.kept).all() for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize(

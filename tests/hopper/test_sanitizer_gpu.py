@@ -58,7 +58,7 @@ def test_racecheck(tmp_path):
     nvcc = of_toolkit("nvcc")
     variants = [
         *forward_variants((128, 128), "bf16", softcap=False),
-        BackwardVariant(128, "bf16"),
+        BackwardVariant(128, 128, "bf16"),
         IndexVariant(128, 128, "bf16"),
     ]
     for variant in variants:

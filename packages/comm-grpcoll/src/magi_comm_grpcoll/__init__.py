@@ -2,8 +2,8 @@
 """Group collectives over direct connections between GPUs: the transport ``native`` of MagiAttention."""
 
 from magi_comm_grpcoll.collectives import NativeCollectives
-from magi_comm_grpcoll.context import ContextOptions, GroupContext, NotNativeError
-from magi_comm_grpcoll.errors import CapacityError, PeerTimeoutError, PlanMismatchError, SlotLentError
+from magi_comm_grpcoll.context import ContextOptions, GroupContext
+from magi_comm_grpcoll.errors import CapacityError, NotNativeError, PeerTimeoutError, PlanMismatchError, SlotLentError
 
 __all__ = [
     "CapacityError",

@@ -5,17 +5,35 @@ import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from magi_comm_grpcoll.fabric import ADAPTERS, adapters
 from magi_comm_grpcoll.handshake import Handshake
-from magi_comm_grpcoll.kernels import LEAST_CAPABILITY, missing_kernels
+from magi_comm_grpcoll.heap import reason_against_nvshmem
+from magi_comm_grpcoll.kernels import LEAST_CAPABILITY, LINKED_FATBINS, missing_kernels
 
 # PyTorch's own setting, for tests: with 1, symmetric memory lets ranks share a GPU.
 SHARING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 
 # A driver attribute: streams can wait for and write 64-bit words.
 _MEMORY_OPERATIONS = 122
+
+
+class Needs(NamedTuple):
+    """What a context asks of its ranks' machines.
+
+    Attributes:
+        nvshmem: whether NVSHMEM.
+        one_host: whether one host, whose GPUs reach each other directly.
+    """
+
+    nvshmem: bool = False
+    one_host: bool = True
+
+
+_NO_MORE = Needs()
 
 
 def reason_against(device: torch.device) -> str:
@@ -48,20 +66,29 @@ def _driver_reason(device: torch.device) -> str:
     return ""
 
 
-def agree(handshake: Handshake, device: torch.device) -> str:
+def agree(handshake: Handshake, device: torch.device, needs: Needs = _NO_MORE) -> str:
     """Compare what the ranks' machines can do; returns why the group can't exchange natively, the same on all ranks."""
     shares = os.environ.get(SHARING) == "1"
-    mine = {"reason": reason_against(device), "host": host(), "device": None, "shares": shares}
+    reason = reason_against(device)
+    if not reason and needs.nvshmem:
+        reason = missing_kernels(LINKED_FATBINS) or reason_against_nvshmem()
+    mine = {"reason": reason, "host": host(), "device": None, "shares": shares, "adapters": bool(adapters())}
     if device.type == "cuda":
         mine["device"] = str(torch.cuda.get_device_properties(device).uuid)
     ranks = [json.loads(answer) for answer in handshake.exchange(json.dumps(mine).encode())]
     for rank, answer in enumerate(ranks):
         if answer["reason"]:
             return f"on rank {rank} {answer['reason']}"
-    if (num_hosts := len({answer["host"] for answer in ranks})) > 1:
+    num_hosts = len({answer["host"] for answer in ranks})
+    if needs.one_host and num_hosts > 1:
         return f"its ranks are on {num_hosts} hosts, and a context is for one"
+    bare = [rank for rank, answer in enumerate(ranks) if not answer["adapters"]]
+    if num_hosts > 1 and bare:  # NVSHMEM would end the processes
+        return f"on rank {bare[0]} no network adapter for RDMA is visible in {ADAPTERS}"
     if len({answer["device"] for answer in ranks}) < len(ranks) and not all(answer["shares"] for answer in ranks):
         return f"several of its ranks share one GPU (for tests, set {SHARING}=1 on all ranks)"
+    if not needs.one_host:
+        return ""
     out_of_reach = _out_of_reach(device, [answer["device"] for answer in ranks])
     answers = [answer.decode() for answer in handshake.exchange(out_of_reach.encode())]
     return next((answer for answer in answers if answer), "")

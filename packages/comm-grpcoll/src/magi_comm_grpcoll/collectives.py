@@ -18,7 +18,9 @@ from magi_attention.kernels.protocol import Support
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_comm_grpcoll.capability import host, reason_against
 from magi_comm_grpcoll.combine import formats_combine
-from magi_comm_grpcoll.context import GroupContext, NotNativeError, group_timeout_s
+from magi_comm_grpcoll.context import ContextOptions, GroupContext, group_timeout_s
+from magi_comm_grpcoll.errors import CapacityError, NotNativeError
+from magi_comm_grpcoll.fabric import ibgda_fact, nvshmem_fact
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.nodes import RelayedCollectives, ranks_per_node, subgroups
 
@@ -32,8 +34,8 @@ class NativeCollectives:
     """Group cast and group reduce of a process group over direct connections between GPUs.
 
     All objects of one group share its context. A group over several hosts has one on each of them, and rows cross to
-    each host once, by all-to-all. Where the GPUs of a host can't exchange natively, all its ranks go by all-to-all, and
-    the first one logs why.
+    each host once, put by NVSHMEM. Where GPUs can't exchange natively, all ranks of their host go by all-to-all, and
+    where NVSHMEM can't be used, all rows between hosts do; the first rank logs why.
 
     Args:
         group: the process group; None for this process alone.
@@ -44,6 +46,7 @@ class NativeCollectives:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.fallback = AllToAllCollectives(group)
         self.context = None if group is None or group_size(group) == 1 else context_of(group)
+        self.needs_multiprocessors = self.context is None or self.context.needs_multiprocessors
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -55,6 +58,11 @@ class NativeCollectives:
         """Whether tensors of a device could travel natively, whoever the other ranks are."""
         reason = reason_against(device)
         return Support(not reason, reason)
+
+    @classmethod
+    def facts(cls) -> dict[str, str]:
+        """What ``magi doctor`` says beyond that: what there is for rows between hosts."""
+        return {"nvshmem": nvshmem_fact(), "ibgda": ibgda_fact()}
 
     def cast(
         self,
@@ -109,12 +117,10 @@ def _make_context(group: dist.ProcessGroup) -> GroupContext | RelayedCollectives
     per_node, reason = ranks_per_node(hosts), "its ranks are not numbered host by host, with equally many on each"
     if 1 < per_node < len(hosts):
         return relayed_over(group, per_node, timeout_s)
-    if per_node == 1:
-        reason = "each of its ranks is on another host"
-    elif per_node:
+    if per_node:
         try:
-            return GroupContext(group)
-        except NotNativeError as error:
+            return GroupContext(group, ContextOptions(transport="put" if per_node == 1 else None))
+        except (NotNativeError, CapacityError) as error:
             reason = str(error)
     if rank == 0:
         logger.warning("the native group collectives are replaced by all-to-all: %s", reason)
@@ -124,8 +130,26 @@ def _make_context(group: dist.ProcessGroup) -> GroupContext | RelayedCollectives
 def relayed_over(group: dist.ProcessGroup, per_node: int, timeout_s: float) -> RelayedCollectives:
     """Collectives over nodes of so many ranks of a group each. All its ranks must call it."""
     inter, intra = subgroups(group, per_node, timeout_s)
-    hops = AllToAllCollectives(inter), NativeCollectives(intra)
+    _contexts[inter.group_name] = GroupHandle(inter), _make_crossing(group, inter, timeout_s)
+    hops = NativeCollectives(inter), NativeCollectives(intra)
     return RelayedCollectives(Handshake(inter, timeout_s), group_rank(group), *hops, per_node)
+
+
+def _make_crossing(group: dist.ProcessGroup, inter: dist.ProcessGroup, timeout_s: float) -> GroupContext | None:
+    """What carries rows between nodes: puts, if all ranks of all nodes can, else None for all-to-all."""
+    context, reason = None, ""
+    try:
+        context = GroupContext(inter, ContextOptions(transport="put"))
+    except (NotNativeError, CapacityError) as error:
+        reason = str(error)
+    answers = [answer.decode() for answer in Handshake(group, timeout_s).exchange(reason.encode())]
+    if not (reason := next((answer for answer in answers if answer), "")):
+        return context
+    if context is not None:
+        context.close()
+    if group_rank(group) == 0:
+        logger.warning("between hosts, the native group collectives are replaced by all-to-all: %s", reason)
+    return None
 
 
 def _one_hop(table: ExchangeTable | TwoHopExchange) -> ExchangeTable:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,24 +16,26 @@ from torch import Tensor
 
 from magi_attention.comm.alltoall import check_out, check_reduce
 from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
-from magi_attention.comm.packing import RowFormat, put_rows, row_formats
+from magi_attention.comm.packing import RowFormat, row_formats
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.routes import Rows
 from magi_attention.comm.streams import current_stream
 from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.utils.torch_modes import without_grad
-from magi_comm_grpcoll.arena import Arena, SharedMemory
-from magi_comm_grpcoll.capability import agree
+from magi_comm_grpcoll.arena import Allocator, Arena, MappedAllocator
+from magi_comm_grpcoll.capability import Needs, agree
 from magi_comm_grpcoll.combine import add_slots, formats_combine, merge_slots
-from magi_comm_grpcoll.errors import PeerTimeoutError
+from magi_comm_grpcoll.errors import NotNativeError, PeerTimeoutError, first_line
 from magi_comm_grpcoll.exchange import SlotExchange
 from magi_comm_grpcoll.handshake import Handshake
-from magi_comm_grpcoll.lane import Lane, Round
+from magi_comm_grpcoll.heap import FAREWELL_S, HeapAllocator, heap_of
+from magi_comm_grpcoll.lane import Lane, OwnRows, Round
 from magi_comm_grpcoll.plans import gather_plans
+from magi_comm_grpcoll.puts import PutWires, link_everywhere
 from magi_comm_grpcoll.ring import Ring
 from magi_comm_grpcoll.routes import Transport
 from magi_comm_grpcoll.watchdog import RELEASED, Watchdog, Watched
-from magi_comm_grpcoll.wires import DeviceWires, Words
+from magi_comm_grpcoll.wires import WORD, DeviceWires, Words
 from magi_comm_grpcoll.work import NativeWork
 
 logger = logging.getLogger(__name__)
@@ -48,35 +51,50 @@ class ContextOptions:
     """What can be chosen about a context; the same on all ranks.
 
     Attributes:
-        transport: ``"copy_engine"``, ``"push"``, or None for the faster one for each exchange.
+        transport: ``"copy_engine"``, ``"push"``, or None for the faster one for each exchange: to ranks of the same
+            host. ``"put"``, by NVSHMEM, reaches other hosts too.
         num_slots: how many casts, and how many reduces, may hold rows at a time.
-        timeout_s: seconds until a rank that does not come is an error; None for the process group's own timeout.
+        timeout_s: seconds until a rank that does not do its part of an exchange is an error; None for the process
+            group's own timeout, which always holds where the ranks talk on the host: here, and at first uses.
         capacity_bytes: the most memory that the slots may take, half for casts and half for reduces; None for no limit.
             An exchange that needs more goes in several rounds.
+        allocator: ``"torch"`` for PyTorch's symmetric memory, ``"nvshmem"`` for NVSHMEM's; None for the former unless
+            the transport is ``"put"``, which needs the latter.
     """
 
     transport: Transport | None = None
     num_slots: int = 2
     timeout_s: float | None = None
     capacity_bytes: int | None = None
+    allocator: Literal["torch", "nvshmem"] | None = None
 
     def __post_init__(self) -> None:
-        if self.transport not in (None, "copy_engine", "push"):
-            raise ValueError(f"transport must be 'copy_engine', 'push' or None, not {self.transport!r}")
+        if self.transport not in (None, "copy_engine", "push", "put"):
+            raise ValueError(f"transport must be 'copy_engine', 'push', 'put' or None, not {self.transport!r}")
+        if self.allocator not in (None, "torch", "nvshmem"):
+            raise ValueError(f"allocator must be 'torch', 'nvshmem' or None, not {self.allocator!r}")
+        if self.transport == "put" and self.allocator == "torch":
+            raise ValueError("transport 'put' needs the memory of allocator 'nvshmem', not 'torch'")
         if self.num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, not {self.num_slots}")
-        if self.capacity_bytes is not None and not Arena.most_in(self.capacity_bytes // len(LANES), self.num_slots):
-            raise ValueError(f"capacity_bytes gives none of {self.num_slots} slots 2 MiB: {self.capacity_bytes}")
+        if self.capacity_bytes is not None and not Arena.most_in(self.capacity_bytes // len(LANES), self.num_areas):
+            raise ValueError(f"capacity_bytes gives none of {self.num_areas} slots 2 MiB: {self.capacity_bytes}")
         if self.timeout_s is not None and self.timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive, not {self.timeout_s}")
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether rows are sent from a slot of their own: network adapters read no other memory."""
+        return self.transport == "put"
 
-class NotNativeError(RuntimeError):
-    """The GPUs of a group can't exchange natively; raised on every rank with the same reason."""
+    @property
+    def num_areas(self) -> int:
+        """Slots of casts, and of reduces, with that one."""
+        return self.num_slots + self.is_staged
 
 
 class GroupContext:
-    """Group cast and group reduce over direct connections between the GPUs of one host.
+    """Group cast and group reduce over direct connections between the GPUs of one host, or by puts between hosts.
 
     Making one is a collective of the host, and so is the first run of every exchange table with tensors of some row
     format. Later runs only enqueue: neither the host nor the GPUs wait for all ranks. Calls can't be captured in a CUDA
@@ -94,29 +112,44 @@ class GroupContext:
 
     def __init__(self, group: dist.ProcessGroup, options: ContextOptions | None = None) -> None:
         self.options = options or ContextOptions()
+        # Pushes by choice find some between attention kernels: see Round.start.
+        self.needs_multiprocessors = self.options.transport in ("push", "put")
         self.group, self.rank, self.num_ranks = group, group_rank(group), group_size(group)
         let_go_at_exit(self, "group")
         index = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.device = torch.device("cpu") if index is None else torch.device("cuda", index)
         self._index = index or 0
         timeout_s = self.options.timeout_s or group_timeout_s(group, self.device)
-        self._handshake = Handshake(group, timeout_s)
-        if reason := agree(self._handshake, self.device):
+        self._handshake = Handshake(group, group_timeout_s(group, self.device))
+        uses_heap = self.options.is_staged or self.options.allocator == "nvshmem"
+        needs = Needs(nvshmem=uses_heap, one_host=not self.options.is_staged)
+        if reason := agree(self._handshake, self.device, needs):
             raise NotNativeError(reason)
+        self._streams = _Streams(self.device)
+        self._allocator = self._make_allocator(uses_heap)
         self._error: PeerTimeoutError | None = None
         self._closed = False
-        self._streams = _Streams(self.device)
         self._make_rings()
         rings = [Watched(name, progress) for name, progress in zip(LANES, self._progress.numpy(), strict=True)]
         self._watchdog = Watchdog(rings, weakref.ref(self), timeout_s)
         self._timeout_s = timeout_s
         weakref.finalize(self, _let_streams_end, self._streams.all, (self._lanes, self._progress)).atexit = False
 
+    def _make_allocator(self, uses_heap: bool) -> Allocator:
+        if not uses_heap:
+            return MappedAllocator(self.device, self.group, self._handshake)
+        ranks, crosses = dist.get_process_group_ranks(self.group), self.options.transport == "put"
+        farewell = Handshake(self.group, FAREWELL_S)
+        heap = heap_of(ranks, self.rank, self.device, self._handshake, farewell, crosses)
+        if crosses:
+            link_everywhere(self._handshake, self.device)
+        return HeapAllocator(heap, self._handshake, self._streams.all)
+
     def _make_rings(self) -> None:
         _drop_outlived()
         num_rings, num_slots = len(LANES), self.options.num_slots
         num_bytes = num_rings * Words.num_bytes(self.num_ranks)
-        self._control = SharedMemory(num_bytes, self.device, self.group, self._handshake)
+        self._control = self._allocator.allocate(num_bytes)
         self._control.local.zero_()
         self._progress = torch.zeros(num_rings, 2, dtype=torch.int64, pin_memory=True)
         torch.cuda.synchronize(self.device)
@@ -125,8 +158,12 @@ class GroupContext:
         self._lanes = []
         for number, words in enumerate(self._words):
             streams = self._streams.send, self._streams.arrive[number], self._streams.credit
-            wires = DeviceWires(self._control, words, self.rank, self._progress[number], *streams)
-            exchange, arena = SlotExchange(Ring(num_slots), wires), Arena(num_slots)
+            kind = PutWires if self.options.transport == "put" else DeviceWires
+            wires = kind(self._control, words, self.rank, self._progress[number], *streams)
+            exchange, arena = (
+                SlotExchange(Ring(num_slots), wires),
+                Arena(num_slots, self._allocator, self.options.is_staged),
+            )
             self._lanes.append(Lane(exchange, wires, arena, self._control, self.rank, self.options.transport))
 
     def cast(
@@ -151,20 +188,17 @@ class GroupContext:
         lane = self._lanes[CAST]
         caller, arrive = current_stream(self._index), lane.wires.arrive
         tensors = [tensor.contiguous() for tensor in tensors]
+        own = None if own_places is None else OwnRows(own_places, tensors)
         if lend and out is None and len(rounds) == 1:
-            started = rounds[0].start(tensors, caller)
-            if own_places is not None:
-                _put_own(arrive, started.ready, rounds[0].landed(started.slot), own_places, tensors)
+            started = rounds[0].start(tensors, caller, own)
             lent = [*rounds[0].landed(started.slot)]
             return rounds[0].work(started, caller, lent, [rounds, *tensors], self._check, lends=True)
         received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
-        for part in rounds:
-            started = part.start(tensors, caller)
+        for number, part in enumerate(rounds):
+            started = part.start(tensors, caller, None if number else own, received)
             arrive.wait_event(started.ready)
             with lane.read(started), torch.no_grad(), torch.cuda.stream(arrive):
                 part.deliver(started.slot, received)
-        if own_places is not None:
-            _put_own(arrive, started.ready, received, own_places, tensors)
         return part.work(started, caller, received, [rounds, *tensors, *received], self._check)
 
     @without_grad
@@ -222,7 +256,9 @@ class GroupContext:
         self._watchdog.stop()
         self._closed = True
         for lane in self._lanes:
+            lane.let_go()
             lane.arena.memory = None
+        self._allocator.free_unused()
 
     def _prepare(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> list[Round]:
         if table.num_ranks != self.num_ranks:
@@ -230,18 +266,21 @@ class GroupContext:
         return table.derived((self, number, formats), lambda: self._plan(number, table, formats))
 
     def _plan(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> list[Round]:
-        lane, num_slots, most = self._lanes[number], self.options.num_slots, None
+        lane, most = self._lanes[number], None
         if self.options.capacity_bytes is not None:
-            most = Arena.most_in(self.options.capacity_bytes // len(LANES), num_slots)
-        plans = gather_plans(self._handshake, LANES[number], table, formats, self.rank, most)
+            most = Arena.most_in(self.options.capacity_bytes // len(LANES), self.options.num_areas)
+        is_staged = self.options.is_staged
+        plans = gather_plans(self._handshake, LANES[number], table, formats, self.rank, most, is_staged)
         needed = max(plan.slot_bytes for plan in plans)
         if not lane.arena.fits(needed):  # on all ranks alike
             self._quiesce(b"grow")
-            lane.arena.grow(needed, most, self.device, self.group, self._handshake)
+            lane.let_go()
+            lane.arena.grow(needed, most)
         return [Round(plan, formats, lane, number == REDUCE) for plan in plans]
 
     def _quiesce(self, why: bytes) -> None:
         """Wait until no rank has anything under way."""
+        self._check()  # streams of a broken context need not end
         for stream in self._streams.all:
             stream.synchronize()
         self._check()
@@ -263,25 +302,37 @@ class GroupContext:
 
     def give_up(self, number: int, epoch: int) -> None:
         """For the watchdog: name the ranks that are missing, refuse further calls, and free the streams."""
-        words = self._words[number]
-        needed = [(words.arrived, epoch + 1), (words.credit, max(0, epoch - self.options.num_slots + 1))]
-        with torch.cuda.device(self.device), torch.cuda.stream(self._streams.watch):
-            seen = self._control.local.cpu().numpy().view(np.int64)
-            late = {rank for at, least in needed for rank in np.flatnonzero(seen[at // 8] < least).tolist()}
-            ranks = tuple(sorted(late - {self.rank}))  # whose own words are not all written
-            self._error = PeerTimeoutError(
-                f"ranks {list(ranks)} of the group did not do their part of {LANES[number]} number {epoch} "
-                f"within {self._timeout_s:g} s; this group can't be used natively any more",
-                ranks,
-            )
-            logger.error("%s", self._error)
-            freed = torch.full((len(seen),), RELEASED, dtype=torch.int64).pin_memory()
-            for _ in range(_MAX_ROUNDS_OF_RELEASE):  # a rank that comes late writes smaller numbers again
-                self._control.local.copy_(freed.view(torch.uint8), non_blocking=True)
-                self._streams.watch.synchronize()
-                time.sleep(0.01)
-                if all(stream.query() for stream in self._streams.all):
-                    return
+        self._error = self._timeout_of((), number, epoch)  # also if the GPU tells no more
+        try:
+            with torch.cuda.device(self.device), torch.cuda.stream(self._streams.watch):
+                self._error = self._timeout_of(self._late(number, epoch), number, epoch)
+                logger.error("%s", self._error)
+                self._free_streams()
+        except RuntimeError as error:
+            logger.error("%s; what waits on its GPU can't be freed: %s", self._error, first_line(error))
+
+    def _late(self, number: int, epoch: int) -> tuple[int, ...]:
+        words, unit = self._words[number], self._lanes[number].wires.unit
+        needed = [(words.arrived, (epoch + 1) * unit), (words.credit, max(0, epoch - self.options.num_slots + 1))]
+        seen = self._control.local.cpu().numpy().view(np.int64)
+        late = {rank for at, least in needed for rank in np.flatnonzero(seen[at // 8] < least).tolist()}
+        return tuple(sorted(late - {self.rank}))  # whose own words are not all written
+
+    def _timeout_of(self, ranks: tuple[int, ...], number: int, epoch: int) -> PeerTimeoutError:
+        return PeerTimeoutError(
+            f"{f'ranks {list(ranks)}' if ranks else 'some ranks'} of the group did not do their part of "
+            f"{LANES[number]} number {epoch} within {self._timeout_s:g} s; this group can't be used natively any more",
+            ranks,
+        )
+
+    def _free_streams(self) -> None:
+        freed = torch.full((len(self._control.local) // WORD,), RELEASED, dtype=torch.int64).pin_memory()
+        for _ in range(_MAX_ROUNDS_OF_RELEASE):  # a rank that comes late writes smaller numbers again
+            self._control.local.copy_(freed.view(torch.uint8), non_blocking=True)
+            self._streams.watch.synchronize()
+            time.sleep(0.01)
+            if all(stream.query() for stream in self._streams.all):
+                return
 
 
 class _Streams:
@@ -311,20 +362,6 @@ def _drop_outlived() -> None:
     for number, (events, _) in [*_outliving.items()]:
         if all(event.query() for event in events):
             _outliving.pop(number, None)
-
-
-def _put_own(
-    stream: "torch.cuda.Stream",
-    ready: "torch.cuda.Event",
-    received: Sequence[Tensor],
-    places: Rows,
-    tensors: Sequence[Tensor],
-) -> None:
-    """Copy this rank's own rows to their places among the received ones, once they are ``ready``."""
-    stream.wait_event(ready)
-    with torch.no_grad(), torch.cuda.stream(stream):
-        for target, own in zip(received, tensors, strict=True):
-            put_rows(target, places, own)
 
 
 def group_timeout_s(group: dist.ProcessGroup, device: torch.device) -> float:

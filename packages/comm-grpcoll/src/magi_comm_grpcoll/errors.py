@@ -2,6 +2,10 @@
 """What can go wrong with a group collective beyond a bad argument."""
 
 
+class NotNativeError(RuntimeError):
+    """The GPUs of a group can't exchange natively; raised on every rank with the same reason."""
+
+
 class PlanMismatchError(RuntimeError):
     """The ranks' tables, tensors or calls don't fit each other; raised on every rank, before anything is sent."""
 
@@ -24,3 +28,8 @@ class PeerTimeoutError(RuntimeError):
     def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
         super().__init__(message)
         self.ranks = ranks
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, without the trace that some libraries add."""
+    return str(error).partition("\n")[0]

@@ -48,6 +48,10 @@ class SlotExchange:
         """Enqueue the wait for what comes, and until this rank's own tensors have been sent."""
         self._wires.await_arrival(prepared.sources, epoch)
 
+    def credit_needed(self, epoch: int) -> int:
+        """What a rank's credit must be before the epoch's slot may be written there."""
+        return self._ring.credit_needed(epoch)
+
     def release(self, epoch: int, after: Any) -> None:
         """Give the epoch's slot back to the senders once the event ``after`` has come."""
         self._wires.tell_credit(self._ring.release(epoch), after)

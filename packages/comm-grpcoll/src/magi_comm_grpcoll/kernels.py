@@ -14,6 +14,8 @@ from magi_comm_grpcoll.driver import LAUNCH, driver
 
 FOLDER = Path(__file__).parent / "_kernels"
 FATBINS = ("push_bulk", "push_words", "reduce")
+# Of which the device code of NVSHMEM is a part.
+LINKED_FATBINS = ("put",)
 SETTING = "MAGI_GRPCOLL_NO_KERNELS"
 
 # The stages of push_bulk.cu.
@@ -22,9 +24,9 @@ BULK_SHARED_BYTES = 14 * 16384
 LEAST_CAPABILITY = (9, 0)
 
 
-def missing_kernels() -> str:
+def missing_kernels(fatbins: Sequence[str] = FATBINS) -> str:
     """Why there are no kernels to load; empty if there are."""
-    if all((FOLDER / f"{name}.fatbin").exists() for name in FATBINS):
+    if all((FOLDER / f"{name}.fatbin").exists() for name in fatbins):
         return ""
     return (
         f"magi-comm-grpcoll was installed without its CUDA kernels (nvcc was not found, or {SETTING} was set): "
@@ -33,7 +35,8 @@ def missing_kernels() -> str:
 
 
 @cache
-def _library(fatbin: str, device: int) -> Any:
+def library(fatbin: str, device: int) -> Any:
+    """The loaded :class:`cuda.core.ObjectCode`."""
     from cuda.core import Device, ObjectCode
 
     with torch.cuda.device(device):
@@ -44,7 +47,7 @@ def _library(fatbin: str, device: int) -> Any:
 @cache
 def kernel(fatbin: str, name: str, device: int, shared_bytes: int = 0) -> int:
     """The driver's handle of a kernel that may have so much dynamic shared memory on the device of that index."""
-    found = _library(fatbin, device).get_kernel(name)
+    found = library(fatbin, device).get_kernel(name)
     if shared_bytes:
         from cuda.bindings import driver as cuda
 

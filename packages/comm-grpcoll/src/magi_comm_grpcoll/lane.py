@@ -6,14 +6,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from magi_attention.comm.packing import RowFormat
-from magi_attention.comm.routes import routes_of
+from magi_attention.comm.packing import RowFormat, put_all_rows
+from magi_attention.comm.routes import Rows, routes_of
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.combine import Segments
+from magi_comm_grpcoll.errors import CapacityError
 from magi_comm_grpcoll.exchange import Prepared, SlotExchange
 from magi_comm_grpcoll.plans import Plan
 from magi_comm_grpcoll.routes import Transport, make_route
@@ -33,6 +35,7 @@ class Lane:
         rank: this rank.
         transport: how pieces travel; None for the faster way for each exchange.
         events: to record.
+        rounds: what was prepared.
     """
 
     exchange: SlotExchange
@@ -42,6 +45,12 @@ class Lane:
     rank: int
     transport: Transport | None
     events: EventPool = field(default_factory=EventPool)
+    rounds: "WeakSet[Round]" = field(default_factory=WeakSet)
+
+    def let_go(self) -> None:
+        """Let all prepared exchanges forget the slots, which nothing uses any more but tensors that were lent."""
+        for each in self.rounds:
+            each.let_go()
 
     @contextmanager
     def read(self, started: "Started") -> Iterator[None]:
@@ -62,6 +71,18 @@ class Lane:
         self.events.put(is_read)
 
 
+class OwnRows(NamedTuple):
+    """A rank's own rows among those that it receives.
+
+    Attributes:
+        places: rows of the receive buffers.
+        tensors: what belongs there.
+    """
+
+    places: Rows
+    tensors: Sequence[Tensor]
+
+
 class Started(NamedTuple):
     """An exchange that has been enqueued.
 
@@ -69,7 +90,7 @@ class Started(NamedTuple):
         epoch: its number.
         slot: where it arrives.
         ready: recorded on the caller's stream before it; until the next one of the same plan.
-        packed: recorded when a kernel that pushes could start; None for copy engines.
+        packed: recorded when a kernel that sends could start; None for copy engines.
     """
 
     epoch: int
@@ -96,8 +117,8 @@ class Round:
 
     def __init__(self, plan: Plan, formats: tuple[RowFormat, ...], lane: Lane, is_reduce: bool) -> None:
         self.plan, self._formats, self._lane = plan, formats, lane
-        self._memory: SharedMemory | None = None
-        self._transport: Transport | None = None
+        self.let_go()
+        lane.rounds.add(self)
         self._ready = torch.cuda.Event()  # recorded anew each time
         device = lane.control.local.device
         with torch.cuda.stream(lane.wires.arrive):  # which alone uses these, so that they may be dropped at any time
@@ -107,18 +128,43 @@ class Round:
             else:
                 self._named = None if plan.names_all_rows else routes_of(plan.table, device).received
 
-    def start(self, tensors: Sequence[Tensor], caller: "torch.cuda.Stream") -> Started:
-        """Enqueue what sends the tensors, and let the arriving stream wait for that and for what comes."""
+    def let_go(self) -> None:
+        """Forget the slots; the next exchange finds those that there are then."""
+        self._memory: SharedMemory | None = None
+        self._transport: Transport | None = None
+        self._bound: Prepared | None = None
+        self._views: list[tuple[Tensor, ...]] = []
+
+    def start(
+        self,
+        tensors: Sequence[Tensor],
+        caller: "torch.cuda.Stream",
+        own: OwnRows | None = None,
+        received: Sequence[Tensor] | None = None,
+    ) -> Started:
+        """Enqueue what sends the tensors, and let the arriving stream wait for that and for what comes.
+
+        Args:
+            tensors: of the caller's stream.
+            caller: the stream.
+            own: are copied to their places while the others travel.
+            received: where these are, of the caller's stream; None for the slot.
+        """
         lane, bound, packed = self._lane, self._bind(), None
         wires, exchange = lane.wires, lane.exchange
         self._ready.record(caller)
         wires.send.wait_event(self._ready)
         epoch = exchange.begin()
-        if self._transport == "push":
+        if self._transport != "copy_engine":
             # The kernel needs multiprocessors, and shall find some before the next one takes them all.
             packed = lane.events.take()
             packed.record(wires.send)
         exchange.send(bound, epoch, [tensor.data_ptr() for tensor in tensors])
+        if own is not None:
+            wires.arrive.wait_event(self._ready)
+            wires.await_own_credit(exchange.credit_needed(epoch))
+            with torch.no_grad(), torch.cuda.stream(wires.arrive):
+                put_all_rows(received or self.landed(epoch % lane.arena.num_slots), own.places, own.tensors)
         exchange.arrive(bound, epoch)
         return Started(epoch, epoch % lane.arena.num_slots, self._ready, packed)
 
@@ -154,7 +200,9 @@ class Round:
 
     def _bind(self) -> Prepared:
         lane, memory = self._lane, self._lane.arena.memory
-        if self._memory is not memory or memory is None:
+        if memory is None:
+            raise CapacityError("there is no memory to receive rows in, since some could not be had before: free some")
+        if self._bound is None or self._memory is not memory:
             route, self._transport = make_route(
                 self.plan.copies, lane.rank, lane.arena, lane.wires, lane.control, lane.transport
             )

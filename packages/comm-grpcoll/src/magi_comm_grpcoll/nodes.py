@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups over several nodes: natively inside each, by all-to-all between them, each row across once."""
+"""Groups over several nodes: by direct connections inside each, each row once across, by puts or all-to-all."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -7,14 +7,17 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor
 
+from magi_attention.comm.alltoall import check_out
 from magi_attention.comm.group import group_rank
-from magi_attention.comm.hierarchical import GroupCollectivesOfHop, HierarchicalCollectives
+from magi_attention.comm.hierarchical import GroupCollectivesOfHop, HierarchicalCollectives, then
+from magi_attention.comm.packing import put_all_rows
 from magi_attention.comm.protocol import ReduceOp, Work
 from magi_attention.comm.routes import Rows
-from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_attention.plan.exchange import ExchangeTable
+from magi_attention.utils.torch_modes import without_grad
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.plans import gather_tables
-from magi_comm_grpcoll.relays import relay_exchange
+from magi_comm_grpcoll.relays import RelayExchange, relay_exchange
 
 
 class RelayedCollectives:
@@ -33,6 +36,7 @@ class RelayedCollectives:
     """
 
     name = "native"
+    needs_multiprocessors = True
 
     def __init__(
         self,
@@ -43,8 +47,10 @@ class RelayedCollectives:
         per_node: int,
     ) -> None:
         self._handshake, self._rank, self._per_node = handshake, rank, per_node
+        self._inter, self._intra = inter, intra
         self._hops = HierarchicalCollectives(inter, intra)
 
+    @without_grad
     def cast(
         self,
         tensors: Sequence[Tensor],
@@ -53,8 +59,25 @@ class RelayedCollectives:
         own_places: Rows | None = None,
         lend: bool = False,
     ) -> Work[list[Tensor]]:
-        """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        return self._hops.cast(tensors, self._relayed(table), out, own_places, lend)
+        """See :class:`~magi_attention.comm.protocol.GroupCollectives`. Nothing is lent.
+
+        Rows of this node travel in it while those of others cross.
+        """
+        relays = self._relayed(table)
+        if out is not None:
+            check_out(out, tensors, table.num_received)
+        received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
+        if own_places is not None:
+            put_all_rows(received, own_places, tensors)
+        relayed = [x.new_empty((relays.far.num_source, *x.shape[1:])) for x in tensors]
+        across = self._inter.cast(tensors, relays.hops.inter, out=relayed)
+        near = self._intra.cast(tensors, relays.near, out=received)
+
+        @without_grad
+        def pass_on() -> list[Tensor]:
+            return self._intra.cast(relayed, relays.far, out=received).wait()
+
+        return then([across, near], self._intra, pass_on, [*tensors, *relayed, *received])
 
     def reduce(
         self,
@@ -66,12 +89,12 @@ class RelayedCollectives:
         into_lse: Tensor | None = None,
     ) -> Work[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        return self._hops.reduce(partials, self._relayed(table), into, op, partial_lse, into_lse)
+        return self._hops.reduce(partials, self._relayed(table).hops, into, op, partial_lse, into_lse)
 
-    def _relayed(self, table: ExchangeTable) -> TwoHopExchange:
+    def _relayed(self, table: ExchangeTable) -> RelayExchange:
         return table.derived((self, "relays"), lambda: self._plan(table))
 
-    def _plan(self, table: ExchangeTable) -> TwoHopExchange:
+    def _plan(self, table: ExchangeTable) -> RelayExchange:
         alike = gather_tables(self._handshake, "group collective over nodes", table)
         if table.num_ranks != len(alike) * self._per_node:
             raise ValueError(

@@ -36,6 +36,7 @@ class Plan:
         table: what travels in this round, as this rank sees it.
         num_rows: rows of each tensor in this rank's slot.
         landing: which rows of the receive buffer those of a cast are; None for all, in their order.
+        stage_bytes: what a slot must hold for rows to be sent from it; 0 if they are sent from where they are.
     """
 
     copies: ByteCopies
@@ -44,6 +45,7 @@ class Plan:
     table: ExchangeTable
     num_rows: int
     landing: Ints | None = None
+    stage_bytes: int = 0
 
     @property
     def names_all_rows(self) -> bool:
@@ -53,7 +55,7 @@ class Plan:
     @property
     def slot_bytes(self) -> int:
         """What the largest slot must hold."""
-        return int(self.layout.sizes.max())
+        return max(int(self.layout.sizes.max()), self.stage_bytes)
 
 
 def gather_plans(
@@ -63,6 +65,7 @@ def gather_plans(
     formats: Sequence[RowFormat],
     rank: int,
     most_bytes: int | None = None,
+    is_staged: bool = False,
 ) -> list[Plan]:
     """Show this rank's table to the others, and make the plans from everybody's. All ranks must call it.
 
@@ -73,6 +76,7 @@ def gather_plans(
         formats: of the tensors that travel.
         rank: this rank.
         most_bytes: what a slot may hold at most; None for no limit.
+        is_staged: whether rows are sent from a slot.
 
     Returns:
         A plan for each round; several only if one would not fit.
@@ -85,7 +89,7 @@ def gather_plans(
     check_match(tables)
     num_rounds = 1
     while True:
-        plans = make_plans(operation, tables, formats, rank, num_rounds)
+        plans = make_plans(operation, tables, formats, rank, num_rounds, is_staged)
         needed = max(plan.slot_bytes for plan in plans)
         if most_bytes is None or needed <= most_bytes:
             return plans
@@ -107,31 +111,42 @@ def gather_tables(
 
 
 def make_plans(
-    operation: str, tables: Sequence[ExchangeTable], formats: Sequence[RowFormat], rank: int, num_rounds: int = 1
+    operation: str,
+    tables: Sequence[ExchangeTable],
+    formats: Sequence[RowFormat],
+    rank: int,
+    num_rounds: int = 1,
+    is_staged: bool = False,
 ) -> list[Plan]:
     """The plans of ``rank``, given the tables of all ranks, which must match. See :func:`gather_plans`."""
     if num_rounds == 1:
-        return [_plan(operation, tables, formats, rank)]
+        return [_plan(operation, tables, formats, rank, is_staged)]
     rounds = split_rounds(tables, num_rounds)
     if operation == "reduce":
-        return [_plan(operation, each, formats, rank) for each in rounds]
+        return [_plan(operation, each, formats, rank, is_staged) for each in rounds]
     plans = []
     for each in rounds:
         together, landing = zip(*map(packed, each), strict=True)
-        plans.append(replace(_plan(operation, together, formats, rank), landing=landing[rank]))
+        plans.append(replace(_plan(operation, together, formats, rank, is_staged), landing=landing[rank]))
     return plans
 
 
-def _plan(operation: str, tables: Sequence[ExchangeTable], formats: Sequence[RowFormat], rank: int) -> Plan:
+def _plan(
+    operation: str, tables: Sequence[ExchangeTable], formats: Sequence[RowFormat], rank: int, is_staged: bool
+) -> Plan:
     row_bytes = [row.num_elements * row.dtype.itemsize for row in formats]
     mine = tables[rank]
     if operation == "cast":
         runs, rows, counts = cast_copies(tables, rank), [table.num_received for table in tables], mine.recv_counts
+        most_sent = max(sum(table.send_counts) for table in tables)
     else:
         runs, rows, counts = reduce_copies(tables, rank), [sum(t.send_counts) for t in tables], mine.send_counts
+        most_sent = max(sum(table.recv_counts) for table in tables)
     layout = lay_out_slots(rows, row_bytes)
     sources = tuple(source for source, count in enumerate(counts) if count)
-    return Plan(byte_copies(runs, layout, row_bytes, rank), layout, sources, mine, rows[rank])
+    stage_bytes = most_sent * sum(row_bytes) if is_staged else 0
+    copies = byte_copies(runs, layout, row_bytes, rank)
+    return Plan(copies, layout, sources, mine, rows[rank], stage_bytes=stage_bytes)
 
 
 def _message(operation: str, table: ExchangeTable, formats: Sequence[RowFormat]) -> bytes:

@@ -7,6 +7,7 @@ belongs to a row comes together at the relay, and crosses as one.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,7 +16,22 @@ from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_comm_grpcoll.tables import Ints
 
 
-def relay_exchange(alike: Sequence[ExchangeTable], per_node: int, rank: int) -> TwoHopExchange:
+@dataclass(frozen=True)
+class RelayExchange:
+    """How rows travel between the ranks of the same place, numbered by node, and those of a node, numbered by place.
+
+    Attributes:
+        hops: as a reduce takes them, from right to left.
+        near: inside the node, what starts from there: a cast need not wait for the other nodes with it.
+        far: inside the node, what has come from others; its source is the relay.
+    """
+
+    hops: TwoHopExchange
+    near: ExchangeTable
+    far: ExchangeTable
+
+
+def relay_exchange(alike: Sequence[ExchangeTable], per_node: int, rank: int) -> RelayExchange:
     """The exchange of ``rank``; ranks are numbered node by node.
 
     Args:
@@ -24,8 +40,7 @@ def relay_exchange(alike: Sequence[ExchangeTable], per_node: int, rank: int) -> 
         rank: whose side is wanted.
 
     Returns:
-        Between the ranks of the same place, numbered by node, and among those of the node, numbered by place. The
-        receive buffer is that of the rank's table.
+        It; the receive buffer is that of the rank's table.
     """
     node, mine = rank // per_node, alike[rank // per_node]
     others = [other for other in range(len(alike)) if other != node]  # whose rows this rank relays
@@ -39,16 +54,25 @@ def relay_exchange(alike: Sequence[ExchangeTable], per_node: int, rank: int) -> 
         num_source=mine.num_source,
         num_received=int(stops[-1]),
     )
-    send, recv = [], []
+    near_send, near_recv, far_send, far_recv = [], [], [], []
     for local in range(per_node):
-        send.append(_of(local, _rows(mine.send, node * per_node + local)))
-        recv.append(_of(local, _rows(mine.recv, node * per_node + local)))
+        near_send.append(_of(local, _rows(mine.send, node * per_node + local)))
+        near_recv.append(_of(local, _rows(mine.recv, node * per_node + local)))
         for first, other in zip(stops, others, strict=False):
             wanted = _rows(alike[other].send, node * per_node + local)
-            send.append(_of(local, mine.num_source + first + _places(wanted, relayed[other])))
-            recv.append(_of(local, _rows(mine.recv, other * per_node + local)))
-    intra = ExchangeTable(_stack(send), _stack(recv), per_node, mine.num_source + inter.num_received, mine.num_received)
-    return TwoHopExchange(inter, intra)
+            far_send.append(_of(local, first + _places(wanted, relayed[other])))
+            far_recv.append(_of(local, _rows(mine.recv, other * per_node + local)))
+    near = ExchangeTable(_stack(near_send), _stack(near_recv), per_node, mine.num_source, mine.num_received)
+    far = ExchangeTable(_stack(far_send), _stack(far_recv), per_node, inter.num_received, mine.num_received)
+    behind_own = far.send + np.array([0, mine.num_source, mine.num_source])
+    both = ExchangeTable(
+        send=_by_peer(near.send, behind_own),
+        recv=_by_peer(near.recv, far.recv),
+        num_ranks=per_node,
+        num_source=mine.num_source + inter.num_received,
+        num_received=mine.num_received,
+    )
+    return RelayExchange(TwoHopExchange(inter, both), near, far)
 
 
 def _crossing(table: ExchangeTable, node: int, per_node: int) -> Ints:
@@ -69,6 +93,11 @@ def _places(ranges: Ints, held: Ints) -> Ints:
 
 def _of(peer: int, ranges: Ints) -> Ints:
     return np.column_stack([np.full(len(ranges), peer), ranges])
+
+
+def _by_peer(*parts: Ints) -> Ints:
+    ranges = np.concatenate(parts)
+    return ranges[np.argsort(ranges[:, 0], kind="stable")]
 
 
 def _stack(parts: Sequence[Ints]) -> Ints:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the pieces of an exchange get to the peers: by copy engines, or pushed by a kernel on a few multiprocessors."""
+"""How the pieces of an exchange get to the peers: by copy engines, or by a kernel on a few multiprocessors."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Literal, Protocol
 
 import numpy as np
@@ -12,18 +11,18 @@ from numpy.typing import NDArray
 from magi_comm_grpcoll import kernels
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.driver import driver
+from magi_comm_grpcoll.puts import PutRoute, PutWires, stage
 from magi_comm_grpcoll.switch import switch_bytes
-from magi_comm_grpcoll.tables import TASK, ByteCopies, cut, tasks_of
+from magi_comm_grpcoll.tables import TASK, ByteCopies
+from magi_comm_grpcoll.tasks import MOST_TENSORS, LaunchPart, upload_tasks
 from magi_comm_grpcoll.wires import DeviceWires
 
-Transport = Literal["copy_engine", "push"]
+Transport = Literal["copy_engine", "push", "put"]
 
 # Blocks of a push, one for each multiprocessor that it takes.
 PUSH_BLOCKS = 8
-_MOST_TENSORS = 4  # of one launch
 # Places among the parameters of a push: see csrc/push_bulk.cu.
-_SLOT_OFFSET, _VALUE = _MOST_TENSORS + 1, _MOST_TENSORS + 7
-_LEAST_TASK_BYTES, _MOST_TASK_BYTES, _TASKS_PER_BLOCK = 1 << 15, 1 << 18, 8
+_SLOT_OFFSET, _VALUE = MOST_TENSORS + 1, MOST_TENSORS + 7
 
 
 def choose_transport(copies: ByteCopies, device_name: str) -> Transport:
@@ -89,29 +88,28 @@ class PushRoute:
         wires: the ring's flags.
         control: every rank's control block.
         tells: whether the ranks are told; not if another route follows in the same exchange.
+        to_stage: whether the pieces go to where rows are sent from.
     """
 
     def __init__(
-        self, copies: ByteCopies, arena: Arena, wires: DeviceWires, control: SharedMemory, tells: bool = True
+        self,
+        copies: ByteCopies,
+        arena: Arena,
+        wires: DeviceWires,
+        control: SharedMemory,
+        tells: bool = True,
+        to_stage: bool = False,
     ) -> None:
         assert arena.memory is not None
         self._wires, self._memory, self._control = wires, arena.memory, control
         self._granule, self._launches_by_granule = copies.granule, dict[int, list[kernels.Launch]]()
         self._bases: list[int] = []
-        self._slot_offsets = [number * arena.slot_bytes for number in range(arena.num_slots)]
-        share = int(copies.size.sum()) // (PUSH_BLOCKS * _TASKS_PER_BLOCK)
-        most = min(max(share, _LEAST_TASK_BYTES), _MOST_TASK_BYTES) // 16384 * 16384
-        pieces = cut(copies, most)
-        num_tensors = int(pieces.tensor.max(initial=0)) + 1
-        self._parts = []  # the first tensor of a launch, its pieces, and how many ranks it tells
-        with torch.cuda.stream(wires.send):  # which alone uses these, so that they may be dropped at any time
+        offsets = [number * arena.slot_bytes for number in range(arena.num_slots)]
+        self._slot_offsets = [arena.stage_offset] * arena.num_slots if to_stage else offsets
+        _, self._parts = upload_tasks(copies, PUSH_BLOCKS, wires.send, arena.memory.local.device)
+        self._num_told = len(arena.memory.addresses) if tells else 0
+        with torch.cuda.stream(wires.send):  # which alone uses it, so that it may be dropped at any time
             self._num_done = torch.zeros(1, dtype=torch.int32, device=arena.memory.local.device)
-            for first, stop in pairwise([*range(0, num_tensors, _MOST_TENSORS), num_tensors]):
-                chosen = pieces.select((pieces.tensor >= first) & (pieces.tensor < stop))
-                tasks = torch.from_numpy(tasks_of(chosen._replace(tensor=chosen.tensor - first)).view(np.uint8))
-                num_told = len(arena.memory.addresses) if tells and stop == num_tensors else 0
-                uploaded = tasks.pin_memory().to(self._num_done.device, non_blocking=True)  # the host waits for nobody
-                self._parts.append((first, uploaded, num_told))
 
     def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
         """See :class:`Route`."""
@@ -130,41 +128,36 @@ class PushRoute:
             union |= base
         granule = union & -union
         if granule not in self._launches_by_granule:
-            self._launches_by_granule[granule] = [self._launch(granule, *part) for part in self._parts]
+            self._launches_by_granule[granule] = [self._launch(granule, part) for part in self._parts]
         launches = self._launches_by_granule[granule]
-        for launch, (first, _, _) in zip(launches, self._parts, strict=True):
-            for number, base in enumerate(bases[first : first + _MOST_TENSORS]):
+        for launch, part in zip(launches, self._parts, strict=True):
+            for number, base in enumerate(part.bases_of(bases)):
                 launch.parameters[number] = base
         return launches
 
-    def _launch(self, granule: int, first: int, tasks: torch.Tensor, num_told: int) -> kernels.Launch:
+    def _launch(self, granule: int, part: LaunchPart) -> kernels.Launch:
         """A launch for pieces whose addresses and sizes are multiples of ``granule``."""
-        index, is_bulk = tasks.device.index, granule >= 16
+        index, is_bulk, num_told = part.tasks.device.index, granule >= 16, self._num_told if part.is_last else 0
         shared = kernels.BULK_SHARED_BYTES if is_bulk else 0
         name = ("push_bulk", "push_bulk") if is_bulk else ("push_words", f"push_words_{granule}")
-        parameters = [*[0] * _MOST_TENSORS, self._memory.device_addresses.data_ptr(), 0, tasks.data_ptr()]
-        parameters += [len(tasks) // TASK.itemsize, self._control.device_addresses.data_ptr(), num_told]
+        parameters = [*[0] * MOST_TENSORS, self._memory.device_addresses.data_ptr(), 0, part.tasks.data_ptr()]
+        parameters += [len(part.tasks) // TASK.itemsize, self._control.device_addresses.data_ptr(), num_told]
         parameters += [self._wires.flag_offset, 0, self._num_done.data_ptr()]
         block = (64 if is_bulk else 512), 1
         kernel = kernels.kernel(*name, index, shared)
         return kernels.Launch(self._wires.send, kernel, PUSH_BLOCKS, block, parameters, shared)
 
 
-class RouteWithOwn:
-    """Copies of this rank to itself by a kernel, then those to others.
+class RouteInTurns:
+    """One route after another, of which the last tells the ranks."""
 
-    Args:
-        own: the route of the pieces that stay here, which tells nobody.
-        others: the route of the other pieces.
-    """
-
-    def __init__(self, own: Route, others: Route) -> None:
-        self._own, self._others = own, others
+    def __init__(self, *routes: Route) -> None:
+        self._routes = routes
 
     def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
         """See :class:`Route`."""
-        self._own.send(bases, slot, epoch)
-        self._others.send(bases, slot, epoch)
+        for route in self._routes:
+            route.send(bases, slot, epoch)
 
 
 def make_route(
@@ -175,13 +168,19 @@ def make_route(
     control: SharedMemory,
     transport: Transport | None = None,
 ) -> tuple[Route, Transport]:
-    """Make the route for the pieces of ``rank``, by the given transport or the faster one."""
+    """Make the route for the pieces of ``rank``, by the given transport or the faster one; by puts over their wires."""
     stays: NDArray[np.bool_] = copies.peer == rank
     others = copies.select(~stays)
-    chosen = transport or choose_transport(others, device_name(control.local.device))
-    if chosen == "push":
-        return PushRoute(copies, arena, wires, control), chosen
-    by_copies = CopyEngineRoute(others, arena, wires)
-    if not stays.any():
-        return by_copies, chosen
-    return RouteWithOwn(PushRoute(copies.select(stays), arena, wires, control, tells=False), by_copies), chosen
+    chosen: Transport = "put"
+    if isinstance(wires, PutWires):
+        staged, put = stage(others, rank)
+        first = [PushRoute(staged, arena, wires, control, tells=False, to_stage=True)] if len(staged.size) else []
+        last: Route = PutRoute(put, arena, wires)
+    else:
+        chosen = transport or choose_transport(others, device_name(control.local.device))
+        if chosen == "push":
+            return PushRoute(copies, arena, wires, control), chosen
+        first, last = [], CopyEngineRoute(others, arena, wires)
+    if stays.any():
+        first.append(PushRoute(copies.select(stays), arena, wires, control, tells=False))
+    return (RouteInTurns(*first, last) if first else last), chosen

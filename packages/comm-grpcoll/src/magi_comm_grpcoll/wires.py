@@ -103,7 +103,12 @@ class DeviceWires:
         send: the stream that sends.
         arrive: the stream that waits for what arrives.
         credit: the stream that tells what is done with.
+
+    Attributes:
+        unit: by how much one epoch raises the words of arrival.
     """
+
+    unit = 1
 
     def __init__(
         self,
@@ -116,8 +121,9 @@ class DeviceWires:
         credit: "torch.cuda.Stream",
     ) -> None:
         self.send, self.arrive, self.credit = send, arrive, credit
+        self.control, self.words, self.rank = control, words, rank
         here, mark = int(control.addresses[rank]), progress.data_ptr()
-        self._arrived, self._rank = here + words.arrived, rank
+        self._arrived = here + words.arrived
         others = np.arange(len(control.addresses)) != rank
         self.flag_offset = int(words.arrived[rank])
         outboxes = here + words.outboxes
@@ -131,12 +137,17 @@ class DeviceWires:
         self._after_sending = _Operations(sending, (WRITE_VALUE, self._arrived[rank : rank + 1]))
         self._before_reading: dict[tuple[int, ...], _Operations] = {}
         own_credit = here + words.credit[rank : rank + 1]
+        self._before_own = _Operations(arrive.cuda_stream, (WAIT_VALUE, own_credit))
         self._before_crediting = _Operations(crediting, (WRITE_VALUE, outboxes[1:]), (WRITE_VALUE, own_credit))
         self._credit_letter = _Letter(crediting, int(outboxes[1]), (control.addresses + words.credit[rank])[others])
 
     def await_credit(self, credit: int, epoch: int) -> None:
         """See :class:`Wires`."""
         self._before_sending.enqueue(epoch + 1, epoch + 1, credit)
+
+    def await_own_credit(self, credit: int) -> None:
+        """Let the arriving stream wait until this rank's own credit has reached the number."""
+        self._before_own.enqueue(credit)
 
     def tell_arrival(self, epoch: int) -> None:
         """See :class:`Wires`; ``await_credit`` of the epoch came before."""
@@ -146,11 +157,11 @@ class DeviceWires:
     def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
         """See :class:`Wires`; also marks the epoch as finished."""
         if sources not in self._before_reading:
-            awaited = sorted({*sources, self._rank})
+            awaited = sorted({*sources, self.rank})
             self._before_reading[sources] = _Operations(
                 self.arrive.cuda_stream, (WAIT_VALUE, self._arrived[awaited]), (WRITE_VALUE, self._finished)
             )
-        self._before_reading[sources].enqueue(epoch + 1, epoch + 1)
+        self._before_reading[sources].enqueue((epoch + 1) * self.unit, epoch + 1)
 
     def tell_credit(self, credit: int, after: "torch.cuda.Event") -> None:
         """See :class:`Wires`."""

@@ -26,6 +26,7 @@ from magi_attention.utils.torch_modes import on_device_of, without_grad
 from magi_kernels_blackwell.cases import arch_number, combinations, request_of
 from magi_kernels_blackwell.masks import has_pairs
 from magi_kernels_blackwell.measured import tflops
+from magi_kernels_blackwell.prepared import KeysDone, ignore
 from magi_kernels_blackwell.support import DTYPES, gpu_support
 from magi_kernels_blackwell.wheels import capability_of, missing_wheels
 
@@ -79,10 +80,12 @@ class WheelBackend(ABC):
         dlse: Tensor | None,
         call: AttentionCall,
         into: Tensor | None = None,
+        keys_done: KeysDone = ignore,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk and dv. dout and out have q's dtype; lse and dlse are ``[hq, tq]``; there are some pairs.
 
-        ``dq`` is written ``into`` the tensor, if one is given and the kernels can.
+        ``dq`` is written ``into`` the tensor, if one is given and the kernels can. ``keys_done(dk, dv)`` is called once
+        these are launched.
         """
 
     def supports(self, request: AttentionRequest) -> Support:
@@ -146,7 +149,6 @@ class WheelBackend(ABC):
         """See the protocol."""
         return self.backward_into(None, dout, q, k, v, out, lse, dlse, call)
 
-    @without_grad
     def backward_into(
         self,
         target: Tensor | None,
@@ -160,14 +162,33 @@ class WheelBackend(ABC):
         call: AttentionCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`magi_attention.kernels.protocol.WritesInPlace`."""
+        return self.backward_keys_first(ignore, target, dout, q, k, v, out, lse, dlse, call)
+
+    @without_grad
+    def backward_keys_first(
+        self,
+        keys_done: KeysDone,
+        target: Tensor | None,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`magi_attention.kernels.protocol.FinishesKeysFirst`."""
         if not has_pairs(call.slices):
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+            keys_done(dk, dv)
+            return dq, dk, dv
         lse = as_dtype(lse.T, torch.float32).contiguous()
         dlse = None if dlse is None else as_dtype(dlse.T, torch.float32).contiguous()
         dout, out, scale = as_dtype(dout, q.dtype), as_dtype(out, q.dtype), call.softmax_scale
         q, call = _with_positive_scale(q, call)
         with on_device_of(q):
-            dq, dk, dv = self.launch_backward(dout, q, k, v, out, lse, dlse, call, target)
+            dq, dk, dv = self.launch_backward(dout, q, k, v, out, lse, dlse, call, target, keys_done)
         if scale <= 0:
             dq = dq.neg_() if scale < 0 else dq.zero_()
         return dq, dk, dv

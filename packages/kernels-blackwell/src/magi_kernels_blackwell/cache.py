@@ -1,45 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of compiled kernels: where it is, and how the wheels are told to use it.
+"""The folder of compiled kernels, and how the wheels are told to use it.
 
 Both projects keep compiled kernels on disk if they are told so before their modules are first imported. Users who set
 these projects' own variables keep what they set.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from magi_attention.env.build import ffa_fa4_cache_dir
+from magi_attention.env.build import kernel_cache_dir
+from magi_attention.utils.folders import why_unwritable
 
-
-def cache_dir() -> Path:
-    """The folder for compiled kernels: ``MAGI_ATTENTION_FFA_FA4_CACHE_DIR``, else a folder of the user's cache."""
-    if chosen := ffa_fa4_cache_dir():
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magi_attention" / "cute_kernels"
+logger = logging.getLogger(__name__)
+_folders: dict[str, str] = {}
 
 
 @contextmanager
 def kept_in(folder: str, variable_prefix: str) -> Iterator[None]:
     """Import a project inside, to have it keep compiled kernels in a folder; it reads its settings while imported.
 
-    If it was imported before, this changes nothing.
+    If it was imported before, this changes nothing. If the folder cannot be written, kernels are found there all the
+    same, but new ones are kept for this process alone, of which a warning tells.
 
     Args:
-        folder: a folder below :func:`cache_dir`. Kernels of different architectures need different ones: neither
-            project tells all of them apart.
+        folder: a folder below :func:`magi_attention.env.build.kernel_cache_dir`. Kernels of different architectures
+            need different ones: neither project tells all of them apart.
         variable_prefix: what the project's own environment variables begin with.
+
+    Raises:
+        RuntimeError: If this process keeps the project's kernels in another folder already.
     """
+    if (first := _folders.setdefault(variable_prefix, folder)) != folder:
+        raise RuntimeError(
+            f"this process has loaded {first}, and cannot load {folder} as well: GPUs of different architectures, or on"
+            " Blackwell of different numbers of multiprocessors, need a process each"
+        )
     enabled, directory = f"{variable_prefix}_CUTE_DSL_CACHE_ENABLED", f"{variable_prefix}_CUTE_DSL_CACHE_DIR"
     if enabled in os.environ:
         yield
         return
     before = os.environ.get(directory)
-    os.environ |= {enabled: "1", directory: str(cache_dir() / folder)}
+    os.environ |= {enabled: "1", directory: str(_writable(kernel_cache_dir() / folder))}
     try:
         yield
     finally:
         del os.environ[enabled], os.environ[directory]
         if before is not None:
             os.environ[directory] = before
+
+
+def _writable(folder: Path) -> Path:
+    """Return the folder, or if it cannot be written one of this process that shows what it holds."""
+    if not (reason := why_unwritable(folder)):
+        return folder
+    _warn_of(kernel_cache_dir(), reason)
+    return Path(_linked(folder).name)
+
+
+@cache
+def _warn_of(folder: Path, reason: str) -> None:
+    logger.warning(
+        "compiled kernels can't be kept in %s (%s): every process compiles those that are not there; "
+        "MAGI_ATTENTION_FFA_FA4_CACHE_DIR names another folder",
+        folder,
+        reason,
+    )
+
+
+@cache
+def _linked(folder: Path) -> TemporaryDirectory[str]:
+    """Make a folder with links to all kernels of another; it lasts as long as the process."""
+    own = TemporaryDirectory(prefix="magi_kernels_")
+    for kernel in folder.rglob("*.o"):
+        link = own.name / kernel.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(kernel.resolve())
+    return own

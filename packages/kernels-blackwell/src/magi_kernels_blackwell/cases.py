@@ -40,7 +40,7 @@ def combinations(selection: KernelSelection, variants: Sequence[str]) -> Iterato
     for dtype, heads, dims, direction, variant in product(
         selection.dtypes, selection.heads, selection.head_dims, selection.directions, variants
     ):
-        yield PrecompileCase(selection.arch, dtype, *heads, *dims, direction, variant)
+        yield PrecompileCase(selection.arch, dtype, *heads, *dims, direction, variant, selection.multiprocessors)
 
 
 def request_of(case: PrecompileCase) -> AttentionRequest:

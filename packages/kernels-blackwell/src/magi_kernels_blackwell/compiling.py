@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from magi_kernels_blackwell.wheels import ARCHITECTURES, capability_of, num_multiprocessors
+from magi_kernels_blackwell.wheels import ARCHITECTURES, HOPPER, capability_of, num_multiprocessors
 
 MULTIPROCESSORS = {90: 132, 100: 148, 103: 148}
 """Of the common models: H100 SXM and H200, B200, B300."""
@@ -41,43 +41,49 @@ class Compiler:
 
 
 class _Hardware:
-    """Stands for ``cutlass.utils.HardwareInfo``."""
+    """Stands for ``cutlass.utils.HardwareInfo``; without a number, no kernel may ask for it."""
 
-    def __init__(self, num_sms: int) -> None:
+    def __init__(self, num_sms: int | None) -> None:
         self._num_sms = num_sms
 
     def __call__(self, *args: object, **kwargs: object) -> "_Hardware":
         return self
 
     def get_device_multiprocessor_count(self) -> int:
+        if self._num_sms is None:
+            raise RuntimeError("kernels of this architecture are kept for all numbers of multiprocessors")
         return self._num_sms
 
     def get_max_active_clusters(self, cluster_size: int) -> int:
-        return self._num_sms // cluster_size
+        return self.get_device_multiprocessor_count() // cluster_size
 
 
-def multiprocessors_of(arch: int) -> int:
-    """How many multiprocessors to compile for: as many as the GPU here has if it is of ``arch``, else the common."""
+def multiprocessors_of(arch: int, wanted: int | None = None) -> int:
+    """How many multiprocessors to compile for: as wanted, as the GPU here has if it is of ``arch``, or the common."""
+    if wanted is not None:
+        return wanted
     if torch.cuda.is_available() and capability_of(device := torch.device("cuda", 0)) == arch:
         return num_multiprocessors(device)
     return MULTIPROCESSORS[arch]
 
 
 @contextmanager
-def compiling_for(arch: int) -> Iterator[Compiler]:
+def compiling_for(arch: int, multiprocessors: int | None = None) -> Iterator[Compiler]:
     """Let both wheels compile for ``arch`` instead of launching. They must be imported inside, in a fresh process.
 
     Tensors made inside are fake, on ``cuda`` whatever is here.
 
     Args:
         arch: compute capability, as ``10 * major + minor``.
+        multiprocessors: as of :func:`multiprocessors_of`.
 
     Raises:
         ValueError: If there are no kernels for ``arch``.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch must be one of {sorted(ARCHITECTURES)}, not {arch}")
-    num_sms = multiprocessors_of(arch)
+    num_sms = multiprocessors_of(arch, multiprocessors)
+    hardware = _Hardware(None if arch == HOPPER else num_sms)
     variables = {
         "CUTE_DSL_ARCH": f"sm_{arch}a",
         "FLASH_ATTENTION_ARCH": f"sm_{arch}",
@@ -86,12 +92,13 @@ def compiling_for(arch: int) -> Iterator[Compiler]:
     }
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, variables))
-        import cutlass.utils
+        import cutlass.utils.hardware_info
         from cutlass import cute
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         compiler = stack.enter_context(mock.patch.object(cute, "compile", Compiler(cute.compile)))
-        stack.enter_context(mock.patch.object(cutlass.utils, "HardwareInfo", _Hardware(num_sms)))
+        for module in (cutlass.utils, cutlass.utils.hardware_info):
+            stack.enter_context(mock.patch.object(module, "HardwareInfo", hardware))
         stack.enter_context(mock.patch.object(torch.cuda, "current_device", return_value=0))
         stack.enter_context(FakeTensorMode())
         yield compiler

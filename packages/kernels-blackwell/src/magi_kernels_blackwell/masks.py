@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact forms of a stage's mask on the host: intervals of rows and columns, and packed documents with a window."""
+"""Exact forms of a stage's mask on the host: intervals of rows, and packed documents with a window."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_attention.common import bands as band
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.tiles import RowIntervals, row_intervals
 
@@ -41,11 +40,6 @@ class PackedMask:
 def intervals_of_queries(slices: SliceTable, num_q: int) -> RowIntervals:
     """Return the keys that each query sees. Built once and kept with the table."""
     return slices.derived(("row intervals", num_q), lambda: row_intervals(slices.bands(), num_q))
-
-
-def intervals_of_keys(slices: SliceTable, num_k: int) -> RowIntervals:
-    """Return the queries that see each key. Built once and kept with the table."""
-    return slices.derived(("column intervals", num_k), lambda: row_intervals(band.transpose(slices.bands()), num_k))
 
 
 def has_pairs(slices: SliceTable) -> bool:

@@ -22,6 +22,13 @@ from magi_attention.kernels.table_streams import StreamsOfTables
 
 _watching = RLock()
 
+KeysDone = Callable[[Tensor, Tensor], object]
+"""Hears of gradients of keys and values, as of :class:`magi_attention.kernels.protocol.FinishesKeysFirst`."""
+
+
+def ignore(*_: Tensor) -> None:
+    """Nobody waits for the gradients of keys and values."""
+
 
 class Launch(NamedTuple):
     """A compiled kernel, to be called on the current stream, and what it was to be called with."""
@@ -96,6 +103,27 @@ def noted(launches: Sequence[Launch], *, is_tracing: bool) -> bool:
     return bool(launches)
 
 
+def check_sums(main: Launch, after: Sequence[Launch], gradients: Sequence[Tensor]) -> None:
+    """Check that all of a backward pass was noted: what sums gradients in float32 has a kernel that rounds these.
+
+    Args:
+        main: the kernel that computes, as of :class:`PreparedBackward`.
+        after: those that round.
+        gradients: of q, k and v, as they are wanted.
+
+    Raises:
+        RuntimeError: one is missing, or there are more.
+    """
+    num_sums = sum(
+        main.arguments[place].dtype != gradient.dtype for place, gradient in zip((6, 7, 8), gradients, strict=True)
+    )
+    if len(after) != num_sums:
+        raise RuntimeError(
+            f"a backward pass was prepared that sums up {num_sums} of its gradients in another dtype, but {len(after)} "
+            "launches were noticed of kernels that round sums: the installed wheel launches otherwise"
+        )
+
+
 class PreparedForward(NamedTuple):
     """A forward pass's kernel, what it takes after the tensors and the softmax scale, and who reads the tables there.
 
@@ -147,8 +175,12 @@ class PreparedBackward:
         dlse: Tensor | None,
         gradients: Sequence[Tensor],
         scale: float,
+        keys_done: Callable[[], object] = ignore,
     ) -> None:
-        """Launch with dout, q, k, v and out, and write dq, dk and dv; all shaped as in the noted call."""
+        """Launch with dout, q, k, v and out, and write dq, dk and dv; all shaped as in the noted call.
+
+        ``keys_done`` is called once dk and dv are launched, before what is left to do for dq.
+        """
         self._streams.add_current()
         dout, q, k, v, out = tensors
         dq, dk, dv = gradients
@@ -165,9 +197,13 @@ class PreparedBackward:
             for at, shape in self._semaphores.items():
                 rest[at] = lse.new_zeros(shape, dtype=torch.int32)
         self._main(q, k, v, dout, lse2, dpsum, dq_sum, dk_sum, dv_sum, scale, *rest)
-        sums = ((dq_sum, dq, scale), (dk_sum, dk, scale), (dv_sum, dv, 1.0))
-        for kernel, given, noted in zip(self._after, sums, self._after_rest, strict=False):
-            kernel(*given, *noted)
+        if self._sums:
+            _, of_keys, of_values = self._after
+            of_keys(dk_sum, dk, scale, *self._after_rest[1])
+            of_values(dv_sum, dv, 1.0, *self._after_rest[2])
+        keys_done()
+        if self._after:
+            self._after[0](dq_sum, dq, scale, *self._after_rest[0])
 
     def _zeros(self, like: Tensor) -> Sequence[Tensor]:
         """Sums of dk and dv, cleared by one kernel where both have one shape."""

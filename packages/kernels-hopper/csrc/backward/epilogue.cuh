@@ -10,27 +10,27 @@
 
 namespace magi::backward {
 
-// Writes `factor` times a consumer's accumulators, of 64 keys from `first_key` on, to a tensor [num_k, heads, head_dim].
-template <typename T>
-__device__ __forceinline__ void store_rows(float const (&values)[T::kHeadDim / 2], void* tensor, int mode,
+// Writes `factor` times a consumer's accumulators, of 64 keys from `first_key` on, to a tensor [num_k, heads, Dim].
+template <typename T, int Dim>
+__device__ __forceinline__ void store_rows(float const (&values)[Dim / 2], void* tensor, int mode,
                                            int first_key, int num_k, int heads, int head, float factor) {
     int const lane = threadIdx.x % 4;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         int const key = first_key + accumulator_row(threadIdx.x % 128, 2 * r);
-        int64_t const row = (static_cast<int64_t>(key) * heads + head) * T::kHeadDim;
+        int64_t const row = (static_cast<int64_t>(key) * heads + head) * Dim;
         bool const inside = key < num_k;
         if (mode == kAddFloats) {
             auto* const target = static_cast<float*>(tensor) + row + 2 * lane;
 #pragma unroll
-            for (int column = 0; column < T::kHeadDim; column += 8) {
+            for (int column = 0; column < Dim; column += 8) {
                 int const i = column / 2 + 2 * r;
                 if (inside) ptx::red_add(target + column, values[i] * factor, values[i + 1] * factor);
             }
         } else if (mode == kFloats) {
             auto* const target = static_cast<float*>(tensor) + row + 2 * lane;
 #pragma unroll
-            for (int column = 0; column < T::kHeadDim; column += 8) {
+            for (int column = 0; column < Dim; column += 8) {
                 int const i = column / 2 + 2 * r;
                 float2 const pair = make_float2(values[i] * factor, values[i + 1] * factor);
                 if (inside) *reinterpret_cast<float2*>(target + column) = pair;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void store_rows(float const (&values)[T::kHeadDim / 2
         } else {
             auto* const target = static_cast<typename T::Element*>(tensor) + row + 8 * lane;
 #pragma unroll
-            for (int column = 0; column < T::kHeadDim; column += 32) {
+            for (int column = 0; column < Dim; column += 32) {
                 uint32_t words[4];
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ bool exchange_with_items(Params const& p, Item const&
         if (thread == 0) {
             while (ptx::load_acquire(p.items_done + place) < item.number()) continue;
         }
-        ptx::barrier_sync(kFirstTurn + group, 128);
+        ptx::barrier_sync(kOwnBarrier + group, 128);
 #pragma unroll
         for (int i = 0; i < Count; i += 4) {
             float4 const a = partial[i * 32], b = partial[(Count + i) * 32];
@@ -80,7 +80,7 @@ __device__ __forceinline__ bool exchange_with_items(Params const& p, Item const&
         partial[i * 32] = make_float4(dk[i], dk[i + 1], dk[i + 2], dk[i + 3]);
         partial[(Count + i) * 32] = make_float4(dv[i], dv[i + 1], dv[i + 2], dv[i + 3]);
     }
-    ptx::barrier_sync(kFirstTurn + group, 128);
+    ptx::barrier_sync(kOwnBarrier + group, 128);
     if (thread == 0) ptx::store_release(p.items_done + place, item.number() + 1);
     return false;
 }

@@ -122,8 +122,8 @@ struct NarrowConsumer {
             leave_item(s, item_place);
             if (!exchange_with_items<T>(p, item, group, dk, dv)) continue;
             int const key = item.tile * T::kTileN + 64 * group;
-            store_rows<T>(dv, p.dv, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, 1);
-            store_rows<T>(dk, p.dk, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, p.scale);
+            store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, 1);
+            store_rows<T, T::kHeadDim>(dk, p.dk, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, p.scale);
         }
         RingPlace<2> next = ds_place;
         if (T::kDqAlternates && next.stage() != group) next.advance();

@@ -17,8 +17,7 @@ enum OutMode : int { kElements, kFloats, kAddFloats };
 //
 // tiles:  for each tile of keys (first run, number of runs, number of tiles of queries, first of its ranks).
 // runs:   (first tile of queries, end, first piece, number of pieces or -1): of a full run, which has -1 pieces, all
-//         pairs count. The first piece has bit 31 set if no tile of keys that comes earlier in `items` meets these tiles of
-//         queries: then the sums of their gradients are written, and not added to.
+//         pairs count.
 // pieces: pairs of (q0, q1, d0, d1), (k0, k1, 0, 0): key j is seen by query i if k0 <= j < k1, q0 <= i < q1,
 //         d0 <= i - j <= d1.
 // items:  in the order of work (tile of keys, key head, first of its packs, number of packs). Where the packs of one tile
@@ -30,7 +29,7 @@ enum OutMode : int { kElements, kFloats, kAddFloats };
 struct Params {
     CUtensorMap q, dout, k, v;
     void* dk;             // [num_k, kv heads, head_dim], of Element or float
-    void* dv;             // the same
+    void* dv;             // the same, of the values' head dim
     float* dq_sums;       // [packs][tiles of queries][parts][floats of a part], in the order of accumulators; see Traits
     float* row_terms;     // [packs][tiles of queries][2][terms of a tile]: lse in exponents of 2, then delta; see Traits
     int* counters;        // 4, zero before and after the launch
@@ -49,7 +48,8 @@ struct Params {
     int out_mode;               // of dk and dv, an OutMode
     int const* adders;
     void* dq;                   // [num_q, heads, head_dim]
-    int* added;                 // [packs][tiles of queries][parts]: how many tiles of keys have added; 0 before the launch
+    int* added;                 // [packs][tiles of queries][parts]: how many tiles of keys have added, 0 before the launch;
+                                // or kClaimed
     int* complete;              // [packs * tiles of queries * parts]: 1 + parts to which all have added, in that order, or 0
     int num_q, num_packs;       // packs of all key heads
     float dq_scale;
@@ -63,7 +63,7 @@ static_assert(sizeof(Params) == 768, "backward_params.py pads its structure to t
 
 // Before the backward kernel: per row of queries.
 struct RowParams {
-    void const* out;      // [num_q, heads, head_dim]
+    void const* out;      // [num_q, heads, head dim of values]
     void const* dout;
     float const* lse;     // [num_q, heads], natural logarithm
     float const* dlse;    // or null

@@ -37,8 +37,8 @@ struct Loader {
         ptx::mbarrier_try_wait_parity(&s.kv_empty, kv_place.parity() ^ 1);
         ptx::mbarrier_arrive_expect_tx(&s.k_full, T::TileK::kBytes);
         load<typename T::TileK>(s.k, &p.k, &s.k_full, item.kv_head, item.tile * T::kTileN, CacheHint::kEvictFirst);
-        ptx::mbarrier_arrive_expect_tx(&s.v_full, T::TileK::kBytes);
-        load<typename T::TileK>(s.v, &p.v, &s.v_full, item.kv_head, item.tile * T::kTileN, CacheHint::kEvictFirst);
+        ptx::mbarrier_arrive_expect_tx(&s.v_full, T::TileV::kBytes);
+        load<typename T::TileV>(s.v, &p.v, &s.v_full, item.kv_head, item.tile * T::kTileN, CacheHint::kEvictFirst);
         kv_place.advance();
     }
 
@@ -47,7 +47,7 @@ struct Loader {
         constexpr uint32_t kTermBytes = sizeof(s.row_terms[0]);
         ptx::mbarrier_try_wait_parity(&s.q_empty[stage], place.parity() ^ 1);
         int const tile = walk.pack * p.num_tiles_q + walk.tile;
-        s.step[stage] = make_int4(token, walk.first_piece(), walk.run.w, tile);
+        s.step[stage] = make_int4(token, walk.run.z, walk.run.w, tile);
         s.rank[stage] = walk.rank();
         ptx::mbarrier_arrive_expect_tx(&s.q_full[stage], T::TileQ::kBytes + kTermBytes);
         load<typename T::TileQ>(s.q[stage], &p.q, &s.q_full[stage], walk.pack << p.log2_pack, token,
@@ -59,8 +59,8 @@ struct Loader {
     __device__ __forceinline__ void load_gradients(Walk const& walk) {
         int const stage = place.stage();
         ptx::mbarrier_try_wait_parity(&s.dout_empty[stage], place.parity() ^ 1);
-        ptx::mbarrier_arrive_expect_tx(&s.dout_full[stage], T::TileQ::kBytes);
-        load<typename T::TileQ>(s.dout[stage], &p.dout, &s.dout_full[stage], walk.pack << p.log2_pack,
+        ptx::mbarrier_arrive_expect_tx(&s.dout_full[stage], T::TileDout::kBytes);
+        load<typename T::TileDout>(s.dout[stage], &p.dout, &s.dout_full[stage], walk.pack << p.log2_pack,
                                 walk.tile * (T::kTileM >> p.log2_pack), CacheHint::kEvictNormal);
     }
 
@@ -111,21 +111,27 @@ struct Reducer {
         return target.tile * T::kDqParts + (T::kDqAlternates ? 0 : group);
     }
 
-    // Tells that what was added last is there, if that has not been told yet. Up to `Pending` additions came after it.
+    // What was added last, if that has not been told yet.
+    struct Addition {
+        Target target;
+        bool written;
+    };
+
+    // Tells that it is there. Up to `Pending` additions came after it.
     template <int Pending>
-    __device__ __forceinline__ void tell(Target& added) const {
-        if (added.tile < 0) return;
+    __device__ __forceinline__ void tell(Addition& added) const {
+        if (added.target.tile < 0) return;
         ptx::cp_async_bulk_wait_group<Pending>();
         ptx::fence_proxy_async_global();
-        count_addition<T>(p, added.tile, part_of(added));
-        added.tile = -1;
+        count_addition<T>(p, added.target.tile, part_of(added.target), added.written);
+        added.target.tile = -1;
     }
 
     // To tell takes about as long as to add, and is done meanwhile, or where there is nothing else to do. Others may wait
     // for it, so it is never left undone while this thread waits.
     __device__ __forceinline__ void run() {
         RingPlace<1> place;
-        Target before = {-1, 0};
+        Addition before = {{-1, 0}, false};
         while (true) {
             if (!ptx::mbarrier_test_wait_parity(&s.dq_full[group], place.parity())) tell<0>(before);
             ptx::mbarrier_try_wait_parity(&s.dq_full[group], place.parity());
@@ -133,10 +139,11 @@ struct Reducer {
             if (target.tile < 0) break;
             int const part = part_of(target);
             float* const sums = p.dq_sums + static_cast<int64_t>(part) * T::kDqFloats;
-            if (target.rank == 0) {  // the first to add
+            Turn const turn = turn_of(p, part, target.rank);
+            if (turn == Turn::kWrite) {
                 ptx::cp_async_bulk_store(sums, s.dq[group], sizeof(s.dq[group]));
             } else {
-                if (!is_turn(p, part, target.rank)) {
+                if (turn == Turn::kLater) {
                     tell<0>(before);
                     wait_for_turn(p, part, target.rank);
                 }
@@ -145,7 +152,7 @@ struct Reducer {
             }
             ptx::cp_async_bulk_commit_group();
             tell<1>(before);
-            before = target;
+            before = {target, turn == Turn::kWrite};
             ptx::cp_async_bulk_wait_group_read<0>();
             ptx::mbarrier_arrive(&s.dq_empty[group]);
             place.advance();

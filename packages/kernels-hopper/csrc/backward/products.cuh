@@ -25,6 +25,24 @@ __device__ __forceinline__ void multiply_columns(float (&sums)[TileB::kRows / 2]
     }
 }
 
+// The same, where the first columns of a are fragments.
+template <typename Element, typename TileA, typename TileB, int Count>
+__device__ __forceinline__ void multiply_columns(float (&sums)[TileB::kRows / 2], uint32_t const (&fragments)[Count][4],
+                                                 void const* a, int first_row, void const* b) {
+    uint64_t const of_a = TileA::k_major(uniform_address(a)) + first_row / 64 * TileA::from(64, 0);
+    uint64_t const of_b = TileB::k_major(uniform_address(b));
+#pragma unroll
+    for (int column = 0; column < TileA::kColumns; column += 16) {
+        if (column / 16 < Count) {
+            ptx::Wgmma<TileB::kRows>::template rs<Element, 0>(sums, fragments[column / 16], of_b + TileB::from(0, column),
+                                                              column > 0);
+        } else {
+            ptx::Wgmma<TileB::kRows>::template ss<Element, 0, 0>(sums, of_a + TileA::from(0, column),
+                                                                 of_b + TileB::from(0, column), true);
+        }
+    }
+}
+
 // sums += fragments b, over the rows of b.
 template <typename Element, typename TileB>
 __device__ __forceinline__ void multiply_rows(float (&sums)[TileB::kColumns / 2],

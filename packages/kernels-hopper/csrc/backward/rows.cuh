@@ -21,14 +21,15 @@ struct QueryRow {
     }
 };
 
-// Block tile + num_tiles_q * pack: the terms of the tile's rows, and what the backward kernel finds zero.
+// Block pack + packs * tile: the terms of the tile's rows, and what the backward kernel finds zero. Blocks that run at the
+// same time read all heads of the same tokens, which are neighbors in memory.
 template <typename T>
 __device__ __forceinline__ void prepare(RowParams const& p) {
     using Element = typename T::Element;
-    constexpr int kVectors = T::kHeadDim / 8;                            // of 16 bytes, in a row
+    constexpr int kVectors = T::kHeadDimV / 8;                           // of 16 bytes, in a row of outputs
     constexpr int kLanes = kVectors <= 8 ? 8 : kVectors <= 16 ? 16 : 32;  // that share a row
     constexpr int kRowsAtOnce = kRowThreads / kLanes;
-    int const tile = blockIdx.x % p.num_tiles_q, pack = blockIdx.x / p.num_tiles_q;
+    int const num_packs = p.num_heads >> p.log2_pack, tile = blockIdx.x / num_packs, pack = blockIdx.x % num_packs;
     int64_t const number = static_cast<int64_t>(pack) * p.num_tiles_q + tile;
     if (threadIdx.x < T::kDqParts) {
         int64_t const part = number * T::kDqParts + threadIdx.x;
@@ -48,7 +49,7 @@ __device__ __forceinline__ void prepare(RowParams const& p) {
         bool const inside = row < T::kTileM && query.token < p.num_q;
         float sum = 0;
         if (inside && lane < kVectors) {
-            int64_t const place = query.index * T::kHeadDim + 8 * lane;
+            int64_t const place = query.index * T::kHeadDimV + 8 * lane;
             uint4 const a = *reinterpret_cast<uint4 const*>(static_cast<Element const*>(p.out) + place);
             uint4 const b = *reinterpret_cast<uint4 const*>(static_cast<Element const*>(p.dout) + place);
             uint32_t const of_a[4] = {a.x, a.y, a.z, a.w}, of_b[4] = {b.x, b.y, b.z, b.w};
@@ -61,12 +62,10 @@ __device__ __forceinline__ void prepare(RowParams const& p) {
 #pragma unroll
         for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
         // Rows of tiles that meet no tile of keys, which nobody else writes.
-        if (inside && lane < kVectors && no_adders && p.dq_mode != kAddFloats) {
-            bool const is_float = p.dq_mode == kFloats;
-            int64_t const bytes = (query.index * T::kHeadDim + 8 * lane) * (is_float ? 4 : 2);
-            auto* const target = reinterpret_cast<uint4*>(static_cast<char*>(p.dq) + bytes);
-            target[0] = make_uint4(0, 0, 0, 0);
-            if (is_float) target[1] = make_uint4(0, 0, 0, 0);
+        if (inside && no_adders && p.dq_mode != kAddFloats) {
+            int const bytes = T::kHeadDim * (p.dq_mode == kFloats ? 4 : 2);
+            auto* const target = reinterpret_cast<uint4*>(static_cast<char*>(p.dq) + query.index * bytes);
+            for (int i = lane; i < bytes / 16; i += kLanes) target[i] = make_uint4(0, 0, 0, 0);
         }
         if (lane == 0 && row < T::kTileM) {
             // Rows that see no key, and those beyond the last token, have probabilities exp(-inf).

@@ -64,12 +64,8 @@ struct Walk {
         following = run_after();
     }
 
-    __device__ __forceinline__ int first_piece() const { return run.z & 0x7FFFFFFF; }
-
-    // How many tiles of keys must have added to this tile's gradients before this one does.
-    __device__ __forceinline__ int rank() const {
-        return p.ranks == nullptr ? run.z >= 0 : __ldg(p.ranks + header.w + left - 1);
-    }
+    // How many tiles of keys must have added to this tile's gradients before this one does, where the order matters.
+    __device__ __forceinline__ int rank() const { return p.ranks == nullptr ? 0 : __ldg(p.ranks + header.w + left - 1); }
 };
 
 }  // namespace magi::backward

@@ -15,8 +15,8 @@ struct SharedProbabilities {
 template <typename T>
 struct SharedProbabilities<T, false> {};
 
-// Where gradients of queries go: to those of a tile, counted over all packs, once as many tiles of keys have added to them
-// as the rank says. The first one, of rank 0, writes.
+// Where gradients of queries go: to those of a tile, counted over all packs; where the order matters, once as many tiles of
+// keys have added to them as the rank says.
 struct Target {
     int tile, rank;
 };
@@ -29,15 +29,17 @@ struct SharedDq {
     uint64_t dq_full[kConsumers], dq_empty[kConsumers];
 };
 template <typename T>
-struct SharedDq<T, false> {};
+struct SharedDq<T, false> {
+    bool writes_dq[kConsumers];  // whether a consumer is the first to add to a part
+};
 
 // Tiles are aligned to the swizzle's pattern.
 template <typename T>
 struct SharedTiles {
     alignas(1024) uint8_t k[T::TileK::kBytes];
-    alignas(1024) uint8_t v[T::TileK::kBytes];
+    alignas(1024) uint8_t v[T::TileV::kBytes];
     alignas(1024) uint8_t q[T::kStages][T::TileQ::kBytes];
-    alignas(1024) uint8_t dout[T::kStages][T::TileQ::kBytes];
+    alignas(1024) uint8_t dout[T::kStages][T::TileDout::kBytes];
     alignas(1024) uint8_t ds[2][T::TileDs::kBytes];
 };
 

@@ -3,12 +3,18 @@
 // their values. Gradients of queries are two steps late, so that they are there when probabilities are; on their way out
 // they overlap with gradients of values, and the stores of gradients of scores with those of keys. Scores and gradients
 // of probabilities take turns in the same registers, so that 80 rows fit; in between, probabilities are kept as they
-// were rounded.
+// were rounded. Consumers take turns at scores and probabilities, so that one has products to do meanwhile.
 #pragma once
 
+#include "../ptx/ldmatrix.cuh"
 #include "consumer.cuh"
 
 namespace magi::backward {
+
+// Of its values, how many fragments of 16 columns a consumer keeps in registers, as many as are left: the products read
+// less shared memory, which is nearly as busy as the tensor cores.
+template <typename T>
+constexpr int kValueFragments = std::is_same_v<typename T::Element, __nv_bfloat16> && !T::kSoftcap ? 5 : 0;
 
 template <typename T>
 struct TallConsumer {
@@ -24,8 +30,22 @@ struct TallConsumer {
     RingPlace<2> item_place;
     RingPlace<1> kv_place;
     float dk[T::kHeadDim / 2], dv[T::kHeadDim / 2];
+    uint32_t values[kValueFragments<T> > 0 ? kValueFragments<T> : 1][4];
 
     __device__ __forceinline__ TallConsumer(Params const& p, Shared<T>& s, int group) : p(p), s(s), group(group) {}
+
+    __device__ __forceinline__ void load_values() {
+        int const lane = threadIdx.x % 32, row = 64 * group + threadIdx.x % 128 / 32 * 16 + lane % 16;
+        uint32_t const tile = ptx::shared_address(s.v);
+#pragma unroll
+        for (int i = 0; i < kValueFragments<T>; i++) {
+            ptx::ldmatrix_x4(tile + TileK::offset(row, 16 * i + lane / 16 * 8), values[i]);
+        }
+    }
+
+    // Which consumer computes scores and probabilities: the first one begins.
+    __device__ __forceinline__ void wait_for_turn() { ptx::barrier_sync(kTurnBarrier + group, 256); }
+    __device__ __forceinline__ void pass_turn_on() { ptx::barrier_arrive(kTurnBarrier + 1 - group, 256); }
 
     // Starts the gradients of the queries of a step, once all consumers' gradients of scores are there.
     __device__ __forceinline__ void start_dq(Dq<T>& dq, RingPlace<2> const& of) {
@@ -51,6 +71,7 @@ struct TallConsumer {
         int const stage = place.stage();
         ptx::mbarrier_try_wait_parity(&s.q_full[stage], place.parity());
         ptx::mbarrier_try_wait_parity(&s.dout_full[stage], place.parity());
+        wait_for_turn();
         {
             Dq<T> dq;
             {
@@ -66,6 +87,7 @@ struct TallConsumer {
                 to_probabilities<T>(p, scores, p_fragments, terms_of_thread<T>(s.row_terms[stage][0]));
                 if constexpr (T::kSoftcap) to_fragments<Element>(scores, factors);
             }
+            pass_turn_on();
             ptx::wgmma_fence();
             multiply_scores_transposed<T>(dq, s.ds[stage], s.k, group);
             ptx::wgmma_commit_group();
@@ -77,7 +99,11 @@ struct TallConsumer {
         }
         Scores<T> ds;
         ptx::wgmma_fence();
-        multiply_columns<Element, TileK, TileQ>(ds, s.v, 64 * group, s.dout[stage]);
+        if constexpr (kValueFragments<T> > 0) {
+            multiply_columns<Element, TileK, TileQ>(ds, values, s.v, 64 * group, s.dout[stage]);
+        } else {
+            multiply_columns<Element, TileK, TileQ>(ds, s.v, 64 * group, s.dout[stage]);
+        }
         ptx::wgmma_commit_group();
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(ds);
@@ -102,6 +128,7 @@ struct TallConsumer {
         int const key = tile * T::kTileN + 64 * group;
         ptx::mbarrier_try_wait_parity(&s.k_full, kv_place.parity());
         ptx::mbarrier_try_wait_parity(&s.v_full, kv_place.parity());
+        load_values();
         for (int i = 0; i < num_steps; i++) step(key, ragged, i);
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(dk);
@@ -122,6 +149,7 @@ struct TallConsumer {
     }
 
     __device__ __forceinline__ void run() {
+        if (group == 1) pass_turn_on();
         while (true) {
             Item const next = next_item(s, item_place);
             if (next.tile < 0) break;
@@ -132,8 +160,8 @@ struct TallConsumer {
             leave_item(s, item_place);
             if (!exchange_with_items<T>(p, item, group, dk, dv)) continue;
             int const key = item.tile * T::kTileN + 64 * group;
-            store_rows<T>(dv, p.dv, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, 1);
-            store_rows<T>(dk, p.dk, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, p.scale);
+            store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, 1);
+            store_rows<T, T::kHeadDim>(dk, p.dk, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, p.scale);
         }
         finish_dq(s, place, group);
     }

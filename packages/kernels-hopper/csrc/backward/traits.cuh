@@ -13,15 +13,17 @@ struct DqPlace {
 
 constexpr int kConsumers = 2;  // warpgroups that compute
 constexpr int kThreads = 128 * (kConsumers + 1);
-constexpr uint32_t kFirstTurn = 1;  // named barriers, one for each consumer; 0 is __syncthreads()
+// The first of two named barriers each, one for each consumer; 0 is __syncthreads().
+constexpr uint32_t kOwnBarrier = 1, kTurnBarrier = kOwnBarrier + kConsumers;
 
-// The sizes that are chosen by measurement; variants.py has those of each kernel.
+// HeadDim is that of queries and keys, HeadDimV that of values and outputs. The other sizes are chosen by measurement;
+// variants.py has those of each kernel.
 //   TileM:  rows of queries of a tile
 //   Stages: tiles of queries, and as many of the outputs' gradients, in shared memory
-template <int HeadDim, typename Element_, bool Softcap, int TileM, int Stages>
+template <int HeadDim, int HeadDimV, typename Element_, bool Softcap, int TileM, int Stages>
 struct Traits {
     using Element = Element_;
-    static constexpr int kHeadDim = HeadDim;
+    static constexpr int kHeadDim = HeadDim, kHeadDimV = HeadDimV;
     static constexpr bool kSoftcap = Softcap;
     static constexpr int kTileM = TileM;
     static constexpr int kStages = Stages;
@@ -30,13 +32,16 @@ struct Traits {
     // computes those of values, the other those of keys. Otherwise each has keys of its own.
     static constexpr bool kWide = HeadDim > 128;
     static constexpr int kTileN = kWide ? 64 : 64 * kConsumers;
+    static_assert(kWide || HeadDimV == HeadDim, "consumers with keys of their own have gradients of both alike");
 
     // More rows of queries than a product has: then gradients of queries are computed transposed.
     static constexpr bool kTall = kTileM > 64;
     static_assert(!kTall || HeadDim == 128, "a consumer has 64 columns of gradients of queries");
 
     using TileQ = PanelTile<kTileM, HeadDim>;
+    using TileDout = PanelTile<kTileM, HeadDimV>;
     using TileK = PanelTile<kTileN, HeadDim>;
+    using TileV = PanelTile<kTileN, HeadDimV>;
     using TileDs = PanelTile<kTileM, kTileN>;  // queries by keys
 
     // A thread's accumulators belong to every fourth pair of rows of queries. Terms of rows lie in the order in which the

@@ -11,7 +11,9 @@ template <typename T>
 struct WideConsumer {
     using Element = typename T::Element;
     using TileK = typename T::TileK;
+    using TileV = typename T::TileV;
     using TileQ = typename T::TileQ;
+    using TileDout = typename T::TileDout;
 
     Params const& p;
     Shared<T>& s;
@@ -19,7 +21,7 @@ struct WideConsumer {
     RingPlace<T::kStages> place;
     RingPlace<2> item_place, ds_place;
     RingPlace<1> kv_place;
-    float sums[T::kHeadDim / 2];  // gradients of values or of keys
+    float sums[T::kHeadDim / 2];  // gradients of keys or, in as many as there are, of values
 
     __device__ __forceinline__ WideConsumer(Params const& p, Shared<T>& s, int group)
         : p(p), s(s), group(group) {}
@@ -28,11 +30,12 @@ struct WideConsumer {
         if constexpr (T::kDqShared) {
             hand_over_dq(s, dq, s.ds_target[ds_place.before().stage()], ds_place.before(), group);
         } else {
-            add_dq<T>(p, dq, s.ds_target[ds_place.before().stage()], group, pass);
+            add_dq<T>(p, s, dq, s.ds_target[ds_place.before().stage()], group, pass);
         }
     }
 
-    // The gradients of queries of the step before, while `sums` grows by this step's.
+    // The gradients of queries of the step before, while `sums` grows by this step's, with the rows of a tile.
+    template <typename Tile>
     __device__ __forceinline__ void finish(Fragments<T> const& fragments, void const* rows, bool first) {
         RingPlace<2> const before = ds_place.before();
         if (!first) ptx::mbarrier_try_wait_parity(&s.ds_full[before.stage()], before.parity());
@@ -43,7 +46,7 @@ struct WideConsumer {
             multiply_scores<T>(dq, s.ds[before.stage()], s.k, group, pass);
             ptx::wgmma_commit_group();
             if (pass == T::kDqPasses - 1) {
-                multiply_rows<Element, TileQ>(sums, fragments, rows);
+                multiply_rows<Element, Tile>(reinterpret_cast<float(&)[Tile::kColumns / 2]>(sums), fragments, rows);
                 ptx::wgmma_commit_group();
                 ptx::wgmma_wait_group<1>();
             } else {
@@ -83,7 +86,7 @@ struct WideConsumer {
         }
         arrive_warp(&s.p_full[ds_place.stage()]);
         ptx::mbarrier_try_wait_parity(&s.dout_full[stage], place.parity());
-        finish(fragments, s.dout[stage], first);
+        finish<TileDout>(fragments, s.dout[stage], first);
     }
 
     // Gradients of scores and of keys.
@@ -93,7 +96,7 @@ struct WideConsumer {
         int const stage = place.stage();
         ptx::mbarrier_try_wait_parity(&s.dout_full[stage], place.parity());
         ptx::wgmma_fence();
-        multiply_columns<Element, TileK, TileQ>(ds, s.v, 0, s.dout[stage]);
+        multiply_columns<Element, TileV, TileDout>(ds, s.v, 0, s.dout[stage]);
         ptx::wgmma_commit_group();
         ptx::mbarrier_try_wait_parity(&s.q_full[stage], place.parity());
         ptx::wgmma_wait_group<0>();
@@ -120,7 +123,7 @@ struct WideConsumer {
         if (threadIdx.x % 128 == 0) s.ds_target[ds_place.stage()] = {s.step[stage].w, s.rank[stage]};
         ptx::fence_proxy_async_shared();
         arrive_warp(&s.ds_full[ds_place.stage()]);
-        finish(fragments, s.q[stage], first);
+        finish<TileQ>(fragments, s.q[stage], first);
     }
 
     __device__ __forceinline__ void differentiate(Item const& item, int key) {
@@ -166,8 +169,13 @@ struct WideConsumer {
 #pragma unroll
             for (int i = 0; i < T::kHeadDim / 2; i++) sums[i] = 0;
             if (item.num_steps > 0) differentiate(item, key);
-            store_rows<T>(sums, group == 0 ? p.dv : p.dk, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head,
-                          group == 0 ? 1 : p.scale);
+            if (T::kHeadDimV < T::kHeadDim && group == 0) {
+                auto const& dv = reinterpret_cast<float const(&)[T::kHeadDimV / 2]>(sums);
+                store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, 1);
+            } else {
+                store_rows<T, T::kHeadDim>(sums, group == 0 ? p.dv : p.dk, p.out_mode, key, p.num_k, p.num_kv_heads,
+                                           item.kv_head, group == 0 ? 1 : p.scale);
+            }
         }
         if constexpr (T::kDqShared) finish_dq(s, ds_place, group);
     }

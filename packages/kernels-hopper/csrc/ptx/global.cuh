@@ -33,6 +33,16 @@ __device__ __forceinline__ int add_acquire_release(int* address, int value) {
     return before;
 }
 
+// Stores `value` if `expected` is there; returns what was there before.
+__device__ __forceinline__ int compare_swap_acquire(int* address, int expected, int value) {
+    int before;
+    asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], %2, %3;"
+                 : "=r"(before)
+                 : "l"(address), "r"(expected), "r"(value)
+                 : "memory");
+    return before;
+}
+
 // Waits until what is there is not 0, and returns it.
 __device__ __forceinline__ int wait_until_set(int const* address) {
     int value;

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One launch of the backward kernels: terms of rows, and gradients.
 
-Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
+Shape suffixes: t tokens, h heads, d head dim, dv head dim of values; q queries, k keys.
 """
 
 import ctypes
@@ -65,7 +65,7 @@ class PreparedBackward:
         tiles_q = -(-num_q // tile_q)
         self.sizes, self.num_tiles = sizes, tiles_q * (num_heads // pack)
         # Halves of tiles of keys, of a head, to whose gradients several items add.
-        self.num_shared = 2 * len(tables.tiles) * num_kv_heads if tables.split > 1 else 0
+        self.num_shared = 2 * len(tables.tiles) * num_kv_heads if tables.split else 0
         self.blocks = min(available, len(tables.items))
         self.streams = StreamsOfTables(tables)
         self.kernels = _kernels(variant, q.device)
@@ -128,13 +128,14 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate, on torch's current stream; see :meth:`KernelBackend.backward`.
 
-    q ``[tq, hq, d]`` and k ``[tk, hk, d]`` are not empty; gradients are contiguous, of their dtype.
+    q ``[tq, hq, d]``, k ``[tk, hk, d]`` and v ``[tk, hk, dv]`` are not empty; gradients are contiguous, of their dtype.
     """
-    device, head_dim = q.device, q.shape[2]
-    key = ("hopper backward", device, q.dtype, q.shape, k.shape, call.softmax_scale, call.softcap, call.deterministic)
+    device, head_dim, head_dim_v = q.device, q.shape[2], v.shape[2]
+    variant = BackwardVariant(head_dim, head_dim_v, ELEMENT_OF[q.dtype], call.softcap > 0)
+    key = ("hopper backward", variant, device, q.shape, k.shape, call.softmax_scale, call.softcap, call.deterministic)
     prepared = call.slices.derived(
         (*key, call.sm_margin),
-        lambda: PreparedBackward(BackwardVariant(head_dim, ELEMENT_OF[q.dtype], call.softcap > 0), call, q, k),
+        lambda: PreparedBackward(variant, call, q, k),
     )
     q = scored_upward(q, call.softmax_scale)  # masked scores are -inf, before they are scaled
     dout, out = (aligned(x.to(q.dtype).contiguous()) for x in (dout, out))

@@ -6,13 +6,14 @@ gradients of outputs and above all the sums of gradients of queries are moved fr
 up to 96 KB for each pair of tiles, several times what device memory can move in the time.
 """
 
-import heapq
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from magi_attention.common.bands import Bands
-from magi_kernels_hopper.backward_plan import ColumnTables, column_tables, mark_first
+from magi_attention.common.slices import expand_counts
+from magi_kernels_hopper.backward_plan import ColumnTables, column_tables
 from magi_kernels_hopper.plan import Indices
 
 LARGEST_PACK = 2
@@ -22,23 +23,21 @@ The more heads, the fewer tiles are partly hidden by the mask. Where neighboring
 queries, it is one, so that they follow each other at a short distance.
 """
 
-START_COST, SPLIT_COST = 2, 3
-"""Steps that it takes to begin and end an item of all packs of a head, and one of a part of them."""
-
 SPLIT_TILE = 128
 """Keys of a tile of kernels that can cut the packs of a head into several items."""
 
-FEW_HEADS = 2
-"""Query heads of an item at most, where an item is to have few: queries and sums of as many fit the L2 cache."""
+LONGEST, MOST_STEPS = 0.2, 160
+"""The most that an item may be, if its head can be cut: of what one block computes, and in tiles of queries.
 
-TAILS = (0.05, 0.15)
-"""Shares of the work that may be done last, shortest items at the end."""
+Tiles of keys of a causal document have lists of unlike length. Were their items all packs of a head, their blocks would
+soon be at unlike packs, and share nothing in the L2 cache any more.
+"""
 
-WORTHWHILE = 0.98
-"""How much less time must be taken by an order that is further from that of ``clusters``."""
+SMALL, SORTED = 0.1, 0.1
+"""Shares of the work, at the end: of what is cut to single packs, and of what is done by length, the longest first.
 
-MOST_ITEMS = 1 << 14
-"""Lists of more items are balanced enough with the smallest tail."""
+What is done by length shares little in the cache. NOTES.md has what other shares do.
+"""
 
 
 def drifts(tables: ColumnTables) -> bool:
@@ -59,12 +58,12 @@ def clusters(tables: ColumnTables) -> Indices:
     first = np.where(steps > 0, last - steps + 1, 0)  # as if lists had no gaps
     shared = np.minimum(last[1:], last[:-1]) - np.maximum(first[1:], first[:-1]) + 1
     group = np.concatenate([[0][: len(steps)], np.cumsum(2 * shared < steps[1:])]).astype(np.int64)
-    longest = np.zeros(group[-1] + 1, np.int64)
+    longest = np.zeros(group[-1] + 1 if len(group) else 0, np.int64)
     np.maximum.at(longest, group, steps)
     order = np.lexsort((group, -longest[group]))
     # Within a group from its longer end.
-    starts = np.flatnonzero(np.concatenate([[True], np.diff(group[order]) != 0]))
-    ends = np.append(starts[1:], len(order))
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(group[order]) != 0])[: len(order)])
+    ends = np.append(starts[1:], len(order))[: len(starts)]
     backward = steps[order[ends - 1]] > steps[order[starts]]
     place = np.arange(len(order))
     run = np.searchsorted(starts, place, side="right") - 1
@@ -94,20 +93,20 @@ class Work(NamedTuple):
 
     Attributes:
         pack: query heads of a key head that share a tile of queries; it has ``tile_m // pack`` tokens.
-        split: how many items the packs of one head are.
+        split: whether the packs of a head are several items, of some tile of keys.
         tables: the mask, in tiles.
         items: ``(n, 4)``, in order: tile of keys, key head, first of its packs, number of packs.
-        order: tiles of keys in the order in which they are taken for each head.
+        order: tiles of keys in an order in which all heads and packs take them, if that was asked for.
     """
 
     pack: int
-    split: int
+    split: bool
     tables: ColumnTables
     items: Indices
     order: Indices
 
 
-def order_work(bands: Bands, num_q: int, num_k: int, sizes: WorkSizes) -> Work:
+def order_work(bands: Bands, num_q: int, num_k: int, sizes: WorkSizes, *, ordered: bool = False) -> Work:
     """Decide how to cut the work of a mask, and its order.
 
     Args:
@@ -115,66 +114,66 @@ def order_work(bands: Bands, num_q: int, num_k: int, sizes: WorkSizes) -> Work:
         num_q: rows of the query tensor.
         num_k: rows of the key tensor.
         sizes: see there.
+        ordered: whether all heads and packs must take tiles of keys in the same order.
     """
     pack = min(sizes.group & -sizes.group, LARGEST_PACK)
     tables = column_tables(bands, num_q, num_k, sizes.tile_m // pack, sizes.tile_k)
-    drifting = drifts(tables)
-    if drifting and pack > 1:
+    if pack > 1 and drifts(tables):
         pack, tables = 1, column_tables(bands, num_q, num_k, sizes.tile_m, sizes.tile_k)
-    packs = sizes.group // pack
-    order, split = _best_order(tables, sizes, packs, spread=not drifting)
-    items = np.empty((len(order), 4), np.int64)
-    items[:, 0], part, items[:, 3] = order[:, 0], order[:, 1], packs // split
-    items[:, 1], items[:, 2] = part // split, part % split * (packs // split)
-    once = order[part == 0, 0]
-    return Work(pack, split, mark_first(tables, once), items, once)
+    packs, order = sizes.group // pack, clusters(tables)
+    steps = tables.tiles[:, 2]
+    if sizes.tile_k != SPLIT_TILE or not steps.any():
+        items = _items(order, np.ones_like(steps), packs, sizes.num_kv_heads)
+    elif ordered:
+        # A tile that is done with a pack sooner than those before it would wait for them at the next pack.
+        same = steps.min() == steps.max()
+        items = _items(order, np.full_like(steps, 1 if same else packs), packs, sizes.num_kv_heads)
+    else:
+        items = _balanced_items(order, steps, packs, sizes)
+    return Work(pack, bool((items[:, 3] < packs).any()), tables, items, order)
 
 
-def _best_order(tables: ColumnTables, sizes: WorkSizes, packs: int, *, spread: bool) -> tuple[Indices, int]:
-    """Order items ``(tile, part of all heads)``, and say how many parts a head has.
-
-    As near to the order of ``clusters``, part by part, and of as few parts, as balance allows; but where blocks meet
-    tiles of queries that are ``spread``, and not a band of them, an item has few heads.
-    """
-    order, steps = clusters(tables), tables.tiles[:, 2]
-    splits = [each for each in range(1, packs + 1) if packs % each == 0] if sizes.tile_k == SPLIT_TILE else [1]
-    few = [each for each in splits if packs // each * sizes.group <= FEW_HEADS * packs]
-    if spread and few and len(order) and steps.min() < steps.max():
-        splits = few
-    if len(order) * sizes.num_kv_heads * splits[0] > MOST_ITEMS:
-        return _with_tail(tables, order, sizes.num_kv_heads * splits[0], TAILS[0]), splits[0]
-    best: tuple[float, Indices, int] | None = None
-    for split in splits[:2]:
-        costs = steps * (packs // split) + (START_COST if split == 1 else SPLIT_COST)
-        for tail in TAILS:
-            candidate = _with_tail(tables, order, sizes.num_kv_heads * split, tail)
-            time = _time(costs[candidate[:, 0]], sizes.blocks)
-            if best is None or time < best[0] * WORTHWHILE:
-                best = time, candidate, split
-    assert best is not None
-    return best[1:]
+def _balanced_items(order: Indices, steps: Indices, packs: int, sizes: WorkSizes) -> Indices:
+    """Items of whole heads where they are not too long, and small ones at the end."""
+    longest = min(LONGEST * steps.sum() * packs * sizes.num_kv_heads / sizes.blocks, MOST_STEPS)
+    divisors = np.array([each for each in range(1, packs + 1) if packs % each == 0])
+    enough = np.searchsorted(divisors, steps * packs / longest)
+    items = _items(order, divisors[np.minimum(enough, len(divisors) - 1)], packs, sizes.num_kv_heads)
+    return _by_length(_with_small_end(items, steps, packs), steps)
 
 
-def _with_tail(tables: ColumnTables, order: Indices, num_parts: int, tail: float) -> Indices:
-    """Items ``(tile, part)`` part by part, but for the shortest of them, which come last."""
-    steps = tables.tiles[order, 2]
-    by_length = np.argsort(steps, kind="stable")
-    reached = np.cumsum(steps[by_length])
-    num_short = int(np.searchsorted(reached, tail * reached[-1])) if len(order) else 0
-    is_short = np.zeros(len(order), bool)
-    is_short[by_length[:num_short]] = True
-    both = order[~is_short], order[by_length[:num_short][::-1]]
-    return np.concatenate(
-        [np.column_stack([np.tile(each, num_parts), np.repeat(np.arange(num_parts), len(each))]) for each in both]
-    )
+def _items(order: Indices, parts: Indices, packs: int, num_heads: int) -> Indices:
+    """Head by head the first parts of all tiles of keys, in order, then the second ones of those that have more."""
+    place, part = expand_counts(parts[order])
+    by_part = np.argsort(part, kind="stable")
+    tile, part = order[place[by_part]], part[by_part]
+    size = packs // parts[tile]
+    head = np.repeat(np.arange(num_heads), len(tile))
+    return np.column_stack([np.tile(tile, num_heads), head, np.tile(part * size, num_heads), np.tile(size, num_heads)])
 
 
-def _time(costs: Indices, blocks: int) -> int:
-    """How long it takes until all is done, if each block takes the next item when it is done with one."""
-    free = [0] * blocks
-    for cost in costs.tolist():
-        heapq.heapreplace(free, free[0] + cost)
-    return max(free)
+def _at_end(items: Indices, steps: Indices, share: float) -> NDArray[np.bool_]:
+    """Which items are the last ``share`` of the work."""
+    work = steps[items[:, 0]] * items[:, 3]
+    return np.cumsum(work[::-1])[::-1] <= share * work.sum()
+
+
+def _with_small_end(items: Indices, steps: Indices, packs: int) -> Indices:
+    """The items, but for those tiles and heads all of which is in the last share: these pack by pack."""
+    last = _at_end(items, steps, SMALL)
+    key = items[:, :2] @ [items[:, 1].max() + 1, 1]
+    last &= ~np.isin(key, key[~last])
+    each = items[last & (items[:, 2] == 0)]
+    cut = np.tile(each, (packs, 1))
+    cut[:, 2], cut[:, 3] = np.repeat(np.arange(packs), len(each)), 1
+    return np.concatenate([items[~last], cut])
+
+
+def _by_length(items: Indices, steps: Indices) -> Indices:
+    """The items, but for the last share: these the longest first, and parts of the same length in turns."""
+    last = _at_end(items, steps, SORTED)
+    end = items[last]
+    return np.concatenate([items[~last], end[np.lexsort((end[:, 2], -steps[end[:, 0]] * end[:, 3]))]])
 
 
 def _last_tiles(tables: ColumnTables) -> Indices:

@@ -15,9 +15,6 @@ from magi_attention.common.slices import expand_counts
 from magi_attention.kernels.tiles import cut_rows, tile_runs
 from magi_kernels_hopper.plan import FULL, PARTIAL, WHOLE, Indices, Runs, cut_at_pieces, pieces_of_runs
 
-FIRST = -(1 << 31)
-"""Bit 31 of an int32."""
-
 
 @dataclass(frozen=True, eq=False)
 class ColumnTables:
@@ -25,8 +22,7 @@ class ColumnTables:
 
     Attributes:
         tiles: ``(num_tiles, 4)``: first run, number of runs, tiles of queries, first rank.
-        runs: ``(n, 4)``: first tile of queries, end, first piece, number of pieces or ``FULL``. After ``mark_first``,
-            the first piece is less by ``FIRST`` where the tile of keys is the first to meet these tiles of queries.
+        runs: ``(n, 4)``: first tile of queries, end, first piece, number of pieces or ``FULL``.
         pieces: ``(m, 8)``: q0, q1, d0, d1, k0, k1, 0, 0; key j sees i if ``d0 <= i - j <= d1``.
     """
 
@@ -77,55 +73,6 @@ def column_tables(bands: Bands, num_q: int, num_k: int, tile_q: int, tile_k: int
         ),
         table,
     )
-
-
-def mark_first(tables: ColumnTables, order: Indices) -> ColumnTables:
-    """Cut runs so that a tile of keys is the first in ``order`` to meet all of a run's tiles of queries, or none."""
-    start, stop = tables.runs[:, 0], tables.runs[:, 1]
-    if not len(start):
-        return tables
-    owner = np.repeat(np.arange(len(tables.tiles)), tables.tiles[:, 1])
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    num_q = int(stop.max())
-    earliest = _least_of_runs(start, stop, place[owner], num_q)
-
-    # Stretches of tiles of queries that the same tile of keys meets first.
-    edges = np.flatnonzero(np.diff(earliest, prepend=-1, append=-1))
-    met = earliest[edges[:-1]] < len(order)
-    first, end = edges[:-1][met], edges[1:][met]
-    tile = order[earliest[first]]
-    stride = num_q + 1
-    cuts = np.unique(np.concatenate([owner * stride + start, tile * stride + first, tile * stride + end]))
-    run = np.searchsorted(owner * stride + start, cuts, side="right") - 1
-    inside = (run >= 0) & (cuts < (owner * stride + stop)[run])  # not between the runs of a tile, or at its end
-    cuts, run = cuts[inside], run[inside]
-    follows = np.append(cuts[1:], np.iinfo(np.int64).max)
-    runs = tables.runs[run]
-    runs[:, 0] = cuts - owner[run] * stride
-    runs[:, 1] = np.minimum(follows - owner[run] * stride, stop[run])
-    runs[earliest[runs[:, 0]] == place[owner[run]], 2] += FIRST
-    num_runs = np.bincount(owner[run], minlength=len(tables.tiles))
-    tiles = tables.tiles.copy()
-    tiles[:, 0], tiles[:, 1] = np.cumsum(num_runs) - num_runs, num_runs
-    return ColumnTables(tiles, runs, tables.pieces)
-
-
-def _least_of_runs(start: Indices, stop: Indices, values: Indices, num_places: int) -> Indices:
-    """For each place the least value of the runs that it lies in; more than all values if there are none."""
-    none = np.iinfo(np.int64).max
-    level = np.frexp((stop - start).astype(np.float64))[1] - 1  # a run is two stretches of a power of two places
-    least = np.full(num_places, none)
-    for size in reversed(range(int(level.max()) + 1)):
-        of_level = level == size
-        stretches = np.full(num_places, none)
-        np.minimum.at(stretches, start[of_level], values[of_level])
-        np.minimum.at(stretches, stop[of_level] - (1 << size), values[of_level])
-        # Those of the next longer stretches are two of these each.
-        longer, half = least, 1 << size
-        least = np.minimum(stretches, longer)
-        least[half:] = np.minimum(least[half:], longer[:-half])
-    return least
 
 
 def ranks(tables: ColumnTables, order: Indices) -> Indices:

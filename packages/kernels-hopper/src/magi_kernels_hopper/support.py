@@ -11,7 +11,6 @@ import torch
 from magi_attention.kernels.protocol import AttentionRequest, Support
 from magi_kernels_hopper.driver import CUBINS
 from magi_kernels_hopper.variants import (
-    BACKWARD_SIZES,
     HEAD_DIMS,
     BackwardVariant,
     Element,
@@ -47,12 +46,9 @@ def _support_of(request: AttentionRequest, by_indices: bool = False) -> Support:
     if request.dtype not in ELEMENT_OF:
         return _refuse(f"the kernels compute in bfloat16 or float16, not in {request.dtype}; use the backend 'flex'")
     dims = (request.head_dim, request.head_dim_v)
-    served = HEAD_DIMS if request.direction == "forward" else tuple((dim, dim) for dim in BACKWARD_SIZES)
-    if dims not in served:
-        known = ", ".join(f"{d}/{d_v}" if d != d_v else f"{d}" for d, d_v in served)
-        return _refuse(
-            f"head dims are {dims[0]}/{dims[1]}, {request.direction} kernels are for {known}; use the backend 'flex'"
-        )
+    if dims not in HEAD_DIMS:
+        known = ", ".join(f"{d}/{d_v}" if d != d_v else f"{d}" for d, d_v in HEAD_DIMS)
+        return _refuse(f"head dims are {dims[0]}/{dims[1]}, kernels are for {known}; use the backend 'flex'")
     if request.device.type != "cuda" or torch.version.hip is not None:
         return _refuse(f"the kernels run on NVIDIA GPUs only, the tensors are on {request.device}")
     if not torch.cuda.is_available():
@@ -66,7 +62,7 @@ def _support_of(request: AttentionRequest, by_indices: bool = False) -> Support:
     elif request.direction == "forward":
         needed += forward_variants(dims, element, request.softcap)
     else:
-        needed.append(BackwardVariant(request.head_dim, element, request.softcap))
+        needed.append(BackwardVariant(*dims, element, request.softcap))
     for variant in needed:
         if not (CUBINS / f"{variant.name}.cubin").exists():
             return _refuse(

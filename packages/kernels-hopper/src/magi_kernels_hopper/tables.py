@@ -69,7 +69,7 @@ class DeviceColumnTables(NamedTuple):
 
     Attributes:
         pack: query heads that share a tile of queries.
-        split: how many items the packs of one head are.
+        split: whether the packs of a head are several items.
         tiles: as are the next two, of :class:`magi_kernels_hopper.backward_plan.ColumnTables`.
         runs: see there.
         pieces: see there.
@@ -80,7 +80,7 @@ class DeviceColumnTables(NamedTuple):
     """
 
     pack: int
-    split: int
+    split: bool
     tiles: Tensor
     runs: Tensor
     pieces: Tensor
@@ -100,7 +100,7 @@ def device_column_tables(
     """
 
     def build() -> DeviceColumnTables:
-        work = order_work(slices.bands(), num_q, num_k, sizes)
+        work = order_work(slices.bands(), num_q, num_k, sizes, ordered=ordered)
         tables = work.tables
         if ordered and (num_ranks := int(tables.tiles[:, 2].sum())) > MOST_RANKS:
             raise RuntimeError(

@@ -145,13 +145,14 @@ class BackwardSizes:
 
 
 BACKWARD_SIZES = {
-    64: BackwardSizes(64, 128, 2, 1, 134 << 10),
-    96: BackwardSizes(64, 128, 2, 1, 180 << 10),
-    128: BackwardSizes(80, 128, 2, 2, 227 << 10),
-    192: BackwardSizes(64, 64, 2, 2, 227 << 10),
-    256: BackwardSizes(64, 64, 2, 2, 227 << 10),
+    (64, 64): BackwardSizes(64, 128, 2, 1, 134 << 10),
+    (96, 96): BackwardSizes(64, 128, 2, 1, 180 << 10),
+    (128, 128): BackwardSizes(80, 128, 2, 2, 227 << 10),
+    (192, 128): BackwardSizes(64, 64, 2, 2, 203 << 10),
+    (192, 192): BackwardSizes(64, 64, 2, 2, 227 << 10),
+    (256, 256): BackwardSizes(64, 64, 2, 2, 227 << 10),
 }
-"""By head dim, which queries, keys and values share."""
+"""By head dims."""
 
 
 @dataclass(frozen=True)
@@ -159,12 +160,14 @@ class BackwardVariant:
     """One backward kernel, and the one that comes before it.
 
     Attributes:
-        head_dim: of queries, keys and values.
+        head_dim: of queries and keys.
+        head_dim_v: of values.
         element: ``"bf16"`` or ``"fp16"``, the type of queries, keys and values.
         softcap: whether scores are capped.
     """
 
     head_dim: int
+    head_dim_v: int
     element: Element
     softcap: bool = False
 
@@ -175,18 +178,19 @@ class BackwardVariant:
     @property
     def name(self) -> str:
         """What its cubin is called."""
-        return f"backward_d{self.head_dim}_{self.element}{'_softcap' * self.softcap}"
+        return f"backward_{_dims(self.head_dim, self.head_dim_v)}_{self.element}{'_softcap' * self.softcap}"
 
     @property
     def sizes(self) -> BackwardSizes:
         """Its sizes."""
-        return BACKWARD_SIZES[self.head_dim]
+        return BACKWARD_SIZES[self.head_dim, self.head_dim_v]
 
     @property
     def defines(self) -> dict[str, object]:
         """What the compiler is told."""
         return {
             "MAGI_HEAD_DIM": self.head_dim,
+            "MAGI_HEAD_DIM_V": self.head_dim_v,
             "MAGI_ELEMENT": ELEMENTS[self.element],
             "MAGI_SOFTCAP": int(self.softcap),
             "MAGI_TILE_M": self.sizes.tile_m,
@@ -308,7 +312,7 @@ def all_variants() -> list[Variant]:
             for dims, (element, softcap) in product(HEAD_DIMS, scores)
             for each in forward_variants(dims, element, softcap)
         ),
-        *(BackwardVariant(dim, element, softcap) for dim, (element, softcap) in product(BACKWARD_SIZES, scores)),
+        *(BackwardVariant(*dims, element, softcap) for dims, (element, softcap) in product(BACKWARD_SIZES, scores)),
         *(IndexVariant(*dims, element, softcap) for dims, (element, softcap) in product(INDEX_SIZES, scores)),
     ]
 

@@ -12,11 +12,16 @@ from torch import Tensor
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, PrecompileCase, Support
 from magi_kernels_blackwell.backend import LATENT_DIMS, WheelBackend
 from magi_kernels_blackwell.cudnn_flex import launch, library, precompile
+from magi_kernels_blackwell.prepared import KeysDone, ignore
 from magi_kernels_blackwell.support import refuse
 from magi_kernels_blackwell.wheels import CUDNN_FRONTEND, HOPPER, capability_of
 
 SMALL_DIMS = range(8, 129, 8)
 LARGE_DIMS = (LATENT_DIMS, (256, 256))
+
+TALL_TILE_DIMS = (56, 64)
+MOST_TALL_TILE_DIM_V = 96
+"""On Hopper, the backward pass has tiles of 128 queries up to 64 dims, of 64 beyond: these need the most memory."""
 
 
 class CudnnFlexBackend(WheelBackend):
@@ -34,9 +39,8 @@ class CudnnFlexBackend(WheelBackend):
             return refuse(f"head dims are {dims}, must be multiples of 8 up to 128, or one of {LARGE_DIMS}")
         if request.softcap:
             return refuse("cudnn.flex_attention has no softcap; use the backend 'blackwell'")
-        grouped = request.num_heads_q != request.num_heads_kv
-        if arch == HOPPER and request.direction == "backward" and dims == LATENT_DIMS and grouped:
-            return refuse(f"its backward pass on Hopper has no grouped heads for head dims {dims}; use 'blackwell'")
+        if arch == HOPPER and request.direction == "backward":
+            return _backward_on_hopper(request)
         return Support(True)
 
     def compile_case(self, case: PrecompileCase) -> bool:
@@ -49,8 +53,9 @@ class CudnnFlexBackend(WheelBackend):
         """See :class:`WheelBackend`."""
         return launch.launch_forward(library.load(q.device), q, k, v, call, into)
 
-    def backward_into(
+    def backward_keys_first(
         self,
+        keys_done: KeysDone,
         target: Tensor | None,
         dout: Tensor,
         q: Tensor,
@@ -68,9 +73,11 @@ class CudnnFlexBackend(WheelBackend):
         """
         if dlse is not None and q.shape[2] == 256 and capability_of(q.device) != HOPPER:
             raise RuntimeError(
-                "cudnn.flex_attention cannot differentiate lse for 256 dims on Blackwell; use the backend 'flex'"
+                "cudnn.flex_attention cannot differentiate lse for 256 dims on Blackwell, which qo_comm "
+                "always asks for; choose another backward pass by RuntimeConfig(kernel_backend_backward='flex') or "
+                "MAGI_ATTENTION_KERNEL_BACKEND_BACKWARD=flex"
             )
-        return super().backward_into(target, dout, q, k, v, out, lse, dlse, call)
+        return super().backward_keys_first(keys_done, target, dout, q, k, v, out, lse, dlse, call)
 
     def launch_backward(
         self,
@@ -83,9 +90,22 @@ class CudnnFlexBackend(WheelBackend):
         dlse: Tensor | None,
         call: AttentionCall,
         into: Tensor | None = None,
+        keys_done: KeysDone = ignore,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`WheelBackend`."""
-        return launch.launch_backward(library.load(q.device), dout, q, k, v, out, lse, dlse, call)  # makes its own dq
+        # It makes its own dq.
+        return launch.launch_backward(library.load(q.device), dout, q, k, v, out, lse, dlse, call, keys_done)
+
+
+def _backward_on_hopper(request: AttentionRequest) -> Support:
+    """What of the head dims that its other passes take the backward pass on Hopper can compute."""
+    dims = (request.head_dim, request.head_dim_v)
+    other = "blackwell" if dims == LATENT_DIMS else "flex"
+    if dims[0] != dims[1] and request.num_heads_q != request.num_heads_kv:
+        return refuse(f"its backward pass on Hopper has no grouped heads for unequal head dims {dims}; use '{other}'")
+    if dims[0] in TALL_TILE_DIMS and dims[1] > MOST_TALL_TILE_DIM_V:
+        return refuse(f"its backward pass on Hopper lacks shared memory for head dims {dims}; use '{other}'")
+    return Support(True)
 
 
 BACKEND = CudnnFlexBackend()

@@ -4,6 +4,7 @@
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from magi_kernels_blackwell.cudnn_flex.library import Library, quiet
 from magi_kernels_blackwell.cudnn_flex.tables import row_functions
 from magi_kernels_blackwell.masks import intervals_of_queries
 from magi_kernels_blackwell.prepared import (
+    KeysDone,
     Launch,
     PreparedBackward,
     PreparedForward,
+    check_sums,
     direct,
+    ignore,
     layout_of,
     noted,
     watched,
@@ -47,8 +51,7 @@ class MaskPlans:
     def get(self, library: Library, slices: SliceTable, batch: list[Tensor], *, backward: bool) -> Any:
         """Return the plan for ``batch``: q, k, v as ``[1, t, h, d]``. A plan with the backward pass serves both."""
         if self._plan is None or backward > self._plan.metadata.has_backward:
-            table = row_functions(intervals_of_queries(slices, batch[0].shape[1]))
-            functions = torch.from_numpy(table).to(batch[0].device)
+            functions = row_functions(intervals_of_queries(slices, batch[0].shape[1]), batch[0].device)
             self._plan = library.create_mask_plan(functions, *batch, build_backward=backward)
             settle(functions.device)
         return self._plan
@@ -132,6 +135,7 @@ def launch_backward(
     lse: Tensor,
     dlse: Tensor | None,
     call: AttentionCall,
+    keys_done: KeysDone = ignore,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``dq, dk, dv``.
 
@@ -143,6 +147,7 @@ def launch_backward(
         v: ``[tk, hk, dv]``.
         lse, dlse: ``[hq, tq]`` float32, contiguous.
         call: the mask and how to score.
+        keys_done: called with dk and dv once they are launched.
     """
     align_bytes = ALIGN_BYTES_256_DIMS if q.shape[2] == v.shape[2] == 256 else ALIGN_BYTES
     tensors = [library.aligned(x, align_bytes).unsqueeze(0) for x in (dout, q, k, v, out)]
@@ -150,9 +155,9 @@ def launch_backward(
     lse, dlse = lse.unsqueeze(0), None if dlse is None else dlse.unsqueeze(0)
     key = ("cudnn flex backward", call.deterministic, dlse is None, *layout_of(*tensors))
     prepared = call.slices.derived(key, lambda: _prepare_backward(library, tensors, lse, dlse, gradients, call))
-    if prepared is not None:
-        prepared(tensors, lse, dlse, gradients, call.softmax_scale)
     dq, dk, dv = (gradient.squeeze(0) for gradient in gradients)
+    if prepared is not None:
+        prepared(tensors, lse, dlse, gradients, call.softmax_scale, partial(keys_done, dk, dv))
     return dq, dk, dv
 
 
@@ -183,6 +188,7 @@ def _prepare_backward(
         )
     if not noted(main, is_tracing=dispatch.is_fake_mode()):
         return None
+    check_sums(main[0], after, gradients)
     # Kernels for 256 dims on Blackwell have none, and a list of tiles in their first place.
     semaphores = [at for at in SEMAPHORES_AT if main[0].arguments[at] is None or torch.is_tensor(main[0].arguments[at])]
     return PreparedBackward(before[0], main[0], after, DLSE_AT, semaphores)

@@ -12,6 +12,7 @@ from torch import Tensor
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, PrecompileCase, Support
 from magi_kernels_blackwell.backend import LATENT_DIMS, WheelBackend
 from magi_kernels_blackwell.fa4 import launch, library, precompile
+from magi_kernels_blackwell.prepared import KeysDone, ignore
 from magi_kernels_blackwell.support import refuse
 from magi_kernels_blackwell.wheels import FLASH_ATTENTION, HOPPER, capability_of
 
@@ -65,10 +66,11 @@ class FlashAttention4Backend(WheelBackend):
         dlse: Tensor | None,
         call: AttentionCall,
         into: Tensor | None = None,
+        keys_done: KeysDone = ignore,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`WheelBackend`."""
-        arch = capability_of(q.device)
-        return launch.launch_backward(library.load(q.device), arch, dout, q, k, v, out, lse, dlse, call, into)
+        loaded, arch = library.load(q.device), capability_of(q.device)
+        return launch.launch_backward(loaded, arch, dout, q, k, v, out, lse, dlse, call, into, keys_done)
 
 
 BACKEND = FlashAttention4Backend()

@@ -13,6 +13,7 @@ from torch import Tensor
 from magi_attention.kernels.protocol import AttentionCall
 from magi_kernels_blackwell.fa4.library import Library
 from magi_kernels_blackwell.fa4.tables import grouped_tiling, run_tables
+from magi_kernels_blackwell.prepared import KeysDone, ignore
 
 MOST_ELEMENTS = 2**31 - 1
 """How large a group's sum of dq can be: the kernel counts its elements in 32 bits."""
@@ -30,6 +31,7 @@ def launch_grouped_backward(
     dlse: Tensor | None,
     call: AttentionCall,
     into: Tensor | None = None,
+    keys_done: KeysDone = ignore,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``dq, dk, dv``, on Hopper; the sums of dq are in no fixed order.
 
@@ -42,7 +44,9 @@ def launch_grouped_backward(
     heads = _heads_at_once(heads_q // heads_k, rows * dim)
     if heads * heads_k < heads_q:
         launch = partial(launch_grouped_backward, library, arch, call=call)
-        return _launch_in_parts(launch, (dout, q, k, v, out, lse, dlse), into, heads)
+        dq, dk, dv = _launch_in_parts(launch, (dout, q, k, v, out, lse, dlse), into, heads)
+        keys_done(dk, dv)
+        return dq, dk, dv
     tables = run_tables(call.slices, num_q, num_k, heads_k, tiling, q.device)
     grouped = library.grouped
     geometry = grouped.Geometry(q.dtype, dim, dim_v, heads_q // heads_k, tiling.block_q, call.softcap)
@@ -60,6 +64,7 @@ def launch_grouped_backward(
     by_group = (x.view(1, heads_k, -1) for x in (lse2, dpsum, dq_sum))
     tensors = (q, k, v, dout, *by_group, dk.unsqueeze(0), dv.unsqueeze(0))
     kernels.main(*grouped.arguments(tensors, call.softmax_scale, tables[6:], grouped.Runs(*tables[1:6])))
+    keys_done(dk, dv)
     kernels.after(dq_sum, dq.unsqueeze(0), call.softmax_scale, None, None, None, None)
     return dq, dk, dv
 

@@ -4,11 +4,13 @@
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from magi_attention.kernels.device_tiles import upload
 from magi_attention.kernels.protocol import AttentionCall
 from magi_attention.kernels.table_streams import settle
 from magi_kernels_blackwell.fa4.grouped import gradients_like, launch_grouped_backward
@@ -19,10 +21,18 @@ from magi_kernels_blackwell.fa4.tables import (
     backward_tiling,
     forward_tables,
     forward_tiling,
-    to_device,
 )
 from magi_kernels_blackwell.masks import PackedMask, packed_mask
-from magi_kernels_blackwell.prepared import PreparedBackward, PreparedForward, layout_of, noted, watched
+from magi_kernels_blackwell.prepared import (
+    KeysDone,
+    PreparedBackward,
+    PreparedForward,
+    check_sums,
+    ignore,
+    layout_of,
+    noted,
+    watched,
+)
 from magi_kernels_blackwell.wheels import HOPPER
 
 SCALE_AT = 5
@@ -87,7 +97,7 @@ def _prepare_forward(
             "pack_gqa": False,
             "mask_mod": library.masks.by_intervals if arch == HOPPER else library.masks.keys_by_intervals,
             "aux_tensors": [tables.offsets, tables.bounds],
-            "block_sparse_tensors": _sparse(library, tables, (tiling.block_q, tiling.block_k), ranks=False),
+            "block_sparse_tensors": _sparse(library, tables, (tiling.block_q, tiling.block_k)),
         }
     with watched(library.forward) as (launches,), library.masks.bound():
         library.forward(q, k, v, **options)
@@ -109,6 +119,7 @@ def launch_backward(
     dlse: Tensor | None,
     call: AttentionCall,
     into: Tensor | None = None,
+    keys_done: KeysDone = ignore,
 ) -> Gradients:
     """Return the gradients. There must be some queries and keys.
 
@@ -122,11 +133,12 @@ def launch_backward(
         lse, dlse: ``[hq, tq]`` float32, contiguous.
         call: the mask and how to score.
         into: where to write dq; None for a new tensor.
+        keys_done: called with dk and dv once they are launched.
     """
     dout, q, k, v, out = (library.aligned(x) for x in (dout, q, k, v, out))
     packed = packed_mask(call.slices, q.shape[0], k.shape[0])
     launch = launch_grouped_backward if arch == HOPPER and _suits_groups(packed, q, k, v) else launch_own_backward
-    return Gradients(*launch(library, arch, dout, q, k, v, out, lse, dlse, call, into))
+    return Gradients(*launch(library, arch, dout, q, k, v, out, lse, dlse, call, into, keys_done))
 
 
 def _suits_groups(packed: PackedMask | None, q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -153,6 +165,7 @@ def launch_own_backward(
     dlse: Tensor | None,
     call: AttentionCall,
     into: Tensor | None = None,
+    keys_done: KeysDone = ignore,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by FlashAttention-4's backward pass as it is; arguments as of :func:`launch_backward`."""
     packed = packed_mask(call.slices, q.shape[0], k.shape[0])
@@ -164,7 +177,7 @@ def launch_own_backward(
         key, lambda: _prepare_backward(library, arch, tensors, lse, dlse, results, packed, call)
     )
     if prepared is not None:
-        prepared(tensors, lse, dlse, results, call.softmax_scale)
+        prepared(tensors, lse, dlse, results, call.softmax_scale, partial(keys_done, dk, dv))
     return dq, dk, dv
 
 
@@ -191,19 +204,18 @@ def _prepare_backward(
         options |= _window(packed) | _documents(packed, q.device)
     else:
         tiling = backward_tiling(q.shape[-1])
-        tables = backward_tables(call.slices, q.shape[1], k.shape[1], tiling, q.device)
+        tables = backward_tables(call.slices, q.shape[1], k.shape[1], tiling, q.device, ranks=call.deterministic)
         options |= {
             "mask_mod": library.masks.by_intervals,
             "aux_tensors": [tables.offsets, tables.bounds],
-            "block_sparse_tensors": _sparse(
-                library, tables, (tiling.block_q, tiling.block_k), ranks=call.deterministic
-            ),
+            "block_sparse_tensors": _sparse(library, tables, (tiling.block_q, tiling.block_k)),
         }
     with watched(*library.backward_parts) as (before, main, after), library.masks.bound():
         library.backward(q, k, v, out, dout, lse, **options)
         settle(q.device)
     if not noted(main, is_tracing=library.is_tracing()):
         return None
+    check_sums(main[0], after, gradients)
     return PreparedBackward(before[0], main[0], after, DLSE_AT, SEMAPHORES_AT)
 
 
@@ -225,18 +237,18 @@ def _documents(packed: PackedMask, device: torch.device) -> dict[str, Any]:
     if packed.num_documents == 1:
         return {}
     ends = {"q": packed.q_offsets, "k": packed.k_offsets}
-    offsets = {f"cu_seqlens_{name}": to_device(table, device) for name, table in ends.items()}
+    offsets = {f"cu_seqlens_{name}": upload(table, device) for name, table in ends.items()}
     return offsets | {f"max_seqlen_{name}": int((table[1:] - table[:-1]).max()) for name, table in ends.items()}
 
 
-def _sparse(library: Library, tables: SparseTables, block_size: tuple[int, int], *, ranks: bool) -> Any:
+def _sparse(library: Library, tables: SparseTables, block_size: tuple[int, int]) -> Any:
     return library.sparse_tensors(
         tables.partial_counts,
         tables.partial_tiles,
         tables.full_counts,
         tables.full_tiles,
         block_size=block_size,
-        dq_write_order=tables.partial_ranks if ranks else None,
-        dq_write_order_full=tables.full_ranks if ranks else None,
-        spt=False if ranks else None,
+        dq_write_order=tables.partial_ranks,
+        dq_write_order_full=tables.full_ranks,
+        spt=None if tables.partial_ranks is None else False,
     )

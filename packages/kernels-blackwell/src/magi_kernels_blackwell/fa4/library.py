@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from magi_kernels_blackwell.cache import kept_in
-from magi_kernels_blackwell.wheels import capability_of, num_multiprocessors
+from magi_kernels_blackwell.wheels import HOPPER, capability_of, num_multiprocessors
 
 
 class Library(NamedTuple):
@@ -41,8 +41,8 @@ def load(device: torch.device) -> Library:
 
 @cache
 def load_for(arch: int, num_sms: int) -> Library:
-    """Import FlashAttention-4. Some kernels are compiled for a number of multiprocessors, so each has its folder."""
-    with kept_in(f"flash_attention/sm_{arch}_{num_sms}", "FLASH_ATTENTION"):
+    """Import FlashAttention-4, whose kernels are kept in :func:`folder_of` the architecture."""
+    with kept_in(folder_of(arch, num_sms), "FLASH_ATTENTION"):
         from flash_attn.cute import interface
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
@@ -58,3 +58,12 @@ def load_for(arch: int, num_sms: int) -> Library:
         masks,
         grouped_kernel,
     )
+
+
+def folder_of(arch: int, num_sms: int) -> str:
+    """Where to keep kernels of an architecture.
+
+    Some kernels for Blackwell are launched with as many thread blocks as there are multiprocessors, a number that is
+    compiled into them; those for Hopper with one for each tile.
+    """
+    return f"flash_attention/sm_{arch}" if arch == HOPPER else f"flash_attention/sm_{arch}_{num_sms}"

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables that FlashAttention-4's kernels read of an irregular mask, on the host and on a device.
+"""The tables that FlashAttention-4's kernels read of an irregular mask, on a device.
 
 Tiles come as two padded lists per row of tiles, ascending: full tiles, of which the kernels mask only what lies beyond
 the tensors' ends, and partial ones, which they mask by the intervals of each line. The forward pass walks keys for each
-block of queries, the backward pass queries for each block of keys.
+block of queries, the backward pass queries for each block of keys. The host finds runs of tiles; the device lists them.
+
+Tensors are not indexed by brackets here: these ask for the device, which is not there where kernels are only compiled.
 """
 
 from dataclasses import dataclass
@@ -16,9 +18,16 @@ from torch import Tensor
 
 from magi_attention.common import bands as band
 from magi_attention.common.slices import SliceTable, expand_counts
+from magi_attention.kernels.device_tiles import (
+    DeviceIntervals,
+    interval_table,
+    padded_lists,
+    upload,
+    upload_intervals,
+)
 from magi_attention.kernels.table_streams import StreamsOfTables, settle
-from magi_attention.kernels.tiles import IndexLists, RowIntervals, Tiles, classify_tiles, tile_runs
-from magi_kernels_blackwell.masks import intervals_of_keys, intervals_of_queries
+from magi_attention.kernels.tiles import RowIntervals, TileRuns, tile_runs
+from magi_kernels_blackwell.masks import intervals_of_queries
 
 MANY_PIECES = 1024
 """So many pieces of work that their order is left: about 8 for each multiprocessor.
@@ -46,13 +55,13 @@ class Tiling:
 
 
 class SparseTables(NamedTuple):
-    """A mask for one pass, int32. Shapes: R rows of tiles, W the longest list, L lines.
+    """A mask for one pass, int32. Shapes: R rows of tiles, W the longest list of a kind, L lines.
 
     Attributes:
         partial_counts, partial_tiles: ``[1, 1, R]`` and ``[1, 1, R, W]``, the partial tiles of each row.
-        full_counts, full_tiles: the same for full tiles.
-        partial_ranks, full_ranks: of every listed tile of a backward pass, ``[1, 1, R, W]``, its number among all tiles
-            of the same queries, by ascending keys: the order of sums in a deterministic pass. None in a forward pass.
+        full_counts, full_tiles: the same for full tiles, with a W of their own.
+        partial_ranks, full_ranks: of every listed tile of a backward pass, in the lists' shapes, its number among all
+            tiles of the same queries, by ascending keys: the order of sums in a deterministic pass. None in others.
         offsets: ``[L + 1]``, and
         bounds: ``[I, 2]``: line l has the intervals ``bounds[offsets[l]:offsets[l + 1]]``.
     """
@@ -117,23 +126,26 @@ def forward_tables(slices: SliceTable, num_q: int, num_k: int, tiling: Tiling, d
     """Return the tables of a forward pass. Built once and kept with the slices."""
 
     def build() -> SparseTables:
-        tiles = _tiles(slices, num_q, num_k, tiling)
-        return _tables(tiles, slices, num_q, num_k, tiling, device, -(-num_k // tiling.block_k), with_ranks=False)
+        tiles = _runs_by_query(slices, num_q, num_k, tiling)
+        lists = _padded_lists(tiles, -(-num_k // tiling.block_k), device)
+        return SparseTables(*lists, None, None, *_line_tables(slices, num_q, num_k, tiling, device))
 
     return slices.derived(("fa4 forward", num_q, num_k, tiling, device), build)
 
 
-def backward_tables(slices: SliceTable, num_q: int, num_k: int, tiling: Tiling, device: torch.device) -> SparseTables:
-    """Return the tables of a backward pass. Built once and kept with the slices."""
+def backward_tables(
+    slices: SliceTable, num_q: int, num_k: int, tiling: Tiling, device: torch.device, *, ranks: bool
+) -> SparseTables:
+    """Return the tables of a backward pass, with ranks if asked for. Built once and kept with the slices."""
 
     def build() -> SparseTables:
-        tiles = _tiles(slices, num_q, num_k, tiling)
-        num_rows = -(-num_k // tiling.block_k)
-        by_keys = Tiles(tiles.full.transposed(num_rows), tiles.partial.transposed(num_rows))
-        width = -(-num_q // tiling.block_q)
-        return _tables(by_keys, slices, num_q, num_k, tiling, device, width, with_ranks=True)
+        lists = _padded_lists(_runs_by_key(slices, num_q, num_k, tiling), -(-num_q // tiling.block_q), device)
+        of_lists: tuple[Tensor | None, Tensor | None] = (None, None)
+        if ranks:
+            of_lists = _ranks(_runs_by_query(slices, num_q, num_k, tiling), lists)
+        return SparseTables(*lists, *of_lists, *_line_tables(slices, num_q, num_k, tiling, device))
 
-    return slices.derived(("fa4 backward", num_q, num_k, tiling, device), build)
+    return slices.derived(("fa4 backward", num_q, num_k, tiling, device, ranks), build)
 
 
 def grouped_tiling(head_dim: int) -> Tiling:
@@ -152,15 +164,14 @@ def run_tables(
     """Return the runs of tiles of a backward pass. Built once and kept with the slices."""
 
     def build() -> RunTables:
-        by_keys = tile_runs(band.transpose(slices.bands()), num_k, num_q, tiling.block_k, tiling.block_q)
+        by_keys = _runs_by_key(slices, num_q, num_k, tiling)
         partial, full = by_keys.partial, by_keys.full
         if num_k % tiling.block_k:
             partial, full = _last_row_moved(full, partial)
-        of_queries = tiling.lines == "queries"
-        intervals = intervals_of_queries(slices, num_q) if of_queries else intervals_of_keys(slices, num_k)
-        work = longest_first(partial.sizes + full.sizes, heads_k)
-        tables = (work, partial.offsets, _pairs(partial), full.offsets, _pairs(full), *_line_tables(intervals))
-        on_device = [to_device(table, device) for table in tables]
+        on_device = [upload(longest_first(partial.sizes + full.sizes, heads_k), device)]
+        for runs in (upload_intervals(each, device) for each in (partial, full)):
+            on_device += [runs.offsets, _pairs(runs)]
+        on_device += _line_tables(slices, num_q, num_k, tiling, device)
         settle(device)
         return RunTables(StreamsOfTables(on_device), *on_device)
 
@@ -192,77 +203,74 @@ def _last_row_moved(source: RowIntervals, target: RowIntervals) -> tuple[RowInte
     return RowIntervals(offsets, np.concatenate(starts), np.concatenate(stops)), rest
 
 
-def _tiles(slices: SliceTable, num_q: int, num_k: int, tiling: Tiling) -> Tiles:
-    key = ("tiles", num_q, num_k, tiling.block_q, tiling.block_k)
-    return slices.derived(key, lambda: classify_tiles(slices.bands(), num_q, num_k, tiling.block_q, tiling.block_k))
+def _runs_by_query(slices: SliceTable, num_q: int, num_k: int, tiling: Tiling) -> TileRuns:
+    return tile_runs(slices.bands(), num_q, num_k, tiling.block_q, tiling.block_k)
 
 
-def _tables(
-    tiles: Tiles,
-    slices: SliceTable,
-    num_q: int,
-    num_k: int,
-    tiling: Tiling,
-    device: torch.device,
-    most: int,
-    *,
-    with_ranks: bool,
-) -> SparseTables:
-    width = max(int(tiles.partial.counts.max(initial=0)), int(tiles.full.counts.max(initial=0)), min(most, 2))
-    partial_ranks, full_ranks = _ranks(tiles) if with_ranks else (None, None)
-    of_queries = tiling.lines == "queries"
-    intervals = intervals_of_queries(slices, num_q) if of_queries else intervals_of_keys(slices, num_k)
-    offsets, bounds = _line_tables(intervals)
-
-    def lists(of: IndexLists, values: NDArray[np.int64] | None) -> Tensor | None:
-        if values is None:
-            return None
-        return to_device(IndexLists(of.offsets, values).padded(width)[None, None], device)
-
-    partial_tiles, full_tiles = lists(tiles.partial, tiles.partial.indices), lists(tiles.full, tiles.full.indices)
-    assert partial_tiles is not None
-    assert full_tiles is not None
-    return SparseTables(
-        partial_counts=to_device(tiles.partial.counts[None, None], device),
-        partial_tiles=partial_tiles,
-        full_counts=to_device(tiles.full.counts[None, None], device),
-        full_tiles=full_tiles,
-        partial_ranks=lists(tiles.partial, partial_ranks),
-        full_ranks=lists(tiles.full, full_ranks),
-        offsets=to_device(offsets, device),
-        bounds=to_device(bounds, device),
-    )
+def _runs_by_key(slices: SliceTable, num_q: int, num_k: int, tiling: Tiling) -> TileRuns:
+    return tile_runs(band.transpose(slices.bands()), num_k, num_q, tiling.block_k, tiling.block_q)
 
 
-def _line_tables(intervals: RowIntervals) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+class _Lists(NamedTuple):
+    """The first four of :class:`SparseTables`."""
+
+    partial_counts: Tensor
+    partial_tiles: Tensor
+    full_counts: Tensor
+    full_tiles: Tensor
+
+
+def _padded_lists(tiles: TileRuns, most: int, device: torch.device) -> _Lists:
+    """Expand the runs of each row on the device, where a row can have ``most`` tiles; each kind as wide as it needs.
+
+    A list of width one would look like one without strides to the kernels' interface.
+    """
+    lists = []
+    for runs in (tiles.partial, tiles.full):
+        width = max(int(runs.sizes.max(initial=0)), min(most, 2))
+        lists += [table.view(1, 1, *table.shape) for table in padded_lists(runs, device, width=width)]
+    return _Lists(*lists)
+
+
+def _ranks(by_query: TileRuns, by_key: _Lists) -> tuple[Tensor, Tensor]:
+    """Number, for each block of queries, the tiles of both kinds by ascending block of keys; parallel to the lists."""
+    kinds, num_rows = (by_query.partial, by_query.full), by_key.partial_tiles.shape[2]
+    row = np.concatenate([expand_counts(runs.counts)[0] for runs in kinds])
+    start, stop = (np.concatenate(ends) for ends in ([r.starts for r in kinds], [r.stops for r in kinds]))
+    order = np.lexsort((start, row))
+    row, start, length = row[order], start[order], (stop - start)[order]
+    tiles_of_row = kinds[0].sizes + kinds[1].sizes
+    rank_of_first = np.cumsum(length) - length - (np.cumsum(tiles_of_row) - tiles_of_row)[row]
+    # One ascending axis for the runs of all blocks of queries. The one before them all is that of the lists' padding.
+    device = by_key.partial_tiles.device
+    place = torch.from_numpy(np.append(-1, row * num_rows + start)).to(device)
+    shift = upload(np.append(0, rank_of_first - start), device)
+    block = torch.arange(num_rows, dtype=torch.int32, device=device).unsqueeze(1)
+
+    def ranks(counts: Tensor, tiles: Tensor) -> Tensor:
+        run = torch.searchsorted(place, tiles.long() * num_rows + block, right=True) - 1
+        padding = torch.arange(tiles.shape[3], device=device) >= counts.unsqueeze(3)
+        return (shift.take(run) + block).masked_fill_(padding, 0)
+
+    return ranks(by_key.partial_counts, by_key.partial_tiles), ranks(by_key.full_counts, by_key.full_tiles)
+
+
+def _line_tables(
+    slices: SliceTable, num_q: int, num_k: int, tiling: Tiling, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return ``offsets``, with padding lines that have no intervals, and ``bounds``."""
-    offsets = np.pad(intervals.offsets, (0, LINE_PADDING), mode="edge")
+    if tiling.lines == "queries":  # which the host had to find, to know what kind of mask it is
+        intervals = upload_intervals(intervals_of_queries(slices, num_q), device)
+    else:
+        intervals = interval_table(band.transpose(slices.bands()), num_k, device)
+    offsets = torch.cat([intervals.offsets, intervals.offsets.narrow(0, -1, 1).expand(LINE_PADDING)])
     return offsets, _pairs(intervals)
 
 
-def _pairs(intervals: RowIntervals) -> NDArray[np.int64]:
+def _pairs(intervals: DeviceIntervals) -> Tensor:
     """Return where intervals start and stop as rows, at least two.
 
     A table of a single row would look like one without strides to the kernels' interface.
     """
-    pairs = np.stack([intervals.starts, intervals.stops], axis=1)
-    return np.pad(pairs, ((0, max(2 - len(pairs), 0)), (0, 0)))
-
-
-def _ranks(by_keys: Tiles) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Number, for each block of queries, the tiles of both kinds by ascending block of keys; parallel to the lists."""
-    row, _ = expand_counts(np.concatenate([by_keys.partial.counts, by_keys.full.counts]))
-    row %= max(len(by_keys.partial.counts), 1)
-    column = np.concatenate([by_keys.partial.indices, by_keys.full.indices])
-    order = np.lexsort((row, column))
-    ordered = column[order]
-    first = np.searchsorted(ordered, ordered)
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order)) - first
-    cut = len(by_keys.partial.indices)
-    return rank[:cut], rank[cut:]
-
-
-def to_device(table: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Copy a table to a device, as int32."""
-    return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32)).to(device)
+    pairs = torch.stack([intervals.starts, intervals.stops], dim=1)
+    return torch.nn.functional.pad(pairs, (0, 0, 0, max(2 - len(pairs), 0)))

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call of the distributed attention must fulfill, before anything is sent."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from magi_attention.common.enum import AttnRole
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.slices import SliceTable
+from magi_attention.common.validation import check_scores
 from magi_attention.runtime.manager import DistAttnRuntimeMgr
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -39,10 +38,7 @@ def check_attention_call(
     _check_tensors(q, k, v, sink, key.is_same_source)
     _check_rows("q has", q, manager, AttnRole.QUERY)
     _check_rows("k and v have", k, manager, AttnRole.KEY)
-    if not 0 <= softcap < math.inf:
-        raise MagiValueError(f"softcap is {softcap}; it must be positive and finite, or 0 for none")
-    if softmax_scale is not None and not math.isfinite(softmax_scale):
-        raise MagiValueError(f"softmax_scale is {softmax_scale}; it must be finite, or None for head_dim ** -0.5")
+    check_scores(softmax_scale, softcap)
     if key.is_flatten_head_groups_enable and (sink is not None or return_max_logits):
         raise MagiValueError("flattened head groups exclude a sink and max_logits: switch off flatten_head_groups")
     if asked is not None:

@@ -257,12 +257,18 @@ def precompile(
     ] = None,
     direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "both",
     backend: Annotated[list[str] | None, typer.Option(help="A backend's name; by default all that can.")] = None,
+    multiprocessors: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of the GPUs, where kernels depend on it; by default as the GPU here, or a common model, has."
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Compilers at a time.")] = 4,
 ) -> None:
     """Compile kernels into the backends' caches on disk, also for another GPU and on a machine without one.
 
-    Options but --direction and --jobs can be given several times; all combinations are compiled. What the cache has is
-    left alone. The environment variable MAGI_ATTENTION_FFA_FA4_CACHE_DIR names the cache's folder.
+    Options but --direction, --multiprocessors and --jobs can be given several times; all combinations are compiled.
+    What the cache has is left alone. MAGI_ATTENTION_FFA_FA4_CACHE_DIR names the cache's folder.
     """
     from rich.console import Console
 
@@ -271,7 +277,7 @@ def precompile(
     from magi_attention.cli.precompile.worker import find_tasks
 
     try:
-        selections = read_selections(arch or [], dtype or [], heads or [], head_dim or [], direction)
+        selections = read_selections(arch or [], dtype or [], heads or [], head_dim or [], direction, multiprocessors)
         tasks = find_tasks(selections, backend or [])
         if not tasks:
             raise ValueError("no backend supports any of these combinations; there is nothing to compile")
@@ -303,8 +309,15 @@ def bench(
         str, typer.Option(metavar="N|auto", help="Stages in which remote rows are fetched; 0 for no overlap.")
     ] = str(BENCH_DEFAULT.overlap_degree),
     sm_margin: Annotated[
-        int, typer.Option(help="Multiprocessors that kernels leave to communication.")
+        int | None,
+        typer.Option(help="Multiprocessors that kernels leave to communication; by default as in a training."),
     ] = BENCH_DEFAULT.sm_margin,
+    native_grpcoll: Annotated[
+        bool | None,
+        typer.Option(
+            "--native/--no-native", help="Move rows by native group collectives; by default as in a training."
+        ),
+    ] = BENCH_DEFAULT.native_grpcoll,
     warmup: Annotated[int, typer.Option(help="Passes before the timed ones.")] = BENCH_DEFAULT.warmup,
     repeat: Annotated[int, typer.Option(help="Timed passes; the median counts.")] = BENCH_DEFAULT.repeat,
     trace: Annotated[
@@ -329,6 +342,7 @@ def bench(
             device=device,
             overlap_degree=parse_degree(overlap_degree),
             sm_margin=sm_margin,
+            native_grpcoll=native_grpcoll,
             warmup=warmup,
             repeat=repeat,
             trace=None if trace is None else trace.absolute(),

@@ -40,6 +40,7 @@ class AllToAllCollectives:
     """
 
     name = "alltoall"
+    needs_multiprocessors = True
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group

@@ -39,6 +39,7 @@ class HierarchicalCollectives:
     """
 
     name = "hierarchical"
+    needs_multiprocessors = True
 
     def __init__(self, inter: GroupCollectivesOfHop, intra: GroupCollectivesOfHop) -> None:
         self._inter, self._intra = inter, intra
@@ -69,7 +70,7 @@ class HierarchicalCollectives:
                 own_and_relay[:num_own].copy_(own)
             return self._intra.cast(held, hops.intra, out=received).wait()
 
-        return _then(first, self._intra, pass_on, [*tensors, *held, *received])
+        return then([first], self._intra, pass_on, [*tensors, *held, *received])
 
     @without_grad
     def reduce(
@@ -108,7 +109,7 @@ class HierarchicalCollectives:
                 else:
                     target.copy_(target + total)
 
-        return _then(first, self._inter, pass_on, [*sent, *sums, *into])
+        return then([first], self._inter, pass_on, [*sent, *sums, *into])
 
     def _reduce_lse(
         self, partial: Tensor, partial_lse: Tensor, hops: TwoHopExchange, into: Tensor, into_lse: Tensor
@@ -129,31 +130,39 @@ class HierarchicalCollectives:
             into.copy_(old_share + own * rescale_weight(own_lse, final_lse)[..., None])
             into_lse.copy_(final_lse)
 
-        return _then(first, self._inter, pass_on, [partial, partial_lse, out, lse, into, into_lse])
+        return then([first], self._inter, pass_on, [partial, partial_lse, out, lse, into, into_lse])
 
 
-def _then(
-    first: Work[Any],
+def then(
+    first: Sequence[Work[Any]],
     collectives: GroupCollectivesOfHop,
-    second: Callable[[], Result],
+    last: Callable[[], Result],
     buffers: Sequence[Tensor],
 ) -> Work[Result]:
-    """Run the second hop after the first: on CUDA on its own group's stream at once, on the CPU in ``wait``."""
-    if isinstance(first, PendingWork):
-        pending = first
+    """Run the last hop after what comes first: on CUDA on its own group's stream at once, on the CPU in ``wait``.
 
-        def both() -> Result:
-            pending.wait()
-            return second()
+    Args:
+        first: what is under way.
+        collectives: of the last hop.
+        last: enqueues it, and returns the result.
+        buffers: what all of it reads or writes of the current stream's.
+    """
+    enqueued = [work for work in first if isinstance(work, StreamWork)]
+    if not enqueued:
 
-        return PendingWork(None, both)
+        def run() -> Result:
+            for work in first:
+                work.wait()
+            return last()
+
+        return PendingWork(None, run)
     device = buffers[0].device
     caller, stream = torch.cuda.current_stream(device), communication_stream(collectives.group, device)
     assert stream is not None
-    assert isinstance(first, StreamWork)
     with running_on(stream):
-        first.precede(stream)
-        return StreamWork(stream, caller, second(), [first, *buffers], first.packed)
+        for work in enqueued:
+            work.precede(stream)
+        return StreamWork(stream, caller, last(), [*enqueued, *buffers], enqueued[0].packed)
 
 
 def _checked(table: ExchangeTable | TwoHopExchange) -> TwoHopExchange:

@@ -35,9 +35,15 @@ class Work(Protocol[Result]):
 
 @runtime_checkable
 class GroupCollectives(Protocol):
-    """Group cast and group reduce for one process group (or one 2-D mesh)."""
+    """Group cast and group reduce for one process group (or one 2-D mesh).
+
+    Attributes:
+        name: of the transport.
+        needs_multiprocessors: whether its transfers on GPUs are kernels, for which others should leave some free.
+    """
 
     name: str
+    needs_multiprocessors: bool
 
     def cast(
         self,

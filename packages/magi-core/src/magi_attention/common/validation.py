@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the fields of config classes. Each error names the class, the field and the value."""
+"""Checks of the fields of config classes, and of numbers that calls take. Each error names what it is and the value."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,3 +29,19 @@ def check_share(config: object, name: str) -> None:
     """Refuse a field that isn't a number in [0, 1]."""
     if not 0 <= check_type(config, name, int, float) <= 1:
         raise MagiValueError(f"{type(config).__name__}.{name} must lie in [0, 1], not {getattr(config, name)!r}")
+
+
+def check_scores(softmax_scale: float | None, softcap: float) -> None:
+    """Refuse what no scores can be scaled or capped by."""
+    if not 0 <= softcap < math.inf:
+        raise MagiValueError(f"softcap is {softcap}; it must be positive and finite, or 0 for none")
+    if softmax_scale is not None and not math.isfinite(softmax_scale):
+        raise MagiValueError(f"softmax_scale is {softmax_scale}; it must be finite, or None for head_dim ** -0.5")
+
+
+def check_sm_margin(sm_margin: int) -> None:
+    """Refuse what cannot be a number of multiprocessors."""
+    if not isinstance(sm_margin, int) or isinstance(sm_margin, bool):
+        raise MagiTypeError(f"sm_margin must be int, not {sm_margin!r}")
+    if sm_margin < 0:
+        raise MagiValueError(f"sm_margin must be at least 0, not {sm_margin}")

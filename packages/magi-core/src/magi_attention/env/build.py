@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Environment variables of compilation. Most once steered a compiler that is no part of this package: ignored."""
 
-from magi_attention.env.variables import parse_flag, parse_int, variable
+from pathlib import Path
+
+from magi_attention.env.general import cache_dir
+from magi_attention.env.variables import is_set, parse_flag, parse_int, variable
 
 
 @variable("MAGI_ATTENTION_NO_BUILD_CACHE", ignored=True)
@@ -96,8 +99,25 @@ def is_force_cxx11_abi_enable(text: str) -> bool:
 
 @variable("MAGI_ATTENTION_FFA_FA4_CACHE_DIR", "")
 def ffa_fa4_cache_dir(text: str) -> str:
-    """The folder for kernels that backends compile, filled by ``magi precompile``; unset, one in the user's cache."""
+    """The folder for kernels that backends compile, filled by ``magi precompile``.
+
+    Unset, ``cute_kernels`` in ``MAGI_ATTENTION_CACHE_DIR``.
+    """
     return text
+
+
+@variable("XDG_CACHE_HOME", "~/.cache")
+def user_cache_dir(text: str) -> Path:
+    """The folder of the user's caches; of this project, compiled kernels are in it if no other folder is named."""
+    return Path(text).expanduser()
+
+
+def kernel_cache_dir() -> Path:
+    """The folder for kernels that backends compile; by default one in the user's cache."""
+    if chosen := ffa_fa4_cache_dir():
+        return Path(chosen).expanduser()
+    named = is_set("MAGI_ATTENTION_CACHE_DIR")
+    return (cache_dir() if named else user_cache_dir() / "magi_attention") / "cute_kernels"
 
 
 @variable("NVSHMEM_DIR", "", ignored=True)

@@ -116,7 +116,7 @@ def ffa_forward_sm_margin(text: str) -> int:
     """Multiprocessors that forward kernels leave to communication.
 
     Unset, 4 where ``CUDA_DEVICE_MAX_CONNECTIONS`` is above 1, for kernels beside which rows travel. None are left by
-    kernels that nothing travels beside, as in a group of one, and with native group collectives.
+    kernels that nothing travels beside, as in a group of one, and where native group collectives take none.
     """
     return _sm_margin(text)
 
@@ -141,7 +141,7 @@ def cuda_device_max_connections(text: str) -> int:
 
 @variable("MAGI_ATTENTION_CACHE_DIR", "~/.cache/magi_attention")
 def cache_dir(text: str) -> Path:
-    """The folder of what is measured once and kept: rates of machines, and the calibration of native collectives."""
+    """The folder of what is kept: machines' measured rates, native collectives' calibration, compiled kernels."""
     return Path(text).expanduser()
 
 

@@ -93,7 +93,7 @@ def flex_flash_attn_func(
 
     Raises:
         ValueError: If an argument cannot be right, or if two slices keep a common pair; the message names both.
-        TypeError: If ranges or types are not tensors of integers.
+        TypeError: If ranges or types are not tensors of integers, or sm_margin is no integer.
         RuntimeError: If no installed backend can serve the call.
     """
     if (q_ranges is None) == (index_attn_indices is None):

@@ -4,7 +4,6 @@
 Shape suffixes: t tokens, h heads, d head dim, n entries of a list; q queries, k keys.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.common.validation import check_scores, check_sm_margin
 from magi_attention.functional.single_device import check_tensors
 from magi_attention.kernels.autograd import owned, without_autocast
 from magi_attention.kernels.indexed import attend_to_indices, differentiate_by_indices
@@ -55,13 +55,14 @@ def attend_by_indices(
             kernel for this, plain torch serves the call.
 
     Raises:
-        ValueError: If shapes do not fit, or, on CPU tensors, if an index is not below tk. On a GPU, where looking would
-            wait for the device, such an index is an error of the device, as in torch's own indexing.
-        TypeError: If indices are not integers.
+        ValueError: If shapes do not fit, a number cannot be right, or, on CPU tensors, an index is not below tk. On a
+            GPU, where looking would wait for the device, such an index is an error of the device, as in torch's own
+            indexing.
+        TypeError: If indices or sm_margin are not integers.
     """
     check_tensors(q, k, v)
-    if not 0 <= softcap < math.inf:
-        raise MagiValueError(f"softcap must be positive, or 0 for none, got {softcap}")
+    check_scores(softmax_scale, softcap)
+    check_sm_margin(sm_margin)
     request = AttentionRequest.of_tensors(q, k, v, softcap=softcap, max_logits=return_max_logits)
     call = IndexCall(
         indices=_checked(indices, q, k),

@@ -4,7 +4,6 @@
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys; s sinks.
 """
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.common.slices import SliceTable, find_double_cover
+from magi_attention.common.validation import check_scores, check_sm_margin
 from magi_attention.env import general as environment
 from magi_attention.kernels.autograd import owned, without_autocast
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
@@ -90,8 +90,8 @@ def make_job(
 ) -> Job:
     """Check a call and choose its backends; arguments are those of :func:`attend_on_one_device`."""
     check_tensors(q, k, v)
-    if not 0 <= softcap < math.inf:
-        raise MagiValueError(f"softcap must be positive, or 0 for none, got {softcap}")
+    check_scores(softmax_scale, softcap)
+    check_sm_margin(sm_margin)
     request = AttentionRequest.of_tensors(
         q, k, v, softcap=softcap, max_logits=return_max_logits, deterministic=deterministic
     )

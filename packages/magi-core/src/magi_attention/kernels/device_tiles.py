@@ -53,6 +53,11 @@ def upload(table: NDArray[np.int64], device: torch.device) -> Tensor:
     return torch.from_numpy(table.astype(np.int32)).to(device)
 
 
+def upload_intervals(intervals: RowIntervals, device: torch.device) -> DeviceIntervals:
+    """Copy intervals to the device."""
+    return DeviceIntervals(*(upload(each, device) for each in (intervals.offsets, intervals.starts, intervals.stops)))
+
+
 def padded_lists(
     runs: RowIntervals, device: torch.device, *, width: int | None = None, num_rows: int | None = None
 ) -> DeviceLists:
@@ -77,7 +82,7 @@ def padded_lists(
     counts = upload(sizes, device)
     shifts = _repeat(upload(shift, device), upload(length, device), len(sizes) * width).view(len(sizes), width)
     column = torch.arange(width, dtype=torch.int32, device=device)
-    return DeviceLists(counts, shifts.add_(column).masked_fill_(column >= counts[:, None], 0))
+    return DeviceLists(counts, shifts.add_(column).masked_fill_(column >= counts.unsqueeze(1), 0))
 
 
 def compressed_lists(runs: RowIntervals, device: torch.device) -> CompressedLists:
@@ -98,8 +103,7 @@ def interval_table(bands: Bands, num_rows: int, device: torch.device) -> DeviceI
     """
     if num_rows > MOST_HOST_ROWS:
         return device_row_intervals(bands, num_rows, device)
-    intervals = row_intervals(bands, num_rows)
-    return DeviceIntervals(*(upload(each, device) for each in (intervals.offsets, intervals.starts, intervals.stops)))
+    return upload_intervals(row_intervals(bands, num_rows), device)
 
 
 def device_row_intervals(bands: Bands, num_rows: int, device: torch.device) -> DeviceIntervals:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an attention kernel backend must offer. Shape suffixes: t tokens, h heads, d head dim; q queries, k keys."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -202,6 +202,29 @@ class WritesInPlace(Protocol):
 
 
 @runtime_checkable
+class FinishesKeysFirst(Protocol):
+    """The optional ability of a backend to say when gradients of keys and values are there, before those of queries."""
+
+    def backward_keys_first(
+        self,
+        keys_done: Callable[[Tensor, Tensor], object],
+        target: Tensor | None,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`WritesInPlace.backward_into` that calls ``keys_done(dk, dv)`` once, as soon as they are launched.
+
+        What ``keys_done`` launches runs behind them on the current stream, before what is left to do for dq.
+        """
+
+
+@runtime_checkable
 class MergesInPlace(Protocol):
     """The optional ability of a backend to merge its result, as it is written, with the attention to other keys."""
 
@@ -266,6 +289,7 @@ class KernelSelection:
         heads: pairs of query heads and key/value heads.
         head_dims: pairs of the head dims of queries and keys, and of values.
         directions: which passes.
+        multiprocessors: of the GPUs, where kernels depend on it; None for as many as the GPU here has, or common ones.
     """
 
     arch: str
@@ -273,6 +297,7 @@ class KernelSelection:
     heads: tuple[tuple[int, int], ...]
     head_dims: tuple[tuple[int, int], ...]
     directions: tuple[Direction, ...] = ("forward", "backward")
+    multiprocessors: int | None = None
 
 
 @dataclass(frozen=True)
@@ -280,6 +305,7 @@ class PrecompileCase:
     """One kernel to compile: a combination of a :class:`KernelSelection`.
 
     ``variant`` names what else a backend compiles apart, such as ``"softcap"``; empty for the plain kernel.
+    ``multiprocessors`` is the selection's.
     """
 
     arch: str
@@ -290,6 +316,7 @@ class PrecompileCase:
     head_dim_v: int
     direction: Direction
     variant: str = ""
+    multiprocessors: int | None = None
 
     def __str__(self) -> str:
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"

@@ -13,13 +13,9 @@ from typing import NamedTuple
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.mask_class import mask_class
 from magi_attention.kernels.protocol import AttendsToIndices, AttentionRequest, KernelBackend, Support
-from magi_attention.kernels.speeds import measured_tflops
+from magi_attention.kernels.speeds import ALIASES, measured_tflops
 
 ENTRY_POINT_GROUP = "magi_attention.kernels"
-
-# Names that callers of the original use, where no backend has the name itself. `sdpa` and `sdpa_ol` were its two plain
-# torch backends.
-ALIASES = {"ffa": "hopper", "fa4": "blackwell", "sdpa": "reference", "sdpa_ol": "reference"}
 
 # The extras of the distribution that bring backends, by the backends' names.
 EXTRAS = {"hopper": "hopper", "blackwell": "blackwell", "fa4": "blackwell", "cudnn_flex": "blackwell"}

@@ -2,6 +2,7 @@
 """How fast backends are: figures of one's own machine, from a file, which override the backends' own."""
 
 import json
+import re
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,12 @@ from magi_attention.common.errors import MagiValueError
 from magi_attention.env import general as environment
 from magi_attention.kernels.mask_class import MASK_CLASSES
 from magi_attention.kernels.protocol import AttentionRequest
+
+# Names that callers of the original use, where no backend has the name itself. `sdpa` and `sdpa_ol` were its two plain
+# torch backends.
+ALIASES = {"ffa": "hopper", "fa4": "blackwell", "sdpa": "reference", "sdpa_ol": "reference"}
+
+_ARCH = re.compile(r"sm_\d{2,3}|gfx\S+|[a-z]+")
 
 
 def arch_of(device: torch.device) -> str:
@@ -35,7 +42,7 @@ class MeasuredSpeed:
     """One measured figure; what is None holds for all.
 
     Attributes:
-        backend: the name of the backend's entry point.
+        backend: the name of the backend's entry point, or one of ``ALIASES``.
         tflops: 10^12 operations per second, counted as :meth:`KernelBackend.expected_tflops` says; 0 rules it out as
             long as another can serve the request.
         arch: as :func:`arch_of` returns it.
@@ -58,12 +65,17 @@ class MeasuredSpeed:
         Raises:
             ValueError: if a name is unknown or missing, or a value cannot be.
         """
-        known = [each.name for each in fields(cls)]
-        if not isinstance(entry, dict) or not {"backend", "tflops"} <= set(entry) <= set(known):
+        names = [each.name for each in fields(cls)]
+        if not isinstance(entry, dict) or not {"backend", "tflops"} <= set(entry) <= set(names):
             raise ValueError(
-                f"must be an object with backend and tflops, and else only {', '.join(known[2:])}: {entry}"
+                f"must be an object with backend and tflops, and else only {', '.join(names[2:])}: {entry}"
             )
-        speed = cls(**entry)
+        speed = cls(**entry | {"backend": ALIASES.get(entry["backend"], entry["backend"])})
+        if not environment.is_known_kernel_backend(speed.backend):
+            known = ", ".join(environment.known_kernel_backends())
+            raise ValueError(f"backend must be one of {known}, got {speed.backend!r}")
+        if speed.arch is not None and not _ARCH.fullmatch(speed.arch):
+            raise ValueError(f"arch must be written as sm_90 or cpu are, got {speed.arch!r}")
         if isinstance(speed.tflops, bool) or not isinstance(speed.tflops, int | float) or not speed.tflops >= 0:
             raise ValueError(f"tflops must be a number of at least 0, got {speed.tflops!r}")
         if speed.direction not in (None, "forward", "backward"):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward pass: keys and values travel again, their gradients travel back to the owners."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,14 +33,6 @@ class SavedAttention(NamedTuple):
     out: Tensor
     lse: Tensor
     kept: Sequence[Tensor] | None = None
-
-
-class _Kernel(NamedTuple):
-    """What a kernel differentiates by: gradients of its queries, and of its keys and values."""
-
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
 
 
 def differentiate(
@@ -147,16 +140,28 @@ class _GradientSums:
 
     def compute(self, each: LaunchStep, keys: Tensor, values: Tensor) -> None:
         """Launch a step's kernels, send what still waits of the step before, and let what belongs to others go home."""
-        step, places, launches = each
+        step, _, launches = each
         sums = self._sums
         if not step.reads_own_alone:
             dtype = self._dtype if len(launches) > 1 else None
             sums = [_Sum(x, x.shape[0], step.blank_keys, dtype) for x in (keys, values)]
         for launch in launches:
-            gradients = self._launch(launch, keys, values)
-            self._dq.add(launch.queries, gradients.dq, launch.queries_known)
-            for total, gradient in zip(sums, gradients[1:], strict=True):
-                total.add(launch.keys, gradient, launch.keys_known)
+            dq = self._launch(launch, keys, values, partial(self._take_keys, each, launch, sums))
+            self._dq.add(launch.queries, dq, launch.queries_known)
+        if not launches or launches[-1].run_keys_first is None:
+            self._finish_keys(each, sums)
+
+    def _take_keys(self, each: LaunchStep, launch: Launch, sums: Sequence[_Sum], dk: Tensor, dv: Tensor) -> None:
+        """Add a kernel's gradients of keys and values; the last ones go home while it finishes that of queries."""
+        for total, gradient in zip(sums, (dk, dv), strict=True):
+            total.add(launch.keys, gradient, launch.keys_known)
+        if launch.run_keys_first is not None:
+            self._finish_keys(each, sums)
+            self.returns.send()
+
+    def _finish_keys(self, each: LaunchStep, sums: Sequence[_Sum]) -> None:
+        """Send what still waits of the step before, and let this step's gradients of received rows go home next."""
+        step, places, _ = each
         self.returns.send()
         if step.exchange is None:
             return
@@ -185,7 +190,10 @@ class _GradientSums:
         self._dq_from_away = torch.zeros_like(self._saved.q, dtype=self._dtype)
         self.returns.put(each.step, [dq], [self._dq_from_away])
 
-    def _launch(self, launch: Launch, keys: Tensor, values: Tensor) -> _Kernel:
+    def _launch(
+        self, launch: Launch, keys: Tensor, values: Tensor, keys_done: Callable[[Tensor, Tensor], object]
+    ) -> Tensor:
+        """Launch a kernel; returns the gradient of its queries, and gives those of its keys and values away."""
         q, _, _, out, lse, _ = self._saved
         dout, dlse, run = self._dout, self._dlse, launch.queries
         if launch.keys is not None:
@@ -194,12 +202,20 @@ class _GradientSums:
             q, dout, out, lse = q[run], dout[run], out[run], lse[run]
             dlse = None if dlse is None else dlse[run]
         tensors = (dout, q, keys, values, out, lse, dlse, launch.call)
+        target = None
+        if run is not None and not launch.queries_known and launch.run_into is not None:
+            whole = self._dq.allocated(q.dtype)
+            target = whole[run] if whole.dtype == q.dtype else None
         with named(launch.name):
-            if run is not None and not launch.queries_known and launch.run_into is not None:
-                target = self._dq.allocated(q.dtype)[run]
-                if target.dtype == q.dtype:
-                    return _Kernel(*launch.run_into(target, *tensors))
-            return _Kernel(*launch.run(*tensors))
+            if launch.run_keys_first is not None:
+                kernel_dq: Tensor = launch.run_keys_first(keys_done, target, *tensors)[0]
+                return kernel_dq
+            if target is not None and launch.run_into is not None:
+                dq, dk, dv = launch.run_into(target, *tensors)
+            else:
+                dq, dk, dv = launch.run(*tensors)
+        keys_done(dk, dv)
+        return dq
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients, in the inputs' dtypes."""

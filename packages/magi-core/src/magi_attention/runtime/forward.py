@@ -12,7 +12,7 @@ from magi_attention.kernels.merge import merge_into
 from magi_attention.kernels.protocol import AttentionResult, attend_to_nothing
 from magi_attention.kernels.sink import fold_sink
 from magi_attention.runtime.job import AttentionJob, Launch
-from magi_attention.runtime.schedule import Step
+from magi_attention.runtime.steps import Step
 from magi_attention.runtime.streams import walk_steps
 from magi_attention.utils.dtypes import as_dtype
 from magi_attention.utils.profiling import named

@@ -16,10 +16,19 @@ from magi_attention.comm.protocol import GroupCollectives
 from magi_attention.comm.routes import Rows
 from magi_attention.config import RuntimeConfig
 from magi_attention.env.general import ffa_backward_sm_margin, ffa_forward_sm_margin
-from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, Direction, MergesInPlace, WritesInPlace
+from magi_attention.kernels.protocol import (
+    AttentionCall,
+    AttentionRequest,
+    Direction,
+    FinishesKeysFirst,
+    MergesInPlace,
+    WritesInPlace,
+)
 from magi_attention.kernels.registry import backends_for_slices
 from magi_attention.plan.build import Plan
-from magi_attention.runtime.schedule import Costs, KernelCall, Pass, Runs, Schedule, Step, make_schedule
+from magi_attention.runtime.costs import Costs
+from magi_attention.runtime.schedule import make_schedule
+from magi_attention.runtime.steps import KernelCall, Pass, Runs, Schedule, Step
 
 MOST_KEPT = 0.25
 """Received rows, with own ones among them, are kept for the backward pass if they take so much of what q and out do."""
@@ -100,6 +109,9 @@ class Launch(NamedTuple):
         run: the backend's method.
         run_into: the same, which writes out or dq where it is told to; None if the backend can't.
         run_onto: a forward pass that is merged where it is written; None if the backend can't.
+        run_keys_first: ``run_into`` that says when gradients of keys are there, for a last kernel whose gradients go
+            home, in a pass that fetches nothing and so need not give rows back before; else, or if the backend can't,
+            None.
         queries_known: whether its results are added to those of earlier kernels.
         keys_known: the same for gradients of keys.
         name: for profiles.
@@ -111,6 +123,7 @@ class Launch(NamedTuple):
     run: Callable[..., Any]
     run_into: Callable[..., Any] | None
     run_onto: Callable[..., Any] | None
+    run_keys_first: Callable[..., Any] | None
     queries_known: bool
     keys_known: bool
     name: str
@@ -196,6 +209,8 @@ def _make_job(
         is_forward = direction == "forward"
 
         def launch(step: Step, call: KernelCall, sm_margin: int) -> Launch:
+            ends_pass = step is of.steps[-1] and call is step.calls[-1]
+            goes_home = ends_pass and not is_forward and not fetches and step.exchange is not None
             pair = backends_for_slices(call.slices, request, *names)
             backend = pair.forward if is_forward else pair.backward
             num_queries = step.exchange.num_received if step.queries_travel and step.exchange else len(q)
@@ -215,6 +230,9 @@ def _make_job(
                 run=getattr(backend, direction),
                 run_into=getattr(backend, f"{direction}_into") if isinstance(backend, WritesInPlace) else None,
                 run_onto=backend.forward_onto if is_forward and isinstance(backend, MergesInPlace) else None,
+                run_keys_first=backend.backward_keys_first
+                if goes_home and isinstance(backend, FinishesKeysFirst)
+                else None,
                 queries_known=call.queries_known,
                 keys_known=call.keys_known,
                 name=f"magi: attention stage {step.number}",
@@ -222,7 +240,8 @@ def _make_job(
 
         steps = []
         for number, step in enumerate(of.steps):
-            margin = _sm_margin(options, direction, travels_beside(of.steps, number, is_forward, fetches))
+            travels = travels_beside(of.steps, number, is_forward, fetches)
+            margin = _sm_margin(options, direction, travels and runtime.collectives.needs_multiprocessors)
             places = None if step.own_places is None else _rows_of(step.own_places, q.device)
             # A process alone may leave out padding, and with it whole runs of queries.
             calls = [call for call in step.calls if step.queries_travel or call.queries.start < len(q)]
@@ -257,13 +276,13 @@ def travels_beside(steps: Sequence[Step], number: int, is_forward: bool, fetches
     )
 
 
-def _sm_margin(options: RuntimeConfig, direction: Direction, travels: bool) -> int:
-    """Multiprocessors that a kernel leaves to what travels beside it."""
+def _sm_margin(options: RuntimeConfig, direction: Direction, are_wanted: bool) -> int:
+    """Multiprocessors that a kernel leaves to others, given whether what travels beside it wants any."""
     is_forward = direction == "forward"
     chosen = options.forward_sm_margin if is_forward else options.backward_sm_margin
     if chosen is not None:
         return chosen
-    if not travels or options.native_grpcoll:  # native collectives occupy none that kernels would have to leave free
+    if not are_wanted:
         return 0
     return ffa_forward_sm_margin() if is_forward else ffa_backward_sm_margin()
 

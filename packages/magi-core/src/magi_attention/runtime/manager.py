@@ -28,6 +28,7 @@ from magi_attention.plan.qo import RowCosts
 from magi_attention.plan.rates import Cluster, LayerShape, default_rates
 from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime.autograd import dist_attn_func
+from magi_attention.runtime.costs import Costs
 from magi_attention.runtime.dispatch import dispatch_rows, undispatch_rows
 from magi_attention.runtime.dispatch_meta import DispatchMeta
 from magi_attention.runtime.job import DistAttnRuntime
@@ -35,7 +36,6 @@ from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.machine import count_ranks_per_node, device_name, group_device, layer_of
 from magi_attention.runtime.rates import agree_on_cluster
 from magi_attention.runtime.roll import roll_rows
-from magi_attention.runtime.schedule import Costs
 
 
 class DistAttnRuntimeMgr:

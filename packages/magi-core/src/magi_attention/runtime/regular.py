@@ -71,7 +71,8 @@ class _Slabs:
         is_next = self.first[1:] == self.last[:-1]
         both = is_regular[1:] & is_regular[:-1]
         grows = is_ramp[1:] & is_ramp[:-1] & (start[1:] == start[:-1]) & (begin[1:] == end[:-1] + 1)
+        repeats = ~is_ramp[1:] & ~is_ramp[:-1] & (start[1:] == start[:-1]) & (end[1:] == end[:-1])
         one_row = self.last - self.first == 1
         alike = (is_ramp[1:] == is_ramp[:-1]) | one_row[1:] | one_row[:-1]
         follows = alike & (start[1:] == end[:-1])
-        return is_next & ((both & (grows | follows)) | (~is_regular[1:] & ~is_regular[:-1]))
+        return is_next & ((both & (grows | repeats | follows)) | (~is_regular[1:] & ~is_regular[:-1]))

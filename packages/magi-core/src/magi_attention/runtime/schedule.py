@@ -16,8 +16,7 @@ overhead in both passes is taken:
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +27,10 @@ from magi_attention.common.intervals import Intervals, intersect, merge, subtrac
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.build import Plan, Stage, slices_in
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
-from magi_attention.plan.rates import BACKWARD_OVER_FORWARD_FLOP, LayerShape, Rates
+from magi_attention.plan.rates import BACKWARD_OVER_FORWARD_FLOP
+from magi_attention.runtime.costs import Costs
 from magi_attention.runtime.regular import regular_runs
-
-Runs = NDArray[np.int64]
-"""``(n, 3)`` rows ``(start, stop, position)``: key rows of the sequence, ascending, and where they lie in a buffer."""
+from magi_attention.runtime.steps import KernelCall, Runs, Schedule, Step, make_pass
 
 LEAST_EARLY_ROWS, LEAST_EARLY_SHARE = 1024, 8
 """A run of queries that is computed early has so many rows, and at least one in so many of the rank's."""
@@ -40,167 +38,9 @@ LEAST_EARLY_ROWS, LEAST_EARLY_SHARE = 1024, 8
 REGULAR_GAIN = 0.05
 """The share of a kernel's time that a regular mask saves."""
 
-BYTES_PER_MERGED_NUMBER = 24
-"""What another kernel on the same queries costs in both passes, as memory traffic for one number of q: it reads q, out
-and dout again, writes a partial out and dq, the latter by way of float32, and both are merged."""
-
-BYTES_PER_SUMMED_NUMBER = 24
-"""Likewise for one number of k or v whose gradients of two kernels are summed up in float32."""
-
-KERNELS_OF_EXCHANGE = 4
-"""Kernels that pack and unpack, before and after the transfer of keys and of values."""
-
-LATENCIES_PER_CALL = 10
-"""Another kernel costs so many latencies of kernels in both passes: backward it is several, and ends are not filled."""
-
-LATENCIES_PER_CUT = 100
-"""So many latencies it costs in all to compute in two kernels backward what one can, regular masks or not: on an H100,
-half of a causal mask of 16k tokens took 0.6 ms longer in two regular kernels than in one."""
-
-LEAST_LATENCIES = 150
-"""Where a forward pass takes less than so many latencies of kernels, the host would not keep up with more of them."""
-
 WINDOW_STEP, WINDOW_SLACK, MOST_OF_WINDOW = 128, 1.5, 0.5
 """A window has a multiple of so many queries, and so many times the work that hides the travel, with at most this share
 of the rank's queries."""
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds, as far as arrangements differ in them.
-
-    Attributes:
-        pair: to compute a pair of a query and a key, forward; backward it takes at least twice as long.
-        fetched_row: for a key row to travel.
-        exchange: latency of an exchange.
-        merged_row: to merge a query row's results in both passes, and to read it once more.
-        summed_row: to sum up the gradients of a key row of several kernels.
-        call: what another kernel costs in both passes, apart from its work.
-        cut: what it costs in a backward pass that has all rows from the start.
-        least_work: forward passes that take less are not cut into more kernels.
-    """
-
-    pair: float
-    fetched_row: float
-    exchange: float
-    merged_row: float
-    summed_row: float
-    call: float
-    cut: float
-    least_work: float
-
-    @classmethod
-    def of_layer(cls, rates: Rates, shape: LayerShape, ranks_share_node: bool) -> "Costs":
-        """The costs of a layer at a machine's rates."""
-        link = rates.nvlink_gbs if ranks_share_node else rates.link_gbs
-        packing = 4 / rates.memory_gbs  # read and written before it travels, and again after
-        return cls(
-            pair=shape.flop_per_pair / (rates.forward_tflops * 1e12),
-            fetched_row=shape.bytes_per_row * (1 / link + packing) * 1e-9,
-            exchange=(rates.exchange_latency_us + KERNELS_OF_EXCHANGE * rates.kernel_latency_us) * 1e-6,
-            merged_row=shape.heads_q * shape.head_dim * BYTES_PER_MERGED_NUMBER / (rates.memory_gbs * 1e9),
-            summed_row=2 * shape.heads_kv * shape.head_dim * BYTES_PER_SUMMED_NUMBER / (rates.memory_gbs * 1e9),
-            call=LATENCIES_PER_CALL * rates.kernel_latency_us * 1e-6,
-            cut=LATENCIES_PER_CUT * rates.kernel_latency_us * 1e-6,
-            least_work=LEAST_LATENCIES * rates.kernel_latency_us * 1e-6,
-        )
-
-    def is_short(self, pairs: int) -> bool:
-        """Whether a forward pass over so many pairs is too short to be cut, or for the host to be ahead."""
-        return pairs * self.pair < self.least_work
-
-
-class KernelCall(NamedTuple):
-    """One launch of a kernel.
-
-    Attributes:
-        queries: the run of the rank's queries that it takes, or of the visitors.
-        keys: the run of rows of the key buffer.
-        slices: what of these to compute, counted from the start of both runs.
-        queries_known: whether earlier calls have results for these queries, which this call's are added to.
-        keys_known: the same for the keys and gradients.
-    """
-
-    queries: slice
-    keys: slice
-    slices: SliceTable
-    queries_known: bool = False
-    keys_known: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """An exchange, and the kernels that are launched once its rows are there.
-
-    Attributes:
-        number: the plan's stage.
-        exchange: what brings rows; None where own rows are enough. It names rows of the key buffer.
-        calls: the kernels.
-        num_keys: rows of the key buffer.
-        own_places: where the rank's own rows lie in a key buffer that received rows lie in too; None where they are not
-            in it, or where they are the buffer.
-        queries_travel: whether the exchange is of queries.
-        blank_keys: whether gradients of a key buffer other than the rank's own rows start as zeros.
-    """
-
-    number: int
-    exchange: ExchangeTable | TwoHopExchange | None
-    calls: tuple[KernelCall, ...]
-    num_keys: int
-    own_places: Runs | None = None
-    queries_travel: bool = False
-    blank_keys: bool = False
-
-    @property
-    def reads_own_alone(self) -> bool:
-        """Whether the key buffer is the rank's own rows."""
-        return self.exchange is None or self.queries_travel
-
-
-@dataclass(frozen=True, eq=False)
-class Pass:
-    """The steps of one pass.
-
-    Attributes:
-        steps: in the order in which they are computed.
-        blank_queries: whether results of queries start as those of queries without keys, since no call is for some of
-            them, or a call finds some known and some not.
-        blank_keys: the same for gradients of the rank's own keys, until those of others begin to come home.
-        blank_late_keys: the same for those of kernels on own rows after that, which must not touch what comes home.
-        most_results: how many calls have results for a query, at most.
-        most_key_results: how many calls and returning gradients there are for one of the rank's keys, at most.
-        kernels_first: whether kernels are launched before the exchanges that travel beside them, since the GPU would
-            wait for the host to launch these; else after, since their few blocks would wait for the kernels' many.
-    """
-
-    steps: tuple[Step, ...]
-    blank_queries: bool
-    blank_keys: bool
-    blank_late_keys: bool
-    most_results: int
-    most_key_results: int
-    kernels_first: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """What a rank does in both passes.
-
-    Attributes:
-        forward: own rows first, while others travel.
-        backward: likewise; the last of several kernels on own rows comes last, while gradients travel.
-        backward_with_rows: the backward pass where the forward pass left the received rows: own rows last, or in one
-            kernel with the received ones where they lie among them.
-    """
-
-    forward: Pass
-    backward: Pass
-    backward_with_rows: Pass
-
-    @property
-    def calls(self) -> list[KernelCall]:
-        """All kernels of the forward pass."""
-        return [call for step in self.forward.steps for call in step.calls]
 
 
 def make_schedule(plan: Plan, costs: Costs) -> Schedule:
@@ -209,32 +49,39 @@ def make_schedule(plan: Plan, costs: Costs) -> Schedule:
     steps = _arrange(plan, num_queries, costs)
     own, *others = steps
     backward = with_rows = steps
-    if own.exchange is None and others and not any(each.queries_travel for each in others):
+    if own.own_places is not None and len(own.calls) > 1:
+        backward = with_rows = [_whole(plan, own, num_queries, costs), *others]
+    elif own.exchange is None and others and not any(each.queries_travel for each in others):
         with_rows = [*others, own]
         if len(own.calls) > 1:
             before, after = replace(own, calls=own.calls[:-1]), replace(own, calls=own.calls[-1:])
             backward = [before, *others, after]
-        if (whole := _in_one(plan, own, others[0], costs)) is not None:
+        if (whole := _in_one(plan, own, others[0], num_queries, costs)) is not None:
             with_rows = [whole, *others[1:]]
     num_keys = int(plan.key_layout.rows_per_rank[plan.rank])
     is_short = costs.is_short(int(band.area(plan.bands).sum()))
-    passes = (_with_flags(each, num_queries, num_keys) for each in (steps, backward, with_rows))
-    return Schedule(*(replace(each, kernels_first=is_short) for each in passes))
+    return Schedule(
+        *(make_pass(each, num_queries, num_keys, kernels_first=is_short) for each in (steps, backward, with_rows))
+    )
 
 
-def _in_one(plan: Plan, own: Step, other: Step, costs: Costs) -> Step | None:
-    """What the step of own rows and the next one compute, as one kernel, if own rows lie among the received ones.
+def _in_one(plan: Plan, own: Step, other: Step, num_queries: int, costs: Costs) -> Step | None:
+    """What the step of own rows and the next one compute, in fewer kernels, if own rows lie among the received ones.
 
-    None where several are better, of which the last would hide that gradients travel home.
+    None where that saves less than it takes gradients to travel home, which a last kernel on own rows would hide.
     """
-    stage = plan.stages[other.number]
-    travel = costs.exchange + stage.num_received * costs.fetched_row
-    if other.own_places is None or not own.calls or travel > (len(own.calls) + len(other.calls) - 1) * costs.cut:
+    if other.own_places is None or not own.calls:
         return None
-    everything = np.array([(0, int(plan.layout.rows_per_rank[plan.rank]))])
-    nothing = np.empty((0, 2), np.int64)
-    whole = _together(plan, other.number, stage, nothing, everything, replace(costs, call=costs.cut))
-    return whole if len(whole.calls) == 1 else None
+    whole = _whole(plan, other, num_queries, costs)
+    travel = costs.exchange + plan.stages[other.number].num_received * costs.fetched_row
+    num_saved = len(own.calls) + len(other.calls) - len(whole.calls)
+    return whole if travel < num_saved * costs.cut else None
+
+
+def _whole(plan: Plan, step: Step, num_queries: int, costs: Costs) -> Step:
+    """A step whose rows come among the own ones, for all queries at once, cut only where that is worth it backward."""
+    everything, nothing = np.array([(0, num_queries)]), np.empty((0, 2), np.int64)
+    return _together(plan, step.number, plan.stages[step.number], nothing, everything, replace(costs, call=costs.cut))
 
 
 def _arrange(plan: Plan, num_queries: int, costs: Costs) -> list[Step]:
@@ -398,54 +245,3 @@ def _call(slices: SliceTable, first: int, last: int) -> KernelCall:
     keys = slice(int(rows[:, 2].min()), int(rows[:, 3].max()))
     moved = slices.shift(-first, -keys.start) if first or keys.start else slices
     return KernelCall(slice(first, last), keys, moved)
-
-
-def _with_flags(steps: Sequence[Step], num_queries: int, num_keys: int) -> Pass:
-    """Find which calls add to results of earlier ones, and whether results must start blank."""
-    queries, own, late = _Coverage(num_queries), _Coverage(num_keys), _Coverage(num_keys)
-    flagged, num_returns = [], 0
-    for step in steps:
-        of_own = late if num_returns else own
-        keys = of_own if step.reads_own_alone else _Coverage(step.num_keys)
-        calls = []
-        for call in step.calls:
-            known = False if step.queries_travel else queries.add(call.queries)
-            calls.append(call._replace(queries_known=known, keys_known=keys.add(call.keys)))
-        if step.own_places is not None:
-            of_own.add(slice(0, num_keys))
-        num_returns += not step.reads_own_alone
-        flagged.append(replace(step, calls=tuple(calls), blank_keys=not keys.is_exact and not step.reads_own_alone))
-    return Pass(
-        steps=tuple(flagged),
-        blank_queries=not queries.is_exact,
-        blank_keys=not own.is_exact,
-        blank_late_keys=not late.is_exact,
-        most_results=queries.most,
-        most_key_results=own.most + late.most + num_returns,
-    )
-
-
-class _Coverage:
-    """Which of some rows have been written."""
-
-    def __init__(self, num_rows: int) -> None:
-        self._times = np.zeros(num_rows, np.int32)
-        self._is_exact = True
-
-    def add(self, run: slice) -> bool:
-        """Write a run; returns whether any of its rows had been written before."""
-        before = self._times[run]
-        known = bool(before.any())
-        self._is_exact &= not known or bool(before.all())
-        before += 1
-        return known
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether all rows were written, and each run was either new or known as a whole."""
-        return self._is_exact and bool(self._times.all())
-
-    @property
-    def most(self) -> int:
-        """How often a row was written, at most."""
-        return int(self._times.max(initial=0))

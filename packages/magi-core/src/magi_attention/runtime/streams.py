@@ -10,7 +10,7 @@ from torch import Tensor
 
 from magi_attention.comm.protocol import GroupCollectives, Work
 from magi_attention.runtime.job import LaunchStep
-from magi_attention.runtime.schedule import Step
+from magi_attention.runtime.steps import Step
 from magi_attention.utils.dtypes import as_dtype
 from magi_attention.utils.profiling import named
 
@@ -62,7 +62,7 @@ def walk_steps(
         v: the rank's values.
         kept: what the exchanges brought before, two tensors each; then there are none.
         lend: whether what they bring may lie in memory of the collectives, to be used only until the next step.
-        kernels_first: as of :class:`~magi_attention.runtime.schedule.Pass`.
+        kernels_first: as of :class:`~magi_attention.runtime.steps.Pass`.
     """
     if kept is not None:
         pairs = iter(zip(kept[::2], kept[1::2], strict=True))

@@ -89,6 +89,7 @@ def make_key(options: BenchOptions, group: dist.ProcessGroup) -> DistAttnRuntime
         kernel_backend=options.backend,
         forward_sm_margin=options.sm_margin,
         backward_sm_margin=options.sm_margin,
+        native_grpcoll=options.native_grpcoll,
     )
     return magi_attn_flex_key(
         q_ranges=AttnRanges.from_ranges([row[0:2] for row in rows]),

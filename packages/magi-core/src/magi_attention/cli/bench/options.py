@@ -22,7 +22,9 @@ class BenchOptions:
         backend: kernel backend, or ``"auto"``.
         device: where to compute.
         overlap_degree: remote stages; None for automatic.
-        sm_margin: multiprocessors that kernels leave to communication, where a backend can.
+        sm_margin: multiprocessors that kernels leave to communication, where a backend can; None for as many as in a
+            training, by the environment.
+        native_grpcoll: whether native group collectives move the rows; None for what the environment says.
         warmup: passes before those that are timed.
         repeat: passes that are timed.
         trace: where rank 0 writes a Chrome trace; None for no trace.
@@ -38,7 +40,8 @@ class BenchOptions:
     backend: str = "auto"
     device: Device = Device.AUTO
     overlap_degree: int | None = 1
-    sm_margin: int = 0
+    sm_margin: int | None = None
+    native_grpcoll: bool | None = None
     warmup: int = 3
     repeat: int = 10
     trace: Path | None = None
@@ -50,7 +53,8 @@ class BenchOptions:
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         for name in ("sm_margin", "warmup"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {value}")
         if self.heads_q % self.heads_kv:
             raise ValueError(f"--heads-q {self.heads_q} must be a multiple of --heads-kv {self.heads_kv}")

@@ -22,21 +22,24 @@ def communication_facts() -> dict[str, str]:
     return {
         **{name: "available" if there else "not part of this build of torch" for name, there in available.items()},
         "transports": ", ".join(point.name for point in points),
-        **{f"transport {point.name}": answer for point in points if (answer := _ask(point))},
+        **{f"transport {name}": fact for point in points for name, fact in _ask(point).items()},
     }
 
 
-def _ask(point: EntryPoint) -> str:
-    """Whether a transport that can tell supports the first GPU, or the CPU where there is none."""
+def _ask(point: EntryPoint) -> dict[str, str]:
+    """Whether a transport that can tell supports the first GPU, or the CPU where there is none, and its own facts."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    facts = {}
     try:
         transport = point.load()
-        if not hasattr(transport, "supports"):
-            return ""
-        support = transport.supports(device)
+        if hasattr(transport, "supports"):
+            support = transport.supports(device)
+            facts[point.name] = f"supports {device}" if support else f"not on {device}: {support.reason}"
+        if hasattr(transport, "facts"):
+            facts |= {f"{point.name}, {name}": fact for name, fact in transport.facts().items()}
     except Exception as error:  # of whatever is installed
-        return f"failed to load: {type(error).__name__}: {error}"
-    return f"supports {device}" if support else f"not on {device}: {support.reason}"
+        facts[point.name] = f"failed to load: {type(error).__name__}: {error}"
+    return facts
 
 
 def peer_access() -> dict[str, str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The environment variables that are set, and a plan whose figures must add up."""
+"""The environment variables that are set, the folder of compiled kernels, and a plan whose figures must add up."""
 
 import time
 from functools import partial
@@ -11,12 +11,16 @@ from magi_attention.cli.doctor.findings import Check, attempt
 from magi_attention.common import workloads
 from magi_attention.config import DistAttnConfig, LocalityDispatchAlg
 from magi_attention.env import VARIABLES
+from magi_attention.env.build import kernel_cache_dir
 from magi_attention.env.variables import texts_set
+from magi_attention.kernels.protocol import Precompiles
+from magi_attention.kernels.registry import installed_backends
 from magi_attention.kernels.speeds import read_speeds
 from magi_attention.plan.build import build_plans
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.plan.stages import StageOptions
+from magi_attention.utils.folders import why_unwritable
 
 PLANNED_TOKENS, PLANNED_RANKS, PLANNED_CHUNK = 1 << 16, 8, 1024
 
@@ -42,6 +46,13 @@ def check_variables() -> list[Check]:
     return [*checks, attempt("configuration", _resolve)]
 
 
+def check_kernel_folder() -> Check:
+    """See whether kernels that backends compile can be kept on disk."""
+    if not any(isinstance(backend, Precompiles) for backend in installed_backends().values()):
+        return Check("compiled kernels", "skipped", "no installed backend compiles kernels that are kept on disk")
+    return attempt("compiled kernels", _try_kernel_folder)
+
+
 def check_planner() -> Check:
     """Plan packed documents for some ranks: all pairs must be computed, and all rows that are sent received."""
     return attempt("planner", _plan)
@@ -53,6 +64,13 @@ def _read(reader: str) -> str:
     if name == "kernel_speeds":
         return f"{len(read_speeds(value))} measured figures"
     return f"read as {value!r}"
+
+
+def _try_kernel_folder() -> str:
+    folder = kernel_cache_dir()
+    if reason := why_unwritable(folder):
+        raise RuntimeError(f"cannot be kept in {folder} ({reason}); MAGI_ATTENTION_FFA_FA4_CACHE_DIR names another")
+    return f"are kept in {folder}"
 
 
 def _resolve() -> str:

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from magi_attention.cli.precompile.worker import Outcome, Task, compile_all
-from magi_attention.env.build import ffa_fa4_cache_dir
+from magi_attention.env.build import kernel_cache_dir
 
 STATUSES = ("compiled", "cached", "failed")
 
@@ -32,8 +32,7 @@ def run_precompile(tasks: Sequence[Task], jobs: int, console: Console) -> int:
             f"{escape(outcome.reason)}",
             highlight=False,
         )
-    where = ffa_fa4_cache_dir() or "the backends' own folders; MAGI_ATTENTION_FFA_FA4_CACHE_DIR names another"
-    console.print(f"Kernels are kept in {escape(where)}.", highlight=False)
+    console.print(f"Kernels are kept in {escape(str(kernel_cache_dir()))}.", highlight=False)
     return int(bool(failed))
 
 

@@ -15,7 +15,12 @@ DEFAULT_DTYPES, DEFAULT_HEADS, DEFAULT_HEAD_DIMS = ("bf16",), ("32/32", "32/8"),
 
 
 def read_selections(
-    archs: Sequence[str], dtypes: Sequence[str], heads: Sequence[str], head_dims: Sequence[str], direction: str
+    archs: Sequence[str],
+    dtypes: Sequence[str],
+    heads: Sequence[str],
+    head_dims: Sequence[str],
+    direction: str,
+    multiprocessors: int | None = None,
 ) -> list[KernelSelection]:
     """Read the options, one selection per architecture; for what is empty, take the common cases.
 
@@ -25,6 +30,7 @@ def read_selections(
         heads: such as ``"32/8"``.
         head_dims: such as ``"128"`` or ``"192/128"``.
         direction: ``"forward"``, ``"backward"`` or ``"both"``.
+        multiprocessors: of the GPUs; None for the usual number.
 
     Raises:
         ValueError: if one of them cannot be read, or there is neither an architecture nor a GPU.
@@ -49,6 +55,7 @@ def read_selections(
             heads=pairs,
             head_dims=tuple(_pair("--head-dim", text) for text in head_dims),
             directions=tuple(each for each in directions if direction in ("both", each)),
+            multiprocessors=multiprocessors,
         )
         for arch in dict.fromkeys(archs or [arch_of(torch.device("cuda"))])
     ]

@@ -2,15 +2,18 @@
 """Compiling cases in processes of their own."""
 
 import io
+import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing import get_context
 from typing import Literal
+from unittest import mock
 
 from magi_attention.kernels.protocol import KernelSelection, PrecompileCase, Precompiles
 from magi_attention.kernels.registry import installed_backends
@@ -70,10 +73,18 @@ def find_tasks(selections: Sequence[KernelSelection], names: Sequence[str]) -> l
 def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
     """Compile in ``jobs`` processes, which are never shared by two architectures; outcomes come as they finish."""
     for _, group in groupby(tasks, key=lambda task: task.case.arch):
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        with _quiet_children(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             running = {pool.submit(compile_one, task): task for task in group}
             for future in as_completed(running):
                 yield _outcome_of(future, running[future])
+
+
+def _quiet_children() -> AbstractContextManager[object]:
+    """Let PyTorch's C++ code in processes that start inside log errors only, unless the user set what it logs.
+
+    Kernels are compiled with tensors that have no memory. When asked where it lies, that code warns of a bug.
+    """
+    return mock.patch.dict(os.environ, {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ})
 
 
 def compile_one(task: Task) -> Outcome:
@@ -82,7 +93,7 @@ def compile_one(task: Task) -> Outcome:
     assert isinstance(backend, Precompiles)
     start = time.perf_counter()
     try:
-        with redirect_stdout(io.StringIO()):  # compilers talk
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):  # compilers talk
             compiled = backend.precompile(task.case)
     except Exception as error:  # shown in the summary, whatever it is
         return Outcome(task, "failed", time.perf_counter() - start, f"{type(error).__name__}: {error}")

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What arrangements of a rank's kernels cost on its machine, as far as they differ in it."""
+
+from dataclasses import dataclass
+
+from magi_attention.plan.rates import LayerShape, Rates
+
+BYTES_PER_MERGED_NUMBER = 24
+"""What another kernel on the same queries costs in both passes, as memory traffic for one number of q: it reads q, out
+and dout again, writes a partial out and dq, the latter by way of float32, and both are merged."""
+
+BYTES_PER_SUMMED_NUMBER = 24
+"""Likewise for one number of k or v whose gradients of two kernels are summed up in float32."""
+
+KERNELS_OF_EXCHANGE = 4
+"""Kernels that pack and unpack, before and after the transfer of keys and of values."""
+
+LATENCIES_PER_CALL = 10
+"""Another kernel costs so many latencies of kernels in both passes: backward it is several, and ends are not filled."""
+
+LATENCIES_PER_CUT = 200
+"""So many latencies it costs in all to compute in two kernels backward what one can, regular masks or not: a quarter of
+a causal mask of 32k tokens, where regular masks should save 1.3 ms, took 0.5 ms longer in two regular kernels on an
+H200, their sum not counted; of packed documents with twice as many pairs two were as fast."""
+
+LEAST_LATENCIES = 150
+"""Where a forward pass takes less than so many latencies of kernels, the host would not keep up with more of them."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds, as far as arrangements differ in them.
+
+    Attributes:
+        pair: to compute a pair of a query and a key, forward; backward it takes at least twice as long.
+        fetched_row: for a key row to travel.
+        exchange: latency of an exchange.
+        merged_row: to merge a query row's results in both passes, and to read it once more.
+        summed_row: to sum up the gradients of a key row of several kernels.
+        call: what another kernel costs in both passes, apart from its work.
+        cut: what it costs in a backward pass that has all rows from the start.
+        least_work: forward passes that take less are not cut into more kernels.
+    """
+
+    pair: float
+    fetched_row: float
+    exchange: float
+    merged_row: float
+    summed_row: float
+    call: float
+    cut: float
+    least_work: float
+
+    @classmethod
+    def of_layer(cls, rates: Rates, shape: LayerShape, ranks_share_node: bool) -> "Costs":
+        """The costs of a layer at a machine's rates."""
+        link = rates.nvlink_gbs if ranks_share_node else rates.link_gbs
+        packing = 4 / rates.memory_gbs  # read and written before it travels, and again after
+        return cls(
+            pair=shape.flop_per_pair / (rates.forward_tflops * 1e12),
+            fetched_row=shape.bytes_per_row * (1 / link + packing) * 1e-9,
+            exchange=(rates.exchange_latency_us + KERNELS_OF_EXCHANGE * rates.kernel_latency_us) * 1e-6,
+            merged_row=shape.heads_q * shape.head_dim * BYTES_PER_MERGED_NUMBER / (rates.memory_gbs * 1e9),
+            summed_row=2 * shape.heads_kv * shape.head_dim * BYTES_PER_SUMMED_NUMBER / (rates.memory_gbs * 1e9),
+            call=LATENCIES_PER_CALL * rates.kernel_latency_us * 1e-6,
+            cut=LATENCIES_PER_CUT * rates.kernel_latency_us * 1e-6,
+            least_work=LEAST_LATENCIES * rates.kernel_latency_us * 1e-6,
+        )
+
+    def is_short(self, pairs: int) -> bool:
+        """Whether a forward pass over so many pairs is too short to be cut, or for the host to be ahead."""
+        return pairs * self.pair < self.least_work
