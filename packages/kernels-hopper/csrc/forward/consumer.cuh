@@ -45,7 +45,7 @@ struct Consumer {
 #pragma unroll
         for (int column = 0; column < T::kHeadDim; column += 16) {
             ptx::Wgmma<N>::template ss<Element, 0, 0>(scores, q + T::TileQ::from(0, column),
-                                                              k + T::TileK::from(0, column), column > 0);
+                                                      k + T::TileK::from(0, column), column > 0);
         }
         ptx::wgmma_commit_group();
     }

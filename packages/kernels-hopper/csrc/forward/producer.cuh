@@ -146,6 +146,16 @@ struct Writer {
     }
 };
 
+// Loads a run, and as much of its pieces as most masks have, into the L1 cache.
+__device__ __forceinline__ int4 read_run(Params const& p, int number) {
+    int4 const run = ptx::load_to_keep(p.runs + number);
+    if (run.w > 0) {
+        ptx::load_to_keep(p.pieces + 2 * run.z);
+        ptx::load_to_keep(p.pieces + 2 * (run.z + run.w) - 1);
+    }
+    return run;
+}
+
 // Reads the tables of masks as soon as an item is known, so that consumers find them in the L1 cache.
 template <typename T>
 __device__ __forceinline__ void read_ahead(Params const& p, Shared<T>& s) {
@@ -157,23 +167,12 @@ __device__ __forceinline__ void read_ahead(Params const& p, Shared<T>& s) {
         ptx::mbarrier_arrive(&s.item_empty[item_place.stage()]);
         item_place.advance();
         if (item.tile < 0) break;
-        int4 const* next_run = p.runs + item.first_run;
-        int left = item.num_tiles == 0 ? 0 : 2 * max(item.num_masked, 1);
-        for (int i = 0; i < kMostRuns && left > 0; i++) {
-            int4 const run = ptx::load_to_keep(next_run++);
-            if (run.w > 0) {
-                ptx::load_to_keep(p.pieces + 2 * run.z);
-                ptx::load_to_keep(p.pieces + 2 * (run.z + run.w) - 1);
-            }
-            left -= (run.y - run.x + T::kBoxN - 1) / T::kBoxN;
+        int boxes = item.num_tiles == 0 ? 0 : 2 * max(item.num_masked, 1);
+        for (int i = 0; i < kMostRuns && boxes > 0; i++) {
+            int4 const run = read_run(p, item.first_run + i);
+            boxes -= (run.y - run.x + T::kBoxN - 1) / T::kBoxN;
         }
-        if (item.last_run >= 0) {
-            int4 const run = ptx::load_to_keep(p.runs + item.last_run);
-            if (run.w > 0) {
-                ptx::load_to_keep(p.pieces + 2 * run.z);
-                ptx::load_to_keep(p.pieces + 2 * (run.z + run.w) - 1);
-            }
-        }
+        if (item.last_run >= 0) read_run(p, item.last_run);
     }
 }
 
