@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``benchmarks/kernels.py`` is to reach, and whether its figures do.
 
-The bars, for the backend that ``auto`` chooses, forward and backward:
+The bars, forward and backward. For the backend that ``auto`` chooses:
 
 - FlashAttention-4: at least 0.97 of its own dense kernels on full and causal masks from 16k tokens on.
 - original: at least MagiAttention's FFA kernel, once measured on an H100 80GB, at 8k and 32k tokens. To compare across
   runs, both are taken relative to cuDNN's causal attention (PyTorch's SDPA) at as many tokens, of their own run.
 - cudnn_flex: at least 1.05 of that backend alone, backward at 32k tokens, on causal documents and on a sliding window;
   and at least 1.3 of it forward at 32k tokens where 5 % of 64 by 64 blocks count.
+
+For the kernels of ``hopper``, all measured in the same run:
+
+- FlashAttention-4: at least 0.95 of its own dense kernels forward, and 0.92 backward, on full and causal masks from 16k
+  tokens on.
+- best peer: at least 1.10 of the fastest of ``cudnn_flex``, FlashAttention-4's own kernels and ``blackwell``, which are
+  those with a mask class of ours, on all other masks at 8k, 16k and 32k tokens.
+- cudnn_flex and FlexAttention: at least 1.3 forward at 32k tokens where 5 % of 64 by 64 blocks count.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,15 +54,23 @@ CUDNN_FLEX_SHARES = {
     ("blocks_5", "forward"): 1.3,
 }
 
+HOPPER_DENSE_SHARES = {"forward": 0.95, "backward": 0.92}
+HOPPER_SHARE, HOPPER_TOKENS = 1.10, (8192, 16384, 32768)
+IRREGULAR_PEERS = ("cudnn_flex", "fa4-native", "blackwell")
+BLOCKS, BLOCKS_SHARE, BLOCKS_TOKENS = "blocks_", 1.3, 32768
+BEST = "best peer "
+
 
 class Bar(NamedTuple):
     """One comparison.
 
     Attributes:
         mask, tokens, direction: of what.
-        peer: whom it is held against: ``"fa4-native"``, ``"original"`` or ``"cudnn_flex"``.
-        ratio: the chosen backend's speed over the peer's.
+        peer: whom it is held against: ``"fa4-native"``, ``"original"``, ``"cudnn_flex"``, ``"flex-attention"``, or the
+            best peer's name after ``"best peer "``.
+        ratio: the speed of ``ours`` over the peer's.
         needed: the least ratio that is good enough.
+        ours: what is held against it.
     """
 
     mask: str
@@ -63,6 +79,7 @@ class Bar(NamedTuple):
     peer: str
     ratio: float
     needed: float
+    ours: str = "auto"
 
     @property
     def holds(self) -> bool:
@@ -71,7 +88,10 @@ class Bar(NamedTuple):
 
     def __str__(self) -> str:
         says = "holds" if self.holds else "MISSED"
-        return f"{self.mask} {self.tokens} {self.direction}: {self.ratio:.2f} of {self.peer}, {self.needed} {says}"
+        ours = "" if self.ours == "auto" else f"{self.ours} "
+        return (
+            f"{ours}{self.mask} {self.tokens} {self.direction}: {self.ratio:.3f} of {self.peer}, {self.needed} {says}"
+        )
 
 
 def bars(row: Sequence[Cell], sdpa_causal: Cell | None) -> Iterator[Bar]:
@@ -97,12 +117,46 @@ def bars(row: Sequence[Cell], sdpa_causal: Cell | None) -> Iterator[Bar]:
             yield Bar(mask, tokens, direction, "cudnn_flex", speed / peer, share)
 
 
+def hopper_bars(row: Sequence[Cell]) -> Iterator[Bar]:
+    """Compare the kernels of ``hopper`` with their peers.
+
+    Args:
+        row: the cells of one mask and length.
+    """
+    by_name = {cell["contender"]: cell for cell in row}
+    ours = by_name.get("hopper", {})
+    for direction in DIRECTIONS:
+        if direction not in ours:
+            continue
+        mask, tokens, speed = ours["mask"], ours["tokens"], ours[direction]
+        of_peers = {name: cell[direction] for name, cell in by_name.items() if direction in cell}
+        if mask in FA4_MASKS:
+            needed = {"fa4-native": HOPPER_DENSE_SHARES[direction]} if tokens >= FA4_TOKENS else {}
+        elif mask.startswith(BLOCKS):
+            needed = dict.fromkeys(("cudnn_flex", "flex-attention"), BLOCKS_SHARE) if direction == "forward" else {}
+            needed = needed if tokens == BLOCKS_TOKENS and mask == "blocks_5" else {}
+        else:
+            needed = {}
+            peers = [name for name in IRREGULAR_PEERS if name in of_peers]
+            if peers and tokens in HOPPER_TOKENS:
+                best = max(peers, key=lambda name: of_peers[name])
+                yield Bar(mask, tokens, direction, BEST + best, speed / of_peers[best], HOPPER_SHARE, "hopper")
+        for peer, share in needed.items():
+            if peer in of_peers:
+                yield Bar(mask, tokens, direction, peer, speed / of_peers[peer], share, "hopper")
+
+
 def summary(found: Sequence[Bar]) -> Iterator[str]:
     """Say for each peer in how many comparisons the bar holds, and which of them is the closest."""
-    for peer in dict.fromkeys(bar.peer for bar in found):
-        of_peer = [bar for bar in found if bar.peer == peer]
+    for ours, peer, needed in dict.fromkeys((bar.ours, _kind(bar), bar.needed) for bar in found):
+        of_peer = [bar for bar in found if (bar.ours, _kind(bar), bar.needed) == (ours, peer, needed)]
         least = min(of_peer, key=lambda bar: bar.ratio)
         verdict = "HOLDS" if all(bar.holds for bar in of_peer) else "MISSED"
         count = f"{sum(bar.holds for bar in of_peer)} of {len(of_peer)}"
         where = f"{least.mask} {least.tokens} {least.direction}"
-        yield f"{verdict}: at least {least.needed} of {peer}: {count}, least {least.ratio:.3f} ({where})"
+        name = "" if ours == "auto" else f"{ours} "
+        yield f"{verdict}: {name}at least {needed} of {peer}: {count}, least {least.ratio:.3f} ({where})"
+
+
+def _kind(bar: Bar) -> str:
+    return BEST.strip() if bar.peer.startswith(BEST) else bar.peer

@@ -26,11 +26,11 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from kernel_bars import DIRECTIONS, Bar, Cell, bars, summary
+from kernel_bars import DIRECTIONS, Bar, Cell, bars, hopper_bars, summary
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -40,6 +40,9 @@ from magi_attention.kernels.mask_class import mask_class
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
 from magi_attention.kernels.registry import choose_backend, installed_backends
 from magi_attention.kernels.tiles import row_intervals
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import FlexKernelOptions
 
 MASKS = ("causal", "swa_causal_1024", "varlen_causal", "full", "varlen_full", "varlen_block_causal_4k")
 NATIVE: dict[str, tuple[int | None, int | None]] = {
@@ -148,11 +151,11 @@ def by_fa4_native(case: Case) -> Passes | None:
 
 def by_flex_attention(case: Case) -> Passes | None:
     """PyTorch's FlexAttention, its mask function reading the ends of each query's one interval, or the blocks."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-    total, block = len(case.q), 128
+    total = len(case.q)
     if case.mask in BLOCK_SHARES:
-        block, kept = BLOCK, torch.tensor(kept_blocks(case.mask, total), device="cuda")
+        kept = torch.tensor(kept_blocks(case.mask, total), device="cuda")
 
         def is_seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return kept[query // BLOCK, key // BLOCK]
@@ -166,14 +169,25 @@ def by_flex_attention(case: Case) -> Passes | None:
         def is_seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key >= starts[query]) & (key < stops[query])
 
-    block_mask = torch.compile(create_block_mask)(is_seen, None, None, total, total, BLOCK_SIZE=block)
     attend = torch.compile(flex_attention, dynamic=False)
-    q, k, v = (x.transpose(0, 1)[None].contiguous().detach().requires_grad_() for x in (case.q, case.k, case.v))
-    return with_autograd(
-        lambda: attend(q, k, v, block_mask=block_mask, enable_gqa=True),
-        (q, k, v),
+    q, k, v = (x.transpose(0, 1)[None].contiguous().detach() for x in (case.q, case.k, case.v))
+    forward = None
+    if case.mask in BLOCK_SHARES:
+        # Blocks that are all full suit it best, which its backward kernels for 128 dims can't have of this size.
+        counts = kept.sum(1, dtype=torch.int32)[None, None]
+        columns = kept.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
+        none = torch.zeros_like(counts)
+        blocks = BlockMask.from_kv_blocks(none, columns, counts, columns, BLOCK, is_seen)
+        sizes: FlexKernelOptions = {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK}
+        forward = partial(attend, q, k, v, block_mask=blocks, enable_gqa=True, kernel_options=sizes)
+    block_mask = torch.compile(create_block_mask)(is_seen, None, None, total, total)
+    leaves = q_leaf, k_leaf, v_leaf = tuple(x.clone().requires_grad_() for x in (q, k, v))
+    passes = with_autograd(
+        lambda: attend(q_leaf, k_leaf, v_leaf, block_mask=block_mask, enable_gqa=True),
+        leaves,
         case.dout.transpose(0, 1)[None].contiguous(),
     )
+    return (forward or passes[0], passes[1])
 
 
 def with_autograd(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...], dout: Tensor) -> Passes:
@@ -274,10 +288,9 @@ def show_ratios(found: list[Bar]) -> str:
     """The ratios to each peer, forward / backward, those that miss their bar marked."""
     texts = []
     for peer in ("fa4-native", "original", "cudnn_flex"):
-        ratios = [
-            next((f"{bar.ratio:.2f}{'' if bar.holds else '!'}" for bar in found if bar[2:4] == (direction, peer)), "–")
-            for direction in DIRECTIONS
-        ]
+        of_peer = {bar.direction: bar for bar in found if (bar.peer, bar.ours) == (peer, "auto")}
+        bars_of_peer = [of_peer.get(direction) for direction in DIRECTIONS]
+        ratios = ["–" if bar is None else f"{bar.ratio:.2f}{'' if bar.holds else '!'}" for bar in bars_of_peer]
         texts.append("–" if set(ratios) == {"–"} else " / ".join(ratios))
     return "".join(f"{text:>16}" for text in texts)
 
@@ -360,6 +373,14 @@ def read(path: str) -> tuple[str, list[Cell], list[Bar]]:
     return kept["where"], kept["cells"], found
 
 
+def rows_of(cells: list[Cell]) -> list[list[Cell]]:
+    """The cells of each mask and length, of both tables."""
+    rows: dict[tuple[str, int], list[Cell]] = {}
+    for cell in cells:
+        rows.setdefault((cell["mask"], cell["tokens"]), []).append(cell)
+    return list(rows.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--masks", nargs="+", default=MASKS, choices=[*workloads.WORKLOADS, *BLOCK_SHARES])
@@ -391,7 +412,8 @@ def main() -> None:
             cells, found = run(options, first)
         if LAST in names:
             cells += run(options, [LAST])[0]
-    print(*(bar for bar in found if not bar.holds), *summary(found), sep="\n")
+    found += [bar for row in rows_of(cells) for bar in hopper_bars(row)]
+    print(*(bar for bar in found if bar.ours == "hopper" or not bar.holds), *summary(found), sep="\n")
     for message in dict.fromkeys(f"{cell['contender']}: {cell['error']}" for cell in cells if "error" in cell):
         print(message)
     if options.json:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``benchmarks/kernels.py`` says of its bars, on made-up figures."""
 
-from benchmarks.kernel_bars import bars, summary
+from benchmarks.kernel_bars import bars, hopper_bars, summary
 
 
 def cell(contender: str, forward: float, backward: float, mask: str = "causal", tokens: int = 32768):
@@ -35,7 +35,7 @@ def test_what_was_not_measured_or_has_no_bar_is_left_out():
     (bar,) = bars(
         [cell("auto", 1, 1, "varlen_causal") | {"forward": 2}, cell("cudnn_flex", 1, 2, "varlen_causal")], None
     )
-    assert str(bar) == "varlen_causal 32768 backward: 0.50 of cudnn_flex, 1.05 MISSED"
+    assert str(bar) == "varlen_causal 32768 backward: 0.500 of cudnn_flex, 1.05 MISSED"
 
 
 def test_the_summary_names_the_closest_comparison_of_each_peer():
@@ -48,3 +48,22 @@ def test_the_summary_names_the_closest_comparison_of_each_peer():
         "MISSED: at least 0.97 of fa4-native: 1 of 2, least 0.954 (causal 32768 backward)",
         "HOLDS: at least 1.05 of cudnn_flex: 1 of 1, least 1.060 (varlen_causal 32768 backward)",
     ]
+
+
+def test_hopper_is_held_against_the_best_peer_of_each_mask():
+    row = [cell("hopper", 112, 100, "varlen_full"), cell("cudnn_flex", 90, 95, "varlen_full")]
+    row += [cell("blackwell", 100, 80, "varlen_full"), cell("auto", 112, 100, "varlen_full")]
+    found = list(hopper_bars(row))
+    assert [str(bar) for bar in found] == [
+        "hopper varlen_full 32768 forward: 1.120 of best peer blackwell, 1.1 holds",
+        "hopper varlen_full 32768 backward: 1.053 of best peer cudnn_flex, 1.1 MISSED",
+    ]
+    assert list(summary(found)) == [
+        "MISSED: hopper at least 1.1 of best peer: 1 of 2, least 1.053 (varlen_full 32768 backward)"
+    ]
+    dense = list(hopper_bars([cell("hopper", 95, 92), cell("fa4-native", 100, 100)]))
+    assert [bar.needed for bar in dense] == [0.95, 0.92]
+    assert all(bar.holds for bar in dense)
+    blocks = [cell("hopper", 130, 1, "blocks_5"), cell("cudnn_flex", 100, 1, "blocks_5")]
+    blocks += [cell("flex-attention", 110, 1, "blocks_5")]
+    assert [(bar.peer, bar.holds) for bar in hopper_bars(blocks)] == [("cudnn_flex", True), ("flex-attention", False)]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A few small launches of every kind of kernel, for NVIDIA's compute-sanitizer to watch: ``test_sanitizer_gpu.py``."""
 
-import sys
+import argparse
+from pathlib import Path
 
 import torch
 
@@ -9,7 +10,7 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall, IndexCall
 from magi_attention.testing.lists import random_lists
 from magi_attention.testing.stages import random_inputs
-from magi_kernels_hopper import BACKEND, tables
+from magi_kernels_hopper import BACKEND, backward, forward, index, tables
 
 ROWS = [[0, 100, 0, 150, 0], [100, 300, 50, 250, 1], [310, 320, 150, 170, 3], [310, 320, 0, 20, 2]]
 
@@ -17,8 +18,8 @@ ROWS = [[0, 100, 0, 150, 0], [100, 300, 50, 250, 1], [310, 320, 150, 170, 3], [3
 def main(dims: list[int]) -> None:
     for dim in dims:
         x = random_inputs(330, 300, heads=(4, 1), dims=(dim, dim), dtype=torch.bfloat16, device="cuda")
-        for wide in (0.0, 100.0):
-            tables.WIDE_KEYS = wide
+        for pairs in (0.0, 100.0):
+            tables.TALL_PAIRS = pairs
             call = AttentionCall(SliceTable(ROWS), 0.1, max_logits=True)
             out, lse, _ = BACKEND.forward(*x[:3], call)
             BACKEND.forward_onto(out, lse, *x[:3], call)
@@ -32,4 +33,10 @@ def main(dims: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(each) for each in sys.argv[1:]] or [64, 128])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dims", nargs="+", type=int)
+    parser.add_argument("--cubins", type=Path, help="launch kernels from here")
+    options = parser.parse_args()
+    for module in (forward, backward, index) if options.cubins else ():
+        module.CUBINS = options.cubins
+    main(options.dims)

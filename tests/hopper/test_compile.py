@@ -90,14 +90,10 @@ STACK_LIMITS = {
     "backward_d192_bf16": 16,
     "backward_d192_bf16_softcap": 16,
     "backward_d256_bf16_softcap": 8,
-    "forward_d64_bf16": 64,
-    "forward_d64_bf16_softcap": 152,
-    "forward_d96_bf16_softcap": 16,
-    "forward_d128_bf16_softcap": 16,
-    "forward_d192_v128_bf16_softcap": 24,
-    "forward_d192_bf16_softcap": 40,
-    "forward_d256_bf16": 8,
-    "forward_d256_bf16_softcap": 64,
+    "forward_d64_bf16_softcap": 248,
+    "forward_d192_v128_bf16_softcap": 8,
+    "forward_d192_bf16_softcap": 32,
+    "forward_d256_bf16_softcap": 48,
 }
 """Bytes of local memory per thread that NOTES.md speaks of; none for all that is not listed."""
 

@@ -16,7 +16,7 @@ from magi_attention.testing.oracle import dense_attention, dense_mask, masked_at
 from magi_attention.testing.stages import Inputs, random_inputs
 from magi_kernels_hopper import BACKEND, tables
 from magi_kernels_hopper.forward import launch_forward
-from magi_kernels_hopper.variants import HEAD_DIMS, WIDE_SIZES
+from magi_kernels_hopper.variants import HEAD_DIMS, TALL_SIZES
 
 pytestmark = pytest.mark.gpu
 
@@ -58,10 +58,10 @@ def test_many_tiles():
     assert_right(inputs(1000, 3000, heads=(2, 1)), SliceTable([[0, 1000, 0, 3000, 0]]))
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+@pytest.mark.parametrize("tall", [False, True], ids=["low", "tall"])
 @pytest.mark.parametrize("family", MASK_FAMILIES)
-def test_families(family, wide, monkeypatch):
-    monkeypatch.setattr(tables, "WIDE_KEYS", 100.0 if wide else 0.0)
+def test_families(family, tall, monkeypatch):
+    monkeypatch.setattr(tables, "TALL_PAIRS", 100.0 if tall else 0.0)
     for total in (333, 1024):
         assert_right(inputs(total), MASK_FAMILIES[family](total, np.random.default_rng(total)))
 
@@ -76,12 +76,12 @@ def test_random_masks(mask, heads, dim):
 @pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (7, 1), (8, 1), (16, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["narrow", "wide", "softcap"])
+@pytest.mark.parametrize("kind", ["low", "tall", "softcap"])
 def test_every_kernel(dims, heads, dtype, kind, monkeypatch):
     softcap = 2.0 if kind == "softcap" else 0.0
-    if kind == "wide" and dims not in WIDE_SIZES:
-        pytest.skip("there is no kernel with wider boxes")
-    monkeypatch.setattr(tables, "WIDE_KEYS", 100.0 if kind == "wide" else 0.0)
+    if kind == "tall" and dims not in TALL_SIZES:
+        pytest.skip("there is no tall kernel")
+    monkeypatch.setattr(tables, "TALL_PAIRS", 100.0 if kind == "tall" else 0.0)
     x = inputs(700, dims=dims, heads=heads, dtype=dtype)
     assert_right(x, SliceTable(IRREGULAR_ROWS), softcap=softcap, max_logits=True)
 

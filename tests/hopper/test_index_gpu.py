@@ -35,10 +35,11 @@ def lists_for(x: Inputs, longest: int) -> torch.Tensor:
     return random_lists(len(x.q), x.k.shape[1], len(x.k), longest, device="cuda")
 
 
-def assert_right(x: Inputs, lists: torch.Tensor, scale: float = 0.1) -> None:
-    result = BACKEND.forward_indices(x.q, x.k, x.v, IndexCall(lists, scale, max_logits=True))
-    exact = dense_index_attention(*(each.double() for each in x[:3]), lists, softmax_scale=scale)
-    plain = dense_index_attention(*x[:3], lists, softmax_scale=scale)
+def assert_right(x: Inputs, lists: torch.Tensor, scale: float = 0.1, softcap: float = 0.0) -> None:
+    result = BACKEND.forward_indices(x.q, x.k, x.v, IndexCall(lists, scale, softcap, max_logits=True))
+    scoring = {"softmax_scale": scale, "softcap": softcap}
+    exact = dense_index_attention(*(each.double() for each in x[:3]), lists, **scoring)
+    plain = dense_index_attention(*x[:3], lists, **scoring)
     for name, mine, truth, torchs in zip(("out", "lse", "max_logits"), result, exact, plain, strict=True):
         assert_within_pytorch_error(mine, truth, torchs, name=name)
 
@@ -52,9 +53,10 @@ def test_lengths_of_lists(longest):
 @pytest.mark.parametrize("dims", INDEX_SIZES, ids=str)
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2), (8, 1), (64, 1), (128, 1), (5, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_kernel(dims, heads, dtype):
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_every_kernel(dims, heads, dtype, softcap):
     x = inputs(200, 400, dims=dims, heads=heads, dtype=dtype)
-    assert_right(x, lists_for(x, 192))
+    assert_right(x, lists_for(x, 192), softcap=softcap)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0, -0.1])

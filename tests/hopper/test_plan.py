@@ -32,7 +32,8 @@ def test_every_pair_counts_once(mask, tile_q, box_k):
     [
         ([[0, 256, 0, 256, 0]], [2] * 16, [0] * 16),  # nothing to mask
         ([[0, 256, 0, 200, 0]], [2] * 16, [1] * 16),  # the last box is cut off
-        ([[0, 256, 0, 256, 1]], None, [1] * 16),  # one partial box on the diagonal, alone or beside a full one
+        # One partial box on the diagonal: alone, beside a full one, or last and alone after full ones.
+        ([[0, 256, 0, 256, 1]], None, [1] * 8 + [0] * 4 + [1] * 4),
         ([[0, 256, 1, 129, 0]], [1] * 16, [0] * 16),  # spans begin where they like
         ([[0, 8, 0, 128, 0], [8, 16, 0, 128, 0]], [1] + [0] * 15, [0] * 16),  # full by two slices together
         ([], [0] * 16, [0] * 16),
@@ -43,6 +44,20 @@ def test_boxes(rows, num_tiles, num_masked):
     if num_tiles is not None:
         assert tables.tiles[:, 1].tolist() == num_tiles
     assert tables.tiles[:, 2].tolist() == num_masked
+
+
+def test_an_odd_box_is_the_last_and_has_its_tile_alone():
+    """It is a partial one if their number is odd, so that full ones stay in pairs."""
+    tables = row_tables(SliceTable([[0, 16, 0, 5 * 64 - 20, 0]]).bands(), 16, 5 * 64, 16, 64)
+    (tile,) = tables.tiles.tolist()
+    assert tile[1:3] == [3, 0]
+    assert tables.runs[tile[3]].tolist()[:2] == [4 * 64, 5 * 64 - 20]
+    tables = row_tables(SliceTable([[0, 16, 0, 5 * 64, 0]]).bands(), 16, 5 * 64, 16, 64)
+    assert tables.runs[tables.tiles[0, 3], 3] == FULL
+    tables = row_tables(SliceTable([[0, 16, 0, 4 * 64, 0]]).bands(), 16, 5 * 64, 16, 64)
+    assert tables.tiles[0, 3] == -1
+    tables = row_tables(SliceTable([[0, 16, 0, 64, 0]]).bands(), 16, 5 * 64, 16, 64)
+    assert tables.tiles[0, 3] == -1
 
 
 def test_longest_come_first():
@@ -68,20 +83,18 @@ def test_long_runs_stay_short_tables():
 
 
 @pytest.mark.parametrize(
-    ("name", "wide"),
-    [
-        ("full", True),
-        ("causal", True),
-        ("swa_causal_1024", True),
-        ("varlen_causal", True),
-        ("shared_question", False),
-        ("varlen_full", False),
-    ],
+    "name", ["full", "causal", "swa_causal_1024", "varlen_causal", "shared_question", "varlen_full"]
 )
-def test_boxes_are_as_wide_as_is_faster(name, wide):
+def test_tiles_are_tall_where_that_is_faster(name):
     """What was measured to be faster with 64 heads, eight of them sharing keys, at 8k tokens."""
     slices, variant = workloads.make(name, 8192), ForwardVariant(128, 128, "bf16")
-    tables = device_row_tables(slices, 8192, 8192, 16, variant, torch.device("cpu"))
-    assert tables.wide is wide
+    assert device_row_tables(slices, 8192, 8192, 8, variant, torch.device("cpu")).tall
     capped = ForwardVariant(128, 128, "bf16", softcap=True)
-    assert not device_row_tables(slices, 8192, 8192, 16, capped, torch.device("cpu")).wide
+    assert not device_row_tables(slices, 8192, 8192, 8, capped, torch.device("cpu")).tall
+
+
+def test_tiles_are_not_tall_where_queries_see_different_blocks():
+    starts = 64 * np.random.default_rng(0).integers(0, 64, (64, 2))
+    rows = [[64 * i, 64 * i + 64, start, start + 64, 0] for i, row in enumerate(starts) for start in np.unique(row)]
+    tables = device_row_tables(SliceTable(rows), 4096, 4096, 8, ForwardVariant(128, 128, "bf16"), torch.device("cpu"))
+    assert not tables.tall

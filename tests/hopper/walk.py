@@ -26,7 +26,7 @@ class Box(NamedTuple):
 
 def walk(tables: RowTables, tile: int, tile_q: int, box_k: int) -> Iterator[Box]:
     """The boxes of a tile of queries, in the kernel's order."""
-    first_run, num_tiles, num_masked, is_odd = tables.tiles[tile]
+    first_run, num_tiles, num_masked, last_run = tables.tiles[tile]
     runs = iter(tables.runs[first_run:].tolist())
     key = stop = 0
     for number in range(2 * num_tiles):
@@ -39,10 +39,16 @@ def walk(tables: RowTables, tile: int, tile_q: int, box_k: int) -> Iterator[Box]
                 token = tile * tile_q + row
                 if q0 <= token < q1:
                     kept[row] |= (columns >= max(k0, token + d0)) & (columns < min(k1, token + d1 + 1, stop))
-        # The first tile of keys is always masked: a run that is full keeps all.
-        missing = is_odd and number == 2 * num_tiles - 1
-        assert not (missing and kept.any())
-        yield Box(key, missing or number < 2 * max(num_masked, 1), kept)
+        # The first tile of keys is always masked, and so is one that ends halfway: a run that is full keeps all.
+        ends_halfway = last_run >= 0 and number == 2 * num_tiles - 2
+        if ends_halfway:
+            *_, first, count = tables.runs[last_run].tolist()
+            assert (first_piece, num_pieces) == (first, count)
+            assert num_pieces == FULL or key == tables.runs[last_run, 0]
+        if last_run >= 0 and number == 2 * num_tiles - 1:
+            assert not kept.any()
+            return
+        yield Box(key, ends_halfway or number < 2 * max(num_masked, 1), kept)
         key += box_k
 
 

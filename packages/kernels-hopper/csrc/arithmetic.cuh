@@ -55,8 +55,9 @@ __device__ __forceinline__ float2 unpack_here(uint32_t word, __half) {
 }
 
 // Accumulators of a product to fragments of the left operand of the next one, 16 columns in each.
-template <typename Element, int Count>
-__device__ __forceinline__ void to_fragments(float const (&values)[Count], uint32_t (&fragments)[Count / 8][4]) {
+template <typename Element, int Count, int Fragments>
+__device__ __forceinline__ void to_fragments(float const (&values)[Count], uint32_t (&fragments)[Fragments][4]) {
+    static_assert(Count <= 8 * Fragments, "the first fragments are filled");
 #pragma unroll
     for (int i = 0; i < Count / 2; i++) {
         fragments[i / 4][i % 4] = pack(values[2 * i], values[2 * i + 1], Element{});

@@ -21,32 +21,32 @@ constexpr uint32_t kConsumerRegisters = (504 - kProducerRegisters<T>) / 2;
 
 template <typename T>
 __device__ __forceinline__ void init_barriers(Shared<T>& s) {
-    constexpr uint32_t kWarps = 4 * kConsumers;
+    constexpr uint32_t kOfOne = 4 * ptx::kArrivalsOfWarp, kOfAll = kConsumers * kOfOne;  // arrivals of consumers
     ptx::mbarrier_init(&s.k_full, 1);
     ptx::mbarrier_init(&s.v_full, 1);
-    ptx::mbarrier_init(&s.kv_empty, kWarps);
+    ptx::mbarrier_init(&s.kv_empty, kOfAll);
     for (int i = 0; i < T::kStages; i++) {
         ptx::mbarrier_init(&s.q_full[i], 1);
-        ptx::mbarrier_init(&s.q_empty[i], kWarps);
+        ptx::mbarrier_init(&s.q_empty[i], kOfAll);
         ptx::mbarrier_init(&s.dout_full[i], 1);
-        ptx::mbarrier_init(&s.dout_empty[i], kWarps);
+        ptx::mbarrier_init(&s.dout_empty[i], kOfAll);
     }
     for (int i = 0; i < 2; i++) {
-        ptx::mbarrier_init(&s.ds_full[i], T::kWide ? 4 : kWarps);
-        ptx::mbarrier_init(&s.ds_empty[i], T::kDqAlternates ? 4 : kWarps);
+        ptx::mbarrier_init(&s.ds_full[i], T::kWide ? kOfOne : kOfAll);
+        ptx::mbarrier_init(&s.ds_empty[i], T::kDqAlternates ? kOfOne : kOfAll);
         ptx::mbarrier_init(&s.item_full[i], 1);
-        ptx::mbarrier_init(&s.item_empty[i], kWarps);
+        ptx::mbarrier_init(&s.item_empty[i], kOfAll);
     }
     if constexpr (T::kDqShared) {
         for (int i = 0; i < kConsumers; i++) {
-            ptx::mbarrier_init(&s.dq_full[i], 4);
+            ptx::mbarrier_init(&s.dq_full[i], kOfOne);
             ptx::mbarrier_init(&s.dq_empty[i], 1);
         }
     }
     if constexpr (T::kWide) {
         for (int i = 0; i < 2; i++) {
-            ptx::mbarrier_init(&s.p_full[i], 4);
-            ptx::mbarrier_init(&s.p_empty[i], 4);
+            ptx::mbarrier_init(&s.p_full[i], kOfOne);
+            ptx::mbarrier_init(&s.p_empty[i], kOfOne);
         }
     }
     ptx::fence_mbarrier_init();

@@ -11,11 +11,8 @@
 
 namespace magi::backward {
 
-// One arrival of each warp; what the warp has read by products must have been waited for.
-__device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
-}
+// What the warp has read by products must have been waited for.
+__device__ __forceinline__ void arrive_warp(uint64_t* barrier) { ptx::mbarrier_arrive_warp(barrier); }
 
 // What a tile of keys may do to a part of a tile's gradients: as the first one it writes, the others add.
 enum class Turn { kWrite, kAdd, kLater };

@@ -2,6 +2,7 @@
 // From accumulators to the output tensors.
 #pragma once
 
+#include "../ptx/stmatrix.cuh"
 #include "softmax.cuh"
 
 namespace magi::forward {
@@ -159,12 +160,37 @@ template <typename T>
 __device__ __forceinline__ void store(Results const& p, Softmax<T> const& softmax, float (&o)[T::kHeadDimV / 2],
                                       OutputRow const (&rows)[2]) {
     if (p.max_logits != nullptr) store_max_logits<T>(p, softmax, rows);
-    if (p.merges || p.out_is_float) {
+    if (T::kStagesOut || p.merges || p.out_is_float) {
         store_row<T, 0>(p, softmax, o, rows[0]);
         store_row<T, 1>(p, softmax, o, rows[1]);
     } else {
         store_plainly<T>(p, softmax, o, 0, rows[0]);
         store_plainly<T>(p, softmax, o, 1, rows[1]);
+    }
+}
+
+// Writes a thread's part of a tile, but for the output, which goes to shared memory, where the copy engine takes it from.
+template <typename T>
+__device__ __forceinline__ void stage(Results const& p, Softmax<T> const& softmax, float const (&o)[T::kHeadDimV / 2],
+                                      OutputRow const (&rows)[2], uint8_t* target) {
+    using Tile = typename T::TileOut;
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float const lse = softmax.finish(r, factor[r]);
+        if (rows[r].inside && threadIdx.x % 4 == 0) *rows[r].of_lse(p) = lse;
+    }
+    int const lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+    uint32_t const address = ptx::shared_address(target);
+#pragma unroll
+    for (int column = 0; column < T::kHeadDimV; column += 16) {
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int const i = column / 2 + 2 * j;
+            words[j] = pack(o[i] * factor[j % 2], o[i + 1] * factor[j % 2], typename T::Element{});
+        }
+        ptx::stmatrix_x4(address + Tile::offset(row, column + lane / 16 * 8), words);
     }
 }
 

@@ -41,12 +41,12 @@ __device__ __forceinline__ void mask_of_tile(Params const& p, BoxCursor<BoxN>& c
     }
 }
 
-template <int Count>
+template <int BoxN, int Count>
 __device__ __forceinline__ void apply_mask(float (&scores)[Count], uint32_t const (&bits)[2][2]) {
 #pragma unroll
     for (int i = 0; i < Count; i++) {
-        int const within = i % (Count / 2);
-        if (!(bits[i / (Count / 2)][i / 2 % 2] >> (within / 4 * 2 + within % 2) & 1)) scores[i] = -INFINITY;
+        int const within = i % (BoxN / 2);
+        if (!(bits[i / (BoxN / 2)][i / 2 % 2] >> (within / 4 * 2 + within % 2) & 1)) scores[i] = -INFINITY;
     }
 }
 

@@ -25,20 +25,25 @@ struct Results {
     int num_q, num_heads;
     int out_is_float;   // out is float
     int merges;         // out and lse hold the result over other keys, to be merged with
+
+    // Whether results are written over what is there, as elements, which the copy engine does.
+    __device__ __forceinline__ bool stages_out() const { return !merges && !out_is_float; }
 };
 
-// A tile of queries holds `pack` neighboring query heads of one key head, and for each of them the same `tile_q` tokens:
-// row r is of token r / pack and of head r % pack from the tile's first. Rows after the last of them count for nothing.
+// A tile of queries holds `pack` neighboring query heads of one key head, and for each of them the same tokens, of which
+// each consumer has `share_q`: its row r is of token r / pack and of head r % pack from its first. Rows after the last of
+// them count for nothing.
 //
-// tiles:  for each tile of queries (first run, number of tiles of keys, how many of these are masked, 0); a tile of keys
-//         is two boxes. Masked tiles come first.
+// tiles:  for each tile of queries (first run, number of tiles of keys, how many of these are masked, run of the last box
+//         or -1); a tile of keys is two boxes. Masked tiles come first. Where a run of the last box is given, the last
+//         tile ends with that, its first one, which begins the run if it needs a mask.
 // runs:   (first key, end of keys, first piece, number of pieces or -1): boxes of keys one after another, the last one
 //         cut off at the end; of a full run, which has -1 pieces, all pairs count. A run may begin at num_k, for one box
 //         that nobody sees.
 // pieces: pairs of (k0, k1, d0, d1), (q0, q1, 0, 0): query i sees key j if q0 <= i < q1, k0 <= j < k1, d0 <= j - i <= d1.
 // order:  tiles of queries, the longest first.
 struct Params {
-    CUtensorMap q, k, v;
+    CUtensorMap q, k, v, out;
     Results results;
     Scoring scoring;
     uint32_t* counters;   // 2, zero before and after the launch
@@ -46,13 +51,13 @@ struct Params {
     int4 const* runs;
     int4 const* pieces;
     int const* order;
-    int pack, tile_q;
+    int pack, share_q;
     int packs_per_kv_head;      // query heads of a key head, divided by the pack
     int num_tiles;              // of queries
     int num_packs;              // of heads
     int packs_per_section;      // that are computed together, so that their keys stay in the L2 cache
 };
 
-static_assert(sizeof(Params) == 640, "forward.py pads its structure to this size");
+static_assert(sizeof(Params) == 768, "forward.py pads its structure to this size");
 
 }  // namespace magi::forward

@@ -12,6 +12,8 @@ struct Item {
     int first_run;
     int num_tiles;   // of keys
     int num_masked;
+    int last_run;    // of a last tile of keys that ends with its first box, else -1
+    int num_half;    // 1 if there is such a tile
 };
 
 // Item `number` in the order of work: sections of packs, in each the longest tiles first, all its packs side by side.
@@ -22,22 +24,23 @@ __device__ __forceinline__ Item item_at(Params const& p, int number) {
     int const within = number - section * p.num_tiles * p.packs_per_section;
     int const tile = p.order[within / packs];
     int4 const header = p.tiles[tile];
-    return {tile, first_pack + within % packs, header.x, header.y, header.z};
+    return {tile, first_pack + within % packs, header.x, header.y, header.z, header.w, header.w >= 0};
 }
 
 // Walks through the boxes of a tile's runs.
 template <int BoxN>
 struct BoxCursor {
-    int4 const* next_run;
+    int4 const* const runs;
+    int next_run;
     int4 run = {0, 0, 0, 0};  // of the box last returned
     int key = 0;              // where the next box begins
 
-    __device__ __forceinline__ BoxCursor(Params const& p, Item const& item) : next_run(p.runs + item.first_run) {}
+    __device__ __forceinline__ BoxCursor(Params const& p, Item const& item) : runs(p.runs), next_run(item.first_run) {}
 
     // The first key of the next box.
     __device__ __forceinline__ int next() {
         if (key >= run.y) {
-            run = __ldg(next_run++);
+            run = __ldg(runs + next_run++);
             key = run.x;
         }
         int const box = key;

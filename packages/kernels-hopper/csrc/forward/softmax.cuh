@@ -43,16 +43,16 @@ struct Softmax {
 
     // Takes in the scores of a tile, which become probabilities relative to the largest score so far. What was summed
     // up before must be multiplied by `shrink`, which is done here for the sums.
-    template <bool Masked>
-    __device__ __forceinline__ void step(float (&scores)[T::kTileN / 2], uint32_t const (&bits)[2][2],
+    template <bool Masked, int Count>
+    __device__ __forceinline__ void step(float (&scores)[Count], uint32_t const (&bits)[2][2],
                                          float (&shrink)[2]) {
-        if constexpr (Masked) apply_mask(scores, bits);
+        if constexpr (Masked) apply_mask<T::kBoxN>(scores, bits);
         float minus_largest[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float tile = fmaxf(scores[2 * r], scores[2 * r + 1]);
 #pragma unroll
-            for (int i = 4; i < T::kTileN / 2; i += 4) {
+            for (int i = 4; i < Count; i += 4) {
                 tile = fmaxf(tile, fmaxf(scores[i + 2 * r], scores[i + 2 * r + 1]));
             }
             float const before = largest[r];
@@ -66,7 +66,7 @@ struct Softmax {
         for (int r = 0; r < 2; r++) {
             float total[2] = {0, 0};
 #pragma unroll
-            for (int i = 2 * r; i < T::kTileN / 2; i += 4) {
+            for (int i = 2 * r; i < Count; i += 4) {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     scores[i + e] = exp2_approx(exponent<Masked>(scores[i + e], minus_largest[r]));

@@ -24,11 +24,8 @@ struct Consumer {
 
     __device__ __forceinline__ Consumer(Params const& p, Shared<T>& s) : p(p), s(s) {}
 
-    // One arrival of each warp; what the warp has read by products must have been waited for.
-    __device__ __forceinline__ void release(uint64_t* empty) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
-    }
+    // What the warp has read by products must have been waited for.
+    __device__ __forceinline__ void release(uint64_t* empty) { ptx::mbarrier_arrive_warp(empty); }
 
     // scores = q k^T
     __device__ __forceinline__ void multiply_keys() {
@@ -128,10 +125,10 @@ __device__ __forceinline__ void attend_to_indices(Params const& p) {
     int const warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
         ptx::mbarrier_init(&s.q_full, 1);
-        ptx::mbarrier_init(&s.q_empty, 4);
+        ptx::mbarrier_init(&s.q_empty, 4 * ptx::kArrivalsOfWarp);
         for (int i = 0; i < T::kStages; i++) {
             ptx::mbarrier_init(&s.full[i], kProducers);
-            ptx::mbarrier_init(&s.empty[i], 4);
+            ptx::mbarrier_init(&s.empty[i], 4 * ptx::kArrivalsOfWarp);
         }
         ptx::fence_mbarrier_init();
         ptx::prefetch_tensormap(&p.q);

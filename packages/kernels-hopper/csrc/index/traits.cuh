@@ -13,17 +13,19 @@ namespace magi::index {
 //   Stages:            tiles of keys and values in shared memory
 //   Blocks:            that share a multiprocessor
 //   ConsumerRegisters: of a thread that computes; ProducerRegisters: of a thread that loads
-template <int HeadDim, int HeadDimV, typename Element_, int Stages, int Blocks, int ConsumerRegisters,
+template <int HeadDim, int HeadDimV, typename Element_, bool Softcap, int Stages, int Blocks, int ConsumerRegisters,
           int ProducerRegisters>
 struct Traits {
     using Element = Element_;
     static constexpr int kHeadDim = HeadDim;
     static constexpr int kHeadDimV = HeadDimV;
-    static constexpr bool kSoftcap = false;
+    static constexpr bool kSoftcap = Softcap;
+    static constexpr bool kStagesOut = false;
     static constexpr int kStages = Stages;
     static constexpr int kBlocks = Blocks;
     static constexpr int kTileM = 64;
     static constexpr int kTileN = 64;
+    static constexpr int kBoxN = kTileN / 2;  // masks are applied to halves
     static constexpr int kThreads = 256;
     static constexpr int kConsumerRegisters = ConsumerRegisters;
     static constexpr int kProducerRegisters = ProducerRegisters;

@@ -30,4 +30,13 @@ __device__ __forceinline__ void cp_async_bulk_tensor_3d(
         : "memory");
 }
 
+// Stores the box that begins at (c0, c1, c2), without what lies outside the tensor.
+__device__ __forceinline__ void cp_async_bulk_tensor_store_3d(CUtensorMap const* map, void const* source, int c0, int c1,
+                                                              int c2) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+                     reinterpret_cast<uint64_t>(map)),
+                 "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2)
+                 : "memory");
+}
+
 }  // namespace magi::ptx

@@ -17,6 +17,15 @@ __device__ __forceinline__ int load_acquire(int const* address) {
     return value;
 }
 
+// Loads what never changes while the kernel runs, which the L1 cache keeps for long.
+__device__ __forceinline__ int4 load_to_keep(int4 const* address) {
+    int4 value;
+    asm volatile("ld.global.nc.L1::evict_last.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address));
+    return value;
+}
+
 // Returns what was there before.
 __device__ __forceinline__ int add_acquire_release(int* address, int value) {
     int before;

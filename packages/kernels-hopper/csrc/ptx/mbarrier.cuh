@@ -24,6 +24,18 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// One arrival of a warp, after all of its threads have come here. compute-sanitizer's racecheck doesn't see that one of
+// them arrives for all; in kernels that are compiled for it, each arrives for itself.
+#ifdef MAGI_FOR_RACECHECK
+constexpr uint32_t kArrivalsOfWarp = 32;
+#else
+constexpr uint32_t kArrivalsOfWarp = 1;
+#endif
+__device__ __forceinline__ void mbarrier_arrive_warp(uint64_t* barrier) {
+    __syncwarp();
+    if (kArrivalsOfWarp == 32 || threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
+
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");

@@ -14,4 +14,11 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t con
                  : "memory");
 }
 
+// The same without transposing: lane 8 m + r gives the address at which row r of matrix m goes.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t const (&matrices)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                 "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+                 : "memory");
+}
+
 }  // namespace magi::ptx

@@ -43,6 +43,7 @@ class Params(ctypes.Structure):
         ("q", TensorMap),
         ("k", TensorMap),
         ("v", TensorMap),
+        ("out", TensorMap),
         ("results", Results),
         ("scoring", Scoring),
         ("counters", ctypes.c_void_p),
@@ -51,7 +52,7 @@ class Params(ctypes.Structure):
         ("pieces", ctypes.c_void_p),
         ("order", ctypes.c_void_p),
         ("pack", ctypes.c_int),
-        ("tile_q", ctypes.c_int),
+        ("share_q", ctypes.c_int),
         ("packs_per_kv_head", ctypes.c_int),
         ("num_tiles", ctypes.c_int),
         ("num_packs", ctypes.c_int),
@@ -65,14 +66,14 @@ class Geometry(NamedTuple):
 
     Attributes:
         pack: neighboring query heads that share a tile of queries.
-        tile_q: tokens of a tile.
+        share_q: tokens of a consumer, whose share of a tile they are.
         packs_per_kv_head: packs that read the same keys.
         num_packs: of all heads.
         packs_per_section: packs computed at a time.
     """
 
     pack: int
-    tile_q: int
+    share_q: int
     packs_per_kv_head: int
     num_packs: int
     packs_per_section: int
@@ -87,7 +88,7 @@ def geometry(variant: ForwardVariant, num_heads_q: int, num_heads_kv: int, num_k
     heads_per_section = max(min(SECTION_BYTES // bytes_per_head, num_heads_kv), 1)
     return Geometry(
         pack,
-        variant.sizes.tile_m // pack,
+        variant.sizes.consumer_rows // pack,
         packs_per_kv_head,
         num_heads_q // pack,
         heads_per_section * packs_per_kv_head,
@@ -98,7 +99,7 @@ class PreparedForward:
     """All of a launch that does not change from call to call: made once for each mask and geometry, kept with the mask.
 
     Args:
-        variant: the kernel; the wide one is taken instead where it is faster.
+        variant: the kernel; the tall one is taken instead where it is faster.
         call: the mask, and how to score.
         q: ``[tq, hq, d]``.
         k: ``[tk, hk, d]``.
@@ -106,13 +107,14 @@ class PreparedForward:
 
     def __init__(self, variant: ForwardVariant, call: AttentionCall, q: Tensor, k: Tensor) -> None:
         cut = geometry(variant, q.shape[1], k.shape[1], k.shape[0])
-        self.tables = device_row_tables(call.slices, q.shape[0], k.shape[0], cut.tile_q, variant, q.device)
+        self.tables = device_row_tables(call.slices, q.shape[0], k.shape[0], cut.share_q, variant, q.device)
         self.streams = StreamsOfTables(self.tables)
-        variant = replace(variant, wide=self.tables.wide)
+        variant = replace(variant, tall=self.tables.tall)
         sizes = variant.sizes
         self.kernel = _kernel(variant, q.device)
-        swizzles = [128 if dim % 64 == 0 else 64 for dim in (variant.head_dim, variant.head_dim, variant.head_dim_v)]
-        rows = [(cut.pack, cut.tile_q), (1, sizes.box_n), (1, sizes.box_n)]
+        dims = (variant.head_dim, variant.head_dim, variant.head_dim_v, variant.head_dim_v)
+        swizzles = [128 if dim % 64 == 0 else 64 for dim in dims]
+        rows = [(cut.pack, cut.share_q), (1, sizes.box_n), (1, sizes.box_n), (cut.pack, cut.share_q)]
         self.boxes = [(swizzle // 2, *each) for swizzle, each in zip(swizzles, rows, strict=True)]
         self.swizzles = swizzles
         items = len(self.tables.tiles) * cut.num_packs
@@ -124,7 +126,7 @@ class PreparedForward:
             order=self.tables.order.data_ptr(),
             scoring=Scoring.of(call.softmax_scale, call.softcap),
             pack=cut.pack,
-            tile_q=cut.tile_q,
+            share_q=cut.share_q,
             packs_per_kv_head=cut.packs_per_kv_head,
             num_tiles=len(self.tables.tiles),
             num_packs=cut.num_packs,
@@ -166,7 +168,8 @@ def launch_forward(
     params = Params.from_buffer_copy(prepared.template)
     maps = tensor_maps(device)
     address = ctypes.addressof(params)  # the maps come first
-    for x, box, swizzle_bytes in zip(tensors, prepared.boxes, prepared.swizzles, strict=True):
+    staged = out if out.dtype == q.dtype else q  # where it is not, the map is not used
+    for x, box, swizzle_bytes in zip((*tensors, staged), prepared.boxes, prepared.swizzles, strict=True):
         ctypes.memmove(address, maps.get(x, box, swizzle_bytes), MAP_BYTES)
         address += MAP_BYTES
     zeros = counters(device, stream)

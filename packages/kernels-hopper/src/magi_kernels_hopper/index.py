@@ -62,7 +62,7 @@ def launch_index(
         lse: ``[tq, hq]`` float32, written.
         max_logits: ``[hq]`` float32, -inf, written; None for none.
     """
-    variant = IndexVariant(q.shape[2], v.shape[2], ELEMENT_OF[q.dtype])
+    variant = IndexVariant(q.shape[2], v.shape[2], ELEMENT_OF[q.dtype], call.softcap > 0)
     device, sizes, size = q.device, variant.sizes, q.element_size()
     q, k, v = aligned(scored_upward(q, call.softmax_scale)), aligned(k), aligned(v)
     indices = call.indices
@@ -71,7 +71,7 @@ def launch_index(
     pack, packs_per_kv_head = packs_of(q.shape[1], k.shape[1])
     params = Params(
         results=Results.of(out, lse, max_logits),
-        scoring=Scoring.of(call.softmax_scale, 0.0),
+        scoring=Scoring.of(call.softmax_scale, call.softcap),
         k=k.data_ptr(),
         v=v.data_ptr(),
         indices=indices.data_ptr(),

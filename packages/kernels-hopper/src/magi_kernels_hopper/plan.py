@@ -22,7 +22,8 @@ Indices = NDArray[np.int64]
 FULL = -1
 """In place of a run's number of pieces: every pair of its boxes counts."""
 
-PARTIAL, PAD, WHOLE = range(3)
+PARTIAL, WHOLE, LAST, PAD = range(4)
+"""Kinds of runs, in the order in which a tile of queries meets them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,8 @@ class RowTables:
     """What ``csrc/forward/params.cuh`` describes.
 
     Attributes:
-        tiles: ``(num_tiles, 4)``: first run, tiles of keys, how many of them are masked, 0.
+        tiles: ``(num_tiles, 4)``: first run, tiles of keys, how many of them are masked, and the run of the
+            last box where it has its tile alone, else -1.
         runs: ``(n, 4)``: first key, end of keys, first piece, number of pieces or ``FULL``.
         pieces: ``(m, 8)``: k0, k1, d0, d1, q0, q1, 0, 0.
         order: ``(num_tiles,)``, those with the most work first.
@@ -77,23 +79,47 @@ def row_tables(bands: Bands, num_q: int, num_k: int, tile_q: int, box_k: int) ->
     boxes = -(-(runs.stop - runs.start) // box_k)
     num_boxes = np.bincount(runs.tile, boxes, num_tiles).astype(np.int64)
     num_partial = np.bincount(runs.tile, boxes * (runs.kind == PARTIAL), num_tiles).astype(np.int64)
-    odd = np.flatnonzero(num_boxes % 2)
-    rows = np.concatenate(
-        [
-            np.column_stack([runs.start, runs.stop, first_piece, np.where(runs.kind == WHOLE, FULL, num_pieces)]),
-            np.tile([num_k, num_k + box_k, 0, 0], (len(odd), 1)),  # a box that nobody sees
-        ]
-    )
-    tile, kind = np.append(runs.tile, odd), np.append(runs.kind, np.full(len(odd), PAD))
-    order = np.lexsort((kind, tile))  # stable: keys ascend
-    first_run = np.searchsorted(tile[order], np.arange(num_tiles))
-    num_masked = -(-(num_partial + num_boxes % 2) // 2)
-    tiles = np.column_stack([first_run, (num_boxes + 1) // 2, num_masked, np.zeros_like(first_run)])
-    work = 8 * tiles[:, 1] + tiles[:, 2]  # a mask costs about an eighth of a tile
+    halfway = (num_boxes % 2 == 1) & (num_boxes > 1)
+    rows = np.column_stack([runs.start, runs.stop, first_piece, np.where(runs.kind == WHOLE, FULL, num_pieces)])
+    nobody = np.array([num_k, num_k + box_k, 0, 0])
+    rows, first_run = _arrange(runs, rows, np.stack([num_boxes, num_partial]), box_k, nobody)
+    last_run = np.where(halfway, first_run[1:] - 2, -1)
+    tiles = np.column_stack([first_run[:-1], (num_boxes + 1) // 2, (num_partial + ~halfway) // 2, last_run])
+    work = 8 * num_boxes + num_partial  # a mask costs about an eighth
     chosen = pieces[piece]
     table = np.zeros((len(chosen), 8), np.int64)
     table[:, :6] = chosen[:, [band.K0, band.K1, band.D0, band.D1, band.Q0, band.Q1]]
-    return RowTables(tiles, rows[order], table, np.argsort(-work, kind="stable"))
+    return RowTables(tiles, rows, table, np.argsort(-work, kind="stable"))
+
+
+def _arrange(runs: Runs, rows: Indices, counts: Indices, box_k: int, nobody: Indices) -> tuple[Indices, Indices]:
+    """The rows of runs in the order in which tiles meet them, and for each tile its first, and the end.
+
+    Where boxes are odd in number, ``nobody``, a box that nobody sees, comes beside the last. If partial ones are too,
+    the last of them is this last one, unless it is the only box: what is half is masked, and whole boxes stay in pairs.
+
+    Args:
+        runs: what they are of.
+        rows: as in ``RowTables.runs``.
+        counts: ``(2, num_tiles)`` boxes, and partial ones.
+        box_k: keys of a box.
+        nobody: ``(4,)``.
+    """
+    odd, odd_partial = counts % 2 == 1
+    partial = np.flatnonzero(runs.kind == PARTIAL)
+    of_tile = np.full(counts.shape[1], -1)
+    of_tile[runs.tile[partial]] = partial  # the last one stays
+    split = of_tile[odd & odd_partial & (counts[0] > 1)]
+    last = rows[split]
+    last[:, 0] += (-(-(last[:, 1] - last[:, 0]) // box_k) - 1) * box_k
+    rows[split, 1] = last[:, 0]
+    beside = np.flatnonzero(odd)
+    rows = np.concatenate([rows, last, np.tile(nobody, (len(beside), 1))])
+    tile = np.concatenate([runs.tile, runs.tile[split], beside])
+    kind = np.concatenate([runs.kind, np.full(len(last), LAST), np.full(len(beside), PAD)])
+    order = np.lexsort((kind, tile))  # stable: keys ascend
+    order = order[(rows[:, 1] > rows[:, 0])[order]]
+    return rows[order], np.searchsorted(tile[order], np.arange(counts.shape[1] + 1))
 
 
 def _runs_of_boxes(pieces: Bands, owner: Indices, num_q: int, num_k: int, tile_q: int, box_k: int) -> Runs:

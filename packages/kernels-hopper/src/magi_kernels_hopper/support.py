@@ -41,8 +41,8 @@ def _with_index(request: AttentionRequest) -> AttentionRequest:
 
 @cache
 def _support_of(request: AttentionRequest, by_indices: bool = False) -> Support:
-    if by_indices and (request.softcap or request.direction == "backward"):
-        return _refuse("the kernels for index attention compute the forward pass alone, and don't cap scores")
+    if by_indices and request.direction == "backward":
+        return _refuse("the kernels for index attention compute the forward pass alone")
     if request.dtype not in ELEMENT_OF:
         return _refuse(f"the kernels compute in bfloat16 or float16, not in {request.dtype}; use the backend 'flex'")
     dims = (request.head_dim, request.head_dim_v)
@@ -58,7 +58,7 @@ def _support_of(request: AttentionRequest, by_indices: bool = False) -> Support:
         return _refuse(f"the GPU has compute capability {major}.{minor}, kernels are for 9.0; use the backend 'flex'")
     element, needed = ELEMENT_OF[request.dtype], list[Variant]()
     if by_indices:
-        needed.append(IndexVariant(*dims, element))
+        needed.append(IndexVariant(*dims, element, request.softcap))
     elif request.direction == "forward":
         needed += forward_variants(dims, element, request.softcap)
     else:

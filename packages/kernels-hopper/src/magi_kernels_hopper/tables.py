@@ -13,9 +13,9 @@ from magi_kernels_hopper.backward_plan import adders, ranks
 from magi_kernels_hopper.plan import RowTables, row_tables
 from magi_kernels_hopper.variants import ForwardVariant, forward_variants
 
-WIDE_KEYS = 1.03
-"""How many times the keys of the narrower boxes the wider ones may compute with and still be faster: both were
-equally fast at 1.027 and at 1.035 (NOTES.md)."""
+TALL_PAIRS = 1.05
+"""How many times the pairs of the other kernel a tall one may compute and still be faster: it was 6 to 9 % faster for
+each (NOTES.md)."""
 
 
 MOST_RANKS = 2**31 - 1
@@ -23,45 +23,45 @@ MOST_RANKS = 2**31 - 1
 
 
 class DeviceRowTables(NamedTuple):
-    """:class:`magi_kernels_hopper.plan.RowTables`, as int32, and whether they are for the wider boxes."""
+    """:class:`magi_kernels_hopper.plan.RowTables`, as int32, and whether they are for the tall kernel."""
 
     tiles: Tensor
     runs: Tensor
     pieces: Tensor
     order: Tensor
-    wide: bool
+    tall: bool
 
 
 def device_row_tables(
-    slices: SliceTable, num_q: int, num_k: int, tile_q: int, variant: ForwardVariant, device: torch.device
+    slices: SliceTable, num_q: int, num_k: int, share_q: int, variant: ForwardVariant, device: torch.device
 ) -> DeviceRowTables:
-    """Build and upload the tables of a mask, for the boxes with which it is computed faster.
+    """Build and upload the tables of a mask, for the kernel that computes it faster.
 
     Args:
         slices: the mask.
         num_q: rows of the query tensor.
         num_k: rows of the key tensor.
-        tile_q: queries of a tile.
-        variant: the kernel with the narrower boxes.
+        share_q: queries of a consumer of a tile.
+        variant: the kernel that is not tall.
         device: where to upload to.
     """
     candidates = forward_variants((variant.head_dim, variant.head_dim_v), variant.element, variant.softcap)
-    boxes = [each.sizes.box_n for each in candidates]
+    cuts = [(share_q * each.sizes.consumers, each.sizes.box_n) for each in candidates]
 
     def build() -> DeviceRowTables:
-        choices = [row_tables(slices.bands(), num_q, num_k, tile_q, box) for box in boxes]
-        keys = [_keys(tables, box) for tables, box in zip(choices, boxes, strict=True)]
-        wide = len(boxes) > 1 and keys[-1] < WIDE_KEYS * keys[0]
-        chosen = choices[wide]
+        choices = [row_tables(slices.bands(), num_q, num_k, *cut) for cut in cuts]
+        pairs = [_pairs(tables, *cut) for tables, cut in zip(choices, cuts, strict=True)]
+        tall = len(cuts) > 1 and pairs[-1] < TALL_PAIRS * pairs[0]
+        chosen = choices[tall]
         return DeviceRowTables(
             tiles=upload(chosen.tiles, device),
             runs=upload(chosen.runs, device),
             pieces=upload(chosen.pieces, device),
             order=upload(chosen.order, device),
-            wide=wide,
+            tall=tall,
         )
 
-    return slices.derived(("hopper rows", num_q, num_k, tile_q, *boxes, device), build)
+    return slices.derived(("hopper rows", num_q, num_k, *cuts, device), build)
 
 
 class DeviceColumnTables(NamedTuple):
@@ -123,6 +123,6 @@ def device_column_tables(
     return slices.derived(("hopper columns", num_q, num_k, sizes, device, ordered), build)
 
 
-def _keys(tables: RowTables, box_k: int) -> int:
-    """The keys that all tiles of queries compute with together."""
-    return int(tables.tiles[:, 1].sum()) * 2 * box_k
+def _pairs(tables: RowTables, tile_q: int, box_k: int) -> int:
+    """The pairs of queries and keys that all tiles compute; the last tile of keys may be half."""
+    return int((2 * tables.tiles[:, 1] - (tables.tiles[:, 3] >= 0)).sum()) * box_k * tile_q

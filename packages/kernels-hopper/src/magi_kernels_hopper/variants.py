@@ -24,6 +24,7 @@ class ForwardSizes:
         consumers: warpgroups that compute, each with 64 rows of scores.
         box_n: keys of a box, which the copy engine loads at once; a tile of keys is two boxes.
         stages: tiles of keys, and as many of values, in shared memory.
+        stages_out: whether outputs go through shared memory.
         consumer_registers: of each consumer's thread.
         producer_registers: of each thread of the warpgroup that loads.
     """
@@ -31,13 +32,12 @@ class ForwardSizes:
     consumers: int
     box_n: int
     stages: int
+    stages_out: bool
     consumer_registers: int
     producer_registers: int
 
-    @property
-    def tile_m(self) -> int:
-        """Rows of scores of a block."""
-        return 64 * self.consumers
+    consumer_rows = 64
+    """Rows of scores of a consumer."""
 
     @property
     def threads(self) -> int:
@@ -46,22 +46,24 @@ class ForwardSizes:
 
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory of a block: tiles, and room for barriers and alignment, which the compiler checks."""
-        tiles = self.tile_m * head_dim + 2 * self.box_n * self.stages * (head_dim + head_dim_v)
+        queries = self.consumer_rows * (self.consumers * head_dim + self.stages_out * head_dim_v)
+        tiles = queries + 2 * self.box_n * self.stages * (head_dim + head_dim_v)
         return 2 * tiles + 2048
 
 
 FORWARD_SIZES = {
-    (64, 64): ForwardSizes(3, 64, 2, 160, 32),
-    (96, 96): ForwardSizes(2, 64, 2, 232, 40),
-    (128, 128): ForwardSizes(2, 64, 2, 240, 24),
-    (192, 128): ForwardSizes(2, 64, 2, 240, 24),
-    (192, 192): ForwardSizes(2, 56, 2, 232, 40),
-    (256, 256): ForwardSizes(2, 40, 2, 232, 40),
+    (64, 64): ForwardSizes(3, 64, 2, False, 160, 32),
+    (96, 96): ForwardSizes(2, 64, 2, False, 232, 40),
+    (128, 128): ForwardSizes(2, 64, 2, False, 240, 24),
+    (192, 128): ForwardSizes(2, 64, 2, False, 240, 24),
+    (192, 192): ForwardSizes(2, 56, 2, False, 232, 40),
+    (256, 256): ForwardSizes(2, 40, 2, False, 232, 40),
 }
 """By head dims."""
 
-WIDE_SIZES = {(128, 128): ForwardSizes(2, 88, 2, 240, 24)}
-"""The same with wider boxes, without softcap: faster for each key, and worse where spans of keys are short."""
+TALL_SIZES = {(128, 128): ForwardSizes(3, 40, 3, True, 160, 32)}
+"""The same with one more consumer, without softcap: faster for each pair, and worse where queries of a tile see
+different keys, or short spans of them."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,14 @@ class ForwardVariant:
         head_dim_v: of values.
         element: ``"bf16"`` or ``"fp16"``, the type of queries, keys and values.
         softcap: whether scores are capped.
-        wide: whether its sizes are of ``WIDE_SIZES``.
+        tall: whether its sizes are of ``TALL_SIZES``.
     """
 
     head_dim: int
     head_dim_v: int
     element: Element
     softcap: bool = False
-    wide: bool = False
+    tall: bool = False
 
     source = "forward/forward.cu"
     entry = "magi_forward"
@@ -89,12 +91,12 @@ class ForwardVariant:
     def name(self) -> str:
         """What its cubin is called."""
         dims = _dims(self.head_dim, self.head_dim_v)
-        return f"forward_{dims}_{self.element}{'_softcap' * self.softcap}{'_wide' * self.wide}"
+        return f"forward_{dims}_{self.element}{'_softcap' * self.softcap}{'_tall' * self.tall}"
 
     @property
     def sizes(self) -> ForwardSizes:
         """Its sizes."""
-        return (WIDE_SIZES if self.wide else FORWARD_SIZES)[self.head_dim, self.head_dim_v]
+        return (TALL_SIZES if self.tall else FORWARD_SIZES)[self.head_dim, self.head_dim_v]
 
     @property
     def shared_bytes(self) -> int:
@@ -112,6 +114,7 @@ class ForwardVariant:
             "MAGI_CONSUMERS": self.sizes.consumers,
             "MAGI_BOX_N": self.sizes.box_n,
             "MAGI_STAGES": self.sizes.stages,
+            "MAGI_STAGES_OUT": int(self.sizes.stages_out),
             "MAGI_CONSUMER_REGISTERS": self.sizes.consumer_registers,
             "MAGI_PRODUCER_REGISTERS": self.sizes.producer_registers,
             "MAGI_SHARED_BYTES": self.shared_bytes,
@@ -245,11 +248,13 @@ class IndexVariant:
         head_dim: of queries and keys.
         head_dim_v: of values.
         element: ``"bf16"`` or ``"fp16"``, the type of queries, keys and values.
+        softcap: whether scores are capped.
     """
 
     head_dim: int
     head_dim_v: int
     element: Element
+    softcap: bool = False
 
     source = "index/index.cu"
     entry = "magi_index"
@@ -257,7 +262,7 @@ class IndexVariant:
     @property
     def name(self) -> str:
         """What its cubin is called."""
-        return f"index_{_dims(self.head_dim, self.head_dim_v)}_{self.element}"
+        return f"index_{_dims(self.head_dim, self.head_dim_v)}_{self.element}{'_softcap' * self.softcap}"
 
     @property
     def sizes(self) -> IndexSizes:
@@ -276,6 +281,7 @@ class IndexVariant:
             "MAGI_HEAD_DIM": self.head_dim,
             "MAGI_HEAD_DIM_V": self.head_dim_v,
             "MAGI_ELEMENT": ELEMENTS[self.element],
+            "MAGI_SOFTCAP": int(self.softcap),
             "MAGI_STAGES": self.sizes.stages,
             "MAGI_BLOCKS": self.sizes.blocks,
             "MAGI_CONSUMER_REGISTERS": self.sizes.consumer_registers,
@@ -292,9 +298,9 @@ def _dims(head_dim: int, head_dim_v: int) -> str:
 
 
 def forward_variants(dims: tuple[int, int], element: Element, softcap: bool) -> list[ForwardVariant]:
-    """The kernels that serve head dims: one, or two of which the mask decides, the narrower first."""
-    narrow = ForwardVariant(*dims, element, softcap)
-    return [narrow, replace(narrow, wide=True)] if dims in WIDE_SIZES and not softcap else [narrow]
+    """The kernels that serve head dims: one, or two of which the mask decides, the tall one last."""
+    low = ForwardVariant(*dims, element, softcap)
+    return [low, replace(low, tall=True)] if dims in TALL_SIZES and not softcap else [low]
 
 
 def all_variants() -> list[Variant]:
@@ -307,7 +313,7 @@ def all_variants() -> list[Variant]:
             for each in forward_variants(dims, element, softcap)
         ),
         *(BackwardVariant(*dims, element, softcap) for dims, (element, softcap) in product(BACKWARD_SIZES, scores)),
-        *(IndexVariant(*dims, element) for dims, element in product(INDEX_SIZES, ELEMENTS)),
+        *(IndexVariant(*dims, element, softcap) for dims, (element, softcap) in product(INDEX_SIZES, scores)),
     ]
 
 
