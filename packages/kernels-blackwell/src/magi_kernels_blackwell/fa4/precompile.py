@@ -14,8 +14,8 @@ VARIANTS = (*_MASKS, *(f"{mask} deterministic".strip() for mask in _MASKS))
 def compile_case(case: PrecompileCase) -> bool:
     """Compile a case into the cache on disk, in a fresh process; returns False if the cache had all of it."""
     arch = arch_number(case.arch)
-    num_sms = multiprocessors_of(arch, case.multiprocessors)
-    with compiling_for(arch, num_sms) as compiler:
+    with compiling_for(arch, case.multiprocessors) as compiler:
+        num_sms = multiprocessors_of(arch, case.multiprocessors)
         loaded, x, call = library.load_for(arch, num_sms), tensors_of(case), call_of(case)
         if case.direction == "forward":
             launch.launch_forward(loaded, arch, x.q, x.k, x.v, call)
