@@ -18,6 +18,7 @@ from magi_attention.plan.demand import find_demand
 from magi_attention.plan.documents import find_documents
 from magi_attention.plan.even_out import even_out
 from magi_attention.plan.filling import find_most_sent
+from magi_attention.plan.gather import ReceiverSwaps
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.spread import SenderSwaps
 from magi_attention.plan.totals import totals
@@ -65,7 +66,8 @@ def deal_by_locality(
     owner = np.empty(num_chunks, np.int64)
     even = even_out(dealt, documents, num_ranks, limit)
     most_sent = find_most_sent(documents, num_ranks, chunk_size)
-    owner[documents.line] = SenderSwaps(even, documents, num_ranks, chunk_size, limit, most_sent).run()
+    spread = SenderSwaps(even, documents, num_ranks, chunk_size, limit, most_sent).run()
+    owner[documents.line] = ReceiverSwaps(spread, documents, num_ranks, chunk_size, limit, most_sent).run()
     peak = _peak(owner, work)
     if peak <= limit and num_chunks > COMPARED_CHUNKS:
         return owner
