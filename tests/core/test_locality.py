@@ -222,6 +222,6 @@ def test_chosen_chunks_are_neither_many_nor_few_and_pad_little(total: int, num_r
     assert chunk_size & (chunk_size - 1) == 0
     if total >= 8 * num_ranks:
         assert total >= 8 * num_ranks * chunk_size
-    assert total <= chunk_size * max(8192, 256 * num_ranks)
+    assert total <= chunk_size * max(8192, 64 * num_ranks)
     if total >= 64 * 16 * num_ranks:
         assert -total % (chunk_size * num_ranks) <= total / 64

@@ -14,7 +14,7 @@ Array = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 # How many of the longest and of the shortest prefixes of the light documents are tried.
-LONG_PREFIXES, SHORT_PREFIXES = 3, 1
+LONG_PREFIXES, SHORT_PREFIXES = 2, 1
 # With more documents than ALL_TRIED, those too short to fill the room are left out first.
 ALL_TRIED = 512
 # No rank should send more than MOST_SENT times the most rows that one row reads, which is about what some rank must

@@ -16,13 +16,14 @@ import numpy as np
 from magi_attention.common.slices import expand_counts
 from magi_attention.plan.swaps import Array, Runs, Swaps
 
-# There is a round for RANKS_PER_ROUND ranks, but at least LEAST_ROUNDS and at most MOST_ROUNDS; in each, every rank
-# swaps once at most. The last one is that in which fewer than FEW of the ranks do.
-RANKS_PER_ROUND, LEAST_ROUNDS, MOST_ROUNDS, FEW = 16, 6, 16, 1 / 50
+# In each round every rank swaps once at most. In the first of CYCLE rounds swaps may cost up to TOLERATED chunks, since
+# others become possible then; in the others they must save LEAST_SAVED.
+CYCLE, TOLERATED, LEAST_SAVED = 4, 2, 0.5
+# There is a cycle for RANKS_PER_CYCLE ranks, but at least LEAST_CYCLES, and else no more than go with TOGETHER ranks in
+# all cycles together.
+RANKS_PER_CYCLE, LEAST_CYCLES, TOGETHER = 40, 2, 2048
 # A run that makes up more than this share of the mean area is no remainder, and has no match.
 LONGEST = 0.5
-# A swap must save so many chunks.
-LEAST_SAVED = 0.5
 
 
 class Pairs(NamedTuple):
@@ -42,15 +43,25 @@ class ReceiverSwaps(Swaps):
     """Swaps that spare the ranks rows to receive, while nobody sends more than he should, or than before."""
 
     def run(self) -> Array:
-        """Swap until nothing helps; returns the rank of each place of the line."""
-        for _ in range(min(max(self.num_ranks // RANKS_PER_ROUND, LEAST_ROUNDS), MOST_ROUNDS)):
+        """Swap for some rounds; returns the rank of each place of the line after the best of them."""
+        most = max(TOGETHER // self.num_ranks, LEAST_CYCLES)
+        rounds = CYCLE * min(max(self.num_ranks // RANKS_PER_CYCLE, LEAST_CYCLES), most)
+        best, fewest = self.owner, np.iinfo(np.int64).max
+        for number in range(rounds + 1):
             runs = self.find_runs()
-            pairs = self._affordable(runs, self._pairs(runs))
-            score = self._cost(runs, pairs) + int(LEAST_SAVED * self.chunk_size)
-            swapped = self.exchange(pairs.start, pairs.stop, pairs.other_start, pairs.other_stop, score)
-            if not swapped or swapped < FEW * self.num_ranks:
+            rows = int(self.read[runs.last[runs.highest]].sum())
+            if rows < fewest:
+                best, fewest = self.owner.copy(), rows
+            is_easy = number % CYCLE == 0
+            if number == rounds or (not self._swap(runs, TOLERATED if is_easy else -LEAST_SAVED) and is_easy):
                 break
-        return self.owner
+        return best
+
+    def _swap(self, runs: Runs, tolerated: float) -> int:
+        """Do what swaps cost at most so many chunks of rows, the best first; how many ranks took part."""
+        pairs = self._affordable(runs, self._pairs(runs))
+        score = self._cost(runs, pairs) - int(tolerated * self.chunk_size)
+        return self.exchange(pairs.start, pairs.stop, pairs.other_start, pairs.other_stop, score)
 
     def _pairs(self, runs: Runs) -> Pairs:
         """The last runs of documents that several ranks hold, whole or as long as whole runs of those who take them."""

@@ -27,9 +27,9 @@ Owner = NDArray[np.int64]
 
 # Short neighboring documents are joined up to this share of a rank's tokens and area, less LESS_JOINED / num_ranks: a
 # small group has few units to choose from.
-JOINED_SHARE, LESS_JOINED = 0.4, 1.2
-# Loads up to this many thousandths of the mean are good; others are evened out.
-LIMIT, LIMIT_OF_SMALL_GROUP = 1019, 1003
+JOINED_SHARE, LESS_JOINED = 0.5, 1.2
+# Loads up to this many ten-thousandths of the mean are good; others are evened out.
+LIMIT, LIMIT_OF_SMALL_GROUP = 10198, 10030
 # Up to so many chunks, the result is compared with the rival's.
 COMPARED_CHUNKS = 1024
 
@@ -61,8 +61,8 @@ def deal_by_locality(
     joined_share = max(0.0, JOINED_SHARE - LESS_JOINED / num_ranks)
     documents = find_documents(slices, work, total, chunk_size, num_ranks, joined_share)
     dealt = Deal(documents, [each + (rank < more) for rank in range(num_ranks)], chunk_size).run()
-    thousandths = LIMIT if num_ranks > SMALL_GROUP else LIMIT_OF_SMALL_GROUP
-    limit = int(documents.area[-1]) * thousandths // (1000 * num_ranks)
+    share = LIMIT if num_ranks > SMALL_GROUP else LIMIT_OF_SMALL_GROUP
+    limit = int(documents.area[-1]) * share // (10000 * num_ranks)
     owner = np.empty(num_chunks, np.int64)
     even = even_out(dealt, documents, num_ranks, limit)
     most_sent = find_most_sent(documents, num_ranks, chunk_size)
@@ -72,7 +72,7 @@ def deal_by_locality(
     if peak <= limit and num_chunks > COMPARED_CHUNKS:
         return owner
     other = rival()
-    if peak > max(limit, _peak(other, work) * thousandths // 1000):
+    if peak > max(limit, _peak(other, work) * share // 10000):
         return other
     if num_chunks <= COMPARED_CHUNKS:
         received, others = (_received(work, deal, num_ranks) for deal in (owner, other))

@@ -9,15 +9,15 @@ from magi_attention.plan.swaps import Array, Runs, Swaps
 
 # Pieces of so many chunks of each end of a run are offered, and the whole run: those that send between LEAST_PART and
 # MOST_PART of what is too much.
-SIZES = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128])
+SIZES = 1 << np.arange(8)
 LEAST_PART, MOST_PART = 0.25, 2.0
 # There is a round for RANKS_PER_ROUND ranks, but at least LEAST_ROUNDS and at most MOST_ROUNDS. In each, those of the
 # BUSIEST part of the ranks, at most MOST_BUSY, that send too much by more than TOLERANCE swap once.
-RANKS_PER_ROUND, LEAST_ROUNDS, MOST_ROUNDS, BUSIEST, MOST_BUSY, TOLERANCE = 48, 2, 6, 1 / 12, 32, 0.02
+RANKS_PER_ROUND, LEAST_ROUNDS, MOST_ROUNDS, BUSIEST, MOST_BUSY, TOLERANCE = 48, 2, 6, 1 / 12, 32, 0.05
 # Ranks that can take this share of the mean area more, or less, are looked up by the areas of their pieces.
 NARROW = 0.02
 # A row less to send for a rank that sends too much is worth so many rows received more.
-WORTH = 0.7
+WORTH = 0.9
 
 
 class Pieces(NamedTuple):
@@ -52,8 +52,8 @@ class SenderSwaps(Swaps):
                 break
         return self.owner
 
-    def _offer(self, runs: Runs, sends_before: Array, excess: Array) -> tuple[Array, Array]:
-        """The starts and stops of the pieces that the ranks that send too much would give away."""
+    def _offer(self, runs: Runs, sends_before: Array, excess: Array) -> Pieces:
+        """The pieces that the ranks that send too much would give away."""
         whole = runs.last - runs.first
         mine = np.flatnonzero((excess[runs.rank] > 0) & (sends_before[runs.last] > sends_before[runs.first]))
         length = np.column_stack([np.minimum(SIZES, whole[mine, None]), whole[mine]])
@@ -64,31 +64,31 @@ class SenderSwaps(Swaps):
         chosen = (sends >= LEAST_PART * needed) & (sends <= MOST_PART * needed)
         # Sizes beyond the run stand for the whole run, which is offered once.
         chosen[:, :-1] &= np.tile(whole[mine, None] > SIZES, (2, 1))
-        return start[chosen], stop[chosen]
+        run = np.broadcast_to(np.tile(mine, 2)[:, None], chosen.shape)
+        return self._pieces_of(runs, sends_before, run[chosen], start[chosen], stop[chosen])
 
-    def _pieces_of(self, runs: Runs, sends_before: Array, start: Array, stop: Array) -> Pieces:
-        run = np.searchsorted(runs.first, start, side="right") - 1
+    def _pieces_of(self, runs: Runs, sends_before: Array, run: Array, start: Array, stop: Array) -> Pieces:
         rank, document = runs.rank[run], runs.document[run]
         left = np.where(start == runs.first[run], runs.below[run], self.read[start])
         alone = np.where(runs.is_top[run] & (stop == runs.last[run]), self.read[stop] - left, 0)
         area = self.documents.area[stop] - self.documents.area[start]
         return Pieces(rank, document, start, stop, area, sends_before[stop] - sends_before[start], alone)
 
-    def _partners(self, runs: Runs, lengths: Array) -> tuple[Array, Array]:
-        """The starts of all pieces of the given lengths at the ends of runs, and the index of each one's length."""
+    def _partners(self, runs: Runs, sends_before: Array, lengths: Array) -> tuple[Pieces, Array]:
+        """All pieces of the given lengths at the ends of runs, and the index of each one's length."""
         whole = runs.last - runs.first
         size, run = np.nonzero((whole >= lengths[:, None]) & (self.read[runs.last] > 0))
         first, last = runs.first[run], runs.last[run] - lengths[size]
         two = last > first
-        return np.concatenate([first, last[two]]), np.concatenate([size, size[two]])
+        run, size = np.concatenate([run, run[two]]), np.concatenate([size, size[two]])
+        start = np.concatenate([first, last[two]])
+        return self._pieces_of(runs, sends_before, run, start, start + lengths[size]), size
 
     def _swap(self, runs: Runs, sends_before: Array, sent: Array, excess: Array) -> int:
         """Let each rank that sends too much swap one piece for another of equal length; how many took part."""
-        start, stop = self._offer(runs, sends_before, excess)
-        lengths, which = np.unique(stop - start, return_inverse=True)
-        others, size = self._partners(runs, lengths)
-        given = self._pieces_of(runs, sends_before, start, stop)
-        taken = self._pieces_of(runs, sends_before, others, others + lengths[size])
+        given = self._offer(runs, sends_before, excess)
+        lengths, which = np.unique(given.stop - given.start, return_inverse=True)
+        taken, size = self._partners(runs, sends_before, lengths)
         slack = self.most_area - self.load
         g, t = _pairs_that_may_do(given, which, taken, size, slack, int(self.documents.area[-1]))
         possible = given.area[g] - taken.area[t] <= slack[taken.rank][t]
