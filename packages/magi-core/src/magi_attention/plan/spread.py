@@ -17,7 +17,7 @@ RANKS_PER_ROUND, LEAST_ROUNDS, MOST_ROUNDS, BUSIEST, MOST_BUSY, TOLERANCE = 48, 
 # Ranks that can take this share of the mean area more, or less, are looked up by the areas of their pieces.
 NARROW = 0.02
 # A row less to send for a rank that sends too much is worth so many rows received more.
-WORTH = 0.9
+WORTH = 0.92
 
 
 class Pieces(NamedTuple):
