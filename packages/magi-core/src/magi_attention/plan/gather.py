@@ -24,6 +24,8 @@ CYCLE, TOLERATED, LEAST_SAVED = 4, 2, 0.5
 RANKS_PER_CYCLE, LEAST_CYCLES, TOGETHER = 40, 2, 2048
 # A run that makes up more than this share of the mean area is no remainder, and has no match.
 LONGEST = 0.5
+# Against masks with very many pieces: documents of more ranks than these are left alone, pairs beyond these not weighed.
+MOST_HOLDERS, MOST_PAIRS = 256, 1 << 19
 
 
 class Pairs(NamedTuple):
@@ -65,30 +67,42 @@ class ReceiverSwaps(Swaps):
 
     def _pairs(self, runs: Runs) -> Pairs:
         """The last runs of documents that several ranks hold, whole or as long as whole runs of those who take them."""
-        area, read = self.documents.area, self.read
-        top = runs.highest[runs.shared[runs.document[runs.highest]] > 0]
-        top = top[area[runs.last[top]] - area[runs.first[top]] <= LONGEST * area[-1] / self.num_ranks]
-        begin = np.searchsorted(runs.holdings, runs.document[top] * self.num_ranks)
-        end = np.searchsorted(runs.holdings, (runs.document[top] + 1) * self.num_ranks)
-        which, step = expand_counts(end - begin)
-        given, taker = top[which], runs.rank[runs.highest[begin[which] + step]]
-        rows = read[runs.last[given]]
-        saved = rows - runs.below[given] - np.maximum(rows - runs.read_by(runs.document[given], taker), 0)
-        useful = (taker != runs.rank[given]) & (saved >= self.chunk_size)
-        given, taker = given[useful], taker[useful]
+        given, taker = self._takers(runs)
         by_rank = np.argsort(runs.rank, kind="stable")
-        by_rank = by_rank[read[runs.last[by_rank]] > 0]
-        begin, end = (np.searchsorted(runs.rank[by_rank], taker, side=side) for side in ("left", "right"))
-        which, step = expand_counts(end - begin)
-        given, taker, taken = given[which], taker[which], by_rank[begin[which] + step]
-        length, other = (runs.last[given] - runs.first[given]), (runs.last[taken] - runs.first[taken])
+        by_rank = by_rank[self.read[runs.last[by_rank]] > 0]
+        count = np.bincount(runs.rank[by_rank], minlength=self.num_ranks)
+        begin = np.cumsum(count) - count
+        within = np.cumsum(count[taker]) <= MOST_PAIRS
+        given, taker = given[within], taker[within]
+        which, step = expand_counts(count[taker])
+        given, taker = given[which], taker[which]
+        taken = by_rank[begin[taker] + step]
+        whole = runs.last - runs.first
+        length, other = whole[given], whole[taken]
         # The run that is taken gives its high end, or its low one if it is longer.
         longer = np.flatnonzero(other > length)
         given, taker, taken = (np.append(each, each[longer]) for each in (given, taker, taken))
         size = np.minimum(np.append(length, length[longer]), np.append(other, other[longer]))
-        stop, other_stop = runs.last[given], runs.last[taken].copy()
-        other_stop[len(length) :] = (runs.first[taken] + size)[len(length) :]
+        stop, other_stop = runs.last[given], runs.last[taken]
+        other_stop[len(length) :] = runs.first[taken[len(length) :]] + size[len(length) :]
         return Pairs(given, stop - size, stop, runs.rank[given], taken, other_stop - size, other_stop, taker)
+
+    def _takers(self, runs: Runs) -> tuple[Array, Array]:
+        """Last runs of documents, and ranks that could take each without reading as much more as its owner less."""
+        area = self.documents.area
+        document = runs.document[runs.highest]
+        holders = np.bincount(document, minlength=len(self.start))
+        begin = np.cumsum(holders) - holders
+        own = area[runs.last[runs.highest]] - area[runs.first[runs.highest]]
+        is_remainder = own <= LONGEST * area[-1] / self.num_ranks
+        top = np.flatnonzero(is_remainder & (holders[document] > 1) & (holders[document] <= MOST_HOLDERS))
+        which, step = expand_counts(holders[document[top]])
+        document, given = document[top][which], runs.highest[top][which]
+        taker = runs.rank[runs.highest[begin[document] + step]]
+        rows = self.read[runs.last[given]]
+        saved = rows - runs.below[given] - np.maximum(rows - runs.read_by(document, taker), 0)
+        useful = (taker != runs.rank[given]) & (saved >= self.chunk_size)
+        return given[useful], taker[useful]
 
     def _affordable(self, runs: Runs, pairs: Pairs) -> Pairs:
         """The pairs after whose swap both ranks stay within the limits of area and of rows to send, or send less."""

@@ -25,9 +25,9 @@ from magi_attention.plan.totals import totals
 
 Owner = NDArray[np.int64]
 
-# Short neighboring documents are joined up to this share of a rank's tokens and area, less LESS_JOINED / num_ranks: a
-# small group has few units to choose from.
-JOINED_SHARE, LESS_JOINED = 0.5, 1.2
+# Short neighboring documents are joined up to this share of a rank's tokens and area, less LESS_JOINED / num_ranks and
+# MUCH_LESS / num_ranks²: a small group has few units to choose from.
+JOINED_SHARE, LESS_JOINED, MUCH_LESS = 0.5, 1.2, 8.0
 # Loads up to this many ten-thousandths of the mean are good; others are evened out.
 LIMIT, LIMIT_OF_SMALL_GROUP = 10198, 10030
 # Up to so many chunks, the result is compared with the rival's.
@@ -58,7 +58,7 @@ def deal_by_locality(
     """
     num_chunks = len(work.area)
     each, more = divmod(num_chunks, num_ranks)
-    joined_share = max(0.0, JOINED_SHARE - LESS_JOINED / num_ranks)
+    joined_share = max(0.0, JOINED_SHARE - LESS_JOINED / num_ranks - MUCH_LESS / num_ranks**2)
     documents = find_documents(slices, work, total, chunk_size, num_ranks, joined_share)
     dealt = Deal(documents, [each + (rank < more) for rank in range(num_ranks)], chunk_size).run()
     share = LIMIT if num_ranks > SMALL_GROUP else LIMIT_OF_SMALL_GROUP
