@@ -24,7 +24,7 @@ CYCLE, TOLERATED, LEAST_SAVED = 4, 2, 0.5
 RANKS_PER_CYCLE, LEAST_CYCLES, TOGETHER = 40, 2, 2048
 # A run that makes up more than this share of the mean area is no remainder, and has no match.
 LONGEST = 0.5
-# Against masks with very many pieces: documents of more ranks than these are left alone, pairs beyond these not weighed.
+# Against masks in very many pieces: documents of more ranks are left alone, pairs beyond these not weighed.
 MOST_HOLDERS, MOST_PAIRS = 256, 1 << 19
 
 
