@@ -47,17 +47,22 @@ class ReceiverSwaps(Swaps):
     def run(self) -> Array:
         """Swap for some rounds; returns the rank of each place of the line after the best of them."""
         most = max(TOGETHER // self.num_ranks, LEAST_CYCLES)
-        rounds = CYCLE * min(max(self.num_ranks // RANKS_PER_CYCLE, LEAST_CYCLES), most)
         best, fewest = self.owner, np.iinfo(np.int64).max
-        for number in range(rounds + 1):
-            runs = self.find_runs()
-            rows = int(self.read[runs.last[runs.highest]].sum())
-            if rows < fewest:
-                best, fewest = self.owner.copy(), rows
-            is_easy = number % CYCLE == 0
-            if number == rounds or (not self._swap(runs, TOLERATED if is_easy else -LEAST_SAVED) and is_easy):
-                break
-        return best
+        for _ in range(min(max(self.num_ranks // RANKS_PER_CYCLE, LEAST_CYCLES), most)):
+            for number in range(CYCLE):
+                runs = self.find_runs()
+                rows = self._rows_read(runs)
+                if rows < fewest:
+                    best, fewest = self.owner.copy(), rows
+                if not self._swap(runs, -LEAST_SAVED if number else TOLERATED):
+                    break
+            if number == 0:
+                return best
+        return self.owner if self._rows_read(self.find_runs()) < fewest else best
+
+    def _rows_read(self, runs: Runs) -> int:
+        """How many rows all ranks read, of each document from its first one on."""
+        return int(self.read[runs.last[runs.highest]].sum())
 
     def _swap(self, runs: Runs, tolerated: float) -> int:
         """Do what swaps cost at most so many chunks of rows, the best first; how many ranks took part."""
