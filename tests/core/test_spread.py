@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Swaps that spare the ranks that send most: counts stay, areas stay within their limit, sends fall."""
+"""Swaps that spare the ranks rows to send and to receive: counts stay, areas stay within their limit, rows fall."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,10 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.plan.chunks import measure_chunks
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.documents import Documents, find_documents
+from magi_attention.plan.gather import ReceiverSwaps
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.spread import SenderSwaps
+from magi_attention.plan.swaps import Swaps
 from magi_attention.plan.totals import totals
 
 CHUNK = 32
@@ -67,18 +69,52 @@ def test_the_busiest_sender_sends_less_and_counts_and_areas_stay(kind: int, seed
 @pytest.mark.parametrize("kind", [FULL, CAUSAL])
 def test_what_ranks_send_is_known_without_the_exact_demand(kind: int) -> None:
     slices, owner = packed(kind), random_owner(0)
-    swaps = SenderSwaps(owner, documents_of(slices), NUM_RANKS, CHUNK, 1 << 40, 1e9)
-    sends_before = swaps._count_sends(swaps._find_runs())
-    assert np.array_equal(totals(owner, np.diff(sends_before), NUM_RANKS), chunks_sent(slices, owner)[0])
+    swaps = Swaps(owner, documents_of(slices), NUM_RANKS, CHUNK, 1 << 40, 1e9)
+    runs = swaps.find_runs()
+    sent = swaps.sent_by(runs, swaps.count_sends(runs))
+    assert np.array_equal(sent, chunks_sent(slices, owner)[0] * CHUNK)
 
 
-def test_a_sliding_window_is_left_alone() -> None:
+@pytest.mark.parametrize("kind", [FULL, CAUSAL])
+@pytest.mark.parametrize("seed", range(4))
+def test_fewer_rows_are_received_and_counts_and_areas_stay_and_nobody_sends_more(kind: int, seed: int) -> None:
+    slices, owner = packed(kind), random_owner(seed)
+    documents = documents_of(slices)
+    area = np.diff(documents.area)
+    load = totals(owner, area, NUM_RANKS)
+    sent, received = chunks_sent(slices, owner)
+    swapped = ReceiverSwaps(owner, documents, NUM_RANKS, CHUNK, int(load.max()), float(sent.max())).run()
+    assert np.array_equal(np.bincount(swapped), np.bincount(owner))
+    assert totals(swapped, area, NUM_RANKS).max() <= load.max()
+    sent_then, received_then = chunks_sent(slices, swapped)
+    assert sent_then.max() <= sent.max()
+    assert received_then < 0.9 * received
+
+
+@pytest.mark.parametrize("kind", [FULL, CAUSAL])
+def test_what_a_swap_saves_is_known_without_the_exact_demand(kind: int) -> None:
+    slices, owner = packed(kind), random_owner(0)
+    swaps = ReceiverSwaps(owner, documents_of(slices), NUM_RANKS, CHUNK, 1 << 40, 1e9)
+    runs = swaps.find_runs()
+    pairs = swaps._pairs(runs)
+    cost = swaps._cost(runs, pairs)
+    received = chunks_sent(slices, owner)[1]
+    for pair in np.random.default_rng(0).choice(len(cost), 50, replace=False).tolist():
+        swapped = owner.copy()
+        swapped[pairs.start[pair] : pairs.stop[pair]] = pairs.taker[pair]
+        swapped[pairs.other_start[pair] : pairs.other_stop[pair]] = pairs.giver[pair]
+        assert chunks_sent(slices, swapped)[1] - received == cost[pair]
+
+
+@pytest.mark.parametrize("swaps", [SenderSwaps, ReceiverSwaps])
+def test_a_sliding_window_is_left_alone(swaps: type[SenderSwaps] | type[ReceiverSwaps]) -> None:
     total, window = sum(LENGTHS) * CHUNK, 8 * CHUNK
     slices = SliceTable([[0, window, 0, window, CAUSAL], [window, total, 1, total, BICAUSAL]])
     owner = np.repeat(np.arange(NUM_RANKS), sum(LENGTHS) // NUM_RANKS)
-    assert np.array_equal(SenderSwaps(owner, documents_of(slices), NUM_RANKS, CHUNK, 1 << 40, 100.0).run(), owner)
+    assert np.array_equal(swaps(owner, documents_of(slices), NUM_RANKS, CHUNK, 1 << 40, 100.0).run(), owner)
 
 
-def test_a_mask_without_any_pair_is_left_alone() -> None:
+@pytest.mark.parametrize("swaps", [SenderSwaps, ReceiverSwaps])
+def test_a_mask_without_any_pair_is_left_alone(swaps: type[SenderSwaps] | type[ReceiverSwaps]) -> None:
     slices, owner = SliceTable([]), random_owner(0)
-    assert np.array_equal(SenderSwaps(owner, documents_of(slices), NUM_RANKS, CHUNK, 0, 1.0).run(), owner)
+    assert np.array_equal(swaps(owner, documents_of(slices), NUM_RANKS, CHUNK, 0, 1.0).run(), owner)

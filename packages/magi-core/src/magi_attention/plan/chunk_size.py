@@ -6,9 +6,10 @@ TILE = 128
 # Shorter chunks than this are only for sequences that need them to give each rank MIN_PER_RANK.
 SHORT = 32
 # Chunks are shorter than a tile where a rank would get fewer than GOOD_PER_RANK: heavy ones would make up too much of
-# its area. They grow beyond a tile only while a rank has more than ENOUGH_PER_RANK and all ranks have more than MANY,
-# for a quick plan.
-MIN_PER_RANK, GOOD_PER_RANK, ENOUGH_PER_RANK, MANY = 8, 64, 128, 8192
+# its area. They are so even where it would get fewer than FINE_PER_RANK if all ranks get no more than FINE_MANY then.
+# They grow beyond a tile only while a rank has more than ENOUGH_PER_RANK and all ranks have more than MANY, for a quick
+# plan.
+MIN_PER_RANK, GOOD_PER_RANK, FINE_PER_RANK, ENOUGH_PER_RANK, FINE_MANY, MANY = 8, 64, 96, 128, 32768, 8192
 # The padding should be at most this part of the sequence.
 PADDING_PART = 64
 
@@ -26,6 +27,8 @@ def choose_chunk_size(total: int, num_ranks: int) -> int:
     while total > chunk_size * max(MANY, ENOUGH_PER_RANK * num_ranks):
         chunk_size *= 2
     while chunk_size > SHORT and total < GOOD_PER_RANK * num_ranks * chunk_size:
+        chunk_size //= 2
+    while chunk_size > SHORT and 2 * total <= FINE_MANY * chunk_size and total < FINE_PER_RANK * num_ranks * chunk_size:
         chunk_size //= 2
     while chunk_size > 1 and total < MIN_PER_RANK * num_ranks * chunk_size:
         chunk_size //= 2

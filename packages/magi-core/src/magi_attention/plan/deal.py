@@ -28,20 +28,20 @@ from magi_attention.plan.filling import Array, Filling, Floats, Lights
 # It saves too little to be worth the imbalance where there are fewer documents than FEW of the ranks, unless all chunks
 # are about equally heavy and runs of equal length almost balanced, or some are heavier than FINE of the mean area.
 # Nor is it worth it in groups of up to SMALL_GROUP ranks: few rows travel there, over fast links.
-AIM, AIM_OF_FEW, FEW, FINE, SMALL_GROUP = 1.019, 1.002, 0.25, 0.05, 4
+AIM, AIM_OF_FEW, FEW, FINE, SMALL_GROUP = 1.0198, 1.002, 0.25, 0.05, 4
 # A rank's aim is at most this multiple of the mean of what is left, so that the last ranks are not left idle.
-LEAD = 1.2
+LEAD = 1.1
 # Costs of a filling are in rows. A filling of a given number of tokens that falls short of the budget by a share of the
 # mean area costs LACK times that share of the rows that a piece of the anchor reads; one that exceeds it EXCESS times.
-LACK, EXCESS = 2.5, 1000.0
+LACK, EXCESS = 2.21, 1000.0
 # Beside both ends of the anchor, area that is not its heavy end's costs PRICE times that share, once more WASTE times
 # where nobody uses it, and a chunk of the light end RESERVE of a mean chunk more than it weighs, as it may be needed
 # later.
-PRICE, WASTE, RESERVE = 1.0, 2.5, 0.5
+PRICE, WASTE, RESERVE = 0.82, 2.0, 0.25
 # A filling may be shorter than planned by this share of the tokens or by as many chunks as the light end gives.
-SHORTER = 0.05
+SHORTER = 0.042
 # A rank at the lower end of a long document fills so much of its area there, the rest with others' chunks.
-OWN = 0.4
+OWN = 0.3
 # The light end is worth using if the heavy end's chunks weigh so many times more.
 GRADED = 1.15
 # More than any area.

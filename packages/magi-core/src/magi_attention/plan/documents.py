@@ -23,8 +23,10 @@ class Documents:
         stop: ``(n,)`` the place after its last.
         area: ``(num_chunks + 1,)`` the mask area before each place.
         cut: ``(num_chunks + 1,)`` about how many key rows must travel more once the line is cut before that place.
-        read: ``(num_chunks,)`` about how many of its run's first chunks each chunk reads, if it reads the very first:
-            all before it in a causal document, the question in a shared one; otherwise 0.
+        is_border: ``(num_chunks + 1,)`` whether another document of the mask starts at that place, or the line ends
+            there; a run may be several short ones.
+        read: ``(num_chunks,)`` how many rows, from its document's first chunk on, each chunk reads if it reads that
+            chunk: all up to itself in a causal document, all in a full one; otherwise 0.
     """
 
     line: Array
@@ -32,6 +34,7 @@ class Documents:
     stop: Array
     area: Array
     cut: Array
+    is_border: NDArray[np.bool_]
     read: Array
 
 
@@ -50,7 +53,7 @@ def find_documents(
     line = np.arange(num_chunks)
     hull = _key_hulls(work, chunk_size)
     documents = _lay_out(work.area, line, start, border[:-1], _cut_costs(*hull), num_ranks, largest_share)
-    return replace(documents, read=_chunks_read(documents, *hull, chunk_size))
+    return replace(documents, read=_rows_read(documents, *hull, chunk_size))
 
 
 def find_two_sided_documents(work: ChunkWork, num_ranks: int, largest_share: float) -> Documents:
@@ -76,14 +79,18 @@ def _lay_out(
         int(num_chunks * largest_share / num_ranks),
         int(area[-1] * largest_share / num_ranks),
     )
+    is_border = np.zeros(num_chunks + 1, np.bool_)
+    is_border[start] = is_border[-1] = True
     start = start[first]
     stop = np.append(start[1:], num_chunks)
     end = np.maximum(1, (stop - start) // 4)
     falling = 20 * (area[start + end] - area[start]) > 21 * (area[stop] - area[stop - end])
     for a, b in zip(start[falling].tolist(), stop[falling].tolist(), strict=True):
         line[a:b] = line[a:b][::-1]
-        cut[a : b + 1] = cut[a : b + 1][::-1]
-    return Documents(line, start, stop, np.append(0, np.cumsum(chunk_area[line])), cut, np.zeros(num_chunks, np.int64))
+        cut[a + 1 : b] = cut[a + 1 : b][::-1]
+        is_border[a : b + 1] = is_border[a : b + 1][::-1]
+    area = np.append(0, np.cumsum(chunk_area[line]))
+    return Documents(line, start, stop, area, cut, is_border, np.zeros(num_chunks, np.int64))
 
 
 def component_starts(slices: SliceTable) -> Array:
@@ -155,10 +162,12 @@ def _cut_costs(low: Array, high: Array) -> Array:
     return np.maximum(before - after, 0)
 
 
-def _chunks_read(documents: Documents, low: Array, high: Array, chunk_size: int) -> Array:
+def _rows_read(documents: Documents, low: Array, high: Array, chunk_size: int) -> Array:
     """See :attr:`Documents.read`."""
-    first = np.repeat(documents.line[documents.start], documents.stop - documents.start)
-    last = np.repeat(documents.line[documents.stop - 1], documents.stop - documents.start)
+    borders = np.flatnonzero(documents.is_border)
+    length = np.diff(borders)
+    first, last = (documents.line[ends].repeat(length) for ends in (borders[:-1], borders[1:] - 1))
     low, high = low[documents.line], high[documents.line]
-    reads_first = np.where(first <= last, low < (first + 1) * chunk_size, high > first * chunk_size)
-    return reads_first * (documents.cut[:-1] // chunk_size + 1)
+    rising = np.where(low < (first + 1) * chunk_size, high - first * chunk_size, 0)
+    falling = np.where(high > first * chunk_size, (first + 1) * chunk_size - low, 0)
+    return np.where(first <= last, rising, falling)

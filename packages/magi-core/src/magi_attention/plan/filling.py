@@ -14,7 +14,7 @@ Array = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 # How many of the longest and of the shortest prefixes of the light documents are tried.
-LONG_PREFIXES, SHORT_PREFIXES = 3, 1
+LONG_PREFIXES, SHORT_PREFIXES = 2, 1
 # With more documents than ALL_TRIED, those too short to fill the room are left out first.
 ALL_TRIED = 512
 # No rank should send more than MOST_SENT times the most rows that one row reads, which is about what some rank must
@@ -207,7 +207,9 @@ class Filling:
         count, filled, parted = of_prefixes.reshape(3, len(prefixes), 1)
         want = most - count
         size = np.minimum(want, length)
-        inner = np.array([low + size, high - size])
+        inner = np.empty((2, *size.shape), np.int64)
+        np.add(low, size, out=inner[0])
+        np.subtract(high, size, out=inner[1])
         area = self.area_float.take(inner)
         area[0] -= area_low
         np.subtract(area_high, area[1], out=area[1])
@@ -238,13 +240,13 @@ class Filling:
         """Mark the documents (all, or the ``candidates`` and the anchor) that the pieces of each prefix use already."""
         documents = [document for document, _, _ in pieces]
         if candidates is None:
-            for number, document in enumerate(documents):
-                unusable[bisect_right(prefixes, number) :, document] = True
+            for row, number in enumerate(prefixes):
+                unusable[row, documents[:number]] = True
             return
-        places = np.searchsorted(candidates[:-1], documents).tolist()
-        for number, (document, place) in enumerate(zip(documents, places, strict=True)):
-            if candidates[place] == document:
-                unusable[bisect_right(prefixes, number) :, place] = True
+        places = np.searchsorted(candidates[:-1], documents)
+        is_candidate = candidates[places] == documents
+        for row, number in enumerate(prefixes):
+            unusable[row, places[:number][is_candidate[:number]]] = True
 
     def _fill_with_anything(self, pieces: list[tuple[int, int, int]]) -> None:
         """Fill the room with the lightest pieces, then with whatever is left; the repair will balance it."""

@@ -18,17 +18,18 @@ from magi_attention.plan.demand import find_demand
 from magi_attention.plan.documents import find_documents
 from magi_attention.plan.even_out import even_out
 from magi_attention.plan.filling import find_most_sent
+from magi_attention.plan.gather import ReceiverSwaps
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.spread import SenderSwaps
 from magi_attention.plan.totals import totals
 
 Owner = NDArray[np.int64]
 
-# Short neighboring documents are joined up to this share of a rank's tokens and area, less LESS_JOINED / num_ranks: a
-# small group has few units to choose from.
-JOINED_SHARE, LESS_JOINED = 0.4, 1.2
-# Loads up to this many thousandths of the mean are good; others are evened out.
-LIMIT, LIMIT_OF_SMALL_GROUP = 1019, 1003
+# Short neighboring documents are joined up to this share of a rank's tokens and area, less LESS_JOINED / num_ranks and
+# MUCH_LESS / num_ranks²: a small group has few units to choose from.
+JOINED_SHARE, LESS_JOINED, MUCH_LESS = 0.5, 1.2, 8.0
+# Loads up to this many ten-thousandths of the mean are good; others are evened out.
+LIMIT, LIMIT_OF_SMALL_GROUP = 10198, 10030
 # Up to so many chunks, the result is compared with the rival's.
 COMPARED_CHUNKS = 1024
 
@@ -57,20 +58,21 @@ def deal_by_locality(
     """
     num_chunks = len(work.area)
     each, more = divmod(num_chunks, num_ranks)
-    joined_share = max(0.0, JOINED_SHARE - LESS_JOINED / num_ranks)
+    joined_share = max(0.0, JOINED_SHARE - LESS_JOINED / num_ranks - MUCH_LESS / num_ranks**2)
     documents = find_documents(slices, work, total, chunk_size, num_ranks, joined_share)
     dealt = Deal(documents, [each + (rank < more) for rank in range(num_ranks)], chunk_size).run()
-    thousandths = LIMIT if num_ranks > SMALL_GROUP else LIMIT_OF_SMALL_GROUP
-    limit = int(documents.area[-1]) * thousandths // (1000 * num_ranks)
+    share = LIMIT if num_ranks > SMALL_GROUP else LIMIT_OF_SMALL_GROUP
+    limit = int(documents.area[-1]) * share // (10000 * num_ranks)
     owner = np.empty(num_chunks, np.int64)
     even = even_out(dealt, documents, num_ranks, limit)
     most_sent = find_most_sent(documents, num_ranks, chunk_size)
-    owner[documents.line] = SenderSwaps(even, documents, num_ranks, chunk_size, limit, most_sent).run()
+    spread = SenderSwaps(even, documents, num_ranks, chunk_size, limit, most_sent).run()
+    owner[documents.line] = ReceiverSwaps(spread, documents, num_ranks, chunk_size, limit, most_sent).run()
     peak = _peak(owner, work)
     if peak <= limit and num_chunks > COMPARED_CHUNKS:
         return owner
     other = rival()
-    if peak > max(limit, _peak(other, work) * thousandths // 1000):
+    if peak > max(limit, _peak(other, work) * share // 10000):
         return other
     if num_chunks <= COMPARED_CHUNKS:
         received, others = (_received(work, deal, num_ranks) for deal in (owner, other))
