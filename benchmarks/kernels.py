@@ -278,10 +278,12 @@ def make_case(mask: str, tokens: int, options: argparse.Namespace) -> Case:
 
 
 def show(cell: Cell) -> str:
-    """A cell as the table has it."""
-    if "error" in cell:
-        return "error" if "forward" not in cell else f"{cell['forward']:.0f} / error"
-    return f"{cell['forward']:.0f} / {cell['backward']:.0f}" if "forward" in cell else "–"
+    """A cell as the table has it. A backend that ``auto`` takes may not be among those that are measured."""
+    if "error" in cell and "forward" not in cell:
+        return "error"
+    missing = "error" if "error" in cell else "–"
+    texts = [f"{cell[direction]:.0f}" if direction in cell else missing for direction in DIRECTIONS]
+    return "–" if set(texts) == {"–"} else " / ".join(texts)
 
 
 def show_ratios(found: list[Bar]) -> str:

@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``benchmarks/kernels.py`` says of its bars, on made-up figures."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 from benchmarks.kernel_bars import bars, hopper_bars, summary
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
 
 
 def cell(contender: str, forward: float, backward: float, mask: str = "causal", tokens: int = 32768):
@@ -67,3 +74,13 @@ def test_hopper_is_held_against_the_best_peer_of_each_mask():
     blocks = [cell("hopper", 130, 1, "blocks_5"), cell("cudnn_flex", 100, 1, "blocks_5")]
     blocks += [cell("flex-attention", 110, 1, "blocks_5")]
     assert [(bar.peer, bar.holds) for bar in hopper_bars(blocks)] == [("cudnn_flex", True), ("flex-attention", False)]
+
+
+def test_tables_show_what_is_missing(tmp_path):
+    chosen = {"mask": "blocks_5", "tokens": 32768, "contender": "auto", "forward": 650.0}  # its backward not measured
+    failed = {"mask": "blocks_5", "tokens": 32768, "contender": "flex-attention", "error": "OutOfMemoryError"}
+    file = tmp_path / "cells.json"
+    file.write_text(json.dumps({"where": "a GPU", "cells": [cell("hopper", 655, 500, "blocks_5"), chosen, failed]}))
+    printed = subprocess.run([sys.executable, SCRIPT, "--read", file], capture_output=True, text=True, check=True)
+    assert "655 / 500        650 / –" in printed.stdout
+    assert "flex-attention: OutOfMemoryError" in printed.stdout
