@@ -7,7 +7,8 @@ choice ranks all three by one run. Forward figures are those times what this ver
 turns with it, on an H200: 1 % (packed full documents) to 5 %. Backward figures are those of ``blackwell`` times what
 the version before this one reached of it on an H200, the lower of 8k and 32k tokens: this one is faster, by 1 % (full
 masks) to 20 %, but has not been timed in turns with others. Scattered blocks (``block_sparse``) were measured
-on an H200, and are given relative to ``cudnn_flex``. NOTES.md has what was seen.
+with both others on an H200 at 32k tokens, as blocks of 64 x 64 that make up 5 % of all pairs. NOTES.md has what was
+seen.
 """
 
 from magi_attention.kernels.protocol import AttentionRequest
@@ -20,7 +21,7 @@ _128_DIMS = {
     "varlen_causal": (545, 277),
     "sliding_window": (517, 357),
     "block_causal": (615, 396),
-    "block_sparse": (646, 177),
+    "block_sparse": (675, 136),
     "general": (545, 277),
 }
 # Kernels for other head dims keep the matrix units about this busy, compared to 128 dims.

@@ -99,10 +99,11 @@ class Deal(Filling):
         """Take as much of the anchor's heavy end as the budget allows, some of its light end, and a filling."""
         low, high, room = self.low[anchor], self.high[anchor], self.room
         share = self.light_share[anchor]
+        taken, light = self._split_room(anchor, share or 0, lights)
         if share is None:
-            taken, _ = self._split_room(anchor, 0, lights)
             share = self.light_share[anchor] = self._share_of_light_end(anchor, taken)
-        taken, light = self._split_room(anchor, share, lights)
+            if share:
+                taken, light = self._split_room(anchor, share, lights)
         readers = self._readers_of_rest(anchor)
         others = max(self.expected_readers[anchor] - 1, readers)
         if readers and share:

@@ -20,8 +20,8 @@ from magi_attention.plan.swaps import Array, Runs, Swaps
 # others become possible then; in the others they must save LEAST_SAVED.
 CYCLE, TOLERATED, LEAST_SAVED = 4, 2, 0.5
 # There is a cycle for RANKS_PER_CYCLE ranks, but at least LEAST_CYCLES, and else no more than go with TOGETHER ranks in
-# all cycles together.
-RANKS_PER_CYCLE, LEAST_CYCLES, TOGETHER = 40, 2, 2048
+# all cycles together. The last one ends SPARED rounds early, as these would save next to nothing.
+RANKS_PER_CYCLE, LEAST_CYCLES, TOGETHER, SPARED = 40, 2, 2048, 1
 # A run that makes up more than this share of the mean area is no remainder, and has no match.
 LONGEST = 0.5
 # Against masks in very many pieces: documents of more ranks are left alone, pairs beyond these not weighed.
@@ -47,17 +47,21 @@ class ReceiverSwaps(Swaps):
     def run(self) -> Array:
         """Swap for some rounds; returns the rank of each place of the line after the best of them."""
         most = max(TOGETHER // self.num_ranks, LEAST_CYCLES)
+        num_cycles = min(max(self.num_ranks // RANKS_PER_CYCLE, LEAST_CYCLES), most)
         best, fewest = self.owner, np.iinfo(np.int64).max
-        for _ in range(min(max(self.num_ranks // RANKS_PER_CYCLE, LEAST_CYCLES), most)):
-            for number in range(CYCLE):
-                runs = self.find_runs()
-                rows = self._rows_read(runs)
-                if rows < fewest:
-                    best, fewest = self.owner.copy(), rows
-                if not self._swap(runs, -LEAST_SAVED if number else TOLERATED):
-                    break
-            if number == 0:
+        number = 0
+        while number < num_cycles * CYCLE - SPARED:
+            runs = self.find_runs()
+            rows = self._rows_read(runs)
+            if rows < fewest:
+                best, fewest = self.owner.copy(), rows
+            is_first = number % CYCLE == 0
+            if self._swap(runs, TOLERATED if is_first else -LEAST_SAVED):
+                number += 1
+            elif is_first:
                 return best
+            else:
+                number += CYCLE - number % CYCLE
         return self.owner if self._rows_read(self.find_runs()) < fewest else best
 
     def _rows_read(self, runs: Runs) -> int:
