@@ -1,28 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast the kernels are expected to be, from measurements.
 
-Measured on an H100 80GB with 64 query heads and 8 key/value heads of 128 dims, bfloat16, at 8k and 32k tokens (the
-lower figure of the two) by benchmarks/kernels.py, in turns with ``cudnn_flex`` and ``blackwell``, so that the automatic
-choice ranks all three by one run. Forward figures are those times what this version gained over the measured one in
-turns with it, on an H200: 1 % (packed full documents) to 5 %. Backward figures are those of ``blackwell`` times what
-the version before this one reached of it on an H200, the lower of 8k and 32k tokens: this one is faster, by 1 % (full
-masks) to 20 %, but has not been timed in turns with others. Scattered blocks (``block_sparse``) were measured
-with both others on an H200 at 32k tokens, as blocks of 64 x 64 that make up 5 % of all pairs. NOTES.md has what was
-seen.
+Measured on an H100 80GB with 64 query heads and 8 key/value heads of 128 dims, bfloat16, by benchmarks/kernels.py, in
+turns with ``cudnn_flex`` and ``blackwell``. Forward figures are the lower ones of 8k and 32k tokens. Backward figures
+are what ``blackwell`` expects of itself times the least share of it that was reached at 8k, 16k and 32k tokens.
+Irregular masks (``general``) are given likewise relative to ``cudnn_flex``, by the shared question. Scattered blocks
+(``block_sparse``) were measured with both others on an H200 at 32k tokens, as blocks of 64 x 64 that make up 5 % of all
+pairs. NOTES.md has what was seen.
 """
 
 from magi_attention.kernels.protocol import AttentionRequest
 
 # (forward, backward) TFLOP/s by mask class, as magi_attention.kernels.mask_class names them.
 _128_DIMS = {
-    "full": (632, 524),
-    "causal": (674, 522),
-    "varlen_full": (632, 391),
-    "varlen_causal": (545, 277),
-    "sliding_window": (517, 357),
-    "block_causal": (615, 396),
+    "full": (662, 545),
+    "causal": (698, 508),
+    "varlen_full": (643, 429),
+    "varlen_causal": (593, 291),
+    "sliding_window": (517, 318),
+    "block_causal": (670, 444),
     "block_sparse": (675, 136),
-    "general": (545, 277),
+    "general": (577, 265),
 }
 # Kernels for other head dims keep the matrix units about this busy, compared to 128 dims.
 _DIM_FACTOR = {64: 0.75, 96: 0.8, 192: 0.95, 256: 0.9}
