@@ -128,6 +128,23 @@ def test_views_are_read_in_place():
     )
 
 
+@pytest.mark.parametrize("layout", ["shifted", "expanded"])
+def test_queries_that_the_copy_engine_cannot_read(layout):
+    """They are copied, also where float32 results need no engine."""
+    x, call = inputs(700), AttentionCall(IRREGULAR, 0.1)
+    if layout == "shifted":
+        q = x.q.new_empty(x.q.numel() + 1)[1:].view(x.q.shape).copy_(x.q)
+    else:
+        q = x.q[:, :1].expand_as(x.q)
+    for dtype in (x.q.dtype, torch.float32):
+        results = []
+        for queries in (q, q.clone(memory_format=torch.contiguous_format)):
+            out, lse = x.q.new_empty(x.q.shape, dtype=dtype), x.q.new_empty(x.q.shape[:2], dtype=torch.float32)
+            launch_forward(queries, x.k, x.v, call, out, lse, merge=False)
+            results.append((out, lse))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_same_bits_in_every_run_and_on_every_stream():
     x, call = inputs(3000, heads=(8, 2)), AttentionCall(SliceTable([[0, 3000, 0, 3000, 1]]), 0.1)
     first = BACKEND.forward(x.q, x.k, x.v, call)

@@ -22,6 +22,7 @@ from magi_kernels_hopper.variants import (
 pytestmark = pytest.mark.gpu
 
 CSRC = Path(__file__).parents[2] / "packages" / "kernels-hopper" / "csrc"
+LIMIT_S = 600  # a kernel that waits for ever would let the sanitizer do so too
 TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 
 
@@ -43,7 +44,7 @@ def assert_no_complaint(tool: str, *arguments: int | str | Path, options: tuple[
     sanitizer = of_toolkit("compute-sanitizer")
     watch = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=magi_", *options]
     launch = [sys.executable, str(Path(__file__).with_name("sanitized.py")), *map(str, arguments)]
-    done = subprocess.run([*watch, *launch], capture_output=True, text=True)
+    done = subprocess.run([*watch, *launch], capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "launched" in done.stdout
 
@@ -64,5 +65,5 @@ def test_racecheck(tmp_path):
     for variant in variants:
         target = tmp_path / f"{variant.name}.cubin"
         options = [*compiler_options(variant), "-DMAGI_FOR_RACECHECK", str(CSRC / variant.source), "-o", str(target)]
-        subprocess.run([nvcc, *options], check=True)
+        subprocess.run([nvcc, *options], check=True, timeout=LIMIT_S)
     assert_no_complaint("racecheck", 128, "--cubins", tmp_path)

@@ -168,7 +168,7 @@ def launch_forward(
     params = Params.from_buffer_copy(prepared.template)
     maps = tensor_maps(device)
     address = ctypes.addressof(params)  # the maps come first
-    staged = out if out.dtype == q.dtype else q  # where it is not, the map is not used
+    staged = out if out.dtype == q.dtype else tensors[0]  # where it is not, the map is not used
     for x, box, swizzle_bytes in zip((*tensors, staged), prepared.boxes, prepared.swizzles, strict=True):
         ctypes.memmove(address, maps.get(x, box, swizzle_bytes), MAP_BYTES)
         address += MAP_BYTES
