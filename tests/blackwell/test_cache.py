@@ -51,6 +51,16 @@ def test_projects_read_the_folder_while_they_are_imported(monkeypatch, tmp_path)
     assert ENABLED not in os.environ
 
 
+def test_an_import_that_fails_leaves_no_trace(monkeypatch, tmp_path):
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    with pytest.raises(ImportError), cache.kept_in("project/sm_90", "PROJECT"):
+        raise ImportError
+    assert ENABLED not in os.environ
+    assert folder_inside("project/sm_100") == tmp_path / "project/sm_100"
+    with pytest.raises(RuntimeError, match="has loaded project/sm_100"):
+        folder_inside("project/sm_90")
+
+
 def test_a_users_own_setting_stays(monkeypatch, tmp_path):
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     monkeypatch.setenv(ENABLED, "0")

@@ -145,6 +145,9 @@ def test_measured_figures_override_those_of_the_backends(install, speeds):
         ([{"backend": "a", "tflops": 1, "direction": "up"}], "forward or backward, got 'up'"),
         ([{"backend": "a", "tflops": 1, "mask_class": "odd"}], "one of full, causal.*got 'odd'"),
         ([{"backend": "refrence", "tflops": 1}], "backend must be one of .*reference.*got 'refrence'"),
+        ([{"backend": ["a"], "tflops": 1}], "backend must be of type str"),
+        ([{"backend": "a", "tflops": 1, "arch": 90}], "arch must be of type str, got 90"),
+        ([{"backend": "a", "tflops": 1, "head_dim": "64"}], "head_dim must be of type int, got '64'"),
         ([{"backend": "a", "tflops": 1, "arch": "SM90"}], "arch must be written as sm_90 .*got 'SM90'"),
     ],
 )

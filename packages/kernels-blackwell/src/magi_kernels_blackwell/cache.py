@@ -33,9 +33,9 @@ def kept_in(folder: str, variable_prefix: str) -> Iterator[None]:
         variable_prefix: what the project's own environment variables begin with.
 
     Raises:
-        RuntimeError: If this process keeps the project's kernels in another folder already.
+        RuntimeError: If this process has loaded the project for kernels of another folder already.
     """
-    if (first := _folders.setdefault(variable_prefix, folder)) != folder:
+    if (first := _folders.get(variable_prefix, folder)) != folder:
         raise RuntimeError(
             f"this process has loaded {first}, and cannot load {folder} as well: GPUs of different architectures, or on"
             " Blackwell of different numbers of multiprocessors, need a process each"
@@ -43,11 +43,13 @@ def kept_in(folder: str, variable_prefix: str) -> Iterator[None]:
     enabled, directory = f"{variable_prefix}_CUTE_DSL_CACHE_ENABLED", f"{variable_prefix}_CUTE_DSL_CACHE_DIR"
     if enabled in os.environ:
         yield
+        _folders[variable_prefix] = folder
         return
     before = os.environ.get(directory)
     os.environ |= {enabled: "1", directory: str(_writable(kernel_cache_dir() / folder))}
     try:
         yield
+        _folders[variable_prefix] = folder
     finally:
         del os.environ[enabled], os.environ[directory]
         if before is not None:

@@ -117,7 +117,7 @@ def check_sums(main: Launch, after: Sequence[Launch], gradients: Sequence[Tensor
     num_sums = sum(
         main.arguments[place].dtype != gradient.dtype for place, gradient in zip((6, 7, 8), gradients, strict=True)
     )
-    if len(after) != num_sums:
+    if len(after) != num_sums or num_sums == 2:  # of q alone, or of all three: as one kernel rounds those of k and v
         raise RuntimeError(
             f"a backward pass was prepared that sums up {num_sums} of its gradients in another dtype, but {len(after)} "
             "launches were noticed of kernels that round sums: the installed wheel launches otherwise"

@@ -128,7 +128,9 @@ def forward_tables(slices: SliceTable, num_q: int, num_k: int, tiling: Tiling, d
     def build() -> SparseTables:
         tiles = _runs_by_query(slices, num_q, num_k, tiling)
         lists = _padded_lists(tiles, -(-num_k // tiling.block_k), device)
-        return SparseTables(*lists, None, None, *_line_tables(slices, num_q, num_k, tiling, device))
+        tables = SparseTables(*lists, None, None, *_line_tables(slices, num_q, num_k, tiling, device))
+        settle(device)
+        return tables
 
     return slices.derived(("fa4 forward", num_q, num_k, tiling, device), build)
 
@@ -143,7 +145,9 @@ def backward_tables(
         of_lists: tuple[Tensor | None, Tensor | None] = (None, None)
         if ranks:
             of_lists = _ranks(_runs_by_query(slices, num_q, num_k, tiling), lists)
-        return SparseTables(*lists, *of_lists, *_line_tables(slices, num_q, num_k, tiling, device))
+        tables = SparseTables(*lists, *of_lists, *_line_tables(slices, num_q, num_k, tiling, device))
+        settle(device)
+        return tables
 
     return slices.derived(("fa4 backward", num_q, num_k, tiling, device, ranks), build)
 

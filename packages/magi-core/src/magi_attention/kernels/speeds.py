@@ -70,6 +70,9 @@ class MeasuredSpeed:
             raise ValueError(
                 f"must be an object with backend and tflops, and else only {', '.join(names[2:])}: {entry}"
             )
+        for name, kind in (("backend", str), ("arch", str), ("head_dim", int)):
+            if not isinstance(entry.get(name), kind | None) or isinstance(entry.get(name), bool):
+                raise ValueError(f"{name} must be of type {kind.__name__}, got {entry[name]!r}")
         speed = cls(**entry | {"backend": ALIASES.get(entry["backend"], entry["backend"])})
         if not environment.is_known_kernel_backend(speed.backend):
             known = ", ".join(environment.known_kernel_backends())
