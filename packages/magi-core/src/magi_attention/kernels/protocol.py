@@ -221,6 +221,7 @@ class FinishesKeysFirst(Protocol):
         """:meth:`WritesInPlace.backward_into` that calls ``keys_done(dk, dv)`` once, as soon as they are launched.
 
         What ``keys_done`` launches runs behind them on the current stream, before what is left to do for dq.
+        Where kernels are compiled and not launched, it is not called.
         """
 
 
