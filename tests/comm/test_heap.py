@@ -44,7 +44,7 @@ class Ranks:
     """Two ranks in two threads that show each other messages."""
 
     def __init__(self) -> None:
-        self.shown, self.barrier = [b"", b""], threading.Barrier(2)
+        self.shown, self.barrier, self.settled = [b"", b""], threading.Barrier(2), list[str]()
 
     def of(self, rank: int) -> SimpleNamespace:
         def exchange(message: bytes) -> list[bytes]:
@@ -54,7 +54,11 @@ class Ranks:
             self.barrier.wait(10)
             return answers
 
-        return SimpleNamespace(exchange=exchange)
+        def settle(proposal: str) -> str:
+            self.settled.append(proposal)
+            return self.settled[0]
+
+        return SimpleNamespace(exchange=exchange, settle=settle)
 
     def run(self, each) -> list[object]:
         results: list[object] = [None, None]
@@ -258,8 +262,13 @@ def test_it_stops_on_no_rank_if_one_does_not_come(monkeypatch):
     def exchange(message):
         raise RuntimeError("ranks [1] did not come")
 
+    def settle(proposal):
+        assert proposal == "stay"
+        raise RuntimeError("the store is gone")
+
     monkeypatch.setattr(heap, "_bindings", lambda: pytest.fail("nothing can be stopped alone"))
-    heap._leave(Heap([0, 1], CPU), SimpleNamespace(exchange=exchange))
+    for answer in (settle, lambda proposal: proposal):
+        heap._leave(Heap([0, 1], CPU), SimpleNamespace(exchange=exchange, settle=answer))
 
 
 @pytest.mark.parametrize(

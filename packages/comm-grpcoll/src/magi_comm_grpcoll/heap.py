@@ -6,6 +6,7 @@ import os
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -205,17 +206,24 @@ def _leave(heap: Heap, farewell: Handshake) -> None:
     """Stop NVSHMEM, a collective, as the interpreters of all ranks exit.
 
     Otherwise its thread crashes the process, which unloads the network adapter's library under it. Where a rank does
-    not come, or is not done, nothing is stopped: that would wait for ever.
+    not come, or is not done, nothing is stopped: that would wait for ever. One that comes when the others have gone
+    sees all of them, so what counts is what the first one to know has settled.
     """
+    settled = ""
+    with suppress(RuntimeError):  # the store has gone with its rank, which did not stop
+        settled = farewell.settle("stop" if _all_are_done(heap, farewell) else "stay")
+    if settled == "stop":
+        _bindings().hostlib_finalize()
+
+
+def _all_are_done(heap: Heap, farewell: Handshake) -> bool:
     deadline = time.monotonic() + FAREWELL_S
     try:
         while (is_busy := not all(stream.query() for stream in heap.streams)) and time.monotonic() < deadline:
             time.sleep(0.01)
-        answers = farewell.exchange(b"busy" if is_busy else b"")
+        return not any(farewell.exchange(b"busy" if is_busy else b""))
     except RuntimeError:  # of a GPU too
-        return
-    if not any(answers):
-        _bindings().hostlib_finalize()
+        return False
 
 
 def raise_everywhere(handshake: Handshake, failure: str) -> None:
