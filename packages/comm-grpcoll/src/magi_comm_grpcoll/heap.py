@@ -193,8 +193,16 @@ def heap_of(
         failure = f"NVSHMEM takes up to {_START_BYTES} bytes to start, and {left} are free"
     raise_everywhere(handshake, failure)
     if _heap is None:
-        identity, *_ = handshake.exchange(_unique_id() if pe == 0 else b"")
-        failure = _start(identity, pe, len(ranks), device, crosses)
+        # Whoever starts it waits for the others without a time limit, so what may fail on one rank alone comes before.
+        try:
+            gpu, identity = _prepare(pe, device, crosses)
+        except Exception as error:  # whatever PyTorch and the bindings do
+            failure = first_line(error) or repr(error)
+        raise_everywhere(handshake, failure and f"NVSHMEM can't be started: {failure}")
+        first, *_ = handshake.exchange(identity._data.tobytes() if pe == 0 else b"")
+        if pe:
+            identity._data.view(np.uint8)[:] = np.frombuffer(first, np.uint8)
+        failure = _start(gpu, identity, pe, len(ranks))
         raise_everywhere(handshake, failure and f"NVSHMEM did not start: {failure}")
         _heap = Heap(ranks, device)
         if crosses:
@@ -239,8 +247,8 @@ def link(library: Any) -> None:
         raise RuntimeError(f"NVSHMEM does not take its device code, status {status}")
 
 
-def _start(unique_id: bytes, pe: int, num_pes: int, device: torch.device, crosses: bool) -> str:
-    """Start NVSHMEM; returns what went wrong."""
+def _prepare(pe: int, device: torch.device, crosses: bool) -> tuple[Any, Any]:
+    """This rank's GPU, and an identity of the ranks that start together: that of PE 0 counts."""
     import nvshmem.core
     from cuda.core import Device
 
@@ -248,8 +256,13 @@ def _start(unique_id: bytes, pe: int, num_pes: int, device: torch.device, crosse
     torch.cuda.synchronize(device)  # makes the device's context, which NVSHMEM expects
     gpu = Device(device.index)
     gpu.set_current()
-    identity = nvshmem.core.get_unique_id(empty=True)
-    identity._data.view(np.uint8)[:] = np.frombuffer(unique_id, np.uint8)
+    return gpu, nvshmem.core.get_unique_id(empty=pe != 0)
+
+
+def _start(gpu: Any, identity: Any, pe: int, num_pes: int) -> str:
+    """Start NVSHMEM; returns what went wrong."""
+    import nvshmem.core
+
     try:
         nvshmem.core.init(device=gpu, uid=identity, rank=pe, nranks=num_pes, initializer_method="uid")
     except Exception as error:
@@ -267,12 +280,6 @@ def _prepare_environment(crosses: bool) -> None:
         os.environ.setdefault("NVSHMEM_IB_ENABLE_IBGDA", "1")
     else:
         os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
-
-
-def _unique_id() -> bytes:
-    import nvshmem.core
-
-    return bytes(nvshmem.core.get_unique_id()._data.tobytes())
 
 
 def _bindings() -> Any:
