@@ -4,6 +4,7 @@
 import gc
 import sys
 import threading
+from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -118,8 +119,13 @@ def test_memory_is_freed_once_no_rank_uses_it(bindings):
 
 def test_too_little_memory_is_told_on_all_ranks(bindings, monkeypatch):
     def each(rank, handshake):
-        bindings().left = 1 << 30 if rank else 10
-        HeapAllocator(Heap([0, 1], CPU), handshake).allocate(64)
+        bindings().left = 10
+        allocator = HeapAllocator(Heap([0, 1], CPU), handshake)
+        with suppress(CapacityError):
+            allocator.allocate(64)
+        bindings().left = 32  # where all had none, all may have less
+        assert allocator.allocate(32).addresses.tolist() == [1 << 20, 0]
+        allocator.allocate(64)
 
     for error in Ranks().run(each):
         assert isinstance(error, CapacityError)
@@ -131,6 +137,23 @@ def test_too_little_memory_is_told_on_all_ranks(bindings, monkeypatch):
 
 def start(rank, handshake, ranks=(0, 1)):
     return heap_of(ranks, rank, CPU, handshake, handshake, crosses=True)
+
+
+def test_memory_that_only_some_ranks_got_ends_the_heap(bindings):
+    def each(rank, handshake):
+        bindings().left = 1 << 30 if rank else 10
+        allocator, errors = HeapAllocator(Heap([0, 1], CPU), handshake), []
+        for num_bytes in (64, 8):
+            with pytest.raises(CapacityError) as raised:
+                allocator.allocate(num_bytes)
+            errors.append(str(raised.value))
+        allocator.free_unused()
+        assert bindings().freed == []  # which would wait for rank 0
+        return errors
+
+    for first, second in Ranks().run(each):
+        assert first == "rank 0 can't allocate 64 bytes to receive rows in: NVSHMEM has no memory left"
+        assert "start the processes anew" in second
 
 
 def prepare(pe, device, crosses):
@@ -302,6 +325,8 @@ def test_it_stops_on_no_rank_if_one_does_not_come(monkeypatch):
         ("3.8.0", ""),
         ("3.3.9", "NVSHMEM 3.3.9 is installed, and 3.4 or later of the same major version is needed"),
         ("4.0.0", "NVSHMEM 4.0.0 is installed, and 3.4 or later"),
+        ("3", "NVSHMEM calls its version '3', which is none like 3.0.0"),
+        ("3.x", "NVSHMEM calls its version '3.x'"),
         (None, "NVSHMEM can't be loaded: no library"),
     ],
 )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from magi_comm_grpcoll.arena import allocate_everywhere
-from magi_comm_grpcoll.errors import NotNativeError, first_line
+from magi_comm_grpcoll.errors import CapacityError, NotNativeError, first_line
 from magi_comm_grpcoll.handshake import Handshake
 
 SWITCH_OFF = "MAGI_GRPCOLL_NO_NVSHMEM"
@@ -45,7 +45,10 @@ def reason_against_nvshmem() -> str:
         version = str(nvshmem.core.get_version().libnvshmem_version)
     except Exception as error:  # whatever a library that does not fit the bindings, or can't be loaded, does
         return f"NVSHMEM can't be loaded: {first_line(error)}; {INSTALL}"
-    major, minor = (int(part) for part in version.split(".")[:2])
+    try:
+        major, minor = (int(part) for part in version.split(".")[:2])
+    except ValueError:
+        return f"NVSHMEM calls its version {version!r}, which is none like {LEAST_VERSION[0]}.0.0: {INSTALL}"
     if major != LEAST_VERSION[0] or minor < LEAST_VERSION[1]:
         wanted = ".".join(map(str, LEAST_VERSION))
         return f"NVSHMEM {version} is installed, and {wanted} or later of the same major version is needed: {INSTALL}"
@@ -71,6 +74,7 @@ class Heap:
         self.streams: list[torch.cuda.Stream] = []
         # What has been given out, in the same order on all ranks, and whether tensors still live in it.
         self._given: list[tuple[int, weakref.ref[_Block]]] = []
+        self._is_uneven = False  # on all ranks alike
 
     def allocate(self, num_bytes: int, handshake: Handshake) -> "HeapMemory":
         """So many bytes on every rank.
@@ -78,6 +82,11 @@ class Heap:
         Raises:
             CapacityError: a rank has not so much memory left; on every rank.
         """
+        if self._is_uneven:
+            raise CapacityError(
+                "NVSHMEM gave memory to some ranks and none to others, so the same address is not the same place on "
+                "all of them any more: start the processes anew, with more free memory"
+            )
         self.free_unused(handshake)
         # NVSHMEM ends the process where its own allocation fails.
         needed = -(-num_bytes // _STEP_BYTES) * _STEP_BYTES
@@ -88,7 +97,14 @@ class Heap:
 
         allocate_everywhere(handshake, look, num_bytes)
         address = _bindings().malloc(num_bytes)
-        allocate_everywhere(handshake, lambda: "" if address else "NVSHMEM has no memory left", num_bytes)
+        gave = [bool(answer) for answer in handshake.exchange(b"yes" if address else b"")]
+        if not all(gave):
+            # What some have can't be freed: all ranks must free together, and those without can't come.
+            self._is_uneven = any(gave)
+            raise CapacityError(
+                f"rank {gave.index(False)} can't allocate {num_bytes} bytes to receive rows in: NVSHMEM has no memory "
+                "left"
+            )
         block = _Block(address, num_bytes)
         self._given.append((address, weakref.ref(block)))
         return HeapMemory(block, self)
