@@ -21,7 +21,7 @@ NVSHMEM_WHEEL = "nvidia-nvshmem-cu13==3.4.5"
 
 
 class FatbinHook(BuildHookInterface):
-    """Run nvcc for every CUDA source that is newer than its fatbin."""
+    """Run nvcc for every fatbin that is older than the sources, or than this file, which says how."""
 
     def dependencies(self) -> list[str]:
         """Ask for NVSHMEM, and for PyPI's nvcc where the machine has none."""
@@ -37,7 +37,7 @@ class FatbinHook(BuildHookInterface):
         root = Path(self.root)
         output = root / self.config["output"]
         output.mkdir(parents=True, exist_ok=True)
-        newest = max(path.stat().st_mtime for path in root.glob("csrc/*"))
+        newest = max(path.stat().st_mtime for path in (root / "hatch_build.py", *root.glob("csrc/*")))
         for source in sorted(root.glob("csrc/*.cu")):
             fatbin = output / f"{source.stem}.fatbin"
             if not fatbin.exists() or fatbin.stat().st_mtime < newest:

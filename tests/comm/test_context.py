@@ -132,18 +132,37 @@ def test_after_a_growth_that_fails_what_fitted_before_goes_on(monkeypatch):
     monkeypatch.setattr(GroupContext, "_make_allocator", lambda self, heap: Grudging(make(self, heap), 8 << 20))
 
     def run(rank, group):
-        native, small = GroupContext(group, ContextOptions(timeout_s=30)), fragmented_table(rank, 2, 4, 2)
-        large, rows = fragmented_table(rank, 2, 40, 20), torch.full((small.num_source, 1 << 10), float(rank))
-        expected = torch.tensor([owner for owner, first, stop in small.recv.tolist() for _ in range(stop - first)])
-        order = torch.tensor([row for _, first, stop in small.recv.tolist() for row in range(first, stop)])
+        native = GroupContext(group, ContextOptions(timeout_s=30))
+        small, medium, large = (fragmented_table(rank, 2, *size) for size in ((4, 2), (16, 20), (40, 20)))
+
+        def exchange(table):
+            owners = torch.zeros(table.num_received)
+            for owner, first, stop in table.recv.tolist():
+                owners[first:stop] = owner
+            (received,) = native.cast([torch.full((table.num_source, 1 << 10), float(rank))], table).wait_host()
+            assert (received == owners[:, None]).all()
+            total = torch.zeros(table.num_source, 1 << 10)
+            native.reduce([received], table, [total]).wait_host()
+            assert (total == 2 * rank).all()
+
+        def does_not_fit(table):
+            with pytest.raises(CapacityError, match="bytes are too many"):
+                exchange(table)
+
         for most in (8 << 20, 8 << 20, 1 << 20):
-            (received,) = native.cast([rows], small).wait_host()
-            assert (received[order] == expected[:, None]).all()
+            exchange(small)
+            exchange(medium)
             native._allocator.most = most
             with pytest.raises(CapacityError, match="bytes are too many"):
                 native.cast([torch.ones(large.num_source, 1 << 11)], large)
-        with pytest.raises(CapacityError, match="there is no memory to receive rows in"):
-            native.cast([rows], small)
+        does_not_fit(small)
+        native._allocator.most = 4 << 20  # which is too little for the medium one that is prepared
+        for _ in range(2):
+            exchange(small)
+            does_not_fit(medium)
+        native._allocator.most = 8 << 20
+        exchange(medium)
+        exchange(small)
 
     run_ranks(2, run)
 

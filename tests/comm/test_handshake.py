@@ -2,6 +2,8 @@
 """What the ranks settle on the host, on processes without a GPU."""
 
 import logging
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ import torch.distributed as dist
 from magi_attention.comm import AllToAllCollectives
 from magi_attention.comm.packing import row_formats
 from magi_attention.testing.distributed import RankPool
-from magi_comm_grpcoll import CapacityError, GroupContext, NativeCollectives, NotNativeError, PlanMismatchError
+from magi_comm_grpcoll import CapacityError, GroupContext, NativeCollectives, NotNativeError, PlanMismatchError, heap
 from magi_comm_grpcoll.capability import reason_against
 from magi_comm_grpcoll.handshake import Handshake
+from magi_comm_grpcoll.heap import Heap
 from magi_comm_grpcoll.plans import gather_plans
 from tests.distributed.exchanges import RandomNeeds, random_tensor
 
@@ -45,6 +48,25 @@ def stay_away(rank: int, world_size: int) -> None:
 
 def test_a_rank_that_does_not_come_is_named(pool):
     pool.run(stay_away)
+
+
+def leave(rank: int, world_size: int) -> None:
+    """NVSHMEM stops on all ranks or on none, whenever each of them exits."""
+    of_rank, asked = Heap(range(world_size), torch.device("cpu")), Handshake(dist.group.WORLD, 30)
+    for late_s, stops in ((0.0, True), (1.5, False)):
+        farewell, stopped = Handshake(dist.group.WORLD, 0.5 if late_s else 30), []
+        bindings = SimpleNamespace(hostlib_finalize=lambda stopped=stopped: stopped.append(True))
+        asked.exchange(b"start")
+        if rank == 1:
+            time.sleep(late_s)  # and then finds the messages of all who have gone
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(heap, "_bindings", lambda bindings=bindings: bindings)
+            heap._leave(of_rank, farewell)
+        assert [bool(answer[0]) for answer in asked.exchange(bytes([len(stopped)]))] == [stops] * world_size
+
+
+def test_a_rank_that_exits_late_stops_nothing_alone(pool):
+    pool.run(leave)
 
 
 def gather_all(rank: int, world_size: int) -> None:

@@ -4,6 +4,7 @@
 import gc
 import sys
 import threading
+from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -44,7 +45,7 @@ class Ranks:
     """Two ranks in two threads that show each other messages."""
 
     def __init__(self) -> None:
-        self.shown, self.barrier = [b"", b""], threading.Barrier(2)
+        self.shown, self.barrier, self.settled = [b"", b""], threading.Barrier(2), list[str]()
 
     def of(self, rank: int) -> SimpleNamespace:
         def exchange(message: bytes) -> list[bytes]:
@@ -54,7 +55,11 @@ class Ranks:
             self.barrier.wait(10)
             return answers
 
-        return SimpleNamespace(exchange=exchange)
+        def settle(proposal: str) -> str:
+            self.settled.append(proposal)
+            return self.settled[0]
+
+        return SimpleNamespace(exchange=exchange, settle=settle)
 
     def run(self, each) -> list[object]:
         results: list[object] = [None, None]
@@ -114,8 +119,13 @@ def test_memory_is_freed_once_no_rank_uses_it(bindings):
 
 def test_too_little_memory_is_told_on_all_ranks(bindings, monkeypatch):
     def each(rank, handshake):
-        bindings().left = 1 << 30 if rank else 10
-        HeapAllocator(Heap([0, 1], CPU), handshake).allocate(64)
+        bindings().left = 10
+        allocator = HeapAllocator(Heap([0, 1], CPU), handshake)
+        with suppress(CapacityError):
+            allocator.allocate(64)
+        bindings().left = 32  # where all had none, all may have less
+        assert allocator.allocate(32).addresses.tolist() == [1 << 20, 0]
+        allocator.allocate(64)
 
     for error in Ranks().run(each):
         assert isinstance(error, CapacityError)
@@ -129,15 +139,36 @@ def start(rank, handshake, ranks=(0, 1)):
     return heap_of(ranks, rank, CPU, handshake, handshake, crosses=True)
 
 
+def test_memory_that_only_some_ranks_got_ends_the_heap(bindings):
+    def each(rank, handshake):
+        bindings().left = 1 << 30 if rank else 10
+        allocator, errors = HeapAllocator(Heap([0, 1], CPU), handshake), []
+        for num_bytes in (64, 8):
+            with pytest.raises(CapacityError) as raised:
+                allocator.allocate(num_bytes)
+            errors.append(str(raised.value))
+        allocator.free_unused()
+        assert bindings().freed == []  # which would wait for rank 0
+        return errors
+
+    for first, second in Ranks().run(each):
+        assert first == "rank 0 can't allocate 64 bytes to receive rows in: NVSHMEM has no memory left"
+        assert "start the processes anew" in second
+
+
+def prepare(pe, device, crosses):
+    return (device, crosses), SimpleNamespace(_data=np.frombuffer(b"number %d" % pe, np.uint8).copy())
+
+
 def test_it_starts_once_for_one_group(bindings, monkeypatch, no_farewell):
     started = []
 
-    def note(identity, pe, num_pes, device, crosses):
-        started.append((identity, pe, num_pes, crosses))
+    def note(gpu, identity, pe, num_pes):
+        started.append((identity._data.tobytes(), pe, num_pes, gpu))
         return ""
 
     of_rank = threading.local()
-    monkeypatch.setattr(heap, "_unique_id", lambda: b"identity")
+    monkeypatch.setattr(heap, "_prepare", prepare)
     monkeypatch.setattr(heap, "_start", note)
     monkeypatch.setattr(heap, "_heap", None)
 
@@ -146,7 +177,7 @@ def test_it_starts_once_for_one_group(bindings, monkeypatch, no_farewell):
         return of_rank.heap.ranks
 
     assert Ranks().run(each) == [(0, 1)] * 2  # both ranks are this process, so that one heap is the last one's
-    assert sorted(started) == [(b"identity", 0, 2, True), (b"identity", 1, 2, True)]
+    assert sorted(started) == [(b"number 0", 0, 2, (CPU, True)), (b"number 0", 1, 2, (CPU, True))]
     for error in Ranks().run(lambda rank, handshake: start(rank, handshake, (0, 2))):
         assert isinstance(error, NotNativeError)
         assert str(error) == "on rank 0 NVSHMEM serves ranks [0, 1] already, and a process can start it once"
@@ -156,8 +187,8 @@ def test_it_starts_once_for_one_group(bindings, monkeypatch, no_farewell):
 
 
 def test_a_rank_on_which_it_does_not_start_is_named_on_all(bindings, monkeypatch):
-    monkeypatch.setattr(heap, "_unique_id", lambda: b"identity")
-    monkeypatch.setattr(heap, "_start", lambda identity, pe, *of: "no transport" if pe else "")
+    monkeypatch.setattr(heap, "_prepare", prepare)
+    monkeypatch.setattr(heap, "_start", lambda gpu, identity, pe, num_pes: "no transport" if pe else "")
     monkeypatch.setattr(heap, "_heap", None)
     for error in Ranks().run(start):
         assert isinstance(error, NotNativeError)
@@ -166,6 +197,21 @@ def test_a_rank_on_which_it_does_not_start_is_named_on_all(bindings, monkeypatch
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 1 << 40))
     for error in Ranks().run(start):
         assert str(error) == "on rank 0 NVSHMEM takes up to 2415919104 bytes to start, and 10 are free"
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_what_fails_on_one_rank_before_the_start_keeps_all_from_it(bindings, monkeypatch, broken):
+    def fail_on_one(pe, device, crosses):
+        if pe == broken:
+            raise OSError("the GPU has failed\nat length")
+        return prepare(pe, device, crosses)
+
+    monkeypatch.setattr(heap, "_prepare", fail_on_one)
+    monkeypatch.setattr(heap, "_start", lambda *of: pytest.fail("it waits for the other for ever"))
+    monkeypatch.setattr(heap, "_heap", None)
+    for error in Ranks().run(start):
+        assert isinstance(error, NotNativeError)
+        assert str(error) == f"on rank {broken} NVSHMEM can't be started: the GPU has failed"
 
 
 def test_somebody_elses_nvshmem_is_not_joined(bindings, monkeypatch):
@@ -184,7 +230,8 @@ def test_somebody_elses_nvshmem_is_not_joined(bindings, monkeypatch):
 def test_a_start_that_gives_other_numbers_is_none(monkeypatch):
     package, core, numbers = ModuleType("nvshmem"), ModuleType("nvshmem.core"), [1, 3]
     package.core = core  # type: ignore[attr-defined]
-    core.get_unique_id = lambda empty: SimpleNamespace(_data=np.zeros(128, np.uint8))  # type: ignore[attr-defined]
+    made: list[bool] = []  # of each identity, whether it is empty
+    core.get_unique_id = lambda empty: made.append(empty)  # type: ignore[attr-defined]
     core.init = lambda **of: None  # type: ignore[attr-defined]
     cuda_core = ModuleType("cuda.core")
     cuda_core.Device = lambda index: SimpleNamespace(set_current=lambda: None)  # type: ignore[attr-defined]
@@ -194,11 +241,15 @@ def test_a_start_that_gives_other_numbers_is_none(monkeypatch):
     monkeypatch.setattr(heap, "_prepare_environment", lambda crosses: None)
     found = SimpleNamespace(my_pe=lambda: numbers[0], n_pes=lambda: numbers[1], init_status=lambda: 3)
     monkeypatch.setattr(heap, "_bindings", lambda: found)
-    assert heap._start(bytes(128), 0, 2, CPU, True) == "it is number 1 of 3 instead of 0 of 2"
+    gpu, identity = heap._prepare(1, CPU, True)
+    assert made == [True]
+    heap._prepare(0, CPU, True)
+    assert made == [True, False]
+    assert heap._start(gpu, identity, 0, 2) == "it is number 1 of 3 instead of 0 of 2"
     numbers[:] = 0, 2
-    assert heap._start(bytes(128), 0, 2, CPU, True) == ""
+    assert heap._start(gpu, identity, 0, 2) == ""
     found.init_status = lambda: 1  # the ranks have met, and that is all
-    assert "no transport reaches the other ranks" in heap._start(bytes(128), 0, 2, CPU, True)
+    assert "no transport reaches the other ranks" in heap._start(gpu, identity, 0, 2)
     found.culibrary_init = lambda handle: 7
     with pytest.raises(RuntimeError, match="does not take its device code, status 7"):
         heap.link(SimpleNamespace(handle=1))
@@ -258,8 +309,13 @@ def test_it_stops_on_no_rank_if_one_does_not_come(monkeypatch):
     def exchange(message):
         raise RuntimeError("ranks [1] did not come")
 
+    def settle(proposal):
+        assert proposal == "stay"
+        raise RuntimeError("the store is gone")
+
     monkeypatch.setattr(heap, "_bindings", lambda: pytest.fail("nothing can be stopped alone"))
-    heap._leave(Heap([0, 1], CPU), SimpleNamespace(exchange=exchange))
+    for answer in (settle, lambda proposal: proposal):
+        heap._leave(Heap([0, 1], CPU), SimpleNamespace(exchange=exchange, settle=answer))
 
 
 @pytest.mark.parametrize(
@@ -269,6 +325,8 @@ def test_it_stops_on_no_rank_if_one_does_not_come(monkeypatch):
         ("3.8.0", ""),
         ("3.3.9", "NVSHMEM 3.3.9 is installed, and 3.4 or later of the same major version is needed"),
         ("4.0.0", "NVSHMEM 4.0.0 is installed, and 3.4 or later"),
+        ("3", "NVSHMEM calls its version '3', which is none like 3.0.0"),
+        ("3.x", "NVSHMEM calls its version '3.x'"),
         (None, "NVSHMEM can't be loaded: no library"),
     ],
 )

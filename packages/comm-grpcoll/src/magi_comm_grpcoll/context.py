@@ -133,6 +133,8 @@ class GroupContext:
         rings = [Watched(name, progress) for name, progress in zip(LANES, self._progress.numpy(), strict=True)]
         self._watchdog = Watchdog(rings, weakref.ref(self), timeout_s)
         self._timeout_s = timeout_s
+        most = self.options.capacity_bytes
+        self._most_slot_bytes = None if most is None else Arena.most_in(most // len(LANES), self.options.num_areas)
         weakref.finalize(self, _let_streams_end, self._streams.all, (self._lanes, self._progress)).atexit = False
 
     def _make_allocator(self, uses_heap: bool) -> Allocator:
@@ -186,6 +188,7 @@ class GroupContext:
         # What a call with the same arguments has checked and found holds for later ones.
         rounds = table.derived((self, CAST, *map(_kind, tensors)), prepare)
         lane = self._lanes[CAST]
+        self._make_room(lane, max(part.slot_bytes for part in rounds))
         caller, arrive = current_stream(self._index), lane.wires.arrive
         tensors = [tensor.contiguous() for tensor in tensors]
         own = None if own_places is None else OwnRows(own_places, tensors)
@@ -229,6 +232,7 @@ class GroupContext:
 
         kinds = *map(_kind, sent), len(sent) - len(partials), *map(_kind, targets), len(targets) - len(into)
         rounds, lane = table.derived((self, REDUCE, op, *kinds), prepare), self._lanes[REDUCE]
+        self._make_room(lane, max(part.slot_bytes for part in rounds))
         caller, arrive = current_stream(self._index), lane.wires.arrive
         sent = [tensor.contiguous() for tensor in sent]
         written = [tensor.contiguous() for tensor in targets]
@@ -266,17 +270,20 @@ class GroupContext:
         return table.derived((self, number, formats), lambda: self._plan(number, table, formats))
 
     def _plan(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> list[Round]:
-        lane, most = self._lanes[number], None
-        if self.options.capacity_bytes is not None:
-            most = Arena.most_in(self.options.capacity_bytes // len(LANES), self.options.num_areas)
-        is_staged = self.options.is_staged
+        lane, most, is_staged = self._lanes[number], self._most_slot_bytes, self.options.is_staged
         plans = gather_plans(self._handshake, LANES[number], table, formats, self.rank, most, is_staged)
-        needed = max(plan.slot_bytes for plan in plans)
-        if not lane.arena.fits(needed):  # on all ranks alike
+        self._make_room(lane, max(plan.slot_bytes for plan in plans))
+        return [Round(plan, formats, lane, number == REDUCE) for plan in plans]
+
+    def _make_room(self, lane: Lane, slot_bytes: int) -> None:
+        """Let slots hold so much, a collective if they don't: on all ranks alike, as their slots and sizes are.
+
+        Those of exchanges that ran before may have gone with an attempt to make larger ones.
+        """
+        if not lane.arena.fits(slot_bytes):
             self._quiesce(b"grow")
             lane.let_go()
-            lane.arena.grow(needed, most)
-        return [Round(plan, formats, lane, number == REDUCE) for plan in plans]
+            lane.arena.grow(slot_bytes, self._most_slot_bytes)
 
     def _quiesce(self, why: bytes) -> None:
         """Wait until no rank has anything under way."""

@@ -47,6 +47,19 @@ class Handshake:
         self._num_done += 1
         return answers
 
+    def settle(self, proposal: str) -> str:
+        """What the first rank to propose something proposed, the same for all; once in a conversation.
+
+        Waits for nobody, so ranks that come late or not at all can't disagree with those that have gone.
+
+        Args:
+            proposal: not empty.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
+        return bytes(self._store.compare_set("settled", "", proposal)).decode()
+
     def _await(self, keys: list[str]) -> None:
         deadline, pause = time.monotonic() + self._timeout_s, _FIRST_PAUSE_S
         while not self._store.check(keys):

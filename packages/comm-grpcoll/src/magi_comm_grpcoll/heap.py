@@ -6,6 +6,7 @@ import os
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from magi_comm_grpcoll.arena import allocate_everywhere
-from magi_comm_grpcoll.errors import NotNativeError, first_line
+from magi_comm_grpcoll.errors import CapacityError, NotNativeError, first_line
 from magi_comm_grpcoll.handshake import Handshake
 
 SWITCH_OFF = "MAGI_GRPCOLL_NO_NVSHMEM"
@@ -44,7 +45,10 @@ def reason_against_nvshmem() -> str:
         version = str(nvshmem.core.get_version().libnvshmem_version)
     except Exception as error:  # whatever a library that does not fit the bindings, or can't be loaded, does
         return f"NVSHMEM can't be loaded: {first_line(error)}; {INSTALL}"
-    major, minor = (int(part) for part in version.split(".")[:2])
+    try:
+        major, minor = (int(part) for part in version.split(".")[:2])
+    except ValueError:
+        return f"NVSHMEM calls its version {version!r}, which is none like {LEAST_VERSION[0]}.0.0: {INSTALL}"
     if major != LEAST_VERSION[0] or minor < LEAST_VERSION[1]:
         wanted = ".".join(map(str, LEAST_VERSION))
         return f"NVSHMEM {version} is installed, and {wanted} or later of the same major version is needed: {INSTALL}"
@@ -70,6 +74,7 @@ class Heap:
         self.streams: list[torch.cuda.Stream] = []
         # What has been given out, in the same order on all ranks, and whether tensors still live in it.
         self._given: list[tuple[int, weakref.ref[_Block]]] = []
+        self._is_uneven = False  # on all ranks alike
 
     def allocate(self, num_bytes: int, handshake: Handshake) -> "HeapMemory":
         """So many bytes on every rank.
@@ -77,6 +82,11 @@ class Heap:
         Raises:
             CapacityError: a rank has not so much memory left; on every rank.
         """
+        if self._is_uneven:
+            raise CapacityError(
+                "NVSHMEM gave memory to some ranks and none to others, so the same address is not the same place on "
+                "all of them any more: start the processes anew, with more free memory"
+            )
         self.free_unused(handshake)
         # NVSHMEM ends the process where its own allocation fails.
         needed = -(-num_bytes // _STEP_BYTES) * _STEP_BYTES
@@ -87,7 +97,14 @@ class Heap:
 
         allocate_everywhere(handshake, look, num_bytes)
         address = _bindings().malloc(num_bytes)
-        allocate_everywhere(handshake, lambda: "" if address else "NVSHMEM has no memory left", num_bytes)
+        gave = [bool(answer) for answer in handshake.exchange(b"yes" if address else b"")]
+        if not all(gave):
+            # What some have can't be freed: all ranks must free together, and those without can't come.
+            self._is_uneven = any(gave)
+            raise CapacityError(
+                f"rank {gave.index(False)} can't allocate {num_bytes} bytes to receive rows in: NVSHMEM has no memory "
+                "left"
+            )
         block = _Block(address, num_bytes)
         self._given.append((address, weakref.ref(block)))
         return HeapMemory(block, self)
@@ -192,8 +209,16 @@ def heap_of(
         failure = f"NVSHMEM takes up to {_START_BYTES} bytes to start, and {left} are free"
     raise_everywhere(handshake, failure)
     if _heap is None:
-        identity, *_ = handshake.exchange(_unique_id() if pe == 0 else b"")
-        failure = _start(identity, pe, len(ranks), device, crosses)
+        # Whoever starts it waits for the others without a time limit, so what may fail on one rank alone comes before.
+        try:
+            gpu, identity = _prepare(pe, device, crosses)
+        except Exception as error:  # whatever PyTorch and the bindings do
+            failure = first_line(error) or repr(error)
+        raise_everywhere(handshake, failure and f"NVSHMEM can't be started: {failure}")
+        first, *_ = handshake.exchange(identity._data.tobytes() if pe == 0 else b"")
+        if pe:
+            identity._data.view(np.uint8)[:] = np.frombuffer(first, np.uint8)
+        failure = _start(gpu, identity, pe, len(ranks))
         raise_everywhere(handshake, failure and f"NVSHMEM did not start: {failure}")
         _heap = Heap(ranks, device)
         if crosses:
@@ -205,17 +230,24 @@ def _leave(heap: Heap, farewell: Handshake) -> None:
     """Stop NVSHMEM, a collective, as the interpreters of all ranks exit.
 
     Otherwise its thread crashes the process, which unloads the network adapter's library under it. Where a rank does
-    not come, or is not done, nothing is stopped: that would wait for ever.
+    not come, or is not done, nothing is stopped: that would wait for ever. One that comes when the others have gone
+    sees all of them, so what counts is what the first one to know has settled.
     """
+    settled = ""
+    with suppress(RuntimeError):  # the store has gone with its rank, which did not stop
+        settled = farewell.settle("stop" if _all_are_done(heap, farewell) else "stay")
+    if settled == "stop":
+        _bindings().hostlib_finalize()
+
+
+def _all_are_done(heap: Heap, farewell: Handshake) -> bool:
     deadline = time.monotonic() + FAREWELL_S
     try:
         while (is_busy := not all(stream.query() for stream in heap.streams)) and time.monotonic() < deadline:
             time.sleep(0.01)
-        answers = farewell.exchange(b"busy" if is_busy else b"")
+        return not any(farewell.exchange(b"busy" if is_busy else b""))
     except RuntimeError:  # of a GPU too
-        return
-    if not any(answers):
-        _bindings().hostlib_finalize()
+        return False
 
 
 def raise_everywhere(handshake: Handshake, failure: str) -> None:
@@ -231,8 +263,8 @@ def link(library: Any) -> None:
         raise RuntimeError(f"NVSHMEM does not take its device code, status {status}")
 
 
-def _start(unique_id: bytes, pe: int, num_pes: int, device: torch.device, crosses: bool) -> str:
-    """Start NVSHMEM; returns what went wrong."""
+def _prepare(pe: int, device: torch.device, crosses: bool) -> tuple[Any, Any]:
+    """This rank's GPU, and an identity of the ranks that start together: that of PE 0 counts."""
     import nvshmem.core
     from cuda.core import Device
 
@@ -240,8 +272,13 @@ def _start(unique_id: bytes, pe: int, num_pes: int, device: torch.device, crosse
     torch.cuda.synchronize(device)  # makes the device's context, which NVSHMEM expects
     gpu = Device(device.index)
     gpu.set_current()
-    identity = nvshmem.core.get_unique_id(empty=True)
-    identity._data.view(np.uint8)[:] = np.frombuffer(unique_id, np.uint8)
+    return gpu, nvshmem.core.get_unique_id(empty=pe != 0)
+
+
+def _start(gpu: Any, identity: Any, pe: int, num_pes: int) -> str:
+    """Start NVSHMEM; returns what went wrong."""
+    import nvshmem.core
+
     try:
         nvshmem.core.init(device=gpu, uid=identity, rank=pe, nranks=num_pes, initializer_method="uid")
     except Exception as error:
@@ -259,12 +296,6 @@ def _prepare_environment(crosses: bool) -> None:
         os.environ.setdefault("NVSHMEM_IB_ENABLE_IBGDA", "1")
     else:
         os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
-
-
-def _unique_id() -> bytes:
-    import nvshmem.core
-
-    return bytes(nvshmem.core.get_unique_id()._data.tobytes())
 
 
 def _bindings() -> Any:

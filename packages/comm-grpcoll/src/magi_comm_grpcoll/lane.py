@@ -15,7 +15,6 @@ from magi_attention.comm.packing import RowFormat, put_all_rows
 from magi_attention.comm.routes import Rows, routes_of
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.combine import Segments
-from magi_comm_grpcoll.errors import CapacityError
 from magi_comm_grpcoll.exchange import Prepared, SlotExchange
 from magi_comm_grpcoll.plans import Plan
 from magi_comm_grpcoll.routes import Transport, make_route
@@ -102,6 +101,8 @@ class Started(NamedTuple):
 class Round:
     """A plan and its pieces with their addresses; these are found anew when the slots have moved.
 
+    Whoever starts it sees to it that the slots fit.
+
     Args:
         plan: the plan.
         formats: of the tensors.
@@ -110,6 +111,7 @@ class Round:
 
     Attributes:
         plan: the plan.
+        slot_bytes: what a slot must hold, the same on all ranks.
         segments: of a reduce, which rows of the slot belong together.
     """
 
@@ -117,6 +119,7 @@ class Round:
 
     def __init__(self, plan: Plan, formats: tuple[RowFormat, ...], lane: Lane, is_reduce: bool) -> None:
         self.plan, self._formats, self._lane = plan, formats, lane
+        self.slot_bytes = plan.slot_bytes
         self.let_go()
         lane.rounds.add(self)
         self._ready = torch.cuda.Event()  # recorded anew each time
@@ -200,8 +203,7 @@ class Round:
 
     def _bind(self) -> Prepared:
         lane, memory = self._lane, self._lane.arena.memory
-        if memory is None:
-            raise CapacityError("there is no memory to receive rows in, since some could not be had before: free some")
+        assert memory is not None
         if self._bound is None or self._memory is not memory:
             route, self._transport = make_route(
                 self.plan.copies, lane.rank, lane.arena, lane.wires, lane.control, lane.transport

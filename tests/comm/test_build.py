@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the kernels are compiled anew, without a compiler."""
+
+import os
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+HOOK = Path(__file__).parents[2] / "packages" / "comm-grpcoll" / "hatch_build.py"
+
+
+@pytest.fixture
+def build():
+    pytest.importorskip("hatchling", reason="the build hook needs hatchling: pip install hatchling")
+    spec = spec_from_file_location("grpcoll_build", HOOK)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("changed", ["csrc/put.cu", "csrc/memory.cuh", "hatch_build.py"])
+def test_what_a_fatbin_is_made_of_and_how_makes_it_anew(build, monkeypatch, tmp_path, changed):
+    compiled: list[str] = []
+
+    def compile_fatbin(source: Path, fatbin: Path) -> None:
+        compiled.append(source.stem)
+        fatbin.touch()
+        os.utime(fatbin, (200, 200))
+
+    monkeypatch.setattr(build, "compile_fatbin", compile_fatbin)
+    monkeypatch.delenv(build.SETTING, raising=False)
+    (tmp_path / "csrc").mkdir()
+    for name in ("csrc/put.cu", "csrc/memory.cuh", "hatch_build.py"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (100, 100))
+    hook, data = SimpleNamespace(root=tmp_path, config={"output": "made"}), {"artifacts": []}
+    for _ in range(2):
+        build.FatbinHook.initialize(hook, "standard", data)
+    assert compiled == ["put"]
+    os.utime(tmp_path / changed, (300, 300))
+    build.FatbinHook.initialize(hook, "standard", data)
+    assert compiled == ["put", "put"]
+    assert set(data["artifacts"]) == {"made/*.fatbin"}
