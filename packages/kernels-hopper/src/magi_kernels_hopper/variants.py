@@ -6,7 +6,7 @@ The build hook reads this file alone, so it imports nothing but the standard lib
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal
+from typing import ClassVar, Literal
 
 Element = Literal["bf16", "fp16"]
 ELEMENTS: dict[Element, str] = {"bf16": "__nv_bfloat16", "fp16": "__half"}
@@ -14,6 +14,47 @@ HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 """Head dims of queries and keys, and of values."""
 
 ARCH = "sm_90a"
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """What all kernels have.
+
+    Attributes:
+        head_dim: of queries and keys.
+        head_dim_v: of values.
+        element: ``"bf16"`` or ``"fp16"``, the type of queries, keys and values.
+        softcap: whether scores are capped.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    element: Element
+    softcap: bool = False
+
+    kind: ClassVar[str]
+    """What the name begins with."""
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Head dims of queries and keys, and of values."""
+        return self.head_dim, self.head_dim_v
+
+    @property
+    def name(self) -> str:
+        """What its cubin is called."""
+        dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}_v{self.head_dim_v}"
+        return f"{self.kind}_{dims}_{self.element}{'_softcap' * self.softcap}"
+
+    @property
+    def defines(self) -> dict[str, object]:
+        """What the compiler is told."""
+        return {
+            "MAGI_HEAD_DIM": self.head_dim,
+            "MAGI_HEAD_DIM_V": self.head_dim_v,
+            "MAGI_ELEMENT": ELEMENTS[self.element],
+            "MAGI_SOFTCAP": int(self.softcap),
+        }
 
 
 @dataclass(frozen=True)
@@ -67,50 +108,38 @@ different keys, or short spans of them."""
 
 
 @dataclass(frozen=True)
-class ForwardVariant:
+class ForwardVariant(_Variant):
     """One forward kernel.
 
     Attributes:
-        head_dim: of queries and keys.
-        head_dim_v: of values.
-        element: ``"bf16"`` or ``"fp16"``, the type of queries, keys and values.
-        softcap: whether scores are capped.
         tall: whether its sizes are of ``TALL_SIZES``.
     """
 
-    head_dim: int
-    head_dim_v: int
-    element: Element
-    softcap: bool = False
     tall: bool = False
 
+    kind = "forward"
     source = "forward/forward.cu"
     entry = "magi_forward"
 
     @property
     def name(self) -> str:
-        """What its cubin is called."""
-        dims = _dims(self.head_dim, self.head_dim_v)
-        return f"forward_{dims}_{self.element}{'_softcap' * self.softcap}{'_tall' * self.tall}"
+        """See the base."""
+        return super().name + "_tall" * self.tall
 
     @property
     def sizes(self) -> ForwardSizes:
         """Its sizes."""
-        return (TALL_SIZES if self.tall else FORWARD_SIZES)[self.head_dim, self.head_dim_v]
+        return (TALL_SIZES if self.tall else FORWARD_SIZES)[self.dims]
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
-        return self.sizes.shared_bytes(self.head_dim, self.head_dim_v)
+        return self.sizes.shared_bytes(*self.dims)
 
     @property
     def defines(self) -> dict[str, object]:
         """What the compiler is told."""
-        return {
-            "MAGI_HEAD_DIM": self.head_dim,
-            "MAGI_HEAD_DIM_V": self.head_dim_v,
-            "MAGI_ELEMENT": ELEMENTS[self.element],
-            "MAGI_SOFTCAP": int(self.softcap),
+        return super().defines | {
             "MAGI_CONSUMERS": self.sizes.consumers,
             "MAGI_BOX_N": self.sizes.box_n,
             "MAGI_STAGES": self.sizes.stages,
@@ -156,43 +185,23 @@ BACKWARD_SIZES = {
 
 
 @dataclass(frozen=True)
-class BackwardVariant:
-    """One backward kernel, and the one that comes before it.
+class BackwardVariant(_Variant):
+    """One backward kernel, and the one that comes before it."""
 
-    Attributes:
-        head_dim: of queries and keys.
-        head_dim_v: of values.
-        element: ``"bf16"`` or ``"fp16"``, the type of queries, keys and values.
-        softcap: whether scores are capped.
-    """
-
-    head_dim: int
-    head_dim_v: int
-    element: Element
-    softcap: bool = False
-
+    kind = "backward"
     source = "backward/backward.cu"
     entry = "magi_backward"
     prepare_entry = "magi_backward_prepare"
 
     @property
-    def name(self) -> str:
-        """What its cubin is called."""
-        return f"backward_{_dims(self.head_dim, self.head_dim_v)}_{self.element}{'_softcap' * self.softcap}"
-
-    @property
     def sizes(self) -> BackwardSizes:
         """Its sizes."""
-        return BACKWARD_SIZES[self.head_dim, self.head_dim_v]
+        return BACKWARD_SIZES[self.dims]
 
     @property
     def defines(self) -> dict[str, object]:
         """What the compiler is told."""
-        return {
-            "MAGI_HEAD_DIM": self.head_dim,
-            "MAGI_HEAD_DIM_V": self.head_dim_v,
-            "MAGI_ELEMENT": ELEMENTS[self.element],
-            "MAGI_SOFTCAP": int(self.softcap),
+        return super().defines | {
             "MAGI_TILE_M": self.sizes.tile_m,
             "MAGI_TILE_N": self.sizes.tile_n,
             "MAGI_STAGES": self.sizes.stages,
@@ -241,47 +250,27 @@ INDEX_SIZES = {
 
 
 @dataclass(frozen=True)
-class IndexVariant:
-    """One kernel of index attention.
+class IndexVariant(_Variant):
+    """One kernel of index attention."""
 
-    Attributes:
-        head_dim: of queries and keys.
-        head_dim_v: of values.
-        element: ``"bf16"`` or ``"fp16"``, the type of queries, keys and values.
-        softcap: whether scores are capped.
-    """
-
-    head_dim: int
-    head_dim_v: int
-    element: Element
-    softcap: bool = False
-
+    kind = "index"
     source = "index/index.cu"
     entry = "magi_index"
 
     @property
-    def name(self) -> str:
-        """What its cubin is called."""
-        return f"index_{_dims(self.head_dim, self.head_dim_v)}_{self.element}{'_softcap' * self.softcap}"
-
-    @property
     def sizes(self) -> IndexSizes:
         """Its sizes."""
-        return INDEX_SIZES[self.head_dim, self.head_dim_v]
+        return INDEX_SIZES[self.dims]
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
-        return self.sizes.shared_bytes(self.head_dim, self.head_dim_v)
+        return self.sizes.shared_bytes(*self.dims)
 
     @property
     def defines(self) -> dict[str, object]:
         """What the compiler is told."""
-        return {
-            "MAGI_HEAD_DIM": self.head_dim,
-            "MAGI_HEAD_DIM_V": self.head_dim_v,
-            "MAGI_ELEMENT": ELEMENTS[self.element],
-            "MAGI_SOFTCAP": int(self.softcap),
+        return super().defines | {
             "MAGI_STAGES": self.sizes.stages,
             "MAGI_BLOCKS": self.sizes.blocks,
             "MAGI_CONSUMER_REGISTERS": self.sizes.consumer_registers,
@@ -291,10 +280,6 @@ class IndexVariant:
 
 
 Variant = ForwardVariant | BackwardVariant | IndexVariant
-
-
-def _dims(head_dim: int, head_dim_v: int) -> str:
-    return f"d{head_dim}" if head_dim == head_dim_v else f"d{head_dim}_v{head_dim_v}"
 
 
 def forward_variants(dims: tuple[int, int], element: Element, softcap: bool) -> list[ForwardVariant]:
