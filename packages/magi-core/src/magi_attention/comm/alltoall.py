@@ -86,7 +86,10 @@ class AllToAllCollectives:
 
         counts = routes.send_counts, routes.recv_counts
         work = self._exchange(gather, arrived, counts, finish, [*tensors, *received])
-        if own_places is not None:  # while the others' rows travel
+        if own_places is not None:
+            # While the others' rows travel, and not before: kernels that follow this copy would else take all
+            # multiprocessors before the transfer has its own.
+            work.wait_packed()
             put_all_rows(received, own_places, tensors)
         return work
 
