@@ -13,7 +13,7 @@ from magi_attention.comm import AllToAllCollectives
 from magi_attention.common.enum import AttnRole
 from magi_attention.config import OverlapConfig, RuntimeConfig
 from magi_attention.runtime.cache import find_manager
-from magi_attention.runtime.job import travels_beside
+from magi_attention.runtime.job import wants_room
 
 TOTAL = 4096
 
@@ -73,16 +73,22 @@ def test_a_margin_that_was_chosen_holds_for_all_kernels(num_ranks, monkeypatch):
 
 
 def test_rows_travel_ahead_of_their_step_and_gradients_behind():
-    own, late = SimpleNamespace(exchange=None, queries_travel=False), SimpleNamespace(exchange=1, queries_travel=False)
-    visitors = SimpleNamespace(exchange=1, queries_travel=True)
+    own = SimpleNamespace(exchange=None, queries_travel=False)
+    visitors = SimpleNamespace(exchange=1, queries_travel=True, own_places=None)
+    apart = SimpleNamespace(exchange=1, queries_travel=False, own_places=None)
+    late = SimpleNamespace(exchange=1, queries_travel=False, own_places=())
 
-    def beside(steps, *, is_forward=True, fetches=True):
-        return [travels_beside(steps, number, is_forward, fetches) for number in range(len(steps))]
+    def beside(steps, *, is_forward=True, fetches=True, kernels_first=False):
+        of = SimpleNamespace(steps=steps, kernels_first=kernels_first)
+        return [wants_room(of, number, is_forward, fetches) for number in range(len(steps))]
 
     assert beside([own]) == [False]
-    assert beside([own, late]) == [True, False]
-    assert beside([own, late, late]) == [True, True, False]
+    assert beside([own, apart]) == [True, False]
+    assert beside([own, late]) == [False, False], "the first exchange is under way before"
+    assert beside([own, late], kernels_first=True) == [True, False]
+    assert beside([own, late, apart]) == [True, True, False]
     assert beside([late, own], is_forward=False) == [False, True]
-    assert beside([own, late, own], is_forward=False) == [True, False, True]
+    assert beside([own, late, own], is_forward=False) == [False, False, True]
+    assert beside([own, apart, own], is_forward=False) == [True, False, True]
     assert beside([late, own], is_forward=False, fetches=False) == [False, True]
     assert beside([own, visitors, late]) == [True, True, True]

@@ -40,7 +40,16 @@ MASKS = {
     "window": packed.sliding_window([0, TOKENS], left=50, right=0),
 }
 SHORT = scheduling.Costs(
-    pair=0.0, fetched_row=1.0, exchange=1.0, merged_row=0.0, summed_row=0.0, call=0.0, cut=0.0, least_work=1.0
+    pair=0.0,
+    fetched_row=1.0,
+    exchange=1.0,
+    merged_row=0.0,
+    summed_row=0.0,
+    call=0.0,
+    regular=0.0,
+    cut=0.0,
+    least_work=1.0,
+    fetches_again=True,
 )
 """Of passes that are over before the host could launch an exchange."""
 

@@ -23,7 +23,15 @@ from magi_attention.runtime.schedule import make_schedule
 from magi_attention.runtime.steps import Pass, Schedule, Step
 from tests.core.test_plan import cast, dense_count, layouts, two_hop_cast
 
-REST = {"pair": 1.0, "summed_row": 0.0, "call": 0.0, "cut": 1e9, "least_work": 0.0}
+REST = {
+    "pair": 1.0,
+    "summed_row": 0.0,
+    "call": 0.0,
+    "regular": 0.0,
+    "cut": 1e9,
+    "least_work": 0.0,
+    "fetches_again": True,
+}
 COSTS = {
     "together": Costs(fetched_row=0.0, exchange=0.0, merged_row=1.0, **REST),
     "apart": Costs(fetched_row=1e9, exchange=1e9, merged_row=0.0, **REST),
@@ -148,7 +156,7 @@ def two_ranks(slices: SliceTable, tokens: int, costs: Costs) -> list[Schedule]:
 
 def test_fast_links_leave_nothing_to_merge():
     tokens = 1 << 16
-    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True)
+    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True, keeps_received=False)
     for schedule in two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, costs):
         assert schedule.forward.most_results == 1
         for call in schedule.calls:
@@ -157,7 +165,7 @@ def test_fast_links_leave_nothing_to_merge():
 
 def test_few_queries_hide_the_travel_where_all_need_what_comes():
     tokens = 1 << 16
-    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True)
+    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True, keeps_received=False)
     for schedule in two_ranks(SliceTable([[0, tokens, 0, tokens, 0]]), tokens, costs):
         first, second = schedule.forward.steps
         (window,) = first.calls
@@ -168,7 +176,7 @@ def test_few_queries_hide_the_travel_where_all_need_what_comes():
 
 
 def test_with_all_rows_at_hand_one_kernel_does_backward_what_two_do_forward():
-    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True)
+    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True, keeps_received=False)
     for tokens, num_kernels in ((1 << 14, 1), (1 << 16, 2)):
         rank0, _ = two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, costs)
         first, second = rank0.forward.steps
@@ -193,7 +201,7 @@ def test_what_is_cut_to_be_regular_forward_stays_one_kernel_backward():
 
 def test_slow_links_are_hidden_behind_all_own_rows():
     tokens = 1 << 16
-    costs = Costs.of_layer(default_rates("H200"), LayerShape(8, 8, 128), ranks_share_node=False)
+    costs = Costs.of_layer(default_rates("H200"), LayerShape(8, 8, 128), ranks_share_node=False, keeps_received=False)
     for schedule in two_ranks(SliceTable([[0, tokens, 0, tokens, 0]]), tokens, costs):
         first, second = schedule.forward.steps
         assert first.exchange is None

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fast kernels in a training's shapes, between GPUs: 128 head dims, grouped heads, thousands of tokens."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,11 +12,28 @@ from magi_attention.common import workloads
 from magi_attention.config import DistAttnConfig, OverlapConfig, RuntimeConfig
 from magi_attention.kernels.protocol import AttentionRequest
 from magi_attention.kernels.registry import explain_choice
+from magi_attention.runtime import manager
+from magi_attention.runtime.beside import Beside
+from magi_attention.runtime.costs import Costs
 from magi_attention.testing.distributed import RankPool
 from tests.distributed.attention_case import Answer, Case, assert_right, attend
 
 TOKENS = 6144
 HEADS, GROUPS, HEAD_DIM = 8, 1, 128
+# By which a few queries are computed while rows travel.
+EARLY = Costs(
+    pair=1.0,
+    fetched_row=0.5,
+    exchange=50.0,
+    merged_row=1.0,
+    summed_row=0.0,
+    call=0.0,
+    regular=0.0,
+    cut=1e9,
+    least_work=0.0,
+    fetches_again=False,
+)
+SLEEP = 3_000_000
 MASKS = ["causal", "varlen_causal", "swa_causal_1024", "varlen_block_causal_4k", "shared_question"]
 
 
@@ -38,18 +58,14 @@ def attend_once(rank: int, world_size: int, case: Case) -> Answer:
     return attend(case, dist.group.WORLD)
 
 
-@pytest.mark.parametrize("degree", [1, 2])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("backend", ["auto", "hopper", "blackwell", "cudnn_flex"])
-def test_training_shapes(pool, backend, mask, degree):
-    skip_unless_served(backend)
-    case = Case(
+def training_case(backend: str, mask: str, degree: int, *, keep_received: bool) -> Case:
+    return Case(
         TOKENS,
         workloads.make(mask, TOKENS),
         cp=2,
         config=DistAttnConfig(
             overlap_config=OverlapConfig(degree=degree),
-            runtime_config=RuntimeConfig(kernel_backend=backend, keep_received=degree == 1),
+            runtime_config=RuntimeConfig(kernel_backend=backend, keep_received=keep_received),
         ),
         dtype=torch.bfloat16,
         num_heads_q=HEADS,
@@ -58,4 +74,50 @@ def test_training_shapes(pool, backend, mask, degree):
         head_dim_v=HEAD_DIM,
         max_logits=False,
     )
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", ["auto", "hopper", "blackwell", "cudnn_flex"])
+def test_training_shapes(pool, backend, mask, degree):
+    skip_unless_served(backend)
+    case = training_case(backend, mask, degree, keep_received=degree == 1)
     assert_right(case, pool.run(attend_once, case)[0], on="cuda")
+
+
+def attend_with_one_late(rank: int, world_size: int, case: Case, late: str) -> Answer:
+    """Some queries are computed early; the GPU reaches these, or all others, only long after it could."""
+    num_beside = 0
+    after, now = Beside.after, Beside.now
+
+    @contextmanager
+    def sleep_and_launch(self: Beside, event: "torch.cuda.Event | None") -> Iterator[None]:
+        nonlocal num_beside
+        num_beside += self.is_used
+        with after(self, event):
+            if late == "early":
+                torch.cuda._sleep(SLEEP)
+            yield
+
+    def mark_and_sleep(self: Beside) -> "torch.cuda.Event | None":
+        event = now(self)
+        if late == "rest":
+            torch.cuda._sleep(SLEEP)
+        return event
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager, "_costs", lambda *_: EARLY)
+        patch.setattr(Beside, "after", sleep_and_launch)
+        patch.setattr(Beside, "now", mark_and_sleep)
+        answer = attend(case, dist.group.WORLD)
+    assert num_beside > 1
+    return answer
+
+
+@pytest.mark.parametrize("late", ["early", "rest"])
+@pytest.mark.parametrize("mask", ["causal", "full"])
+@pytest.mark.parametrize("backend", ["auto", "hopper", "blackwell", "cudnn_flex"])
+def test_early_queries_on_a_stream_of_their_own(pool, backend, mask, late):
+    skip_unless_served(backend)
+    case = training_case(backend, mask, 1, keep_received=True)
+    assert_right(case, pool.run(attend_with_one_late, case, late)[0], on="cuda")

@@ -236,7 +236,7 @@ class RuntimeConfig:
             quarter of what q and out take; else they are exchanged again.
         sink_grad_reduce: how the ranks' gradients of the sink are combined: none, sum or avg.
         forward_sm_margin: multiprocessors that forward kernels leave to communication. None leaves some where rows
-            travel beside a kernel by means that need any, and none elsewhere; a number holds for every kernel.
+            begin to travel beside a kernel by means that need any, and none elsewhere; a number holds for every kernel.
         backward_sm_margin: the same for backward kernels.
         flatten_head_groups: accepted for compatibility; all heads share one plan.
         auto_range_merge: let kernels process slices with equal ranges together.

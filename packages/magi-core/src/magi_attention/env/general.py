@@ -115,8 +115,9 @@ def is_auto_range_merge_enable(text: str) -> bool:
 def ffa_forward_sm_margin(text: str) -> int:
     """Multiprocessors that forward kernels leave to communication.
 
-    Unset, 4 where ``CUDA_DEVICE_MAX_CONNECTIONS`` is above 1, for kernels beside which rows travel. None are left by
-    kernels that nothing travels beside, as in a group of one, and where native group collectives take none.
+    Unset, 4 where ``CUDA_DEVICE_MAX_CONNECTIONS`` is above 1, for kernels beside which rows begin to travel. None are
+    left by kernels that nothing travels beside, as in a group of one, or what has its multiprocessors already, and
+    where native group collectives take none.
     """
     return _sm_margin(text)
 

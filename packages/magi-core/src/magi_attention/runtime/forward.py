@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward pass: compute step by step; queries that several kernels compute are merged by log-sum-exp."""
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.kernels.merge import merge_into
 from magi_attention.kernels.protocol import AttentionResult, attend_to_nothing
 from magi_attention.kernels.sink import fold_sink
+from magi_attention.runtime.beside import Beside
 from magi_attention.runtime.job import AttentionJob, Launch
 from magi_attention.runtime.steps import Step
 from magi_attention.runtime.streams import walk_steps
@@ -36,17 +37,27 @@ def attend(
     """
     results = _Results(job, q, v)
     visits = []
+    beside = Beside.of(job, q)
     lend, kernels_first = kept is None, job.forward.schedule.kernels_first
     walk = walk_steps(job.forward.steps, job.collectives, [q], k, v, lend=lend, kernels_first=kernels_first)
-    with closing(walk) as steps:
+    with closing(walk) as steps, beside:
         for (step, _, launches), (queries,), keys, values in steps:
             if kept is not None and step.exchange is not None:
                 kept += [keys, values]
             if step.queries_travel:
                 visits.append(_Visit(job, step, _attend_visitors(launches, queries, keys, values), q))
+            elif step.exchange is None:
+                if beside.is_used:
+                    results.allocate(q.dtype)
+                with beside.after(beside.now()):
+                    for launch in launches:
+                        results.compute(launch, queries, keys, values)
             else:
+                have_come = beside.now()
                 for launch in launches:
-                    results.compute(launch, queries, keys, values)
+                    with beside.after(have_come) if launch.queries_known else nullcontext():
+                        results.compute(launch, queries, keys, values)
+                beside.join()
             del queries, keys, values
     for visit in visits:
         results.merge(None, visit.wait())
@@ -118,7 +129,7 @@ class _Results:
             if run is None or launch.queries_known or launch.run_into is None or self._most > 2:
                 partial = launch.run(q, k, v, call)
             else:
-                partial = launch.run_into(self._allocated(q.dtype)[0][run], q, k, v, call)
+                partial = launch.run_into(self.allocate(q.dtype)[0][run], q, k, v, call)
         if launch.queries_known:
             self.merge(run, partial)
         else:
@@ -146,7 +157,7 @@ class _Results:
         if run is None and self._out is None:
             self._out, self._lse = as_dtype(partial.out, dtype), partial.lse
         else:
-            out, lse = self._allocated(dtype)
+            out, lse = self.allocate(dtype)
             if run is not None:
                 out, lse = out[run], lse[run]
             if out.data_ptr() != partial.out.data_ptr():
@@ -154,7 +165,7 @@ class _Results:
             lse.copy_(partial.lse)
         self._add_max_logits(partial.max_logits)
 
-    def _allocated(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def allocate(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Tensors for all queries."""
         if self._out is None or self._lse is None:
             blank, q = self._schedule.blank_queries, self._q

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the forward and the backward pass of one distributed attention have in common, resolved once for its shapes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -240,7 +240,7 @@ def _make_job(
 
         steps = []
         for number, step in enumerate(of.steps):
-            travels = travels_beside(of.steps, number, is_forward, fetches)
+            travels = wants_room(of, number, is_forward, fetches)
             margin = _sm_margin(options, direction, travels and runtime.collectives.needs_multiprocessors)
             places = None if step.own_places is None else _rows_of(step.own_places, q.device)
             # A process alone may leave out padding, and with it whole runs of queries.
@@ -257,22 +257,30 @@ def _make_job(
         backward=prepare(schedule.backward, "backward"),
         backward_with_rows=prepare(schedule.backward_with_rows, "backward", fetches=False),
         max_logits=max_logits,
-        keeps_received=bool(options.keep_received) and _takes_little(runtime.plan, q, k, v),
+        keeps_received=bool(options.keep_received)
+        and takes_little(runtime.plan, k[:1].numel() + v[:1].numel(), q.shape[1] * (q.shape[2] + v.shape[2])),
     )
 
 
-def travels_beside(steps: Sequence[Step], number: int, is_forward: bool, fetches: bool) -> bool:
-    """Whether rows travel while a step's kernels run: later steps' rows, or what earlier steps send back.
+def wants_room(of: Pass, number: int, is_forward: bool, fetches: bool) -> bool:
+    """Whether rows begin to travel while a step's kernels run: later steps' rows, or what earlier steps send back.
+
+    The first exchange of a pass begins before all kernels, and has its multiprocessors when these come: the copy of own
+    rows to their places among the received ones, which the kernels wait for, gives it the time to start.
 
     Args:
-        steps: of a pass.
-        number: the step's place among them.
+        of: the pass.
+        number: the step's place in it.
         is_forward: whether it is a forward pass, in which only visiting queries' outputs are sent back.
         fetches: whether the pass fetches its steps' rows.
     """
-    fetched = fetches and any(each.exchange is not None for each in steps[number + 1 :])
-    return fetched or any(
-        each.exchange is not None and (each.queries_travel or not is_forward) for each in steps[:number]
+    exchanges = [place for place, each in enumerate(of.steps) if each.exchange is not None]
+    if exchanges and of.steps[exchanges[0]].own_places is not None and not of.kernels_first:
+        begin_late = exchanges[1:]
+    else:
+        begin_late = exchanges
+    return (fetches and any(place > number for place in begin_late)) or any(
+        each.exchange is not None and (each.queries_travel or not is_forward) for each in of.steps[:number]
     )
 
 
@@ -287,12 +295,17 @@ def _sm_margin(options: RuntimeConfig, direction: Direction, are_wanted: bool) -
     return ffa_forward_sm_margin() if is_forward else ffa_backward_sm_margin()
 
 
-def _takes_little(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the key rows of all steps together are few beside q and out, on the rank where they are the most."""
+def takes_little(plan: Plan, key_row: int, query_row: int) -> bool:
+    """Whether the key rows of all steps together are few beside q and out, on the rank where they are the most.
+
+    Args:
+        plan: of any rank.
+        key_row: numbers of a row of k and v.
+        query_row: numbers of a row of q and out.
+    """
     if any(stage.queries_travel for stage in plan.stages):
         return False
     rows = int(plan.key_layout.rows_per_rank.max()) + sum(stage.most_received for stage in plan.stages)
-    key_row, query_row = k[:1].numel() + v[:1].numel(), q.shape[1] * (q.shape[2] + v.shape[2])
     return rows * key_row <= MOST_KEPT * int(plan.layout.rows_per_rank.max()) * query_row
 
 

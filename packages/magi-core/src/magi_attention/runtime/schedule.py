@@ -5,7 +5,7 @@ A stage's exchange is as planned, since all ranks take part in it. Which of the 
 rows arrive, and which together with theirs, concerns the rank alone. To compute all of them before hides the most
 travel, but what the received rows add must then be merged row by row, which with many query heads to a key head takes
 longer than the rows travel over fast links. So there are four arrangements, of which the one with the least predicted
-overhead in both passes is taken:
+overhead is taken, in both passes, or in the forward pass alone where the backward pass has all rows from the start:
 
 - *apart*: own rows first, and what comes merged with that;
 - *together*: one kernel over own and received rows, in their order in the sequence, as if the rank held them all;
@@ -81,7 +81,9 @@ def _in_one(plan: Plan, own: Step, other: Step, num_queries: int, costs: Costs) 
 def _whole(plan: Plan, step: Step, num_queries: int, costs: Costs) -> Step:
     """A step whose rows come among the own ones, for all queries at once, cut only where that is worth it backward."""
     everything, nothing = np.array([(0, num_queries)]), np.empty((0, 2), np.int64)
-    return _together(plan, step.number, plan.stages[step.number], nothing, everything, replace(costs, call=costs.cut))
+    return _together(
+        plan, step.number, plan.stages[step.number], nothing, everything, replace(costs, regular=costs.cut)
+    )
 
 
 def _arrange(plan: Plan, num_queries: int, costs: Costs) -> list[Step]:
@@ -118,7 +120,7 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
 
     def overhead(early: Intervals) -> float:
         work = int(band.area(_in_rows(own_bands, early)).sum()) * costs.pair
-        exposed = max(fetch - work, 0.0) + max(fetch - 2 * work, 0.0)
+        exposed = max(fetch - work, 0.0) + (max(fetch - 2 * work, 0.0) if costs.fetches_again else 0.0)
         if early is everything:
             return exposed + int(in_need[-1, 1] - in_need[0, 0]) * costs.merged_row + 2 * costs.call
         merged = intersect(early, in_need)[0]
@@ -228,7 +230,7 @@ def _calls(slices: SliceTable, runs: Iterable[Sequence[int]], costs: Costs) -> t
         parts = regular_runs(slices, start, stop)
         if len(parts) > 1:
             seconds = costs.pair * (1 + BACKWARD_OVER_FORWARD_FLOP) * slices.clip_rows(start, stop).area()
-            if seconds < 2 * costs.least_work or seconds * REGULAR_GAIN < (len(parts) - 1) * costs.call:
+            if seconds < 2 * costs.least_work or seconds * REGULAR_GAIN < (len(parts) - 1) * costs.regular:
                 parts = [(start, stop)]
         calls += [_call(slices, *part) for part in parts]
     return tuple(call for call in calls if len(call.slices))
