@@ -23,8 +23,8 @@ from magi_attention.plan.simulate import BACKWARD_OVER_FORWARD_FLOP
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
 
-HOST_REPEATS = 5
-"""How often each pass is called to find how long the host takes."""
+HOST_REPEATS, HOST_REPEATS_S = 5, 0.5
+"""How often each pass is called to find how long the host takes, and after how many seconds of passes no more."""
 
 
 @dataclass(frozen=True)
@@ -190,19 +190,20 @@ def time_passes(
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     peak = torch.tensor(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, device=device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
-    host = torch.tensor(_host_seconds(forward, backward, device), dtype=torch.float64, device=device)
+    per_pass = [statistics.median(column) for column in seconds.T.tolist()]  # on all ranks the same
+    repeats = max(1, min(HOST_REPEATS, int(HOST_REPEATS_S / sum(per_pass))))
+    host = torch.tensor(_host_seconds(forward, backward, device, repeats), dtype=torch.float64, device=device)
     dist.all_reduce(host, dist.ReduceOp.MAX)
-    per_pass = [statistics.median(column) for column in seconds.T.tolist()]
     host_forward, host_backward = host.tolist()
     return PassTimes(per_pass[0], per_pass[1], host_forward, host_backward, int(peak))
 
 
 def _host_seconds(
-    forward: Callable[[], Tensor], backward: Callable[[Tensor], object], device: torch.device
+    forward: Callable[[], Tensor], backward: Callable[[Tensor], object], device: torch.device, repeats: int
 ) -> list[float]:
     """The least time until the call of each pass returns."""
     least = [float("inf")] * 2
-    for _ in range(HOST_REPEATS):
+    for _ in range(repeats):
         out = None
         for number in range(2):
             dist.barrier()
