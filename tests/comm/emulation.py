@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -119,8 +120,15 @@ class Event:
         _machine.check()
 
 
+class Copies(list[tuple[int, int, int]]):
+    """Pieces that a stream copies: target, source and bytes."""
+
+
 class Stream:
-    """A thread that carries out what it is given, in order and with random pauses."""
+    """A thread that carries out what it is given, in order and with random pauses.
+
+    But copies that follow each other arrive in any order, until something else comes: they take different engines.
+    """
 
     def __init__(self, device: object = None, priority: int = 0) -> None:
         self.device, self.device_index, self._machine = torch.device("cpu"), 0, _machine
@@ -128,23 +136,42 @@ class Stream:
         self.cuda_stream = _machine.streams.index(self) + 1
         self.name = f"stream {self.cuda_stream} of {threading.current_thread().name}"
         # Unlike other queues, of use in finalizers, which interrupt any thread anywhere.
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[], None] | Copies | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
-        pause = random.Random(self.cuda_stream)
-        while (run := self._queue.get()) is not None:
-            if pause.random() < 0.1:
-                time.sleep(pause.random() * 2e-3)
-            try:
-                run()
-            except Ended:
-                pass
-            except BaseException as error:
-                self._machine.fail(error)
+        choice, under_way = random.Random(self.cuda_stream), Copies()
+        run: Callable[[], None] | Copies | None = Copies()
+        while run is not None:
+            run = self._next(wait_s=1e-3 if under_way else None)
+            if isinstance(run, Copies):
+                under_way += run
+                continue
+            choice.shuffle(under_way)
+            for piece in under_way:
+                self._carry_out(partial(_copy, *piece), choice)
+            under_way.clear()
+            if run is not None:
+                self._carry_out(run, choice)
 
-    def enqueue(self, run: Callable[[], None]) -> None:
+    def _carry_out(self, run: Callable[[], None], choice: random.Random) -> None:
+        if choice.random() < 0.1:
+            time.sleep(choice.random() * 2e-3)
+        try:
+            run()
+        except Ended:
+            pass
+        except BaseException as error:
+            self._machine.fail(error)
+
+    def _next(self, wait_s: float | None) -> Callable[[], None] | Copies | None:
+        try:
+            return self._queue.get(timeout=wait_s)
+        except queue.Empty:
+            return lambda: None  # nothing follows for so long that all copies arrive
+
+    def enqueue(self, run: Callable[[], None] | Copies) -> None:
         self._queue.put(run)
 
     def finish(self) -> None:
@@ -198,8 +225,7 @@ class Driver:
         columns = [
             np.frombuffer(ctypes.string_at(at, 8 * count), np.uint64).tolist() for at in (targets, sources, sizes)
         ]
-        pieces = random.sample(list(zip(*columns, strict=True)), count)  # a batch has no order
-        _machine.streams[stream - 1].enqueue(lambda: [_copy(*piece) for piece in pieces] and None)
+        _machine.streams[stream - 1].enqueue(Copies(zip(*columns, strict=True)))
 
     def enqueue_memory_operations(self, operations: int, count: int, stream: int) -> None:
         table = np.frombuffer(ctypes.string_at(operations, MEMORY_OPERATION.itemsize * count), MEMORY_OPERATION)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contexts over emulated GPUs: everything but the driver and the kernels, without a GPU."""
 
+import ctypes
 import gc
 import threading
 import time
@@ -11,11 +12,21 @@ import pytest
 import torch
 
 from magi_attention.plan.exchange import ExchangeTable
-from magi_comm_grpcoll import CapacityError, ContextOptions, GroupContext, PeerTimeoutError, SlotLentError, context
+from magi_comm_grpcoll import (
+    CapacityError,
+    ContextOptions,
+    GroupContext,
+    PeerTimeoutError,
+    SlotLentError,
+    context,
+    routes,
+    wires,
+)
+from magi_comm_grpcoll.driver import WRITE_VALUE
 from magi_comm_grpcoll.lane import Round
 from magi_comm_grpcoll.watchdog import Watchdog, Watched
 from magi_comm_grpcoll.work import EventPool, NativeWork
-from tests.comm.emulation import Stream, emulate, run_ranks
+from tests.comm.emulation import Driver, Stream, emulate, run_ranks
 from tests.comm.test_native import fragmented_table
 from tests.distributed.exchanges import RandomNeeds, random_tensor
 
@@ -62,6 +73,53 @@ def test_casts_and_reduces(transport, num_ranks):
     for needs in all_needs:
         needs.tables = [needs.table(rank) for rank in range(num_ranks)]
     run_ranks(num_ranks, run)
+
+
+def test_what_is_told_goes_behind_a_fence_for_all_data(monkeypatch):
+    """A copy tells the others; between it and any copy before, its word is written in order, with a fence."""
+    calls = []
+
+    class Recorder(Driver):
+        def copy(self, targets, sources, sizes, count, stream):
+            columns = [np.ctypeslib.as_array((ctypes.c_uint64 * count).from_address(at)) for at in (targets, sources)]
+            calls.append((stream, "copy", *(column.tolist() for column in columns)))
+            super().copy(targets, sources, sizes, count, stream)
+
+        def enqueue_memory_operations(self, operations, count, stream):
+            words = np.ctypeslib.as_array((ctypes.c_uint64 * (6 * count)).from_address(operations)).reshape(count, 6)
+            fenced = words[(words[:, 0] == WRITE_VALUE) & (words[:, 3] == 0)]
+            calls.append((stream, "write", fenced[:, 1].tolist(), []))
+            super().enqueue_memory_operations(operations, count, stream)
+
+    monkeypatch.setattr(wires, "driver", Recorder)
+    monkeypatch.setattr(routes, "driver", Recorder)
+
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport="copy_engine", timeout_s=30))
+        table = fragmented_table(rank, 3, 4, 2)
+        for _ in range(3):
+            (received,) = native.cast([torch.ones(table.num_source, 4)], table).wait_host()
+            native.reduce([received], table, [torch.zeros(table.num_source, 4)]).wait_host()
+        native.close()
+        return native._control.addresses, len(native._control.local), native._streams.send.cuda_stream
+
+    told = run_ranks(3, run)
+    controls, size, _ = told[0]
+    num_letters = 0
+    for stream in {stream for stream, *_ in calls}:
+        written = None  # since the copies before
+        for _, what, targets, sources in (call for call in calls if call[0] == stream):
+            if what == "write":
+                written = targets
+            elif any(0 <= target - control < size for target in targets for control in controls):
+                assert written is not None
+                assert set(sources) <= set(written)
+                num_letters += 1
+                written = None
+            else:
+                assert stream in {send for *_, send in told}
+                written = None
+    assert num_letters == 3 * 2 * 3 * 2  # ranks, arrivals and credits, turns, casts and reduces
 
 
 @pytest.mark.parametrize(("transport", "capacity"), [(None, 8 << 20), ("put", 12 << 20)])

@@ -4,6 +4,10 @@
 Nothing here takes a multiprocessor, for which it would have to wait until an attention kernel ends. The stream's own
 front end waits for words and writes this rank's, and copy engines write those of others: since CUDA 13.1 a stream can't
 write a word of another GPU itself. (A copy within one GPU would be a kernel.)
+
+Nothing but stream order stands between two copies, and they may take different engines and links. So what is told is
+written to an outbox behind the data, which a stream does only after a fence for all that it wrote before, and goes to
+the others from there. Whatever an outbox holds is true, also if a late copy finds a later number.
 """
 
 from typing import Protocol
@@ -129,12 +133,10 @@ class DeviceWires:
         outboxes = here + words.outboxes
         started, self._finished = _word(mark), _word(mark + WORD)
         sending, crediting = send.cuda_stream, credit.cuda_stream
-        # What is to be told after sending is written first, in one call with the rest.
-        self._before_sending = _Operations(
-            sending, (WRITE_VALUE, started), (WRITE_VALUE, outboxes[:1]), (WAIT_VALUE, here + words.credit)
-        )
+        self._before_sending = _Operations(sending, (WRITE_VALUE, started), (WAIT_VALUE, here + words.credit))
+        own_arrived = self._arrived[rank : rank + 1]
+        self._after_sending = _Operations(sending, (WRITE_VALUE, outboxes[:1]), (WRITE_VALUE, own_arrived))
         self._arrival_letter = _Letter(sending, int(outboxes[0]), (control.addresses + words.arrived[rank])[others])
-        self._after_sending = _Operations(sending, (WRITE_VALUE, self._arrived[rank : rank + 1]))
         self._before_reading: dict[tuple[int, ...], _Operations] = {}
         own_credit = here + words.credit[rank : rank + 1]
         self._before_own = _Operations(arrive.cuda_stream, (WAIT_VALUE, own_credit))
@@ -143,16 +145,16 @@ class DeviceWires:
 
     def await_credit(self, credit: int, epoch: int) -> None:
         """See :class:`Wires`."""
-        self._before_sending.enqueue(epoch + 1, epoch + 1, credit)
+        self._before_sending.enqueue(epoch + 1, credit)
 
     def await_own_credit(self, credit: int) -> None:
         """Let the arriving stream wait until this rank's own credit has reached the number."""
         self._before_own.enqueue(credit)
 
     def tell_arrival(self, epoch: int) -> None:
-        """See :class:`Wires`; ``await_credit`` of the epoch came before."""
+        """See :class:`Wires`."""
+        self._after_sending.enqueue(epoch + 1, epoch + 1)
         self._arrival_letter.enqueue()
-        self._after_sending.enqueue(epoch + 1)
 
     def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
         """See :class:`Wires`; also marks the epoch as finished."""
