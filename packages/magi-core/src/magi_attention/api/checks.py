@@ -4,6 +4,8 @@
 import warnings
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.ranges import AttnRanges
@@ -112,3 +114,13 @@ def resolve_chunk_size(total_seqlen: int, cp_size: int, limit: int | None, alg: 
     if total_seqlen < cp_size or -(-total_seqlen // chunk_size) < cp_size:
         raise MagiValueError(f"a sequence of {total_seqlen} rows cannot be shared by {cp_size} ranks")
     return chunk_size
+
+
+def check_rows(name: str, x: Tensor, dim: int, num_rows: int, what: str) -> None:
+    """Raise unless ``x`` is a tensor that has ``num_rows`` rows in ``dim``, as ``what`` has."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, and so no dim {dim} for the sequence")
+    if x.shape[dim] != num_rows:
+        raise ValueError(f"{name} has {x.shape[dim]} rows in dim {dim}, but {what} has {num_rows}")

@@ -23,6 +23,7 @@ from magi_attention.kernels.autograd import owned, without_autocast
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
 from magi_attention.kernels.registry import BackendPair, backends_for_slices
 from magi_attention.kernels.sink import fold_sink, sink_gradient
+from magi_attention.utils.torch_modes import outside_inference_mode
 
 # Masks whose tables are kept, so that a loop over a few masks derives nothing twice.
 NUM_CACHED_MASKS = 32
@@ -106,6 +107,7 @@ def make_job(
     return Job(backends_for_slices(slices, request, backend, backward_backend), call)
 
 
+@outside_inference_mode
 def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: Job) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute out in q's dtype, lse and max_logits. The whole call is a single stage, final but for the sink."""
     with without_autocast(q):
