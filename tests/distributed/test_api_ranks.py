@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from magi_attention.api import (
     AttnRanges,
@@ -20,6 +21,7 @@ from magi_attention.api import (
     clear_cache,
     dispatch,
     dist_attn_runtime_dict_mgr,
+    flex_flash_attn_func,
     get_most_recent_key,
     get_position_ids,
     magi_attn_flex_key,
@@ -484,3 +486,26 @@ def evaluate_then_train(rank, world_size):
 
 def test_training_after_evaluation_in_inference_mode(pool):
     pool.run(evaluate_then_train)
+
+
+def pass_dtensors(rank, world_size):
+    """Their own communication would run among ours, and not on all ranks alike."""
+    key = causal_key(64)
+    mesh = init_device_mesh("cpu", (world_size,))
+    whole = distribute_tensor(draw(64, 4, 8), mesh, [Shard(0)])
+    local = DTensor.from_local(draw(16, 4, 8), mesh, [Replicate()])
+    calls = {
+        "dispatch": lambda: dispatch(whole, key),
+        "undispatch": lambda: undispatch(local, key),
+        "roll": lambda: roll(local, 1, 0, key),
+        "calc_attn": lambda: calc_attn(local, local, local, key),
+        "sink": lambda: calc_attn(*[draw(16, 4, 8)] * 3, key, sink=local[0, :1]),
+        "flex_flash_attn_func": lambda: flex_flash_attn_func(local, local, local, *[torch.tensor([[0, 16]])] * 2),
+    }
+    for call in calls.values():
+        with pytest.raises(TypeError, match=r"is a DTensor with placements .*; pass \w+\.to_local\(\)"):
+            call()
+
+
+def test_dtensors_are_refused(pool):
+    pool.run(pass_dtensors)

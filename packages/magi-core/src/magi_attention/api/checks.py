@@ -12,6 +12,7 @@ from magi_attention.common.ranges import AttnRanges
 from magi_attention.config import DispatchAlg, DistAttnConfig, LocalityDispatchAlg
 from magi_attention.env import general
 from magi_attention.plan.chunk_size import choose_chunk_size
+from magi_attention.utils.tensors import check_plain_tensor
 
 GeneralAttnMaskType = str | AttnMaskType | Sequence[str | AttnMaskType]
 """A mask type or its name, for all slices alike or one per slice."""
@@ -118,8 +119,7 @@ def resolve_chunk_size(total_seqlen: int, cp_size: int, limit: int | None, alg: 
 
 def check_rows(name: str, x: Tensor, dim: int, num_rows: int, what: str) -> None:
     """Raise unless ``x`` is a tensor that has ``num_rows`` rows in ``dim``, as ``what`` has."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+    check_plain_tensor(name, x)
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"{name} has shape {tuple(x.shape)}, and so no dim {dim} for the sequence")
     if x.shape[dim] != num_rows:
