@@ -8,6 +8,8 @@ native transport carries both, if magi-comm-grpcoll is installed; anywhere else 
     torchrun --nproc-per-node 4 examples/sparse_all_to_all.py
 """
 
+import os
+import sys
 from importlib.util import find_spec
 
 import torch
@@ -55,6 +57,8 @@ def step(collectives: GroupCollectives, exchange: ExchangeTable, tokens: Tensor,
 
 def main() -> None:
     """Run a few steps and compare with every expert computed here."""
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(f"this needs several processes: torchrun --nproc-per-node 4 {__file__}")
     on_gpu = torch.cuda.is_available()
     dist.init_process_group("nccl" if on_gpu else "gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()

@@ -171,6 +171,11 @@ MISTAKES = {
     "head sizes": (lambda: (qkv(TOTAL, dims=(8, 16, 16)), {}), ValueError, "the same head size"),
     "head counts": (lambda: (qkv(TOTAL, heads=(4, 3, 3)), {}), ValueError, "4 query heads must be a multiple of the 3"),
     "dtypes": (lambda: ([qkv(TOTAL)[0].float(), *qkv(TOTAL)[1:]], {}), TypeError, "torch.float32, torch.float64"),
+    "learned scale": (
+        lambda: (qkv(TOTAL), {"softmax_scale": torch.tensor(0.3)}),
+        TypeError,
+        "softmax_scale must be a number, not Tensor; multiply q",
+    ),
     "integers": (lambda: ([x.long() for x in qkv(TOTAL)], {}), TypeError, "torch.int64"),
     "device": (lambda: ([qkv(TOTAL)[0].to("meta"), *qkv(TOTAL)[1:]], {}), ValueError, "they are on meta, cpu, cpu"),
     "softcap": (lambda: (qkv(TOTAL), {"softcap": -1.0}), ValueError, "softcap is -1.0"),

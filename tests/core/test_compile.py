@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from magi_attention.api import calc_attn, clear_cache, flex_flash_attn_func, magi_attn_varlen_key
+from magi_attention.api import (
+    calc_attn,
+    clear_cache,
+    dispatch,
+    flex_flash_attn_func,
+    get_position_ids,
+    magi_attn_varlen_key,
+    roll,
+    undispatch,
+)
+from magi_attention.common.enum import AttnRole
 from magi_attention.config import DistAttnConfig, RuntimeConfig
 from magi_attention.runtime.key import key_of_handle
 
@@ -80,7 +90,7 @@ def tokens(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def assert_compiles(attend, with_sink: bool, *mask: object, dtype: torch.dtype = torch.float64) -> None:
     model = Attention(attend, with_sink, dtype)
-    x = tokens(50, dtype)
+    x = tokens(47 if attend is whole_step else 50, dtype)
     expected = run(model, x, *mask)
     actual = run(torch.compile(model, backend="aot_eager", fullgraph=True), x, *mask)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
@@ -105,6 +115,23 @@ def test_flex_flash_attn_func(with_sink):
     assert_compiles(by_slices_of_one_type, with_sink, ranges)
 
 
+def whole_step(q, k, v, sink, key):
+    """From global tensors to global tensors, as a training step that is compiled as a whole."""
+    q, k, v = (dispatch(x, key, attn_role=role) for x, role in zip((q, k, v), AttnRole, strict=True))
+    q = q + get_position_ids(key)[:, None, None] / 50
+    out, meta = calc_attn(q, k, v, key, sink=sink)
+    meta.lse = undispatch(meta.lse, key, is_partial_grad=True)
+    return undispatch(roll(out, -3, 0, key), key), meta
+
+
+def test_a_step_with_dispatch_and_undispatch():
+    assert_compiles(whole_step, True, make_key(30, 47))  # 47 rows are padded
+    ids = torch.arange(47)
+    key = make_key(30, 47)
+    compiled = torch.compile(lambda x: dispatch(x, key, -100), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(ids), dispatch(ids, key, -100))
+
+
 def test_without_gradients_of_the_lse():
     """What is not used has no gradient, and backends are not asked for it."""
     key, x = make_key(30, 50), tokens(50)
@@ -124,6 +151,15 @@ def test_new_masks_of_one_shape_compile_twice():
         key = make_key(cut, 50)
         torch.testing.assert_close(run(compiled, tokens(50), key), run(model, tokens(50), key))
     assert counter.frame_count == 2
+
+
+def test_new_masks_and_shares_compile_few_times():
+    """Keys that share rows out otherwise must not get the shapes of the first."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x, key: undispatch(dispatch(x, key).sin(), key), backend=counter, fullgraph=True)
+    for length in (45, 46, 47, 48, 63, 70, 79, 90):
+        assert torch.equal(compiled(tokens(length), make_key(9, length)), tokens(length).sin())
+    assert counter.frame_count <= 3
 
 
 def test_new_masks_and_lengths_do_not_compile_again_and_again():
@@ -149,6 +185,8 @@ def test_mistakes_are_told_as_without_compiling():
     q, k = torch.randn(50, HEADS, DIM), torch.randn(50, KV_HEADS, DIM)
     with pytest.raises(ValueError, match="row"):
         compiled(q[:20], k[:20], k[:20], None, key)
+    with pytest.raises(ValueError, match="x has 20 rows in dim 0"):
+        torch.compile(dispatch, backend="aot_eager", fullgraph=True)(q[:20], key)
     clear_cache()
     with pytest.raises(ValueError, match="key does not exist"):
         compiled(q, k, k, None, key)
@@ -157,6 +195,7 @@ def test_mistakes_are_told_as_without_compiling():
 def test_handles_belong_to_objects():
     key = make_key(30, 50)
     assert key_of_handle(key.handle) is key
+    assert copy.deepcopy(key) is key
     for other in (copy.copy(key), pickle.loads(pickle.dumps(key))):
         assert other == key
         assert hash(other) == hash(key)
@@ -183,6 +222,12 @@ def test_operators_keep_their_promises():
     torch.library.opcheck(ops.calc_attn.default, (q, k, v, sink, key.handle, None, 0.0, True))
     ranges = torch.tensor([[0, 30], [30, 50]])
     options = (0.3, 2.0, False, 0, False, None)
+    local, (num_local, _) = dispatch(q.detach(), key).requires_grad_(), key.local_rows
+    torch.library.opcheck(ops.dispatch.default, (q, key.handle, "query", num_local, 1.0))
+    torch.library.opcheck(ops.undispatch.default, (local, key.handle, "query", 50, False))
+    torch.library.opcheck(ops.undispatch.default, (local, key.handle, "query", 50, True))
+    torch.library.opcheck(ops.scatter_sum.default, (q.detach(), key.handle, "query", num_local))
+    torch.library.opcheck(ops.roll.default, (local, key.handle, "key", 3, 0))
     torch.library.opcheck(ops.flex_flash_attn.default, (q, k, v, ranges, ranges, None, sink, *options))
 
 

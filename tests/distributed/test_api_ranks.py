@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from magi_attention.api import (
     AttnRanges,
@@ -20,6 +21,7 @@ from magi_attention.api import (
     clear_cache,
     dispatch,
     dist_attn_runtime_dict_mgr,
+    flex_flash_attn_func,
     get_most_recent_key,
     get_position_ids,
     magi_attn_flex_key,
@@ -32,7 +34,7 @@ from magi_attention.api import (
 )
 from magi_attention.common import AttnMaskType
 from magi_attention.common.slices import SliceTable
-from magi_attention.config import RuntimeConfig
+from magi_attention.config import OverlapConfig, RuntimeConfig
 from magi_attention.dist_attn_runtime_mgr import init_dist_attn_runtime_mgr
 from magi_attention.meta import make_dispatch_meta_from_qk_ranges
 from magi_attention.runtime import cache
@@ -296,19 +298,16 @@ def test_ranks_that_disagree_are_named_on_every_rank(pool, difference):
     pool.run(check_dispatch, *SHARDS["even"])
 
 
-def fail_alone(rank, world_size):
+def stay_away(rank, world_size):
     group = dist.new_group([0, 1, 2])  # a group of their own, so that the others' next keys stay in step
     with contextlib.ExitStack() as stack:
-        if rank == 1:
-            stack.enter_context(pytest.raises(ValueError, match="end at 65"))
-            magi_attn_flex_key(*[AttnRanges.from_ranges([(0, 65)])] * 2, "full", 64, 64, 4, 2, 8, 0, group)
-        elif rank < 3:
+        if rank in (0, 2):
             stack.enter_context(pytest.raises(RuntimeError, match=r"ranks \[1\] of the group \[0, 1, 2\] did not come"))
             causal_key(64, group=group, check_plan_timeout=2)
 
 
-def test_ranks_that_fail_alone_are_named_by_the_others(pool):
-    pool.run(fail_alone, timeout_s=60)
+def test_ranks_that_stay_away_are_named_by_the_others(pool):
+    pool.run(stay_away, timeout_s=60)
 
 
 def fail_while_planning(rank, world_size):
@@ -326,6 +325,33 @@ def fail_while_planning(rank, world_size):
 def test_a_rank_that_fails_while_planning_is_named_at_once(pool):
     started = time.monotonic()
     pool.run(fail_while_planning, timeout_s=60)
+    assert time.monotonic() - started < 25
+
+
+def fail_by_arguments(rank, world_size):
+    """A mistake in the arguments of one rank, then of all ranks, and each way to make a key."""
+    key = causal_key(64)
+    beyond = AttnRanges.from_ranges([(0, 65)])
+    makers = (
+        lambda: magi_attn_flex_key(beyond, beyond, "full", 64, 64, 4, 2, 8, 0, None),
+        lambda: magi_attn_varlen_key([0, 65, 64], [0, 65, 64], 4, 2, 8, 0, None),
+        lambda: make_flex_key_for_new_mask_after_dispatch(beyond, beyond, "full", key),
+        lambda: make_varlen_key_for_new_mask_after_dispatch([0, 64], [0, 60, 64], key),
+    )
+    for number, make in enumerate(makers):
+        for culprits in ({number}, {0, 1, 2, 3}):
+            if rank in culprits:
+                with pytest.raises(ValueError, match=r"65|entries"):
+                    make()
+            else:
+                with pytest.raises(RuntimeError, match=rf"rank {number} failed to make its key: MagiValueError: "):
+                    causal_key(60)
+        causal_key(32 + number)  # and the group is still good
+
+
+def test_a_rank_whose_arguments_are_wrong_is_named_at_once(pool):
+    started = time.monotonic()
+    pool.run(fail_by_arguments, timeout_s=60)
     assert time.monotonic() - started < 25
 
 
@@ -415,3 +441,71 @@ def check_runtime_manager(rank, world_size):
 
 def test_runtime_manager_without_padding_or_cache(pool):
     pool.run(check_runtime_manager)
+
+
+def compile_a_step(rank, world_size):
+    """Everything of a training step in one graph, for two keys, and with gradients of all ranks."""
+    torch._dynamo.reset()
+
+    def step(x, key):
+        local = dispatch(x, key) + get_position_ids(key)[:, None, None] / 100
+        out, _ = calc_attn(local, local[:, :2], local[:, 2:], key)
+        return undispatch(roll(out, 5, 0, key), key, is_partial_grad=True)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for total in (101, 90):
+        key = causal_key(total, uneven=True, keep_received=False)
+        x, weight = draw(total, 4, 8).requires_grad_(), draw(total, 4, 8, seed=1 + rank)
+        expected, actual = (each(x, key) for each in (step, compiled))
+        torch.testing.assert_close(actual, expected)
+        gradients = [torch.autograd.grad((each * weight).sum(), x)[0] for each in (actual, expected)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_a_compiled_step(pool):
+    pool.run(compile_a_step)
+
+
+def evaluate_then_train(rank, world_size):
+    """What is kept for later calls must not be of inference mode, which training could not use."""
+    config = DistAttnConfig(overlap_config=OverlapConfig(degree=2, min_chunk_size=8))
+
+    def step(x, rotation, key):
+        local = dispatch(x, key) * rotation[get_position_ids(key)]
+        out, _ = calc_attn(local, local[:, :2], local[:, 2:], key)
+        return undispatch(roll(out, 5, 0, key), key)
+
+    with torch.inference_mode():
+        key = magi_attn_varlen_key([0, 90], [0, 90], 4, 2, 8, 0, None, causal=True, dist_attn_config=config)
+        evaluated = step(draw(90, 4, 8), draw(90, 1, 1, seed=1), key)
+    inputs = draw(90, 4, 8).requires_grad_(), draw(90, 1, 1, seed=1).requires_grad_()
+    trained = step(*inputs, key)
+    torch.testing.assert_close(trained, evaluated)
+    assert all(each.abs().sum() > 0 for each in torch.autograd.grad(trained.square().sum(), inputs))
+
+
+def test_training_after_evaluation_in_inference_mode(pool):
+    pool.run(evaluate_then_train)
+
+
+def pass_dtensors(rank, world_size):
+    """Their own communication would run among ours, and not on all ranks alike."""
+    key = causal_key(64)
+    mesh = init_device_mesh("cpu", (world_size,))
+    whole = distribute_tensor(draw(64, 4, 8), mesh, [Shard(0)])
+    local = DTensor.from_local(draw(16, 4, 8), mesh, [Replicate()])
+    calls = {
+        "dispatch": lambda: dispatch(whole, key),
+        "undispatch": lambda: undispatch(local, key),
+        "roll": lambda: roll(local, 1, 0, key),
+        "calc_attn": lambda: calc_attn(local, local, local, key),
+        "sink": lambda: calc_attn(*[draw(16, 4, 8)] * 3, key, sink=local[0, :1]),
+        "flex_flash_attn_func": lambda: flex_flash_attn_func(local, local, local, *[torch.tensor([[0, 16]])] * 2),
+    }
+    for call in calls.values():
+        with pytest.raises(TypeError, match=r"is a DTensor with placements .*; pass \w+\.to_local\(\)"):
+            call()
+
+
+def test_dtensors_are_refused(pool):
+    pool.run(pass_dtensors)

@@ -9,6 +9,7 @@ from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.slices import SliceTable
 from magi_attention.common.validation import check_scores
 from magi_attention.runtime.manager import DistAttnRuntimeMgr
+from magi_attention.utils.tensors import check_plain_tensor
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -27,9 +28,9 @@ def check_attention_call(
     asked: tuple[object, ...] | None = None
     try:
         asked = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
-        asked += softmax_scale, softcap, return_max_logits
+        asked += q.__class__, k.__class__, v.__class__, softmax_scale, softcap, return_max_logits
         if sink is not None:
-            asked += sink.shape, sink.dtype, sink.device
+            asked += sink.shape, sink.dtype, sink.device, sink.__class__
         if asked in manager.checked_calls:
             return
     except (AttributeError, TypeError):  # no tensors, or no numbers, of which the checks will tell
@@ -47,8 +48,7 @@ def check_attention_call(
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, is_same_source: bool) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise MagiTypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        check_plain_tensor(name, tensor)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or k.shape[:2] != v.shape[:2]:
         raise MagiValueError(f"q must be [n, hq, d], k [n, hk, d], v [n, hk, dv]; they are {shapes}")
@@ -70,8 +70,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, is_same
 
 
 def _check_sink(sink: Tensor, q: Tensor) -> None:
-    if not isinstance(sink, Tensor):
-        raise MagiTypeError(f"sink must be a tensor, not {type(sink).__name__}")
+    check_plain_tensor("sink", sink)
     if sink.dim() != 2 or sink.shape[1] != q.shape[1]:
         raise MagiValueError(f"sink must be [s, {q.shape[1]}], one column per query head; it is {tuple(sink.shape)}")
     if sink.dtype not in FLOAT_DTYPES:

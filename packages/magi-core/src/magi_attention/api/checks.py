@@ -4,12 +4,15 @@
 import warnings
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.ranges import AttnRanges
 from magi_attention.config import DispatchAlg, DistAttnConfig, LocalityDispatchAlg
 from magi_attention.env import general
 from magi_attention.plan.chunk_size import choose_chunk_size
+from magi_attention.utils.tensors import check_plain_tensor
 
 GeneralAttnMaskType = str | AttnMaskType | Sequence[str | AttnMaskType]
 """A mask type or its name, for all slices alike or one per slice."""
@@ -112,3 +115,12 @@ def resolve_chunk_size(total_seqlen: int, cp_size: int, limit: int | None, alg: 
     if total_seqlen < cp_size or -(-total_seqlen // chunk_size) < cp_size:
         raise MagiValueError(f"a sequence of {total_seqlen} rows cannot be shared by {cp_size} ranks")
     return chunk_size
+
+
+def check_rows(name: str, x: Tensor, dim: int, num_rows: int, what: str) -> None:
+    """Raise unless ``x`` is a tensor that has ``num_rows`` rows in ``dim``, as ``what`` has."""
+    check_plain_tensor(name, x)
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, and so no dim {dim} for the sequence")
+    if x.shape[dim] != num_rows:
+        raise ValueError(f"{name} has {x.shape[dim]} rows in dim {dim}, but {what} has {num_rows}")

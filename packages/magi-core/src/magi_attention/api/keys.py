@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import deprecated
 
 from magi_attention.api.checks import (
@@ -19,6 +20,7 @@ from magi_attention.api.checks import (
 from magi_attention.api.groups import GroupOrMesh, resolve_group
 from magi_attention.api.masks import apply_padding, compute_pad_size, infer_attn_mask_from_cu_seqlens
 from magi_attention.api.tensors import dispatch
+from magi_attention.comm.agreement import failures_reported
 from magi_attention.comm.group import group_size
 from magi_attention.common.ranges import AttnRanges
 from magi_attention.config import DistAttnConfig
@@ -91,45 +93,53 @@ def magi_attn_flex_key(
         >>> key.chunk_size, key.pad_size
         (13, 4)
     """
+    config, cp_group, cp_mesh = _resolve(dist_attn_config, cp_group_or_mesh)
+    with failures_reported(cp_group, bool(config.runtime_config.check_plan)):
+        chunk_limit = choose_chunk_limit(chunk_size, config)
+        check_sources(total_seqlen_q, total_seqlen_k, is_same_source, is_q_permutable, is_k_permutable)
+        check_ranges(q_ranges, k_ranges, total_seqlen_q, total_seqlen_k)
+        mask_types = resolve_mask_types(attn_mask_type, len(q_ranges))
+        cp_size = group_size(cp_group)
+        chunk_size = resolve_chunk_size(total_seqlen_q, cp_size, chunk_limit, config.dispatch_config.alg)
+        chunk_size_k = resolve_chunk_size(total_seqlen_k, cp_size, chunk_limit, config.dispatch_config.alg)
+        if pad_size:
+            warnings.warn("pad_size is deprecated and ignored: read key.pad_size", DeprecationWarning, stacklevel=2)
+        is_uneven = config.dispatch_config.uneven_shard
+        pad_size = 0 if is_uneven else compute_pad_size(total_seqlen_q, cp_size, chunk_size)
+        pad_size_k = 0 if is_uneven else compute_pad_size(total_seqlen_k, cp_size, chunk_size_k)
+        if pad_size:
+            q_ranges, k_ranges, mask_types = apply_padding(q_ranges, k_ranges, mask_types, total_seqlen_q, pad_size)
+        key = DistAttnRuntimeKey(
+            q_ranges=q_ranges,
+            k_ranges=k_ranges,
+            attn_mask_type=tuple(mask_types),
+            total_seqlen_q=total_seqlen_q + pad_size,
+            total_seqlen_k=total_seqlen_k + pad_size_k,
+            num_heads_q=num_heads_q,
+            num_heads_kv=num_heads_kv,
+            head_dim=head_dim,
+            pad_size=pad_size,
+            chunk_size=chunk_size,
+            cp_group=cp_group,
+            cp_mesh=cp_mesh,
+            dist_attn_config=config,
+            is_same_source=is_same_source,
+            is_q_permutable=is_q_permutable,
+            is_k_permutable=is_k_permutable,
+            pad_size_k=pad_size_k,
+            chunk_size_k=chunk_size_k,
+        )
+    return plan_if_new(key)
+
+
+def _resolve(
+    dist_attn_config: DistAttnConfig, cp_group_or_mesh: GroupOrMesh
+) -> tuple[DistAttnConfig, dist.ProcessGroup | None, DeviceMesh | None]:
+    """The config with every setting resolved, and group and mesh as :func:`resolve_group` finds them."""
     if not isinstance(dist_attn_config, DistAttnConfig):
         raise TypeError(f"dist_attn_config must be a DistAttnConfig, not {dist_attn_config!r}")
     config = dist_attn_config.resolved()
-    chunk_limit = choose_chunk_limit(chunk_size, config)
-    check_sources(total_seqlen_q, total_seqlen_k, is_same_source, is_q_permutable, is_k_permutable)
-    check_ranges(q_ranges, k_ranges, total_seqlen_q, total_seqlen_k)
-    mask_types = resolve_mask_types(attn_mask_type, len(q_ranges))
-    cp_group, cp_mesh = resolve_group(cp_group_or_mesh, bool(config.runtime_config.hierarchical_comm))
-    cp_size = group_size(cp_group)
-    chunk_size = resolve_chunk_size(total_seqlen_q, cp_size, chunk_limit, config.dispatch_config.alg)
-    chunk_size_k = resolve_chunk_size(total_seqlen_k, cp_size, chunk_limit, config.dispatch_config.alg)
-    if pad_size:
-        warnings.warn("pad_size is deprecated and ignored: read key.pad_size", DeprecationWarning, stacklevel=2)
-    is_uneven = config.dispatch_config.uneven_shard
-    pad_size = 0 if is_uneven else compute_pad_size(total_seqlen_q, cp_size, chunk_size)
-    pad_size_k = 0 if is_uneven else compute_pad_size(total_seqlen_k, cp_size, chunk_size_k)
-    if pad_size:
-        q_ranges, k_ranges, mask_types = apply_padding(q_ranges, k_ranges, mask_types, total_seqlen_q, pad_size)
-    key = DistAttnRuntimeKey(
-        q_ranges=q_ranges,
-        k_ranges=k_ranges,
-        attn_mask_type=tuple(mask_types),
-        total_seqlen_q=total_seqlen_q + pad_size,
-        total_seqlen_k=total_seqlen_k + pad_size_k,
-        num_heads_q=num_heads_q,
-        num_heads_kv=num_heads_kv,
-        head_dim=head_dim,
-        pad_size=pad_size,
-        chunk_size=chunk_size,
-        cp_group=cp_group,
-        cp_mesh=cp_mesh,
-        dist_attn_config=config,
-        is_same_source=is_same_source,
-        is_q_permutable=is_q_permutable,
-        is_k_permutable=is_k_permutable,
-        pad_size_k=pad_size_k,
-        chunk_size_k=chunk_size_k,
-    )
-    return plan_if_new(key)
+    return config, *resolve_group(cp_group_or_mesh, bool(config.runtime_config.hierarchical_comm))
 
 
 def magi_attn_varlen_key(
@@ -171,9 +181,11 @@ def magi_attn_varlen_key(
     Raises:
         ValueError: ``causal`` with a window, lengths that shrink, and all that :func:`magi_attn_flex_key` raises.
     """
-    q_ranges, k_ranges, mask_types, total_q, total_k = infer_attn_mask_from_cu_seqlens(
-        cu_seqlens_q, cu_seqlens_k, causal, window_size
-    )
+    config, cp_group, _ = _resolve(dist_attn_config, cp_group_or_mesh)
+    with failures_reported(cp_group, bool(config.runtime_config.check_plan)):
+        q_ranges, k_ranges, mask_types, total_q, total_k = infer_attn_mask_from_cu_seqlens(
+            cu_seqlens_q, cu_seqlens_k, causal, window_size
+        )
     return magi_attn_flex_key(
         q_ranges,
         k_ranges,

@@ -10,6 +10,7 @@ from magi_attention.api.checks import GeneralAttnMaskType, check_ranges, resolve
 from magi_attention.api.groups import resolve_group
 from magi_attention.api.keys import plan_if_new
 from magi_attention.api.masks import apply_padding, infer_attn_mask_from_cu_seqlens
+from magi_attention.comm.agreement import failures_reported
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiValueError
 from magi_attention.common.ranges import AttnRanges
@@ -67,29 +68,32 @@ def make_flex_key_for_new_mask_after_dispatch(
         overlap_config=source.overlap_config,
         runtime_config=source.runtime_config,
     ).resolved()
-    check_ranges(q_ranges, k_ranges, old.total_seqlen_q, old_k.total_seqlen_k)
-    mask_types: Sequence[AttnMaskType] = resolve_mask_types(attn_mask_type, len(q_ranges))
-    resolve_group(old.cp_group if old.cp_mesh is None else old.cp_mesh, bool(config.runtime_config.hierarchical_comm))
-    if old.pad_size:
-        num_real = old.total_seqlen_q - old.pad_size
-        q_ranges, k_ranges, mask_types = apply_padding(q_ranges, k_ranges, mask_types, num_real, old.pad_size)
-    key = replace(
-        old,
-        q_ranges=q_ranges,
-        k_ranges=k_ranges,
-        attn_mask_type=tuple(mask_types),
-        num_heads_q=old.num_heads_q if num_heads_q is None else num_heads_q,
-        num_heads_kv=old.num_heads_kv if num_heads_kv is None else num_heads_kv,
-        head_dim=old.head_dim if head_dim is None else head_dim,
-        dist_attn_config=config,
-        layout_key=old.layout_key or old,
-        total_seqlen_k=old_k.total_seqlen_k,
-        pad_size_k=old_k.pad_size_k,
-        chunk_size_k=old_k.chunk_size_k,
-        is_same_source=layout is key_layout,
-        is_k_permutable=old_k.is_k_permutable,
-        layout_key_k=_key_of_key_layout(old, old_k),
-    )
+    with failures_reported(old.cp_group, bool(config.runtime_config.check_plan)):
+        check_ranges(q_ranges, k_ranges, old.total_seqlen_q, old_k.total_seqlen_k)
+        mask_types: Sequence[AttnMaskType] = resolve_mask_types(attn_mask_type, len(q_ranges))
+        resolve_group(
+            old.cp_group if old.cp_mesh is None else old.cp_mesh, bool(config.runtime_config.hierarchical_comm)
+        )
+        if old.pad_size:
+            num_real = old.total_seqlen_q - old.pad_size
+            q_ranges, k_ranges, mask_types = apply_padding(q_ranges, k_ranges, mask_types, num_real, old.pad_size)
+        key = replace(
+            old,
+            q_ranges=q_ranges,
+            k_ranges=k_ranges,
+            attn_mask_type=tuple(mask_types),
+            num_heads_q=old.num_heads_q if num_heads_q is None else num_heads_q,
+            num_heads_kv=old.num_heads_kv if num_heads_kv is None else num_heads_kv,
+            head_dim=old.head_dim if head_dim is None else head_dim,
+            dist_attn_config=config,
+            layout_key=old.layout_key or old,
+            total_seqlen_k=old_k.total_seqlen_k,
+            pad_size_k=old_k.pad_size_k,
+            chunk_size_k=old_k.chunk_size_k,
+            is_same_source=layout is key_layout,
+            is_k_permutable=old_k.is_k_permutable,
+            layout_key_k=_key_of_key_layout(old, old_k),
+        )
     return plan_if_new(key, layout, key_layout)
 
 
@@ -109,9 +113,12 @@ def make_varlen_key_for_new_mask_after_dispatch(
     key_for_kv_dispatch: DistAttnRuntimeKey | None = None,
 ) -> DistAttnRuntimeKey:
     """As :func:`make_flex_key_for_new_mask_after_dispatch`, for packed documents as in :func:`magi_attn_varlen_key`."""
-    q_ranges, k_ranges, mask_types, _, _ = infer_attn_mask_from_cu_seqlens(
-        cu_seqlens_q, cu_seqlens_k, causal, window_size
-    )
+    find_manager(key_for_dispatch)
+    config = (dist_attn_config or key_for_dispatch.dist_attn_config).resolved()
+    with failures_reported(key_for_dispatch.cp_group, bool(config.runtime_config.check_plan)):
+        q_ranges, k_ranges, mask_types, _, _ = infer_attn_mask_from_cu_seqlens(
+            cu_seqlens_q, cu_seqlens_k, causal, window_size
+        )
     return make_flex_key_for_new_mask_after_dispatch(
         q_ranges,
         k_ranges,

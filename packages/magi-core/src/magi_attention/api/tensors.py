@@ -7,6 +7,8 @@ In cross-attention there are two sequences, and ``attn_role`` tells to which of 
 import torch
 from torch import Tensor
 
+from magi_attention.api.checks import check_rows
+from magi_attention.api.compiled_tensors import dispatch_compiled, roll_compiled, undispatch_compiled
 from magi_attention.common.enum import AttnRole
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
@@ -30,8 +32,10 @@ def dispatch(
     Raises:
         ValueError: ``x`` doesn't have ``S`` rows, or the cache doesn't hold the key.
     """
+    if torch.compiler.is_compiling():
+        return dispatch_compiled(x, key, pad_value, attn_role)
     manager = find_manager(key)
-    _check_rows("x", x, 0, manager.layout_of(attn_role).num_real, "the global sequence without padding")
+    check_rows("x", x, 0, manager.layout_of(attn_role).num_real, "the global sequence without padding")
     return manager.dispatch(x, pad_value, attn_role)
 
 
@@ -53,8 +57,10 @@ def undispatch(
     Raises:
         ValueError: ``x`` doesn't have ``n_local`` rows, or the cache doesn't hold the key.
     """
+    if torch.compiler.is_compiling():
+        return undispatch_compiled(x, key, is_partial_grad, attn_role)
     manager = find_manager(key)
-    _check_rows("x", x, 0, manager.num_local_rows(attn_role), "this rank's share")
+    check_rows("x", x, 0, manager.num_local_rows(attn_role), "this rank's share")
     return manager.undispatch(x, is_partial_grad, attn_role)
 
 
@@ -73,8 +79,10 @@ def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, attn_role: At
     Raises:
         ValueError: ``x`` doesn't have ``n_local`` rows in ``dim``, or the cache doesn't hold the key.
     """
+    if torch.compiler.is_compiling():
+        return roll_compiled(x, shift, dim, key, attn_role)
     manager = find_manager(key)
-    _check_rows("x", x, dim, manager.num_local_rows(attn_role), "this rank's share")
+    check_rows("x", x, dim, manager.num_local_rows(attn_role), "this rank's share")
     return manager.roll(x, shift, dim, attn_role)
 
 
@@ -82,9 +90,7 @@ def roll_simple(
     x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, attn_role: AttnRole = AttnRole.QUERY
 ) -> Tensor:
     """The same as :func:`roll`; an older name for another way to send the rows."""
-    manager = find_manager(key)
-    _check_rows("x", x, dim, manager.num_local_rows(attn_role), "this rank's share")
-    return manager.roll_simple(x, shift, dim, attn_role)
+    return roll(x, shift, dim, key, attn_role)
 
 
 def get_position_ids(
@@ -104,12 +110,3 @@ def get_position_ids(
         ValueError: The cache doesn't hold the key.
     """
     return find_manager(key).get_position_ids(attn_role, device)
-
-
-def _check_rows(name: str, x: Tensor, dim: int, num_rows: int, what: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, and so no dim {dim} for the sequence")
-    if x.shape[dim] != num_rows:
-        raise ValueError(f"{name} has {x.shape[dim]} rows in dim {dim}, but {what} has {num_rows}")

@@ -5,7 +5,8 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -83,6 +84,22 @@ def report_failure(reason: str, group: dist.ProcessGroup | None) -> None:
         _post(check.store, f"rank {check.ranks[check.me]} failed to make its key: {reason}".encode())
         check.store.set(str(check.me), "failed")
         check.conclude(agreed=False)
+
+
+@contextmanager
+def failures_reported(group: dist.ProcessGroup | None, checks: bool) -> Iterator[None]:
+    """Let all other ranks know of an error in the block, which comes before an agreement check, so that they raise too.
+
+    Args:
+        group: as for :func:`check_agreement`.
+        checks: whether the ranks check that they agree at all; without, nobody would hear of it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if checks:
+            report_failure(f"{type(error).__name__}: {error}", group)
+        raise
 
 
 def run_together(call: Callable[[], Result], what: str, group: dist.ProcessGroup, timeout_s: float = 30.0) -> Result:

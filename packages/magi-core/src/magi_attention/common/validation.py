@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from magi_attention.common.errors import MagiTypeError, MagiValueError
@@ -32,7 +33,12 @@ def check_share(config: object, name: str) -> None:
 
 
 def check_scores(softmax_scale: float | None, softcap: float) -> None:
-    """Refuse what no scores can be scaled or capped by."""
+    """Refuse what no scores can be scaled or capped by, tensors among it: no gradients would flow to them."""
+    for name, number in (("softmax_scale", softmax_scale), ("softcap", softcap)):
+        if not isinstance(number, Real) and not (number is None and name == "softmax_scale"):
+            raise MagiTypeError(
+                f"{name} must be a number, not {type(number).__name__}; multiply q by a factor that is learned"
+            )
     if not 0 <= softcap < math.inf:
         raise MagiValueError(f"softcap is {softcap}; it must be positive and finite, or 0 for none")
     if softmax_scale is not None and not math.isfinite(softmax_scale):

@@ -23,6 +23,8 @@ from magi_attention.kernels.autograd import owned, without_autocast
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
 from magi_attention.kernels.registry import BackendPair, backends_for_slices
 from magi_attention.kernels.sink import fold_sink, sink_gradient
+from magi_attention.utils.tensors import check_plain_tensor
+from magi_attention.utils.torch_modes import outside_inference_mode
 
 # Masks whose tables are kept, so that a loop over a few masks derives nothing twice.
 NUM_CACHED_MASKS = 32
@@ -106,6 +108,7 @@ def make_job(
     return Job(backends_for_slices(slices, request, backend, backward_backend), call)
 
 
+@outside_inference_mode
 def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: Job) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute out in q's dtype, lse and max_logits. The whole call is a single stage, final but for the sink."""
     with without_autocast(q):
@@ -228,9 +231,9 @@ def _host_integers(name: str, tensor: Tensor, ndim: int) -> NDArray[np.int64]:
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise if q, k and v are not what one attention on one device takes."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise MagiTypeError(f"{name} must be a floating-point tensor, got {given}")
+        check_plain_tensor(name, tensor)
+        if not tensor.is_floating_point():
+            raise MagiTypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
         if tensor.ndim != 3:
             raise MagiValueError(f"{name} must have shape [tokens, heads, head_dim], got {list(tensor.shape)}")
         if tensor.dtype != q.dtype or tensor.device != q.device:

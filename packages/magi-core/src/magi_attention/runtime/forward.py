@@ -17,8 +17,10 @@ from magi_attention.runtime.steps import Step
 from magi_attention.runtime.streams import walk_steps
 from magi_attention.utils.dtypes import as_dtype
 from magi_attention.utils.profiling import named
+from magi_attention.utils.torch_modes import outside_inference_mode
 
 
+@outside_inference_mode
 def attend(
     job: AttentionJob, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, kept: list[Tensor] | None = None
 ) -> AttentionResult:

@@ -29,6 +29,7 @@ from magi_attention.plan.build import Plan
 from magi_attention.runtime.costs import Costs
 from magi_attention.runtime.schedule import make_schedule
 from magi_attention.runtime.steps import KernelCall, Pass, Runs, Schedule, Step
+from magi_attention.utils.torch_modes import outside_inference_mode
 
 MOST_KEPT = 0.25
 """Received rows, with own ones among them, are kept for the backward pass if they take so much of what q and out do."""
@@ -190,6 +191,7 @@ class AttentionJob:
         return any(each.step.queries_travel for each in self.forward.steps)
 
 
+@outside_inference_mode
 def _make_job(
     runtime: DistAttnRuntime,
     q: Tensor,

@@ -89,6 +89,8 @@ class DistAttnRuntimeKey:
     layout_key_k: "DistAttnRuntimeKey | None" = field(default=None, repr=False)
     # Set on each instance, but no field: equal keys have different handles.
     handle: ClassVar[int]
+    # This rank's rows of queries and of keys, once planned; also no field, and only there for compiled programs.
+    local_rows: ClassVar[tuple[int, int] | None] = None
 
     def __post_init__(self) -> None:
         config = self.dist_attn_config.resolved()
@@ -132,6 +134,10 @@ class DistAttnRuntimeKey:
         object.__setattr__(self, "handle", next(_handles))
         _keys_by_handle[self.handle] = self
 
+    def note_local_rows(self, num_queries: int, num_keys: int) -> None:
+        """Keep how many rows this rank holds, which a compiler reads from the key rather than from the plan."""
+        object.__setattr__(self, "local_rows", (num_queries, num_keys))
+
     @cached_property
     def slices(self) -> SliceTable:
         """The padded mask as a slice table."""
@@ -149,6 +155,10 @@ class DistAttnRuntimeKey:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DistAttnRuntimeKey":
+        """The key itself, which never changes: process groups have no copies, and a model may hold its key."""
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # The memoized hash and the handle hold in this process only, and the handle for this object only.

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands behind a key: the rank's plan and everything that is derived from it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 
 import torch
 from torch import Tensor
 
-from magi_attention.comm.agreement import check_agreement, report_failure
+from magi_attention.comm.agreement import check_agreement, failures_reported
 from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.comm.group import group_rank, group_size
 from magi_attention.comm.registry import make_collectives
@@ -36,6 +34,7 @@ from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.machine import count_ranks_per_node, device_name, group_device, layer_of
 from magi_attention.runtime.rates import agree_on_cluster
 from magi_attention.runtime.roll import roll_rows
+from magi_attention.utils.torch_modes import outside_inference_mode
 
 
 class DistAttnRuntimeMgr:
@@ -60,6 +59,7 @@ class DistAttnRuntimeMgr:
         self.dist_attn_config = key.dist_attn_config
         self.checked_calls: set[object] = set()
         self._row_collectives = AllToAllCollectives(key.cp_group)
+        key.note_local_rows(self.num_local_rows(AttnRole.QUERY), self.num_local_rows(AttnRole.KEY))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DistAttnRuntimeMgr):
@@ -141,6 +141,7 @@ class DistAttnRuntimeMgr:
         """See :func:`magi_attention.runtime.autograd.dist_attn_func`."""
         return dist_attn_func(q, k, v, self.dist_attn_runtime, sink, softmax_scale, softcap, return_max_logits)
 
+    @outside_inference_mode
     def get_position_ids(
         self, attn_role: AttnRole = AttnRole.QUERY, device: torch.device | str | None = None
     ) -> Tensor:
@@ -160,6 +161,7 @@ class DistAttnRuntimeMgr:
         self.dist_attn_runtime.forget_tables()
 
 
+@outside_inference_mode
 def build_manager(
     key: DistAttnRuntimeKey, layout: Layout | None = None, key_layout: Layout | None = None
 ) -> DistAttnRuntimeMgr:
@@ -178,14 +180,14 @@ def build_manager(
     group, config = key.cp_group, key.dist_attn_config
     options = config.runtime_config
     layer = cluster = None
-    with _failures_reported(key):
+    with failures_reported(group, bool(options.check_plan)):
         check_plannable(key)
         collectives = make_collectives(group, key.cp_mesh, config)
         if config.overlap_config.degree == "auto" and group_size(group) > 1:
             layer = layer_of(key)
     if layer is not None:
         cluster = agree_on_cluster(key, layer, collectives)
-    with _failures_reported(key):
+    with failures_reported(group, bool(options.check_plan)):
         overlap = _stage_options(config.overlap_config)
         if layer is not None:
             overlap = replace(overlap, cluster=cluster, shape=layer.shape)
@@ -195,17 +197,6 @@ def build_manager(
         digest = sha256(plan.digest + repr(asked).encode()).digest()
         check_agreement(digest, group, float(options.check_plan_timeout or 0))
     return DistAttnRuntimeMgr(key, DistAttnRuntime(plan, collectives, group, options, _costs(key, cluster, plan)))
-
-
-@contextmanager
-def _failures_reported(key: DistAttnRuntimeKey) -> Iterator[None]:
-    """Let all other ranks know of an error in the block, so that they raise as well."""
-    try:
-        yield
-    except Exception as error:
-        if key.dist_attn_config.runtime_config.check_plan:
-            report_failure(f"{type(error).__name__}: {error}", key.cp_group)
-        raise
 
 
 def _make_plan(

@@ -11,8 +11,10 @@ from torch.autograd.function import once_differentiable
 from magi_attention.comm.protocol import GroupCollectives
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.roll import roll_exchange
+from magi_attention.utils.torch_modes import outside_inference_mode
 
 
+@outside_inference_mode
 def roll_rows(x: Tensor, shift: int, layout: Layout, rank: int, collectives: GroupCollectives) -> Tensor:
     """Roll local rows in dim 0 by ``shift`` along the real global sequence; padding rows become 0. Differentiable."""
     return _Roll.apply(x, shift, layout, rank, collectives)

@@ -28,6 +28,19 @@ def without_grad(function: Callable[Params, Result]) -> Callable[Params, Result]
     return run
 
 
+def outside_inference_mode(function: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Decorate a function whose tensors are kept for later calls: inference mode would forbid to train with them."""
+
+    @wraps(function)
+    def run(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # compilers can't trace the question
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
+
+
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Make the GPU of a tensor the current one; nothing for a tensor on a CPU."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():

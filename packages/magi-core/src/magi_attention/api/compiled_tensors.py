@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dispatch, undispatch and roll inside ``torch.compile``: opaque operators that name the key by its handle.
+
+The compiler knows of them nothing but the shapes of the results, and so sees neither plans nor process groups.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magi_attention.api.checks import check_rows
+from magi_attention.common.enum import AttnRole
+from magi_attention.runtime.cache import find_manager
+from magi_attention.runtime.key import DistAttnRuntimeKey, key_of_handle
+from magi_attention.runtime.manager import DistAttnRuntimeMgr
+from magi_attention.runtime.rows import gather_rows, scatter_rows_sum, select_rows
+
+
+def dispatch_compiled(x: Tensor, key: DistAttnRuntimeKey, pad_value: float, attn_role: AttnRole) -> Tensor:
+    """:func:`magi_attention.api.dispatch` while a compiler traces."""
+    if key.local_rows is None:
+        raise ValueError("the key was never planned: make it by magi_attn_flex_key")
+    num_rows = key.local_rows[0 if attn_role is AttnRole.QUERY else 1]
+    return _select(x, key.handle, attn_role.value, num_rows, pad_value)
+
+
+def undispatch_compiled(x: Tensor, key: DistAttnRuntimeKey, is_partial_grad: bool, attn_role: AttnRole) -> Tensor:
+    """:func:`magi_attention.api.undispatch` while a compiler traces."""
+    is_query = attn_role is AttnRole.QUERY
+    num_rows = key.total_seqlen_q - key.pad_size if is_query else key.total_seqlen_k - key.pad_size_k
+    return _gather(x, key.handle, attn_role.value, num_rows, is_partial_grad)
+
+
+def roll_compiled(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, attn_role: AttnRole) -> Tensor:
+    """:func:`magi_attention.api.roll` while a compiler traces."""
+    return _roll(x, key.handle, attn_role.value, shift, dim)
+
+
+def _planned(handle: int) -> DistAttnRuntimeMgr:
+    manager: DistAttnRuntimeMgr = find_manager(key_of_handle(handle))
+    return manager
+
+
+@torch.library.custom_op("magi_attention::dispatch", mutates_args=())
+def _select(x: Tensor, handle: int, role: str, num_rows: int, pad_value: float) -> Tensor:
+    """The ``num_rows`` local rows of a global tensor."""
+    manager = _planned(handle)
+    layout = manager.layout_of(AttnRole(role))
+    check_rows("x", x, 0, layout.num_real, "the global sequence without padding")
+    return select_rows(x, layout, manager.rank, pad_value).contiguous()
+
+
+@torch.library.custom_op("magi_attention::undispatch", mutates_args=())
+def _gather(x: Tensor, handle: int, role: str, num_rows: int, is_partial_grad: bool) -> Tensor:
+    """The ``num_rows`` global rows of local tensors."""
+    manager = _planned(handle)
+    check_rows("x", x, 0, manager.num_local_rows(AttnRole(role)), "this rank's share")
+    return gather_rows(x, manager.layout_of(AttnRole(role)), manager.key.cp_group).contiguous()
+
+
+@torch.library.custom_op("magi_attention::scatter_sum", mutates_args=())
+def _scatter_sum(x: Tensor, handle: int, role: str, num_rows: int) -> Tensor:
+    """The ``num_rows`` local rows of the sum of all ranks' global tensors."""
+    manager = _planned(handle)
+    layout = manager.layout_of(AttnRole(role))
+    return scatter_rows_sum(x, layout, manager.rank, manager.key.cp_group).contiguous()
+
+
+@torch.library.custom_op("magi_attention::roll", mutates_args=())
+def _roll(x: Tensor, handle: int, role: str, shift: int, dim: int) -> Tensor:
+    manager = _planned(handle)
+    check_rows("x", x, dim, manager.num_local_rows(AttnRole(role)), "this rank's share")
+    return manager.roll(x, shift, dim, AttnRole(role)).contiguous()
+
+
+@_select.register_fake
+@_gather.register_fake
+@_scatter_sum.register_fake
+def _(x: Tensor, handle: int, role: str, num_rows: int, *options: Any) -> Tensor:
+    return x.new_empty(num_rows, *x.shape[1:])
+
+
+@_roll.register_fake
+def _(x: Tensor, handle: int, role: str, shift: int, dim: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.where, _, ctx.option = inputs
+    ctx.num_rows = x.shape[0]
+
+
+def _select_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _gather(grad, *ctx.where, ctx.num_rows, False), None, None, None, None
+
+
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    where = *ctx.where, ctx.num_rows
+    local = _scatter_sum(grad, *where) if ctx.option else _select(grad, *where, 0.0)
+    return local, None, None, None, None
+
+
+def _save_roll(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *ctx.where, ctx.shift, ctx.dim = inputs
+
+
+def _roll_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _roll(grad, *ctx.where, -ctx.shift, ctx.dim), None, None, None, None
+
+
+_select.register_autograd(_select_backward, setup_context=_save)
+_gather.register_autograd(_gather_backward, setup_context=_save)
+_roll.register_autograd(_roll_backward, setup_context=_save_roll)
