@@ -104,6 +104,21 @@ def test_scales(softmax_scale):
     assert_right(inputs(700), IRREGULAR, softmax_scale=softmax_scale, max_logits=True)
 
 
+@pytest.mark.parametrize("step", [0.5, 4.0, 40.0], ids=["below", "sometimes", "always"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tall", [False, True], ids=["low", "tall"])
+def test_scores_that_grow(step, dtype, tall, monkeypatch):
+    """From tile to tile, by less or more than what the tall kernel lets them before it scales what it summed up."""
+    monkeypatch.setattr(tables, "TALL_PAIRS", 100.0 if tall else 0.0)
+    x = inputs(400, 1200, heads=(8, 1), dtype=dtype)
+    x.q[..., 1:] *= 0.1
+    x.q[..., 0] = 1
+    x.k[..., 0] = step * torch.arange(1200, device="cuda")[:, None] / 80 + 0.5 * x.k[..., 0]
+    slices = SliceTable([[0, 400, 0, 1200, 1]])
+    assert_right(x, slices, softmax_scale=1.0)
+    assert_right(x, slices, softmax_scale=1.0, max_logits=True)
+
+
 def test_without_any_pair():
     assert_right(inputs(300), SliceTable([]), max_logits=True)
 

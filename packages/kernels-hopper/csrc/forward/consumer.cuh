@@ -62,9 +62,13 @@ struct Consumer {
         ptx::wgmma_commit_group();
     }
 
-    __device__ __forceinline__ void scale_out(float const (&factor)[2]) {
+    __device__ __forceinline__ void scale_out(float const (&factor)[2], bool needed) {
+        // A loop, since after a branch the compiler would no longer know that all threads are at the same place.
+#pragma unroll 1
+        for (int once = needed; once > 0; once--) {
 #pragma unroll
-        for (int i = 0; i < T::kHeadDimV / 2; i++) out[i] *= factor[i / 2 % 2];
+            for (int i = 0; i < T::kHeadDimV / 2; i++) out[i] *= factor[i / 2 % 2];
+        }
     }
 
     // Scores of the first N keys of the next tile while the last one's probabilities are multiplied, and `make_mask`
@@ -87,12 +91,13 @@ struct Consumer {
         ptx::wgmma_wait_group<1>();
         ptx::fence_registers(scores);
         release(&s.k_empty[k_stage]);
-        softmax.template step<Masked>(scores, bits, shrink);
+        softmax.template step<Masked>(scores, bits, shrink, p.tolerance);
+        bool const shrinks = !T::kShrinksRarely || __any_sync(~0u, shrink[0] != 1 || shrink[1] != 1);
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(out);
         release(&s.v_empty[v_stage]);
         k_place.advance();
-        scale_out(shrink);
+        scale_out(shrink, shrinks);
         to_fragments<Element>(scores, probabilities);
     }
 
@@ -109,7 +114,7 @@ struct Consumer {
         ptx::fence_registers(scores);
         release(&s.k_empty[k_place.stage()]);
         k_place.advance();
-        softmax.template step<true>(scores, bits, shrink);
+        softmax.template step<true>(scores, bits, shrink, p.tolerance);
         to_fragments<Element>(scores, probabilities);
     }
 
@@ -190,11 +195,10 @@ struct Consumer {
             release(&s.item_empty[item_place.stage()]);
             if (T::kStagesOut && p.results.stages_out()) {
                 if (p.results.max_logits != nullptr) store_max_logits<T>(p.results, softmax, rows);
-                // The first consumer comes after the last one's output of the item before.
-                ptx::mbarrier_try_wait_parity(&s.out_turn[group], item_place.stage() ^ (group == 0));
-                stage<T>(p.results, softmax, out, rows, s.out);
+                ptx::mbarrier_try_wait_parity(&s.out_empty[group], item_place.stage() ^ 1);
+                stage<T>(p.results, softmax, out, rows, s.out[group]);
                 ptx::fence_proxy_async_shared();
-                release(&s.out_full);
+                release(&s.out_full[group]);
             } else {
                 store<T>(p.results, softmax, out, rows);
             }

@@ -3,8 +3,8 @@
 #include "kernel.cuh"
 
 using Traits = magi::forward::Traits<MAGI_HEAD_DIM, MAGI_HEAD_DIM_V, MAGI_ELEMENT, MAGI_SOFTCAP, MAGI_CONSUMERS,
-                                     MAGI_BOX_N, MAGI_STAGES, MAGI_STAGES_OUT, MAGI_CONSUMER_REGISTERS,
-                                     MAGI_PRODUCER_REGISTERS>;
+                                     MAGI_BOX_N, MAGI_STAGES, MAGI_STAGES_OUT, MAGI_SHRINKS_RARELY,
+                                     MAGI_CONSUMER_REGISTERS, MAGI_PRODUCER_REGISTERS>;
 
 static_assert(sizeof(magi::forward::Shared<Traits>) + 1024 <= MAGI_SHARED_BYTES, "shared memory for the tiles");
 

@@ -17,9 +17,9 @@ __device__ __forceinline__ void init_barriers(Shared<T>& s, bool stages_out) {
     for (int i = 0; i < T::kConsumers; i++) {
         ptx::mbarrier_init(&s.q_full[i], 1);
         ptx::mbarrier_init(&s.q_empty[i], kOfOne);
-        ptx::mbarrier_init(&s.out_turn[i], 1);
+        ptx::mbarrier_init(&s.out_full[i], kOfOne);
+        ptx::mbarrier_init(&s.out_empty[i], 1);
     }
-    ptx::mbarrier_init(&s.out_full, kOfOne);
     for (int i = 0; i < T::kStages; i++) {
         ptx::mbarrier_init(&s.k_full[i], 1);
         ptx::mbarrier_init(&s.k_empty[i], kOfAll);

@@ -56,6 +56,7 @@ struct Params {
     int num_tiles;              // of queries
     int num_packs;              // of heads
     int packs_per_section;      // that are computed together, so that their keys stay in the L2 cache
+    float tolerance;            // by how much a score, before scale and cap, may exceed what exponentials are relative to
 };
 
 static_assert(sizeof(Params) == 768, "forward.py pads its structure to this size");

@@ -39,6 +39,18 @@ struct Producer {
         }
     }
 
+    // To the L2 cache, some tiles of keys before consumers are done with the queries that are in shared memory.
+    __device__ __forceinline__ void prefetch_q(Item const& item) {
+#pragma unroll 1
+        for (int group = 0; group < T::kConsumers; group++) {
+#pragma unroll
+            for (int panel = 0; panel < T::TileQ::kPanels; panel++) {
+                ptx::cp_async_bulk_prefetch_tensor_3d(&p.q, panel * T::TileQ::kPanelColumns, item.pack * p.pack,
+                                                      (item.tile * T::kConsumers + group) * p.share_q);
+            }
+        }
+    }
+
     __device__ __forceinline__ void load_q(Item const& item) {
 #pragma unroll 1
         for (int group = 0; group < T::kConsumers; group++) {
@@ -102,6 +114,7 @@ struct Producer {
         while (number < num_items) {
             Item const item = item_at(p, number);
             announce(item);
+            prefetch_q(item);
             load(item);
             number = gridDim.x + atomicAdd(p.counters, 1);
         }
@@ -129,18 +142,19 @@ struct Writer {
             if (item.tile < 0) break;
 #pragma unroll 1
             for (int group = 0; group < T::kConsumers; group++) {
-                ptx::mbarrier_try_wait_parity(&s.out_full, out_place.parity());
+                ptx::mbarrier_try_wait_parity(&s.out_full[group], out_place.parity());
 #pragma unroll
                 for (int panel = 0; panel < T::TileOut::kPanels; panel++) {
-                    ptx::cp_async_bulk_tensor_store_3d(&p.out, s.out + panel * T::TileOut::kPanelBytes,
+                    ptx::cp_async_bulk_tensor_store_3d(&p.out, s.out[group] + panel * T::TileOut::kPanelBytes,
                                                        panel * T::TileOut::kPanelColumns, item.pack * p.pack,
                                                        (item.tile * T::kConsumers + group) * p.share_q);
                 }
                 ptx::cp_async_bulk_commit_group();
-                ptx::cp_async_bulk_wait_group_read<0>();
-                ptx::mbarrier_arrive(&s.out_turn[group + 1 == T::kConsumers ? 0 : group + 1]);
-                out_place.advance();
             }
+            ptx::cp_async_bulk_wait_group_read<0>();
+#pragma unroll 1
+            for (int group = 0; group < T::kConsumers; group++) ptx::mbarrier_arrive(&s.out_empty[group]);
+            out_place.advance();
         }
         ptx::cp_async_bulk_wait_group<0>();
     }

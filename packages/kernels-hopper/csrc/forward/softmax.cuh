@@ -19,7 +19,7 @@ __device__ __forceinline__ float quad_sum(float x) {
 
 template <typename T>
 struct Softmax {
-    // Both of the scores before scale and cap.
+    // Of the scores before scale and cap: at most `tolerance` below the largest of a row.
     float largest[2] = {-INFINITY, -INFINITY};
     float sum[2] = {0, 0};  // of exp(score - largest), over this thread's columns
     Scoring const& p;
@@ -41,11 +41,12 @@ struct Softmax {
         return Masked && x == -INFINITY ? x : y;
     }
 
-    // Takes in the scores of a tile, which become probabilities relative to the largest score so far. What was summed
-    // up before must be multiplied by `shrink`, which is done here for the sums.
+    // Takes in the scores of a tile, which become probabilities relative to the largest score so far, or to one before
+    // that is at most `tolerance` lower. What was summed up before must be multiplied by `shrink`, which is done here for
+    // the sums.
     template <bool Masked, int Count>
     __device__ __forceinline__ void step(float (&scores)[Count], uint32_t const (&bits)[2][2],
-                                         float (&shrink)[2]) {
+                                         float (&shrink)[2], float tolerance = 0) {
         if constexpr (Masked) apply_mask<T::kBoxN>(scores, bits);
         float minus_largest[2];
 #pragma unroll
@@ -55,12 +56,16 @@ struct Softmax {
             for (int i = 4; i < Count; i += 4) {
                 tile = fmaxf(tile, fmaxf(scores[i + 2 * r], scores[i + 2 * r + 1]));
             }
+            tile = quad_max(tile);
             float const before = largest[r];
-            largest[r] = fmaxf(before, quad_max(tile));
+            bool const grows = T::kShrinksRarely ? tile > before + tolerance : true;
+            largest[r] = T::kShrinksRarely ? (grows ? tile : before) : fmaxf(before, tile);
             // Rows that have seen nothing yet keep -inf, of which no difference may be taken.
             float const reference = Masked && largest[r] == -INFINITY ? 0 : capped(largest[r]);
             minus_largest[r] = -reference * p.to_log2;
-            shrink[r] = exp2_approx((before == -INFINITY ? before : capped(before)) * p.to_log2 + minus_largest[r]);
+            float const factor =
+                exp2_approx((before == -INFINITY ? before : capped(before)) * p.to_log2 + minus_largest[r]);
+            shrink[r] = grows ? factor : 1;
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {

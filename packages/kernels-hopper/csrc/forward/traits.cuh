@@ -15,10 +15,11 @@ namespace magi::forward {
 //   Consumers:         warpgroups that compute, each with 64 rows of scores
 //   BoxN:              keys of a box
 //   Stages:            tiles of keys, and as many of values, in shared memory
-//   StagesOut:         outputs go through shared memory, one consumer's after another
+//   StagesOut:         outputs go through shared memory
+//   ShrinksRarely:     what was summed up is scaled only where a row's largest score has grown by much
 //   ConsumerRegisters: of a consumer's thread; ProducerRegisters: of each thread of the loading warpgroup
 template <int HeadDim, int HeadDimV, typename Element_, bool Softcap, int Consumers, int BoxN, int Stages,
-          bool StagesOut, int ConsumerRegisters, int ProducerRegisters>
+          bool StagesOut, bool ShrinksRarely, int ConsumerRegisters, int ProducerRegisters>
 struct Traits {
     using Element = Element_;
     static constexpr int kHeadDim = HeadDim;
@@ -34,6 +35,7 @@ struct Traits {
     static constexpr int kProducerRegisters = ProducerRegisters;
 
     static constexpr bool kStagesOut = StagesOut;
+    static constexpr bool kShrinksRarely = ShrinksRarely;
     using TileQ = PanelTile<64, HeadDim>;  // of one consumer
     using TileOut = PanelTile<64, HeadDimV>;
     using TileK = PanelTile<kTileN, HeadDim>;
@@ -51,9 +53,9 @@ struct alignas(1024) Shared {
     uint8_t q[T::kConsumers][T::TileQ::kBytes];
     uint8_t k[T::kStages][T::TileK::kBytes];
     uint8_t v[T::kStages][T::TileV::kBytes];
-    uint8_t out[T::kStagesOut ? T::TileOut::kBytes : 16];  // of one consumer, on its way to device memory
+    uint8_t out[T::kConsumers][T::kStagesOut ? T::TileOut::kBytes : 16];  // on their way to device memory
     uint64_t q_full[T::kConsumers], q_empty[T::kConsumers];
-    uint64_t out_full, out_turn[T::kConsumers];
+    uint64_t out_full[T::kConsumers], out_empty[T::kConsumers];
     uint64_t k_full[T::kStages], k_empty[T::kStages];
     uint64_t v_full[T::kStages], v_empty[T::kStages];
     uint64_t item_full[2], item_empty[2];

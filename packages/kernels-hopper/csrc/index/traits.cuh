@@ -21,6 +21,7 @@ struct Traits {
     static constexpr int kHeadDimV = HeadDimV;
     static constexpr bool kSoftcap = Softcap;
     static constexpr bool kStagesOut = false;
+    static constexpr bool kShrinksRarely = false;
     static constexpr int kStages = Stages;
     static constexpr int kBlocks = Blocks;
     static constexpr int kTileM = 64;

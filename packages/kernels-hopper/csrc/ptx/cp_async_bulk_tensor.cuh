@@ -30,6 +30,14 @@ __device__ __forceinline__ void cp_async_bulk_tensor_3d(
         : "memory");
 }
 
+// Brings the box that begins at (c0, c1, c2) to the L2 cache.
+__device__ __forceinline__ void cp_async_bulk_prefetch_tensor_3d(CUtensorMap const* map, int c0, int c1, int c2) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(
+                     reinterpret_cast<uint64_t>(map)),
+                 "r"(c0), "r"(c1), "r"(c2)
+                 : "memory");
+}
+
 // Stores the box that begins at (c0, c1, c2), without what lies outside the tensor.
 __device__ __forceinline__ void cp_async_bulk_tensor_store_3d(CUtensorMap const* map, void const* source, int c0, int c1,
                                                               int c2) {

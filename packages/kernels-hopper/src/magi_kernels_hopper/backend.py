@@ -54,7 +54,7 @@ class HopperBackend:
     ) -> AttentionResult:
         """See :class:`magi_attention.kernels.protocol.WritesInPlace`."""
         self._check("forward", q, k, v, call)
-        if not len(q) or not len(k):
+        if not q.shape[0] or not k.shape[0]:
             return attend_to_nothing(q, v, call.max_logits)
         out = q.new_empty(*q.shape[:2], v.shape[2]) if target is None else target
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -66,7 +66,7 @@ class HopperBackend:
     ) -> Tensor | None:
         """See :class:`magi_attention.kernels.protocol.MergesInPlace`."""
         self._check("forward", q, k, v, call)
-        if not len(q) or not len(k):
+        if not q.shape[0] or not k.shape[0]:
             return attend_to_nothing(q, v, call.max_logits).max_logits
         if out.is_contiguous() and out.dtype in (q.dtype, torch.float32):
             return _launch(q, k, v, call, out, lse, merge=True)

@@ -22,13 +22,17 @@ from magi_kernels_hopper.launching import (
     multiprocessors,
     tensor_maps,
 )
-from magi_kernels_hopper.results import Results, Scoring, scored_upward
+from magi_kernels_hopper.results import LOG2_E, Results, Scoring, scored_upward
 from magi_kernels_hopper.support import ELEMENT_OF
 from magi_kernels_hopper.tables import device_row_tables
 from magi_kernels_hopper.variants import ForwardVariant
 
 LARGEST_PACK = 8
 """How many query heads of a key head share a tile of queries at most."""
+
+TOLERANCE = 8.0
+"""By how much a score, as an exponent of 2, may exceed what exponentials are relative to, before all that was summed up
+is multiplied (as in FlashAttention-4). Sums are up to 256 times larger for it, and as precise."""
 
 MAP_BYTES = ctypes.sizeof(TensorMap)
 
@@ -57,7 +61,8 @@ class Params(ctypes.Structure):
         ("num_tiles", ctypes.c_int),
         ("num_packs", ctypes.c_int),
         ("packs_per_section", ctypes.c_int),
-        ("padding", ctypes.c_int * 30),
+        ("tolerance", ctypes.c_float),
+        ("padding", ctypes.c_int * 29),
     )
 
 
@@ -98,6 +103,8 @@ def geometry(variant: ForwardVariant, num_heads_q: int, num_heads_kv: int, num_k
 class PreparedForward:
     """All of a launch that does not change from call to call: made once for each mask and geometry, kept with the mask.
 
+    What a training calls with comes from the same memory again and again: whole parameters are kept by addresses.
+
     Args:
         variant: the kernel; the tall one is taken instead where it is faster.
         call: the mask, and how to score.
@@ -105,21 +112,24 @@ class PreparedForward:
         k: ``[tk, hk, d]``.
     """
 
+    MOST_KNOWN = 1024
+
     def __init__(self, variant: ForwardVariant, call: AttentionCall, q: Tensor, k: Tensor) -> None:
+        self._known: dict[tuple[object, ...], Params] = {}
+        self._scale = call.softmax_scale
         cut = geometry(variant, q.shape[1], k.shape[1], k.shape[0])
         self.tables = device_row_tables(call.slices, q.shape[0], k.shape[0], cut.share_q, variant, q.device)
         self.streams = StreamsOfTables(self.tables)
         variant = replace(variant, tall=self.tables.tall)
-        sizes = variant.sizes
-        self.kernel = _kernel(variant, q.device)
+        self._kernel = _kernel(variant, q.device)
         dims = (variant.head_dim, variant.head_dim, variant.head_dim_v, variant.head_dim_v)
         swizzles = [128 if dim % 64 == 0 else 64 for dim in dims]
-        rows = [(cut.pack, cut.share_q), (1, sizes.box_n), (1, sizes.box_n), (cut.pack, cut.share_q)]
-        self.boxes = [(swizzle // 2, *each) for swizzle, each in zip(swizzles, rows, strict=True)]
-        self.swizzles = swizzles
+        box_n = variant.sizes.box_n
+        rows = [(cut.pack, cut.share_q), (1, box_n), (1, box_n), (cut.pack, cut.share_q)]
+        self._boxes = [((swizzle // 2, *each), swizzle) for swizzle, each in zip(swizzles, rows, strict=True)]
         items = len(self.tables.tiles) * cut.num_packs
-        self.blocks = max(min(multiprocessors(q.device) - call.sm_margin, items), 1)
-        self.template = Params(
+        self._blocks = max(min(multiprocessors(q.device) - call.sm_margin, items), 1)
+        self._template = Params(
             tiles=self.tables.tiles.data_ptr(),
             runs=self.tables.runs.data_ptr(),
             pieces=self.tables.pieces.data_ptr(),
@@ -131,7 +141,48 @@ class PreparedForward:
             num_tiles=len(self.tables.tiles),
             num_packs=cut.num_packs,
             packs_per_section=cut.packs_per_section,
+            tolerance=TOLERANCE / (LOG2_E * (abs(call.softmax_scale) or 1.0)),
         )
+
+    def launch(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        results: tuple[Tensor, Tensor, Tensor | None],
+        merge: bool,
+        stream: int,
+    ) -> None:
+        """Launch for q, k and v on a stream; ``results`` are out, lse and max_logits."""
+        out, lse, max_logits = results
+        zeros = counters(out.device, stream)
+        addresses = [x.data_ptr() for x in (*tensors, out, lse, zeros)]
+        strides = [x.stride() for x in (*tensors, lse)]
+        key = (*addresses, *strides, out.dtype, max_logits is not None and max_logits.data_ptr(), merge)
+        params = self._known.get(key)
+        if params is None:
+            q, k, v = tensors
+            readable = aligned(scored_upward(q, self._scale)), aligned(k), aligned(v)
+            params = self._fill(readable, results, merge)
+            params.counters = zeros.data_ptr()
+            if all(mine is theirs for mine, theirs in zip(readable, tensors, strict=True)):
+                if len(self._known) >= self.MOST_KNOWN:
+                    self._known.clear()
+                self._known[key] = params
+        self._kernel.launch(self._blocks, stream, params)
+
+    def _fill(
+        self, tensors: tuple[Tensor, Tensor, Tensor], results: tuple[Tensor, Tensor, Tensor | None], merge: bool
+    ) -> Params:
+        """The parameters of a launch, but for the counters, for tensors that the copy engine can read."""
+        params = Params.from_buffer_copy(self._template)
+        params.results = Results.of(*results, merge=merge)
+        if results[2] is not None:
+            params.tolerance = 0.0  # the largest scores themselves
+        staged = results[0] if results[0].dtype == tensors[0].dtype else tensors[0]  # else the map is not used
+        maps, address = tensor_maps(staged.device), ctypes.addressof(params)  # the maps come first
+        for x, (box, swizzle_bytes) in zip((*tensors, staged), self._boxes, strict=True):
+            ctypes.memmove(address, maps.get(x, box, swizzle_bytes), MAP_BYTES)
+            address += MAP_BYTES
+        return params
 
 
 def launch_forward(
@@ -152,7 +203,6 @@ def launch_forward(
     Returns:
         max_logits ``[hq]`` if the call asks for it.
     """
-    tensors = (aligned(scored_upward(q, call.softmax_scale)), aligned(k), aligned(v))
     device = q.device
     key = ("hopper forward", device, q.dtype, q.shape, k.shape, v.shape[2], call.softmax_scale, call.softcap)
     prepared = call.slices.derived(
@@ -162,20 +212,9 @@ def launch_forward(
         ),
     )
     max_logits = lse.new_full(lse.shape[1:], -torch.inf) if call.max_logits else None
-    torch_stream = torch.cuda.current_stream(device)
-    prepared.streams.add(torch_stream)
-    stream = torch_stream.cuda_stream
-    params = Params.from_buffer_copy(prepared.template)
-    maps = tensor_maps(device)
-    address = ctypes.addressof(params)  # the maps come first
-    staged = out if out.dtype == q.dtype else tensors[0]  # where it is not, the map is not used
-    for x, box, swizzle_bytes in zip((*tensors, staged), prepared.boxes, prepared.swizzles, strict=True):
-        ctypes.memmove(address, maps.get(x, box, swizzle_bytes), MAP_BYTES)
-        address += MAP_BYTES
-    zeros = counters(device, stream)
-    params.counters = zeros.data_ptr()
-    params.results = Results.of(out, lse, max_logits, merge=merge)
-    prepared.kernel.launch(prepared.blocks, stream, params)
+    stream = torch.cuda.current_stream(device)
+    prepared.streams.add(stream)
+    prepared.launch((q, k, v), (out, lse, max_logits), merge, stream.cuda_stream)
     return max_logits
 
 

@@ -66,6 +66,7 @@ class ForwardSizes:
         box_n: keys of a box, which the copy engine loads at once; a tile of keys is two boxes.
         stages: tiles of keys, and as many of values, in shared memory.
         stages_out: whether outputs go through shared memory.
+        shrinks_rarely: whether what was summed up is scaled only where a row's largest score has grown by much.
         consumer_registers: of each consumer's thread.
         producer_registers: of each thread of the warpgroup that loads.
     """
@@ -74,6 +75,7 @@ class ForwardSizes:
     box_n: int
     stages: int
     stages_out: bool
+    shrinks_rarely: bool
     consumer_registers: int
     producer_registers: int
 
@@ -87,22 +89,22 @@ class ForwardSizes:
 
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory of a block: tiles, and room for barriers and alignment, which the compiler checks."""
-        queries = self.consumer_rows * (self.consumers * head_dim + self.stages_out * head_dim_v)
+        queries = self.consumer_rows * self.consumers * (head_dim + self.stages_out * head_dim_v)
         tiles = queries + 2 * self.box_n * self.stages * (head_dim + head_dim_v)
         return 2 * tiles + 2048
 
 
 FORWARD_SIZES = {
-    (64, 64): ForwardSizes(3, 64, 2, False, 160, 32),
-    (96, 96): ForwardSizes(2, 64, 2, False, 232, 40),
-    (128, 128): ForwardSizes(2, 64, 2, False, 240, 24),
-    (192, 128): ForwardSizes(2, 64, 2, False, 240, 24),
-    (192, 192): ForwardSizes(2, 56, 2, False, 232, 40),
-    (256, 256): ForwardSizes(2, 40, 2, False, 232, 40),
+    (64, 64): ForwardSizes(3, 64, 2, False, False, 160, 32),
+    (96, 96): ForwardSizes(2, 64, 2, False, False, 232, 40),
+    (128, 128): ForwardSizes(2, 64, 2, False, False, 240, 24),
+    (192, 128): ForwardSizes(2, 64, 2, False, False, 240, 24),
+    (192, 192): ForwardSizes(2, 56, 2, False, False, 232, 40),
+    (256, 256): ForwardSizes(2, 40, 2, False, False, 232, 40),
 }
 """By head dims."""
 
-TALL_SIZES = {(128, 128): ForwardSizes(3, 40, 3, True, 160, 32)}
+TALL_SIZES = {(128, 128): ForwardSizes(3, 40, 3, True, True, 160, 32)}
 """The same with one more consumer, without softcap: faster for each pair, and worse where queries of a tile see
 different keys, or short spans of them."""
 
@@ -144,6 +146,7 @@ class ForwardVariant(_Variant):
             "MAGI_BOX_N": self.sizes.box_n,
             "MAGI_STAGES": self.sizes.stages,
             "MAGI_STAGES_OUT": int(self.sizes.stages_out),
+            "MAGI_SHRINKS_RARELY": int(self.sizes.shrinks_rarely),
             "MAGI_CONSUMER_REGISTERS": self.sizes.consumer_registers,
             "MAGI_PRODUCER_REGISTERS": self.sizes.producer_registers,
             "MAGI_SHARED_BYTES": self.shared_bytes,
