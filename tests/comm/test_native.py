@@ -21,6 +21,7 @@ from magi_comm_grpcoll import (
     SlotLentError,
 )
 from tests.comm.ranks import NO_PUTS, Reference, device, make_pool
+from tests.comm.wrong import LastWrong, tell_apart
 from tests.distributed.exchanges import RandomNeeds, random_tensor
 
 # "heap" stands for the faster of copy engines and push, in memory of NVSHMEM.
@@ -150,12 +151,14 @@ def compare_merges(rank: int, world_size: int, seed: int) -> None:
             reference.reduce([partial], table, [results[0][0]], "lse", partial_lse, results[0][1])
             for (out, lse), native in zip(results[1:], map(context, TRANSPORTS), strict=True):
                 native.reduce([partial], table, [out], "lse", partial_lse, lse).wait()
-            (wanted, wanted_lse), (first, first_lse), *others = results
-            torch.testing.assert_close(first, wanted)
-            torch.testing.assert_close(first_lse, wanted_lse)
-            for out, lse in others:
-                assert torch.equal(out, first)
-                assert torch.equal(lse, first_lse)
+            case = f"seed {seed}, rank {rank}, {partial_dtype} onto {dtype}, {dim} columns"
+            for kind, (wanted, *found), before in zip(
+                ("rows", "lse"), zip(*results, strict=True), (old, old_lse), strict=True
+            ):
+                torch.testing.assert_close(found[0], wanted)
+                by_transport = dict(zip(TRANSPORTS, found, strict=True))
+                is_same = all(torch.equal(out, found[0]) for out in found)
+                assert is_same, f"{case}: {tell_apart(kind, by_transport, before)}"
 
 
 def test_merges_by_lse_have_the_same_bits_by_every_transport(pool):
@@ -168,31 +171,38 @@ def run_epochs(rank: int, world_size: int, transport: str | None, num_epochs: in
     table = fragmented_table(rank, world_size, 11, 7)
     random, native = np.random.default_rng(rank), context(transport)
     row = torch.arange(256, device=device(), dtype=torch.float32)
-    wrong = torch.zeros((), dtype=torch.int64, device=device())
     owner = torch.empty(table.num_received, dtype=torch.float32, device=device())
     for peer, start, stop in table.recv.tolist():
         owner[start:stop] = peer
+    rows = LastWrong(row.expand(table.num_received, -1))
+    sums = LastWrong(row.expand(table.num_source, -1), world_size)
     works = []
+
+    def be_late() -> None:
+        if random.random() < 0.3:
+            torch.cuda._sleep(int(random.integers(1, 300_000)))
+
+    def take() -> None:
+        epoch, work = works.pop(0)
+        (got,) = work.wait()
+        be_late()
+        rows.look(got, row + (owner + 100 * epoch)[:, None])
+        total = torch.zeros(table.num_source, 256, device=device())
+        partial = got * 1
+        work.release()
+        native.reduce([partial], table, [total]).wait()
+        rows.look_again(partial)
+        sums.look(total, world_size * (row + rank + 100 * epoch))
+
     for epoch in range(num_epochs):
         source = row.expand(table.num_source, -1) + (rank + 100 * epoch)
         works.append((epoch, native.cast([source.contiguous()], table, lend=True)))
-        if random.random() < 0.3:
-            torch.cuda._sleep(int(random.integers(1, 300_000)))
+        be_late()
         if len(works) == 2:
-            number, work = works.pop(0)
-            (got,) = work.wait()
-            if random.random() < 0.3:
-                torch.cuda._sleep(int(random.integers(1, 300_000)))
-            wrong += (got != row + (owner + 100 * number)[:, None]).sum()
-            total = torch.zeros(table.num_source, 256, device=device())
-            partial = got * 1
-            work.release()
-            native.reduce([partial], table, [total]).wait()
-            wrong += (total != world_size * (row + rank + 100 * number)).sum()
-    for number, work in works:
-        wrong += (work.wait()[0] != row + (owner + 100 * number)[:, None]).sum()
-        work.release()
-    assert wrong.item() == 0
+            take()
+    take()
+    told = rows.told(), sums.told()
+    assert told == ("", ""), f"{transport}, rank {rank}, rows that were cast: {told[0]}; sums: {told[1]}"
 
 
 @pytest.mark.parametrize("transport", ["copy_engine", "push", PUT, HEAP])

@@ -7,7 +7,8 @@ write a word of another GPU itself. (A copy within one GPU would be a kernel.)
 
 Nothing but stream order stands between two copies, and they may take different engines and links. So what is told is
 written to an outbox behind the data, which a stream does only after a fence for all that it wrote before, and goes to
-the others from there. Whatever an outbox holds is true, also if a late copy finds a later number.
+the others from there. Whatever an outbox holds is true, also if a late copy finds a later number. Who has seen an
+arrival writes a word too before anybody reads what arrived, so that a fence stands between these as well.
 """
 
 from typing import Protocol
@@ -160,6 +161,7 @@ class DeviceWires:
         """See :class:`Wires`; also marks the epoch as finished."""
         if sources not in self._before_reading:
             awaited = sorted({*sources, self.rank})
+            # The write is behind a fence, which also keeps what follows from being read before the waits are over.
             self._before_reading[sources] = _Operations(
                 self.arrive.cuda_stream, (WAIT_VALUE, self._arrived[awaited]), (WRITE_VALUE, self._finished)
             )
