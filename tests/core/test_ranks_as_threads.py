@@ -7,7 +7,7 @@ the transfer itself is a copy.
 
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Barrier
 
 import numpy as np
@@ -49,6 +49,7 @@ SHORT = scheduling.Costs(
     regular=0.0,
     cut=0.0,
     least_work=1.0,
+    window=128,
     fetches_again=True,
 )
 """Of passes that are over before the host could launch an exchange."""
@@ -123,8 +124,7 @@ def any_rows_may_be_kept(monkeypatch):
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_arrangement_is_right(device, dtype, name, mask, monkeypatch):
     monkeypatch.setattr(scheduling, "LEAST_EARLY_ROWS", 1)
-    monkeypatch.setattr(scheduling, "WINDOW_STEP", 16)
-    slices, costs = MASKS[mask], SHORT if name == "short" else COSTS[name]
+    slices, costs = MASKS[mask], SHORT if name == "short" else replace(COSTS[name], window=16)
     draw = torch.Generator().manual_seed(0)
     shapes = ((HEADS[0], DIM), (HEADS[1], DIM), (HEADS[1], DIM), (HEADS[0], DIM))
     tensors = [torch.randn(TOKENS, *shape, generator=draw).to(device, dtype) for shape in shapes]

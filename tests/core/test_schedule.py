@@ -17,7 +17,7 @@ from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.plan.rates import LayerShape, default_rates
 from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime import schedule as scheduling
-from magi_attention.runtime.costs import Costs
+from magi_attention.runtime.costs import ROWS_OF_WAVE, Costs
 from magi_attention.runtime.regular import MOST_RUNS, regular_runs
 from magi_attention.runtime.schedule import make_schedule
 from magi_attention.runtime.steps import Pass, Schedule, Step
@@ -30,6 +30,7 @@ REST = {
     "regular": 0.0,
     "cut": 1e9,
     "least_work": 0.0,
+    "window": 2,
     "fetches_again": True,
 }
 COSTS = {
@@ -44,7 +45,6 @@ COSTS = {
 def short_runs_count(monkeypatch):
     monkeypatch.setattr(scheduling, "LEAST_EARLY_ROWS", 1)
     monkeypatch.setattr(scheduling, "LEAST_EARLY_SHARE", 1000)
-    monkeypatch.setattr(scheduling, "WINDOW_STEP", 2)
 
 
 def last_hop(step: Step) -> ExchangeTable:
@@ -156,7 +156,8 @@ def two_ranks(slices: SliceTable, tokens: int, costs: Costs) -> list[Schedule]:
 
 def test_fast_links_leave_nothing_to_merge():
     tokens = 1 << 16
-    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True, keeps_received=False)
+    rates = replace(default_rates("H200"), nvlink_gbs=4000.0)
+    costs = Costs.of_layer(rates, LayerShape(64, 8, 128), ranks_share_node=True, keeps_received=False)
     for schedule in two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, costs):
         assert schedule.forward.most_results == 1
         for call in schedule.calls:
@@ -173,6 +174,16 @@ def test_few_queries_hide_the_travel_where_all_need_what_comes():
         assert second.own_places is not None
         assert [call.queries for call in second.calls if call.queries_known] == [window.queries]
         assert all(call.slices.rows[:, 4].tolist() == [0] for call in schedule.calls)
+
+
+def test_who_sends_more_than_it_receives_hides_that():
+    tokens = 1 << 16
+    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True, keeps_received=True)
+    receives_least = two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, costs)[1]
+    (window,) = receives_least.forward.steps[0].calls
+    travel = costs.exchange + tokens // 2 * costs.fetched_row
+    assert window.slices.area() * costs.pair > travel
+    assert (window.queries.stop - window.queries.start) * 64 >= ROWS_OF_WAVE
 
 
 def test_with_all_rows_at_hand_one_kernel_does_backward_what_two_do_forward():

@@ -31,6 +31,7 @@ EARLY = Costs(
     regular=0.0,
     cut=1e9,
     least_work=0.0,
+    window=128,
     fetches_again=False,
 )
 SLEEP = 3_000_000

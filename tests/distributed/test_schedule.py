@@ -42,10 +42,9 @@ def attend_arranged(
     dist_attn_runtime_dict_mgr.clear()
     with pytest.MonkeyPatch.context() as patch:
         if both or rank % 2 == 0:
-            patch.setattr(manager, "_costs", lambda *_: COSTS[name])
+            patch.setattr(manager, "_costs", lambda *_: replace(COSTS[name], window=8))
             patch.setattr(schedule, "LEAST_EARLY_ROWS", 8)
             patch.setattr(schedule, "LEAST_EARLY_SHARE", 1000)
-            patch.setattr(schedule, "WINDOW_STEP", 8)
         if eager:
             # On GPUs gradients come home while kernels run; on CPUs they would only at the end.
             patch.setattr(AllToAllCollectives, "reduce", reduce_at_once)

@@ -26,6 +26,10 @@ LATENCIES_PER_CUT = 200
 a causal mask of 32k tokens, where regular masks should save 1.3 ms, took 0.5 ms longer in two regular kernels on an
 H200, their sum not counted; of packed documents with twice as many pairs two were as fast."""
 
+ROWS_OF_WAVE, ROWS_OF_TILE = 128 * 192, 128
+"""A kernel needs so many rows of queries, those of all heads counted, to have a tile for nearly every multiprocessor of
+a GPU of today. Fewer take as long. Runs of queries have multiples of a tile's rows."""
+
 LEAST_LATENCIES = 150
 """Where a forward pass takes less than so many latencies of kernels, the host would not keep up with more of them."""
 
@@ -44,6 +48,7 @@ class Costs:
         regular: what it costs where it makes masks regular; infinite where these save nothing.
         cut: what it costs in a backward pass that has all rows from the start.
         least_work: forward passes that take less are not cut into more kernels.
+        window: early queries come in multiples of so many.
         fetches_again: whether the backward pass is arranged as the forward pass, and fetches all rows again; else it
             has them from the start.
     """
@@ -57,6 +62,7 @@ class Costs:
     regular: float
     cut: float
     least_work: float
+    window: int
     fetches_again: bool
 
     @classmethod
@@ -86,6 +92,7 @@ class Costs:
             regular=math.inf if keeps_received else call,
             cut=LATENCIES_PER_CUT * latency,
             least_work=LEAST_LATENCIES * latency,
+            window=-(-ROWS_OF_WAVE // (shape.heads_q * ROWS_OF_TILE)) * ROWS_OF_TILE,
             fetches_again=not keeps_received,
         )
 

@@ -38,9 +38,8 @@ LEAST_EARLY_ROWS, LEAST_EARLY_SHARE = 1024, 8
 REGULAR_GAIN = 0.05
 """The share of a kernel's time that a regular mask saves."""
 
-WINDOW_STEP, WINDOW_SLACK, MOST_OF_WINDOW = 128, 1.5, 0.5
-"""A window has a multiple of so many queries, and so many times the work that hides the travel, with at most this share
-of the rank's queries."""
+WINDOW_SLACK, MOST_OF_WINDOW = 1.5, 0.5
+"""A window has so many times the work that hides the travel, with at most this share of the rank's queries."""
 
 
 def make_schedule(plan: Plan, costs: Costs) -> Schedule:
@@ -73,7 +72,7 @@ def _in_one(plan: Plan, own: Step, other: Step, num_queries: int, costs: Costs) 
     if other.own_places is None or not own.calls:
         return None
     whole = _whole(plan, other, num_queries, costs)
-    travel = costs.exchange + plan.stages[other.number].num_received * costs.fetched_row
+    travel = costs.exchange + _rows_moved(plan.stages[other.number]) * costs.fetched_row
     num_saved = len(own.calls) + len(other.calls) - len(whole.calls)
     return whole if travel < num_saved * costs.cut else None
 
@@ -115,7 +114,7 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
     in_need = merge(stage.slices.rows[:, :2])
     num_own = int(plan.key_layout.rows_per_rank[plan.rank])
     is_short = costs.is_short(int(band.area(plan.bands).sum()))
-    fetch = costs.exchange + stage.num_received * costs.fetched_row
+    fetch = costs.exchange + _rows_moved(stage) * costs.fetched_row
     own_bands = slices_in(plan.bands, plan.key_layout.runs_of(plan.rank)).bands()
 
     def overhead(early: Intervals) -> float:
@@ -134,13 +133,19 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
         long = max(LEAST_EARLY_ROWS, num_queries // LEAST_EARLY_SHARE)
         independent = subtract(everything, in_need)
         candidates.append(independent[independent[:, 1] - independent[:, 0] >= long])
-        candidates += _windows(own_bands, num_queries, WINDOW_SLACK * fetch / costs.pair)
+        candidates += _windows(own_bands, num_queries, costs.window, WINDOW_SLACK * fetch / costs.pair)
     return min(candidates, key=overhead)
 
 
-def _windows(bands: Bands, num_queries: int, pairs: float) -> list[Intervals]:
+def _rows_moved(stage: Stage) -> int:
+    """Rows that a stage's exchange brings or, if these are more, takes: it ends when both are done."""
+    assert stage.exchange is not None
+    return max(stage.num_received, *(sum(table.send_counts) for table in stage.exchange.tables))
+
+
+def _windows(bands: Bands, num_queries: int, step: int, pairs: float) -> list[Intervals]:
     """The shortest runs of first queries and of last ones, in steps, whose bands have so many pairs."""
-    borders = np.arange(0, int(MOST_OF_WINDOW * num_queries) + 1, WINDOW_STEP)
+    borders = np.arange(0, int(MOST_OF_WINDOW * num_queries) + 1, step)
     first = _first_with(lambda rows: int(band.area_above(bands, np.array(rows)).sum()), borders, pairs)
     total = int(band.area(bands).sum())
     last = _first_with(
