@@ -22,7 +22,7 @@ import torch
 
 from magi_attention.comm import hierarchical
 from magi_attention.comm import work as core_work
-from magi_comm_grpcoll import context, kernels, puts, routes, wires
+from magi_comm_grpcoll import context, kernels, puts, routes, streams, wires
 from magi_comm_grpcoll import work as native_work
 from magi_comm_grpcoll.driver import MEMORY_OPERATION, WAIT_VALUE
 from magi_comm_grpcoll.tables import TASK
@@ -403,6 +403,9 @@ def emulate(monkeypatch: Any) -> Iterator[None]:
         (kernels, "Launch", Launch),
         (kernels, "kernel", lambda fatbin, name, device, shared=0: (fatbin, name)),
         (hierarchical, "communication_stream", lambda group, device: _communication_stream()),
+        (streams, "own_stream", Stream),
+        (streams, "_idle", {}),
+        (streams, "_outliving", {}),
         (torch.cuda, "Stream", Stream),
         (torch.cuda, "Event", Event),
         (torch.cuda, "stream", stream_of_block),

@@ -3,8 +3,10 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 
 from magi_comm_grpcoll.exchange import Prepared, SlotExchange
 from magi_comm_grpcoll.puts import UNIT
@@ -38,7 +40,10 @@ class Rank:
 
     def __post_init__(self) -> None:
         self.streams = {name: deque() for name in ("caller", "send", "arrive", "credit")}
-        self.network: list[deque[Operation]] = []  # pieces under way, which overtake each other
+        # What streams have copied or put, and is under way: these overtake each other.
+        self.network: list[deque[Operation]] = []
+        self.under_way: dict[str, list[deque[Operation]]] = {"send": [], "credit": []}
+        self.outboxes = {"send": 0, "credit": 0}
         self.arrived, self.credit = [0] * self.num_ranks, [0] * self.num_ranks
         self.finished = self.num_sent = 0
         # What each source wrote to each slot.
@@ -46,6 +51,19 @@ class Rank:
 
     def enqueue(self, stream: str, run: Callable[[], None], is_ready: Callable[[], bool] = lambda: True) -> None:
         self.streams[stream].append(Operation(is_ready, run))
+
+    def all_queues(self) -> Iterator[deque[Operation]]:
+        """Of which each is carried out in its order, and all beside each other."""
+        return chain(self.streams.values(), self.network, *self.under_way.values())
+
+    def copy(self, stream: str, *steps: Callable[[], None]) -> None:
+        """Enqueue copies, which nothing orders before the next fence."""
+        flights = [deque([Operation(lambda: True, step)]) for step in steps]
+        self.enqueue(stream, lambda: self.under_way[stream].extend(flights))
+
+    def write_behind_fence(self, stream: str, run: Callable[[], None]) -> None:
+        """Enqueue a write of the stream's own, once all that it has copied before is there."""
+        self.enqueue(stream, run, lambda: not any(self.under_way[stream]))
 
     def record(self, stream: str) -> Event:
         event = Event()
@@ -57,7 +75,7 @@ class Rank:
 
 
 class SimulatedWires:
-    """The flags of a ring; writes to peers arrive one at a time."""
+    """The flags of a ring; copies from outboxes write those of the peers."""
 
     unit = 1
 
@@ -68,8 +86,11 @@ class SimulatedWires:
         self.me.enqueue("send", lambda: None, lambda: min(self.me.credit) >= credit)
 
     def tell_arrival(self, epoch: int) -> None:
-        for peer in self.ranks:
-            self.me.enqueue("send", lambda peer=peer: peer.arrived.__setitem__(self.me.number, epoch + 1))
+        def write() -> None:
+            self.me.outboxes["send"] = self.me.arrived[self.me.number] = self.me.num_sent = epoch + 1
+
+        self.me.write_behind_fence("send", write)
+        self._send_letters("send", [peer.arrived for peer in self.ranks])
 
     def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
         awaited = {*sources, self.me.number}
@@ -79,9 +100,20 @@ class SimulatedWires:
         self.me.enqueue("arrive", lambda: setattr(self.me, "finished", epoch + 1))
 
     def tell_credit(self, credit: int, after: Event) -> None:
+        def write() -> None:
+            self.me.outboxes["credit"] = self.me.credit[self.me.number] = credit
+
         self.me.wait("credit", after)
-        for peer in self.ranks:
-            self.me.enqueue("credit", lambda peer=peer: peer.credit.__setitem__(self.me.number, credit))
+        self.me.write_behind_fence("credit", write)
+        self._send_letters("credit", [peer.credit for peer in self.ranks])
+
+    def _send_letters(self, stream: str, words_of_ranks: Sequence[list[int]]) -> None:
+        me = self.me.number
+
+        def copy(words: list[int]) -> None:
+            words[me] = self.me.outboxes[stream]
+
+        self.me.copy(stream, *(partial(copy, words) for rank, words in enumerate(words_of_ranks) if rank != me))
 
 
 class SimulatedPutWires(SimulatedWires):
@@ -138,17 +170,14 @@ class SimulatedPuts:
 
 
 class SimulatedRoute:
-    """Writes (epoch, source) to the slots of some peers, one at a time."""
+    """Copies (epoch, source) to the slots of some peers."""
 
     def __init__(self, wires: SimulatedWires, targets: Sequence[int]) -> None:
         self.wires, self.targets = wires, targets
 
     def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
-        me = self.wires.me
-        for target in self.targets:
-            cell = self.wires.ranks[target].slots[slot]
-            me.enqueue("send", lambda cell=cell: cell.__setitem__(me.number, epoch))
-        me.enqueue("send", lambda: setattr(me, "num_sent", epoch + 1))
+        me, cells = self.wires.me, [self.wires.ranks[target].slots[slot] for target in self.targets]
+        me.copy("send", *(partial(cell.__setitem__, me.number, epoch) for cell in cells))
         self.wires.tell_arrival(epoch)
 
 
@@ -158,7 +187,7 @@ class Deadlock(AssertionError):
 
 def run_all(ranks: Sequence[Rank], choice: random.Random) -> None:
     """Run until all streams are empty, in random order."""
-    while waiting := [queue for rank in ranks for queue in (*rank.streams.values(), *rank.network) if queue]:
+    while waiting := [queue for rank in ranks for queue in rank.all_queues() if queue]:
         able = [queue for queue in waiting if queue[0].is_ready()]
         if not able:
             raise Deadlock(f"{len(waiting)} streams wait for ever")
@@ -171,11 +200,14 @@ def run_exchanges(
     """Random exchanges through a ring on all ranks; asserts that nobody reads what was not sent, or written over.
 
     Args:
-        broken: leave something out, to see that it is noticed: "credit", "arrival" or, of puts, "quiet".
+        broken: leave something out, to see that it is noticed: "credit", "arrival", "fence" or, of puts, "quiet".
         by_puts: pieces are put with signals that count, and overtake each other.
     """
     choice = random.Random(seed)
     ranks = [Rank(number, num_ranks, num_slots) for number in range(num_ranks)]
+    if broken == "fence":
+        for rank in ranks:
+            rank.write_behind_fence = rank.enqueue  # type: ignore[method-assign]
     kind = SimulatedPutWires if by_puts else SimulatedWires
     wires = [kind(ranks, me) for me in range(num_ranks)]
     for wire in wires:

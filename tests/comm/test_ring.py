@@ -18,7 +18,7 @@ def test_nobody_reads_too_early_or_what_is_written_over(seed, num_ranks, num_slo
 
 @pytest.mark.parametrize(
     ("broken", "by_puts"),
-    [("credit", False), ("arrival", False), ("credit", True), ("arrival", True), ("quiet", True)],
+    [("credit", False), ("arrival", False), ("fence", False), ("credit", True), ("arrival", True), ("quiet", True)],
 )
 def test_without_a_wait_it_is_noticed(broken, by_puts):
     def run() -> None:

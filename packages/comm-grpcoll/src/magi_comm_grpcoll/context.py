@@ -6,7 +6,6 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -34,6 +33,7 @@ from magi_comm_grpcoll.plans import gather_plans
 from magi_comm_grpcoll.puts import PutWires, link_everywhere
 from magi_comm_grpcoll.ring import Ring
 from magi_comm_grpcoll.routes import Transport
+from magi_comm_grpcoll.streams import let_streams_end, take_streams
 from magi_comm_grpcoll.watchdog import RELEASED, Watchdog, Watched
 from magi_comm_grpcoll.wires import WORD, DeviceWires, Words
 from magi_comm_grpcoll.work import NativeWork
@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 CAST, REDUCE = 0, 1
 LANES = ("cast", "reduce")
-_HIGH_PRIORITY = -1
 _MAX_ROUNDS_OF_RELEASE = 1000
 
 
@@ -125,7 +124,7 @@ class GroupContext:
         needs = Needs(nvshmem=uses_heap, one_host=not self.options.is_staged)
         if reason := agree(self._handshake, self.device, needs):
             raise NotNativeError(reason)
-        self._streams = _Streams(self.device)
+        self._streams = take_streams(self.device, len(LANES))
         self._allocator = self._make_allocator(uses_heap)
         self._error: PeerTimeoutError | None = None
         self._closed = False
@@ -135,7 +134,7 @@ class GroupContext:
         self._timeout_s = timeout_s
         most = self.options.capacity_bytes
         self._most_slot_bytes = None if most is None else Arena.most_in(most // len(LANES), self.options.num_areas)
-        weakref.finalize(self, _let_streams_end, self._streams.all, (self._lanes, self._progress)).atexit = False
+        weakref.finalize(self, let_streams_end, self._streams, (self._lanes, self._progress)).atexit = False
 
     def _make_allocator(self, uses_heap: bool) -> Allocator:
         if not uses_heap:
@@ -148,7 +147,6 @@ class GroupContext:
         return HeapAllocator(heap, self._handshake, self._streams.all)
 
     def _make_rings(self) -> None:
-        _drop_outlived()
         num_rings, num_slots = len(LANES), self.options.num_slots
         num_bytes = num_rings * Words.num_bytes(self.num_ranks)
         self._control = self._allocator.allocate(num_bytes)
@@ -340,35 +338,6 @@ class GroupContext:
             time.sleep(0.01)
             if all(stream.query() for stream in self._streams.all):
                 return
-
-
-class _Streams:
-    """The streams of a context. They are PyTorch's, so they live as long as the process."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.send, self.credit, self.watch, *self.arrive = (
-            torch.cuda.Stream(device, priority=_HIGH_PRIORITY) for _ in range(3 + len(LANES))
-        )
-        self.all = [self.send, self.credit, *self.arrive]
-
-
-# By number, what the streams of contexts that are gone may still use, and events behind which they don't. A context may
-# go on any thread, in the middle of anything.
-_outliving: "dict[int, tuple[list[torch.cuda.Event], object]]" = {}
-_numbers = count()
-
-
-def _let_streams_end(streams: "Sequence[torch.cuda.Stream]", used: object) -> None:
-    """Keep what the streams of a context use until they are done with it, also if the context has gone before."""
-    _drop_outlived()
-    if not all(stream.query() for stream in streams):
-        _outliving[next(_numbers)] = [stream.record_event() for stream in streams], used
-
-
-def _drop_outlived() -> None:
-    for number, (events, _) in [*_outliving.items()]:
-        if all(event.query() for event in events):
-            _outliving.pop(number, None)
 
 
 def group_timeout_s(group: dist.ProcessGroup, device: torch.device) -> float:

@@ -34,6 +34,7 @@ WAIT_VALUE, WRITE_VALUE = 4, 5  # CU_STREAM_MEM_OP_{WAIT,WRITE}_VALUE_64
 MOST_MEMORY_OPERATIONS = 256
 
 _SOURCE_IN_STREAM_ORDER, _BESIDE_KERNELS = 1, 1
+_BESIDE_DEFAULT_STREAM = 1  # CU_STREAM_NON_BLOCKING
 _ATTRIBUTES = np.array([(_SOURCE_IN_STREAM_ORDER, [0] * 4, _BESIDE_KERNELS)], _COPY_ATTRIBUTES)
 _FIRST_OF_ATTRIBUTE = np.zeros(1, np.uint64)
 _CUDA_13 = 13000
@@ -49,6 +50,8 @@ class Driver:
         self._memory_operations.argtypes = [pointer, ctypes.c_uint, pointer, ctypes.c_uint]
         self._launch = self._library.cuLaunchKernelEx
         self._launch.argtypes = [pointer, pointer, pointer, pointer]
+        self._make_stream = self._library.cuStreamCreateWithPriority
+        self._make_stream.argtypes = [pointer, ctypes.c_uint, ctypes.c_int]
         arguments = [pointer, pointer, pointer, count, pointer, pointer, count, pointer]
         self._copy_batch = ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(self._find("cuMemcpyBatchAsync", _CUDA_13))
         self._attributes = _ATTRIBUTES.ctypes.data, _FIRST_OF_ATTRIBUTE.ctypes.data
@@ -66,6 +69,13 @@ class Driver:
     def launch(self, launch: int, kernel: int, parameters: int) -> None:
         """Launch a kernel, given the addresses of a :data:`LAUNCH` and of the addresses of its parameters."""
         self._check(self._launch(launch, kernel, parameters, None))
+
+    def make_stream(self, priority: int) -> int:
+        """The handle of a new stream of the thread's current context; lower numbers go first."""
+        handle = ctypes.c_void_p()
+        self._check(self._make_stream(ctypes.byref(handle), _BESIDE_DEFAULT_STREAM, priority))
+        assert handle.value is not None
+        return handle.value
 
     def _find(self, name: str, version: int) -> int:
         address, found = ctypes.c_void_p(), ctypes.c_int()
