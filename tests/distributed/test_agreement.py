@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from magi_attention.comm import check_agreement
+from magi_attention.comm import agreement, check_agreement
 from magi_attention.testing.distributed import RankPool
 
 
@@ -115,3 +115,28 @@ def test_the_store_does_not_grow(pool):
 
 def test_a_process_alone_agrees_with_itself():
     assert check_agreement(b"any", None) is None
+
+
+def initialize_again(rank: int, world_size: int, folder: str) -> list[str]:
+    """Fewer ranks go on, then all again: what the groups did before must not count, though their names are the same."""
+    messages = []
+    for number, size in enumerate((world_size, world_size - 1, world_size)):
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=world_size)
+        group = dist.new_group(list(range(size)))
+        if rank < size:
+            messages += [outcome(b"one", group), outcome(b"other" if rank else b"two", group), outcome(b"next", group)]
+        dist.barrier()
+        if number == 0:
+            agreement._histories.clear()  # as if torch had used the store again, as it does under torchrun
+            messages += [outcome(b"other" if rank else b"two", group), outcome(b"next", group)]
+    return messages
+
+
+def test_groups_after_torch_was_initialized_anew(tmp_path):
+    with RankPool(3) as pool:
+        answers = pool.run(initialize_again, str(tmp_path), timeout_s=60)
+    for messages in answers:
+        assert ["differ from" in each for each in messages[:5]] == [False, True, False, True, False]
+        assert [each == "agreed" for each in messages[5:]] == [True, False, True] * ((len(messages) - 5) // 3)
+    assert [len(messages) for messages in answers] == [11, 11, 8]

@@ -5,10 +5,12 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -32,19 +34,35 @@ class _History:
     Checks are numbered from 0 again after one that failed, so that ranks that missed checks fall in step again.
 
     Attributes:
+        root: under which the store keeps what belongs to this group.
         num_failed: checks that ended in an error.
         num_checks: checks since the last of these.
         stale_keys: what they left in the store.
         lock: held while a check runs, since threads of a process share the numbers.
     """
 
+    root: str
     num_failed: int = 0
     num_checks: int = 0
     stale_keys: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-_histories: defaultdict[str, _History] = defaultdict(_History)
+# By group and not by its name, which is the name of another group after torch.distributed was initialized anew.
+_histories: WeakKeyDictionary[dist.ProcessGroup, _History] = WeakKeyDictionary()
+_histories_lock = threading.Lock()
+
+
+def _history_of(group: dist.ProcessGroup, ranks: Sequence[int], me: int) -> _History:
+    """The group's history. A store that outlives groups, as that of torchrun, counts how many had this name."""
+    with _histories_lock:
+        history = _histories.get(group)
+        if history is None:
+            members = sha256(repr(ranks).encode()).hexdigest()[:16]
+            root = f"magi_attention/agreement/{group.group_name}/{members}"
+            number = _get_default_store().add(f"{root}/groups of {me}", 1)
+            history = _histories[group] = _History(f"{root}/{number}")
+        return history
 
 
 def check_agreement(digest: bytes, group: dist.ProcessGroup | None, timeout_s: float = 30.0) -> None:
@@ -150,8 +168,7 @@ class _Check:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.ranks, self.me = dist.get_process_group_ranks(group), group_rank(group)
-        self._history = _histories[group.group_name]
-        self._root = f"magi_attention/agreement/{group.group_name}"
+        self._history = _history_of(group, self.ranks, self.me)
 
     def __enter__(self) -> "_Check":
         self._history.lock.acquire()
@@ -166,7 +183,7 @@ class _Check:
 
     def _open(self) -> None:
         self._name = f"{self._history.num_failed}/{self._history.num_checks}"
-        self.store = dist.PrefixStore(f"{self._root}/{self._name}", _get_default_store())
+        self.store = dist.PrefixStore(f"{self._history.root}/{self._name}", _get_default_store())
 
     def _ended_without_me(self) -> bool:
         """Whether the others gave up waiting: this rank found the key in its cache, or is that late."""
@@ -188,7 +205,7 @@ class _Check:
             history.num_failed, history.num_checks = history.num_failed + 1, 0
         if self.me == 0:
             if agreed:
-                root = dist.PrefixStore(self._root, _get_default_store())
+                root = dist.PrefixStore(self._history.root, _get_default_store())
                 for key in history.stale_keys:
                     root.delete_key(key)
                 history.stale_keys.clear()
