@@ -4,6 +4,7 @@
 
 #include "../ptx/barrier.cuh"
 #include "../ptx/cp_async_bulk.cuh"
+#include "../ptx/shared.cuh"
 #include "../ring.cuh"
 #include "finisher.cuh"
 #include "params.cuh"
@@ -89,10 +90,10 @@ __device__ __forceinline__ void hand_over_dq(Shared<T>& s, float const (&dq)[T::
                                              RingPlace<2> const& step, int group) {
     int const thread = threadIdx.x % 128;
     ptx::mbarrier_try_wait_parity(&s.dq_empty[group], dq_parity<T>(step) ^ 1);
-    auto* const vectors = reinterpret_cast<float4*>(s.dq[group]) + thread;
+    uint32_t const address = ptx::shared_address(s.dq[group]) + thread * sizeof(float4);
 #pragma unroll
     for (int i = 0; i < T::kDqRegisters; i += 4) {
-        vectors[i / 4 * 128] = make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
+        ptx::store_shared(address + i * 128 * sizeof(float), dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
     }
     if (thread == 0) s.dq_target[group] = target;
     ptx::fence_proxy_async_shared();
