@@ -40,6 +40,12 @@ MAP_BYTES = ctypes.sizeof(TensorMap)
 SECTION_BYTES = 16 << 20
 """Keys and values that are computed with at a time, so that the L2 cache keeps them: a third of its 50 MB."""
 
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""q, k and v."""
+
+Outputs = tuple[Tensor, Tensor, Tensor | None]
+"""out, lse, and max_logits if they are asked for."""
+
 
 class Params(ctypes.Structure):
     """``magi::forward::Params`` of csrc/forward/params.cuh."""
@@ -148,14 +154,8 @@ class PreparedForward:
             tolerance=TOLERANCE / (LOG2_E * (abs(call.softmax_scale) or 1.0)),
         )
 
-    def launch(
-        self,
-        tensors: tuple[Tensor, Tensor, Tensor],
-        results: tuple[Tensor, Tensor, Tensor | None],
-        merge: bool,
-        stream: int,
-    ) -> None:
-        """Launch for q, k and v on a stream; ``results`` are out, lse and max_logits."""
+    def launch(self, tensors: Inputs, results: Outputs, merge: bool, stream: int) -> None:
+        """Launch on a stream, which is the current one."""
         if self.tables.num_parts == 1:
             self._launch(tensors, results, merge, stream)
             return
@@ -164,13 +164,7 @@ class PreparedForward:
         self._launch(tensors, (combination.out, combination.lse, max_logits), False, stream)
         combination.launch(out, lse, stream, merge=merge)
 
-    def _launch(
-        self,
-        tensors: tuple[Tensor, Tensor, Tensor],
-        results: tuple[Tensor, Tensor, Tensor | None],
-        merge: bool,
-        stream: int,
-    ) -> None:
+    def _launch(self, tensors: Inputs, results: Outputs, merge: bool, stream: int) -> None:
         out, lse, max_logits = results
         zeros = counters(out.device, stream)
         addresses = [x.data_ptr() for x in (*tensors, out, lse, zeros)]
@@ -188,9 +182,7 @@ class PreparedForward:
                 self._known[key] = params
         self._kernel.launch(self._blocks, stream, params)
 
-    def _fill(
-        self, tensors: tuple[Tensor, Tensor, Tensor], results: tuple[Tensor, Tensor, Tensor | None], merge: bool
-    ) -> Params:
+    def _fill(self, tensors: Inputs, results: Outputs, merge: bool) -> Params:
         """The parameters of a launch, but for the counters, for tensors that the copy engine can read."""
         params = Params.from_buffer_copy(self._template)
         params.results = Results.of(*results, merge=merge)
