@@ -91,9 +91,9 @@ STACK_LIMITS = {
     "backward_d192_bf16_softcap": 16,
     "backward_d256_bf16_softcap": 8,
     "forward_d64_bf16_softcap": 248,
-    "forward_d192_v128_bf16_softcap": 8,
-    "forward_d192_bf16_softcap": 32,
-    "forward_d256_bf16_softcap": 48,
+    "forward_d192_v128_bf16_softcap": 16,
+    "forward_d192_bf16_softcap": 40,
+    "forward_d256_bf16_softcap": 64,
 }
 """Bytes of local memory per thread that NOTES.md speaks of; none for all that is not listed."""
 

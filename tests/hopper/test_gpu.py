@@ -86,6 +86,35 @@ def test_every_kernel(dims, heads, dtype, kind, monkeypatch):
     assert_right(x, SliceTable(IRREGULAR_ROWS), softcap=softcap, max_logits=True)
 
 
+@pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["low", "tall", "softcap"])
+def test_every_kernel_in_parts(dims, dtype, kind, monkeypatch):
+    """Tiles of queries that are cut along their keys, one of them into 1, one into many."""
+    if kind == "tall" and dims not in TALL_SIZES:
+        pytest.skip("there is no tall kernel")
+    monkeypatch.setattr(tables, "TALL_PAIRS", 100.0 if kind == "tall" else 0.0)
+    monkeypatch.setattr(tables, "most_boxes", lambda *_: 2)
+    x = inputs(700, dims=dims, heads=(6, 2), dtype=dtype)
+    assert_right(x, SliceTable(IRREGULAR_ROWS), softcap=2.0 if kind == "softcap" else 0.0, max_logits=True)
+
+
+@pytest.mark.parametrize("limit", [1, 4])
+@pytest.mark.parametrize("family", MASK_FAMILIES)
+def test_families_in_parts(family, limit, monkeypatch):
+    monkeypatch.setattr(tables, "most_boxes", lambda *_: limit)
+    assert_right(inputs(1024), MASK_FAMILIES[family](1024, np.random.default_rng(1)))
+
+
+@pytest.mark.parametrize(("num_q", "num_k"), [(1, 20000), (40, 9000)])
+def test_few_queries_are_cut(num_q, num_k):
+    x, slices = inputs(num_q, num_k, heads=(16, 2)), SliceTable([[0, num_q, 0, num_k, 1]])
+    assert_right(x, slices)
+    first, second = (BACKEND.forward(x.q, x.k, x.v, AttentionCall(slices, 0.1)) for _ in range(2))
+    assert torch.equal(first.out, second.out)
+    assert torch.equal(first.lse, second.lse)
+
+
 @pytest.mark.parametrize(("num_q", "num_k"), [(300, 900), (900, 300), (1, 700), (700, 1), (129, 257), (5, 0)])
 def test_unequal_lengths(num_q, num_k):
     for kind in (0, 1):
@@ -175,8 +204,10 @@ def test_same_bits_in_every_run_and_on_every_stream():
         assert torch.equal(result.lse, first.lse)
 
 
-def test_captured_in_a_graph():
-    x, call = inputs(700), AttentionCall(IRREGULAR, 0.1)
+@pytest.mark.parametrize("limit", [None, 2])
+def test_captured_in_a_graph(limit, monkeypatch):
+    monkeypatch.setattr(tables, "most_boxes", lambda *_: limit)
+    x, call = inputs(700), AttentionCall(SliceTable(IRREGULAR_ROWS), 0.1)
     expected = BACKEND.forward(x.q, x.k, x.v, call)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -188,8 +219,10 @@ def test_captured_in_a_graph():
         assert torch.equal(captured.out, expected.out)
 
 
-def test_merging_where_it_is_written():
+@pytest.mark.parametrize("limit", [None, 2])
+def test_merging_where_it_is_written(limit, monkeypatch):
     """What an earlier stage left is merged with; rows without new keys keep their bits."""
+    monkeypatch.setattr(tables, "most_boxes", lambda *_: limit)
     x = inputs(700)
     earlier, later = SliceTable([[0, 650, 400, 700, 0]]), SliceTable([[100, 700, 0, 400, 1]])
     out, lse = x.q.new_empty(x.q.shape, dtype=torch.float32), x.q.new_empty(x.q.shape[:2], dtype=torch.float32)

@@ -12,6 +12,7 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.testing.masks import rectangular_masks
 from magi_attention.testing.oracle import dense_mask
 from magi_kernels_hopper.plan import FULL, row_tables
+from magi_kernels_hopper.split import most_boxes
 from magi_kernels_hopper.tables import device_row_tables
 from magi_kernels_hopper.variants import ForwardVariant
 from tests.hopper.walk import pair_counts, walk
@@ -25,6 +26,52 @@ def test_every_pair_counts_once(mask, tile_q, box_k):
     counts = pair_counts(tables, num_q, num_k, tile_q, box_k)
     np.testing.assert_array_equal(counts, dense_mask(slices, num_q, num_k).numpy())
     assert sorted(tables.order.tolist()) == list(range(-(-num_q // tile_q)))
+    assert (tables.parts == 1).all()
+
+
+@settings(max_examples=400, deadline=None)
+@given(rectangular_masks(150), st.sampled_from([4, 24]), st.sampled_from([8, 10]), st.integers(1, 9))
+def test_every_pair_counts_once_in_parts(mask, tile_q, box_k, most_boxes):
+    (num_q, num_k), slices = mask
+    tables = row_tables(slices.bands(), num_q, num_k, tile_q, box_k, most_boxes)
+    counts = pair_counts(tables, num_q, num_k, tile_q, box_k)
+    np.testing.assert_array_equal(counts, dense_mask(slices, num_q, num_k).numpy())
+    there = [part * len(tables.parts) + tile for tile, parts in enumerate(tables.parts) for part in range(parts)]
+    assert sorted(tables.order.tolist()) == sorted(there)
+    assert (np.diff(tables.boxes[tables.order]) <= 1).all()  # one that is masked counts for a bit more
+    assert tables.boxes.max() <= most_boxes + 1
+    whole = row_tables(slices.bands(), num_q, num_k, tile_q, box_k)
+    assert 0 <= tables.boxes.sum() - whole.boxes.sum() <= len(whole.parts)  # a last part of one box has two
+
+
+def boxes_of_parts(num_q: int, num_k: int, copies: int = 8) -> tuple[int, int]:
+    """The most boxes of a part of a full mask, and of a tile, where 132 blocks work."""
+    bands = SliceTable([[0, num_q, 0, num_k, 0]]).bands()
+    whole = row_tables(bands, num_q, num_k, 24, 40)
+    limit = most_boxes(whole.boxes, copies, 132)
+    parts = whole if limit is None else row_tables(bands, num_q, num_k, 24, 40, limit)
+    return int(parts.boxes.max()), int(whole.boxes.max())
+
+
+def test_few_tiles_are_cut_for_all_multiprocessors():
+    part, whole = boxes_of_parts(1, 32768)
+    assert part * 25 < whole  # 8 tiles for 132
+    part, whole = boxes_of_parts(512, 32768)
+    assert part * 2 < whole  # 176, which would take two rounds
+
+
+@pytest.mark.parametrize(("num_q", "num_k"), [(4096, 4096), (1, 300), (2000, 100), (1, 0)])
+def test_others_are_not(num_q, num_k):
+    part, whole = boxes_of_parts(num_q, num_k)
+    assert part == whole
+
+
+def test_one_long_tile_among_short_ones_is_cut():
+    boxes = np.array([4] * 100 + [4000])
+    limit = most_boxes(boxes, 1, 132)
+    assert limit is not None
+    assert limit <= 200
+    assert most_boxes(np.array([4] * 100), 1, 132) is None
 
 
 @pytest.mark.parametrize(
@@ -88,13 +135,15 @@ def test_long_runs_stay_short_tables():
 def test_tiles_are_tall_where_that_is_faster(name):
     """What was measured to be faster with 64 heads, eight of them sharing keys, at 8k tokens."""
     slices, variant = workloads.make(name, 8192), ForwardVariant(128, 128, "bf16")
-    assert device_row_tables(slices, 8192, 8192, 8, variant, torch.device("cpu")).tall
+    assert device_row_tables(slices, 8192, 8192, 8, variant, torch.device("cpu"), copies=8, blocks=132).tall
     capped = ForwardVariant(128, 128, "bf16", softcap=True)
-    assert not device_row_tables(slices, 8192, 8192, 8, capped, torch.device("cpu")).tall
+    assert not device_row_tables(slices, 8192, 8192, 8, capped, torch.device("cpu"), copies=8, blocks=132).tall
 
 
 def test_tiles_are_not_tall_where_queries_see_different_blocks():
     starts = 64 * np.random.default_rng(0).integers(0, 64, (64, 2))
     rows = [[64 * i, 64 * i + 64, start, start + 64, 0] for i, row in enumerate(starts) for start in np.unique(row)]
-    tables = device_row_tables(SliceTable(rows), 4096, 4096, 8, ForwardVariant(128, 128, "bf16"), torch.device("cpu"))
+    tables = device_row_tables(
+        SliceTable(rows), 4096, 4096, 8, ForwardVariant(128, 128, "bf16"), torch.device("cpu"), copies=8, blocks=132
+    )
     assert not tables.tall

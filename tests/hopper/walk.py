@@ -25,7 +25,8 @@ class Box(NamedTuple):
 
 
 def walk(tables: RowTables, tile: int, tile_q: int, box_k: int) -> Iterator[Box]:
-    """The boxes of a tile of queries, in the kernel's order."""
+    """The boxes of a row of ``tables.tiles``, a part of a tile of queries, in the kernel's order."""
+    first_token = tile % len(tables.parts) * tile_q
     first_run, num_tiles, num_masked, last_run = tables.tiles[tile]
     runs = iter(tables.runs[first_run:].tolist())
     key = stop = 0
@@ -36,7 +37,7 @@ def walk(tables: RowTables, tile: int, tile_q: int, box_k: int) -> Iterator[Box]
         columns = key + np.arange(box_k)
         for k0, k1, d0, d1, q0, q1, _, _ in tables.pieces[first_piece : first_piece + max(num_pieces, 0)].tolist():
             for row in range(tile_q):
-                token = tile * tile_q + row
+                token = first_token + row
                 if q0 <= token < q1:
                     kept[row] |= (columns >= max(k0, token + d0)) & (columns < min(k1, token + d1 + 1, stop))
         # The first tile of keys is always masked, and so is one that ends halfway: a run that is full keeps all.
@@ -54,11 +55,11 @@ def walk(tables: RowTables, tile: int, tile_q: int, box_k: int) -> Iterator[Box]
 
 def pair_counts(tables: RowTables, num_q: int, num_k: int, tile_q: int, box_k: int) -> NDArray[np.int64]:
     """How often the kernel counts each pair ``[num_q, num_k]``; fails where it would count one outside the tensors."""
-    counts = np.zeros((len(tables.tiles) * tile_q, num_k + 2 * box_k), np.int64)
-    for tile in range(len(tables.tiles)):
-        rows = slice(tile * tile_q, (tile + 1) * tile_q)
+    counts = np.zeros((len(tables.parts), tile_q, num_k + 2 * box_k), np.int64)
+    for tile in tables.order.tolist():
         for box in walk(tables, tile, tile_q, box_k):
             assert box.masked or box.kept.all()
-            counts[rows, box.key : box.key + box_k] += box.kept
+            counts[tile % len(tables.parts), :, box.key : box.key + box_k] += box.kept
+    counts = counts.reshape(len(tables.parts) * tile_q, -1)
     assert not counts[:, num_k:].any()
     return counts[:num_q, :num_k]

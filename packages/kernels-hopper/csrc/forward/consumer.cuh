@@ -172,7 +172,8 @@ struct Consumer {
         int const within = row / p.pack;
         int const token = (item.tile * T::kConsumers + group) * p.share_q + within;
         int const head = item.pack * p.pack + row - within * p.pack;
-        return {token, head, within < p.share_q && token < p.results.num_q};
+        bool const inside = within < p.share_q && token < p.results.num_q;
+        return {item.first_row + token, head, inside};
     }
 
     __device__ __forceinline__ void run() {

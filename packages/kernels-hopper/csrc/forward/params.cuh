@@ -34,14 +34,16 @@ struct Results {
 // each consumer has `share_q`: its row r is of token r / pack and of head r % pack from its first. Rows after the last of
 // them count for nothing.
 //
-// tiles:  for each tile of queries (first run, number of tiles of keys, how many of these are masked, run of the last box
+// The keys of a tile may be cut into parts; then results are those of parts, in float: out [parts, num_q, ...], lse likewise.
+//
+// tiles:  for the first parts of all tiles of queries, then the second ones, and so on, (first run, number of tiles of keys, how many of these are masked, run of the last box
 //         or -1); a tile of keys is two boxes. Masked tiles come first. Where a run of the last box is given, the last
 //         tile ends with that, its first one, which begins the run if it needs a mask.
 // runs:   (first key, end of keys, first piece, number of pieces or -1): boxes of keys one after another, the last one
 //         cut off at the end; of a full run, which has -1 pieces, all pairs count. A run may begin at num_k, for one box
 //         that nobody sees.
 // pieces: pairs of (k0, k1, d0, d1), (q0, q1, 0, 0): query i sees key j if q0 <= i < q1, k0 <= j < k1, d0 <= j - i <= d1.
-// order:  tiles of queries, the longest first.
+// order:  the rows of `tiles` that are there, the longest first.
 struct Params {
     CUtensorMap q, k, v, out;
     Results results;
@@ -53,7 +55,8 @@ struct Params {
     int const* order;
     int pack, share_q;
     int packs_per_kv_head;      // query heads of a key head, divided by the pack
-    int num_tiles;              // of queries
+    int num_tiles;              // parts of tiles of queries
+    int num_tiles_q;            // rows of `tiles` from one part to the next
     int num_packs;              // of heads
     int packs_per_section;      // that are computed together, so that their keys stay in the L2 cache
     float tolerance;            // by how much a score, before scale and cap, may exceed what exponentials are relative to

@@ -118,7 +118,7 @@ struct Producer {
             load(item);
             number = gridDim.x + atomicAdd(p.counters, 1);
         }
-        announce({-1, 0, 0, 0, 0, 0, 0});
+        announce({-1, 0, 0, 0, 0, 0, 0, 0});
         // The block that is the last to finish leaves both counters as it found them.
         __threadfence();
         if (atomicInc(p.counters + 1, gridDim.x - 1) == gridDim.x - 1) atomicExch(p.counters, 0);

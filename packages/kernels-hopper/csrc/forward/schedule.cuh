@@ -8,6 +8,7 @@ namespace magi::forward {
 
 struct Item {
     int tile;        // of queries
+    int first_row;   // of results of the part of the tile's keys, which lie one part after another
     int pack;        // of heads
     int first_run;
     int num_tiles;   // of keys
@@ -16,15 +17,17 @@ struct Item {
     int num_half;    // 1 if there is such a tile
 };
 
-// Item `number` in the order of work: sections of packs, in each the longest tiles first, all its packs side by side.
+// Item `number` in the order of work: sections of packs, in each the longest parts of tiles first, all its packs side by
+// side.
 __device__ __forceinline__ Item item_at(Params const& p, int number) {
     int const section = number / (p.num_tiles * p.packs_per_section);
     int const first_pack = section * p.packs_per_section;
     int const packs = min(p.packs_per_section, p.num_packs - first_pack);
     int const within = number - section * p.num_tiles * p.packs_per_section;
-    int const tile = p.order[within / packs];
-    int4 const header = p.tiles[tile];
-    return {tile, first_pack + within % packs, header.x, header.y, header.z, header.w, header.w >= 0};
+    int const row = p.order[within / packs];
+    int const part = row / p.num_tiles_q, tile = row - part * p.num_tiles_q;
+    int4 const header = p.tiles[row];
+    return {tile, part * p.results.num_q, first_pack + within % packs, header.x, header.y, header.z, header.w, header.w >= 0};
 }
 
 // Walks through the boxes of a tile's runs.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from magi_attention.kernels.protocol import AttentionCall
 from magi_attention.kernels.table_streams import StreamsOfTables
+from magi_kernels_hopper.combine import Combination
 from magi_kernels_hopper.driver import CUBINS, Kernel, TensorMap
 from magi_kernels_hopper.launching import (
     aligned,
@@ -39,6 +40,12 @@ MAP_BYTES = ctypes.sizeof(TensorMap)
 SECTION_BYTES = 16 << 20
 """Keys and values that are computed with at a time, so that the L2 cache keeps them: a third of its 50 MB."""
 
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""q, k and v."""
+
+Outputs = tuple[Tensor, Tensor, Tensor | None]
+"""out, lse, and max_logits if they are asked for."""
+
 
 class Params(ctypes.Structure):
     """``magi::forward::Params`` of csrc/forward/params.cuh."""
@@ -59,10 +66,11 @@ class Params(ctypes.Structure):
         ("share_q", ctypes.c_int),
         ("packs_per_kv_head", ctypes.c_int),
         ("num_tiles", ctypes.c_int),
+        ("num_tiles_q", ctypes.c_int),
         ("num_packs", ctypes.c_int),
         ("packs_per_section", ctypes.c_int),
         ("tolerance", ctypes.c_float),
-        ("padding", ctypes.c_int * 29),
+        ("padding", ctypes.c_int * 28),
     )
 
 
@@ -118,17 +126,18 @@ class PreparedForward:
         self._known: dict[tuple[object, ...], Params] = {}
         self._scale = call.softmax_scale
         cut = geometry(variant, q.shape[1], k.shape[1], k.shape[0])
-        self.tables = device_row_tables(call.slices, q.shape[0], k.shape[0], cut.share_q, variant, q.device)
+        blocks = max(multiprocessors(q.device) - call.sm_margin, 1)
+        sizes = (q.shape[0], k.shape[0], cut.share_q)
+        self.tables = device_row_tables(call.slices, *sizes, variant, q.device, copies=cut.num_packs, blocks=blocks)
         self.streams = StreamsOfTables(self.tables)
-        variant = replace(variant, tall=self.tables.tall)
+        self._variant = variant = replace(variant, tall=self.tables.tall)
         self._kernel = _kernel(variant, q.device)
         dims = (variant.head_dim, variant.head_dim, variant.head_dim_v, variant.head_dim_v)
         swizzles = [128 if dim % 64 == 0 else 64 for dim in dims]
         box_n = variant.sizes.box_n
         rows = [(cut.pack, cut.share_q), (1, box_n), (1, box_n), (cut.pack, cut.share_q)]
         self._boxes = [((swizzle // 2, *each), swizzle) for swizzle, each in zip(swizzles, rows, strict=True)]
-        items = len(self.tables.tiles) * cut.num_packs
-        self._blocks = max(min(multiprocessors(q.device) - call.sm_margin, items), 1)
+        self._blocks = min(blocks, len(self.tables.order) * cut.num_packs)
         self._template = Params(
             tiles=self.tables.tiles.data_ptr(),
             runs=self.tables.runs.data_ptr(),
@@ -138,20 +147,24 @@ class PreparedForward:
             pack=cut.pack,
             share_q=cut.share_q,
             packs_per_kv_head=cut.packs_per_kv_head,
-            num_tiles=len(self.tables.tiles),
+            num_tiles=len(self.tables.order),
+            num_tiles_q=len(self.tables.parts),
             num_packs=cut.num_packs,
             packs_per_section=cut.packs_per_section,
             tolerance=TOLERANCE / (LOG2_E * (abs(call.softmax_scale) or 1.0)),
         )
 
-    def launch(
-        self,
-        tensors: tuple[Tensor, Tensor, Tensor],
-        results: tuple[Tensor, Tensor, Tensor | None],
-        merge: bool,
-        stream: int,
-    ) -> None:
-        """Launch for q, k and v on a stream; ``results`` are out, lse and max_logits."""
+    def launch(self, tensors: Inputs, results: Outputs, merge: bool, stream: int) -> None:
+        """Launch on a stream, which is the current one."""
+        if self.tables.num_parts == 1:
+            self._launch(tensors, results, merge, stream)
+            return
+        out, lse, max_logits = results
+        combination = Combination(self._variant, self.tables, out)
+        self._launch(tensors, (combination.out, combination.lse, max_logits), False, stream)
+        combination.launch(out, lse, stream, merge=merge)
+
+    def _launch(self, tensors: Inputs, results: Outputs, merge: bool, stream: int) -> None:
         out, lse, max_logits = results
         zeros = counters(out.device, stream)
         addresses = [x.data_ptr() for x in (*tensors, out, lse, zeros)]
@@ -169,9 +182,7 @@ class PreparedForward:
                 self._known[key] = params
         self._kernel.launch(self._blocks, stream, params)
 
-    def _fill(
-        self, tensors: tuple[Tensor, Tensor, Tensor], results: tuple[Tensor, Tensor, Tensor | None], merge: bool
-    ) -> Params:
+    def _fill(self, tensors: Inputs, results: Outputs, merge: bool) -> Params:
         """The parameters of a launch, but for the counters, for tensors that the copy engine can read."""
         params = Params.from_buffer_copy(self._template)
         params.results = Results.of(*results, merge=merge)
@@ -212,9 +223,9 @@ def launch_forward(
         ),
     )
     max_logits = lse.new_full(lse.shape[1:], -torch.inf) if call.max_logits else None
-    stream = torch.cuda.current_stream(device)
-    prepared.streams.add(stream)
-    prepared.launch((q, k, v), (out, lse, max_logits), merge, stream.cuda_stream)
+    prepared.streams.add_current()
+    stream = torch._C._cuda_getCurrentRawStream(q.get_device())  # a Stream object costs microseconds
+    prepared.launch((q, k, v), (out, lse, max_logits), merge, stream)
     return max_logits
 
 

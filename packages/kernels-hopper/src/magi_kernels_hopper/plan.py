@@ -3,7 +3,8 @@
 
 Keys are not cut at fixed places. The keys that any query of a tile sees form spans; each span is cut, from its own
 start, into boxes of as many keys as the copy engine loads at once. A box of which every query of the tile sees every
-key needs no mask; the others have the pieces of the mask that they meet. Two boxes make a tile of keys. Everything is
+key needs no mask; the others have the pieces of the mask that they meet. Two boxes make a tile of keys. Where tiles of
+queries are few, each may be cut into parts of fewer boxes, whose results are put together (``split.py``). Everything is
 vectorized numpy, and costs grow with the tiles of queries that slices span.
 """
 
@@ -31,17 +32,25 @@ class RowTables:
     """What ``csrc/forward/params.cuh`` describes.
 
     Attributes:
-        tiles: ``(num_tiles, 4)``: first run, tiles of keys, how many of them are masked, and the run of the
-            last box where it has its tile alone, else -1.
+        tiles: ``(num_parts * num_tiles, 4)``, the first parts of all tiles of queries, then the second ones:
+            first run, tiles of keys, how many of them are masked, and the run of the last box where it has its tile
+            alone, else -1.
         runs: ``(n, 4)``: first key, end of keys, first piece, number of pieces or ``FULL``.
         pieces: ``(m, 8)``: k0, k1, d0, d1, q0, q1, 0, 0.
-        order: ``(num_tiles,)``, those with the most work first.
+        order: the rows of ``tiles`` that are parts, those with the most work first.
+        parts: ``(num_tiles,)``, of each tile of queries: 1 where it is not cut.
     """
 
     tiles: Indices
     runs: Indices
     pieces: Indices
     order: Indices
+    parts: Indices
+
+    @property
+    def boxes(self) -> Indices:
+        """How many boxes of keys each row of ``tiles`` meets."""
+        return 2 * self.tiles[:, 1] - (self.tiles[:, 3] >= 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +69,9 @@ class Runs:
     kind: Indices
 
 
-def row_tables(bands: Bands, num_q: int, num_k: int, tile_q: int, box_k: int) -> RowTables:
+def row_tables(
+    bands: Bands, num_q: int, num_k: int, tile_q: int, box_k: int, most_boxes: int | None = None
+) -> RowTables:
     """Build the tables of a mask.
 
     Args:
@@ -69,6 +80,7 @@ def row_tables(bands: Bands, num_q: int, num_k: int, tile_q: int, box_k: int) ->
         num_k: rows of the key tensor.
         tile_q: queries of a tile.
         box_k: keys of a box.
+        most_boxes: of a part of a tile of queries, or one more; without it tiles are not cut.
     """
     num_tiles = -(-num_q // tile_q)
     pieces = cut_rows(band.shrink(bands)[0], tile_q)
@@ -76,6 +88,14 @@ def row_tables(bands: Bands, num_q: int, num_k: int, tile_q: int, box_k: int) ->
     runs = cut_at_pieces(_runs_of_boxes(pieces, owner, num_q, num_k, tile_q, box_k), pieces, owner, num_k, box_k)
     first_piece, num_pieces, piece = pieces_of_runs(runs, pieces, owner, num_k)
 
+    boxes = -(-(runs.stop - runs.start) // box_k)
+    num_boxes = np.bincount(runs.tile, boxes, num_tiles).astype(np.int64)
+    parts = np.ones(num_tiles, np.int64)
+    if most_boxes is not None:
+        runs, source, parts = _cut_into_parts(runs, boxes, num_boxes, most_boxes, box_k)
+        first_piece, num_pieces = first_piece[source], num_pieces[source]
+    there = np.flatnonzero(np.arange(parts.max(initial=1))[:, None] < parts)
+    num_tiles *= int(parts.max(initial=1))
     boxes = -(-(runs.stop - runs.start) // box_k)
     num_boxes = np.bincount(runs.tile, boxes, num_tiles).astype(np.int64)
     num_partial = np.bincount(runs.tile, boxes * (runs.kind == PARTIAL), num_tiles).astype(np.int64)
@@ -89,7 +109,7 @@ def row_tables(bands: Bands, num_q: int, num_k: int, tile_q: int, box_k: int) ->
     chosen = pieces[piece]
     table = np.zeros((len(chosen), 8), np.int64)
     table[:, :6] = chosen[:, [band.K0, band.K1, band.D0, band.D1, band.Q0, band.Q1]]
-    return RowTables(tiles, rows, table, np.argsort(-work, kind="stable"))
+    return RowTables(tiles, rows, table, there[np.argsort(-work[there], kind="stable")], parts)
 
 
 def _arrange(runs: Runs, rows: Indices, counts: Indices, box_k: int, nobody: Indices) -> tuple[Indices, Indices]:
@@ -162,6 +182,36 @@ def _runs_of_boxes(pieces: Bands, owner: Indices, num_q: int, num_k: int, tile_q
     order = np.argsort(all_start)
     run_tile, run_start = np.divmod(all_start[order], num_k + 1)
     return Runs(run_tile, run_start, run_start + (all_stop - all_start)[order], kind[order])
+
+
+def _cut_into_parts(
+    runs: Runs, boxes: Indices, num_boxes: Indices, most_boxes: int, box_k: int
+) -> tuple[Runs, Indices, Indices]:
+    """Cut what each tile meets into parts of about as many boxes each.
+
+    Args:
+        runs: of all tiles, ascending.
+        boxes: of each run.
+        num_boxes: of each tile.
+        most_boxes: of a part.
+        box_k: keys of a box.
+
+    Returns:
+        the runs, of which the tile is that of the part, as in ``RowTables.tiles``; of which run each is; and how many
+        parts each tile has.
+    """
+    size = -(-num_boxes // np.maximum(-(-num_boxes // most_boxes), 1))
+    size = np.maximum(size + size % 2, 2)  # boxes stay in pairs
+    parts = np.maximum(-(-num_boxes // size), 1)
+    before = np.cumsum(boxes) - boxes
+    before -= (np.cumsum(num_boxes) - num_boxes)[runs.tile]
+    size = size[runs.tile]
+    source, step = expand_counts((before + boxes - 1) // size - before // size + 1)
+    part = (before // size)[source] + step
+    origin = (runs.start - before * box_k)[source]
+    start = np.maximum(origin + part * size[source] * box_k, runs.start[source])
+    stop = np.minimum(origin + (part + 1) * size[source] * box_k, runs.stop[source])
+    return Runs(part * len(num_boxes) + runs.tile[source], start, stop, runs.kind[source]), source, parts
 
 
 def cut_at_pieces(runs: Runs, pieces: Bands, owner: Indices, num_k: int, box_k: int) -> Runs:

@@ -49,10 +49,13 @@ class Results(ctypes.Structure):
 
     @classmethod
     def of(cls, out: Tensor, lse: Tensor, max_logits: Tensor | None, *, merge: bool = False) -> "Results":
-        """What is written to ``out`` ``[tq, hq, dv]``, contiguous, ``lse`` ``[tq, hq]`` and ``max_logits`` ``[hq]``."""
+        """What is written to ``out`` ``[tq, hq, dv]``, contiguous, ``lse`` ``[tq, hq]`` and ``max_logits`` ``[hq]``.
+
+        Parts lie one after another: ``[parts, tq, hq, dv]`` and ``[parts, tq, hq]``.
+        """
         largest = None if max_logits is None else max_logits.data_ptr()
         is_float = out.dtype == torch.float32
-        return cls(out.data_ptr(), lse.data_ptr(), largest, *lse.stride(), *lse.shape, is_float, merge)
+        return cls(out.data_ptr(), lse.data_ptr(), largest, *lse.stride()[-2:], *lse.shape[-2:], is_float, merge)
 
 
 def scored_upward(q: Tensor, softmax_scale: float) -> Tensor:

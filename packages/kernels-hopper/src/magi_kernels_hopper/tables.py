@@ -11,6 +11,7 @@ from magi_attention.kernels.device_tiles import upload
 from magi_kernels_hopper.backward_order import WorkSizes, order_work
 from magi_kernels_hopper.backward_plan import adders, ranks
 from magi_kernels_hopper.plan import RowTables, row_tables
+from magi_kernels_hopper.split import most_boxes
 from magi_kernels_hopper.variants import ForwardVariant, forward_variants
 
 TALL_PAIRS = 1.05
@@ -23,17 +24,39 @@ MOST_RANKS = 2**31 - 1
 
 
 class DeviceRowTables(NamedTuple):
-    """:class:`magi_kernels_hopper.plan.RowTables`, as int32, and whether they are for the tall kernel."""
+    """:class:`magi_kernels_hopper.plan.RowTables`, as int32.
+
+    Attributes:
+        tiles: as are the next four, see there.
+        runs: see there.
+        pieces: see there.
+        order: see there.
+        parts: see there.
+        num_parts: the most parts of a tile.
+        tile_q: queries of a tile.
+        tall: whether they are for the tall kernel.
+    """
 
     tiles: Tensor
     runs: Tensor
     pieces: Tensor
     order: Tensor
+    parts: Tensor
+    num_parts: int
+    tile_q: int
     tall: bool
 
 
 def device_row_tables(
-    slices: SliceTable, num_q: int, num_k: int, share_q: int, variant: ForwardVariant, device: torch.device
+    slices: SliceTable,
+    num_q: int,
+    num_k: int,
+    share_q: int,
+    variant: ForwardVariant,
+    device: torch.device,
+    *,
+    copies: int,
+    blocks: int,
 ) -> DeviceRowTables:
     """Build and upload the tables of a mask, for the kernel that computes it faster.
 
@@ -44,6 +67,8 @@ def device_row_tables(
         share_q: queries of a consumer of a tile.
         variant: the kernel that is not tall.
         device: where to upload to.
+        copies: how often each tile of queries is computed, for other heads.
+        blocks: that work at a time.
     """
     candidates = forward_variants((variant.head_dim, variant.head_dim_v), variant.element, variant.softcap)
     cuts = [(share_q * each.sizes.consumers, each.sizes.box_n) for each in candidates]
@@ -52,16 +77,21 @@ def device_row_tables(
         choices = [row_tables(slices.bands(), num_q, num_k, *cut) for cut in cuts]
         pairs = [_pairs(tables, *cut) for tables, cut in zip(choices, cuts, strict=True)]
         tall = len(cuts) > 1 and pairs[-1] < TALL_PAIRS * pairs[0]
-        chosen = choices[tall]
+        chosen, cut = choices[tall], cuts[tall]
+        if (limit := most_boxes(chosen.boxes, copies, blocks)) is not None:
+            chosen = row_tables(slices.bands(), num_q, num_k, *cut, limit)
         return DeviceRowTables(
             tiles=upload(chosen.tiles, device),
             runs=upload(chosen.runs, device),
             pieces=upload(chosen.pieces, device),
             order=upload(chosen.order, device),
+            parts=upload(chosen.parts, device),
+            num_parts=int(chosen.parts.max(initial=1)),
+            tile_q=cut[0],
             tall=tall,
         )
 
-    return slices.derived(("hopper rows", num_q, num_k, *cuts, device), build)
+    return slices.derived(("hopper rows", num_q, num_k, *cuts, device, copies, blocks), build)
 
 
 class DeviceColumnTables(NamedTuple):
@@ -125,4 +155,4 @@ def device_column_tables(
 
 def _pairs(tables: RowTables, tile_q: int, box_k: int) -> int:
     """The pairs of queries and keys that all tiles compute; the last tile of keys may be half."""
-    return int((2 * tables.tiles[:, 1] - (tables.tiles[:, 3] >= 0)).sum()) * box_k * tile_q
+    return int(tables.boxes.sum()) * box_k * tile_q

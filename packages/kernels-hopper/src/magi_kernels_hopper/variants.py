@@ -122,6 +122,7 @@ class ForwardVariant(_Variant):
     kind = "forward"
     source = "forward/forward.cu"
     entry = "magi_forward"
+    combine_entry = "magi_forward_combine"
 
     @property
     def name(self) -> str:
