@@ -27,6 +27,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attend as Transformers asks: ``[1, heads, n_local, head_dim]`` in, ``[1, n_local, heads, head_dim]`` out."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, rotary embeddings return float32
     out, _ = calc_attn(q, k, v, kwargs["magi_key"], softmax_scale=scaling)
     return out[None], None
 

@@ -197,6 +197,12 @@ def test_mistakes_in_attention_arguments(key, mistake):
     assert isinstance(raised.value, AssertionError)
 
 
+def test_autocast_is_named_where_it_left_other_dtypes(key):
+    q, k, v = qkv(TOTAL, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="autocast leaves them as they are"):
+        calc_attn(q, k, v.bfloat16(), key)
+
+
 @pytest.mark.parametrize(
     "options", [{"sink": torch.zeros(1, 4)}, {"return_max_logits": True}], ids=["sink", "max_logits"]
 )

@@ -61,9 +61,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, is_same
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise MagiValueError(f"the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key heads")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in FLOAT_DTYPES:
+        hint = "; autocast leaves them as they are, so cast them" if torch.is_autocast_enabled(q.device.type) else ""
         raise MagiTypeError(
             f"q, k and v must have one dtype of {', '.join(map(str, FLOAT_DTYPES))}; they have {q.dtype}, {k.dtype}, "
-            f"{v.dtype}"
+            f"{v.dtype}{hint}"
         )
     if not q.device == k.device == v.device:
         raise MagiValueError(f"q, k and v must be on one device; they are on {q.device}, {k.device}, {v.device}")
