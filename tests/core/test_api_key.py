@@ -4,7 +4,9 @@
 import dataclasses
 import warnings
 
+import numpy as np
 import pytest
+import torch
 
 from magi_attention.api import (
     AttnMaskType,
@@ -316,3 +318,16 @@ def test_deprecated_pad_size_is_ignored():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         key_for(pad_size=0)
+
+
+@pytest.mark.parametrize("name", ["total_seqlen_q", "total_seqlen_k", "num_heads_q", "num_heads_kv", "head_dim"])
+@pytest.mark.parametrize("count", [64.0, "64", True, torch.tensor(64.0), torch.tensor([64, 64])])
+def test_counts_must_be_integers(name, count):
+    with pytest.raises(TypeError, match=name):
+        key_for(64, q=((0, 64),), **{name: count})
+
+
+def test_counts_may_be_integers_of_any_kind():
+    expected = key_for(64, q=((0, 64),))
+    for kind in (np.int32, torch.tensor):
+        assert key_for(kind(64), q=((0, 64),), num_heads_q=kind(4), head_dim=kind(64)) == expected

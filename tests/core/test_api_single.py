@@ -167,6 +167,8 @@ MISTAKES = {
     "too long": (lambda: (qkv(PADDED + 1), {}), ValueError, "57 rows"),
     "different rows": (lambda: ([qkv(TOTAL)[0], *qkv(PADDED)[1:]], {}), ValueError, "same number of rows"),
     "no heads": (lambda: ([x[:, 0] for x in qkv(TOTAL)], {}), ValueError, r"q must be \[n, hq, d\]"),
+    "zero heads": (lambda: (qkv(TOTAL, heads=(0, 2, 2)), {}), ValueError, "there must be heads, and of a size"),
+    "heads of size 0": (lambda: (qkv(TOTAL, dims=(0, 0, 8)), {}), ValueError, "there must be heads, and of a size"),
     "k and v differ": (lambda: (qkv(TOTAL, heads=(4, 2, 1)), {}), ValueError, r"v \(50, 1, 8\)"),
     "head sizes": (lambda: (qkv(TOTAL, dims=(8, 16, 16)), {}), ValueError, "the same head size"),
     "head counts": (lambda: (qkv(TOTAL, heads=(4, 3, 3)), {}), ValueError, "4 query heads must be a multiple of the 3"),
@@ -193,6 +195,12 @@ def test_mistakes_in_attention_arguments(key, mistake):
     with pytest.raises(error, match=message) as raised:
         calc_attn(*tensors, key, **options)
     assert isinstance(raised.value, AssertionError)
+
+
+def test_autocast_is_named_where_it_left_other_dtypes(key):
+    q, k, v = qkv(TOTAL, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="autocast leaves them as they are"):
+        calc_attn(q, k, v.bfloat16(), key)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ def output_of(command):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["quickstart.py", "second_mask.py", "cross_attention.py", "encoder_decoder.py"])
+@pytest.mark.parametrize(
+    "name", ["quickstart.py", "second_mask.py", "cross_attention.py", "encoder_decoder.py", "fsdp2.py"]
+)
 def test_example_gives_the_same_on_one_process_and_on_two(name):
     alone = numbers_printed([str(EXAMPLES / name)])
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -43,6 +45,13 @@ def test_sparse_all_to_all_combines_what_experts_compute():
     errors = re.findall(r"largest error (\S+)", output_of([*torchrun, str(EXAMPLES / "sparse_all_to_all.py")]))
     assert len(errors) == 3
     assert max(map(float, errors)) < 1e-4
+
+
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
+def test_a_transformers_model_has_the_gradients_of_its_own_attention(launcher):
+    pytest.importorskip("transformers")
+    output = output_of([*launcher, str(EXAMPLES / "hf_transformers.py")])
+    assert float(re.search(r"of gradients (\S+)", output)[1]) < 1e-4
 
 
 def test_an_indexer_learns_which_keys_count():

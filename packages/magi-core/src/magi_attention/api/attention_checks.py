@@ -56,12 +56,15 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, is_same
         raise MagiValueError(f"q, k and v must have the same number of rows; they are {shapes}")
     if q.shape[2] != k.shape[2]:
         raise MagiValueError(f"q and k must have the same head size; they are {shapes}")
+    if 0 in (q.shape[1], q.shape[2], v.shape[2]):
+        raise MagiValueError(f"there must be heads, and of a size; they are {shapes}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise MagiValueError(f"the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key heads")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in FLOAT_DTYPES:
+        hint = "; autocast leaves them as they are, so cast them" if torch.is_autocast_enabled(q.device.type) else ""
         raise MagiTypeError(
             f"q, k and v must have one dtype of {', '.join(map(str, FLOAT_DTYPES))}; they have {q.dtype}, {k.dtype}, "
-            f"{v.dtype}"
+            f"{v.dtype}{hint}"
         )
     if not q.device == k.device == v.device:
         raise MagiValueError(f"q, k and v must be on one device; they are on {q.device}, {k.device}, {v.device}")

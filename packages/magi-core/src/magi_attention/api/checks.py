@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the arguments that keys are made of, and the rules that turn them into a key's fields."""
 
+import operator
 import warnings
 from collections.abc import Sequence
 
@@ -42,6 +43,24 @@ def _resolve_mask_type(mask_type: str | AttnMaskType) -> AttnMaskType:
     except ValueError:
         known = ", ".join(each.value for each in AttnMaskType)
         raise ValueError(f"{mask_type!r} is not a mask type; known are {known}") from None
+
+
+def as_integers(**counts: int) -> list[int]:
+    """The counts as plain integers, be they numpy's or tensors of one.
+
+    Raises:
+        TypeError: one is not an integer; names it.
+    """
+    return [_as_integer(name, count) for name, count in counts.items()]
+
+
+def _as_integer(name: str, count: int) -> int:
+    try:
+        if not isinstance(count, bool):
+            return operator.index(count)
+    except TypeError:
+        pass
+    raise MagiTypeError(f"{name} must be an integer, not {count!r}")
 
 
 def check_ranges(q_ranges: AttnRanges, k_ranges: AttnRanges, total_seqlen_q: int, total_seqlen_k: int) -> None:

@@ -11,6 +11,7 @@ from typing_extensions import deprecated
 
 from magi_attention.api.checks import (
     GeneralAttnMaskType,
+    as_integers,
     check_ranges,
     check_sources,
     choose_chunk_limit,
@@ -84,7 +85,7 @@ def magi_attn_flex_key(
         ValueError: Ranges outside of the sequence, lists of different lengths, an unknown type name, pairs that are
             kept twice, an empty mask, fewer rows than ranks, contradictory settings or flags, neither group nor mesh.
             Where older versions raised ``AssertionError``, the error is one as well.
-        TypeError: A mask type that is neither an ``AttnMaskType`` nor a name.
+        TypeError: A mask type that is neither an ``AttnMaskType`` nor a name, or a count that is no integer.
         RuntimeError: The ranks passed different arguments; raised on every rank, naming the ranks.
 
     Example:
@@ -95,6 +96,13 @@ def magi_attn_flex_key(
     """
     config, cp_group, cp_mesh = _resolve(dist_attn_config, cp_group_or_mesh)
     with failures_reported(cp_group, bool(config.runtime_config.check_plan)):
+        total_seqlen_q, total_seqlen_k, num_heads_q, num_heads_kv, head_dim = as_integers(
+            total_seqlen_q=total_seqlen_q,
+            total_seqlen_k=total_seqlen_k,
+            num_heads_q=num_heads_q,
+            num_heads_kv=num_heads_kv,
+            head_dim=head_dim,
+        )
         chunk_limit = choose_chunk_limit(chunk_size, config)
         check_sources(total_seqlen_q, total_seqlen_k, is_same_source, is_q_permutable, is_k_permutable)
         check_ranges(q_ranges, k_ranges, total_seqlen_q, total_seqlen_k)

@@ -244,5 +244,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (q, k, v))
         raise MagiValueError(f"shapes must be [tq, hq, d], [tk, hk, d] and [tk, hk, dv], got {shapes}")
+    if 0 in (q.shape[1], q.shape[2], v.shape[2]):
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (q, k, v))
+        raise MagiValueError(f"there must be heads, and of a size, got {shapes}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise MagiValueError(f"the query heads must be a multiple of the key heads, got {q.shape[1]} and {k.shape[1]}")
