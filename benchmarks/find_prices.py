@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 
 from magi_attention.common import workloads
-from magi_attention.plan.prices import TOGETHER, CellPrices, DocumentPrices, Gains, RowProgram
+from magi_attention.plan.prices import LEAST_OF_AREA, TOGETHER, CellPrices, DocumentPrices, Gains, RowProgram
 
 PRICES = Path(__file__).with_name("planner_prices.json")
 Floats = NDArray[np.float64]
@@ -49,26 +49,18 @@ class Problem:
     def __post_init__(self) -> None:
         program = self.program
         middle, top = (program.low + program.high) / 2, program.before + program.places
-        rows, keys = [], []
-        self.interval = np.zeros(len(middle), np.int64)
-        begin = intervals = 0
+        self.interval = program.lay_out(self.classes).interval
+        rows, keys, begin = [], [], 0
         for each in self.classes:
             stop = int(np.searchsorted(program.document, each.stop))
-            at = np.clip(middle[begin:stop], each.areas[0], each.areas[-1])
-            right = np.clip(np.searchsorted(each.areas, at), 1, len(each.areas) - 1)
-            left = np.asarray(each.areas)[right - 1]
-            share = (at - left) / (np.asarray(each.areas)[right] - left)
-            cell = np.arange(stop - begin)
-            shape = (stop - begin, len(each.areas))
-            data, where = np.r_[1 - share, share], (np.r_[cell, cell], np.r_[right - 1, right])
-            rows.append(sp.csr_matrix((data, where), shape))
-            place = np.searchsorted(each.places[:-1], top[begin:stop])
-            keys.append(sp.csr_matrix((np.ones(stop - begin), (cell, place)), (stop - begin, len(each.places))))
-            self.interval[begin:stop] = intervals + np.searchsorted(each.reaches[:-1], middle[begin:stop])
-            begin, intervals = stop, intervals + len(each.reaches)
+            units = np.eye(len(each.areas))
+            rows.append(np.column_stack([np.interp(middle[begin:stop], each.areas, unit) for unit in units]))
+            keys.append(np.eye(len(each.places))[np.searchsorted(each.places[:-1], top[begin:stop])])
+            begin = stop
         self.to_rows, self.to_keys = sp.block_diag(rows).tocsr(), sp.block_diag(keys).tocsr()
-        self.num_intervals = intervals
-        self.ends = np.cumsum([self.to_rows.shape[1], intervals, intervals, self.to_keys.shape[1]])
+        self.num_intervals = sum(len(each.reaches) for each in self.classes)
+        sizes = [self.to_rows.shape[1], self.num_intervals, self.num_intervals, self.to_keys.shape[1]]
+        self.ends = np.cumsum(sizes)
 
     def split(self, vector: Floats) -> list[Floats]:
         """Prices of rows, multipliers of rows and of areas, prices of keys."""
@@ -82,7 +74,9 @@ class Problem:
     def cells(self, vector: Floats) -> CellPrices:
         """Prices by cell."""
         rows, of_rows, of_area, keys = self.split(vector)
-        return CellPrices(self.to_rows @ rows, self.to_keys @ keys, self.interval, of_rows, np.maximum(of_area, 1e-12))
+        return CellPrices(
+            self.to_rows @ rows, self.to_keys @ keys, self.interval, of_rows, np.maximum(of_area, LEAST_OF_AREA)
+        )
 
     def priced(self, vector: Floats) -> list[DocumentPrices]:
         """The classes with these prices."""
@@ -104,11 +98,7 @@ def first_prices(program: RowProgram) -> list[DocumentPrices]:
     """A guess: a rank pays its reach by its area, and rows of so many keys as its longest make that area."""
     reach = np.maximum.reduceat(program.before + program.places, program.start).astype(float)
     least = np.minimum.reduceat(program.first, program.start)
-    rows = np.diff(
-        np.append(np.cumsum(program.num_rows) - program.num_rows, program.total)[
-            np.append(program.start, len(program.first))
-        ]
-    )
+    rows = np.add.reduceat(program.num_rows, program.start)
     classes, begin = [], 0
     while begin < len(reach):
         stop = begin + 1
@@ -275,6 +265,23 @@ class Search:
         return self.best, proved
 
 
+def rounded(prices: DocumentPrices) -> dict[str, object]:
+    """The prices with eight digits."""
+    return {
+        name: value if name == "stop" else [float(f"{number:.8g}") for number in value]
+        for name, value in asdict(prices).items()
+    }
+
+
+def to_text(found: dict[str, list[dict[str, object]]]) -> str:
+    """JSON with a line for each class of documents."""
+    rows = (
+        f"{json.dumps(name)}: [\n" + ",\n".join(json.dumps(each) for each in classes) + "\n]"
+        for name, classes in sorted(found.items())
+    )
+    return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
 def main() -> None:
     """Search, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -301,8 +308,8 @@ def main() -> None:
         is_guess = False
         classes = problem.priced(best)
         found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-        found[name] = [asdict(each) for each in classes]
-        arguments.output.write_text(json.dumps(found))
+        found[name] = [rounded(each) for each in classes]
+        arguments.output.write_text(to_text(found))
         print(f"{name}: at least {program.prove(program.lay_out(classes)):.0f} rows ({proved:.0f})")
         if proved > arguments.enough or time.monotonic() > until:
             break
