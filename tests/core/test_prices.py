@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prices of rows prove a lower bound on the rows that ranks receive: never more than the best deal has."""
 
+import csv
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from magi_attention.common import workloads
 from magi_attention.common.bands import CAUSAL, FULL
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.bounds import received_lower_bound
@@ -16,6 +20,7 @@ from magi_attention.testing.masks import MASK_FAMILIES
 
 TOTAL, RANKS, TOLERANCE = 12, 3, 0.1
 REACHES = [1.5, 3.5, 6.5]
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def deals() -> np.ndarray:
@@ -112,6 +117,17 @@ def test_prices_of_keys_alone_prove_what_each_key_proves() -> None:
     assert in_pieces <= priced_lower_bound(slices, length, ranks, [prices]) <= 1.01 * in_pieces
     full = SliceTable([[0, length, 0, length, FULL]])
     assert priced_lower_bound(full, length, ranks, [prices]) == 7 * length
+
+
+def test_known_prices_prove_that_half_of_the_heaps_rows_is_out_of_reach() -> None:
+    found = json.loads((BENCHMARKS / "planner_prices.json").read_text())["varlen_causal 4194304 256"]
+    total, num_ranks = 4 << 20, 256
+    with (BENCHMARKS / "planner_original.csv").open() as table:
+        heap = {(row["mask"], int(row["tokens"]), int(row["cp"])): row for row in csv.DictReader(table)}
+    received = float(heap["varlen_causal", total, num_ranks]["received_millions"]) * 1e6
+    slices = workloads.make("varlen_causal", total)
+    proved = priced_lower_bound(slices, total, num_ranks, [DocumentPrices(**each) for each in found])
+    assert received / 2 < proved < received
 
 
 def test_wrong_prices_are_refused() -> None:
