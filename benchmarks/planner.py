@@ -5,7 +5,9 @@
 *least* the shortest of them, which tells more on a busy machine; *limit* the goal: a tenth of the original's time or
 10 ms, whichever is longer, but at most 100 ms (400 ms for 1,024 ranks). *max/mean* is the largest rank's mask area over
 the mean; *received* the key rows that all ranks receive together, in millions; *bound* what any deal of equally many
-rows with areas within 2 % must receive. The original's figures (``planner_original.csv``: MagiAttention v1.1.1, Python
+rows with areas within 2 % must receive, followed by ours over the bound, and the bound over the original's (*of it*).
+Some bounds are proved by prices (``planner_prices.json``, found by ``find_prices.py``); they are checked here, so that
+nothing depends on how they were found. The original's figures (``planner_original.csv``: MagiAttention v1.1.1, Python
 backend, minimum heap, one stage, the exchange of its planning data included) were recorded once on two cores; they are
 not measured in this run.
 
@@ -15,6 +17,7 @@ are four times as many; *tokens* are the keys.
 
 import argparse
 import csv
+import json
 import statistics
 import time
 from pathlib import Path
@@ -31,8 +34,10 @@ from magi_attention.plan.demand import find_demand
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.key_dispatch import make_key_layout
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.prices import DocumentPrices, priced_lower_bound
 
 ORIGINAL = Path(__file__).with_name("planner_original.csv")
+PRICES = Path(__file__).with_name("planner_prices.json")
 LARGEST = {"tokens": str(4 << 20), "cp": "1024"}  # beyond what was recorded of the original
 
 
@@ -80,6 +85,18 @@ def make_mask(name: str, tokens: int) -> SliceTable:
     return SliceTable(np.column_stack([queries[:-1], queries[1:], keys[:-1], keys[1:], full]))
 
 
+def lower_bound(mask: str, slices: SliceTable, num_ranks: int, plan: Plan, num_keys: int | None) -> int:
+    """The better one of the bounds on received rows, where prices are known."""
+    total = plan.layout.total
+    bound = received_lower_bound(
+        slices, total, num_ranks, total_keys=None if num_keys is None else plan.key_layout.total
+    )
+    found = json.loads(PRICES.read_text()).get(f"{mask} {total} {num_ranks}")
+    if not found:
+        return bound
+    return max(bound, priced_lower_bound(slices, total, num_ranks, [DocumentPrices(**each) for each in found]))
+
+
 def measure(row: dict[str, str], repeat: int, algorithm: DispatchAlg) -> None:
     """Measure one row of the table and print it."""
     tokens, num_ranks = int(row["tokens"]), int(row["cp"])
@@ -92,9 +109,7 @@ def measure(row: dict[str, str], repeat: int, algorithm: DispatchAlg) -> None:
         seconds.append(time.perf_counter() - start)
     demand = find_demand(slices, plan.layout, plan.key_layout)
     received = int((demand.remote[:, 2] - demand.remote[:, 1]).sum())
-    bound = received_lower_bound(
-        slices, plan.layout.total, num_ranks, total_keys=None if num_keys is None else plan.key_layout.total
-    )
+    bound = lower_bound(row["mask"], slices, num_ranks, plan, num_keys)
     original_ms = float(row.get("plan_ms", "nan")) + float(row.get("exchange_ms", "nan"))
     limit_ms = 400.0 if num_ranks == 1024 else min(max(original_ms / 10, 10.0), 100.0)
     original = float(row.get("received_millions", "nan"))
@@ -103,7 +118,10 @@ def measure(row: dict[str, str], repeat: int, algorithm: DispatchAlg) -> None:
     print(f"{limit_ms:>7.0f}{original_ms:>10.0f}", end="")
     print(f"{demand.area.max() / demand.area.mean():>10.3f}{float(row.get('max_over_mean', 'nan')):>9.3f}", end="")
     print(f"{received / 1e6:>12.2f}{original:>9.2f}{received / 1e6 / original:>7.2f}", end="")
-    print(f"{bound / 1e6:>9.2f}{received / bound if bound else float('nan'):>7.2f}", flush=True)
+    print(
+        f"{bound / 1e6:>9.2f}{received / bound if bound else float('nan'):>7.2f}{bound / 1e6 / original:>7.3f}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -116,7 +134,8 @@ def main() -> None:
     print(
         f"{'mask':24}{'tokens':>8}{'cp':>5}{'chunk':>7}{'plan ms':>9}{'least':>7}{'limit':>7}{'original':>10}", end=""
     )
-    print(f"{'max/mean':>10}{'original':>9}{'received M':>12}{'original':>9}{'ratio':>7}{'bound M':>9}{'ratio':>7}")
+    print(f"{'max/mean':>10}{'original':>9}{'received M':>12}{'original':>9}{'ratio':>7}", end="")
+    print(f"{'bound M':>9}{'ratio':>7}{'of it':>7}")
     rows = [*csv.DictReader(ORIGINAL.open()), *({"mask": name, **LARGEST} for name in workloads.WORKLOADS)]
     rows += [{"mask": CROSS, **size} for size in CROSS_SIZES]
     for row in rows:

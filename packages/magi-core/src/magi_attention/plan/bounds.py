@@ -58,7 +58,7 @@ def received_lower_bound(
     bands, _ = band.shrink(slices.bands())
     if not len(bands) or num_ranks == 1:
         return 0
-    ranks = _Ranks.of(_row_areas(bands, total), num_ranks, tolerance)
+    ranks = Ranks.of(row_areas(bands, total), num_ranks, tolerance)
     if total_keys is None:
         starts = component_starts(slices)
         component = np.arange(len(starts))
@@ -82,7 +82,7 @@ def received_lower_bound(
 
 
 @dataclass(frozen=True, eq=False)
-class _Ranks:
+class Ranks:
     """What ranks can hold: ``rows`` each, an area of ``most`` each, and what the lightest x rows weigh."""
 
     num: int
@@ -94,7 +94,8 @@ class _Ranks:
     area_up_to: Array
 
     @classmethod
-    def of(cls, row_area: Array, num_ranks: int, tolerance: float) -> "_Ranks":
+    def of(cls, row_area: Array, num_ranks: int, tolerance: float) -> "Ranks":
+        """Of rows with these areas."""
         value, number = np.unique(row_area, return_counts=True)
         area_before = np.append(0, np.cumsum(row_area))
         most = int(area_before[-1]) * (1 + tolerance) / num_ranks
@@ -125,8 +126,8 @@ class _Ranks:
         return high
 
 
-def _row_areas(bands: Bands, total: int) -> Array:
-    """The keys that each row reads, by the second differences of the bands' widths."""
+def row_areas(bands: Bands, total: int) -> Array:
+    """``(total,)`` the keys that each row reads, by the second differences of the bands' widths."""
     bends = np.zeros(total + 3, np.int64)
 
     def ramp(start: Array, stop: Array, first: Array, slope: int) -> None:
@@ -162,7 +163,7 @@ def _readers(bands: Bands, area_before: Array, starts: Array, num_keys: int) -> 
     return cuts, count, totals(piece, area_before[high] - area_before[low], len(cuts) - 1)
 
 
-def _joint_bound(ranks: _Ranks, documents: list[tuple[Array, Array, Array]]) -> int:
+def _joint_bound(ranks: Ranks, documents: list[tuple[Array, Array, Array]]) -> int:
     """Sum the bound over sets of one key per document, for documents given as counts, areas and lengths of pieces."""
     ends = [np.cumsum(length) for _, _, length in documents]
     longest = max(int(end[-1]) for end in ends)
