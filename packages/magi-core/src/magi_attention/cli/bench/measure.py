@@ -171,11 +171,12 @@ def time_passes(
     """
     marks = []
     for number in range(-warmup, repeat):
-        if number in (-warmup, 0):
+        if number == -warmup:
             dist.barrier()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-                torch.cuda.reset_peak_memory_stats(device)
+        if number == 0 and device.type == "cuda":  # without a pause, which would cost the host its lead
+            torch.cuda.reset_peak_memory_stats(device)
         _align(device)
         marks.append([_mark(device)])
         out = forward()
