@@ -50,7 +50,7 @@ TOGETHER = 32
 # Instead of no price for area, so that it can be divided by.
 LEAST_OF_AREA = 1e-12
 # What rounding may have added to the bound, as a share of all reaches.
-ROUNDING = 1e-9
+ROUNDING = 1e-8
 
 
 @dataclass(frozen=True)
