@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The collectives that are described by lists of splits."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -194,3 +196,13 @@ def test_uneven_collectives_refuse_wrong_sizes():
     with pytest.raises(ValueError, match="output_split_sizes must hold one size per rank"):
         all2all_v(x, None, [4], [])
     assert torch.equal(all_gather_v(x, None), x)
+
+
+def in_inference_mode(rank: int, world_size: int, call: Callable[..., None], *arguments: object) -> None:
+    with torch.inference_mode():
+        call(rank, world_size, *arguments)
+
+
+@pytest.mark.parametrize("arguments", [(cast, False, True), (cast, True, False), (reduce, "sum", True, None)])
+def test_in_inference_mode(pool, arguments):
+    pool.run(in_inference_mode, *arguments)

@@ -115,6 +115,19 @@ def test_few_queries_are_cut(num_q, num_k):
     assert torch.equal(first.lse, second.lse)
 
 
+@pytest.mark.parametrize("num_k", [300, 20000], ids=["whole", "cut"])
+def test_what_is_no_number_stays_so(num_k):
+    x, slices = inputs(3, num_k, heads=(16, 2)), SliceTable([[0, 3, 0, num_k, 0]])
+    x.k[5, 0] = torch.nan  # for the first eight query heads
+    x.q[2, 15] = torch.nan
+    result = BACKEND.forward(x.q, x.k, x.v, AttentionCall(slices, 0.1))
+    is_nan = torch.zeros(3, 16, dtype=torch.bool, device="cuda")
+    is_nan[:, :8] = is_nan[2, 15] = True
+    assert torch.equal(result.out.isnan().all(-1), is_nan)
+    assert torch.equal(result.out.isnan().any(-1), is_nan)
+    assert torch.equal(result.lse.isnan(), is_nan)
+
+
 @pytest.mark.parametrize(("num_q", "num_k"), [(300, 900), (900, 300), (1, 700), (700, 1), (129, 257), (5, 0)])
 def test_unequal_lengths(num_q, num_k):
     for kind in (0, 1):

@@ -60,6 +60,7 @@ def take_streams(device: torch.device, num_lanes: int) -> ContextStreams:
 
 def let_streams_end(streams: ContextStreams, used: object) -> None:
     """Give the streams of a context that has gone back, and keep what they use until they are done with it."""
+    _drop_outlived()
     if all(stream.query() for stream in streams.all):
         _idle.setdefault(streams.device, []).append(streams)
     else:

@@ -33,12 +33,13 @@ __device__ __forceinline__ void combine(CombineParams const& p) {
     float const before = p.results.merges ? *lse : -INFINITY;
     float largest = before;
     for (int i = 0; i < parts; i++) largest = fmaxf(largest, p.lse[i * num_rows + row]);
-    if (largest == -INFINITY && p.results.merges) return;
     float const reference = largest == -INFINITY ? 0 : largest;
     float total = weight_of(before, reference);
     for (int i = 0; i < parts; i++) total += weight_of(p.lse[i * num_rows + row], reference);
-    float const merged = largest == -INFINITY ? largest : largest + kLn2 * __log2f(total);
-    float const shared = largest == -INFINITY ? 0 : merged;
+    // fmaxf passes NaN over, which the sum does not: only where it is 0 nobody sees anything.
+    if (total == 0 && p.results.merges) return;
+    float const merged = total == 0 ? -INFINITY : reference + kLn2 * __log2f(total);
+    float const shared = total == 0 ? 0 : merged;
 
     int64_t const offset = static_cast<int64_t>(row) * HeadDimV;
     auto* const floats = static_cast<float*>(p.results.out) + offset;

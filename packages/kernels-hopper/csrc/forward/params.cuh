@@ -34,10 +34,11 @@ struct Results {
 // each consumer has `share_q`: its row r is of token r / pack and of head r % pack from its first. Rows after the last of
 // them count for nothing.
 //
-// The keys of a tile may be cut into parts; then results are those of parts, in float: out [parts, num_q, ...], lse likewise.
+// The keys of a tile may be cut into parts; then results are those of parts, in float: out [parts, num_q, ...], lse
+// likewise.
 //
-// tiles:  for the first parts of all tiles of queries, then the second ones, and so on, (first run, number of tiles of keys, how many of these are masked, run of the last box
-//         or -1); a tile of keys is two boxes. Masked tiles come first. Where a run of the last box is given, the last
+// tiles:  for the first parts of all tiles of queries, then the second ones, and so on, (first run, number of tiles of
+//         keys, how many of these are masked, run of the last box or -1); a tile of keys is two boxes. Masked tiles come first. Where a run of the last box is given, the last
 //         tile ends with that, its first one, which begins the run if it needs a mask.
 // runs:   (first key, end of keys, first piece, number of pieces or -1): boxes of keys one after another, the last one
 //         cut off at the end; of a full run, which has -1 pieces, all pairs count. A run may begin at num_k, for one box

@@ -85,9 +85,9 @@ struct Softmax {
     // The row's natural log-sum-exp, and the factor that makes what was summed up an average.
     __device__ __forceinline__ float finish(int r, float& factor) const {
         float const total = quad_sum(sum[r]);
-        factor = total > 0 ? reciprocal_approx(total) : 0;
+        factor = total == 0 ? 0 : reciprocal_approx(total);  // NaN stays NaN, in the log-sum-exp too
         float const exponent = largest[r] == -INFINITY ? 0 : capped(largest[r]) * p.to_log2;
-        return total > 0 ? (exponent + __log2f(total)) * kLn2 : -INFINITY;
+        return total == 0 ? -INFINITY : (exponent + __log2f(total)) * kLn2;
     }
 };
 

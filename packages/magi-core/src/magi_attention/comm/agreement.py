@@ -54,7 +54,10 @@ _histories_lock = threading.Lock()
 
 
 def _history_of(group: dist.ProcessGroup, ranks: Sequence[int], me: int) -> _History:
-    """The group's history. A store that outlives groups, as that of torchrun, counts how many had this name."""
+    """The group's history. A store that outlives groups, as that of torchrun, counts how many had this name.
+
+    So all ranks must have come to a check in every one of them, or in none.
+    """
     with _histories_lock:
         history = _histories.get(group)
         if history is None:

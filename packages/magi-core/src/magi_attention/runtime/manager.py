@@ -298,6 +298,8 @@ def _costs(key: DistAttnRuntimeKey, cluster: Cluster | None, plan: Plan) -> Cost
     share_node = count_ranks_per_node(key.cp_group, key.cp_mesh) == group_size(key.cp_group)
     rates = cluster or default_rates(device_name(group_device(key.cp_group)))
     keeps = bool(key.dist_attn_config.runtime_config.keep_received)
+    # Where nothing is received the backward pass is arranged as the forward pass is.
+    keeps = keeps and any(stage.exchange is not None for stage in plan.stages)
     keeps = keeps and takes_little(plan, 2 * shape.heads_kv * shape.head_dim, 2 * shape.heads_q * shape.head_dim)
     return Costs.of_layer(rates, shape, share_node, keeps_received=keeps)
 

@@ -51,7 +51,8 @@ def block_mask_to_ranges(
             if row == rows
             else list(zip(*(np.flatnonzero(edges[row] == at).tolist() for at in (1, -1)), strict=True))
         )
-        for run in [each for each in open_runs if each not in runs]:
+        go_on = set(runs)
+        for run in [each for each in open_runs if each not in go_on]:
             found.append((open_runs.pop(run), row, *run))
         for run in runs:
             open_runs.setdefault(run, row)

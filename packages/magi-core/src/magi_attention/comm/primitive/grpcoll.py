@@ -15,7 +15,6 @@ from magi_attention.comm.group import group_size
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.common.logsumexp import accumulation_dtype
 from magi_attention.plan.exchange import ExchangeTable
-from magi_attention.utils.torch_modes import outside_inference_mode
 
 
 class WorkWithPostProcessFn:
@@ -55,7 +54,6 @@ class WorkWithPostProcessFn:
         return output if lse is None else (output, lse)
 
 
-@outside_inference_mode
 def group_cast(
     input: Tensor,
     output: Tensor,
@@ -106,7 +104,6 @@ def group_cast(
     return _started(finish, output, output_lse, async_op)
 
 
-@outside_inference_mode
 def group_reduce(
     input: Tensor,
     output: Tensor,
