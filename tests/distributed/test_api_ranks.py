@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The API over several ranks: layout functions against plain torch, new masks, the cache, and ranks that disagree."""
+"""The API over several ranks: layout functions against plain torch, new masks, and the cache."""
 
-import contextlib
 import gc
-import time
 import weakref
 from unittest import mock
 
@@ -24,7 +22,6 @@ from magi_attention.api import (
     flex_flash_attn_func,
     get_most_recent_key,
     get_position_ids,
-    magi_attn_flex_key,
     magi_attn_varlen_key,
     make_flex_key_for_new_mask_after_dispatch,
     make_varlen_key_for_new_mask_after_dispatch,
@@ -265,114 +262,6 @@ def check_meshes(rank, world_size):
 
 def test_meshes(pool):
     pool.run(check_meshes)
-
-
-def plan_what_differs(rank, world_size, difference):
-    clear_cache()
-    started = time.monotonic()
-    total, odd = 64, rank == 2
-    try:
-        if difference == "mask":
-            magi_attn_varlen_key([0, 30 + odd, total], [0, 30 + odd, total], 4, 2, 8, 0, None)
-        elif difference == "type":
-            magi_attn_varlen_key([0, total], [0, total], 4, 2, 8, 0, None, causal=odd)
-        elif difference == "length":
-            causal_key(total + 16 * odd)
-        elif difference == "chunk":
-            causal_key(total, 1 + odd)
-        elif difference == "heads":
-            ranges = AttnRanges.from_ranges([(0, total)])
-            magi_attn_flex_key(ranges, ranges, "full", total, total, 4 + 4 * odd, 2, 8, 0, None)
-    except RuntimeError as error:
-        assert time.monotonic() - started < 30
-        assert not dist_attn_runtime_dict_mgr.keys()
-        return str(error)
-    return None
-
-
-@pytest.mark.parametrize("difference", ["mask", "type", "length", "chunk", "heads"])
-def test_ranks_that_disagree_are_named_on_every_rank(pool, difference):
-    messages = pool.run(plan_what_differs, difference, timeout_s=60)
-    assert all("ranks [2] differ from ranks [0, 1, 3]" in message for message in messages), messages
-    # The group is still good: the same ranks then agree on a key.
-    pool.run(check_dispatch, *SHARDS["even"])
-
-
-def stay_away(rank, world_size):
-    group = dist.new_group([0, 1, 2])  # a group of their own, so that the others' next keys stay in step
-    with contextlib.ExitStack() as stack:
-        if rank in (0, 2):
-            stack.enter_context(pytest.raises(RuntimeError, match=r"ranks \[1\] of the group \[0, 1, 2\] did not come"))
-            causal_key(64, group=group, check_plan_timeout=2)
-
-
-def test_ranks_that_stay_away_are_named_by_the_others(pool):
-    pool.run(stay_away, timeout_s=60)
-
-
-def fail_while_planning(rank, world_size):
-    if rank == 2:
-        # Slices that keep a pair twice are found only while the key is planned.
-        twice = AttnRanges.from_ranges([(0, 64), (10, 20)])
-        with pytest.raises(ValueError, match=r"slice 0 .* and slice 1 .* keep a common"):
-            magi_attn_flex_key(twice, twice, "full", 64, 64, 4, 2, 8, 0, None)
-    else:
-        with pytest.raises(RuntimeError, match="rank 2 failed to make its key: MagiValueError: slice 0"):
-            causal_key(64)
-    causal_key(64)  # and the group is still good
-
-
-def test_a_rank_that_fails_while_planning_is_named_at_once(pool):
-    started = time.monotonic()
-    pool.run(fail_while_planning, timeout_s=60)
-    assert time.monotonic() - started < 25
-
-
-def fail_by_arguments(rank, world_size):
-    """A mistake in the arguments of one rank, then of all ranks, and each way to make a key."""
-    key = causal_key(64)
-    beyond = AttnRanges.from_ranges([(0, 65)])
-    makers = (
-        lambda: magi_attn_flex_key(beyond, beyond, "full", 64, 64, 4, 2, 8, 0, None),
-        lambda: magi_attn_varlen_key([0, 65, 64], [0, 65, 64], 4, 2, 8, 0, None),
-        lambda: make_flex_key_for_new_mask_after_dispatch(beyond, beyond, "full", key),
-        lambda: make_varlen_key_for_new_mask_after_dispatch([0, 64], [0, 60, 64], key),
-    )
-    for number, make in enumerate(makers):
-        for culprits in ({number}, {0, 1, 2, 3}):
-            if rank in culprits:
-                with pytest.raises(ValueError, match=r"65|entries"):
-                    make()
-            else:
-                with pytest.raises(RuntimeError, match=rf"rank {number} failed to make its key: MagiValueError: "):
-                    causal_key(60)
-        causal_key(32 + number)  # and the group is still good
-
-
-def test_a_rank_whose_arguments_are_wrong_is_named_at_once(pool):
-    started = time.monotonic()
-    pool.run(fail_by_arguments, timeout_s=60)
-    assert time.monotonic() - started < 25
-
-
-def make_a_native_key(rank, world_size):
-    with pytest.raises(RuntimeError, match="native_grpcoll"):
-        causal_key(64, native_grpcoll=True)
-    causal_key(64)
-
-
-def test_a_transport_that_is_missing_stops_all_ranks(pool):
-    pool.run(make_a_native_key, timeout_s=60)
-
-
-def make_a_hierarchical_key(rank, world_size):
-    mesh = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("node", "local"))
-    with pytest.raises(ValueError, match=r"must ascend row by row, unlike \[\[0, 2\], \[1, 3\]\]"):
-        causal_key(64, group=mesh, hierarchical_comm=True)
-
-
-def test_a_mesh_that_is_not_numbered_node_by_node_is_refused(pool):
-    pool.run(make_a_hierarchical_key, timeout_s=60)
 
 
 def roll_by_nothing(rank, world_size):

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,26 +15,14 @@ from magi_attention.kernels.protocol import AttentionRequest
 from magi_attention.kernels.registry import explain_choice
 from magi_attention.runtime import manager
 from magi_attention.runtime.beside import Beside
-from magi_attention.runtime.costs import Costs
 from magi_attention.testing.distributed import RankPool
+from tests.core.test_schedule import COSTS
 from tests.distributed.attention_case import Answer, Case, assert_right, attend
 
 TOKENS = 6144
 HEADS, GROUPS, HEAD_DIM = 8, 1, 128
 # By which a few queries are computed while rows travel.
-EARLY = Costs(
-    pair=1.0,
-    fetched_row=0.5,
-    exchange=50.0,
-    merged_row=1.0,
-    summed_row=0.0,
-    call=0.0,
-    regular=0.0,
-    cut=1e9,
-    least_work=0.0,
-    window=128,
-    fetches_again=False,
-)
+EARLY = replace(COSTS["window first"], window=128, fetches_again=False)
 SLEEP = 3_000_000
 MASKS = ["causal", "varlen_causal", "swa_causal_1024", "varlen_block_causal_4k", "shared_question"]
 
