@@ -26,10 +26,11 @@ from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime import job
 from magi_attention.runtime import schedule as scheduling
 from magi_attention.runtime.autograd import dist_attn_func
+from magi_attention.runtime.costs import Costs
 from magi_attention.runtime.job import DistAttnRuntime
 from magi_attention.testing.metric import assert_within_pytorch_error
 from magi_attention.testing.oracle import dense_attention, dense_mask, masked_attention
-from tests.core.test_schedule import COSTS
+from tests.core.test_schedule import COSTS, in_both_passes
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOKENS, HEADS, DIM = 384, (4, 2), 32
@@ -39,7 +40,7 @@ MASKS = {
     "full": SliceTable([[0, TOKENS, 0, TOKENS, 0]]),
     "window": packed.sliding_window([0, TOKENS], left=50, right=0),
 }
-SHORT = scheduling.Costs(
+SHORT = Costs(
     pair=0.0,
     fetched_row=1.0,
     exchange=1.0,
@@ -47,10 +48,8 @@ SHORT = scheduling.Costs(
     summed_row=0.0,
     call=0.0,
     regular=0.0,
-    cut=0.0,
     least_work=1.0,
     window=128,
-    fetches_again=True,
 )
 """Of passes that are over before the host could launch an exchange."""
 
@@ -124,7 +123,7 @@ def any_rows_may_be_kept(monkeypatch):
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_arrangement_is_right(device, dtype, name, mask, monkeypatch):
     monkeypatch.setattr(scheduling, "LEAST_EARLY_ROWS", 1)
-    slices, costs = MASKS[mask], SHORT if name == "short" else replace(COSTS[name], window=16)
+    slices, costs = MASKS[mask], in_both_passes(SHORT if name == "short" else replace(COSTS[name], window=16))
     draw = torch.Generator().manual_seed(0)
     shapes = ((HEADS[0], DIM), (HEADS[1], DIM), (HEADS[1], DIM), (HEADS[0], DIM))
     tensors = [torch.randn(TOKENS, *shape, generator=draw).to(device, dtype) for shape in shapes]
@@ -173,7 +172,7 @@ def test_gradients_of_keys_go_home_before_those_of_queries_are_there(device, nam
     )
     shapes = ((HEADS[0], DIM), (HEADS[1], DIM), (HEADS[1], DIM), (HEADS[0], DIM), (HEADS[0],))
     tensors = [torch.randn(TOKENS, *shape, dtype=torch.float64, device=device) for shape in shapes]
-    expected = attend_on_all(slices, layout, 1, COSTS[name], tensors, keep=True)
+    expected = attend_on_all(slices, layout, 1, in_both_passes(COSTS[name]), tensors, keep=True)
     backend, launched_inside = KeysFirst(), []
     monkeypatch.setitem(installed_backends(), "reference", backend)
     reduce = ThreadCollectives.reduce
@@ -183,7 +182,7 @@ def test_gradients_of_keys_go_home_before_those_of_queries_are_there(device, nam
         return reduce(self, *arguments, **options)
 
     monkeypatch.setattr(ThreadCollectives, "reduce", noted_reduce)
-    actual = attend_on_all(slices, layout, 1, COSTS[name], tensors, keep=True)
+    actual = attend_on_all(slices, layout, 1, in_both_passes(COSTS[name]), tensors, keep=True)
     # Two ranks attend twice; where a kernel on own rows comes last, it hides the way home.
     assert len(launched_inside) == 4
     assert sum(launched_inside) == backend.num_told == (4 if name == "together" else backend.num_told)

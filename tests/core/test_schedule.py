@@ -17,28 +17,23 @@ from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.plan.rates import LayerShape, default_rates
 from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime import schedule as scheduling
-from magi_attention.runtime.costs import ROWS_OF_WAVE, Costs
+from magi_attention.runtime.costs import ROWS_OF_WAVE, Costs, PassCosts
 from magi_attention.runtime.regular import MOST_RUNS, regular_runs
 from magi_attention.runtime.schedule import make_schedule
 from magi_attention.runtime.steps import Pass, Schedule, Step
 from tests.core.test_plan import cast, dense_count, layouts, two_hop_cast
 
-REST = {
-    "pair": 1.0,
-    "summed_row": 0.0,
-    "call": 0.0,
-    "regular": 0.0,
-    "cut": 1e9,
-    "least_work": 0.0,
-    "window": 2,
-    "fetches_again": True,
-}
+REST = {"pair": 1.0, "summed_row": 0.0, "call": 0.0, "regular": 0.0, "least_work": 0.0, "window": 2}
 COSTS = {
     "together": Costs(fetched_row=0.0, exchange=0.0, merged_row=1.0, **REST),
     "apart": Costs(fetched_row=1e9, exchange=1e9, merged_row=0.0, **REST),
     "rest together": Costs(fetched_row=0.1, exchange=5.0, merged_row=1e6, **REST),
     "window first": Costs(fetched_row=0.5, exchange=50.0, merged_row=1.0, **REST),
 }
+
+
+def in_both_passes(costs: Costs) -> PassCosts:
+    return PassCosts(costs, replace(costs, window=None, regular=1e9))
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +79,13 @@ def rows_named(table: ExchangeTable) -> np.ndarray:
     return np.concatenate([np.arange(start, stop) for _, start, stop in table.recv.tolist()] or [np.empty(0, int)])
 
 
+def steps_of(passes: list[Pass], number: int) -> list[Step]:
+    """Every rank's step with the exchange of a stage."""
+    steps = [[step for step in of.steps if step.number == number and step.exchange] for of in passes]
+    assert all(len(each) == 1 for each in steps), "every rank takes part in every exchange, once"
+    return [step for (step,) in steps]
+
+
 def check_pass(of: Pass, num_queries: int, num_own: int) -> None:
     """Follow the flags: results are blank, or written before they are added to."""
     queries = np.full(num_queries, 1 if of.blank_queries else 0)
@@ -121,22 +123,19 @@ def test_every_pair_once(name, case, degree, per_node):
     mesh_shape = None if per_node is None else (num_ranks // per_node, per_node)
     options = StageOptions(degree=degree, min_piece=2)
     plans = build_plans(slices, layout, range(num_ranks), options, mesh_shape=mesh_shape)
-    schedules = [make_schedule(plan, COSTS[name]) for plan in plans]
+    schedules = [make_schedule(plan, in_both_passes(COSTS[name])) for plan in plans]
     own = [np.concatenate([np.arange(a, b) for a, b, _ in layout.runs_of(r).tolist()]) for r in range(num_ranks)]
     counts = [np.zeros((layout.total, layout.total), int) for _ in range(3)]
     numbers = sorted({step.number for each in schedules for step in each.forward.steps if step.exchange is not None})
-    buffers = {}
-    for number in numbers:
-        steps = [[step for step in each.forward.steps if step.number == number and step.exchange] for each in schedules]
-        assert all(len(each) == 1 for each in steps), "every rank takes part in every exchange, once"
-        buffers[number] = key_buffers([each[0] for each in steps], own, per_node or 1)
+    forward, backward = (
+        {number: key_buffers(steps_of(passes, number), own, per_node or 1) for number in numbers}
+        for passes in ([each.forward for each in schedules], [each.backward for each in schedules])
+    )
     for rank, each in enumerate(schedules):
-        passes = each.forward, each.backward, each.backward_with_rows
-        for of in passes:
+        passes = (each.forward, forward), (each.backward, backward), (each.backward_with_rows, forward)
+        for count, (of, buffers) in zip(counts, passes, strict=True):
             check_pass(of, len(own[rank]), len(own[rank]))
-            exchanges = [step.number for step in of.steps if step.exchange is not None]
-            assert exchanges == numbers
-        for count, of in zip(counts, passes, strict=True):
+            assert [step.number for step in of.steps if step.exchange is not None] == numbers
             for step in of.steps:
                 keys = own[rank] if step.exchange is None else buffers[step.number][rank]
                 for call in step.calls:
@@ -147,26 +146,27 @@ def test_every_pair_once(name, case, degree, per_node):
         assert np.array_equal(count, dense_count(slices, layout.total, layout.total))
 
 
-def two_ranks(slices: SliceTable, tokens: int, costs: Costs) -> list[Schedule]:
+def two_ranks(slices: SliceTable, tokens: int, costs: PassCosts) -> list[Schedule]:
     layout = make_layout(
         slices, num_real=tokens, total=tokens, chunk_size=tokens // 16, num_ranks=2, algorithm=LocalityDispatchAlg()
     )
     return [make_schedule(plan, costs) for plan in build_plans(slices, layout, range(2), StageOptions(degree=1))]
 
 
-def test_fast_links_leave_nothing_to_merge():
+def test_fast_links_leave_nothing_to_merge_backward():
     tokens = 1 << 16
     rates = replace(default_rates("H200"), nvlink_gbs=4000.0)
-    costs = Costs.of_layer(rates, LayerShape(64, 8, 128), ranks_share_node=True, keeps_received=False)
+    costs = PassCosts.of_layer(rates, LayerShape(64, 8, 128), ranks_share_node=True)
     for schedule in two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, costs):
-        assert schedule.forward.most_results == 1
-        for call in schedule.calls:
-            assert call.slices.rows[:, 4].tolist() == [1], "each kernel has a plain causal mask"
+        assert schedule.backward.most_results == 1
+        for step in schedule.backward.steps:
+            for call in step.calls:
+                assert call.slices.rows[:, 4].tolist() == [1], "each kernel has a plain causal mask"
 
 
 def test_few_queries_hide_the_travel_where_all_need_what_comes():
     tokens = 1 << 16
-    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True, keeps_received=False)
+    costs = PassCosts.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True)
     for schedule in two_ranks(SliceTable([[0, tokens, 0, tokens, 0]]), tokens, costs):
         first, second = schedule.forward.steps
         (window,) = first.calls
@@ -178,16 +178,16 @@ def test_few_queries_hide_the_travel_where_all_need_what_comes():
 
 def test_who_sends_more_than_it_receives_hides_that():
     tokens = 1 << 16
-    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True, keeps_received=True)
+    costs = PassCosts.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True)
     receives_least = two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, costs)[1]
     (window,) = receives_least.forward.steps[0].calls
-    travel = costs.exchange + tokens // 2 * costs.fetched_row
-    assert window.slices.area() * costs.pair > travel
+    travel = costs.forward.exchange + tokens // 2 * costs.forward.fetched_row
+    assert window.slices.area() * costs.forward.pair > travel
     assert (window.queries.stop - window.queries.start) * 64 >= ROWS_OF_WAVE
 
 
 def test_with_all_rows_at_hand_one_kernel_does_backward_what_two_do_forward():
-    costs = Costs.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True, keeps_received=False)
+    costs = PassCosts.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True)
     for tokens, num_kernels in ((1 << 14, 1), (1 << 16, 2)):
         rank0, _ = two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, costs)
         first, second = rank0.forward.steps
@@ -200,7 +200,7 @@ def test_with_all_rows_at_hand_one_kernel_does_backward_what_two_do_forward():
 
 def test_what_is_cut_to_be_regular_forward_stays_one_kernel_backward():
     tokens = 1 << 10
-    schedules = two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, COSTS["together"])
+    schedules = two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, in_both_passes(COSTS["together"]))
     assert [len(each.forward.steps[0].calls) for each in schedules] == [2, 1]
     for schedule in schedules:
         for of in (schedule.backward, schedule.backward_with_rows):
@@ -210,9 +210,24 @@ def test_what_is_cut_to_be_regular_forward_stays_one_kernel_backward():
             assert not step.blank_keys
 
 
+def test_rows_fetched_again_are_not_waited_for_by_a_few_queries_backward():
+    tokens = 1 << 17
+    slices = SliceTable([[0, tokens, 0, tokens, 0]])
+    layout = make_layout(
+        slices, num_real=tokens, total=tokens, chunk_size=tokens // 16, num_ranks=4, algorithm=LocalityDispatchAlg()
+    )
+    costs = PassCosts.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True)
+    for plan in build_plans(slices, layout, range(4), StageOptions(degree=1)):
+        schedule = make_schedule(plan, costs)
+        assert len(schedule.calls) == 3, "a window, the rest, and what the received rows add to the window"
+        for of in (schedule.backward, schedule.backward_with_rows):
+            assert sum(len(step.calls) for step in of.steps) <= 2
+            assert all(call.queries == slice(0, tokens // 4) for step in of.steps for call in step.calls)
+
+
 def test_slow_links_are_hidden_behind_all_own_rows():
     tokens = 1 << 16
-    costs = Costs.of_layer(default_rates("H200"), LayerShape(8, 8, 128), ranks_share_node=False, keeps_received=False)
+    costs = PassCosts.of_layer(default_rates("H200"), LayerShape(8, 8, 128), ranks_share_node=False)
     for schedule in two_ranks(SliceTable([[0, tokens, 0, tokens, 0]]), tokens, costs):
         first, second = schedule.forward.steps
         assert first.exchange is None

@@ -232,8 +232,8 @@ class RuntimeConfig:
         forward_high_precision_reduce: send partial outputs in at least float32; matters only with ``qo_comm``, since
             without it partial outputs stay where they are and are merged in at least float32 anyway.
         backward_high_precision_reduce: send partial gradients in at least float32.
-        keep_received: keep received keys and values for the backward pass where they take little memory, at most a
-            quarter of what q and out take; else they are exchanged again.
+        keep_received: keep received keys and values for the backward pass where they take little memory, at most half
+            of what q and out take; else they are exchanged again.
         sink_grad_reduce: how the ranks' gradients of the sink are combined: none, sum or avg.
         forward_sm_margin: multiprocessors that forward kernels leave to communication. None leaves some where rows
             begin to travel beside a kernel by means that need any, and none elsewhere; a number holds for every kernel.

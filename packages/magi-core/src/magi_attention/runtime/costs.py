@@ -3,23 +3,24 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from magi_attention.plan.rates import LayerShape, Rates
+from magi_attention.kernels.protocol import Direction
+from magi_attention.plan.rates import BACKWARD_OVER_FORWARD_FLOP, LayerShape, Rates
 
-BYTES_PER_MERGED_NUMBER, BYTES_MERGED_FORWARD = 24, 8
-"""What another kernel on the same queries costs in both passes, as memory traffic for one number of q: it reads q, out
-and dout again, writes a partial out and dq, the latter by way of float32, and both are merged. Forward alone it reads
-q again, and an out is written and read once more."""
+BYTES_MERGED = {"forward": 8, "backward": 16}
+"""What another kernel on the same queries costs, as memory traffic for one number of q: forward it reads q again, and
+an out is written and read once more; backward it reads q, out and dout again and writes a partial dq by way of float32,
+which is added."""
 
-BYTES_PER_SUMMED_NUMBER = 24
+BYTES_SUMMED = {"forward": 0, "backward": 24}
 """Likewise for one number of k or v whose gradients of two kernels are summed up in float32."""
 
 KERNELS_OF_EXCHANGE = 4
 """Kernels that pack and unpack, before and after the transfer of keys and of values."""
 
-LATENCIES_PER_CALL, LATENCIES_FORWARD = 10, 3
-"""Another kernel costs so many latencies of kernels in both passes, and in a forward pass alone: backward it is
-several, and ends are not filled."""
+LATENCIES_PER_CALL = {"forward": 3, "backward": 7}
+"""Another kernel costs so many latencies of kernels: backward it is several, and ends are not filled."""
 
 LATENCIES_PER_CUT = 200
 """So many latencies it costs in all to compute in two kernels backward what one can, regular masks or not: a quarter of
@@ -36,21 +37,18 @@ LEAST_LATENCIES = 150
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, as far as arrangements differ in them.
+    """Seconds of one pass, as far as arrangements differ in them.
 
     Attributes:
-        pair: to compute a pair of a query and a key, forward; backward it takes at least twice as long.
+        pair: to compute a pair of a query and a key.
         fetched_row: for a key row to travel.
         exchange: latency of an exchange.
-        merged_row: to merge a query row's results in the arranged passes, and to read it once more.
+        merged_row: to merge a query row's results, and to read it once more.
         summed_row: to sum up the gradients of a key row of several kernels.
-        call: what another kernel costs in the arranged passes, apart from its work.
+        call: what another kernel costs, apart from its work.
         regular: what it costs where it makes masks regular; infinite where these save nothing.
-        cut: what it costs in a backward pass that has all rows from the start.
         least_work: forward passes that take less are not cut into more kernels.
-        window: early queries come in multiples of so many.
-        fetches_again: whether the backward pass is arranged as the forward pass, and fetches all rows again; else it
-            has them from the start.
+        window: early queries come in multiples of so many; None where a few of them don't pay.
     """
 
     pair: float
@@ -60,42 +58,56 @@ class Costs:
     summed_row: float
     call: float
     regular: float
-    cut: float
     least_work: float
-    window: int
-    fetches_again: bool
+    window: int | None
 
     @classmethod
-    def of_layer(cls, rates: Rates, shape: LayerShape, ranks_share_node: bool, *, keeps_received: bool) -> "Costs":
-        """The costs of a layer at a machine's rates.
+    def of_layer(cls, rates: Rates, shape: LayerShape, direction: Direction, *, ranks_share_node: bool) -> "Costs":
+        """The costs of a layer's forward or backward pass at a machine's rates.
+
+        Forward kernels gain nothing from regular masks. Backward ones have much to do before and after a block's few
+        queries: of a full mask of 128k keys, 1,536 queries apart cost 8 ms more on an H200 than among 32k others.
 
         Args:
             rates: of the machine.
             shape: of the layer.
+            direction: of the pass.
             ranks_share_node: whether all ranks are joined by NVLink.
-            keeps_received: whether the backward pass has what the forward pass received. Then only the forward pass is
-                arranged by these costs, whose kernels gain nothing from regular masks.
         """
+        is_forward = direction == "forward"
         link = rates.nvlink_gbs if ranks_share_node else rates.link_gbs
         packing = 4 / rates.memory_gbs  # read and written before it travels, and again after
         latency = rates.kernel_latency_us * 1e-6
-        call = (LATENCIES_FORWARD if keeps_received else LATENCIES_PER_CALL) * latency
-        merged_bytes = BYTES_MERGED_FORWARD if keeps_received else BYTES_PER_MERGED_NUMBER
-        summed_bytes = 0 if keeps_received else BYTES_PER_SUMMED_NUMBER
+        flop = shape.flop_per_pair * (1 if is_forward else BACKWARD_OVER_FORWARD_FLOP)
+        rows_per_wave = -(-ROWS_OF_WAVE // (shape.heads_q * ROWS_OF_TILE)) * ROWS_OF_TILE
         return cls(
-            pair=shape.flop_per_pair / (rates.forward_tflops * 1e12),
+            pair=flop / ((rates.forward_tflops if is_forward else rates.backward_tflops) * 1e12),
             fetched_row=shape.bytes_per_row * (1 / link + packing) * 1e-9,
             exchange=(rates.exchange_latency_us + KERNELS_OF_EXCHANGE * rates.kernel_latency_us) * 1e-6,
-            merged_row=shape.heads_q * shape.head_dim * merged_bytes / (rates.memory_gbs * 1e9),
-            summed_row=2 * shape.heads_kv * shape.head_dim * summed_bytes / (rates.memory_gbs * 1e9),
-            call=call,
-            regular=math.inf if keeps_received else call,
-            cut=LATENCIES_PER_CUT * latency,
+            merged_row=shape.heads_q * shape.head_dim * BYTES_MERGED[direction] / (rates.memory_gbs * 1e9),
+            summed_row=2 * shape.heads_kv * shape.head_dim * BYTES_SUMMED[direction] / (rates.memory_gbs * 1e9),
+            call=LATENCIES_PER_CALL[direction] * latency,
+            regular=math.inf if is_forward else LATENCIES_PER_CUT * latency,
             least_work=LEAST_LATENCIES * latency,
-            window=-(-ROWS_OF_WAVE // (shape.heads_q * ROWS_OF_TILE)) * ROWS_OF_TILE,
-            fetches_again=not keeps_received,
+            window=rows_per_wave if is_forward else None,
         )
 
     def is_short(self, pairs: int) -> bool:
         """Whether a forward pass over so many pairs is too short to be cut, or for the host to be ahead."""
         return pairs * self.pair < self.least_work
+
+
+class PassCosts(NamedTuple):
+    """The costs of a layer's two passes."""
+
+    forward: Costs
+    backward: Costs
+
+    @classmethod
+    def of_layer(cls, rates: Rates, shape: LayerShape, *, ranks_share_node: bool) -> "PassCosts":
+        """See :meth:`Costs.of_layer`."""
+        forward, backward = (
+            Costs.of_layer(rates, shape, direction, ranks_share_node=ranks_share_node)
+            for direction in ("forward", "backward")
+        )
+        return cls(forward, backward)

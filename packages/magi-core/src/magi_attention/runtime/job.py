@@ -26,12 +26,12 @@ from magi_attention.kernels.protocol import (
 )
 from magi_attention.kernels.registry import backends_for_slices
 from magi_attention.plan.build import Plan
-from magi_attention.runtime.costs import Costs
+from magi_attention.runtime.costs import PassCosts
 from magi_attention.runtime.schedule import make_schedule
 from magi_attention.runtime.steps import KernelCall, Pass, Runs, Schedule, Step
 from magi_attention.utils.torch_modes import outside_inference_mode
 
-MOST_KEPT = 0.25
+MOST_KEPT = 0.5
 """Received rows, with own ones among them, are kept for the backward pass if they take so much of what q and out do."""
 
 
@@ -44,14 +44,14 @@ class DistAttnRuntime:
         collectives: how rows travel.
         group: the context-parallel group; None for a group of this process alone.
         options: the key's resolved runtime configuration.
-        costs: by which the plan's stages are arranged.
+        costs: by which the plan's stages are arranged in either pass.
     """
 
     plan: Plan
     collectives: GroupCollectives
     group: dist.ProcessGroup | None
     options: RuntimeConfig
-    costs: Costs
+    costs: PassCosts
     _jobs: dict[object, "AttentionJob"] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,11 +93,12 @@ class DistAttnRuntime:
         """Drop what takes memory on devices and can be derived again."""
         self._jobs.clear()
         if "schedule" in self.__dict__:
-            for step in (*self.schedule.forward.steps, *self.schedule.backward_with_rows.steps):
-                for call in step.calls:
-                    call.slices.forget_derived()
-                for table in step.exchange.tables if step.exchange else ():
-                    table.forget_derived()
+            for of in (self.schedule.forward, self.schedule.backward, self.schedule.backward_with_rows):
+                for step in of.steps:
+                    for call in step.calls:
+                        call.slices.forget_derived()
+                    for table in step.exchange.tables if step.exchange else ():
+                        table.forget_derived()
 
 
 class Launch(NamedTuple):
@@ -260,7 +261,7 @@ def _make_job(
         backward_with_rows=prepare(schedule.backward_with_rows, "backward", fetches=False),
         max_logits=max_logits,
         keeps_received=bool(options.keep_received)
-        and takes_little(runtime.plan, k[:1].numel() + v[:1].numel(), q.shape[1] * (q.shape[2] + v.shape[2])),
+        and _takes_little(runtime.plan, k[:1].numel() + v[:1].numel(), q.shape[1] * (q.shape[2] + v.shape[2])),
     )
 
 
@@ -297,7 +298,7 @@ def _sm_margin(options: RuntimeConfig, direction: Direction, are_wanted: bool) -
     return ffa_forward_sm_margin() if is_forward else ffa_backward_sm_margin()
 
 
-def takes_little(plan: Plan, key_row: int, query_row: int) -> bool:
+def _takes_little(plan: Plan, key_row: int, query_row: int) -> bool:
     """Whether the key rows of all steps together are few beside q and out, on the rank where they are the most.
 
     Args:

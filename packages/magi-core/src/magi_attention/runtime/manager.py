@@ -26,10 +26,10 @@ from magi_attention.plan.qo import RowCosts
 from magi_attention.plan.rates import Cluster, LayerShape, default_rates
 from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime.autograd import dist_attn_func
-from magi_attention.runtime.costs import Costs
+from magi_attention.runtime.costs import PassCosts
 from magi_attention.runtime.dispatch import dispatch_rows, undispatch_rows
 from magi_attention.runtime.dispatch_meta import DispatchMeta
-from magi_attention.runtime.job import DistAttnRuntime, takes_little
+from magi_attention.runtime.job import DistAttnRuntime
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.machine import count_ranks_per_node, device_name, group_device, layer_of
 from magi_attention.runtime.rates import agree_on_cluster
@@ -196,7 +196,7 @@ def build_manager(
         asked = (options, key.num_heads_q, key.num_heads_kv, key.head_dim, collectives.name)
         digest = sha256(plan.digest + repr(asked).encode()).digest()
         check_agreement(digest, group, float(options.check_plan_timeout or 0))
-    return DistAttnRuntimeMgr(key, DistAttnRuntime(plan, collectives, group, options, _costs(key, cluster, plan)))
+    return DistAttnRuntimeMgr(key, DistAttnRuntime(plan, collectives, group, options, _costs(key, cluster)))
 
 
 def _make_plan(
@@ -292,16 +292,12 @@ def _row_costs(key: DistAttnRuntimeKey) -> RowCosts:
     )
 
 
-def _costs(key: DistAttnRuntimeKey, cluster: Cluster | None, plan: Plan) -> Costs:
+def _costs(key: DistAttnRuntimeKey, cluster: Cluster | None) -> PassCosts:
     """What the rank's kernels are arranged by: measured rates where the key planned with such, else round numbers."""
     shape = LayerShape(key.num_heads_q, key.num_heads_kv, key.head_dim)
     share_node = count_ranks_per_node(key.cp_group, key.cp_mesh) == group_size(key.cp_group)
     rates = cluster or default_rates(device_name(group_device(key.cp_group)))
-    keeps = bool(key.dist_attn_config.runtime_config.keep_received)
-    # Where nothing is received the backward pass is arranged as the forward pass is.
-    keeps = keeps and any(stage.exchange is not None for stage in plan.stages)
-    keeps = keeps and takes_little(plan, 2 * shape.heads_kv * shape.head_dim, 2 * shape.heads_q * shape.head_dim)
-    return Costs.of_layer(rates, shape, share_node, keeps_received=keeps)
+    return PassCosts.of_layer(rates, shape, ranks_share_node=share_node)
 
 
 def _positions(layout: Layout, rank: int) -> Tensor:

@@ -4,14 +4,14 @@
 A stage's exchange is as planned, since all ranks take part in it. Which of the rank's own pairs are computed before its
 rows arrive, and which together with theirs, concerns the rank alone. To compute all of them before hides the most
 travel, but what the received rows add must then be merged row by row, which with many query heads to a key head takes
-longer than the rows travel over fast links. So there are four arrangements, of which the one with the least predicted
-overhead is taken, in both passes, or in the forward pass alone where the backward pass has all rows from the start:
+longer than the rows travel over fast links. So there are four arrangements, of which each pass takes the one with the
+least predicted overhead, unless the backward pass has all rows from the start:
 
 - *apart*: own rows first, and what comes merged with that;
 - *together*: one kernel over own and received rows, in their order in the sequence, as if the rank held them all;
 - *rest together*: the same, but long runs of queries that need no received rows go before, while these travel;
-- *window first*: the same with just as many of the first or last queries, whatever they need, as hide the travel; what
-  the received rows add to these few is merged.
+- *window first*, forward: the same with just as many of the first or last queries, whatever they need, as hide the
+  travel; what the received rows add to these few is merged.
 """
 
 from bisect import bisect_left
@@ -27,8 +27,7 @@ from magi_attention.common.intervals import Intervals, intersect, merge, subtrac
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.build import Plan, Stage, slices_in
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
-from magi_attention.plan.rates import BACKWARD_OVER_FORWARD_FLOP
-from magi_attention.runtime.costs import Costs
+from magi_attention.runtime.costs import Costs, PassCosts
 from magi_attention.runtime.regular import regular_runs
 from magi_attention.runtime.steps import KernelCall, Runs, Schedule, Step, make_pass
 
@@ -42,26 +41,32 @@ WINDOW_SLACK, MOST_OF_WINDOW = 1.5, 0.5
 """A window has so many times the work that hides the travel, with at most this share of the rank's queries."""
 
 
-def make_schedule(plan: Plan, costs: Costs) -> Schedule:
+def make_schedule(plan: Plan, costs: PassCosts) -> Schedule:
     """Arrange the plan's stages."""
     num_queries = int(plan.layout.rows_per_rank[plan.rank])
-    steps = _arrange(plan, num_queries, costs)
-    own, *others = steps
-    backward = with_rows = steps
-    if own.own_places is not None and len(own.calls) > 1:
-        backward = with_rows = [_whole(plan, own, num_queries, costs), *others]
-    elif own.exchange is None and others and not any(each.queries_travel for each in others):
-        with_rows = [*others, own]
-        if len(own.calls) > 1:
-            before, after = replace(own, calls=own.calls[:-1]), replace(own, calls=own.calls[-1:])
-            backward = [before, *others, after]
-        if (whole := _in_one(plan, own, others[0], num_queries, costs)) is not None:
-            with_rows = [whole, *others[1:]]
     num_keys = int(plan.key_layout.rows_per_rank[plan.rank])
-    is_short = costs.is_short(int(band.area(plan.bands).sum()))
+    forward, backward = (_arrange(plan, num_queries, each) for each in costs)
+    receives = any(each.exchange is not None for each in forward)
+    with_rows = _with_rows(plan, forward, num_queries, costs.backward) if receives else backward
+    own, *others = backward
+    if others and own.exchange is None and not own.queries_travel and len(own.calls) > 1:
+        before, after = replace(own, calls=own.calls[:-1]), replace(own, calls=own.calls[-1:])
+        backward = [before, *others, after]
+    is_short = costs.forward.is_short(int(band.area(plan.bands).sum()))
     return Schedule(
-        *(make_pass(each, num_queries, num_keys, kernels_first=is_short) for each in (steps, backward, with_rows))
+        *(make_pass(each, num_queries, num_keys, kernels_first=is_short) for each in (forward, backward, with_rows))
     )
+
+
+def _with_rows(plan: Plan, steps: list[Step], num_queries: int, costs: Costs) -> list[Step]:
+    """The backward pass of a forward pass that leaves the rows which it received."""
+    own, *others = steps
+    if own.own_places is not None and len(own.calls) > 1:
+        return [_whole(plan, own, num_queries, costs), *others]
+    if own.exchange is not None or not others or any(each.queries_travel for each in others):
+        return steps
+    whole = _in_one(plan, own, others[0], num_queries, costs)
+    return [*others, own] if whole is None else [whole, *others[1:]]
 
 
 def _in_one(plan: Plan, own: Step, other: Step, num_queries: int, costs: Costs) -> Step | None:
@@ -74,15 +79,13 @@ def _in_one(plan: Plan, own: Step, other: Step, num_queries: int, costs: Costs) 
     whole = _whole(plan, other, num_queries, costs)
     travel = costs.exchange + _rows_moved(plan.stages[other.number]) * costs.fetched_row
     num_saved = len(own.calls) + len(other.calls) - len(whole.calls)
-    return whole if travel < num_saved * costs.cut else None
+    return whole if travel < num_saved * costs.regular else None
 
 
 def _whole(plan: Plan, step: Step, num_queries: int, costs: Costs) -> Step:
     """A step whose rows come among the own ones, for all queries at once, cut only where that is worth it backward."""
     everything, nothing = np.array([(0, num_queries)]), np.empty((0, 2), np.int64)
-    return _together(
-        plan, step.number, plan.stages[step.number], nothing, everything, replace(costs, regular=costs.cut)
-    )
+    return _together(plan, step.number, plan.stages[step.number], nothing, everything, costs)
 
 
 def _arrange(plan: Plan, num_queries: int, costs: Costs) -> list[Step]:
@@ -119,7 +122,7 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
 
     def overhead(early: Intervals) -> float:
         work = int(band.area(_in_rows(own_bands, early)).sum()) * costs.pair
-        exposed = max(fetch - work, 0.0) + (max(fetch - 2 * work, 0.0) if costs.fetches_again else 0.0)
+        exposed = max(fetch - work, 0.0)
         if early is everything:
             return exposed + int(in_need[-1, 1] - in_need[0, 0]) * costs.merged_row + 2 * costs.call
         merged = intersect(early, in_need)[0]
@@ -133,7 +136,8 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
         long = max(LEAST_EARLY_ROWS, num_queries // LEAST_EARLY_SHARE)
         independent = subtract(everything, in_need)
         candidates.append(independent[independent[:, 1] - independent[:, 0] >= long])
-        candidates += _windows(own_bands, num_queries, costs.window, WINDOW_SLACK * fetch / costs.pair)
+        if costs.window is not None:
+            candidates += _windows(own_bands, num_queries, costs.window, WINDOW_SLACK * fetch / costs.pair)
     return min(candidates, key=overhead)
 
 
@@ -234,7 +238,7 @@ def _calls(slices: SliceTable, runs: Iterable[Sequence[int]], costs: Costs) -> t
     for start, stop in runs:
         parts = regular_runs(slices, start, stop)
         if len(parts) > 1:
-            seconds = costs.pair * (1 + BACKWARD_OVER_FORWARD_FLOP) * slices.clip_rows(start, stop).area()
+            seconds = costs.pair * slices.clip_rows(start, stop).area()
             if seconds < 2 * costs.least_work or seconds * REGULAR_GAIN < (len(parts) - 1) * costs.regular:
                 parts = [(start, stop)]
         calls += [_call(slices, *part) for part in parts]

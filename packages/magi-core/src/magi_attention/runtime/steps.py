@@ -93,7 +93,8 @@ class Schedule:
 
     Attributes:
         forward: own rows first, while others travel.
-        backward: likewise; the last of several kernels on own rows comes last, while gradients travel.
+        backward: likewise, arranged for itself; the last of several kernels on own rows comes last, while gradients
+            travel.
         backward_with_rows: the backward pass where the forward pass left the received rows: own rows last, or in one
             kernel with the received ones where they lie among them.
     """
