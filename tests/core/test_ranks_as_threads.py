@@ -47,6 +47,7 @@ SHORT = Costs(
     merged_row=0.0,
     summed_row=0.0,
     call=0.0,
+    merge=0.0,
     regular=0.0,
     least_work=1.0,
     window=128,

@@ -23,7 +23,7 @@ from magi_attention.runtime.schedule import make_schedule
 from magi_attention.runtime.steps import Pass, Schedule, Step
 from tests.core.test_plan import cast, dense_count, layouts, two_hop_cast
 
-REST = {"pair": 1.0, "summed_row": 0.0, "call": 0.0, "regular": 0.0, "least_work": 0.0, "window": 2}
+REST = {"pair": 1.0, "summed_row": 0.0, "call": 0.0, "merge": 0.0, "regular": 0.0, "least_work": 0.0, "window": 2}
 COSTS = {
     "together": Costs(fetched_row=0.0, exchange=0.0, merged_row=1.0, **REST),
     "apart": Costs(fetched_row=1e9, exchange=1e9, merged_row=0.0, **REST),

@@ -16,11 +16,16 @@ which is added."""
 BYTES_SUMMED = {"forward": 0, "backward": 24}
 """Likewise for one number of k or v whose gradients of two kernels are summed up in float32."""
 
-KERNELS_OF_EXCHANGE = 4
-"""Kernels that pack and unpack, before and after the transfer of keys and of values."""
+KERNELS_OF_EXCHANGE = 6
+"""So many latencies of kernels an exchange takes besides the transfer: kernels pack and unpack, and events are waited for."""
 
 LATENCIES_PER_CALL = {"forward": 3, "backward": 7}
 """Another kernel costs so many latencies of kernels: backward it is several, and ends are not filled."""
+
+LATENCIES_PER_MERGE, LOSS_OF_WINDOW = 5, 0.1
+"""A forward kernel that merges what the received rows add to early queries comes last, and is one of few blocks: of 415
+queries it took an H200 80 microseconds longer than its work. Few early queries leave much of a GPU idle, too: so much
+of their work's time is lost."""
 
 LATENCIES_PER_CUT = 200
 """So many latencies it costs in all to compute in two kernels backward what one can, regular masks or not: a quarter of
@@ -31,7 +36,7 @@ ROWS_OF_WAVE, ROWS_OF_TILE = 128 * 192, 128
 """A kernel needs so many rows of queries, those of all heads counted, to have a tile for nearly every multiprocessor of
 a GPU of today. Fewer take as long. Runs of queries have multiples of a tile's rows."""
 
-LEAST_LATENCIES = 150
+LEAST_LATENCIES = 100
 """Where a forward pass takes less than so many latencies of kernels, the host would not keep up with more of them."""
 
 
@@ -46,6 +51,7 @@ class Costs:
         merged_row: to merge a query row's results, and to read it once more.
         summed_row: to sum up the gradients of a key row of several kernels.
         call: what another kernel costs, apart from its work.
+        merge: what a kernel costs besides that merges what received rows add to early queries.
         regular: what it costs where it makes masks regular; infinite where these save nothing.
         least_work: forward passes that take less are not cut into more kernels.
         window: early queries come in multiples of so many; None where a few of them don't pay.
@@ -57,6 +63,7 @@ class Costs:
     merged_row: float
     summed_row: float
     call: float
+    merge: float
     regular: float
     least_work: float
     window: int | None
@@ -87,6 +94,7 @@ class Costs:
             merged_row=shape.heads_q * shape.head_dim * BYTES_MERGED[direction] / (rates.memory_gbs * 1e9),
             summed_row=2 * shape.heads_kv * shape.head_dim * BYTES_SUMMED[direction] / (rates.memory_gbs * 1e9),
             call=LATENCIES_PER_CALL[direction] * latency,
+            merge=LATENCIES_PER_MERGE * latency,
             regular=math.inf if is_forward else LATENCIES_PER_CUT * latency,
             least_work=LEAST_LATENCIES * latency,
             window=rows_per_wave if is_forward else None,

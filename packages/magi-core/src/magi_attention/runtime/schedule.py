@@ -27,7 +27,7 @@ from magi_attention.common.intervals import Intervals, intersect, merge, subtrac
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.build import Plan, Stage, slices_in
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
-from magi_attention.runtime.costs import Costs, PassCosts
+from magi_attention.runtime.costs import LOSS_OF_WINDOW, Costs, PassCosts
 from magi_attention.runtime.regular import regular_runs
 from magi_attention.runtime.steps import KernelCall, Runs, Schedule, Step, make_pass
 
@@ -129,16 +129,23 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
         num_calls = len(early) + len(subtract(everything, early)) + (len(merged) > 0)
         num_merged = int((merged[:, 1] - merged[:, 0]).sum())
         summed = num_own if len(early) else 0
-        return exposed + num_merged * costs.merged_row + summed * costs.summed_row + num_calls * costs.call
+        merging = num_merged * costs.merged_row + (costs.merge if num_merged else 0.0)
+        return exposed + merging + summed * costs.summed_row + num_calls * costs.call
 
-    candidates = [everything, nothing]
+    def overhead_of_window(early: Intervals) -> float:
+        return overhead(early) + LOSS_OF_WINDOW * WINDOW_SLACK * fetch
+
+    found = [(overhead(each), each) for each in (everything, nothing)]
     if not is_short:
         long = max(LEAST_EARLY_ROWS, num_queries // LEAST_EARLY_SHARE)
         independent = subtract(everything, in_need)
-        candidates.append(independent[independent[:, 1] - independent[:, 0] >= long])
+        independent = independent[independent[:, 1] - independent[:, 0] >= long]
+        longest = independent[np.argsort(independent[:, 0] - independent[:, 1], kind="stable")[:1]]
+        found += [(overhead(each), each) for each in (longest, independent)]
         if costs.window is not None:
-            candidates += _windows(own_bands, num_queries, costs.window, WINDOW_SLACK * fetch / costs.pair)
-    return min(candidates, key=overhead)
+            windows = _windows(own_bands, num_queries, costs.window, WINDOW_SLACK * fetch / costs.pair)
+            found += [(overhead_of_window(each), each) for each in windows]
+    return min(found, key=lambda each: each[0])[1]
 
 
 def _rows_moved(stage: Stage) -> int:
