@@ -4,7 +4,7 @@
 A kernel ends with a few blocks that take as long as all before, and the next one of its stream waits for the last of
 them. But early and late queries have nothing to do with each other: as soon as the late ones' keys have come, their
 kernel may take every multiprocessor that the early ones' has no more work for. What the received rows add to early
-queries runs there too, and fills the end of the late ones' kernel; of several kernels of late queries, every second.
+queries runs there too, and fills the end of the late ones' kernel; and so do late kernels but the largest.
 """
 
 from collections.abc import Iterator

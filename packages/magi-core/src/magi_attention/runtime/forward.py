@@ -56,8 +56,8 @@ def attend(
                         results.compute(launch, queries, keys, values)
             else:
                 have_come = beside.now()
-                for number, launch in enumerate(launches):
-                    with beside.after(have_come) if launch.queries_known or number % 2 else nullcontext():
+                for launch in launches:
+                    with nullcontext() if launch.is_main else beside.after(have_come):
                         results.compute(launch, queries, keys, values)
                 beside.join()
             del queries, keys, values

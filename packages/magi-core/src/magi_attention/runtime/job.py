@@ -116,6 +116,7 @@ class Launch(NamedTuple):
             None.
         queries_known: whether its results are added to those of earlier kernels.
         keys_known: the same for gradients of keys.
+        is_main: whether it has the most pairs of those kernels of its step whose results are not added to earlier ones.
         name: for profiles.
     """
 
@@ -128,6 +129,7 @@ class Launch(NamedTuple):
     run_keys_first: Callable[..., Any] | None
     queries_known: bool
     keys_known: bool
+    is_main: bool
     name: str
 
 
@@ -238,6 +240,7 @@ def _make_job(
                 else None,
                 queries_known=call.queries_known,
                 keys_known=call.keys_known,
+                is_main=not call.queries_known and call is max(step.calls, key=_new_area),
                 name=f"magi: attention stage {step.number}",
             )
 
@@ -263,6 +266,11 @@ def _make_job(
         keeps_received=bool(options.keep_received)
         and _takes_little(runtime.plan, k[:1].numel() + v[:1].numel(), q.shape[1] * (q.shape[2] + v.shape[2])),
     )
+
+
+def _new_area(call: KernelCall) -> int:
+    """A kernel's pairs; -1 where they are added to earlier results."""
+    return -1 if call.queries_known else call.slices.area()
 
 
 def wants_room(of: Pass, number: int, is_forward: bool, fetches: bool) -> bool:
