@@ -33,7 +33,7 @@ def margins(num_ranks: int, **options: object) -> dict[str, list[int]]:
     """What the kernels of each pass leave to communication, in their order."""
     config = DistAttnConfig(
         dispatch_config=DispatchConfig(chunk_size=256),
-        overlap_config=OverlapConfig(degree=1),
+        overlap_config=OverlapConfig(degree=2, min_chunk_size=256),
         runtime_config=RuntimeConfig(kernel_backend="reference", check_plan=False, **options),
     )
     group = dist.group.WORLD if num_ranks > 1 else None

@@ -17,7 +17,7 @@ BYTES_SUMMED = {"forward": 0, "backward": 24}
 """Likewise for one number of k or v whose gradients of two kernels are summed up in float32."""
 
 KERNELS_OF_EXCHANGE = 6
-"""So many latencies of kernels an exchange takes besides the transfer: some pack and unpack, and events are waited for."""
+"""So many latencies of kernels an exchange takes besides the transfer: to pack, to unpack, and between streams."""
 
 LATENCIES_PER_CALL = {"forward": 3, "backward": 7}
 """Another kernel costs so many latencies of kernels: backward it is several, and ends are not filled."""
