@@ -104,9 +104,9 @@ def test_new_mask_between_two_layouts_of_one_sequence_is_self_attention():
 
 def test_new_mask_between_two_layouts_is_checked():
     decoder, encoder = key_for(), key_for(q=[(0, 61)], total_seqlen_q=61, total_seqlen_k=61)
-    with pytest.raises(ValueError, match="k_ranges end at 80, after the last row of a sequence of 64"):
+    with pytest.raises(ValueError, match="k_ranges end at 62, after the last row of a sequence of 61"):
         make_flex_key_for_new_mask_after_dispatch(
-            ranges((0, 80)), ranges((0, 80)), "full", decoder, key_for_kv_dispatch=encoder
+            ranges((0, 62)), ranges((0, 62)), "full", decoder, key_for_kv_dispatch=encoder
         )
     clear_cache()
     decoder = key_for()
@@ -164,7 +164,7 @@ def test_new_mask_never_meets_the_same_mask_with_its_own_layout():
 @pytest.mark.parametrize(
     ("q", "types", "error", "message"),
     [
-        ([(0, 105)], "full", ValueError, "q_ranges end at 105"),
+        ([(0, 101)], "full", ValueError, "q_ranges end at 101, after the last row of a sequence of 100"),
         ([(0, 50), (30, 60)], "full", ValueError, "slice 0 .* and slice 1 .* keep a common"),
         ([(0, 50)], ["full", "full"], ValueError, "2 entries for 1"),
         ([(0, 50)], 3, TypeError, "mask type"),

@@ -69,13 +69,13 @@ def make_flex_key_for_new_mask_after_dispatch(
         runtime_config=source.runtime_config,
     ).resolved()
     with failures_reported(old.cp_group, bool(config.runtime_config.check_plan)):
-        check_ranges(q_ranges, k_ranges, old.total_seqlen_q, old_k.total_seqlen_k)
+        num_real = old.total_seqlen_q - old.pad_size
+        check_ranges(q_ranges, k_ranges, num_real, old_k.total_seqlen_k - old_k.pad_size_k)
         mask_types: Sequence[AttnMaskType] = resolve_mask_types(attn_mask_type, len(q_ranges))
         resolve_group(
             old.cp_group if old.cp_mesh is None else old.cp_mesh, bool(config.runtime_config.hierarchical_comm)
         )
         if old.pad_size:
-            num_real = old.total_seqlen_q - old.pad_size
             q_ranges, k_ranges, mask_types = apply_padding(q_ranges, k_ranges, mask_types, num_real, old.pad_size)
         key = replace(
             old,
