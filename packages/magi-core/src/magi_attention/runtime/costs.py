@@ -37,7 +37,7 @@ ROWS_OF_WAVE, ROWS_OF_TILE = 128 * 192, 128
 a GPU of today. Fewer take as long. Runs of queries have multiples of a tile's rows."""
 
 LEAST_LATENCIES = 100
-"""Where a forward pass takes less than so many latencies of kernels, the host would not keep up with more of them."""
+"""Where a pass takes less than so many latencies of kernels, the host would not keep up with more of them."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Costs:
         call: what another kernel costs, apart from its work.
         merge: what a kernel costs besides that merges what received rows add to early queries.
         regular: what it costs where it makes masks regular; infinite where these save nothing.
-        least_work: forward passes that take less are not cut into more kernels.
+        least_work: passes that take less are not cut into more kernels.
         window: early queries come in multiples of so many; None where a few of them don't pay.
     """
 
@@ -101,7 +101,7 @@ class Costs:
         )
 
     def is_short(self, pairs: int) -> bool:
-        """Whether a forward pass over so many pairs is too short to be cut, or for the host to be ahead."""
+        """Whether the pass is too short over so many pairs to be cut, or for the host to be ahead."""
         return pairs * self.pair < self.least_work
 
 
