@@ -16,13 +16,13 @@ from magi_attention.kernels.registry import explain_choice
 from magi_attention.runtime import manager
 from magi_attention.runtime.beside import Beside
 from magi_attention.testing.distributed import RankPool
-from tests.core.test_schedule import COSTS
+from tests.core.test_schedule import COSTS, in_both_passes
 from tests.distributed.attention_case import Answer, Case, assert_right, attend
 
 TOKENS = 6144
 HEADS, GROUPS, HEAD_DIM = 8, 1, 128
-# By which a few queries are computed while rows travel.
-EARLY = replace(COSTS["window first"], window=128, fetches_again=False)
+# By which a few queries are computed while rows travel, whatever they need, or many that need none of these.
+EARLY = {name: in_both_passes(replace(COSTS[name], window=128)) for name in ("window first", "rest together")}
 SLEEP = 3_000_000
 MASKS = ["causal", "varlen_causal", "swa_causal_1024", "varlen_block_causal_4k", "shared_question"]
 
@@ -75,7 +75,7 @@ def test_training_shapes(pool, backend, mask, degree):
     assert_right(case, pool.run(attend_once, case)[0], on="cuda")
 
 
-def attend_with_one_late(rank: int, world_size: int, case: Case, late: str) -> Answer:
+def attend_with_one_late(rank: int, world_size: int, case: Case, costs: str, late: str) -> Answer:
     """Some queries are computed early; the GPU reaches these, or all others, only long after it could."""
     num_beside = 0
     after, now = Beside.after, Beside.now
@@ -96,7 +96,7 @@ def attend_with_one_late(rank: int, world_size: int, case: Case, late: str) -> A
         return event
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manager, "_costs", lambda *_: EARLY)
+        patch.setattr(manager, "_costs", lambda *_: EARLY[costs])
         patch.setattr(Beside, "after", sleep_and_launch)
         patch.setattr(Beside, "now", mark_and_sleep)
         answer = attend(case, dist.group.WORLD)
@@ -105,9 +105,12 @@ def attend_with_one_late(rank: int, world_size: int, case: Case, late: str) -> A
 
 
 @pytest.mark.parametrize("late", ["early", "rest"])
-@pytest.mark.parametrize("mask", ["causal", "full"])
+@pytest.mark.parametrize(
+    ("mask", "costs"),
+    [("causal", "window first"), ("full", "window first"), ("varlen_causal", "rest together")],
+)
 @pytest.mark.parametrize("backend", ["auto", "hopper", "blackwell", "cudnn_flex"])
-def test_early_queries_on_a_stream_of_their_own(pool, backend, mask, late):
+def test_early_queries_on_a_stream_of_their_own(pool, backend, mask, costs, late):
     skip_unless_served(backend)
     case = training_case(backend, mask, 1, keep_received=True)
-    assert_right(case, pool.run(attend_with_one_late, case, late)[0], on="cuda")
+    assert_right(case, pool.run(attend_with_one_late, case, costs, late)[0], on="cuda")
