@@ -16,7 +16,7 @@ from magi_attention.runtime import manager, schedule
 from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr
 from magi_attention.testing.distributed import RankPool
 from magi_attention.testing.masks import MASK_FAMILIES
-from tests.core.test_schedule import COSTS
+from tests.core.test_schedule import COSTS, in_both_passes
 from tests.distributed.attention_case import Answer, Case, assert_right, attend, group_of
 
 BACKENDS = ["gloo", pytest.param("nccl", marks=pytest.mark.gpu(2))]
@@ -42,7 +42,7 @@ def attend_arranged(
     dist_attn_runtime_dict_mgr.clear()
     with pytest.MonkeyPatch.context() as patch:
         if both or rank % 2 == 0:
-            patch.setattr(manager, "_costs", lambda *_: replace(COSTS[name], window=8))
+            patch.setattr(manager, "_costs", lambda *_: in_both_passes(replace(COSTS[name], window=8)))
             patch.setattr(schedule, "LEAST_EARLY_ROWS", 8)
             patch.setattr(schedule, "LEAST_EARLY_SHARE", 1000)
         if eager:
