@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from magi_attention.kernels.registry import choose_for_indices
 from magi_attention.testing.lists import dense_index_attention, random_lists
 from magi_attention.testing.metric import assert_within_pytorch_error
 from magi_attention.testing.stages import Inputs, random_inputs
-from magi_kernels_hopper import BACKEND
+from magi_kernels_hopper import BACKEND, index_backward
 from magi_kernels_hopper.variants import INDEX_SIZES
 
 pytestmark = pytest.mark.gpu
@@ -107,9 +108,91 @@ def test_views_are_read_in_place():
     assert torch.equal(BACKEND.forward_indices(q, k, v, call).out, expected.out)
 
 
+def assert_gradients_right(x: Inputs, lists: torch.Tensor, **scoring: float) -> None:
+    """Those of the kernels, from the outputs of plain torch, with the order of additions left open and fixed."""
+    call = IndexCall(lists, scoring.get("softmax_scale", 0.1), scoring.get("softcap", 0.0))
+    scoring = {"softmax_scale": call.softmax_scale, "softcap": call.softcap}
+    out, lse, _ = attend_to_indices(*x[:3], call)
+    dlse = x.dlse.masked_fill(lse == -torch.inf, 0)
+
+    def dense(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [each.detach().to(dtype).requires_grad_() for each in x[:3]]
+        of_dtype, lse, _ = dense_index_attention(*leaves, lists, **scoring)
+        return torch.autograd.grad((of_dtype, lse), leaves, (x.dout.to(dtype), dlse.to(lse.dtype)))
+
+    exact, plain = dense(torch.float64), dense(x.q.dtype)
+    fixed = replace(call, deterministic=True)
+    results = [BACKEND.backward_indices(x.dout, *x[:3], out, lse, dlse, each) for each in (call, fixed, fixed)]
+    for gradients in results[:2]:
+        for name, mine, truth, torchs in zip(("dq", "dk", "dv"), gradients, exact, plain, strict=True):
+            assert_within_pytorch_error(mine, truth, torchs, name=name)
+    assert all(torch.equal(once, again) for once, again in zip(*results[1:], strict=True))
+
+
+@pytest.mark.parametrize("longest", [64, 128, 37, 200])
+def test_gradients_by_lengths_of_lists(longest):
+    x = inputs(300, 500)
+    assert_gradients_right(x, lists_for(x, longest))
+
+
+@pytest.mark.parametrize("dims", INDEX_SIZES, ids=str)
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (8, 1), (64, 1), (128, 1), (5, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_gradients_of_every_kernel(dims, heads, dtype, softcap):
+    x = inputs(200, 400, dims=dims, heads=heads, dtype=dtype)
+    assert_gradients_right(x, lists_for(x, 192), softcap=softcap)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, -0.1])
+def test_gradients_by_scales(scale):
+    x = inputs(100, 100)
+    assert_gradients_right(x, lists_for(x, 64), softmax_scale=scale)
+
+
+def test_gradients_of_empty_lists():
+    x = inputs(300, 100)
+    assert_gradients_right(x, torch.full((300, 2, 128), -1, dtype=torch.int32, device="cuda"))
+
+
+def test_gradients_a_part_at_a_time(monkeypatch):
+    monkeypatch.setattr(index_backward, "BYTES_AT_A_TIME", 1 << 20)
+    x = inputs(300, 200, heads=(130, 1))
+    assert_gradients_right(x, lists_for(x, 100))
+
+
+def test_gradients_of_one_key_that_all_name():
+    x = inputs(3000, 10)
+    assert_gradients_right(x, torch.full((3000, 2, 1), 3, dtype=torch.int32, device="cuda"))
+
+
+def test_gradients_read_views_in_place():
+    qkv = torch.randn(300, 12, 128, device="cuda").bfloat16()
+    q, k, v = qkv[:, :8], qkv[:, 8:10], qkv[:, 10:]
+    call = IndexCall(random_lists(300, 2, 300, 128, device="cuda"), 0.1, deterministic=True)
+    out, lse, _ = BACKEND.forward_indices(q, k, v, call)
+    expected = BACKEND.backward_indices(out, *(x.contiguous() for x in (q, k, v)), out, lse, None, call)
+    results = BACKEND.backward_indices(out, q, k, v, out, lse, None, call)
+    assert all(torch.equal(mine, right) for mine, right in zip(results, expected, strict=True))
+
+
+def test_keys_of_others_give_nothing():
+    """What lies in memory where no list points may be anything."""
+    x = inputs(100, 200)
+    lists = lists_for(x, 100).clamp(max=150)
+    call = IndexCall(lists, 0.1, deterministic=True)
+    out, lse, _ = BACKEND.forward_indices(*x[:3], call)
+    expected = BACKEND.backward_indices(x.dout, *x[:3], out, lse, None, call)
+    for each in (x.k, x.v):
+        each[151:] = torch.nan
+    results = BACKEND.backward_indices(x.dout, *x[:3], out, lse, None, call)
+    assert all(torch.equal(mine, right) for mine, right in zip(results, expected, strict=True))
+
+
 def test_it_is_chosen_and_differentiable():
     x = inputs(200, 300)
-    assert choose_for_indices(AttentionRequest.of_tensors(x.q, x.k, x.v)) is BACKEND
+    backends = choose_for_indices(AttentionRequest.of_tensors(x.q, x.k, x.v))
+    assert backends.forward is backends.backward is BACKEND
     lists, leaves = lists_for(x, 128), [each.requires_grad_() for each in x[:3]]
     out, meta = flex_flash_attn_func(*leaves, index_attn_indices=lists)
     gradients = torch.autograd.grad((out, meta.lse), leaves, (x.dout, x.dlse.masked_fill(meta.lse == -torch.inf, 0)))
@@ -136,6 +219,22 @@ def test_captured_in_a_graph():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured.out, expected.out)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_captured_in_a_graph(deterministic):
+    x = inputs(200, 300)
+    call = IndexCall(lists_for(x, 128), 0.1, deterministic=deterministic)
+    out, lse, _ = BACKEND.forward_indices(*x[:3], call)
+    expected = BACKEND.backward_indices(x.dout, *x[:3], out, lse, None, call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = BACKEND.backward_indices(x.dout, *x[:3], out, lse, None, call)
+    for each in captured:
+        each.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(captured, expected, rtol=1e-2, atol=1e-2)
 
 
 OUT_OF_RANGE = """

@@ -40,8 +40,8 @@ __device__ __forceinline__ float2 terms_of(float const* terms, int j) {
 
 // Scores to probabilities, which are `fragments` too; under a cap, what is left in the scores is what their gradients
 // are multiplied by: cap * tanh(x / cap) has the slope 1 - tanh(x / cap)^2. `lse` is that of the thread's first row.
-template <typename T>
-__device__ __forceinline__ void to_probabilities(Params const& p, Scores<T>& scores, Fragments<T>& fragments,
+template <typename T, typename P>
+__device__ __forceinline__ void to_probabilities(P const& p, Scores<T>& scores, Fragments<T>& fragments,
                                                  float const* lse) {
 #pragma unroll
     for (int j = 0; j < T::kTileM / 8; j++) {

@@ -16,13 +16,13 @@ template <typename T>
 struct Consumer {
     using Element = typename T::Element;
     Params const& p;
-    Shared<T>& s;
+    typename T::Shared& s;
     RingPlace<T::kStages> place;
     RingPlace<1> q_place;
     float scores[T::kTileN / 2];
     float out[T::kHeadDimV / 2];
 
-    __device__ __forceinline__ Consumer(Params const& p, Shared<T>& s) : p(p), s(s) {}
+    __device__ __forceinline__ Consumer(Params const& p, typename T::Shared& s) : p(p), s(s) {}
 
     // What the warp has read by products must have been waited for.
     __device__ __forceinline__ void release(uint64_t* empty) { ptx::mbarrier_arrive_warp(empty); }
@@ -100,13 +100,13 @@ struct Consumer {
     }
 
     __device__ __forceinline__ forward::OutputRow output_row(Item const& item, int row) const {
-        return {item.token, item.pack * p.pack + row, row < p.pack};
+        return {item.token, item.pack * p.lists.pack + row, row < p.lists.pack};
     }
 
     __device__ __forceinline__ void run() {
-        int64_t const num_items = static_cast<int64_t>(p.results.num_q) * p.num_kv_heads * p.packs_per_kv_head;
+        int64_t const num_items = p.lists.num_items();
         for (int64_t number = blockIdx.x; number < num_items; number += gridDim.x) {
-            Item const item(p.results, number);
+            Item const item(p.lists, number);
             forward::Softmax<T> softmax(p.scoring);
 #pragma unroll
             for (int i = 0; i < T::kHeadDimV / 2; i++) out[i] = 0;
@@ -121,7 +121,7 @@ struct Consumer {
 template <typename T>
 __device__ __forceinline__ void attend_to_indices(Params const& p) {
     extern __shared__ __align__(1024) uint8_t memory[];
-    auto& s = *reinterpret_cast<Shared<T>*>(memory);
+    auto& s = *reinterpret_cast<typename T::Shared*>(memory);
     int const warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
         ptx::mbarrier_init(&s.q_full, 1);

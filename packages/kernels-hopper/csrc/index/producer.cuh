@@ -18,20 +18,25 @@ constexpr int kProducers = 128;  // threads
 // Tiles of queries in order of work: pack by pack of heads, so that keys of one head stay in the L2 cache.
 struct Item {
     int token, pack;
-    __device__ __forceinline__ Item(forward::Results const& p, int64_t number)
+    __device__ __forceinline__ Item(Lists const& p, int64_t number)
         : token(static_cast<int>(number % p.num_q)), pack(static_cast<int>(number / p.num_q)) {}
+    __device__ __forceinline__ int kv_head(Lists const& p) const { return pack / p.packs_per_kv_head; }
 };
 
+// In the backward pass gradients of outputs come with queries, and where to add those of keys with keys.
 template <typename T>
 struct Producer {
+    using Params = typename T::Params;
+    using Shared = typename T::Shared;
     Params const& p;
-    Shared<T>& s;
+    Lists const& lists;
+    Shared& s;
     RingPlace<T::kStages> place;
     RingPlace<1> q_place;
     int signaled = 0, started = 0;  // tiles
     int indices[2];                 // of a tile, those of the lane and of 32 later
 
-    __device__ __forceinline__ Producer(Params const& p, Shared<T>& s) : p(p), s(s) {}
+    __device__ __forceinline__ Producer(Params const& p, Shared& s) : p(p), lists(p.lists), s(s) {}
 
     __device__ __forceinline__ void read_indices(int const* list) {
         indices[0] = __ldg(list + threadIdx.x % 32);
@@ -47,7 +52,7 @@ struct Producer {
     // Stops the program, as torch's own indexing does, rather than read beyond the keys.
     __device__ __forceinline__ void check(int keys) const {
         int const lane = threadIdx.x % 32;
-        bool const inside = (lane >= keys || indices[0] < p.num_k) && (lane + 32 >= keys || indices[1] < p.num_k);
+        bool const inside = (lane >= keys || indices[0] < lists.num_k) && (lane + 32 >= keys || indices[1] < lists.num_k);
         if (!inside) asm volatile("trap;");
     }
 
@@ -72,14 +77,60 @@ struct Producer {
         }
     }
 
-    __device__ __forceinline__ void load_q(Item const& item) {
-        ptx::mbarrier_try_wait_parity(&s.q_empty, q_place.parity() ^ 1);
-        ptx::mbarrier_arrive_expect_tx(&s.q_full, p.pack * T::kHeadDim * kBytesPerElement);
+    // Starts to load the rows of a tile of queries, or of what is shaped like it.
+    template <typename Tile>
+    __device__ __forceinline__ void load_rows(uint8_t* target, CUtensorMap const& map, Item const& item) {
 #pragma unroll
-        for (int panel = 0; panel < T::TileQ::kPanels; panel++) {
-            ptx::cp_async_bulk_tensor_3d(s.q + panel * T::TileQ::kPanelBytes, &p.q, &s.q_full,
-                                         panel * T::TileQ::kPanelColumns, item.pack * p.pack, item.token,
-                                         ptx::CacheHint::kEvictFirst);
+        for (int panel = 0; panel < Tile::kPanels; panel++) {
+            ptx::cp_async_bulk_tensor_3d(target + panel * Tile::kPanelBytes, &map, &s.q_full, panel * Tile::kPanelColumns,
+                                         item.pack * lists.pack, item.token, ptx::CacheHint::kEvictFirst);
+        }
+    }
+
+    // By one warp.
+    __device__ __forceinline__ void load_queries(Item const& item) {
+        int const lane = threadIdx.x % 32;
+        if constexpr (T::kDifferentiates) {
+            int64_t const first = static_cast<int64_t>(item.token) * lists.num_heads() + item.pack * lists.pack + lane;
+            float of_rows[2][2];  // of this row and of 32 later
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                bool const inside = lane + 32 * i < lists.pack;
+                of_rows[i][0] = inside ? __ldg(p.lse + first + 32 * i) : INFINITY;
+                of_rows[i][1] = inside ? __ldg(p.delta + first + 32 * i) : 0;
+            }
+            ptx::mbarrier_try_wait_parity(&s.q_empty, q_place.parity() ^ 1);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                s.terms[0][T::term_of(lane + 32 * i)] = of_rows[i][0];
+                s.terms[1][T::term_of(lane + 32 * i)] = of_rows[i][1];
+            }
+            __syncwarp();
+            if (lane == 0) {
+                constexpr int kBytes = (T::kHeadDim + T::kHeadDimV) * kBytesPerElement;
+                ptx::mbarrier_arrive_expect_tx(&s.q_full, lists.pack * kBytes);
+                load_rows<typename T::TileQ>(s.q, p.q, item);
+                load_rows<typename T::TileDout>(s.dout, p.dout, item);
+            }
+        } else if (lane == 0) {
+            ptx::mbarrier_try_wait_parity(&s.q_empty, q_place.parity() ^ 1);
+            ptx::mbarrier_arrive_expect_tx(&s.q_full, lists.pack * T::kHeadDim * kBytesPerElement);
+            load_rows<typename T::TileQ>(s.q, p.q, item);
+        }
+        __syncwarp();
+    }
+
+    // Which rows of gradients the tile's entries, from entry `first` of all lists on, have.
+    __device__ __forceinline__ void tell_places(int stage, int64_t first, Item const& item) {
+        int const lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int place = indices[i] * lists.num_kv_heads + item.kv_head(lists);
+            if (p.places != nullptr) {
+                place = __ldg(p.places + first + lane + 32 * i) * lists.packs_per_kv_head +
+                        item.pack % lists.packs_per_kv_head;
+            }
+            s.places[stage][lane + 32 * i] = place;
         }
     }
 
@@ -92,11 +143,12 @@ struct Producer {
 
     // A list's tiles; that of an empty list is one tile without keys.
     __device__ __forceinline__ void load(Item const& item) {
-        int const kv_head = item.pack / p.packs_per_kv_head;
-        int const* list = p.indices + (static_cast<int64_t>(item.token) * p.num_kv_heads + kv_head) * p.longest;
-        int const* const end = list + p.longest;
-        uint8_t const* const k = p.k + kv_head * p.k_head_bytes;
-        uint8_t const* const v = p.v + kv_head * p.v_head_bytes;
+        int const kv_head = item.kv_head(lists);
+        int const* list =
+            lists.indices + (static_cast<int64_t>(item.token) * lists.num_kv_heads + kv_head) * lists.longest;
+        int const* const end = list + lists.longest;
+        uint8_t const* const k = lists.k + kv_head * lists.k_head_bytes;
+        uint8_t const* const v = lists.v + kv_head * lists.v_head_bytes;
         read_indices(list);
         int keys = count_keys();
         bool is_first = true, is_last;
@@ -105,9 +157,12 @@ struct Producer {
             int const stage = place.stage();
             ptx::mbarrier_try_wait_parity(&s.empty[stage], place.parity() ^ 1);
             place.advance();
-            gather<typename T::TileK>(s.k[stage], k, p.k_token_bytes, keys);
-            gather<typename T::TileV>(s.v[stage], v, p.v_token_bytes, keys);
+            gather<typename T::TileK>(s.k[stage], k, lists.k_token_bytes, keys);
+            gather<typename T::TileV>(s.v[stage], v, lists.v_token_bytes, keys);
             ptx::cp_async_commit_group();
+            if constexpr (T::kDifferentiates) {
+                if (threadIdx.x < 32) tell_places(stage, list - lists.indices, item);
+            }
             int const these = keys;
             list += T::kTileN;
             is_last = these < T::kTileN || list == end;
@@ -123,8 +178,7 @@ struct Producer {
             }
             if (threadIdx.x == 0) s.keys[stage] = is_last ? ~these : these;
             if (is_first) {
-                if (threadIdx.x == 0) load_q(item);
-                __syncwarp();
+                if (threadIdx.x < 32) load_queries(item);
                 q_place.advance();
                 is_first = false;
             }
@@ -132,8 +186,8 @@ struct Producer {
     }
 
     __device__ __forceinline__ void run() {
-        int64_t const num_items = static_cast<int64_t>(p.results.num_q) * p.num_kv_heads * p.packs_per_kv_head;
-        for (int64_t number = blockIdx.x; number < num_items; number += gridDim.x) load(Item(p.results, number));
+        int64_t const num_items = lists.num_items();
+        for (int64_t number = blockIdx.x; number < num_items; number += gridDim.x) load(Item(lists, number));
         ptx::cp_async_wait_group<0>();
         if (started > signaled) signal();
     }

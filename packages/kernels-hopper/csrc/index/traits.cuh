@@ -6,8 +6,12 @@
 #include <cuda_fp16.h>
 
 #include "../layout.cuh"
+#include "params.cuh"
 
 namespace magi::index {
+
+template <typename T>
+struct SharedOfForward;
 
 // The sizes that are chosen by measurement; variants.py has those of each kernel.
 //   Stages:            tiles of keys and values in shared memory
@@ -17,6 +21,9 @@ template <int HeadDim, int HeadDimV, typename Element_, bool Softcap, int Stages
           int ProducerRegisters>
 struct Traits {
     using Element = Element_;
+    using Params = index::Params;
+    using Shared = SharedOfForward<Traits>;
+    static constexpr bool kDifferentiates = false;
     static constexpr int kHeadDim = HeadDim;
     static constexpr int kHeadDimV = HeadDimV;
     static constexpr bool kSoftcap = Softcap;
@@ -39,7 +46,7 @@ struct Traits {
 
 // Tiles are aligned to the swizzle's pattern.
 template <typename T>
-struct alignas(1024) Shared {
+struct alignas(1024) SharedOfForward {
     uint8_t q[T::TileQ::kBytes];
     uint8_t k[T::kStages][T::TileK::kBytes];
     uint8_t v[T::kStages][T::TileV::kBytes];

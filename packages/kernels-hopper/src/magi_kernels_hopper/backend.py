@@ -85,9 +85,7 @@ class HopperBackend:
         Raises:
             RuntimeError: with the reason why not, if :meth:`supports_indices` would say no to the tensors.
         """
-        request = AttentionRequest.of_tensors(q, k, v, softcap=call.softcap, max_logits=call.max_logits)
-        if not (support := support_of_indices(request)):
-            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
+        self._check_indices("forward", q, k, v, call)
         from magi_kernels_hopper.index import launch_index
 
         out = q.new_empty(*q.shape[:2], v.shape[2])
@@ -96,6 +94,29 @@ class HopperBackend:
         with on_device_of(q):
             launch_index(q, k, v, call, out, lse, max_logits)
         return AttentionResult(out, lse, max_logits)
+
+    @without_grad
+    def backward_indices(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        call: IndexCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`magi_attention.kernels.protocol.DifferentiatesByIndices`; the tensors are not empty.
+
+        Raises:
+            RuntimeError: as :meth:`forward_indices`.
+        """
+        self._check_indices("backward", q, k, v, call)
+        from magi_kernels_hopper.index_backward import launch_index_backward
+
+        with on_device_of(q):
+            return launch_index_backward(dout, q, k, v, out, lse, dlse, call)
 
     @without_grad
     def backward(
@@ -136,6 +157,11 @@ class HopperBackend:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`magi_attention.kernels.protocol.WritesInPlace`; dq is always a tensor of its own."""
         return self.backward(dout, q, k, v, out, lse, dlse, call)
+
+    def _check_indices(self, direction: Direction, q: Tensor, k: Tensor, v: Tensor, call: IndexCall) -> None:
+        request = AttentionRequest.of_tensors(q, k, v, softcap=call.softcap, max_logits=call.max_logits)
+        if not (support := support_of_indices(request.toward(direction))):
+            raise RuntimeError(f"backend {self.name!r}: {support.reason}")
 
     def _check(self, direction: Direction, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
         """Raise ``RuntimeError`` for what is not supported; once found to be, that is not asked again."""

@@ -14,6 +14,7 @@ from magi_kernels_hopper.variants import (
     HEAD_DIMS,
     BackwardVariant,
     Element,
+    IndexBackwardVariant,
     IndexVariant,
     Variant,
     forward_variants,
@@ -41,8 +42,6 @@ def _with_index(request: AttentionRequest) -> AttentionRequest:
 
 @cache
 def _support_of(request: AttentionRequest, by_indices: bool = False) -> Support:
-    if by_indices and request.direction == "backward":
-        return _refuse("the kernels for index attention compute the forward pass alone")
     if request.dtype not in ELEMENT_OF:
         return _refuse(f"the kernels compute in bfloat16 or float16, not in {request.dtype}; use the backend 'flex'")
     dims = (request.head_dim, request.head_dim_v)
@@ -58,7 +57,8 @@ def _support_of(request: AttentionRequest, by_indices: bool = False) -> Support:
         return _refuse(f"the GPU has compute capability {major}.{minor}, kernels are for 9.0; use the backend 'flex'")
     element, needed = ELEMENT_OF[request.dtype], list[Variant]()
     if by_indices:
-        needed.append(IndexVariant(*dims, element, request.softcap))
+        kind = IndexVariant if request.direction == "forward" else IndexBackwardVariant
+        needed.append(kind(*dims, element, request.softcap))
     elif request.direction == "forward":
         needed += forward_variants(dims, element, request.softcap)
     else:

@@ -283,7 +283,53 @@ class IndexVariant(_Variant):
         }
 
 
-Variant = ForwardVariant | BackwardVariant | IndexVariant
+@dataclass(frozen=True)
+class IndexBackwardSizes(IndexSizes):
+    """Sizes of a backward kernel of index attention; see ``csrc/index/backward_traits.cuh``."""
+
+    row_threads = 256
+    """Threads of a block of the kernels before and after it."""
+
+    def rows_of_block(self, head_dim_v: int) -> int:
+        """Rows of queries whose terms a block computes."""
+        vectors = head_dim_v // 8
+        return self.row_threads // (8 if vectors <= 8 else 16 if vectors <= 16 else 32)
+
+    def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Shared memory of a block: tiles, and two kilobytes for what is of rows, which the compiler checks."""
+        tiles = (self.rows + self.keys * self.stages) * (head_dim + head_dim_v) + self.rows * self.keys
+        return 2 * tiles + 2048
+
+
+INDEX_BACKWARD_SIZES = {
+    (64, 64): IndexBackwardSizes(4, 2, 200, 56),
+    (96, 96): IndexBackwardSizes(3, 2, 200, 56),
+    (128, 128): IndexBackwardSizes(2, 2, 200, 56),
+    (192, 128): IndexBackwardSizes(4, 1, 240, 64),
+    (192, 192): IndexBackwardSizes(3, 1, 240, 64),
+    (256, 256): IndexBackwardSizes(2, 1, 240, 64),
+}
+"""By head dims."""
+
+
+@dataclass(frozen=True)
+class IndexBackwardVariant(IndexVariant):
+    """One backward kernel of index attention, and those that come before and after it."""
+
+    kind = "index_backward"
+    source = "index/backward.cu"
+    entry = "magi_index_backward"
+    prepare_entry = "magi_index_backward_prepare"
+    sum_entry = "magi_index_backward_sum"
+    finish_entry = "magi_index_backward_finish"
+
+    @property
+    def sizes(self) -> IndexBackwardSizes:
+        """Its sizes."""
+        return INDEX_BACKWARD_SIZES[self.dims]
+
+
+Variant = ForwardVariant | BackwardVariant | IndexVariant | IndexBackwardVariant
 
 
 def forward_variants(dims: tuple[int, int], element: Element, softcap: bool) -> list[ForwardVariant]:
@@ -302,7 +348,10 @@ def all_variants() -> list[Variant]:
             for each in forward_variants(dims, element, softcap)
         ),
         *(BackwardVariant(*dims, element, softcap) for dims, (element, softcap) in product(BACKWARD_SIZES, scores)),
-        *(IndexVariant(*dims, element, softcap) for dims, (element, softcap) in product(INDEX_SIZES, scores)),
+        *(
+            kind(*dims, element, softcap)
+            for kind, dims, (element, softcap) in product((IndexVariant, IndexBackwardVariant), INDEX_SIZES, scores)
+        ),
     ]
 
 

@@ -105,6 +105,7 @@ def flex_flash_attn_func(
             raise MagiValueError("k_ranges and attn_type_map belong to q_ranges, not to index_attn_indices")
         if sink is not None:
             check_sink(sink, q.shape[0], q.shape[1], sink_layout)
+        backend, backward_backend = configured_backends()
         return attend_by_indices(
             q,
             k,
@@ -113,9 +114,11 @@ def flex_flash_attn_func(
             sink=sink,
             softmax_scale=softmax_scale,
             softcap=softcap,
+            deterministic=deterministic,
             sm_margin=sm_margin,
             return_max_logits=return_max_logits,
-            backend=configured_backends()[0],
+            backend=backend,
+            backward_backend=backward_backend,
         )
     if index_attn:
         raise MagiValueError("index_attn says that keys are given by index_attn_indices, which are missing")

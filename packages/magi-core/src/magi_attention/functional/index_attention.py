@@ -17,8 +17,8 @@ from magi_attention.common.validation import check_scores, check_sm_margin
 from magi_attention.functional.single_device import check_tensors
 from magi_attention.kernels.autograd import owned, without_autocast
 from magi_attention.kernels.indexed import attend_to_indices, differentiate_by_indices
-from magi_attention.kernels.protocol import AttendsToIndices, AttentionRequest, IndexCall, attend_to_nothing
-from magi_attention.kernels.registry import choose_for_indices
+from magi_attention.kernels.protocol import AttentionRequest, IndexCall, attend_to_nothing
+from magi_attention.kernels.registry import IndexBackends, choose_for_indices
 from magi_attention.kernels.sink import fold_sink, sink_gradient
 
 
@@ -32,13 +32,15 @@ def attend_by_indices(
     sink: Tensor | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
+    deterministic: bool = False,
     sm_margin: int = 0,
     return_max_logits: bool = False,
     backend: str = "auto",
+    backward_backend: str = "same",
 ) -> tuple[Tensor, AttnForwardMeta]:
     """Attend each query ``q[t]`` to the keys ``indices[t]``.
 
-    Gradients flow from out and lse to q, k, v and sink; they are computed in plain torch, in a fixed order.
+    Gradients flow from out and lse to q, k, v and sink.
 
     Args:
         q: ``[tq, hq, d]``.
@@ -49,10 +51,13 @@ def attend_by_indices(
         sink: ``[s, hq]`` or ``[tq, s, hq]``.
         softmax_scale: ``d ** -0.5`` if None.
         softcap: of scores, 0 for none.
+        deterministic: the same bits in every run, in the backward pass too; otherwise a kernel may add up what queries
+            give to the gradients of a key as it comes.
         sm_margin: multiprocessors to leave to others, where a kernel can.
         return_max_logits: whether to return the largest score of every head.
         backend: a name as :func:`magi_attention.kernels.registry.choose_backend` takes it. Where its backend has no
             kernel for this, plain torch serves the call.
+        backward_backend: the same for the backward pass; ``same`` for ``backend``.
 
     Raises:
         ValueError: If shapes do not fit, a number cannot be right, or, on CPU tensors, an index is not below tk. On a
@@ -70,16 +75,18 @@ def attend_by_indices(
         softcap=softcap,
         max_logits=return_max_logits,
         sm_margin=sm_margin,
+        deterministic=deterministic,
     )
-    out, lse, max_logits = _IndexAttention.apply(q, k, v, sink, _Job(choose_for_indices(request, backend), call))
+    job = _Job(choose_for_indices(request, backend, backward_backend), call)
+    out, lse, max_logits = _IndexAttention.apply(q, k, v, sink, job)
     return out, AttnForwardMeta(lse=lse, max_logits=max_logits)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One call, and the backend that has a kernel for it, if there is one."""
+    """One call, and the backends that have kernels for it."""
 
-    backend: AttendsToIndices | None
+    backends: IndexBackends
     call: IndexCall
 
 
@@ -116,12 +123,13 @@ class _IndexAttention(torch.autograd.Function):
             if 0 in (len(q), len(k), job.call.indices.shape[2]):
                 out, lse, max_logits = attend_to_nothing(q, v, job.call.max_logits)
             else:
-                run = attend_to_indices if job.backend is None else job.backend.forward_indices
+                backend = job.backends.forward
+                run = attend_to_indices if backend is None else backend.forward_indices
                 out, lse, max_logits = run(q, k, v, job.call)
             if sink is not None:
                 lse = fold_sink(out, lse, sink)
         out, lse = owned(out.to(q.dtype)), owned(lse)
-        ctx.call = job.call
+        ctx.job = job
         ctx.set_materialize_grads(False)
         # Saved, so that autograd notices if the caller writes the next lists over them.
         ctx.save_for_backward(q, k, v, out, lse, sink, job.call.indices)
@@ -134,11 +142,13 @@ class _IndexAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sink, _indices = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
+        call, backend = ctx.job.call, ctx.job.backends.backward
         with without_autocast(q):
-            if 0 in (len(q), len(k), ctx.call.indices.shape[2]):
+            if 0 in (len(q), len(k), call.indices.shape[2]):
                 gradients = tuple(torch.zeros_like(x) for x in (q, k, v))
             else:
-                gradients = differentiate_by_indices(dout, q, k, v, out, lse, dlse, ctx.call)
+                run = differentiate_by_indices if backend is None else backend.backward_indices
+                gradients = run(dout, q, k, v, out, lse, dlse, call)
             dsink = None
             if sink is not None and ctx.needs_input_grad[3]:
                 dsink = sink_gradient(sink, out, dout, lse, dlse).to(sink.dtype)

@@ -256,6 +256,7 @@ class IndexCall:
         softcap: if positive, scores become ``softcap * tanh(score / softcap)``.
         max_logits: also return the largest scaled, uncapped score per head.
         sm_margin: multiprocessors of the GPU to leave to others, where a backend can.
+        deterministic: the same bits in every run, in the backward pass too.
     """
 
     indices: Tensor
@@ -263,6 +264,7 @@ class IndexCall:
     softcap: float = 0.0
     max_logits: bool = False
     sm_margin: int = 0
+    deterministic: bool = False
 
 
 @runtime_checkable
@@ -278,6 +280,24 @@ class AttendsToIndices(Protocol):
         All query heads of a key head share its lists. An index that is not below ``tk`` may stop the program, and must
         not read beyond the keys.
         """
+
+
+@runtime_checkable
+class DifferentiatesByIndices(AttendsToIndices, Protocol):
+    """The optional ability of a backend to differentiate that, too."""
+
+    def backward_indices(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        call: IndexCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`KernelBackend.backward` of :meth:`AttendsToIndices.forward_indices`, whoever has computed that."""
 
 
 @dataclass(frozen=True)

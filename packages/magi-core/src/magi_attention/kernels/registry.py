@@ -12,7 +12,13 @@ from typing import NamedTuple
 
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.mask_class import mask_class
-from magi_attention.kernels.protocol import AttendsToIndices, AttentionRequest, KernelBackend, Support
+from magi_attention.kernels.protocol import (
+    AttendsToIndices,
+    AttentionRequest,
+    DifferentiatesByIndices,
+    KernelBackend,
+    Support,
+)
 from magi_attention.kernels.speeds import ALIASES, measured_tflops
 
 ENTRY_POINT_GROUP = "magi_attention.kernels"
@@ -144,21 +150,33 @@ def backends_for_slices(
     )
 
 
-def choose_for_indices(request: AttentionRequest, name: str = "auto") -> AttendsToIndices | None:
-    """Choose a backend with a kernel for index attention; None if there is none that serves ``request``.
+class IndexBackends(NamedTuple):
+    """What computes the two passes of index attention: a backend with a kernel for it, or None for plain torch."""
+
+    forward: AttendsToIndices | None
+    backward: DifferentiatesByIndices | None
+
+
+def choose_for_indices(request: AttentionRequest, name: str = "auto", backward_name: str = "same") -> IndexBackends:
+    """Choose the backends that have kernels for index attention and serve ``request``.
 
     Args:
         request: the forward pass.
         name: as for :func:`choose_backend`.
+        backward_name: as for :func:`choose_backends`.
 
     Raises:
         ValueError: as :func:`choose_backend`.
         RuntimeError: If its package is not installed.
     """
-    for backend in _candidates(name).values():
-        if isinstance(backend, AttendsToIndices) and backend.supports_indices(request):
-            return backend
-    return None
+    forward, backward = request.toward("forward"), request.toward("backward")
+    candidates = _candidates(name)
+    others = candidates if backward_name.lower() == "same" else _candidates(backward_name)
+    attends = (x for x in candidates.values() if isinstance(x, AttendsToIndices) and x.supports_indices(forward))
+    differentiates = (
+        x for x in others.values() if isinstance(x, DifferentiatesByIndices) and x.supports_indices(backward)
+    )
+    return IndexBackends(next(attends, None), next(differentiates, None))
 
 
 def explain_choice(request: AttentionRequest, name: str = "auto") -> Choice:
