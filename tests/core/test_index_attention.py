@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magi_attention.functional import flex_flash_attn_func
-from magi_attention.kernels import indexed
+from magi_attention.kernels import indexed, registry
+from magi_attention.kernels.protocol import AttentionRequest, IndexCall, Support
 from magi_attention.testing.lists import dense_index_attention, random_lists
 from magi_attention.testing.metric import assert_within_pytorch_error
 from magi_attention.testing.stages import random_inputs
@@ -112,6 +113,50 @@ def test_nothing_to_attend_to(num_q, num_k, longest):
     assert (meta.lse == -torch.inf).all()
     assert meta.max_logits.tolist() == [-torch.inf] * 4
     assert not any(each.any() for each in torch.autograd.grad(out, leaves, x.dout))
+
+
+class Recording:
+    """A backend that has index attention of plain torch, in some directions."""
+
+    def __init__(self, *directions: str) -> None:
+        self._directions = directions
+        self.calls: list[tuple[str, IndexCall]] = []
+
+    def supports_indices(self, request: AttentionRequest) -> Support:
+        return Support(request.direction in self._directions)
+
+    def forward_indices(self, q, k, v, call):
+        self.calls.append(("forward", call))
+        return indexed.attend_to_indices(q, k, v, call)
+
+    def backward_indices(self, dout, q, k, v, out, lse, dlse, call):
+        self.calls.append(("backward", call))
+        return indexed.differentiate_by_indices(dout, q, k, v, out, lse, dlse, call)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("names", "called"),
+    [
+        (("auto", "same"), [("hopper", "forward"), ("hopper", "backward")]),
+        (("flex", "same"), [("flex", "forward")]),
+        (("flex", "hopper"), [("flex", "forward"), ("hopper", "backward")]),
+    ],
+)
+def test_backends_that_have_kernels_are_asked(names, called, deterministic, monkeypatch):
+    backends = {"hopper": Recording("forward", "backward"), "flex": Recording("forward")}
+    monkeypatch.setattr(registry, "installed_backends", lambda: backends)
+    monkeypatch.setenv("MAGI_ATTENTION_KERNEL_BACKEND", names[0])
+    monkeypatch.setenv("MAGI_ATTENTION_KERNEL_BACKEND_BACKWARD", names[1])
+    x = random_inputs(10, 12, dtype=torch.float32)
+    q = x.q.requires_grad_()
+    out, _ = flex_flash_attn_func(
+        q, x.k, x.v, index_attn_indices=random_lists(10, 2, 12, 5), deterministic=deterministic
+    )
+    out.backward(x.dout)
+    calls = [(name, which, call) for name, backend in backends.items() for which, call in backend.calls]
+    assert sorted(each[:2] for each in calls) == sorted(called)
+    assert all(call.deterministic == deterministic for _, _, call in calls)
 
 
 def test_in_a_compiled_function():

@@ -25,6 +25,7 @@ int main() {
             std::printf("before %d %d %d\n", thread, column, columns_before(thread, column));
         }
     }
+    for (int place = 0; place < 96; place++) std::printf("column_of %d %d\n", place, column_of(place));
     using Tile = PanelTile<128, 128>;
     using Narrow = PanelTile<128, 96>;
     std::printf("k_major %d %llx\n", 0, (unsigned long long)(Tile::k_major(0x8400) + Tile::from(64, 80)));

@@ -51,6 +51,17 @@ def test_accumulators(printed):
     assert len(places) == 64 * 128
 
 
+def test_columns_of_sums(printed):
+    """Where a thread puts four accumulators of a row, the columns are theirs."""
+    column_of = {int(place): int(column) for place, column in printed["column_of"]}
+    columns = {(thread, i): column for thread, i, _, column in (map(int, w) for w in printed["accumulator"])}
+    for thread in range(4):
+        for i in (*range(0, 48, 8), *range(2, 48, 8)):
+            place = i // 8 * 16 + thread * 4
+            assert [column_of[place + j] for j in range(4)] == [columns[thread, i + j] for j in (0, 1, 4, 5)]
+    assert sorted(column_of.values()) == list(range(96))
+
+
 def test_columns_before(printed):
     """Counts a thread's columns of one row, of 128, that lie before a column, once clamped."""
     for thread, column, before in (map(int, words) for words in printed["before"]):

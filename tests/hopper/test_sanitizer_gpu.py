@@ -14,6 +14,7 @@ from magi_attention.kernels.protocol import AttentionRequest
 from magi_kernels_hopper import BACKEND
 from magi_kernels_hopper.variants import (
     BackwardVariant,
+    IndexBackwardVariant,
     IndexVariant,
     compiler_options,
     forward_variants,
@@ -61,6 +62,7 @@ def test_racecheck(tmp_path):
         *forward_variants((128, 128), "bf16", softcap=False),
         BackwardVariant(128, 128, "bf16"),
         IndexVariant(128, 128, "bf16"),
+        IndexBackwardVariant(128, 128, "bf16"),
     ]
     for variant in variants:
         target = tmp_path / f"{variant.name}.cubin"

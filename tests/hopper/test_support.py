@@ -13,13 +13,14 @@ import torch
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, KernelBackend
 from magi_attention.kernels.registry import choose_backend, installed_backends
-from magi_kernels_hopper import BACKEND, backward_params, driver, index
+from magi_kernels_hopper import BACKEND, backward_params, driver, index, index_backward
 from magi_kernels_hopper.forward import Params, geometry
 from magi_kernels_hopper.variants import (
     BACKWARD_SIZES,
     FORWARD_SIZES,
     HEAD_DIMS,
     ForwardVariant,
+    IndexVariant,
     all_variants,
 )
 
@@ -83,7 +84,9 @@ def test_parameters_have_the_size_that_the_kernel_asserts():
     assert ctypes.sizeof(Params) == 768
     assert Params.results.offset == 4 * 128
     assert ctypes.sizeof(index.Params) == 384
-    assert index.Params.results.offset == 128
+    assert index.Params.results.offset == 128 + ctypes.sizeof(index.Lists)
+    assert ctypes.sizeof(index_backward.Params) == 512
+    assert index_backward.Params.lists.offset == 2 * 128
     assert ctypes.sizeof(backward_params.Params) == 768
     assert backward_params.Params.dk.offset == 4 * 128
 
@@ -94,6 +97,10 @@ def test_every_kernel_fits_a_multiprocessor():
     for sizes in BACKWARD_SIZES.values():
         assert sizes.shared_bytes <= 227 * 1024
     for variant in all_variants():
+        if isinstance(variant, IndexVariant):
+            sizes = variant.sizes
+            assert sizes.blocks * (variant.shared_bytes + 1024) <= 228 * 1024
+            assert sizes.blocks * 128 * (sizes.consumer_registers + sizes.producer_registers) <= 1 << 16
         if not isinstance(variant, ForwardVariant):
             continue
         sizes = variant.sizes

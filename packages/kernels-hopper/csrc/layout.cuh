@@ -75,4 +75,10 @@ MAGI_HOST_DEVICE constexpr int columns_before(int thread, int column) {
     return (shifted >> 3) * 2 + (within < 2 ? within : 2);
 }
 
+// Rows of accumulators in device memory may have their columns in such an order that four of one thread, i, i + 1, i + 4
+// and i + 5, are neighbors: the column at a place. Of thread t they begin at i / 8 * 16 + t % 4 * 4, for even i / 4.
+MAGI_HOST_DEVICE constexpr int column_of(int place) {
+    return place / 16 * 16 + place / 2 % 2 * 8 + place / 4 % 4 * 2 + place % 2;
+}
+
 }  // namespace magi

@@ -40,12 +40,6 @@ struct BackwardTraits : backward::Traits<HeadDim, HeadDimV, Element, Softcap, 64
     static_assert(TileV::kPanelColumns == kPassColumns, "passes take turns with registers");
 };
 
-// Gradients of rows of keys are sums of floats whose columns lie in such an order that four floats of a thread are
-// neighbors: the column at a place.
-MAGI_HOST_DEVICE constexpr int column_of(int place) {
-    return place / 16 * 16 + place / 2 % 2 * 8 + place / 4 % 4 * 2 + place % 2;
-}
-
 // Tiles are aligned to the swizzle's pattern.
 template <typename T>
 struct alignas(1024) SharedOfBackward {

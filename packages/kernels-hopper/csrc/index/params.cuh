@@ -43,7 +43,7 @@ struct BackwardParams {
     float const* lse;   // [num_q, heads], in exponents of 2; +inf where there is no key
     float const* delta; // [num_q, heads]
     void* dq;           // [num_q, heads, head_dim], of Element
-    float* dk;          // [rows, head_dim]: without places [num_k, kv heads], zero before; columns in the order of column_of
+    float* dk;          // [rows, head_dim]: without places [num_k, kv heads], zero before; columns as column_of has them
     float* dv;          // [rows, head_dim_v]
     float to_log2;      // from products of queries and keys to exponents of 2
     float cap_slope, cap;  // of kernels with softcap: 2 log2(e) scale / softcap, log2(e) softcap

@@ -143,7 +143,7 @@ def launch_index_backward(
     )
     indices = padded(call.indices)
     sums = [torch.zeros(x.shape, dtype=torch.float32, device=device) for x in (k, v)]
-    for part in _parts(call, indices, q, v):
+    for part in parts_of(call, indices, q, v):
         lists = Lists.of(k, v, indices[part], q.shape[1])
         order, targets = None, sums
         if call.deterministic:
@@ -169,7 +169,7 @@ def launch_index_backward(
     return dq, dk, dv
 
 
-def _parts(call: IndexCall, indices: Tensor, q: Tensor, v: Tensor) -> Iterator[slice]:
+def parts_of(call: IndexCall, indices: Tensor, q: Tensor, v: Tensor) -> Iterator[slice]:
     """All queries at once or, where entries have gradients of their own, so many that these are of bounded size."""
     num_q, step = len(q), len(q)
     if call.deterministic:
