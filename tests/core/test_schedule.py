@@ -14,6 +14,7 @@ from magi_attention.config import LocalityDispatchAlg
 from magi_attention.plan.build import build_plans
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_attention.plan.layout import Layout
 from magi_attention.plan.rates import LayerShape, default_rates
 from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime import schedule as scheduling
@@ -110,6 +111,17 @@ def check_pass(of: Pass, num_queries: int, num_own: int) -> None:
     num_returns = sum(step.exchange is not None for step in of.steps)
     most = (keys - of.blank_keys).max(initial=0) + (late - of.blank_late_keys).max(initial=0)
     assert of.most_key_results == num_returns + most
+    if of.home_keys is not None:
+        assert not (keys - of.blank_keys).any(), "only what comes home is known of own keys"
+        assert late.all()
+        home, sent = np.zeros(num_own, bool), np.zeros(num_own, bool)
+        for run in of.home_keys:
+            home[run] = True
+        for step in of.steps:
+            for table in step.exchange.tables if step.exchange else ():
+                for _, start, stop in table.send.tolist():
+                    sent[start:stop] = True  # what a second hop passes on lies behind the rank's own
+        np.testing.assert_array_equal(home, sent)
 
 
 @pytest.mark.parametrize("name", sorted(COSTS))
@@ -223,6 +235,17 @@ def test_rows_fetched_again_are_not_waited_for_by_a_few_queries_backward():
         for of in (schedule.backward, schedule.backward_with_rows):
             assert sum(len(step.calls) for step in of.steps) <= 2
             assert all(call.queries == slice(0, tokens // 4) for step in of.steps for call in step.calls)
+
+
+def test_gradients_that_come_home_to_few_keys_are_added_to_these_alone():
+    tokens = 200
+    window = SliceTable([[0, 10, 0, 10, 1], [10, tokens, 0, tokens, 3]])  # every query sees the 10 keys before it
+    layout = Layout(tokens, tokens, tokens // 2, 2, np.arange(2))
+    plans = build_plans(window, layout, range(2), StageOptions(degree=1))
+    first, second = (make_schedule(plan, in_both_passes(COSTS["apart"])) for plan in plans)
+    assert first.backward_with_rows.home_keys == (slice(90, 100),)
+    assert second.backward_with_rows.home_keys == ()
+    assert first.forward.home_keys is None
 
 
 def test_slow_links_are_hidden_behind_all_own_rows():

@@ -74,11 +74,19 @@ class _Sum:
         like: of what: rows, their shape and device.
         is_blank: whether it starts as zeros, since not every run is new or known as a whole.
         dtype: to keep it in; None for that of the first gradient.
+        read: the runs that anybody reads; None for all.
     """
 
-    def __init__(self, like: Tensor, num_rows: int, is_blank: bool, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        like: Tensor,
+        num_rows: int,
+        is_blank: bool,
+        dtype: torch.dtype | None,
+        read: Sequence[slice] | None = None,
+    ) -> None:
         self._like, self._shape = like, (num_rows, *like.shape[1:])
-        self._is_blank, self._dtype = is_blank, dtype
+        self._is_blank, self._dtype, self._read = is_blank, dtype, read
         self.total: Tensor | None = None
 
     def add(self, run: slice | None, gradient: Tensor, is_known: bool) -> None:
@@ -97,8 +105,11 @@ class _Sum:
     def allocated(self, dtype: torch.dtype) -> Tensor:
         """The sum so far, made where there is none yet."""
         if self.total is None:
-            make = self._like.new_zeros if self._is_blank else self._like.new_empty
+            is_blank = self._is_blank and self._read is None
+            make = self._like.new_zeros if is_blank else self._like.new_empty
             self.total = make(self._shape, dtype=self._dtype or dtype)
+            for run in self._read or ():
+                self.total[run].zero_()
         return self.total
 
 
@@ -133,7 +144,8 @@ class _GradientSums:
         self.returns = Returns(job.collectives, dtype if high_precision else q.dtype)
         self._dq = _Sum(q, q.shape[0], schedule.blank_queries, dtype if schedule.most_results > 2 else None)
         key_dtype = dtype if schedule.most_key_results > 3 else None
-        self._own = [_Sum(x, x.shape[0], schedule.blank_keys, key_dtype) for x in (k, v)]
+        self._home = home = schedule.home_keys
+        self._own = [_Sum(x, x.shape[0], schedule.blank_keys, key_dtype, home) for x in (k, v)]
         self._late = [_Sum(x, x.shape[0], schedule.blank_late_keys, key_dtype) for x in (k, v)]
         self._sums = self._own
         self._dq_from_away: Tensor | None = None
@@ -227,7 +239,13 @@ class _GradientSums:
         if self._dq_from_away is not None:
             dq = self._dq_from_away.add_(dq)
         for own, late in zip(self._own, self._late, strict=True):
-            if late.total is not None:
+            if late.total is None:
+                continue
+            if self._home is None or own.total is None:
                 own.add(None, late.total, own.total is not None)
+                continue
+            for run in self._home:
+                late.total[run] += own.total[run]
+            own.total = late.total
         dk, dv = (total.allocated(x.dtype) for total, x in zip(self._own, (k, v), strict=True))
         return as_dtype(dq, q.dtype), as_dtype(dk, k.dtype), as_dtype(dv, v.dtype)

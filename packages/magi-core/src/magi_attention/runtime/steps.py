@@ -8,8 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.common.intervals import intersect, merge
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+
+MOST_RUNS_HOME = 4
+"""Each takes two kernels to clear and two to add, of keys and of values."""
 
 Runs = NDArray[np.int64]
 """``(n, 3)`` rows ``(start, stop, position)``: key rows of the sequence, ascending, and where they lie in a buffer."""
@@ -72,6 +76,8 @@ class Pass:
             them, or a call finds some known and some not.
         blank_keys: the same for gradients of the rank's own keys, until those of others begin to come home.
         blank_late_keys: the same for those of kernels on own rows after that, which must not touch what comes home.
+        home_keys: where nothing but what comes home is known of own keys before those kernels, and it is for few runs
+            of these, the runs: all others need neither zeros nor a sum. None elsewhere.
         most_results: how many calls have results for a query, at most.
         most_key_results: how many calls and returning gradients there are for one of the rank's keys, at most.
         kernels_first: whether kernels are launched before the exchanges that travel beside them, since the GPU would
@@ -82,6 +88,7 @@ class Pass:
     blank_queries: bool
     blank_keys: bool
     blank_late_keys: bool
+    home_keys: tuple[slice, ...] | None
     most_results: int
     most_key_results: int
     kernels_first: bool
@@ -136,10 +143,21 @@ def make_pass(steps: Sequence[Step], num_queries: int, num_keys: int, *, kernels
         blank_queries=not queries.is_exact,
         blank_keys=not own.is_exact,
         blank_late_keys=not late.is_exact,
+        home_keys=_home_keys(steps, num_keys) if late.most and not own.most else None,
         most_results=queries.most,
         most_key_results=own.most + late.most + num_returns,
         kernels_first=kernels_first,
     )
+
+
+def _home_keys(steps: Sequence[Step], num_keys: int) -> tuple[slice, ...] | None:
+    """The runs of own keys to which gradients come home, if they are few and none of queries come."""
+    if any(step.queries_travel for step in steps):
+        return None
+    sent = [table.send[:, 1:] for step in steps if step.exchange is not None for table in step.exchange.tables]
+    runs = intersect(merge(np.concatenate(sent)), np.array([(0, num_keys)]))[0]  # a second hop also passes others' on
+    is_few = len(runs) <= MOST_RUNS_HOME and 2 * int((runs[:, 1] - runs[:, 0]).sum()) <= num_keys
+    return tuple(slice(start, stop) for start, stop in runs.tolist()) if is_few else None
 
 
 class _Coverage:
