@@ -23,18 +23,26 @@ struct BackwardConsumer {
     RingPlace<T::kStages> place;
     RingPlace<1> q_place;
     float dq[T::kHeadDim / 2];
-    int places[2];  // of the thread's rows of the tile; negative where there is no key
+int keys;                    // of the tile
+    int places[2][T::kChunks];   // of the rows that the thread moves
 
     __device__ __forceinline__ BackwardConsumer(BackwardParams const& p, typename T::Shared& s) : p(p), s(s) {}
 
     // What the warp has read by products must have been waited for.
     __device__ __forceinline__ void release(uint64_t* empty) { ptx::mbarrier_arrive_warp(empty); }
 
-    __device__ __forceinline__ void read_places(int keys) {
+    // Accumulators are moved by groups of threads that have a row each: once they have changed places, each of the groups
+    // moves a chunk of 16 columns of all these rows, one after another. The first of them, and of the next 8:
+    __device__ __forceinline__ static int moved_row(int r) {
+        int const lane = threadIdx.x % 32;
+        return threadIdx.x % 128 / 32 * 16 + 8 * r + lane / (4 * T::kChunks) * T::kChunks;
+    }
+
+    __device__ __forceinline__ void read_places() {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            int const row = accumulator_row(threadIdx.x % 128, 2 * r);
-            places[r] = row < keys ? s.places[place.stage()][row] : -1;
+#pragma unroll
+            for (int t = 0; t < T::kChunks; t++) places[r][t] = s.places[place.stage()][moved_row(r) + t];
         }
     }
 
@@ -66,27 +74,45 @@ struct BackwardConsumer {
         ptx::wgmma_commit_group();
     }
 
-    // Adds or stores them.
+    // What four accumulators of a chunk become those of.
+    __device__ __forceinline__ static void change_places(uint32_t (&words)[T::kChunks]) {
+        if constexpr (T::kChunks == 4) {
+            transpose_quad<4>(words);
+        } else {
+            static_assert(T::kChunks == 2, "chunks that two or four groups exchange");
+            exchange(words[0], words[1], 4);
+        }
+    }
+
+    // Adds or stores them, whole lines of the cache at a time.
     template <int Number>
     __device__ __forceinline__ void finish_pass(Pass const& sums) {
         constexpr bool kOfValues = Number < T::kPassesOfValues;
         constexpr int kDim = kOfValues ? T::kHeadDimV : T::kHeadDim;
         constexpr int kColumn = (kOfValues ? Number : Number - T::kPassesOfValues) * T::kPassColumns;
-        float* const gradients = (kOfValues ? p.dv : p.dk) + kColumn + threadIdx.x % 4 * 4;
+        int const lane = threadIdx.x % 32;
+        float* const gradients = (kOfValues ? p.dv : p.dk) + kColumn + lane / 4 % T::kChunks * 16 + lane % 4 * 4;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            if (places[r] < 0) continue;
-            float* const target = gradients + static_cast<int64_t>(places[r]) * kDim;
-            if (p.places == nullptr) {
+            uint32_t words[4][T::kChunks];
 #pragma unroll
-                for (int i = 2 * r; i < T::kPassColumns / 2; i += 8) {
-                    ptx::red_add(target + 2 * (i - 2 * r), sums[i], sums[i + 1], sums[i + 4], sums[i + 5]);
+            for (int j = 0; j < 4; j++) {
+#pragma unroll
+                for (int t = 0; t < T::kChunks; t++) {
+                    words[j][t] = __float_as_uint(sums[8 * t + 2 * r + j / 2 * 4 + j % 2]);
                 }
-            } else {
+                change_places(words[j]);
+            }
 #pragma unroll
-                for (int i = 2 * r; i < T::kPassColumns / 2; i += 8) {
-                    *reinterpret_cast<float4*>(target + 2 * (i - 2 * r)) =
-                        make_float4(sums[i], sums[i + 1], sums[i + 4], sums[i + 5]);
+            for (int t = 0; t < T::kChunks; t++) {
+                if (moved_row(r) + t >= keys) continue;
+                float* const target = gradients + static_cast<int64_t>(places[r][t]) * kDim;
+                float4 const four = make_float4(__uint_as_float(words[0][t]), __uint_as_float(words[1][t]),
+                                                __uint_as_float(words[2][t]), __uint_as_float(words[3][t]));
+                if (p.places == nullptr) {
+                    ptx::red_add(target, four.x, four.y, four.z, four.w);
+                } else {
+                    *reinterpret_cast<float4*>(target) = four;
                 }
             }
         }
@@ -119,7 +145,7 @@ struct BackwardConsumer {
     }
 
     // The gradients that a tile of keys gives.
-    __device__ __forceinline__ void step(int keys) {
+    __device__ __forceinline__ void step() {
         backward::Scores<T> scores, ds;
         Fragments probabilities, of_scores;
         int const stage = place.stage();
@@ -128,12 +154,14 @@ struct BackwardConsumer {
         ptx::wgmma_commit_group();
         backward::multiply_columns<Element, typename T::TileV, typename T::TileDout>(ds, s.v[stage], 0, s.dout);
         ptx::wgmma_commit_group();
-        read_places(keys);
+        read_places();
         ptx::wgmma_wait_group<1>();
         ptx::fence_registers(scores);
         if (keys < T::kTileN) {
 #pragma unroll
-            for (int i = 0; i < T::kTileM / 2; i++) scores[i] = places[i / 2 % 2] < 0 ? -INFINITY : scores[i];
+            for (int i = 0; i < T::kTileM / 2; i++) {
+                scores[i] = accumulator_row(threadIdx.x % 128, i) < keys ? scores[i] : -INFINITY;
+            }
         }
         backward::to_probabilities<T>(p, scores, probabilities, backward::terms_of_thread<T>(s.terms[0]));
         ptx::wgmma_wait_group<0>();
@@ -183,9 +211,10 @@ struct BackwardConsumer {
             bool is_last;
             do {
                 ptx::mbarrier_try_wait_parity(&s.full[place.stage()], place.parity());
-                int const keys = s.keys[place.stage()];
+                keys = s.keys[place.stage()];
                 is_last = keys < 0;
-                step(is_last ? ~keys : keys);
+                keys = is_last ? ~keys : keys;
+                step();
                 place.advance();
             } while (!is_last);
             release(&s.q_empty);

@@ -34,6 +34,7 @@ struct BackwardTraits : backward::Traits<HeadDim, HeadDimV, Element, Softcap, 64
     // Gradients of keys and of values are computed a panel of columns at a time. Where there are registers for two, one
     // is computed while the one before is moved.
     static constexpr int kPassColumns = TileK::kPanelColumns;
+    static constexpr int kChunks = kPassColumns / 16;  // that four threads have of a row
     static constexpr int kPassesOfValues = TileV::kPanels;
     static constexpr int kPasses = TileV::kPanels + TileK::kPanels;
     static constexpr bool kPassesOverlap = HeadDim < 256;

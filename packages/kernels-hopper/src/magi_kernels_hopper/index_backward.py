@@ -96,13 +96,13 @@ class Order(NamedTuple):
 def order_of(indices: Tensor, num_k: int) -> Order:
     """Order the entries of lists ``[tq, hk, n]`` of ``num_k`` keys; those after a list's end come last."""
     num_kv_heads = indices.shape[1]
-    heads = torch.arange(num_kv_heads, device=indices.device)[:, None]
-    ended = (indices < 0).cumsum(-1) > 0
-    rows = (indices.long() * num_kv_heads + heads).masked_fill_(ended, num_k * num_kv_heads)
+    heads = torch.arange(num_kv_heads, dtype=torch.int32, device=indices.device)[:, None]
+    ended = (indices < 0).cumsum(-1, dtype=torch.int32) > 0
+    rows = (indices * num_kv_heads + heads).masked_fill_(ended, num_k * num_kv_heads)
     in_order, entries = rows.flatten().sort(stable=True)
-    places = torch.empty_like(entries, dtype=torch.int32)
+    places = torch.empty_like(rows).flatten()
     places[entries] = torch.arange(len(entries), dtype=torch.int32, device=indices.device)
-    borders = torch.arange(num_k * num_kv_heads + 1, device=indices.device)
+    borders = torch.arange(num_k * num_kv_heads + 1, dtype=torch.int32, device=indices.device)
     return Order(places.view(indices.shape), torch.searchsorted(in_order, borders))
 
 

@@ -307,7 +307,7 @@ INDEX_BACKWARD_SIZES = {
     (128, 128): IndexBackwardSizes(2, 2, 200, 56),
     (192, 128): IndexBackwardSizes(4, 1, 240, 64),
     (192, 192): IndexBackwardSizes(3, 1, 240, 64),
-    (256, 256): IndexBackwardSizes(2, 1, 240, 64),
+    (256, 256): IndexBackwardSizes(2, 1, 248, 64),
 }
 """By head dims."""
 
