@@ -10,7 +10,7 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall, IndexCall
 from magi_attention.testing.lists import random_lists
 from magi_attention.testing.stages import random_inputs
-from magi_kernels_hopper import BACKEND, backward, forward, index, index_backward, tables
+from magi_kernels_hopper import BACKEND, backward, forward, index, index_backward, index_lists, tables
 
 ROWS = [[0, 100, 0, 150, 0], [100, 300, 50, 250, 1], [310, 320, 150, 170, 3], [310, 320, 0, 20, 2]]
 
@@ -27,9 +27,12 @@ def main(dims: list[int]) -> None:
             call = AttentionCall(SliceTable(ROWS), 0.1, deterministic=ordered)
             BACKEND.backward(x.dout, *x[:3], out, lse, x.dlse, call)
         lists = random_lists(330, 1, 300, 130, device="cuda")
-        out, lse, _ = BACKEND.forward_indices(*x[:3], IndexCall(lists, 0.1))
-        for ordered in (False, True):
-            BACKEND.backward_indices(x.dout, *x[:3], out, lse, x.dlse, IndexCall(lists, 0.1, deterministic=ordered))
+        for least_tiles in (0, 4):
+            index_lists.LEAST_TILES = least_tiles
+            out, lse, _ = BACKEND.forward_indices(*x[:3], IndexCall(lists, 0.1))
+            for ordered in (False, True):
+                call = IndexCall(lists, 0.1, deterministic=ordered)
+                BACKEND.backward_indices(x.dout, *x[:3], out, lse, x.dlse, call)
     torch.cuda.synchronize()
     print("launched")
 
@@ -39,6 +42,6 @@ if __name__ == "__main__":
     parser.add_argument("dims", nargs="+", type=int)
     parser.add_argument("--cubins", type=Path, help="launch kernels from here")
     options = parser.parse_args()
-    for module in (forward, backward, index, index_backward) if options.cubins else ():
+    for module in (forward, backward, index, index_backward, index_lists) if options.cubins else ():
         module.CUBINS = options.cubins
     main(options.dims)

@@ -90,7 +90,6 @@ STACK_LIMITS = {
     "backward_d192_bf16": 16,
     "backward_d192_bf16_softcap": 16,
     "backward_d256_bf16_softcap": 8,
-    "index_backward_d256_bf16_softcap": 16,
     "forward_d64_bf16_softcap": 248,
     "forward_d192_v128_bf16_softcap": 16,
     "forward_d192_bf16_softcap": 40,

@@ -12,11 +12,11 @@ from magi_attention.functional import flex_flash_attn_func
 from magi_attention.kernels.indexed import attend_to_indices
 from magi_attention.kernels.protocol import AttentionRequest, IndexCall
 from magi_attention.kernels.registry import choose_for_indices
-from magi_attention.testing.lists import dense_index_attention, random_lists
+from magi_attention.testing.lists import dense_index_attention, mask_of_lists, random_lists
 from magi_attention.testing.metric import assert_within_pytorch_error
 from magi_attention.testing.stages import Inputs, random_inputs
-from magi_kernels_hopper import BACKEND, index_backward
-from magi_kernels_hopper.variants import INDEX_SIZES
+from magi_kernels_hopper import BACKEND, index_backward, index_lists
+from magi_kernels_hopper.variants import INDEX_SIZES, IndexVariant
 
 pytestmark = pytest.mark.gpu
 
@@ -26,6 +26,22 @@ def hopper_gpu():
     request = AttentionRequest(torch.device("cuda"), torch.bfloat16, 4, 2, 128, 128)
     if not (support := BACKEND.supports_indices(request)):
         pytest.skip(support.reason)
+
+
+@pytest.fixture(params=[False, True], ids=["apart", "together"])
+def tokens_share_tiles(request, monkeypatch):
+    """Whether they do, where heads leave room, though the tiles be few."""
+    monkeypatch.setattr(index_lists, "LEAST_TILES", 0 if request.param else 1 << 30)
+    return request.param
+
+
+LEAVING_ROOM, FILLING = [(2, 2), (6, 2), (8, 1), (5, 1)], [(64, 1), (128, 1)]
+HEADS = pytest.mark.parametrize(
+    ("heads", "tokens_share_tiles"),
+    [*((heads, True) for heads in LEAVING_ROOM), *((heads, False) for heads in [*FILLING, (6, 2)])],
+    indirect=["tokens_share_tiles"],
+    ids=str,
+)
 
 
 def inputs(num_q, num_k, *, heads=(4, 2), dims=(128, 128), dtype=torch.bfloat16) -> Inputs:
@@ -45,6 +61,7 @@ def assert_right(x: Inputs, lists: torch.Tensor, scale: float = 0.1, softcap: fl
         assert_within_pytorch_error(mine, truth, torchs, name=name)
 
 
+@pytest.mark.usefixtures("tokens_share_tiles")
 @pytest.mark.parametrize("longest", [64, 128, 37, 200])
 def test_lengths_of_lists(longest):
     x = inputs(300, 500)
@@ -52,25 +69,28 @@ def test_lengths_of_lists(longest):
 
 
 @pytest.mark.parametrize("dims", INDEX_SIZES, ids=str)
-@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (8, 1), (64, 1), (128, 1), (5, 1)], ids=str)
+@HEADS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_every_kernel(dims, heads, dtype, softcap):
+def test_every_kernel(dims, heads, tokens_share_tiles, dtype, softcap):
     x = inputs(200, 400, dims=dims, heads=heads, dtype=dtype)
     assert_right(x, lists_for(x, 192), softcap=softcap)
 
 
+@pytest.mark.usefixtures("tokens_share_tiles")
 @pytest.mark.parametrize("scale", [1.0, 0.0, -0.1])
 def test_scales(scale):
     x = inputs(100, 100)
     assert_right(x, lists_for(x, 64), scale)
 
 
+@pytest.mark.usefixtures("tokens_share_tiles")
 def test_empty_lists():
     x = inputs(300, 100)
     assert_right(x, torch.full((300, 2, 128), -1, dtype=torch.int32, device="cuda"))
 
 
+@pytest.mark.usefixtures("tokens_share_tiles")
 def test_what_follows_the_end_of_a_list_is_not_read():
     x = inputs(100, 200)
     lists = lists_for(x, 128)
@@ -81,6 +101,7 @@ def test_what_follows_the_end_of_a_list_is_not_read():
     assert torch.equal(result.out, again.out)
 
 
+@pytest.mark.usefixtures("tokens_share_tiles")
 def test_values_of_other_keys_do_not_matter():
     x = inputs(100, 200)
     lists = lists_for(x, 100).clamp(max=150)
@@ -100,12 +121,39 @@ def test_long_lists_of_many_tokens():
     )
 
 
+@pytest.mark.usefixtures("tokens_share_tiles")
 def test_views_are_read_in_place():
     qkv = torch.randn(300, 12, 128, device="cuda").bfloat16()
     q, k, v = qkv[:, :8], qkv[:, 8:10], qkv[:, 10:]
     call = IndexCall(random_lists(300, 2, 300, 128, device="cuda"), 0.1)
     expected = BACKEND.forward_indices(q.contiguous(), k.contiguous(), v.contiguous(), call)
     assert torch.equal(BACKEND.forward_indices(q, k, v, call).out, expected.out)
+
+
+@pytest.mark.parametrize(
+    ("num_q", "heads", "num_k", "longest"),
+    [(100, (8, 1), 70, 64), (101, (12, 4), 5000, 300), (37, (1, 1), 100_000, 90)],
+)
+def test_lists_of_tokens_that_share_tiles(num_q, heads, num_k, longest, monkeypatch):
+    monkeypatch.setattr(index_lists, "LEAST_TILES", 0)
+    x = inputs(num_q, num_k, heads=heads)
+    lists = lists_for(x, longest)
+    ended = (lists < 0).cumsum(-1)
+    call = IndexCall(lists.masked_fill(ended > 1, 1 << 30), 0.1)
+    indices, bits, tokens = index_lists.lists_of_tiles(IndexVariant(128, 128, "bf16"), call, x.q, x.k)
+    assert tokens == min(8, 1 << (64 // (heads[0] // heads[1])).bit_length() - 1)
+    mask = torch.nn.functional.pad(mask_of_lists(lists, num_k), (0, 0, 0, 0, 0, -num_q % tokens)).unflatten(
+        0, (-1, tokens)
+    )
+    for tile, of_tokens in enumerate(mask):
+        for head in range(heads[1]):
+            (keys,) = of_tokens[:, head].any(0).nonzero(as_tuple=True)
+            assert torch.equal(indices[tile, head, : len(keys)], keys.int())
+            weights = 1 << torch.arange(tokens, device="cuda")
+            expected = (of_tokens[:, head, keys] * weights[:, None]).sum(0)
+            assert torch.equal(bits[tile, head, : len(keys)].long(), expected)
+            end = min(-(-len(keys) // 64) * 64 + 1, indices.shape[2])
+            assert (indices[tile, head, len(keys) : end] == -1).all()
 
 
 def assert_gradients_right(x: Inputs, lists: torch.Tensor, **scoring: float) -> None:
@@ -129,6 +177,7 @@ def assert_gradients_right(x: Inputs, lists: torch.Tensor, **scoring: float) -> 
     assert all(torch.equal(once, again) for once, again in zip(*results[1:], strict=True))
 
 
+@pytest.mark.usefixtures("tokens_share_tiles")
 @pytest.mark.parametrize("longest", [64, 128, 37, 200])
 def test_gradients_by_lengths_of_lists(longest):
     x = inputs(300, 500)
@@ -136,31 +185,36 @@ def test_gradients_by_lengths_of_lists(longest):
 
 
 @pytest.mark.parametrize("dims", INDEX_SIZES, ids=str)
-@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (8, 1), (64, 1), (128, 1), (5, 1)], ids=str)
+@HEADS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_gradients_of_every_kernel(dims, heads, dtype, softcap):
+def test_gradients_of_every_kernel(dims, heads, tokens_share_tiles, dtype, softcap):
     x = inputs(200, 400, dims=dims, heads=heads, dtype=dtype)
     assert_gradients_right(x, lists_for(x, 192), softcap=softcap)
 
 
+@pytest.mark.usefixtures("tokens_share_tiles")
 @pytest.mark.parametrize("scale", [1.0, 0.0, -0.1])
 def test_gradients_by_scales(scale):
     x = inputs(100, 100)
     assert_gradients_right(x, lists_for(x, 64), softmax_scale=scale)
 
 
+@pytest.mark.usefixtures("tokens_share_tiles")
 def test_gradients_of_empty_lists():
     x = inputs(300, 100)
     assert_gradients_right(x, torch.full((300, 2, 128), -1, dtype=torch.int32, device="cuda"))
 
 
+@pytest.mark.usefixtures("tokens_share_tiles")
 def test_gradients_a_part_at_a_time(monkeypatch):
     monkeypatch.setattr(index_backward, "BYTES_AT_A_TIME", 1 << 20)
-    x = inputs(300, 200, heads=(130, 1))
-    assert_gradients_right(x, lists_for(x, 100))
+    for heads in ((130, 1), (4, 1)):
+        x = inputs(300, 200, heads=heads)
+        assert_gradients_right(x, lists_for(x, 100))
 
 
+@pytest.mark.usefixtures("tokens_share_tiles")
 def test_gradients_of_one_key_that_all_name():
     x = inputs(3000, 10)
     assert_gradients_right(x, torch.full((3000, 2, 1), 3, dtype=torch.int32, device="cuda"))
@@ -176,6 +230,7 @@ def test_gradients_read_views_in_place():
     assert all(torch.equal(mine, right) for mine, right in zip(results, expected, strict=True))
 
 
+@pytest.mark.usefixtures("tokens_share_tiles")
 def test_keys_of_others_give_nothing():
     """What lies in memory where no list points may be anything."""
     x = inputs(100, 200)
@@ -208,6 +263,7 @@ def test_it_is_chosen_and_differentiable():
         assert_within_pytorch_error(mine, truth, torchs)
 
 
+@pytest.mark.usefixtures("tokens_share_tiles")
 def test_captured_in_a_graph():
     x = inputs(200, 300)
     call = IndexCall(lists_for(x, 128), 0.1)
@@ -221,6 +277,7 @@ def test_captured_in_a_graph():
     assert torch.equal(captured.out, expected.out)
 
 
+@pytest.mark.usefixtures("tokens_share_tiles")
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_gradients_captured_in_a_graph(deterministic):
     x = inputs(200, 300)

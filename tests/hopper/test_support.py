@@ -13,7 +13,7 @@ import torch
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, KernelBackend
 from magi_attention.kernels.registry import choose_backend, installed_backends
-from magi_kernels_hopper import BACKEND, backward_params, driver, index, index_backward
+from magi_kernels_hopper import BACKEND, backward_params, driver, index, index_backward, index_lists
 from magi_kernels_hopper.forward import Params, geometry
 from magi_kernels_hopper.variants import (
     BACKWARD_SIZES,
@@ -84,7 +84,7 @@ def test_parameters_have_the_size_that_the_kernel_asserts():
     assert ctypes.sizeof(Params) == 768
     assert Params.results.offset == 4 * 128
     assert ctypes.sizeof(index.Params) == 384
-    assert index.Params.results.offset == 128 + ctypes.sizeof(index.Lists)
+    assert index.Params.results.offset == 128 + ctypes.sizeof(index_lists.Lists)
     assert ctypes.sizeof(index_backward.Params) == 512
     assert index_backward.Params.lists.offset == 2 * 128
     assert ctypes.sizeof(backward_params.Params) == 768

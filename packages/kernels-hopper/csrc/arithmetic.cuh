@@ -64,7 +64,7 @@ __device__ __forceinline__ void to_fragments(float const (&values)[Count], uint3
     }
 }
 
-// What one of four threads, `Stride` apart, holds of four others' words becomes four words of its own: w[j] of thread i
+// What one of four neighboring threads holds of four others' words becomes four words of its own: w[j] of thread i
 // and w[i] of thread j change places.
 __device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high, int bit) {
     bool const upper = threadIdx.x & bit;
@@ -75,12 +75,11 @@ __device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high, int bit)
         high = received;
     }
 }
-template <int Stride = 1>
 __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
-    exchange(w[0], w[1], Stride);
-    exchange(w[2], w[3], Stride);
-    exchange(w[0], w[2], 2 * Stride);
-    exchange(w[1], w[3], 2 * Stride);
+    exchange(w[0], w[1], 1);
+    exchange(w[2], w[3], 1);
+    exchange(w[0], w[2], 2);
+    exchange(w[1], w[3], 2);
 }
 
 }  // namespace magi

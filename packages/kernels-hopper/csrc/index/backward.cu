@@ -3,6 +3,7 @@
 // lists them all.
 #include "backward_kernel.cuh"
 #include "backward_rows.cuh"
+#include "unite.cuh"
 
 using Traits = magi::index::BackwardTraits<MAGI_HEAD_DIM, MAGI_HEAD_DIM_V, MAGI_ELEMENT, MAGI_SOFTCAP, MAGI_STAGES,
                                            MAGI_BLOCKS, MAGI_CONSUMER_REGISTERS, MAGI_PRODUCER_REGISTERS>;

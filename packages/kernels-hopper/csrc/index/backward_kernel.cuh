@@ -24,25 +24,24 @@ struct BackwardConsumer {
     RingPlace<1> q_place;
     float dq[T::kHeadDim / 2];
 int keys;                    // of the tile
-    int places[2][T::kChunks];   // of the rows that the thread moves
+    int places[2][2];            // of the rows that the thread moves
 
     __device__ __forceinline__ BackwardConsumer(BackwardParams const& p, typename T::Shared& s) : p(p), s(s) {}
 
     // What the warp has read by products must have been waited for.
     __device__ __forceinline__ void release(uint64_t* empty) { ptx::mbarrier_arrive_warp(empty); }
 
-    // Accumulators are moved by groups of threads that have a row each: once they have changed places, each of the groups
-    // moves a chunk of 16 columns of all these rows, one after another. The first of them, and of the next 8:
+    // Accumulators of a row are moved by eight threads, 128 bytes at a time: four threads that have a row each first
+    // exchange columns with four others, and then move one row after the other. The first of the two, and of those 8 later:
     __device__ __forceinline__ static int moved_row(int r) {
-        int const lane = threadIdx.x % 32;
-        return threadIdx.x % 128 / 32 * 16 + 8 * r + lane / (4 * T::kChunks) * T::kChunks;
+        return threadIdx.x % 128 / 32 * 16 + 8 * r + threadIdx.x % 32 / 8 * 2;
     }
 
     __device__ __forceinline__ void read_places() {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-#pragma unroll
-            for (int t = 0; t < T::kChunks; t++) places[r][t] = s.places[place.stage()][moved_row(r) + t];
+            int2 const two = *reinterpret_cast<int2 const*>(s.places[place.stage()] + moved_row(r));
+            places[r][0] = two.x, places[r][1] = two.y;
         }
     }
 
@@ -74,47 +73,49 @@ int keys;                    // of the tile
         ptx::wgmma_commit_group();
     }
 
-    // What four accumulators of a chunk become those of.
-    __device__ __forceinline__ static void change_places(uint32_t (&words)[T::kChunks]) {
-        if constexpr (T::kChunks == 4) {
-            transpose_quad<4>(words);
-        } else {
-            static_assert(T::kChunks == 2, "chunks that two or four groups exchange");
-            exchange(words[0], words[1], 4);
-        }
-    }
-
-    // Adds or stores them, whole lines of the cache at a time.
-    template <int Number>
-    __device__ __forceinline__ void finish_pass(Pass const& sums) {
+    // Moves them to device memory: `move` takes whether there is a place, the place, and what is to go there.
+    template <int Number, typename Move>
+    __device__ __forceinline__ void move_pass(Pass const& sums, Move const& move) {
         constexpr bool kOfValues = Number < T::kPassesOfValues;
         constexpr int kDim = kOfValues ? T::kHeadDimV : T::kHeadDim;
         constexpr int kColumn = (kOfValues ? Number : Number - T::kPassesOfValues) * T::kPassColumns;
-        int const lane = threadIdx.x % 32;
-        float* const gradients = (kOfValues ? p.dv : p.dk) + kColumn + lane / 4 % T::kChunks * 16 + lane % 4 * 4;
+        float* const gradients = (kOfValues ? p.dv : p.dk) + kColumn + threadIdx.x % 8 * 4;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            uint32_t words[4][T::kChunks];
+            float* const targets[2] = {gradients + static_cast<int64_t>(places[r][0]) * kDim,
+                                       gradients + static_cast<int64_t>(places[r][1]) * kDim};
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
+            for (int i = 2 * r; i < T::kPassColumns / 2; i += 16) {
+                uint32_t words[4][2];
 #pragma unroll
-                for (int t = 0; t < T::kChunks; t++) {
-                    words[j][t] = __float_as_uint(sums[8 * t + 2 * r + j / 2 * 4 + j % 2]);
+                for (int j = 0; j < 4; j++) {
+                    words[j][0] = __float_as_uint(sums[i + j / 2 * 4 + j % 2]);
+                    words[j][1] = __float_as_uint(sums[i + 8 + j / 2 * 4 + j % 2]);
+                    exchange(words[j][0], words[j][1], 4);
                 }
-                change_places(words[j]);
-            }
 #pragma unroll
-            for (int t = 0; t < T::kChunks; t++) {
-                if (moved_row(r) + t >= keys) continue;
-                float* const target = gradients + static_cast<int64_t>(places[r][t]) * kDim;
-                float4 const four = make_float4(__uint_as_float(words[0][t]), __uint_as_float(words[1][t]),
-                                                __uint_as_float(words[2][t]), __uint_as_float(words[3][t]));
-                if (p.places == nullptr) {
-                    ptx::red_add(target, four.x, four.y, four.z, four.w);
-                } else {
-                    *reinterpret_cast<float4*>(target) = four;
+                for (int t = 0; t < 2; t++) {
+                    float4 const four = make_float4(__uint_as_float(words[0][t]), __uint_as_float(words[1][t]),
+                                                    __uint_as_float(words[2][t]), __uint_as_float(words[3][t]));
+                    move(moved_row(r) + t < keys, targets[t] + 2 * (i - 2 * r), four);
                 }
             }
+        }
+    }
+
+    // Adds or stores them. The compiler makes a branch of each condition of an addition: most tiles do without.
+    template <int Number>
+    __device__ __forceinline__ void finish_pass(Pass const& sums) {
+        if (p.places != nullptr) {
+            move_pass<Number>(sums, [](bool there, float* to, float4 x) {
+                if (there) *reinterpret_cast<float4*>(to) = x;
+            });
+        } else if (keys < T::kTileN) {
+            move_pass<Number>(sums, [](bool there, float* to, float4 x) {
+                if (there) ptx::red_add(to, x.x, x.y, x.z, x.w);
+            });
+        } else {
+            move_pass<Number>(sums, [](bool, float* to, float4 x) { ptx::red_add(to, x.x, x.y, x.z, x.w); });
         }
     }
 
@@ -144,6 +145,28 @@ int keys;                    // of the tile
         }
     }
 
+    // Leaves the scores of keys that the query's list has.
+    __device__ __forceinline__ void apply_mask(backward::Scores<T>& scores) const {
+        uint4 const of_tokens = *reinterpret_cast<uint4 const*>(s.scores_of_token[threadIdx.x % 4]);
+        uint32_t const words[4] = {of_tokens.x, of_tokens.y, of_tokens.z, of_tokens.w};
+        uint32_t bits[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int const key = accumulator_row(threadIdx.x % 128, 2 * r);
+            if (p.lists.bits == nullptr) {
+                bits[r] = key < keys ? ~0u : 0;
+                continue;
+            }
+            uint32_t const tokens = s.bits[place.stage()][key];
+            bits[r] = 0;
+#pragma unroll
+            for (int t = 0; t < 8; t++) {
+                if (tokens >> t & 1) bits[r] |= words[t / 2] >> (t % 2 * 16) & 0xFFFF;
+            }
+        }
+        backward::apply_mask(scores, bits);
+    }
+
     // The gradients that a tile of keys gives.
     __device__ __forceinline__ void step() {
         backward::Scores<T> scores, ds;
@@ -157,12 +180,7 @@ int keys;                    // of the tile
         read_places();
         ptx::wgmma_wait_group<1>();
         ptx::fence_registers(scores);
-        if (keys < T::kTileN) {
-#pragma unroll
-            for (int i = 0; i < T::kTileM / 2; i++) {
-                scores[i] = accumulator_row(threadIdx.x % 128, i) < keys ? scores[i] : -INFINITY;
-            }
-        }
+        if (p.lists.bits != nullptr || keys < T::kTileN) apply_mask(scores);
         backward::to_probabilities<T>(p, scores, probabilities, backward::terms_of_thread<T>(s.terms[0]));
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(ds);
@@ -183,9 +201,8 @@ int keys;                    // of the tile
         int const lane = threadIdx.x % 4;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            int const row = accumulator_row(threadIdx.x % 128, 2 * r);
-            int64_t const head = static_cast<int64_t>(item.token) * p.lists.num_heads() + item.pack * p.lists.pack + row;
-            auto* const target = static_cast<Element*>(p.dq) + head * T::kHeadDim + 8 * lane;
+            QueryRow const row = item.row(p.lists, accumulator_row(threadIdx.x % 128, 2 * r));
+            auto* const target = static_cast<Element*>(p.dq) + row.index(p.lists) * T::kHeadDim + 8 * lane;
 #pragma unroll
             for (int column = 0; column < T::kHeadDim; column += 32) {
                 uint32_t words[4];
@@ -195,7 +212,7 @@ int keys;                    // of the tile
                     words[j] = pack(dq[i] * p.dq_scale, dq[i + 1] * p.dq_scale, Element{});
                 }
                 transpose_quad(words);
-                if (row < p.lists.pack) {
+                if (row.inside) {
                     *reinterpret_cast<uint4*>(target + column) = make_uint4(words[0], words[1], words[2], words[3]);
                 }
             }
@@ -234,6 +251,14 @@ __device__ __forceinline__ void differentiate(BackwardParams const& p) {
         reinterpret_cast<uint4*>(s.q)[i] = make_uint4(0, 0, 0, 0);
     }
     ptx::fence_proxy_async_shared();
+    if (threadIdx.x < 32) {
+        int const kind = threadIdx.x / 8, token = threadIdx.x % 8;
+        uint32_t bits = 0;
+        for (int i = 0; i < T::kTileM / 4; i++) {
+            bits |= (i / 2 * 8 + kind * 2 + i % 2) / p.lists.pack == token ? 1u << i : 0;
+        }
+        s.scores_of_token[kind][token] = static_cast<uint16_t>(bits);
+    }
     if (threadIdx.x == 0) {
         ptx::mbarrier_init(&s.q_full, 1);
         ptx::mbarrier_init(&s.q_empty, 4 * ptx::kArrivalsOfWarp);

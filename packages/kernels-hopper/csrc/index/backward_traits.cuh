@@ -34,7 +34,6 @@ struct BackwardTraits : backward::Traits<HeadDim, HeadDimV, Element, Softcap, 64
     // Gradients of keys and of values are computed a panel of columns at a time. Where there are registers for two, one
     // is computed while the one before is moved.
     static constexpr int kPassColumns = TileK::kPanelColumns;
-    static constexpr int kChunks = kPassColumns / 16;  // that four threads have of a row
     static constexpr int kPassesOfValues = TileV::kPanels;
     static constexpr int kPasses = TileV::kPanels + TileK::kPanels;
     static constexpr bool kPassesOverlap = HeadDim < 256;
@@ -51,6 +50,9 @@ struct alignas(1024) SharedOfBackward {
     uint8_t ds[T::TileDs::kBytes];
     alignas(16) float terms[2][T::kTerms];  // of rows of queries: lse in exponents of 2, delta
     int places[T::kStages][64];             // rows of gradients of keys
+    uint8_t bits[T::kStages][64];           // of keys: for which of the tokens that share the tile of queries they count
+    // For each of four kinds of threads, which of its scores of a key belong to each token: a bit each.
+    alignas(16) uint16_t scores_of_token[4][8];
     uint64_t q_full, q_empty;
     uint64_t full[T::kStages], empty[T::kStages];
     int keys[T::kStages];  // how many of a tile's keys there are, negative less one in the last tile of a list

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One kernel of index attention, of the head dims and so on that the compiler is told; variants.py lists them all.
 #include "kernel.cuh"
+#include "unite.cuh"
 
 using Traits = magi::index::Traits<MAGI_HEAD_DIM, MAGI_HEAD_DIM_V, MAGI_ELEMENT, MAGI_SOFTCAP, MAGI_STAGES,
                                    MAGI_BLOCKS, MAGI_CONSUMER_REGISTERS, MAGI_PRODUCER_REGISTERS>;

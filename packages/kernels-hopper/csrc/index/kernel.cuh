@@ -21,6 +21,7 @@ struct Consumer {
     RingPlace<1> q_place;
     float scores[T::kTileN / 2];
     float out[T::kHeadDimV / 2];
+    int tokens[2];  // of the thread's rows, counted from the tile's first
 
     __device__ __forceinline__ Consumer(Params const& p, typename T::Shared& s) : p(p), s(s) {}
 
@@ -73,6 +74,23 @@ struct Consumer {
         }
     }
 
+    // Of the tile's keys, those that the tokens of the thread's two rows name.
+    __device__ __forceinline__ void bits_of(uint8_t const* of_keys, uint32_t (&bits)[2][2]) const {
+        auto const* const pairs = reinterpret_cast<uint16_t const*>(of_keys) + threadIdx.x % 4;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            bits[half][0] = bits[half][1] = 0;
+#pragma unroll
+            for (int j = 0; j < T::kTileN / 16; j++) {
+                uint32_t const pair = pairs[half * T::kTileN / 4 + 4 * j];
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    bits[half][r] |= (pair >> tokens[r] & 1 | pair >> (tokens[r] + 7) & 2) << 2 * j;
+                }
+            }
+        }
+    }
+
     __device__ __forceinline__ void attend(forward::Softmax<T>& softmax) {
         uint32_t bits[2][2];
         float shrink[2];
@@ -85,8 +103,12 @@ struct Consumer {
             keys = is_last ? ~keys : keys;
             multiply_keys();
             if (is_last) release(&s.q_empty);
-            if (keys < T::kTileN) {
-                bits_of(keys, bits);
+            if (p.lists.bits != nullptr || keys < T::kTileN) {
+                if (p.lists.bits != nullptr) {
+                    bits_of(s.bits[place.stage()], bits);
+                } else {
+                    bits_of(keys, bits);
+                }
                 softmax.template step<true>(scores, bits, shrink);
             } else {
                 softmax.template step<false>(scores, bits, shrink);
@@ -100,10 +122,13 @@ struct Consumer {
     }
 
     __device__ __forceinline__ forward::OutputRow output_row(Item const& item, int row) const {
-        return {item.token, item.pack * p.lists.pack + row, row < p.lists.pack};
+        QueryRow const query = item.row(p.lists, row);
+        return {query.token, query.head, query.inside};
     }
 
     __device__ __forceinline__ void run() {
+#pragma unroll
+        for (int r = 0; r < 2; r++) tokens[r] = min(accumulator_row(threadIdx.x % 128, 2 * r) / p.lists.pack, 7);
         int64_t const num_items = p.lists.num_items();
         for (int64_t number = blockIdx.x; number < num_items; number += gridDim.x) {
             Item const item(p.lists, number);

@@ -7,22 +7,41 @@
 namespace magi::index {
 
 // Every query token has a list of keys for each key head: rows of k and v. A list ends at its first negative entry.
-// A tile of queries is `pack` neighboring query heads of one key head, of one token.
+// A tile of queries is `pack` neighboring query heads of one key head, of one token or of several neighboring ones whose
+// lists were united: then each entry has a bit for each of the tokens.
 struct Lists {
-    uint8_t const* k;    // [num_k, kv heads, head_dim]
-    uint8_t const* v;    // [num_k, kv heads, head_dim_v]
-    int const* indices;  // [num_q, kv heads, longest]
+    uint8_t const* k;     // [num_k, kv heads, head_dim]
+    uint8_t const* v;     // [num_k, kv heads, head_dim_v]
+    int const* indices;   // [tiles of tokens, kv heads, longest]
+    uint8_t const* bits;  // the same, or null if a tile has one token
     int64_t k_token_bytes, k_head_bytes;  // from one to the next
     int64_t v_token_bytes, v_head_bytes;
     int num_q, num_k, num_kv_heads;
     int longest;            // entries of a list, a multiple of 64
     int pack;
     int packs_per_kv_head;  // query heads of a key head, divided by the pack
+    int tokens;             // of a tile
+    int num_tiles;          // of tokens
 
     __device__ __forceinline__ int64_t num_items() const {
-        return static_cast<int64_t>(num_q) * num_kv_heads * packs_per_kv_head;
+        return static_cast<int64_t>(num_tiles) * num_kv_heads * packs_per_kv_head;
     }
     __device__ __forceinline__ int num_heads() const { return num_kv_heads * packs_per_kv_head * pack; }
+    __device__ __forceinline__ int num_rows() const { return pack * tokens; }  // of a tile
+};
+
+// A row of a tile: token, and query head.
+struct QueryRow {
+    int token, head;
+    bool inside;
+
+    // Row `row` of the tile that begins at a token and a head.
+    __device__ __forceinline__ QueryRow(Lists const& p, int first_token, int first_head, int row)
+        : token(first_token + row / p.pack), head(first_head + row % p.pack),
+          inside(row < p.num_rows() && token < p.num_q) {}
+    __device__ __forceinline__ int64_t index(Lists const& p) const {
+        return static_cast<int64_t>(token) * p.num_heads() + head;
+    }
 };
 
 struct Params {
@@ -39,7 +58,7 @@ static_assert(sizeof(Params) == 384, "index.py pads its structure to this size")
 struct BackwardParams {
     CUtensorMap q, dout;
     Lists lists;
-    int const* places;  // [num_q, kv heads, longest]: rows of gradients for each entry, times the packs; or null
+    int const* places;  // as Lists::indices: rows of gradients for each entry, times the packs; or null
     float const* lse;   // [num_q, heads], in exponents of 2; +inf where there is no key
     float const* delta; // [num_q, heads]
     void* dq;           // [num_q, heads, head_dim], of Element
@@ -51,6 +70,17 @@ struct BackwardParams {
 };
 
 static_assert(sizeof(BackwardParams) == 512, "index_backward.py pads its structure to this size");
+
+// Before both kernels, where tokens share tiles: unites their lists, in the order of keys.
+struct UniteParams {
+    int const* indices;  // [num_q, kv heads, longest]
+    int* united;         // [tiles, kv heads, united_longest], Lists::indices
+    uint8_t* bits;       // Lists::bits
+    int num_q, num_k, num_kv_heads;
+    int longest, united_longest;
+    int tokens;  // of a tile, at most 8
+    int window;  // keys that fit shared memory, a byte each
+};
 
 // Before the backward kernel: terms of each row of queries.
 struct TermsParams {

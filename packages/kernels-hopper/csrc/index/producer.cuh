@@ -17,10 +17,13 @@ constexpr int kProducers = 128;  // threads
 
 // Tiles of queries in order of work: pack by pack of heads, so that keys of one head stay in the L2 cache.
 struct Item {
-    int token, pack;
+    int tile, pack;  // of tokens, of heads
     __device__ __forceinline__ Item(Lists const& p, int64_t number)
-        : token(static_cast<int>(number % p.num_q)), pack(static_cast<int>(number / p.num_q)) {}
+        : tile(static_cast<int>(number % p.num_tiles)), pack(static_cast<int>(number / p.num_tiles)) {}
     __device__ __forceinline__ int kv_head(Lists const& p) const { return pack / p.packs_per_kv_head; }
+    __device__ __forceinline__ QueryRow row(Lists const& p, int row) const {
+        return {p, tile * p.tokens, pack * p.pack, row};
+    }
 };
 
 // In the backward pass gradients of outputs come with queries, and where to add those of keys with keys.
@@ -35,12 +38,18 @@ struct Producer {
     RingPlace<1> q_place;
     int signaled = 0, started = 0;  // tiles
     int indices[2];                 // of a tile, those of the lane and of 32 later
+    uint8_t bits[2];                // of tokens that share the tile of queries
 
     __device__ __forceinline__ Producer(Params const& p, Shared& s) : p(p), lists(p.lists), s(s) {}
 
     __device__ __forceinline__ void read_indices(int const* list) {
         indices[0] = __ldg(list + threadIdx.x % 32);
         indices[1] = __ldg(list + threadIdx.x % 32 + 32);
+        if (lists.bits != nullptr) {
+            uint8_t const* const of_list = lists.bits + (list - lists.indices) + threadIdx.x % 32;
+            bits[0] = __ldg(of_list);
+            bits[1] = __ldg(of_list + 32);
+        }
     }
 
     // How many of the tile's indices come before the first negative one.
@@ -83,7 +92,8 @@ struct Producer {
 #pragma unroll
         for (int panel = 0; panel < Tile::kPanels; panel++) {
             ptx::cp_async_bulk_tensor_3d(target + panel * Tile::kPanelBytes, &map, &s.q_full, panel * Tile::kPanelColumns,
-                                         item.pack * lists.pack, item.token, ptx::CacheHint::kEvictFirst);
+                                         item.pack * lists.pack, item.tile * lists.tokens,
+                                         ptx::CacheHint::kEvictFirst);
         }
     }
 
@@ -91,13 +101,12 @@ struct Producer {
     __device__ __forceinline__ void load_queries(Item const& item) {
         int const lane = threadIdx.x % 32;
         if constexpr (T::kDifferentiates) {
-            int64_t const first = static_cast<int64_t>(item.token) * lists.num_heads() + item.pack * lists.pack + lane;
             float of_rows[2][2];  // of this row and of 32 later
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                bool const inside = lane + 32 * i < lists.pack;
-                of_rows[i][0] = inside ? __ldg(p.lse + first + 32 * i) : INFINITY;
-                of_rows[i][1] = inside ? __ldg(p.delta + first + 32 * i) : 0;
+                QueryRow const row = item.row(lists, lane + 32 * i);
+                of_rows[i][0] = row.inside ? __ldg(p.lse + row.index(lists)) : INFINITY;
+                of_rows[i][1] = row.inside ? __ldg(p.delta + row.index(lists)) : 0;
             }
             ptx::mbarrier_try_wait_parity(&s.q_empty, q_place.parity() ^ 1);
 #pragma unroll
@@ -108,16 +117,22 @@ struct Producer {
             __syncwarp();
             if (lane == 0) {
                 constexpr int kBytes = (T::kHeadDim + T::kHeadDimV) * kBytesPerElement;
-                ptx::mbarrier_arrive_expect_tx(&s.q_full, lists.pack * kBytes);
+                ptx::mbarrier_arrive_expect_tx(&s.q_full, lists.num_rows() * kBytes);
                 load_rows<typename T::TileQ>(s.q, p.q, item);
                 load_rows<typename T::TileDout>(s.dout, p.dout, item);
             }
         } else if (lane == 0) {
             ptx::mbarrier_try_wait_parity(&s.q_empty, q_place.parity() ^ 1);
-            ptx::mbarrier_arrive_expect_tx(&s.q_full, lists.pack * T::kHeadDim * kBytesPerElement);
+            ptx::mbarrier_arrive_expect_tx(&s.q_full, lists.num_rows() * T::kHeadDim * kBytesPerElement);
             load_rows<typename T::TileQ>(s.q, p.q, item);
         }
         __syncwarp();
+    }
+
+    // Which of the tokens that share the tile of queries the tile's entries are of.
+    __device__ __forceinline__ void tell_tokens(int stage) {
+        s.bits[stage][threadIdx.x % 32] = bits[0];
+        s.bits[stage][threadIdx.x % 32 + 32] = bits[1];
     }
 
     // Which rows of gradients the tile's entries, from entry `first` of all lists on, have.
@@ -145,7 +160,7 @@ struct Producer {
     __device__ __forceinline__ void load(Item const& item) {
         int const kv_head = item.kv_head(lists);
         int const* list =
-            lists.indices + (static_cast<int64_t>(item.token) * lists.num_kv_heads + kv_head) * lists.longest;
+            lists.indices + (static_cast<int64_t>(item.tile) * lists.num_kv_heads + kv_head) * lists.longest;
         int const* const end = list + lists.longest;
         uint8_t const* const k = lists.k + kv_head * lists.k_head_bytes;
         uint8_t const* const v = lists.v + kv_head * lists.v_head_bytes;
@@ -160,8 +175,9 @@ struct Producer {
             gather<typename T::TileK>(s.k[stage], k, lists.k_token_bytes, keys);
             gather<typename T::TileV>(s.v[stage], v, lists.v_token_bytes, keys);
             ptx::cp_async_commit_group();
-            if constexpr (T::kDifferentiates) {
-                if (threadIdx.x < 32) tell_places(stage, list - lists.indices, item);
+            if (threadIdx.x < 32) {
+                if (lists.bits != nullptr) tell_tokens(stage);
+                if constexpr (T::kDifferentiates) tell_places(stage, list - lists.indices, item);
             }
             int const these = keys;
             list += T::kTileN;

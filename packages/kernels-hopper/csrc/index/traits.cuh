@@ -52,6 +52,7 @@ struct alignas(1024) SharedOfForward {
     uint8_t v[T::kStages][T::TileV::kBytes];
     uint64_t q_full, q_empty;
     uint64_t full[T::kStages], empty[T::kStages];
+    uint8_t bits[T::kStages][64];  // of keys: for which of the tokens that share the tile of queries they count
     int keys[T::kStages];  // how many of a tile's keys there are, negative less one in the last tile of a list
 };
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from magi_attention.kernels.protocol import IndexCall
 from magi_kernels_hopper.driver import CUBINS, Kernel, TensorMap
-from magi_kernels_hopper.index import Lists, blocks_for, packs_of, padded, set_map
+from magi_kernels_hopper.index import set_map
+from magi_kernels_hopper.index_lists import Lists, TileLists, blocks_of, lists_of_tiles, packs_of
 from magi_kernels_hopper.launching import aligned, index_of
 from magi_kernels_hopper.results import LOG2_E, scored_upward
 from magi_kernels_hopper.support import ELEMENT_OF
@@ -41,7 +42,7 @@ class Params(ctypes.Structure):
         ("cap_slope", ctypes.c_float),
         ("cap", ctypes.c_float),
         ("dq_scale", ctypes.c_float),
-        ("padding", ctypes.c_int * 28),
+        ("padding", ctypes.c_int * 24),
     )
 
 
@@ -141,13 +142,13 @@ def launch_index_backward(
     kernels.prepare.launch(
         -(-lse.numel() // variant.sizes.rows_of_block(v.shape[2])), stream, TermsParams(*of_rows, lse.numel())
     )
-    indices = padded(call.indices)
     sums = [torch.zeros(x.shape, dtype=torch.float32, device=device) for x in (k, v)]
-    for part in parts_of(call, indices, q, v):
-        lists = Lists.of(k, v, indices[part], q.shape[1])
+    tiles = lists_of_tiles(variant, call, q, k)
+    for part, of_part in parts_of(call, tiles, q, v):
+        lists = of_part.params(q[part], k, v)
         order, targets = None, sums
         if call.deterministic:
-            order = order_of(indices[part], len(k))
+            order = order_of(of_part.indices, len(k))
             rows = order.places.numel() * lists.packs_per_kv_head
             targets = [torch.empty(rows, x.shape[2], dtype=torch.float32, device=device) for x in (k, v)]
         params = Params.from_buffer_copy(template)
@@ -156,8 +157,9 @@ def launch_index_backward(
         params.lse, params.delta = (x[part].data_ptr() for x in terms)
         params.dq, params.dk, params.dv = dq[part].data_ptr(), *(x.data_ptr() for x in targets)
         for number, x in enumerate((q[part], dout[part])):
-            set_map(params, number, x, lists.pack)
-        kernels.backward.launch(blocks_for(variant, lists, device, call.sm_margin), stream, params)
+            set_map(params, number, x, lists)
+        blocks = min(blocks_of(variant, device, call.sm_margin), lists.num_items)
+        kernels.backward.launch(blocks, stream, params)
         if order is not None:
             pointers = (x.data_ptr() for x in (*targets, order.first, *sums))
             kernels.sum.launch(num_rows, stream, SumParams(*pointers, num_rows, lists.packs_per_kv_head))
@@ -169,14 +171,15 @@ def launch_index_backward(
     return dq, dk, dv
 
 
-def parts_of(call: IndexCall, indices: Tensor, q: Tensor, v: Tensor) -> Iterator[slice]:
-    """All queries at once or, where entries have gradients of their own, so many that these are of bounded size."""
-    num_q, step = len(q), len(q)
+def parts_of(call: IndexCall, tiles: TileLists, q: Tensor, v: Tensor) -> Iterator[tuple[slice, TileLists]]:
+    """All tokens at once or, where entries have gradients of their own, so many that these are of bounded size."""
+    num_tiles = step = len(tiles.indices)
     if call.deterministic:
-        packs = packs_of(q.shape[1], indices.shape[1])[1]
-        step = max(BYTES_AT_A_TIME // (4 * indices[0].numel() * packs * (q.shape[2] + v.shape[2])), 1)
-    for first in range(0, num_q, step):
-        yield slice(first, min(first + step, num_q))
+        packs = packs_of(q.shape[1], tiles.indices.shape[1])[1]
+        step = max(BYTES_AT_A_TIME // (4 * tiles.indices[0].numel() * packs * (q.shape[2] + v.shape[2])), 1)
+    for first in range(0, num_tiles, step):
+        stop = min(first + step, num_tiles)
+        yield slice(first * tiles.tokens, min(stop * tiles.tokens, len(q))), tiles.part(first, stop)
 
 
 @cache

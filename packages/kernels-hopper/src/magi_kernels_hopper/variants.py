@@ -246,20 +246,21 @@ INDEX_SIZES = {
     (64, 64): IndexSizes(4, 2, 200, 56),
     (96, 96): IndexSizes(3, 2, 200, 56),
     (128, 128): IndexSizes(3, 2, 200, 56),
-    (192, 128): IndexSizes(4, 1, 240, 56),
-    (192, 192): IndexSizes(4, 1, 240, 56),
-    (256, 256): IndexSizes(3, 1, 240, 56),
+    (192, 128): IndexSizes(4, 1, 240, 64),
+    (192, 192): IndexSizes(4, 1, 240, 64),
+    (256, 256): IndexSizes(3, 1, 240, 64),
 }
 """By head dims."""
 
 
 @dataclass(frozen=True)
 class IndexVariant(_Variant):
-    """One kernel of index attention."""
+    """One kernel of index attention, and the one that comes before it."""
 
     kind = "index"
     source = "index/index.cu"
     entry = "magi_index"
+    unite_entry = "magi_index_unite"
 
     @property
     def sizes(self) -> IndexSizes:
@@ -296,9 +297,9 @@ class IndexBackwardSizes(IndexSizes):
         return self.row_threads // (8 if vectors <= 8 else 16 if vectors <= 16 else 32)
 
     def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
-        """Shared memory of a block: tiles, and two kilobytes for what is of rows, which the compiler checks."""
+        """Shared memory of a block: tiles, and three kilobytes for what is of rows, which the compiler checks."""
         tiles = (self.rows + self.keys * self.stages) * (head_dim + head_dim_v) + self.rows * self.keys
-        return 2 * tiles + 2048
+        return 2 * tiles + 3072
 
 
 INDEX_BACKWARD_SIZES = {
