@@ -260,13 +260,7 @@ __device__ __forceinline__ void differentiate(BackwardParams const& p) {
         s.scores_of_token[kind][token] = static_cast<uint16_t>(bits);
     }
     if (threadIdx.x == 0) {
-        ptx::mbarrier_init(&s.q_full, 1);
-        ptx::mbarrier_init(&s.q_empty, 4 * ptx::kArrivalsOfWarp);
-        for (int i = 0; i < T::kStages; i++) {
-            ptx::mbarrier_init(&s.full[i], kProducers);
-            ptx::mbarrier_init(&s.empty[i], 4 * ptx::kArrivalsOfWarp);
-        }
-        ptx::fence_mbarrier_init();
+        init_barriers<T>(s);
         ptx::prefetch_tensormap(&p.q);
         ptx::prefetch_tensormap(&p.dout);
     }

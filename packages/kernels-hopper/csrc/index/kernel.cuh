@@ -149,13 +149,7 @@ __device__ __forceinline__ void attend_to_indices(Params const& p) {
     auto& s = *reinterpret_cast<typename T::Shared*>(memory);
     int const warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
-        ptx::mbarrier_init(&s.q_full, 1);
-        ptx::mbarrier_init(&s.q_empty, 4 * ptx::kArrivalsOfWarp);
-        for (int i = 0; i < T::kStages; i++) {
-            ptx::mbarrier_init(&s.full[i], kProducers);
-            ptx::mbarrier_init(&s.empty[i], 4 * ptx::kArrivalsOfWarp);
-        }
-        ptx::fence_mbarrier_init();
+        init_barriers<T>(s);
         ptx::prefetch_tensormap(&p.q);
     }
     __syncthreads();

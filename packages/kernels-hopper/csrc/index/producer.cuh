@@ -26,6 +26,18 @@ struct Item {
     }
 };
 
+// By one thread.
+template <typename T>
+__device__ __forceinline__ void init_barriers(typename T::Shared& s) {
+    ptx::mbarrier_init(&s.q_full, 1);
+    ptx::mbarrier_init(&s.q_empty, 4 * ptx::kArrivalsOfWarp);
+    for (int i = 0; i < T::kStages; i++) {
+        ptx::mbarrier_init(&s.full[i], kProducers);
+        ptx::mbarrier_init(&s.empty[i], 4 * ptx::kArrivalsOfWarp);
+    }
+    ptx::fence_mbarrier_init();
+}
+
 // In the backward pass gradients of outputs come with queries, and where to add those of keys with keys.
 template <typename T>
 struct Producer {
