@@ -8,7 +8,6 @@ namespace magi::index {
 
 constexpr int kUniteThreads = 256;
 constexpr int kKeysOfThread = 16;  // that it looks at, at once
-constexpr int kMostTokens = 8;
 
 // How many of 16 bytes are not 0.
 __device__ __forceinline__ int count_bytes(uint4 const& bytes) {
@@ -39,36 +38,45 @@ __device__ __forceinline__ int2 sum_before(int value) {
     return result;
 }
 
+// One warp: marks those of a window's keys that a token's list names.
+__device__ __forceinline__ void mark(UniteParams const& p, int const* list, int token, int first, uint32_t* words) {
+    constexpr int kAtOnce = 4;
+    int const lane = threadIdx.x % 32;
+    bool ended = false;
+    for (int base = 0; base < p.longest && !ended; base += 32 * kAtOnce) {
+        int keys[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) {
+            int const i = base + 32 * j + lane;
+            keys[j] = i < p.longest ? __ldg(list + i) : -1;
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) {
+            uint32_t const negative = __ballot_sync(~0u, keys[j] < 0);
+            if (!ended && lane < (negative != 0 ? __ffs(negative) - 1 : 32)) {
+                if (keys[j] >= p.num_k) asm volatile("trap;");  // as torch's own indexing does
+                int const place = keys[j] - first;
+                if (place >= 0 && place < p.window) atomicOr(words + place / 4, 1u << (place % 4 * 8 + token));
+            }
+            ended |= negative != 0;
+        }
+    }
+}
+
 // Block kv_head + kv heads * tile. A byte of shared memory for each key of a window tells which tokens name it.
 __device__ __forceinline__ void unite(UniteParams const& p) {
     extern __shared__ __align__(16) uint32_t words[];
-    static __shared__ int ends[kMostTokens];
     int const kv_head = blockIdx.x % p.num_kv_heads, token = blockIdx.x / p.num_kv_heads * p.tokens;
-    int const tokens = min(p.tokens, p.num_q - token);
-    auto const list_of = [&](int t) {
-        return p.indices + (static_cast<int64_t>(token + t) * p.num_kv_heads + kv_head) * p.longest;
-    };
+    int const warp = threadIdx.x / 32;  // one for each token
+    int const* const list = p.indices + (static_cast<int64_t>(token + warp) * p.num_kv_heads + kv_head) * p.longest;
     int* const united = p.united + static_cast<int64_t>(blockIdx.x) * p.united_longest;
     uint8_t* const bits = p.bits + static_cast<int64_t>(blockIdx.x) * p.united_longest;
 
-    if (threadIdx.x < kMostTokens) ends[threadIdx.x] = p.longest;
-    __syncthreads();
-    for (int t = 0; t < tokens; t++) {
-        for (int i = threadIdx.x; i < p.longest; i += kUniteThreads) {
-            if (list_of(t)[i] < 0) atomicMin(ends + t, i);
-        }
-    }
     int found = 0;
     for (int first = 0; first < p.num_k; first += p.window) {
         for (int i = threadIdx.x; i < p.window / 4; i += kUniteThreads) words[i] = 0;
         __syncthreads();
-        for (int t = 0; t < tokens; t++) {
-            for (int i = threadIdx.x; i < ends[t]; i += kUniteThreads) {
-                int const key = list_of(t)[i], place = key - first;
-                if (key >= p.num_k) asm volatile("trap;");  // as torch's own indexing does
-                if (place >= 0 && place < p.window) atomicOr(words + place / 4, 1u << (place % 4 * 8 + t));
-            }
-        }
+        if (warp < p.tokens && token + warp < p.num_q) mark(p, list, warp, first, words);
         __syncthreads();
         for (int base = 0; base < min(p.window, p.num_k - first); base += kUniteThreads * kKeysOfThread) {
             int const key = base + threadIdx.x * kKeysOfThread;
