@@ -18,6 +18,13 @@ struct Item {
     __device__ __forceinline__ bool is_last(Params const& p) const { return first_pack + packs == p.packs_per_kv_head; }
 };
 
+// Keys of a tile, or from some place in it on; they may be none.
+struct KeyRange {
+    int first, end;
+
+    __device__ __forceinline__ KeyRange from(int offset) const { return {first + offset, end}; }
+};
+
 // Item `number` in the order of work.
 __device__ __forceinline__ Item item_at(Params const& p, int number) {
     int4 const item = __ldg(p.items + number);

@@ -65,7 +65,7 @@ struct TallConsumer {
 
     // Tile of queries i of an item, and the gradients of the queries two before, whose buffers this one takes over. If there
     // were none, what is computed in their place is not used.
-    __device__ __forceinline__ void step(int key, bool ragged, int i) {
+    __device__ __forceinline__ void step(int key, int i) {
         Fragments<T> p_fragments, ds_fragments;
         [[maybe_unused]] Fragments<T> factors;  // what the gradients of probabilities are multiplied by, under a cap
         int const stage = place.stage();
@@ -80,7 +80,7 @@ struct TallConsumer {
                 ptx::wgmma_fence();
                 multiply_columns<Element, TileK, TileQ>(scores, s.k, 64 * group, s.q[stage]);
                 ptx::wgmma_commit_group();
-                StepMask<T> const mask(p, s.step[stage], key, ragged);
+                StepMask<T> const mask(p, s.step[stage], key);
                 ptx::wgmma_wait_group<0>();
                 ptx::fence_registers(scores);
                 mask.apply(scores);
@@ -124,12 +124,11 @@ struct TallConsumer {
     }
 
     __device__ __forceinline__ void differentiate(int tile, int num_steps) {
-        bool const ragged = (tile + 1) * T::kTileN > p.num_k;
         int const key = tile * T::kTileN + 64 * group;
         ptx::mbarrier_try_wait_parity(&s.k_full, kv_place.parity());
         ptx::mbarrier_try_wait_parity(&s.v_full, kv_place.parity());
         load_values();
-        for (int i = 0; i < num_steps; i++) step(key, ragged, i);
+        for (int i = 0; i < num_steps; i++) step(key, i);
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(dk);
         ptx::fence_registers(dv);
@@ -157,11 +156,11 @@ struct TallConsumer {
             for (int i = 0; i < T::kHeadDim / 2; i++) dk[i] = dv[i] = 0;
             if (next.num_steps > 0) differentiate(next.tile, next.num_steps);
             Item const item = item_in(s, item_place);
+            KeyRange const keys = keys_in(s, item_place).from(64 * group);
             leave_item(s, item_place);
             if (!exchange_with_items<T>(p, item, group, dk, dv)) continue;
-            int const key = item.tile * T::kTileN + 64 * group;
-            store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, 1);
-            store_rows<T, T::kHeadDim>(dk, p.dk, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, p.scale);
+            store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, keys, p.num_kv_heads, item.kv_head, 1);
+            store_rows<T, T::kHeadDim>(dk, p.dk, p.out_mode, keys, p.num_kv_heads, item.kv_head, p.scale);
         }
         finish_dq(s, place, group);
     }
