@@ -2,7 +2,6 @@
 """Walks the backward kernel's tables as the kernel does."""
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -49,13 +48,19 @@ def pair_counts(tables: ColumnTables, num_q: int, num_k: int, size_q: int, size_
     """
     tiles_q = -(-num_q // size_q)
     counts = np.zeros((tiles_q * size_q, num_k), np.int64)
-    assert tables.starts[0] == 0
-    assert tables.starts[-1] == num_k
-    for tile_k, (start, end) in enumerate(pairwise(tables.starts.tolist())):
+    reached = 0
+    for tile_k, (start, end, *rests) in enumerate(tables.keys.tolist()):
+        assert start == reached
+        reached = end
         assert 0 < end - start <= size_k
-        for step in walk(tables, tile_k, size_q, size_k):
+        steps = list(walk(tables, tile_k, size_q, size_k))
+        for half, rest in enumerate(rests):
+            for left_out in steps[: rest >> 16] + steps[len(steps) - (rest & 0xFFFF) :]:
+                assert not np.split(left_out.kept, 2, axis=1)[half].any()
+        for step in steps:
             assert step.masked or step.kept.all()
             assert step.tile < tiles_q
             assert not step.kept[:, end - start :].any()
             counts[step.tile * size_q :, start:end][:size_q] += step.kept[:, : end - start]
+    assert reached == num_k
     return counts[:num_q]

@@ -83,13 +83,28 @@ def test_long_runs_stay_short_tables():
     [
         ([[0, 120, 0, 120, 1], [120, 300, 120, 300, 1]], [0, 32, 64, 96, 120, 152, 184, 216, 248, 280, 300]),
         ([[0, 300, 0, 300, 1]], [0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 300]),
-        ([[0, 300, 0, 40, 0], [0, 300, 40, 300, 0]], [0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 300]),  # no step less
+        # Where all see the keys on both sides, no step is saved.
+        ([[0, 300, 0, 40, 0], [0, 300, 40, 300, 0]], [0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 300]),
         ([], [0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 300]),
     ],
 )
 def test_tiles_of_keys_begin_where_it_saves_steps(rows, starts):
     tables = shortest_tables(SliceTable(rows).bands(), 300, 300, 16, 32)
-    assert tables.starts.tolist() == starts
+    assert [*tables.keys[:, 0], tables.keys[-1, 1]] == starts
+
+
+@pytest.mark.parametrize(
+    ("rows", "first", "second"),
+    [
+        ([[0, 256, 0, 256, 1]], 0, 1),  # of the diagonal's two tiles, the earlier one sees no key of the second half
+        ([[0, 256, 0, 256, 0]], 0, 0),
+        ([[64, 128, 0, 16, 0], [0, 16, 16, 32, 0]], 1, 4 << 16),  # from the last tile of queries down
+        ([[0, 64, 0, 16, 0]], 0, 4 << 16),  # nothing sees the second half
+    ],
+)
+def test_halves_of_tiles_rest(rows, first, second):
+    tables = column_tables(SliceTable(rows).bands(), 256, 256, 16, 32)
+    assert tables.keys[0, 2:].tolist() == [first, second]
 
 
 def test_masks_too_large_for_an_order_are_refused():

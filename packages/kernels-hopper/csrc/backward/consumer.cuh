@@ -135,10 +135,17 @@ __device__ __forceinline__ Item item_in(Shared<T> const& s, RingPlace<2> const& 
     return {slot.x, slot.y, slot.z, slot.w >> 16, slot.w & 0xFFFF};
 }
 
-// The keys of the item in a slot, of all those that there are.
+// The keys of the item in a slot from some place in its tile on, of all those that there are.
 template <typename T>
-__device__ __forceinline__ KeyRange keys_in(Shared<T> const& s, RingPlace<2> const& place) {
-    return s.keys[place.stage()];
+__device__ __forceinline__ KeyRange keys_in(Shared<T> const& s, RingPlace<2> const& place, int offset) {
+    int4 const keys = s.keys[place.stage()];
+    return {keys.x + offset, keys.y};
+}
+
+template <typename T>
+__device__ __forceinline__ Rests rests_in(Shared<T> const& s, RingPlace<2> const& place, int group) {
+    int const rests = reinterpret_cast<int const*>(s.keys + place.stage())[2 + group];
+    return {rests >> 16, rests & 0xFFFF};
 }
 
 template <typename T>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A warp of each block turns sums of gradients of queries to gradients once all tiles of keys have added, while the sums
-// are in the L2 cache. From there they are dropped: as a rule they never reach device memory.
+// are in the L2 cache. From there they are dropped: as a rule they never reach device memory. Consumers help when there are
+// no items left: where few tiles of keys meet a tile of queries, one warp does not keep up.
 #pragma once
 
 #include "../arithmetic.cuh"

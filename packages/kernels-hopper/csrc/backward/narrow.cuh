@@ -116,9 +116,9 @@ struct NarrowConsumer {
             if (next.tile < 0) break;
 #pragma unroll
             for (int i = 0; i < T::kHeadDim / 2; i++) dk[i] = dv[i] = 0;
-            if (next.num_steps > 0) differentiate(next.tile, next.num_steps);
+            if (next.steps > 0) differentiate(next.tile, next.num_steps());
             Item const item = item_in(s, item_place);
-            KeyRange const keys = keys_in(s, item_place).from(64 * group);
+            KeyRange const keys = keys_in(s, item_place, 64 * group);
             leave_item(s, item_place);
             if (!exchange_with_items<T>(p, item, group, dk, dv)) continue;
             store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, keys, p.num_kv_heads, item.kv_head, 1);

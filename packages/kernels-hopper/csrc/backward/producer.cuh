@@ -33,7 +33,8 @@ struct Loader {
         }
     }
 
-    __device__ __forceinline__ void load_keys(Item const& item, int first_key) {
+    __device__ __forceinline__ void load_keys(Item const& item) {
+        int const first_key = __ldg(&p.keys[item.tile].x);
         ptx::mbarrier_try_wait_parity(&s.kv_empty, kv_place.parity() ^ 1);
         ptx::mbarrier_arrive_expect_tx(&s.k_full, T::TileK::kBytes);
         load<typename T::TileK>(s.k, &p.k, &s.k_full, item.kv_head, first_key, CacheHint::kEvictFirst);
@@ -64,14 +65,14 @@ struct Loader {
                                 walk.tile * (T::kTileM >> p.log2_pack), CacheHint::kEvictNormal);
     }
 
-    __device__ __forceinline__ void announce(Item const& item, KeyRange keys) {
+    __device__ __forceinline__ void announce(Item const& item) {
         ptx::mbarrier_try_wait_parity(&s.item_empty[item_place.stage()], item_place.parity() ^ 1);
         int* const slot = s.item[item_place.stage()];
         slot[0] = item.tile;
         slot[1] = item.kv_head;
-        slot[2] = item.num_steps;
+        slot[2] = item.steps;
         slot[3] = item.first_pack << 16 | item.packs;
-        s.keys[item_place.stage()] = keys;
+        s.keys[item_place.stage()] = __ldg(p.keys + max(item.tile, 0));
         ptx::mbarrier_arrive(&s.item_full[item_place.stage()]);
         item_place.advance();
     }
@@ -83,22 +84,21 @@ struct Loader {
             int const number = atomicAdd(p.counters, 1);
             if (number >= p.num_items) break;
             Item const item = item_at(p, number);
-            KeyRange const keys = {__ldg(p.key_starts + item.tile), __ldg(p.key_starts + item.tile + 1)};
-            announce(item, keys);
-            if (item.num_steps == 0) continue;
+            announce(item);
+            if (item.steps == 0) continue;
             Walk walk(p, item);
             load_queries(walk);
-            load_keys(item, keys.first);
+            load_keys(item);
             load_gradients(walk);
             place.advance();
-            for (int i = 1; i < item.num_steps; i++) {
+            for (int left = item.num_steps() - 1; left > 0; left--) {
                 walk.advance();
                 load_queries(walk);
                 load_gradients(walk);
                 place.advance();
             }
         }
-        announce({-1, 0, 0, 0, 0}, {0, 0});
+        announce({-1, 0, 0, 0, 0});
     }
 };
 

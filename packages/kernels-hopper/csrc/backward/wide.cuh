@@ -166,9 +166,9 @@ struct WideConsumer {
             if (next.tile < 0) break;
 #pragma unroll
             for (int i = 0; i < T::kHeadDim / 2; i++) sums[i] = 0;
-            if (next.num_steps > 0) differentiate(next.tile, next.num_steps);
+            if (next.steps > 0) differentiate(next.tile, next.num_steps());
             int const head = item_in(s, item_place).kv_head;
-            KeyRange const keys = keys_in(s, item_place);
+            KeyRange const keys = keys_in(s, item_place, 0);
             leave_item(s, item_place);
             if (T::kHeadDimV < T::kHeadDim && group == 0) {
                 auto const& dv = reinterpret_cast<float const(&)[T::kHeadDimV / 2]>(sums);

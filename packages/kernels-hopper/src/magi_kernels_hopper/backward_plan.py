@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mask as the tables that the backward kernel reads: which tiles of queries each tile of keys meets, in which order.
 
-Tiles of queries are cut from the first one, tiles of keys also where the mask changes. Tables hold runs of tiles of queries, so that they grow with the
-runs, except for the ranks, which the deterministic kernel needs for each pair of tiles.
+Tiles of queries are cut from the first one on, tiles of keys also where the mask changes. Tables hold runs of tiles of
+queries, so that they grow with the runs, except for the ranks, which the deterministic kernel needs for each pair of
+tiles.
 """
 
 from bisect import bisect_right
@@ -19,6 +20,9 @@ from magi_kernels_hopper.plan import FULL, PARTIAL, WHOLE, Indices, Runs, cut_at
 LEAST_KEYS = 16
 """The fewest keys of a tile that ends where the mask changes."""
 
+MOST_RESTS = 2**15 - 1
+"""The most steps that a consumer is told to leave out; more are computed in vain."""
+
 
 @dataclass(frozen=True, eq=False)
 class ColumnTables:
@@ -27,15 +31,17 @@ class ColumnTables:
     Attributes:
         tiles: ``(num_tiles, 4)``: first run, number of runs, tiles of queries, first rank.
         runs: ``(n, 4)``: first tile of queries, end, first piece, number of pieces or ``FULL``.
-        pieces: ``(m, 8)``: q0, q1, d0, d1, k0, k1, 0, 0; key j sees i if ``d0 <= i - j <= d1``. Keys are counted as if all
-            tiles were full.
-        starts: ``(num_tiles + 1,)``: of each tile of keys the first one, and then the number of all keys.
+        pieces: ``(m, 8)``: q0, q1, d0, d1, k0, k1, 0, 0; key j sees i if ``d0 <= i - j <= d1``. Keys are counted as if
+            all tiles were full.
+        keys: ``(num_tiles, 4)``: the first one of each tile, the end, and of either half of a full tile's keys in how
+            many steps at the begin, times 65536, and at the end no pair counts. Steps go from the last tile of queries
+            down.
     """
 
     tiles: Indices
     runs: Indices
     pieces: Indices
-    starts: Indices
+    keys: Indices
 
 
 def shortest_tables(bands: Bands, num_q: int, num_k: int, tile_q: int, tile_k: int) -> ColumnTables:
@@ -45,7 +51,7 @@ def shortest_tables(bands: Bands, num_q: int, num_k: int, tile_q: int, tile_k: i
     """
     starts = starts_at_changes(bands, num_k, tile_k)
     tables = column_tables(bands, num_q, num_k, tile_q, tile_k)
-    if np.array_equal(starts, tables.starts):
+    if len(starts) == len(tables.keys) + 1 and (starts[:-1] == tables.keys[:, 0]).all():
         return tables
     other = column_tables(bands, num_q, num_k, tile_q, tile_k, starts)
     return min(tables, other, key=lambda each: each.tiles[:, 2].sum())
@@ -108,7 +114,7 @@ def column_tables(
             [runs.start // tile_q, runs.stop // tile_q, first_piece, np.where(runs.kind == WHOLE, FULL, num_pieces)]
         ),
         table,
-        starts,
+        np.column_stack([starts[:-1], starts[1:], _rests(by_key, runs, num_tiles, num_q, tile_q, tile_k)]),
     )
 
 
@@ -120,6 +126,28 @@ def _as_if_full(by_key: Bands, starts: Indices, tile_k: int) -> Bands:
     tile = first[owner] + step
     pieces = band.clip(by_key[owner], band.Q0, starts[tile], starts[tile + 1])
     return band.shift(pieces, tile * tile_k - starts[tile], 0)
+
+
+def _rests(by_key: Bands, runs: Runs, num_tiles: int, num_q: int, tile_q: int, tile_k: int) -> Indices:
+    """The steps in which no pair of either half of a tile's keys counts: the last columns of the keys' table."""
+    halves = tile_runs(by_key, num_tiles * tile_k, num_q, tile_k // 2, tile_q)
+    first, end = np.full(2 * num_tiles, num_q), np.zeros(2 * num_tiles, np.int64)  # tiles of queries
+    for each in (halves.partial, halves.full):
+        half = np.repeat(np.arange(2 * num_tiles), each.counts)
+        np.minimum.at(first, half, each.starts)
+        np.maximum.at(end, half, each.stops)
+    first[end == 0] = 0
+    start, stop = runs.start // tile_q, runs.stop // tile_q
+    numbers = []
+    for side in (0, 1):
+        after = stop - np.maximum(start, end[side::2][runs.tile])
+        before = np.minimum(stop, first[side::2][runs.tile]) - start
+        at_begin, at_end = (
+            np.bincount(runs.tile, np.maximum(each, 0), num_tiles).astype(np.int64).clip(max=MOST_RESTS)
+            for each in (after, before)
+        )
+        numbers.append(at_begin << 16 | at_end)
+    return np.column_stack(numbers)
 
 
 def ranks(tables: ColumnTables, order: Indices) -> Indices:

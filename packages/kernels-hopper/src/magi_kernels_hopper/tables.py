@@ -103,7 +103,7 @@ class DeviceColumnTables(NamedTuple):
         tiles: as are the next three, of :class:`magi_kernels_hopper.backward_plan.ColumnTables`.
         runs: see there.
         pieces: see there.
-        starts: see there.
+        keys: see there.
         items: the work, in order.
         adders: :func:`magi_kernels_hopper.backward_plan.adders`.
         num_met: tiles of queries, of one pack, that some tile of keys meets.
@@ -115,7 +115,7 @@ class DeviceColumnTables(NamedTuple):
     tiles: Tensor
     runs: Tensor
     pieces: Tensor
-    starts: Tensor
+    keys: Tensor
     items: Tensor
     adders: Tensor
     num_met: int
@@ -146,7 +146,7 @@ def device_column_tables(
             tiles=upload(tables.tiles, device),
             runs=upload(tables.runs, device),
             pieces=upload(tables.pieces, device),
-            starts=upload(tables.starts, device),
+            keys=upload(tables.keys, device),
             items=upload(work.items, device),
             adders=upload(of_queries, device),
             num_met=int((of_queries > 0).sum()),
