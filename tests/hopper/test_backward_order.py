@@ -28,7 +28,7 @@ def test_every_item_is_taken_once(mask, group, num_kv_heads, blocks, tile_k, ord
     (num_q, num_k), slices = mask
     work = order_work(slices.bands(), num_q, num_k, WorkSizes(16, tile_k, num_kv_heads, group, blocks), ordered=ordered)
     packs = group // work.pack
-    num_tiles = -(-num_k // tile_k)
+    num_tiles = len(work.tables.tiles)
     assert work.pack * packs == group
     reached = dict.fromkeys(np.ndindex(num_tiles, num_kv_heads), 0)
     sizes = defaultdict(set)

@@ -11,21 +11,22 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.testing.masks import rectangular_masks
 from magi_attention.testing.oracle import dense_mask
 from magi_kernels_hopper.backward_order import WorkSizes, clusters
-from magi_kernels_hopper.backward_plan import adders, column_tables, ranks
+from magi_kernels_hopper.backward_plan import adders, column_tables, ranks, shortest_tables, starts_at_changes
 from magi_kernels_hopper.plan import FULL
 from magi_kernels_hopper.tables import device_column_tables
 from tests.hopper.backward_walk import pair_counts, walk
 
 
 @settings(max_examples=400, deadline=None)
-@given(rectangular_masks(150), st.sampled_from([1, 4, 10, 24]), st.sampled_from([8, 16, 32]))
-def test_every_pair_counts_once(mask, tile_q, tile_k):
+@given(rectangular_masks(150), st.sampled_from([1, 4, 10, 24]), st.sampled_from([8, 16, 32]), st.booleans())
+def test_every_pair_counts_once(mask, tile_q, tile_k, at_changes):
     (num_q, num_k), slices = mask
-    tables = column_tables(slices.bands(), num_q, num_k, tile_q, tile_k)
+    starts = starts_at_changes(slices.bands(), num_k, tile_k) if at_changes else None
+    tables = column_tables(slices.bands(), num_q, num_k, tile_q, tile_k, starts)
     counts = pair_counts(tables, num_q, num_k, tile_q, tile_k)
     np.testing.assert_array_equal(counts, dense_mask(slices, num_q, num_k).numpy())
     tiles_q = -(-num_q // tile_q)
-    met = [step.tile for tile in range(len(tables.tiles)) for step in walk(tables, tile, num_k, tile_q, tile_k)]
+    met = [step.tile for tile in range(len(tables.tiles)) for step in walk(tables, tile, tile_q, tile_k)]
     np.testing.assert_array_equal(adders(tables, tiles_q), np.bincount(met, minlength=tiles_q))
 
 
@@ -33,12 +34,12 @@ def test_every_pair_counts_once(mask, tile_q, tile_k):
 @given(rectangular_masks(150), st.sampled_from([4, 10]), st.sampled_from([8, 16]))
 def test_ranks_count_up_in_the_order_of_work(mask, tile_q, tile_k):
     (num_q, num_k), slices = mask
-    tables = column_tables(slices.bands(), num_q, num_k, tile_q, tile_k)
+    tables = shortest_tables(slices.bands(), num_q, num_k, tile_q, tile_k)
     order = clusters(tables)
     table = ranks(tables, order).tolist()
     reached = dict.fromkeys(range(-(-num_q // tile_q)), 0)
     for tile in order.tolist():
-        steps = list(walk(tables, tile, num_k, tile_q, tile_k))
+        steps = list(walk(tables, tile, tile_q, tile_k))
         for left, step in zip(range(len(steps), 0, -1), steps, strict=True):
             assert table[tables.tiles[tile, 3] + left - 1] == reached[step.tile]
             reached[step.tile] += 1
@@ -75,6 +76,35 @@ def test_long_runs_stay_short_tables():
     tables = column_tables(SliceTable([[0, 1 << 20, 0, 1 << 20, 1]]).bands(), 1 << 20, 1 << 20, 8, 128)
     assert len(tables.runs) == 2 * len(tables.tiles) - 1
     assert len(tables.pieces) == len(tables.tiles)
+
+
+@pytest.mark.parametrize(
+    ("rows", "starts"),
+    [
+        ([[0, 120, 0, 120, 1], [120, 300, 120, 300, 1]], [0, 32, 64, 96, 120, 152, 184, 216, 248, 280, 300]),
+        ([[0, 300, 0, 300, 1]], [0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 300]),
+        # Where all see the keys on both sides, no step is saved.
+        ([[0, 300, 0, 40, 0], [0, 300, 40, 300, 0]], [0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 300]),
+        ([], [0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 300]),
+    ],
+)
+def test_tiles_of_keys_begin_where_it_saves_steps(rows, starts):
+    tables = shortest_tables(SliceTable(rows).bands(), 300, 300, 16, 32)
+    assert [*tables.keys[:, 0], tables.keys[-1, 1]] == starts
+
+
+@pytest.mark.parametrize(
+    ("rows", "first", "second"),
+    [
+        ([[0, 256, 0, 256, 1]], 0, 1),  # of the diagonal's two tiles, the earlier one sees no key of the second half
+        ([[0, 256, 0, 256, 0]], 0, 0),
+        ([[64, 128, 0, 16, 0], [0, 16, 16, 32, 0]], 1, 4 << 16),  # from the last tile of queries down
+        ([[0, 64, 0, 16, 0]], 0, 4 << 16),  # nothing sees the second half
+    ],
+)
+def test_halves_of_tiles_rest(rows, first, second):
+    tables = column_tables(SliceTable(rows).bands(), 256, 256, 16, 32)
+    assert tables.keys[0, 2:].tolist() == [first, second]
 
 
 def test_masks_too_large_for_an_order_are_refused():

@@ -98,14 +98,13 @@ __device__ __forceinline__ void rounded_to_score_gradients(Fragments<T> const& p
     }
 }
 
-// Which of a thread's scores of 64 keys count, in a step that has a mask or with keys of which not all exist.
+// Which of a thread's scores of 64 keys count, in a step that has a mask.
 template <typename T>
 struct StepMask {
     bool const exists;
     uint32_t bits[2];
 
-    __device__ __forceinline__ StepMask(Params const& p, int4 step, int first_key, bool ragged)
-        : exists(step.z >= 0 || ragged) {
+    __device__ __forceinline__ StepMask(Params const& p, int4 step, int first_key) : exists(step.z >= 0) {
         if (!exists) return;
         int const key = first_key + accumulator_row(threadIdx.x % 128, 0);
         int const keys[2] = {key, key + 8};
@@ -134,6 +133,19 @@ template <typename T>
 __device__ __forceinline__ Item item_in(Shared<T> const& s, RingPlace<2> const& place) {
     int4 const slot = *reinterpret_cast<int4 const*>(s.item[place.stage()]);
     return {slot.x, slot.y, slot.z, slot.w >> 16, slot.w & 0xFFFF};
+}
+
+// The keys of the item in a slot from some place in its tile on, of all those that there are.
+template <typename T>
+__device__ __forceinline__ KeyRange keys_in(Shared<T> const& s, RingPlace<2> const& place, int offset) {
+    int4 const keys = s.keys[place.stage()];
+    return {keys.x + offset, keys.y};
+}
+
+template <typename T>
+__device__ __forceinline__ Rests rests_in(Shared<T> const& s, RingPlace<2> const& place, int group) {
+    int const rests = reinterpret_cast<int const*>(s.keys + place.stage())[2 + group];
+    return {rests >> 16, rests & 0xFFFF};
 }
 
 template <typename T>

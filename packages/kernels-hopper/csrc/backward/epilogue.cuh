@@ -10,16 +10,16 @@
 
 namespace magi::backward {
 
-// Writes `factor` times a consumer's accumulators, of 64 keys from `first_key` on, to a tensor [num_k, heads, Dim].
+// Writes `factor` times a consumer's accumulators, of up to 64 keys, to a tensor [all keys, heads, Dim].
 template <typename T, int Dim>
 __device__ __forceinline__ void store_rows(float const (&values)[Dim / 2], void* tensor, int mode,
-                                           int first_key, int num_k, int heads, int head, float factor) {
+                                           KeyRange keys, int heads, int head, float factor) {
     int const lane = threadIdx.x % 4;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        int const key = first_key + accumulator_row(threadIdx.x % 128, 2 * r);
+        int const key = keys.first + accumulator_row(threadIdx.x % 128, 2 * r);
         int64_t const row = (static_cast<int64_t>(key) * heads + head) * Dim;
-        bool const inside = key < num_k;
+        bool const inside = key < keys.end;
         if (mode == kAddFloats) {
             auto* const target = static_cast<float*>(tensor) + row + 2 * lane;
 #pragma unroll

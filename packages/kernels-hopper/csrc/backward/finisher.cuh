@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A warp of each block turns sums of gradients of queries to gradients once all tiles of keys have added, while the sums
-// are in the L2 cache. From there they are dropped: as a rule they never reach device memory.
+// are in the L2 cache. From there they are dropped: as a rule they never reach device memory. Consumers help when there are
+// no items left: where few tiles of keys meet a tile of queries, one warp does not keep up.
 #pragma once
 
 #include "../arithmetic.cuh"
@@ -23,12 +24,13 @@ struct Finisher {
     }
 
     // Gradients of the rows of a part, which is a block of columns, from sums in the order of accumulators.
+    template <int Groups>
     __device__ __forceinline__ void convert(int number) const {
         int const part = number % T::kDqParts, tile = number / T::kDqParts, pack = tile / p.num_tiles_q;
         int const first_token = tile % p.num_tiles_q * (T::kTileM >> p.log2_pack);
         auto const* sums = reinterpret_cast<float4 const*>(p.dq_sums) + static_cast<int64_t>(number) * kVectors + lane;
         if constexpr (T::kTall) {
-            convert_swapped(sums, part, pack, first_token);
+            convert_swapped<Groups>(sums, part, pack, first_token);
             return;
         }
 #pragma unroll 1
@@ -49,7 +51,8 @@ struct Finisher {
         }
     }
 
-    // The same where the part's sums are those of columns by rows.
+    // The same where the part's sums are those of columns by rows, `Groups` of 8 rows at a time.
+    template <int Groups>
     __device__ __forceinline__ void convert_swapped(float4 const* sums, int part, int pack, int first_token) const {
         if (p.dq_mode != kElements) {
 #pragma unroll 1
@@ -59,23 +62,29 @@ struct Finisher {
             return;
         }
         using Element = typename T::Element;
-        float4 low = ptx::load_once(sums), high = ptx::load_once(sums + 32);
+        static_assert(T::kTileM / 8 % Groups == 0);
 #pragma unroll 1
-        for (int i = 0; i < kVectors / 64; i++) {  // 8 rows, 32 columns
-            sums += i < kVectors / 64 - 1 ? 64 : 0;
-            float4 const next_low = ptx::load_once(sums), next_high = ptx::load_once(sums + 32);
-            uint32_t words[4] = {magi::pack(low.x * p.dq_scale, low.y * p.dq_scale, Element{}),
-                                 magi::pack(low.z * p.dq_scale, low.w * p.dq_scale, Element{}),
-                                 magi::pack(high.x * p.dq_scale, high.y * p.dq_scale, Element{}),
-                                 magi::pack(high.z * p.dq_scale, high.w * p.dq_scale, Element{})};
+        for (int first = 0; first < T::kTileM / 8; first += Groups) {
+            float4 block[4 * Groups];  // of 8 rows and 16 columns
 #pragma unroll
-            for (int j = 0; j < 4; j++) words[j] = ptx::movmatrix_trans(words[j]);
-            transpose_quad(words);
-            low = next_low, high = next_high;
-            int const row = row_index(pack, first_token, i / 2 * 8 + lane / 4);
-            if (row < 0) continue;
-            auto* const of_row = static_cast<Element*>(p.dq) + static_cast<int64_t>(row) * T::kHeadDim;
-            reinterpret_cast<uint4*>(of_row + 64 * part + i % 2 * 32)[lane % 4] = make_uint4(words[0], words[1], words[2], words[3]);
+            for (int i = 0; i < 4 * Groups; i++) block[i] = ptx::load_once(sums + 128 * first + 32 * i);
+#pragma unroll
+            for (int group = 0; group < Groups; group++) {
+                uint2 words[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float4 const x = block[4 * group + i];
+                    words[i].x = ptx::movmatrix_trans(magi::pack(x.x * p.dq_scale, x.y * p.dq_scale, Element{}));
+                    words[i].y = ptx::movmatrix_trans(magi::pack(x.z * p.dq_scale, x.w * p.dq_scale, Element{}));
+                    exchange(words[i].x, words[i].y, 1);
+                }
+                int const row = row_index(pack, first_token, (first + group) * 8 + lane / 4);
+                if (row < 0) continue;
+                auto* const of_row = static_cast<Element*>(p.dq) + static_cast<int64_t>(row) * T::kHeadDim + 64 * part;
+                auto* const target = reinterpret_cast<uint2*>(of_row) + lane % 2 * 2 + lane % 4 / 2;
+#pragma unroll
+                for (int i = 0; i < 4; i++) target[4 * i] = words[i];
+            }
         }
     }
 
@@ -146,6 +155,7 @@ struct Finisher {
         for (int i = lane * kLineFloats; i < T::kDqFloats; i += 32 * kLineFloats) ptx::discard_l2(sums + i);
     }
 
+    template <int Groups>
     __device__ __forceinline__ void run() const {
         while (true) {
             int number = -1;
@@ -155,7 +165,7 @@ struct Finisher {
             }
             number = __shfl_sync(~0u, number, 0);
             if (number < 0) break;
-            convert(number);
+            convert<Groups>(number);
             drop(number);
         }
     }

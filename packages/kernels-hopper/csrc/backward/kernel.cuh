@@ -52,10 +52,11 @@ __device__ __forceinline__ void init_barriers(Shared<T>& s) {
     ptx::fence_mbarrier_init();
 }
 
-// Both warps of each block that use the counters come here at last: the last of all leaves them as they were found.
+// All warps that use the counters come here at last, one that loads and those that finish: the last of all leaves them as
+// they were found.
 __device__ __forceinline__ void leave(Params const& p) {
     __threadfence();
-    uint32_t const last = 2 * gridDim.x - 1;
+    uint32_t const last = (2 + 4 * kConsumers) * gridDim.x - 1;
     if (atomicInc(reinterpret_cast<uint32_t*>(p.counters) + 1, last) != last) return;
     for (int i : {0, 2, 3}) atomicExch(p.counters + i, 0);
 }
@@ -70,7 +71,7 @@ __device__ __forceinline__ void backward(Params const& p) {
     if (warp < 4) {
         ptx::setmaxnreg_dec<kProducerRegisters<T>>();
         if (warp == 3) {
-            Finisher<T>{p}.run();
+            Finisher<T>{p}.template run<1>();
             if (ptx::elect_sync()) leave(p);
         } else if (warp <= (T::kDqShared ? kConsumers : 0) && ptx::elect_sync()) {
             if (warp == 0) {
@@ -85,6 +86,9 @@ __device__ __forceinline__ void backward(Params const& p) {
         using OfNarrow = std::conditional_t<T::kTall, TallConsumer<T>, NarrowConsumer<T>>;
         using Consumer = std::conditional_t<T::kWide, WideConsumer<T>, OfNarrow>;
         Consumer(p, s, warp / 4 - 1).run();
+        // What this block's warp has not finished yet, or others' have not, is done by all that have nothing else to do.
+        Finisher<T>{p}.template run<5>();
+        if (ptx::elect_sync()) leave(p);
     }
 }
 

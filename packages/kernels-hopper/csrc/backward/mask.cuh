@@ -9,13 +9,13 @@ namespace magi::backward {
 
 __device__ __forceinline__ uint32_t low_bits(int count) { return count >= 32 ? ~0u : (1u << count) - 1; }
 
-// Sets the bits of the scores that a thread has of two keys and a tile of queries, which begins at `token`.
+// Sets the bits of the scores that a thread has of two keys and of the tile of queries of a step.
 template <int TileM>
 __device__ __forceinline__ void mask_of_tile(Params const& p, int4 step, int const (&key)[2], uint32_t (&bits)[2]) {
     constexpr int kBits = TileM / 4;
     int const tokens = TileM >> p.log2_pack;
 #pragma unroll
-    for (int r = 0; r < 2; r++) bits[r] = step.z < 0 && key[r] < p.num_k ? low_bits(kBits) : 0;
+    for (int r = 0; r < 2; r++) bits[r] = 0;
     for (int i = 0; i < step.z; i++) {
         int4 const band = __ldg(p.pieces + 2 * (step.y + i));
         int4 const keys = __ldg(p.pieces + 2 * (step.y + i) + 1);

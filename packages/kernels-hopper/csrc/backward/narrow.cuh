@@ -50,7 +50,7 @@ struct NarrowConsumer {
     }
 
     // One tile of queries, and of the one before the gradients of queries.
-    __device__ __forceinline__ void step(int key, bool ragged, bool first) {
+    __device__ __forceinline__ void step(int key, bool first) {
         Scores<T> scores, ds;
         Fragments<T> p_fragments, ds_fragments;
         int const stage = place.stage();
@@ -63,7 +63,7 @@ struct NarrowConsumer {
         multiply_columns<Element, TileK, TileQ>(ds, s.v, 64 * group, s.dout[stage]);
         ptx::wgmma_commit_group();
         int4 const of_step = s.step[stage];
-        StepMask<T> const mask(p, of_step, key, ragged);
+        StepMask<T> const mask(p, of_step, key);
         ptx::wgmma_wait_group<1>();
         ptx::fence_registers(scores);
         mask.apply(scores);
@@ -97,11 +97,10 @@ struct NarrowConsumer {
     }
 
     __device__ __forceinline__ void differentiate(int tile, int num_steps) {
-        bool const ragged = (tile + 1) * T::kTileN > p.num_k;
         int const key = tile * T::kTileN + 64 * group;
         ptx::mbarrier_try_wait_parity(&s.k_full, kv_place.parity());
         ptx::mbarrier_try_wait_parity(&s.v_full, kv_place.parity());
-        for (int i = 0; i < num_steps; i++) step(key, ragged, i == 0);
+        for (int i = 0; i < num_steps; i++) step(key, i == 0);
 
         if (computes_dq_before()) add_dq_before([] {}, true);
         ptx::wgmma_wait_group<0>();
@@ -117,13 +116,13 @@ struct NarrowConsumer {
             if (next.tile < 0) break;
 #pragma unroll
             for (int i = 0; i < T::kHeadDim / 2; i++) dk[i] = dv[i] = 0;
-            if (next.num_steps > 0) differentiate(next.tile, next.num_steps);
+            if (next.steps > 0) differentiate(next.tile, next.num_steps());
             Item const item = item_in(s, item_place);
+            KeyRange const keys = keys_in(s, item_place, 64 * group);
             leave_item(s, item_place);
             if (!exchange_with_items<T>(p, item, group, dk, dv)) continue;
-            int const key = item.tile * T::kTileN + 64 * group;
-            store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, 1);
-            store_rows<T, T::kHeadDim>(dk, p.dk, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, p.scale);
+            store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, keys, p.num_kv_heads, item.kv_head, 1);
+            store_rows<T, T::kHeadDim>(dk, p.dk, p.out_mode, keys, p.num_kv_heads, item.kv_head, p.scale);
         }
         RingPlace<2> next = ds_place;
         if (T::kDqAlternates && next.stage() != group) next.advance();

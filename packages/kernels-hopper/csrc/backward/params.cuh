@@ -19,7 +19,9 @@ enum OutMode : int { kElements, kFloats, kAddFloats };
 // runs:   (first tile of queries, end, first piece, number of pieces or -1): of a full run, which has -1 pieces, all
 //         pairs count.
 // pieces: pairs of (q0, q1, d0, d1), (k0, k1, 0, 0): key j is seen by query i if k0 <= j < k1, q0 <= i < q1,
-//         d0 <= i - j <= d1.
+//         d0 <= i - j <= d1. Keys are counted as if all tiles were full: the first one of tile t is t * kTileN.
+// keys:   of each tile (first, end, rests of the first consumer, of the second): in how many steps at the begin of each
+//         pack, times 65536, and at its end no pair of a consumer's keys counts.
 // items:  in the order of work (tile of keys, key head, first of its packs, number of packs). Where the packs of one tile
 //         of keys and head are several items', these have as many each, and add up their gradients of keys and values
 //         one after another, the first packs first.
@@ -38,7 +40,8 @@ struct Params {
     int4 const* pieces;
     int4 const* items;
     int const* ranks;
-    int num_k, num_kv_heads;
+    int4 const* keys;
+    int num_kv_heads;
     int log2_pack;
     int packs_per_kv_head;      // query heads of a key head, divided by the pack
     int num_tiles_q, num_items;

@@ -34,11 +34,12 @@ struct Loader {
     }
 
     __device__ __forceinline__ void load_keys(Item const& item) {
+        int const first_key = __ldg(&p.keys[item.tile].x);
         ptx::mbarrier_try_wait_parity(&s.kv_empty, kv_place.parity() ^ 1);
         ptx::mbarrier_arrive_expect_tx(&s.k_full, T::TileK::kBytes);
-        load<typename T::TileK>(s.k, &p.k, &s.k_full, item.kv_head, item.tile * T::kTileN, CacheHint::kEvictFirst);
+        load<typename T::TileK>(s.k, &p.k, &s.k_full, item.kv_head, first_key, CacheHint::kEvictFirst);
         ptx::mbarrier_arrive_expect_tx(&s.v_full, T::TileV::kBytes);
-        load<typename T::TileV>(s.v, &p.v, &s.v_full, item.kv_head, item.tile * T::kTileN, CacheHint::kEvictFirst);
+        load<typename T::TileV>(s.v, &p.v, &s.v_full, item.kv_head, first_key, CacheHint::kEvictFirst);
         kv_place.advance();
     }
 
@@ -69,8 +70,9 @@ struct Loader {
         int* const slot = s.item[item_place.stage()];
         slot[0] = item.tile;
         slot[1] = item.kv_head;
-        slot[2] = item.num_steps;
+        slot[2] = item.steps;
         slot[3] = item.first_pack << 16 | item.packs;
+        s.keys[item_place.stage()] = __ldg(p.keys + max(item.tile, 0));
         ptx::mbarrier_arrive(&s.item_full[item_place.stage()]);
         item_place.advance();
     }
@@ -83,13 +85,13 @@ struct Loader {
             if (number >= p.num_items) break;
             Item const item = item_at(p, number);
             announce(item);
-            if (item.num_steps == 0) continue;
+            if (item.steps == 0) continue;
             Walk walk(p, item);
             load_queries(walk);
             load_keys(item);
             load_gradients(walk);
             place.advance();
-            for (int i = 1; i < item.num_steps; i++) {
+            for (int left = item.num_steps() - 1; left > 0; left--) {
                 walk.advance();
                 load_queries(walk);
                 load_gradients(walk);

@@ -28,7 +28,7 @@ __device__ __forceinline__ void prepare(RowParams const& p) {
     using Element = typename T::Element;
     constexpr int kVectors = T::kHeadDimV / 8;                           // of 16 bytes, in a row of outputs
     constexpr int kLanes = kVectors <= 8 ? 8 : kVectors <= 16 ? 16 : 32;  // that share a row
-    constexpr int kRowsAtOnce = kRowThreads / kLanes;
+    constexpr int kRowsAtOnce = kRowThreads / kLanes, kRounds = (T::kTileM + kRowsAtOnce - 1) / kRowsAtOnce;
     int const num_packs = p.num_heads >> p.log2_pack, tile = blockIdx.x / num_packs, pack = blockIdx.x % num_packs;
     int64_t const number = static_cast<int64_t>(pack) * p.num_tiles_q + tile;
     if (threadIdx.x < T::kDqParts) {
@@ -42,22 +42,33 @@ __device__ __forceinline__ void prepare(RowParams const& p) {
     bool const no_adders = __ldg(p.adders + tile) == 0;
     float* const terms = p.row_terms + number * 2 * T::kTerms;
     int const lane = threadIdx.x % kLanes;
+    // All loads first: device memory takes as long for many as for one.
+    uint4 outs[kRounds], douts[kRounds];
+    float lses[kRounds];
 #pragma unroll
-    for (int first = 0; first < T::kTileM; first += kRowsAtOnce) {
-        int const row = first + threadIdx.x / kLanes;
+    for (int i = 0; i < kRounds; i++) {
+        int const row = i * kRowsAtOnce + threadIdx.x / kLanes;
         QueryRow const query(p, pack, tile, T::kTileM, row);
         bool const inside = row < T::kTileM && query.token < p.num_q;
-        float sum = 0;
-        if (inside && lane < kVectors) {
-            int64_t const place = query.index * T::kHeadDimV + 8 * lane;
-            uint4 const a = *reinterpret_cast<uint4 const*>(static_cast<Element const*>(p.out) + place);
-            uint4 const b = *reinterpret_cast<uint4 const*>(static_cast<Element const*>(p.dout) + place);
-            uint32_t const of_a[4] = {a.x, a.y, a.z, a.w}, of_b[4] = {b.x, b.y, b.z, b.w};
+        int64_t const place = query.index * kVectors + lane;
+        bool const loads = inside && lane < kVectors;
+        outs[i] = loads ? __ldg(static_cast<uint4 const*>(p.out) + place) : make_uint4(0, 0, 0, 0);
+        douts[i] = loads ? __ldg(static_cast<uint4 const*>(p.dout) + place) : make_uint4(0, 0, 0, 0);
+        // Rows that see no key, and those beyond the last token, have probabilities exp(-inf).
+        lses[i] = inside ? __ldg(p.lse + query.index) : -INFINITY;
+    }
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float2 const x = unpack(of_a[i], Element{}), y = unpack(of_b[i], Element{});
-                sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
-            }
+    for (int i = 0; i < kRounds; i++) {
+        int const row = i * kRowsAtOnce + threadIdx.x / kLanes;
+        QueryRow const query(p, pack, tile, T::kTileM, row);
+        bool const inside = row < T::kTileM && query.token < p.num_q;
+        uint32_t const a[4] = {outs[i].x, outs[i].y, outs[i].z, outs[i].w};
+        uint32_t const b[4] = {douts[i].x, douts[i].y, douts[i].z, douts[i].w};
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float2 const x = unpack(a[j], Element{}), y = unpack(b[j], Element{});
+            sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
         }
 #pragma unroll
         for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
@@ -65,12 +76,10 @@ __device__ __forceinline__ void prepare(RowParams const& p) {
         if (inside && no_adders && p.dq_mode != kAddFloats) {
             int const bytes = T::kHeadDim * (p.dq_mode == kFloats ? 4 : 2);
             auto* const target = reinterpret_cast<uint4*>(static_cast<char*>(p.dq) + query.index * bytes);
-            for (int i = lane; i < bytes / 16; i += kLanes) target[i] = make_uint4(0, 0, 0, 0);
+            for (int j = lane; j < bytes / 16; j += kLanes) target[j] = make_uint4(0, 0, 0, 0);
         }
         if (lane == 0 && row < T::kTileM) {
-            // Rows that see no key, and those beyond the last token, have probabilities exp(-inf).
-            float const lse = inside ? p.lse[query.index] : -INFINITY;
-            terms[T::term_of(row)] = lse == -INFINITY ? INFINITY : lse * kLog2E;
+            terms[T::term_of(row)] = lses[i] == -INFINITY ? INFINITY : lses[i] * kLog2E;
             terms[T::kTerms + T::term_of(row)] = inside && p.dlse != nullptr ? sum - p.dlse[query.index] : sum;
         }
     }

@@ -9,19 +9,30 @@ namespace magi::backward {
 struct Item {
     int tile;  // of keys, or -1: there is none left
     int kv_head;
-    int num_steps;   // tiles of queries that it meets, over all its packs
+    int steps;       // tiles of queries that it meets, of each pack
     int first_pack;  // of its head's
     int packs;
 
+    __device__ __forceinline__ int num_steps() const { return steps * packs; }
     // Its place among the items of the same keys, and whether it is the last.
     __device__ __forceinline__ int number() const { return first_pack / packs; }
     __device__ __forceinline__ bool is_last(Params const& p) const { return first_pack + packs == p.packs_per_kv_head; }
 };
 
+// Keys of a tile, or from some place in it on; they may be none.
+struct KeyRange {
+    int first, end;
+};
+
+// The steps of each pack, at its begin and at its end, in which no pair of a consumer's counts.
+struct Rests {
+    int first, last;
+};
+
 // Item `number` in the order of work.
 __device__ __forceinline__ Item item_at(Params const& p, int number) {
     int4 const item = __ldg(p.items + number);
-    return {item.x, item.y, __ldg(p.tiles + item.x).z * item.w, item.z, item.w};
+    return {item.x, item.y, __ldg(p.tiles + item.x).z, item.z, item.w};
 }
 
 // Walks through the tiles of queries of an item: those of all its runs, the last ones first, once for each pack. Tiles of

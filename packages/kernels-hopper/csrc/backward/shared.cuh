@@ -2,6 +2,7 @@
 // What the blocks of a backward kernel keep in shared memory.
 #pragma once
 
+#include "schedule.cuh"
 #include "traits.cuh"
 
 namespace magi::backward {
@@ -49,7 +50,8 @@ struct Shared : SharedTiles<T>, SharedDq<T>, SharedProbabilities<T> {
     int4 step[T::kStages];  // first token, first piece, number of pieces or -1, tile counted over all packs
     int rank[T::kStages];   // of the tile of keys among those that meet the tile of queries
     Target ds_target[2];    // of gradients of queries
-    alignas(16) int item[2][4];         // tile of keys or -1, key head, steps, packs
+    alignas(16) int item[2][4];  // tile of keys or -1, key head, steps of a pack, packs
+    int4 keys[2];                // of the items' tiles, as in Params
     uint64_t k_full, v_full, kv_empty;
     uint64_t q_full[T::kStages], q_empty[T::kStages];
     uint64_t dout_full[T::kStages], dout_empty[T::kStages];

@@ -59,7 +59,7 @@ struct WideConsumer {
     }
 
     // Probabilities, and gradients of values, of one tile of queries.
-    __device__ __forceinline__ void step_of_values(int key, bool ragged, bool first) {
+    __device__ __forceinline__ void step_of_values(int key, bool first) {
         Scores<T> scores;
         Fragments<T> fragments;
         int const stage = place.stage();
@@ -67,7 +67,7 @@ struct WideConsumer {
         ptx::wgmma_fence();
         multiply_columns<Element, TileK, TileQ>(scores, s.k, 0, s.q[stage]);
         ptx::wgmma_commit_group();
-        StepMask<T> const mask(p, s.step[stage], key, ragged);
+        StepMask<T> const mask(p, s.step[stage], key);
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(scores);
         if (!first) arrive_warp(&s.dout_empty[place.before().stage()]);
@@ -126,13 +126,13 @@ struct WideConsumer {
         finish<TileQ>(fragments, s.q[stage], first);
     }
 
-    __device__ __forceinline__ void differentiate(Item const& item, int key) {
-        bool const ragged = (item.tile + 1) * T::kTileN > p.num_k;
+    __device__ __forceinline__ void differentiate(int tile, int num_steps) {
+        int const key = tile * T::kTileN;
         ptx::mbarrier_try_wait_parity(&s.k_full, kv_place.parity());
         ptx::mbarrier_try_wait_parity(&s.v_full, kv_place.parity());
-        for (int i = 0; i < item.num_steps; i++) {
+        for (int i = 0; i < num_steps; i++) {
             if (group == 0) {
-                step_of_values(key, ragged, i == 0);
+                step_of_values(key, i == 0);
             } else {
                 step_of_keys(i == 0);
             }
@@ -162,19 +162,20 @@ struct WideConsumer {
 
     __device__ __forceinline__ void run() {
         while (true) {
-            Item const item = next_item(s, item_place);
-            if (item.tile < 0) break;
-            leave_item(s, item_place);
-            int const key = item.tile * T::kTileN;
+            Item const next = next_item(s, item_place);
+            if (next.tile < 0) break;
 #pragma unroll
             for (int i = 0; i < T::kHeadDim / 2; i++) sums[i] = 0;
-            if (item.num_steps > 0) differentiate(item, key);
+            if (next.steps > 0) differentiate(next.tile, next.num_steps());
+            int const head = item_in(s, item_place).kv_head;
+            KeyRange const keys = keys_in(s, item_place, 0);
+            leave_item(s, item_place);
             if (T::kHeadDimV < T::kHeadDim && group == 0) {
                 auto const& dv = reinterpret_cast<float const(&)[T::kHeadDimV / 2]>(sums);
-                store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, key, p.num_k, p.num_kv_heads, item.kv_head, 1);
+                store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, keys, p.num_kv_heads, head, 1);
             } else {
-                store_rows<T, T::kHeadDim>(sums, group == 0 ? p.dv : p.dk, p.out_mode, key, p.num_k, p.num_kv_heads,
-                                           item.kv_head, group == 0 ? 1 : p.scale);
+                store_rows<T, T::kHeadDim>(sums, group == 0 ? p.dv : p.dk, p.out_mode, keys, p.num_kv_heads, head,
+                                           group == 0 ? 1 : p.scale);
             }
         }
         if constexpr (T::kDqShared) finish_dq(s, ds_place, group);

@@ -80,7 +80,7 @@ class PreparedBackward:
             pieces=tables.pieces.data_ptr(),
             items=tables.items.data_ptr(),
             ranks=None if tables.ranks is None else tables.ranks.data_ptr(),
-            num_k=num_k,
+            keys=tables.keys.data_ptr(),
             num_kv_heads=num_kv_heads,
             log2_pack=pack.bit_length() - 1,
             packs_per_kv_head=group // pack,

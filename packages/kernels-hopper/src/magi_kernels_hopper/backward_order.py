@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from magi_attention.common.bands import Bands
 from magi_attention.common.slices import expand_counts
-from magi_kernels_hopper.backward_plan import ColumnTables, column_tables
+from magi_kernels_hopper.backward_plan import ColumnTables, shortest_tables
 from magi_kernels_hopper.plan import Indices
 
 LARGEST_PACK = 2
@@ -117,9 +117,9 @@ def order_work(bands: Bands, num_q: int, num_k: int, sizes: WorkSizes, *, ordere
         ordered: whether all heads and packs must take tiles of keys in the same order.
     """
     pack = min(sizes.group & -sizes.group, LARGEST_PACK)
-    tables = column_tables(bands, num_q, num_k, sizes.tile_m // pack, sizes.tile_k)
+    tables = shortest_tables(bands, num_q, num_k, sizes.tile_m // pack, sizes.tile_k)
     if pack > 1 and drifts(tables):
-        pack, tables = 1, column_tables(bands, num_q, num_k, sizes.tile_m, sizes.tile_k)
+        pack, tables = 1, shortest_tables(bands, num_q, num_k, sizes.tile_m, sizes.tile_k)
     packs, order = sizes.group // pack, clusters(tables)
     steps = tables.tiles[:, 2]
     if sizes.tile_k != SPLIT_TILE or not steps.any():

@@ -24,7 +24,7 @@ class Params(ctypes.Structure):
         ("pieces", ctypes.c_void_p),
         ("items", ctypes.c_void_p),
         ("ranks", ctypes.c_void_p),
-        ("num_k", ctypes.c_int),
+        ("keys", ctypes.c_void_p),
         ("num_kv_heads", ctypes.c_int),
         ("log2_pack", ctypes.c_int),
         ("packs_per_kv_head", ctypes.c_int),

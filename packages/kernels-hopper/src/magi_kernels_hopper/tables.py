@@ -100,9 +100,10 @@ class DeviceColumnTables(NamedTuple):
     Attributes:
         pack: query heads that share a tile of queries.
         split: whether the packs of a head are several items.
-        tiles: as are the next two, of :class:`magi_kernels_hopper.backward_plan.ColumnTables`.
+        tiles: as are the next three, of :class:`magi_kernels_hopper.backward_plan.ColumnTables`.
         runs: see there.
         pieces: see there.
+        keys: see there.
         items: the work, in order.
         adders: :func:`magi_kernels_hopper.backward_plan.adders`.
         num_met: tiles of queries, of one pack, that some tile of keys meets.
@@ -114,6 +115,7 @@ class DeviceColumnTables(NamedTuple):
     tiles: Tensor
     runs: Tensor
     pieces: Tensor
+    keys: Tensor
     items: Tensor
     adders: Tensor
     num_met: int
@@ -144,6 +146,7 @@ def device_column_tables(
             tiles=upload(tables.tiles, device),
             runs=upload(tables.runs, device),
             pieces=upload(tables.pieces, device),
+            keys=upload(tables.keys, device),
             items=upload(work.items, device),
             adders=upload(of_queries, device),
             num_met=int((of_queries > 0).sum()),
