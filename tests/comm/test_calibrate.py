@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 
-from magi_comm_grpcoll.routes import choose_transport
+from magi_comm_grpcoll.routes import FEW_PIECES, choose_transport
 from magi_comm_grpcoll.switch import FIRST_GUESS_BYTES, choose_switch, keep_switch, switch_bytes
 from magi_comm_grpcoll.tables import ByteCopies
 
@@ -33,7 +33,7 @@ def test_what_was_measured_is_kept_and_used(folder):
     assert path.parent == folder / "grpcoll"
     assert switch_bytes("NVIDIA H200") == 1 << 16
     assert switch_bytes("NVIDIA B200") == FIRST_GUESS_BYTES
-    pieces = ByteCopies(*(np.array([value]) for value in (0, 1, 0, 0, 1 << 17)))
+    pieces = ByteCopies(*(np.full(FEW_PIECES + 1, value) for value in (0, 1, 0, 0, 1 << 17)))
     assert choose_transport(pieces, "NVIDIA H200") == "copy_engine"
     assert choose_transport(pieces, "NVIDIA B200") == "push"
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from magi_attention.comm.packing import RowFormat, RowLayout, deliver, lay_out, pack, row_formats
+from magi_attention.comm.packing import RowFormat, RowLayout, copy_rows, deliver, lay_out, pack, row_formats
 from magi_attention.comm.reduction import add_partials
 from magi_attention.comm.routes import Routes, routes_of
 from magi_attention.comm.segments import add_segments, can_add_segments
@@ -120,6 +120,9 @@ def test_packing_takes_strided_rows(device, rows, shape):
         assert torch.equal(layout.column(buffer, number), source[rows])
         assert torch.equal(target[rows], source[rows])
         assert target.count_nonzero() <= source[rows].numel()
+    others = [torch.zeros_like(x) for x in targets]
+    copy_rows(others, tensors, rows, len(tensors[1][rows]))
+    assert all(torch.equal(x, y) for x, y in zip(others, targets, strict=True))
 
 
 INTERPRETED = """
@@ -135,13 +138,15 @@ for some in (tensors, tensors[:1]):
     layout = lay_out(row_formats(some))
     for rows in (torch.tensor([3, 5, 19, 0, 1, 2, 22]), slice(5, 12)):
         buffer = torch.zeros(7, layout.num_words, dtype=torch.int64)
-        launch_move_rows(layout.word_rows(buffer), [words_of(x) for x in some], rows, 7, scatter=False)
-        targets = [torch.zeros_like(x) for x in some]
-        launch_move_rows([words_of(x) for x in targets], layout.word_rows(buffer), rows, 7, scatter=True)
-        for number, (x, target) in enumerate(zip(some, targets)):
+        launch_move_rows(layout.word_rows(buffer), [words_of(x) for x in some], rows, 7, "sources")
+        targets, others = ([torch.zeros_like(x) for x in some] for _ in range(2))
+        launch_move_rows([words_of(x) for x in targets], layout.word_rows(buffer), rows, 7, "targets")
+        launch_move_rows([words_of(x) for x in others], [words_of(x) for x in some], rows, 7, "both")
+        for number, (x, target, other) in enumerate(zip(some, targets, others)):
             assert torch.equal(layout.column(buffer, number), x[rows]), number
             assert torch.equal(target[rows], x[rows]), number
             assert target.count_nonzero() <= x[rows].numel()
+            assert torch.equal(other, target), number
 """
 
 

@@ -11,7 +11,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from magi_attention.comm.packing import RowFormat, put_all_rows
+from magi_attention.comm.packing import RowFormat, copy_rows, put_all_rows
 from magi_attention.comm.routes import Rows, routes_of
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.combine import Segments
@@ -129,7 +129,10 @@ class Round:
             if is_reduce:
                 self.segments = routes_of(plan.table, device).segments
             else:
-                self._named = None if plan.names_all_rows else routes_of(plan.table, device).received
+                arriving = routes_of(plan.table, device)
+                whole = slice(0, plan.num_rows)
+                self._named = whole if plan.names_all_rows else arriving.received
+                self._num_named = arriving.num_arriving
 
     def let_go(self) -> None:
         """Forget the slots; the next exchange finds those that there are then."""
@@ -191,15 +194,11 @@ class Round:
 
     def deliver(self, slot: int, received: Sequence[Tensor]) -> None:
         """Copy what a cast brought to the rows of the receive buffers that it belongs to, on the current stream."""
-        for target, rows in zip(received, self.landed(slot), strict=True):
-            if self._landing is not None:
-                target.index_copy_(0, self._landing, rows)
-            elif self._named is None:
-                target.copy_(rows)
-            elif isinstance(self._named, slice):
-                target[self._named].copy_(rows[self._named])
-            else:
-                target.index_copy_(0, self._named, rows.index_select(0, self._named))
+        landed = self.landed(slot)
+        if self._landing is not None:
+            put_all_rows(received, self._landing, landed)
+        else:
+            copy_rows(received, landed, self._named, self._num_named)
 
     def _bind(self) -> Prepared:
         lane, memory = self._lane, self._lane.arena.memory

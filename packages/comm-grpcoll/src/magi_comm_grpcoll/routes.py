@@ -21,13 +21,15 @@ Transport = Literal["copy_engine", "push", "put"]
 
 # Blocks of a push, one for each multiprocessor that it takes.
 PUSH_BLOCKS = 8
+# So many take a copy engine about as long as it takes a kernel to start, which needs multiprocessors for them.
+FEW_PIECES = 16
 # Places among the parameters of a push: see csrc/push_bulk.cu.
 _SLOT_OFFSET, _VALUE = MOST_TENSORS + 1, MOST_TENSORS + 7
 
 
 def choose_transport(copies: ByteCopies, device_name: str) -> Transport:
     """The faster transport for these pieces, which go to other ranks: a copy engine takes its time for each piece."""
-    is_long = not len(copies.size) or copies.size.mean() >= switch_bytes(device_name)
+    is_long = len(copies.size) <= FEW_PIECES or copies.size.mean() >= switch_bytes(device_name)
     return "copy_engine" if is_long else "push"
 
 

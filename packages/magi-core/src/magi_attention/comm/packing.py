@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.routes import Rows
-from magi_attention.comm.words import WORD_BYTES, WordRows, as_words, move_rows
+from magi_attention.comm.words import WORD_BYTES, WordRows, as_words, move_rows, move_same_rows
 
 # Kernels read columns where they arrive, and want rows of them aligned so.
 _COLUMN_WORDS = 2
@@ -146,6 +146,13 @@ def put_all_rows(targets: Sequence[Tensor], places: Rows, tensors: Sequence[Tens
     if not move_rows(targets, tensors, places, tensors[0].shape[0], scatter=True):
         for target, tensor in zip(targets, tensors, strict=True):
             put_rows(target, places, tensor)
+
+
+def copy_rows(targets: Sequence[Tensor], sources: Sequence[Tensor], rows: Rows, num_rows: int) -> None:
+    """Copy some rows of tensors, ``num_rows``, to those with the same numbers of tensors of the same formats."""
+    if not move_same_rows(targets, sources, rows, num_rows):
+        for target, source in zip(targets, sources, strict=True):
+            put_rows(target, rows, source[rows])
 
 
 def put_rows(target: Tensor, places: Rows, rows: Tensor) -> None:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from magi_attention.comm.words import WordRows
+from magi_attention.comm.words import Side, WordRows
 from magi_attention.utils.triton import launch, next_power_of_2
 
 _ROWS, _MOST_WORDS = 4, 256
@@ -46,7 +46,7 @@ def _move_rows(  # type: ignore[no-untyped-def]
     words,
     words2,
     HAS_INDEX: tl.constexpr,
-    SCATTER: tl.constexpr,
+    SIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -56,7 +56,8 @@ def _move_rows(  # type: ignore[no-untyped-def]
     inside = row < num_rows
     named = tl.load(index + row, mask=inside, other=0).to(tl.int64) if HAS_INDEX else (start + row).to(tl.int64)
     row = row.to(tl.int64)
-    to, origin = (named, row) if SCATTER else (row, named)
+    to = row if SIDE == "sources" else named
+    origin = row if SIDE == "targets" else named
     blocks = tl.cdiv(words, BLOCK)
     if block < blocks:
         _move(target, source, to, origin, first, source_first, stride, source_stride, words, block, inside, BLOCK)
@@ -68,16 +69,15 @@ def _move_rows(  # type: ignore[no-untyped-def]
 
 
 def launch_move_rows(
-    targets: Sequence[WordRows], sources: Sequence[WordRows], rows: slice | Tensor, num_rows: int, *, scatter: bool
+    targets: Sequence[WordRows], sources: Sequence[WordRows], rows: slice | Tensor, num_rows: int, side: Side
 ) -> None:
     """Copy rows of one or two tensors, the same ones of both.
 
     Args:
         targets, sources: what to write and to read, as many words a row.
-        rows: a run of rows or int64 row numbers: of the targets with ``scatter``, else of the sources. Those of the
-            other side are the first ``num_rows``.
+        rows: a run of rows or int64 row numbers.
         num_rows: how many.
-        scatter: which side ``rows`` names.
+        side: whose ``rows`` these are; those of the other side are the first ``num_rows``.
     """
     most = max(each.words for each in sources)
     if not num_rows or not most:
@@ -89,5 +89,5 @@ def launch_move_rows(
     a, a2, b, b2 = targets[0], targets[-1], sources[0], sources[-1]
     tensors = (a.tensor, a2.tensor, b.tensor, b2.tensor, index)
     fixed = (a.first, a2.first, b.first, b2.first, a.stride, a2.stride, b.stride, b2.stride, b.words, second)
-    constants = {"HAS_INDEX": not isinstance(rows, slice), "SCATTER": scatter, "ROWS": _ROWS, "BLOCK": block}
+    constants = {"HAS_INDEX": not isinstance(rows, slice), "SIDE": side, "ROWS": _ROWS, "BLOCK": block}
     launch(_move_rows, grid, tensors, (num_rows, start), fixed, constants)

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from magi_attention.comm.routes import Rows
 from magi_attention.utils.triton import has_triton
 
 WORD_BYTES = 8
+
+Side = Literal["targets", "sources", "both"]
+"""Which tensors' rows are given by number, in a copy of rows."""
 
 
 class WordRows(NamedTuple):
@@ -79,6 +82,19 @@ def move_rows(
         num_rows: how many.
         scatter: which side ``rows`` names.
     """
+    return _move(targets, sources, rows, num_rows, "targets" if scatter else "sources")
+
+
+def move_same_rows(
+    targets: Sequence[WordRows | Tensor], sources: Sequence[WordRows | Tensor], rows: Rows, num_rows: int
+) -> bool:
+    """Like :func:`move_rows`, but to the rows with the same numbers: ``rows``, of which there are ``num_rows``."""
+    return _move(targets, sources, rows, num_rows, "both")
+
+
+def _move(
+    targets: Sequence[WordRows | Tensor], sources: Sequence[WordRows | Tensor], rows: Rows, num_rows: int, side: Side
+) -> bool:
     if len(targets) > 2 or not _is_on_gpu(targets[0]) or not has_triton():
         return False
     into, origins = (
@@ -88,7 +104,7 @@ def move_rows(
         return False
     from magi_attention.comm.triton_rows import launch_move_rows
 
-    launch_move_rows(into, origins, rows, num_rows, scatter=scatter)  # type: ignore[arg-type]
+    launch_move_rows(into, origins, rows, num_rows, side)  # type: ignore[arg-type]
     return True
 
 
