@@ -36,7 +36,7 @@ from magi_comm_grpcoll.routes import Transport
 from magi_comm_grpcoll.streams import let_streams_end, take_streams
 from magi_comm_grpcoll.watchdog import RELEASED, Watchdog, Watched
 from magi_comm_grpcoll.wires import WORD, DeviceWires, Words
-from magi_comm_grpcoll.work import NativeWork
+from magi_comm_grpcoll.work import EventPool, NativeWork
 
 logger = logging.getLogger(__name__)
 
@@ -160,11 +160,9 @@ class GroupContext:
             streams = self._streams.send, self._streams.arrive[number], self._streams.credit
             kind = PutWires if self.options.transport == "put" else DeviceWires
             wires = kind(self._control, words, self.rank, self._progress[number], *streams)
-            exchange, arena = (
-                SlotExchange(Ring(num_slots), wires),
-                Arena(num_slots, self._allocator, self.options.is_staged),
-            )
-            self._lanes.append(Lane(exchange, wires, arena, self._control, self.rank, self.options.transport))
+            events, arena = EventPool(), Arena(num_slots, self._allocator, self.options.is_staged)
+            exchange = SlotExchange(Ring(num_slots), wires, events.put)
+            self._lanes.append(Lane(exchange, wires, arena, self._control, self.rank, self.options.transport, events))
 
     def cast(
         self,

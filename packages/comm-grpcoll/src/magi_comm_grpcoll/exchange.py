@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One exchange after another through a ring of slots: the order of waits, data and flags."""
 
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +31,13 @@ class SlotExchange:
     Args:
         ring: the epochs.
         wires: the flags.
+        on_told: called with each event that :meth:`release` was given, once it is not used any more.
     """
 
-    def __init__(self, ring: Ring, wires: Wires) -> None:
-        self._ring, self._wires = ring, wires
+    def __init__(self, ring: Ring, wires: Wires, on_told: Callable[[Any], None] = lambda event: None) -> None:
+        self._ring, self._wires, self._on_told = ring, wires, on_told
+        self._released = deque[tuple[int, Any]]()
+        self._lock, self._is_telling = threading.RLock(), False
 
     def begin(self) -> int:
         """Take the next epoch, and enqueue the wait until its slot is free on all ranks; returns the epoch."""
@@ -53,5 +58,21 @@ class SlotExchange:
         return self._ring.credit_needed(epoch)
 
     def release(self, epoch: int, after: Any) -> None:
-        """Give the epoch's slot back to the senders once the event ``after`` has come."""
-        self._wires.tell_credit(self._ring.release(epoch), after)
+        """Give the epoch's slot back to the senders once the event ``after`` has come.
+
+        Works go on any thread and, with the garbage collector, in the middle of another one's release. Of two that ran
+        into each other, one could tell of both slots before it has waited for both events. So they take turns.
+        """
+        self._released.append((epoch, after))
+        while self._released:
+            with self._lock:
+                if self._is_telling:  # this very thread, further out, and will not stop before this one
+                    return
+                self._is_telling = True
+                try:
+                    while self._released:
+                        epoch, after = self._released.popleft()
+                        self._wires.tell_credit(self._ring.release(epoch), after)
+                        self._on_told(after)
+                finally:
+                    self._is_telling = False

@@ -33,7 +33,7 @@ class Lane:
         control: every rank's control block.
         rank: this rank.
         transport: how pieces travel; None for the faster way for each exchange.
-        events: to record.
+        events: to record; gets those back that the ring was given.
         rounds: what was prepared.
     """
 
@@ -43,7 +43,7 @@ class Lane:
     control: SharedMemory
     rank: int
     transport: Transport | None
-    events: EventPool = field(default_factory=EventPool)
+    events: EventPool
     rounds: "WeakSet[Round]" = field(default_factory=WeakSet)
 
     def let_go(self) -> None:
@@ -67,7 +67,6 @@ class Lane:
         is_read = self.events.take()
         is_read.record(reader)
         self.exchange.release(epoch, is_read)
-        self.events.put(is_read)
 
 
 class OwnRows(NamedTuple):
