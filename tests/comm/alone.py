@@ -8,7 +8,7 @@ import torch
 
 from magi_attention.comm.packing import row_formats
 from magi_attention.comm.routes import routes_of
-from magi_comm_grpcoll.combine import _NAMES, add_slots, can_combine, merge_slots
+from magi_comm_grpcoll.combine import _NAMES, Segments, add_slots, can_combine, merge_slots
 from magi_comm_grpcoll.plans import make_plans
 from magi_comm_grpcoll.routes import PushRoute
 from tests.distributed.exchanges import RandomNeeds, random_tensor
@@ -53,7 +53,7 @@ def push(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def reduce(seed: int, partial_dtype: torch.dtype, dtype: torch.dtype, dim: int) -> None:
     """Sum, average and merge by lse, against float64."""
     table = RandomNeeds(seed, NUM_RANKS, 0.8, max_rows=40).table(0)
-    segments, rows = routes_of(table, torch.device("cuda", 0)).segments, sum(table.send_counts)
+    segments, rows = Segments(*routes_of(table, torch.device("cuda", 0)).segments), sum(table.send_counts)
     slots = random_tensor(1, (rows, 4, dim), partial_dtype).cuda()
     old = random_tensor(2, (table.num_source, 4, dim), dtype).cuda()
     sent = torch.tensor(

@@ -11,8 +11,20 @@ _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _THREADS = 256
 
-# Rows, offsets and places, as magi_attention.comm.routes.Routes.segments describes them.
-Segments = tuple[Tensor, Tensor, Tensor]
+
+class Segments:
+    """Which rows of the slots belong to which row: see :attr:`magi_attention.comm.routes.Routes.segments`.
+
+    Args:
+        rows, offsets, places: as described there.
+
+    Attributes:
+        launches: made ready before, by what they are for.
+    """
+
+    def __init__(self, rows: Tensor, offsets: Tensor, places: Tensor) -> None:
+        self.rows, self.offsets, self.places = rows, offsets, places
+        self.launches: dict[object, kernels.Launch] = {}
 
 
 def can_combine(partial: torch.dtype, into: torch.dtype) -> bool:
@@ -71,31 +83,29 @@ def _launch(
     of_row: int | None = None,
 ) -> None:
     """Launch a kernel of reduce.cu; ``run`` is how many elements vectors must divide."""
-    rows, offsets, places = segments
-    columns = into.shape[1:].numel()
-    if not len(rows) or not columns:
-        return
-    width = 8 if into.dtype == slots.dtype and into.dtype in _SIXTEEN_BITS else 4
-    aligned = (into.data_ptr() | slots.data_ptr()) % 16 == 0
-    if run % width or not aligned:
-        width = 1
-    across = 1
-    while across < min(-(-columns // width), _THREADS):
-        across *= 2
-    block = across, _THREADS // across
-    kernel = f"{what}_{_NAMES[slots.dtype]}_{_NAMES[into.dtype]}_{width}"
-    kernels.Launch(
-        stream,
-        kernels.kernel("reduce", kernel, into.device.index),
-        -(-len(rows) // block[1]),
-        block,
-        [
-            *(tensor.data_ptr() for tensor in (*tensors, rows, offsets, places)),
-            len(rows),
-            columns if of_row is None else of_row,
-            *last,
-        ],
-    )()
+    is_aligned = (into.data_ptr() | slots.data_ptr()) % 16 == 0
+    key = what, into.dtype, into.shape, slots.dtype, is_aligned, *last, stream.cuda_stream
+    launch = segments.launches.get(key)
+    if launch is None:
+        columns, num_rows = into.shape[1:].numel(), len(segments.rows)
+        if not num_rows or not columns:
+            return
+        width = 8 if into.dtype == slots.dtype and into.dtype in _SIXTEEN_BITS else 4
+        if run % width or not is_aligned:
+            width = 1
+        across = 1
+        while across < min(-(-columns // width), _THREADS):
+            across *= 2
+        block = across, _THREADS // across
+        kernel = f"{what}_{_NAMES[slots.dtype]}_{_NAMES[into.dtype]}_{width}"
+        tables = [table.data_ptr() for table in (segments.rows, segments.offsets, segments.places)]
+        parameters = [*[0] * len(tensors), *tables, num_rows, columns if of_row is None else of_row, *last]
+        handle = kernels.kernel("reduce", kernel, into.device.index)
+        launch = kernels.Launch(stream, handle, -(-num_rows // block[1]), block, parameters)
+        segments.launches[key] = launch
+    for number, tensor in enumerate(tensors):
+        launch.parameters[number] = tensor.data_ptr()
+    launch()
 
 
 def formats_combine(partials: tuple[RowFormat, ...], into: list[Tensor], op: str) -> bool:

@@ -28,7 +28,7 @@ from magi_comm_grpcoll.errors import NotNativeError, PeerTimeoutError, first_lin
 from magi_comm_grpcoll.exchange import SlotExchange
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.heap import FAREWELL_S, HeapAllocator, heap_of
-from magi_comm_grpcoll.lane import Lane, OwnRows, Round
+from magi_comm_grpcoll.lane import Lane, OwnRows, Round, Rounds
 from magi_comm_grpcoll.plans import gather_plans
 from magi_comm_grpcoll.puts import PutWires, link_everywhere
 from magi_comm_grpcoll.ring import Ring
@@ -177,28 +177,29 @@ class GroupContext:
         if out is not None:
             check_out(out, tensors, table.num_received)
 
-        def prepare() -> list[Round]:
+        def prepare() -> Rounds:
             _check_rows("tensors", tensors, table.num_source, self.device)
             return self._prepare(CAST, table, row_formats(tensors))
 
         # What a call with the same arguments has checked and found holds for later ones.
         rounds = table.derived((self, CAST, *map(_kind, tensors)), prepare)
-        lane = self._lanes[CAST]
-        self._make_room(lane, max(part.slot_bytes for part in rounds))
+        lane, parts = self._lanes[CAST], rounds.parts
+        self._make_room(lane, rounds.slot_bytes)
         caller, arrive = current_stream(self._index), lane.wires.arrive
         tensors = [tensor.contiguous() for tensor in tensors]
         own = None if own_places is None else OwnRows(own_places, tensors)
-        if lend and out is None and len(rounds) == 1:
-            started = rounds[0].start(tensors, caller, own)
-            lent = [*rounds[0].landed(started.slot)]
-            return rounds[0].work(started, caller, lent, [rounds, *tensors], self._check, lends=True)
+        if lend and out is None and len(parts) == 1:
+            (part,) = parts
+            started = part.start(tensors, caller, own)
+            lent = [*part.landed(started.slot)]
+            return part.work(started, caller, lent, (part, tensors), self._check, lends=True)
         received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
-        for number, part in enumerate(rounds):
+        for number, part in enumerate(parts):
             started = part.start(tensors, caller, None if number else own, received)
             arrive.wait_event(started.ready)
             with lane.read(started), torch.no_grad(), torch.cuda.stream(arrive):
                 part.deliver(started.slot, received)
-        return part.work(started, caller, received, [rounds, *tensors, *received], self._check)
+        return part.work(started, caller, received, (parts, tensors, [*received]), self._check)
 
     @without_grad
     def reduce(
@@ -219,7 +220,7 @@ class GroupContext:
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
         targets = [*into] if into_lse is None else [*into, into_lse]
 
-        def prepare() -> list[Round]:
+        def prepare() -> Rounds:
             check_reduce(partials, into, op, partial_lse, into_lse)
             _check_rows("partials", sent, table.num_received, self.device)
             _check_rows("into", targets, table.num_source, self.device)
@@ -228,12 +229,12 @@ class GroupContext:
 
         kinds = *map(_kind, sent), len(sent) - len(partials), *map(_kind, targets), len(targets) - len(into)
         rounds, lane = table.derived((self, REDUCE, op, *kinds), prepare), self._lanes[REDUCE]
-        self._make_room(lane, max(part.slot_bytes for part in rounds))
+        self._make_room(lane, rounds.slot_bytes)
         caller, arrive = current_stream(self._index), lane.wires.arrive
         sent = [tensor.contiguous() for tensor in sent]
         written = [tensor.contiguous() for tensor in targets]
         old_lse = written[-1].clone() if op == "lse" else None
-        for part in rounds:
+        for part in rounds.parts:
             started = part.start(sent, caller)
             arrive.wait_event(started.ready)
             slots = part.landed(started.slot)
@@ -247,7 +248,7 @@ class GroupContext:
             with torch.cuda.stream(arrive):
                 for target, result in apart:
                     target.copy_(result)
-        kept = [rounds, old_lse, *sent, *written, *targets]
+        kept = rounds.parts, old_lse, sent, written, targets
         return part.work(started, caller, None, kept, self._check)
 
     def close(self) -> None:
@@ -260,16 +261,17 @@ class GroupContext:
             lane.arena.memory = None
         self._allocator.free_unused()
 
-    def _prepare(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> list[Round]:
+    def _prepare(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> Rounds:
         if table.num_ranks != self.num_ranks:
             raise ValueError(f"an exchange among {table.num_ranks} ranks can't run in a group of {self.num_ranks}")
         return table.derived((self, number, formats), lambda: self._plan(number, table, formats))
 
-    def _plan(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> list[Round]:
+    def _plan(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> Rounds:
         lane, most, is_staged = self._lanes[number], self._most_slot_bytes, self.options.is_staged
         plans = gather_plans(self._handshake, LANES[number], table, formats, self.rank, most, is_staged)
-        self._make_room(lane, max(plan.slot_bytes for plan in plans))
-        return [Round(plan, formats, lane, number == REDUCE) for plan in plans]
+        slot_bytes = max(plan.slot_bytes for plan in plans)
+        self._make_room(lane, slot_bytes)
+        return Rounds([Round(plan, formats, lane, number == REDUCE) for plan in plans], slot_bytes)
 
     def _make_room(self, lane: Lane, slot_bytes: int) -> None:
         """Let slots hold so much, a collective if they don't: on all ranks alike, as their slots and sizes are.

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 # The structs CUmemcpyAttributes, CUstreamBatchMemOpParams and CUlaunchConfig of cuda.h.
+VALUE_OFFSET = 16
 _COPY_ATTRIBUTES = np.dtype([("order", "i4"), ("hints", "i4", 4), ("flags", "u4")])
 MEMORY_OPERATION = np.dtype(
     {
         "names": ["operation", "address", "value", "flags"],
         "formats": ["u4", "u8", "u8", "u4"],
-        "offsets": [0, 8, 16, 24],
+        "offsets": [0, 8, VALUE_OFFSET, 24],
         "itemsize": 48,
     }
 )
@@ -58,17 +59,18 @@ class Driver:
 
     def copy(self, targets: int, sources: int, sizes: int, count: int, stream: int) -> None:
         """Copy ``count`` pieces; the arguments are the addresses of uint64 arrays on the host."""
-        if count:
-            self._check(self._copy_batch(targets, sources, sizes, count, *self._attributes, 1, stream))
+        if count and (status := self._copy_batch(targets, sources, sizes, count, *self._attributes, 1, stream)):
+            self._check(status)
 
     def enqueue_memory_operations(self, operations: int, count: int, stream: int) -> None:
         """Enqueue waits for and writes of words, given the address of ``count`` :data:`MEMORY_OPERATION`."""
-        if count:
-            self._check(self._memory_operations(stream, count, operations, 0))
+        if count and (status := self._memory_operations(stream, count, operations, 0)):
+            self._check(status)
 
     def launch(self, launch: int, kernel: int, parameters: int) -> None:
         """Launch a kernel, given the addresses of a :data:`LAUNCH` and of the addresses of its parameters."""
-        self._check(self._launch(launch, kernel, parameters, None))
+        if status := self._launch(launch, kernel, parameters, None):
+            self._check(status)
 
     def make_stream(self, priority: int) -> int:
         """The handle of a new stream of the thread's current context; lower numbers go first."""

@@ -81,6 +81,18 @@ class OwnRows(NamedTuple):
     tensors: Sequence[Tensor]
 
 
+class Rounds(NamedTuple):
+    """All of an exchange.
+
+    Attributes:
+        parts: one after another.
+        slot_bytes: what a slot must hold for any of them.
+    """
+
+    parts: "Sequence[Round]"
+    slot_bytes: int
+
+
 class Started(NamedTuple):
     """An exchange that has been enqueued.
 
@@ -126,7 +138,7 @@ class Round:
         with torch.cuda.stream(lane.wires.arrive):  # which alone uses these, so that they may be dropped at any time
             self._landing = None if plan.landing is None else torch.from_numpy(plan.landing).to(device)
             if is_reduce:
-                self.segments = routes_of(plan.table, device).segments
+                self.segments = Segments(*routes_of(plan.table, device).segments)
             else:
                 arriving = routes_of(plan.table, device)
                 whole = slice(0, plan.num_rows)

@@ -2,6 +2,7 @@
 """How the pieces of an exchange get to the peers: by copy engines, or by a kernel on a few multiprocessors."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
@@ -63,21 +64,19 @@ class CopyEngineRoute:
     def __init__(self, copies: ByteCopies, arena: Arena, wires: DeviceWires) -> None:
         assert arena.memory is not None
         self._wires, self._tensor, self._offsets = wires, copies.tensor, copies.source
-        self._stream, self._bases = wires.send.cuda_stream, [0]
+        self._bases = [0]
         self._sources, self._sizes = np.empty_like(copies.source), copies.size.copy()
         base = arena.memory.addresses[copies.peer] + copies.target
         self._targets = [base + number * arena.slot_bytes for number in range(arena.num_slots)]
-        self._fixed = [
-            (targets.ctypes.data, self._sources.ctypes.data, self._sizes.ctypes.data, len(targets))
-            for targets in self._targets
-        ]
+        fixed = self._sources.ctypes.data, self._sizes.ctypes.data, len(copies.size), wires.send.cuda_stream
+        self._copies = [partial(driver().copy, targets.ctypes.data, *fixed) for targets in self._targets]
 
     def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
         """See :class:`Route`."""
         if bases != self._bases:
             self._bases = [*bases]
             np.add(np.take(np.array(bases, np.int64), self._tensor), self._offsets, out=self._sources)
-        driver().copy(*self._fixed[slot], self._stream)
+        self._copies[slot]()
         self._wires.tell_arrival(epoch)
 
 

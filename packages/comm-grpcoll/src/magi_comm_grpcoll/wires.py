@@ -11,6 +11,9 @@ the others from there. Whatever an outbox holds is true, also if a late copy fin
 arrival writes a word too before anybody reads what arrived, so that a fence stands between these as well.
 """
 
+import ctypes
+from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +21,14 @@ import torch
 from numpy.typing import NDArray
 
 from magi_comm_grpcoll.arena import SharedMemory
-from magi_comm_grpcoll.driver import MOST_MEMORY_OPERATIONS, WAIT_VALUE, WRITE_VALUE, driver, memory_operations
+from magi_comm_grpcoll.driver import (
+    MOST_MEMORY_OPERATIONS,
+    VALUE_OFFSET,
+    WAIT_VALUE,
+    WRITE_VALUE,
+    driver,
+    memory_operations,
+)
 
 WORD = 8
 
@@ -66,10 +76,11 @@ class _Operations:
 
     def __init__(self, stream: int, *parts: tuple[int, NDArray[np.int64]]) -> None:
         self._table = memory_operations(*parts)
-        stops = np.cumsum([len(words) for _, words in parts])
-        # Bound once: what a call does is a microsecond of many.
-        self._set_values = [values.fill for values in np.split(self._table["value"], stops[:-1])]
         size = self._table.itemsize
+        # The table as words, and which of them are the values of each part: what a call does is microseconds of many.
+        self._words = (ctypes.c_uint64 * (len(self._table) * size // WORD)).from_address(self._table.ctypes.data)
+        values = iter(range(VALUE_OFFSET // WORD, len(self._words), size // WORD))
+        self._values = [[*islice(values, len(words))] for _, words in parts]
         self._calls = [
             (self._table.ctypes.data + first * size, min(MOST_MEMORY_OPERATIONS, len(self._table) - first), stream)
             for first in range(0, len(self._table), MOST_MEMORY_OPERATIONS)
@@ -77,8 +88,11 @@ class _Operations:
         self._enqueue = driver().enqueue_memory_operations
 
     def enqueue(self, *numbers: int) -> None:
-        for set_values, number in zip(self._set_values, numbers, strict=True):
-            set_values(number)
+        """Enqueue them with a number for each part."""
+        words = self._words
+        for places, number in zip(self._values, numbers, strict=True):
+            for place in places:
+                words[place] = number
         for call in self._calls:
             self._enqueue(*call)
 
@@ -91,10 +105,7 @@ class _Letter:
         self._sources = np.full(len(targets), outbox, np.uint64)
         self._sizes = np.full(len(targets), WORD, np.uint64)
         addresses = self._targets.ctypes.data, self._sources.ctypes.data, self._sizes.ctypes.data
-        self._batch = *addresses, len(targets), stream
-
-    def enqueue(self) -> None:
-        driver().copy(*self._batch)
+        self.enqueue = partial(driver().copy, *addresses, len(targets), stream)
 
 
 class DeviceWires:
