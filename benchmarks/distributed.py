@@ -2,8 +2,9 @@
 """Distributed attention against other ways of context parallelism: ``python benchmarks/distributed.py``.
 
 Every number is TFLOP/s per GPU of the pairs that the mask keeps, from the median over the passes of the slowest rank's
-time. All methods run in the same processes, in several rounds in turn, since a GPU that has just rested is faster; of
-each, the median round counts. All but ``torch`` call the same kernel backend.
+time. All methods but ``torch`` run in the same processes, pass by pass in turns and in random order, since a GPU's
+clock depends on what it did before; ``torch`` runs after the others. Of several rounds the median counts. All but
+``torch`` call the same kernel backend.
 
 single      the kernel alone, on every GPU at once without communication: the same mask family, over as many tokens as
             have (to 256 tokens) the mask area that a GPU has in the distributed attention.
@@ -25,12 +26,13 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,7 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from magi_attention.api import calc_attn
 from magi_attention.cli.bench.breakdown import Share, break_down
-from magi_attention.cli.bench.measure import PassTimes, make_key, tflops, time_passes, trace_pass
+from magi_attention.cli.bench.measure import Passes, PassTimes, make_key, tflops, time_in_turns, trace_pass
 from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.demo.command import DTYPES
 from magi_attention.cli.demo.options import Precision
@@ -58,8 +60,6 @@ BASELINES = ("gather", "gather-zz", "ring-zz", "torch")
 SINGLE_STEP = 256
 CELL_TIMEOUT_S = 240.0
 
-Passes = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -68,6 +68,13 @@ class Cell:
     method: str
     options: BenchOptions
     breakdown: bool = False
+
+
+class Ready(NamedTuple):
+    """A cell that can be run: its passes, and the mask area per rank that they are for."""
+
+    passes: Passes
+    pairs: int
 
 
 @dataclass(frozen=True)
@@ -92,10 +99,28 @@ def tokens_for_area(mask: str, wanted: float, most: int) -> int:
     return min((max(low - 1, 1), low), key=lambda n: abs(area(mask, n * SINGLE_STEP) - wanted)) * SINGLE_STEP
 
 
-def run_cell(rank: int, world_size: int, cell: Cell) -> Measured:
-    """Time a cell on this rank."""
-    on_gpu = dist.get_backend() == "nccl"
+def run_cells(rank: int, world_size: int, cells: Sequence[Cell], seconds: float) -> list[Measured]:
+    """Time cells on this rank, in turns for so many seconds or as often as they say."""
+    on_gpu, options = dist.get_backend() == "nccl", cells[0].options
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    try:
+        with ExitStack() as stack:
+            ready = [make_ready(cell, rank, world_size, device, stack) for cell in cells]
+            methods = [each.passes for each in ready]
+            times = time_in_turns(methods, device, options.warmup, options.repeat, seconds)
+            shares = [
+                shares_of(each.passes, device, rank) if cell.breakdown else []
+                for each, cell in zip(ready, cells, strict=True)
+            ]
+    finally:
+        dist_attn_runtime_dict_mgr.clear()
+        if on_gpu:
+            torch.cuda.empty_cache()
+    return [Measured(*each) for each in zip(times, [each.pairs for each in ready], shares, strict=True)]
+
+
+def make_ready(cell: Cell, rank: int, world_size: int, device: torch.device, stack: ExitStack) -> Ready:
+    """Make the inputs and the passes of a cell; what they need is there until ``stack`` closes."""
     options = cell.options
     slices = workloads.make(options.mask, options.tokens)
     tokens, pairs = options.tokens // world_size, slices.area() // world_size
@@ -112,27 +137,20 @@ def run_cell(rank: int, world_size: int, cell: Cell) -> Measured:
         torch.randn(tokens, heads, options.head_dim, generator=draw, device=device, dtype=DTYPES[options.precision])
         for heads in (options.heads_q, options.heads_kv, options.heads_kv, options.heads_q)
     )
-    try:
-        with ExitStack() as stack:
-            if key is not None:
-                leaves = [x.requires_grad_() for x in (q, k, v)]
-                forward, backward = differentiable(partial(calc, key, *leaves), leaves, dout)
-            elif cell.method == "torch":
-                forward, backward = torch_context_parallel(options, q, k, v, dout, stack)
-            else:
-                forward, backward = baseline(cell, Kernel(q, k, v, options.backend), q, k, v, dout)
-            times = time_passes(forward, backward, device, options.warmup, options.repeat)
-            shares = []
-            if cell.breakdown:
-                with TemporaryDirectory() as folder:
-                    path = Path(folder, "trace.json")
-                    trace_pass(forward, backward, device, str(path))
-                    shares = break_down(json.loads(path.read_text())["traceEvents"]) if rank == 0 else []
-    finally:
-        dist_attn_runtime_dict_mgr.clear()
-        if on_gpu:
-            torch.cuda.empty_cache()
-    return Measured(times, pairs, shares)
+    if key is not None:
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        return Ready(differentiable(partial(calc, key, *leaves), leaves, dout), pairs)
+    if cell.method == "torch":
+        return Ready(torch_context_parallel(options, q, k, v, dout, stack), pairs)
+    return Ready(baseline(cell, Kernel(q, k, v, options.backend), q, k, v, dout), pairs)
+
+
+def shares_of(passes: Passes, device: torch.device, rank: int) -> list[Share]:
+    """What the streams of rank 0 do in a pair of passes."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        trace_pass(*passes, device, str(path))
+        return break_down(json.loads(path.read_text())["traceEvents"]) if rank == 0 else []
 
 
 def _world() -> dist.ProcessGroup:
@@ -207,10 +225,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How to measure a row: its mask and shape, in how many rounds, and whether with a trace."""
+    """How to measure a row: its mask and shape, in how many rounds of how many seconds, and whether with a trace."""
 
     bench: BenchOptions
     rounds: int
+    seconds: float
     breakdown: bool
 
 
@@ -222,24 +241,12 @@ def measure_row(
     rounds: dict[str, list[Measured]] = {method: [] for method in methods}
     reasons: dict[str, str] = {}
     for number in range(options.rounds):
-        for method in methods[number:] + methods[:number]:
-            if method in reasons:
-                continue
-            degree = method.partition("/")[2]
-            cell_options = replace(
-                options.bench,
-                overlap_degree=int(degree) if degree.isdigit() else None,
-                native_grpcoll=method.startswith("native/"),
-            )
-            is_last = number == options.rounds - 1
-            cell = Cell(method, cell_options, options.breakdown and is_last and method.startswith(OURS))
+        is_last = number == options.rounds - 1
+        for group in ([name for name in methods if name != "torch"], [name for name in methods if name == "torch"]):
             if sys.stderr.isatty():
-                print(f"\r\033[K{where} {method}, round {number + 1} ", end="", file=sys.stderr, flush=True)
-            try:
-                rounds[method].append(pool.run(run_cell, cell, timeout_s=CELL_TIMEOUT_S)[0])
-            except (RankError, TimeoutError) as error:
-                lines = [line for line in str(error).splitlines() if line and not line.startswith("(ranks")]
-                reasons[method] = lines[-1]
+                print(f"\r\033[K{where}, round {number + 1} ", end="", file=sys.stderr, flush=True)
+            for method, measured in measure_together(pool, options, group, is_last, reasons).items():
+                rounds[method].append(measured)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     figures, records = {}, []
@@ -258,6 +265,49 @@ def measure_row(
             records[-1]["breakdown"] = [asdict(share) for share in shares]
             print_breakdown(f"{where} {method}", shares)
     return figures, [f"{where} {method}: {reason}" for method, reason in reasons.items()], records
+
+
+def measure_together(
+    pool: RankPool, options: RowOptions, methods: list[str], breakdown: bool, reasons: dict[str, str]
+) -> dict[str, Measured]:
+    """Measure methods in turns; if one fails, which is found out by each alone, only the others.
+
+    Args:
+        pool: the ranks.
+        options: of the row.
+        methods: of which those that failed before are left out.
+        breakdown: whether the row's trace is wanted now.
+        reasons: why methods failed; more are added.
+    """
+    cells = [
+        Cell(method, method_options(options.bench, method), breakdown and options.breakdown and method.startswith(OURS))
+        for method in methods
+        if method not in reasons
+    ]
+    if len(cells) > 1:
+        with suppress(RankError, TimeoutError):
+            found = pool.run(run_cells, cells, options.seconds, timeout_s=CELL_TIMEOUT_S)[0]
+            return dict(zip([cell.method for cell in cells], found, strict=True))
+    alone = {}
+    for cell in cells:
+        try:
+            (alone[cell.method],) = pool.run(run_cells, [cell], options.seconds, timeout_s=CELL_TIMEOUT_S)[0]
+        except (RankError, TimeoutError) as error:
+            lines = [line for line in str(error).splitlines() if line and not line.startswith("(ranks")]
+            reasons[cell.method] = lines[-1]
+    if 1 < len(alone) < len(cells):
+        return measure_together(pool, options, [*alone], breakdown, reasons)
+    return alone
+
+
+def method_options(options: BenchOptions, method: str) -> BenchOptions:
+    """The options of one of our methods."""
+    degree = method.partition("/")[2]
+    return replace(
+        options,
+        overlap_degree=int(degree) if degree.isdigit() else None,
+        native_grpcoll=method.startswith("native/"),
+    )
 
 
 def median_of(rounds: list[PassTimes]) -> PassTimes:
@@ -313,8 +363,11 @@ def parse_arguments() -> argparse.Namespace:
         "--sm-margin", type=int, help="multiprocessors that our kernels leave to others; by default as in a training"
     )
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=4, help="timed passes of a round; the median counts")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of all methods; the median counts")
+    parser.add_argument(
+        "--repeat", type=int, default=4, help="timed passes of each method, at least; the median counts"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="time so many that a row takes so long")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of all methods, planned anew; the median counts")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--host-time", action="store_true", help="print what the host takes to call each pass, too")
     parser.add_argument("--breakdown", action="store_true", help="print what each stream of ours did, too")
@@ -366,7 +419,7 @@ def main() -> None:
                         if (world_size > 1 or method not in BASELINES)
                         and (method != "torch" or mask in ("full", "causal"))
                     ]
-                    row = RowOptions(options, arguments.rounds, arguments.breakdown)
+                    row = RowOptions(options, arguments.rounds, arguments.seconds, arguments.breakdown)
                     figures, failed, measured = measure_row(pool, world_size, row, usable)
                     print_row(world_size, options, methods, figures, arguments.host_time)
                     failures += failed

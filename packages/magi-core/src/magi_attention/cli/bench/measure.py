@@ -3,9 +3,10 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +23,9 @@ from magi_attention.kernels.registry import backends_for_slices
 from magi_attention.plan.simulate import BACKWARD_OVER_FORWARD_FLOP
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
+
+Passes = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
+"""What computes an output, and what computes its gradients."""
 
 HOST_REPEATS, HOST_REPEATS_S = 5, 0.5
 """How often each pass is called to find how long the host takes, and after how many seconds of passes no more."""
@@ -156,11 +160,7 @@ def time_passes(
     warmup: int,
     repeat: int,
 ) -> PassTimes:
-    """Time both passes, one pair after another without a pause, as layers of a model follow each other.
-
-    On a GPU, the host is then ahead of the device if it can be, and what it takes to launch a pass is hidden. What it
-    takes is measured afterwards, apart. All ranks begin a pass together, and the slowest one counts: else a rank that
-    is done early would wait for the others' rows in the next pass, at its expense.
+    """Time both passes of one method; see :func:`time_in_turns`.
 
     Args:
         forward: computes the output.
@@ -169,34 +169,77 @@ def time_passes(
         warmup: pairs of passes that are not timed.
         repeat: pairs of passes that are.
     """
-    marks = []
-    for number in range(-warmup, repeat):
-        if number == -warmup:
-            dist.barrier()
+    return time_in_turns([(forward, backward)], device, warmup, repeat)[0]
+
+
+def time_in_turns(
+    methods: Sequence[Passes], device: torch.device, warmup: int, repeat: int, seconds: float = 0.0
+) -> list[PassTimes]:
+    """Time both passes of several methods, one pair after another without a pause, as layers of a model follow.
+
+    On a GPU, the host is then ahead of the device if it can be, and what it takes to launch a pass is hidden. What it
+    takes is measured afterwards, apart. All ranks begin a pass together, and the slowest one counts: else a rank that
+    is done early would wait for the others' rows in the next pass, at its expense. The methods take turns, in another
+    order each time, since a GPU's clock depends on what it did before: after a rest it is up to a tenth faster.
+
+    Args:
+        methods: the passes of each.
+        device: what they compute on.
+        warmup: pairs of passes of each method that are not timed.
+        repeat: pairs of passes that are, at least.
+        seconds: for how long to time more of them.
+    """
+    marks: list[list[list[torch.cuda.Event | float]]] = [[] for _ in methods]
+    peaks = [0] * len(methods)
+    dist.barrier()
+    _wait_for(device)
+    for _ in range(warmup):
+        for passes in methods:
+            _mark_passes(passes, device)
+    count = repeat
+    if seconds:
+        first = _slowest([_mark_passes(passes, device) for passes in methods], device)
+        count = max(repeat, int(seconds / first.sum().item()))  # on all ranks the same
+    orders = np.random.default_rng(0)
+    for _ in range(count):
+        for number in orders.permutation(len(methods)):
             if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        if number == 0 and device.type == "cuda":  # without a pause, which would cost the host its lead
-            torch.cuda.reset_peak_memory_stats(device)
-        _align(device)
-        marks.append([_mark(device)])
-        out = forward()
-        marks[-1].append(_mark(device))
-        _align(device)
-        marks[-1].append(_mark(device))
-        backward(out)
-        marks[-1].append(_mark(device))
-        del out
-    timed = [[_seconds(*each[:2]), _seconds(*each[2:])] for each in marks[warmup:]]
+                torch.cuda.reset_peak_memory_stats(device)
+            marks[number].append(_mark_passes(methods[number], device))
+            if device.type == "cuda":
+                peaks[number] = max(peaks[number], torch.cuda.max_memory_allocated(device))
+    found = []
+    for passes, timed, peak in zip(methods, marks, peaks, strict=True):
+        forward, backward = (statistics.median(column) for column in _slowest(timed, device).T.tolist())
+        repeats = max(1, min(HOST_REPEATS, int(HOST_REPEATS_S / (forward + backward))))
+        host = torch.tensor(_host_seconds(*passes, device, repeats), dtype=torch.float64, device=device)
+        dist.all_reduce(host, dist.ReduceOp.MAX)
+        most = torch.tensor(peak, device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        host_forward, host_backward = host.tolist()
+        found.append(PassTimes(forward, backward, host_forward, host_backward, int(most)))
+    return found
+
+
+def _mark_passes(passes: Passes, device: torch.device) -> "list[torch.cuda.Event | float]":
+    """Run a pair of passes; returns marks before and after each."""
+    forward, backward = passes
+    _align(device)
+    marks = [_mark(device)]
+    out = forward()
+    marks.append(_mark(device))
+    _align(device)
+    marks.append(_mark(device))
+    backward(out)
+    return [*marks, _mark(device)]
+
+
+def _slowest(marks: "Sequence[list[torch.cuda.Event | float]]", device: torch.device) -> Tensor:
+    """``[pairs, 2]``: seconds of each pair of passes on the slowest rank."""
+    timed = [[_seconds(*each[:2]), _seconds(*each[2:])] for each in marks]
     seconds = torch.tensor(timed, dtype=torch.float64, device=device)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    peak = torch.tensor(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, device=device)
-    dist.all_reduce(peak, dist.ReduceOp.MAX)
-    per_pass = [statistics.median(column) for column in seconds.T.tolist()]  # on all ranks the same
-    repeats = max(1, min(HOST_REPEATS, int(HOST_REPEATS_S / sum(per_pass))))
-    host = torch.tensor(_host_seconds(forward, backward, device, repeats), dtype=torch.float64, device=device)
-    dist.all_reduce(host, dist.ReduceOp.MAX)
-    host_forward, host_backward = host.tolist()
-    return PassTimes(per_pass[0], per_pass[1], host_forward, host_backward, int(peak))
+    return seconds
 
 
 def _host_seconds(
@@ -208,8 +251,7 @@ def _host_seconds(
         out = None
         for number in range(2):
             dist.barrier()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            _wait_for(device)
             start = time.perf_counter()
             if out is None:
                 out = forward()
@@ -217,6 +259,11 @@ def _host_seconds(
                 backward(out)
             least[number] = min(least[number], time.perf_counter() - start)
     return least
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _align(device: torch.device) -> None:
