@@ -28,6 +28,7 @@ torch/cast  that over the faster native cast.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import time
@@ -55,6 +56,8 @@ _TRANSPORTS: dict[str, Transport] = {"copies": "copy_engine", "push": "push"}
 if not (missing_kernels(LINKED_FATBINS) or reason_against_nvshmem()):
     _TRANSPORTS["puts"] = "put"
 METHODS = (*_TRANSPORTS, "a2a", "nccl")
+# Casts go on beside attention for so many of its kernels, if that is longer, and the host is so many of them ahead.
+LEAST_ATTENTIONS, AHEAD = 10, 4
 _contexts: dict[str, GroupContext] = {}
 
 
@@ -81,8 +84,8 @@ def caster(method: str, rank: int, num_ranks: int, peer_bytes: int, range_bytes:
     return lambda: collectives.cast([rows], table, lend=True)
 
 
-def run_many(cast: Callable[[], Any], times: int) -> list[float]:
-    """Enqueue so many exchanges, two in flight; returns the host's seconds of each."""
+def run_many(cast: Callable[[], Any], times: int, between: Callable[[], None] = lambda: None) -> list[float]:
+    """Enqueue so many exchanges, two in flight, and do something after each; returns the host's seconds of each."""
     works: deque[Any] = deque()
     seconds = []
     for _ in range(times):
@@ -91,6 +94,7 @@ def run_many(cast: Callable[[], Any], times: int) -> list[float]:
         started = time.perf_counter()
         works.append(cast())
         seconds.append(time.perf_counter() - started)
+        between()
     while works:
         finish(works.popleft())
     return seconds
@@ -149,26 +153,33 @@ def time_beside_attention(
     torch.cuda.synchronize()
     alone = start.elapsed_time(stop) / 10
     dist.barrier()
-    count = max(10, int(times * peer_bytes * (num_ranks - 1) / 40e9 / (alone / 1e3)))
-    beside = torch.cuda.Stream()
-    attention_times = []
-    for _ in range(count):
-        attention_times.append(time_stream(lambda: attend(1)))
-    with torch.cuda.stream(beside):
-        torch.cuda._sleep(2_000_000)  # attention is under way on all ranks
-        first, last = time_stream(lambda: run_many(cast, times))
+    start, stop = time_stream(lambda: run_many(cast, times))
     torch.cuda.synchronize()
-    origin = attention_times[0][0]
+    times = max(times, math.ceil(times * slowest(LEAST_ATTENTIONS * alone / start.elapsed_time(stop))))
+    dist.barrier()
+    attentions = [time_stream(lambda: attend(1)) for _ in range(AHEAD)]
+    main_stream = torch.cuda.current_stream()
+
+    def go_on() -> None:
+        with torch.cuda.stream(main_stream):
+            while attentions[-AHEAD][1].query():
+                attentions.append(time_stream(lambda: attend(1)))
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(2_000_000)  # attention is under way on all ranks
+        first, last = time_stream(lambda: run_many(cast, times, go_on))
+    while not last.query():
+        go_on()
+    torch.cuda.synchronize()
+    origin = attentions[0][0]
     begun, done = origin.elapsed_time(first), origin.elapsed_time(last)
     meanwhile = [
         one.elapsed_time(other)
-        for one, other in attention_times
+        for one, other in attentions
         if origin.elapsed_time(one) > begun and origin.elapsed_time(other) < done
     ]
-    covered = origin.elapsed_time(attention_times[-1][1]) >= done
     seconds = slowest((done - begun) / 1e3 / times)
-    slower = statistics.mean(meanwhile) / alone - 1 if meanwhile and covered else float("nan")
-    return peer_bytes * (num_ranks - 1) / seconds / 1e9, slower
+    return peer_bytes * (num_ranks - 1) / seconds / 1e9, statistics.mean(meanwhile) / alone - 1
 
 
 def time_host(rank: int, num_ranks: int, method: str, ranges: int, times: int) -> dict[str, tuple[float, float]]:
