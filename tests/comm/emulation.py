@@ -403,7 +403,7 @@ def emulate(monkeypatch: Any) -> Iterator[None]:
         (kernels, "Launch", Launch),
         (kernels, "kernel", lambda fatbin, name, device, shared=0: (fatbin, name)),
         (hierarchical, "communication_stream", lambda group, device: _communication_stream()),
-        (streams, "own_stream", Stream),
+        (streams, "own_streams", lambda device, count: [Stream() for _ in range(count)]),
         (streams, "_idle", {}),
         (streams, "_outliving", {}),
         (torch.cuda, "Stream", Stream),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from magi_comm_grpcoll import ContextOptions, GroupContext
-from magi_comm_grpcoll.streams import own_stream
+from magi_comm_grpcoll.streams import own_streams
 from tests.comm.emulation import emulate, run_ranks
 from tests.comm.test_native import fragmented_table
 
@@ -22,7 +22,7 @@ def emulated(monkeypatch):
 def test_own_streams_are_no_others():
     device = torch.device("cuda", 0)
     of_torch = {torch.cuda.Stream(device, priority=-1).cuda_stream for _ in range(32)}
-    streams = [own_stream(device) for _ in range(40)]
+    streams = own_streams(device, 40)
     assert len({stream.cuda_stream for stream in streams} - of_torch) == 40
     assert {(stream.device, stream.priority) for stream in streams} == {(device, -1)}
     number = torch.zeros((), device=device)

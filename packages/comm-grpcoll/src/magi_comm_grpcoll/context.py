@@ -192,14 +192,14 @@ class GroupContext:
             (part,) = parts
             started = part.start(tensors, caller, own)
             lent = [*part.landed(started.slot)]
-            return part.work(started, caller, lent, (part, tensors), self._check, lends=True)
+            return part.work(started, caller, lent, (part, tensors, own), self._check, lends=True)
         received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
         for number, part in enumerate(parts):
             started = part.start(tensors, caller, None if number else own, received)
             arrive.wait_event(started.ready)
             with lane.read(started), torch.no_grad(), torch.cuda.stream(arrive):
                 part.deliver(started.slot, received)
-        return part.work(started, caller, received, (parts, tensors, [*received]), self._check)
+        return part.work(started, caller, received, (parts, tensors, own, [*received]), self._check)
 
     @without_grad
     def reduce(

@@ -38,15 +38,15 @@ class ContextStreams:
 
     def __init__(self, device: torch.device, num_lanes: int) -> None:
         self.device = device
-        self.send, self.credit, self.watch, *self.arrive = (own_stream(device) for _ in range(3 + num_lanes))
+        self.send, self.credit, self.watch, *self.arrive = own_streams(device, 3 + num_lanes)
         self.all = [self.send, self.credit, *self.arrive]
 
 
-def own_stream(device: torch.device) -> "torch.cuda.Stream":
-    """A stream of high priority that nothing else uses."""
+def own_streams(device: torch.device, count: int) -> "list[torch.cuda.Stream]":
+    """So many streams of high priority that nothing else uses."""
     with torch.cuda.device(device):
         torch.cuda.synchronize()  # makes the GPU's context this thread's
-        return torch.cuda.ExternalStream(driver().make_stream(_HIGH_PRIORITY), device)
+        return [torch.cuda.ExternalStream(driver().make_stream(_HIGH_PRIORITY), device) for _ in range(count)]
 
 
 def take_streams(device: torch.device, num_lanes: int) -> ContextStreams:
