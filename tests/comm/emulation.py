@@ -399,6 +399,7 @@ def emulate(monkeypatch: Any) -> Iterator[None]:
         (context, "group_size", lambda group: group.num_ranks),
         (wires, "driver", Driver),
         (routes, "driver", Driver),
+        (context, "take_all_rows", _take_all_rows),
         (routes, "device_name", lambda device: "emulated"),
         (kernels, "Launch", Launch),
         (kernels, "kernel", lambda fatbin, name, device, shared=0: (fatbin, name)),
@@ -424,7 +425,12 @@ def emulate(monkeypatch: Any) -> Iterator[None]:
     machine.end()
 
 
-_torch_zeros, _from_numpy = torch.zeros, torch.from_numpy
+_torch_zeros, _from_numpy, _core_take_all_rows = torch.zeros, torch.from_numpy, context.take_all_rows
+
+
+def _take_all_rows(*arguments: Any) -> None:
+    with stream_of_block(current_stream()):
+        _core_take_all_rows(*arguments)
 
 
 def _zeros(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:

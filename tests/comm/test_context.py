@@ -331,6 +331,30 @@ def test_own_rows_lie_among_received_ones():
     run_ranks(2, run)
 
 
+@pytest.mark.parametrize("transport", ["copy_engine", "push", "put"])
+@pytest.mark.parametrize("capacity_bytes", [None, 12 << 20])
+def test_own_rows_are_taken_before_what_comes_home_is_added(transport, capacity_bytes):
+    """A rank's own gradients lie at the odd rows, or the last ones, among those that it sends home."""
+
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport=transport, timeout_s=30, capacity_bytes=capacity_bytes))
+        num_columns = 3 if capacity_bytes is None else 1 << 18  # which take two rounds
+        table = ExchangeTable(np.array([[1 - rank, 0, 4]]), np.array([[1 - rank, 0, 4]]), 2, 4, 8)
+        for turn in range(4):
+            partial = (torch.arange(8.0) + 10 * rank + 100 * turn)[:, None].expand(8, num_columns).contiguous()
+            there = torch.arange(4.0) + 10 * (1 - rank) + 100 * turn
+            for places in (torch.tensor([1, 3, 5, 7]), slice(4, 8)):
+                into = torch.full((4, num_columns), torch.nan)
+                native.reduce([partial], table, [into], own_places=places).wait_host()
+                assert torch.equal(into, partial[places] + there[:, None])
+        with pytest.raises(ValueError, match=r"3 own_places for rows of \[\(4, "):
+            native.reduce([partial], table, [into], own_places=slice(5, 8))
+        with pytest.raises(ValueError, match="'lse' takes no own_places"):
+            native.reduce([partial], table, [into], "lse", partial, into, own_places=places)
+
+    run_ranks(2, run)
+
+
 @pytest.mark.parametrize("transport", ["copy_engine", "put"])
 def test_own_rows_wait_until_their_slot_is_given_back(transport):
     def run(rank, group):

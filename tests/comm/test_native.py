@@ -281,6 +281,10 @@ def put_own_rows(rank: int, world_size: int) -> None:
                 work = context(transport).cast([rows[rank]], table, own_places=places, lend=lend)
                 assert torch.equal(work.wait()[0], expected)
                 work.release()
+        for dtype in (torch.bfloat16, torch.float32):
+            into = expected.new_full((half, 8, 128), torch.nan, dtype=dtype)
+            context(transport).reduce([expected], table, [into], own_places=places).wait()
+            assert torch.equal(into, rows[rank].to(dtype) + rows[rank].to(dtype))
 
 
 def test_own_rows_lie_among_received_ones(pool):

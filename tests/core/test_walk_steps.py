@@ -24,7 +24,7 @@ class Notes:
             release=lambda: None,
         )
 
-    def reduce(self, partials, exchange, into):
+    def reduce(self, partials, exchange, into, own_places=None):
         self.said.append(f"reduce {exchange}")
         return SimpleNamespace(wait=lambda: self.said.append(f"home {exchange}"))
 

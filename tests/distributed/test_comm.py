@@ -129,6 +129,36 @@ def test_reduce_in_two_hops(pool, op):
     pool.run(reduce_cases, range(3), 2, op)
 
 
+def reduce_onto_own_rows(rank: int, world_size: int, seeds: range, hops: int, op: str) -> None:
+    device = device_of_backend()
+    for seed in seeds:
+        collectives, needs, table = make_case(rank, world_size, seed, hops, 0.9)
+        num_rows, num_received = int(needs.num_rows[rank]), len(needs.needs[rank])
+        choose = torch.Generator().manual_seed(seed)
+        if num_received < num_rows:  # there are always as many calls, on all ranks
+            places = [torch.randint(0, max(num_received, 1), (num_rows if num_received else 0,), generator=choose)] * 2
+        else:
+            places = [torch.randperm(num_received, generator=choose)[:num_rows], slice(0, num_rows)]
+        for into_dtype in (torch.bfloat16, torch.float32):
+            partials = [random_tensor(31 * rank + i, (num_received, 3, 4), torch.bfloat16).to(device) for i in range(2)]
+            for chosen in places:
+                own_places = chosen if isinstance(chosen, slice) else chosen.to(device)
+                expected = [x[own_places].to(into_dtype) for x in partials]
+                if not num_received:
+                    own_places, expected = None, [torch.ones(num_rows, 3, 4, dtype=into_dtype, device=device)] * 2
+                into = [torch.full_like(x, torch.nan) if num_received else x.clone() for x in expected]
+                expected = [x.clone() for x in expected]
+                collectives.reduce(partials, table, expected, op).wait()
+                collectives.reduce(partials, table, into, op, own_places=own_places).wait()
+                assert all(torch.equal(x, y) for x, y in zip(into, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", ["sum", "avg"])
+@pytest.mark.parametrize("hops", [1, 2])
+def test_own_rows_are_taken_while_others_travel(pool, hops, op):
+    pool.run(reduce_onto_own_rows, range(3), hops, op)
+
+
 def reduce_lse_cases(rank: int, world_size: int, seeds: range, hops: int) -> None:
     device = device_of_backend()
     for seed in seeds:

@@ -85,18 +85,19 @@ class NativeCollectives:
         op: ReduceOp = "sum",
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
+        own_places: Rows | None = None,
     ) -> Work[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`.
 
         Other dtypes than those that the kernels combine go by all-to-all.
         """
-        arguments: tuple[Any, ...] = (partials, table, into, op, partial_lse, into_lse)
+        arguments: tuple[Any, ...] = (partials, table, into, op, partial_lse, into_lse, own_places)
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
         if self.context is None:
             return self.fallback.reduce(*arguments)
         if isinstance(self.context, GroupContext) and not formats_combine(row_formats(sent), [*into], op):
             return self.fallback.reduce(*arguments)
-        return self.context.reduce(partials, _one_hop(table), into, op, partial_lse, into_lse)
+        return self.context.reduce(partials, _one_hop(table), into, op, partial_lse, into_lse, own_places)
 
 
 def context_of(group: dist.ProcessGroup) -> GroupContext | RelayedCollectives | None:

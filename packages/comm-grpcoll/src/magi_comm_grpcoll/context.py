@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from magi_attention.comm.alltoall import check_out, check_reduce
+from magi_attention.comm.alltoall import check_out, check_own_places, check_reduce
 from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
-from magi_attention.comm.packing import RowFormat, row_formats
+from magi_attention.comm.packing import RowFormat, row_formats, take_all_rows
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.routes import Rows
 from magi_attention.comm.streams import current_stream
@@ -210,6 +210,7 @@ class GroupContext:
         op: ReduceOp = "sum",
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
+        own_places: Rows | None = None,
     ) -> NativeWork[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`.
 
@@ -217,6 +218,7 @@ class GroupContext:
             TypeError: no kernel combines these dtypes; see :func:`~magi_comm_grpcoll.combine.can_combine`.
         """
         self._check_call()
+        check_own_places(own_places, into, op)
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
         targets = [*into] if into_lse is None else [*into, into_lse]
 
@@ -234,8 +236,13 @@ class GroupContext:
         sent = [tensor.contiguous() for tensor in sent]
         written = [tensor.contiguous() for tensor in targets]
         old_lse = written[-1].clone() if op == "lse" else None
-        for part in rounds.parts:
+        for number, part in enumerate(rounds.parts):
             started = part.start(sent, caller)
+            if own_places is not None and not number:
+                if started.packed is not None:
+                    caller.wait_event(started.packed)
+                take_all_rows(written, own_places, sent)
+                started.ready.record(caller)
             arrive.wait_event(started.ready)
             slots = part.landed(started.slot)
             with lane.read(started):
@@ -248,7 +255,7 @@ class GroupContext:
             with torch.cuda.stream(arrive):
                 for target, result in apart:
                     target.copy_(result)
-        kept = rounds.parts, old_lse, sent, written, targets
+        kept = rounds.parts, old_lse, sent, written, targets, own_places
         return part.work(started, caller, None, kept, self._check)
 
     def close(self) -> None:

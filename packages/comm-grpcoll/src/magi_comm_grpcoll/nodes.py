@@ -81,9 +81,10 @@ class RelayedCollectives:
         op: ReduceOp = "sum",
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
+        own_places: Rows | None = None,
     ) -> Work[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        return self._hops.reduce(partials, self._relayed(table).hops, into, op, partial_lse, into_lse)
+        return self._hops.reduce(partials, self._relayed(table).hops, into, op, partial_lse, into_lse, own_places)
 
     def _relayed(self, table: ExchangeTable) -> RelayExchange:
         return table.derived((self, "relays"), lambda: self._plan(table))

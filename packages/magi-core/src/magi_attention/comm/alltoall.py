@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.group import group_size, let_go_at_exit
-from magi_attention.comm.packing import RowLayout, deliver, lay_out, pack, put_all_rows, row_formats
+from magi_attention.comm.packing import RowLayout, deliver, lay_out, pack, put_all_rows, row_formats, take_all_rows
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
 from magi_attention.comm.routes import Routes, Rows, routes_of
@@ -102,9 +102,11 @@ class AllToAllCollectives:
         op: ReduceOp = "sum",
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
+        own_places: Rows | None = None,
     ) -> PendingWork[None] | StreamWork[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
+        check_own_places(own_places, into, op)
 
         def check(checked: ExchangeTable) -> None:
             check_reduce(partials, into, op, partial_lse, into_lse)
@@ -125,7 +127,9 @@ class AllToAllCollectives:
                 add_partials(into, landed, layout, routes, average=op == "avg")
 
         targets = [*into] if into_lse is None else [*into, into_lse]
-        return self._exchange(gather, landed, (routes.recv_counts, routes.send_counts), combine, [*sent, *targets])
+        counts = routes.recv_counts, routes.send_counts
+        meanwhile = None if own_places is None else lambda: take_all_rows(into, own_places, partials)
+        return self._exchange(gather, landed, counts, combine, [*sent, *targets], meanwhile)
 
     def _exchange(
         self,
@@ -134,6 +138,7 @@ class AllToAllCollectives:
         counts: tuple[list[int], list[int]],
         finish: Callable[[], Result],
         kept: Sequence[Tensor],
+        meanwhile: Callable[[], None] | None = None,
     ) -> PendingWork[Result] | StreamWork[Result]:
         """Send what ``gather`` returns; ``finish`` makes the result of what has ``landed``.
 
@@ -145,12 +150,15 @@ class AllToAllCollectives:
             counts: how many rows to send to and to receive from each peer.
             finish: computes the result from what arrived; called once.
             kept: what the exchange reads or writes, kept alive until it is over.
+            meanwhile: run on the caller's stream while rows travel, before ``finish``; None for nothing.
         """
         device = landed.device
         stream = communication_stream(self.group, device)
         if stream is None:
             packed = gather()
             transfer = self._send(packed, landed, counts, async_op=True)
+            if meanwhile is not None:
+                meanwhile()
             return PendingWork(transfer, without_grad(finish), buffers=(packed, landed, *kept))
         caller = current_stream(landed.get_device())
         stream.wait_stream(caller)
@@ -160,6 +168,12 @@ class AllToAllCollectives:
             is_packed = stream.record_event()
             # Not asynchronous, so that it runs on this very stream and with its priority; the host does not wait.
             self._send(packed, landed, counts, async_op=False)
+            if meanwhile is not None:
+                torch.cuda.set_stream(caller)
+                caller.wait_event(is_packed)
+                meanwhile()
+                torch.cuda.set_stream(stream)
+                stream.wait_stream(caller)
             return StreamWork(stream, caller, finish(), (landed, *kept), is_packed)
         finally:
             torch.cuda.set_stream(caller)
@@ -225,6 +239,17 @@ def check_reduce(
         raise ValueError("op 'lse' takes one partial, partial_lse and into_lse")
     if op != "lse" and not (partial_lse is None and into_lse is None):
         raise ValueError(f"only op 'lse' takes partial_lse and into_lse, not {op!r}")
+
+
+def check_own_places(own_places: Rows | None, into: Sequence[Tensor], op: ReduceOp) -> None:
+    """Raise ``ValueError`` unless there is a place for each row that partials are reduced into."""
+    if own_places is None:
+        return
+    if op == "lse":
+        raise ValueError("op 'lse' takes no own_places: into and into_lse hold the rank's own results")
+    num_places = own_places.stop - own_places.start if isinstance(own_places, slice) else own_places.shape[0]
+    if any(target.shape[0] != num_places for target in into):
+        raise ValueError(f"there are {num_places} own_places for rows of {[tuple(target.shape) for target in into]}")
 
 
 def check_out(out: Sequence[Tensor], tensors: Sequence[Tensor], num_rows: int) -> None:

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from magi_attention.comm.alltoall import check_out, check_reduce
-from magi_attention.comm.packing import put_all_rows
+from magi_attention.comm.alltoall import check_out, check_own_places, check_reduce
+from magi_attention.comm.packing import put_all_rows, take_all_rows
 from magi_attention.comm.protocol import GroupCollectives, ReduceOp, Work
 from magi_attention.comm.routes import Rows
 from magi_attention.comm.streams import communication_stream, running_on
@@ -77,6 +77,7 @@ class HierarchicalCollectives:
         op: ReduceOp = "sum",
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
+        own_places: Rows | None = None,
     ) -> Work[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`.
 
@@ -84,6 +85,9 @@ class HierarchicalCollectives:
         """
         hops = _checked(table)
         check_reduce(partials, into, op, partial_lse, into_lse)
+        check_own_places(own_places, into, op)
+        if own_places is not None:
+            take_all_rows(into, own_places, partials)
         if partial_lse is not None and into_lse is not None:
             return self._reduce_lse(partials[0], partial_lse, hops, into[0], into_lse)
         sent = [*partials]

@@ -155,6 +155,14 @@ def copy_rows(targets: Sequence[Tensor], sources: Sequence[Tensor], rows: Rows, 
             put_rows(target, rows, source[rows])
 
 
+def take_all_rows(targets: Sequence[Tensor], places: Rows, tensors: Sequence[Tensor]) -> None:
+    """Write rows of tensors to all rows of others, which may have other dtypes."""
+    is_same = all(target.dtype == tensor.dtype for target, tensor in zip(targets, tensors, strict=True))
+    if not (is_same and move_rows(targets, tensors, places, targets[0].shape[0], scatter=False)):
+        for target, tensor in zip(targets, tensors, strict=True):
+            target.copy_(tensor[places])
+
+
 def put_rows(target: Tensor, places: Rows, rows: Tensor) -> None:
     """Write rows to their places in a tensor of the same dtype."""
     target_words, words = as_words(target), as_words(rows)

@@ -72,6 +72,7 @@ class GroupCollectives(Protocol):
         op: ReduceOp = "sum",
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
+        own_places: Rows | None = None,
     ) -> Work[None]:
         """Bring ``partials``, each ``[num_received, ...]``, back to the rows' owners and combine them there.
 
@@ -81,4 +82,7 @@ class GroupCollectives(Protocol):
         ``into`` counting as one. ``"lse"`` takes one partial ``[num_received, heads, dim]`` with ``partial_lse``
         ``[num_received, heads]`` and merges by log-sum-exp into ``into[0]`` and ``into_lse``. Partials travel in their
         own dtype and are combined in at least float32.
+
+        With ``own_places``, which ``"lse"`` doesn't take, ``into`` need not hold anything before: it first gets the
+        rows of ``partials`` at these places, one for each of its own, while others travel.
         """

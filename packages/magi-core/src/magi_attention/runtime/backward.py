@@ -178,11 +178,15 @@ class _GradientSums:
         if step.exchange is None:
             return
         partials = [total.allocated(self._saved.k.dtype) for total in sums]
-        if places is not None:
+        copied_on_the_way = None
+        if isinstance(places, Tensor) and partials[0].dtype == self.returns.dtype and self._own[0].total is None:
+            copied_on_the_way = places
+        elif places is not None:
             for own, taken in zip(self._sums, take_rows(partials, places), strict=True):
                 own.add(None, taken, own.total is not None)
         self._sums = self._late
-        self.returns.put(step, partials, [own.allocated(partials[0].dtype) for own in self._own])
+        into = [own.allocated(partials[0].dtype) for own in self._own]
+        self.returns.put(step, partials, into, copied_on_the_way)
 
     def compute_visitors(self, each: LaunchStep, rows: Sequence[Tensor], keys: Tensor, values: Tensor) -> None:
         """Launch the kernel on visiting queries, whose gradients then go home."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.protocol import GroupCollectives, Work
+from magi_attention.comm.routes import Rows
 from magi_attention.runtime.job import LaunchStep
 from magi_attention.runtime.steps import Step
 from magi_attention.utils.dtypes import as_dtype
@@ -113,26 +114,33 @@ class Returns:
     """
 
     def __init__(self, collectives: GroupCollectives, dtype: torch.dtype) -> None:
-        self._collectives, self._dtype = collectives, dtype
-        self._waiting: tuple[Step, list[Tensor], list[Tensor]] | None = None
+        self._collectives, self.dtype = collectives, dtype
+        self._waiting: tuple[Step, list[Tensor], list[Tensor], Rows | None] | None = None
         self._traveling: deque[Work[None]] = deque()
 
-    def put(self, step: Step, partials: list[Tensor], into: list[Tensor]) -> None:
-        """Let partials of a step's key buffer, or of its visiting queries, go home at the next ``send``."""
-        self._waiting = step, partials, into
+    def put(self, step: Step, partials: list[Tensor], into: list[Tensor], own_places: Rows | None = None) -> None:
+        """Let partials of a step's key buffer, or of its visiting queries, go home at the next ``send``.
+
+        Args:
+            step: the step.
+            partials: in the dtype in which they travel, if there are ``own_places``.
+            into: what they are added to.
+            own_places: of the rank's own among the partials, if ``into`` holds nothing yet.
+        """
+        self._waiting = step, partials, into, own_places
 
     def send(self) -> None:
         """Launch what waits, if anything does: once the rows that the next steps read have been fetched."""
         if self._waiting is None:
             return
-        step, partials, into = self._waiting
+        step, partials, into, own_places = self._waiting
         self._waiting = None
         assert step.exchange is not None
         while len(self._traveling) >= MOST_RETURNING:
             self._traveling.popleft().wait()
         with named(f"magi: reduce stage {step.number}"):
-            partials = [as_dtype(x, self._dtype) for x in partials]
-            self._traveling.append(self._collectives.reduce(partials, step.exchange, into))
+            partials = [as_dtype(x, self.dtype) for x in partials]
+            self._traveling.append(self._collectives.reduce(partials, step.exchange, into, own_places=own_places))
 
     def finish(self) -> None:
         """Send what still waits, and wait for all."""
