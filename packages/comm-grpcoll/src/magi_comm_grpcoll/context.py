@@ -361,7 +361,7 @@ def check_combine(partials: Sequence[Tensor], into: Sequence[Tensor], op: str) -
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:
     """All of a tensor that decides whether a call is right, and what it needs."""
-    return tensor.dtype, tensor.shape, tensor.device
+    return tensor.dtype, tensor.shape, tensor.get_device()
 
 
 def _check_rows(name: str, tensors: Sequence[Tensor], num_rows: int, device: torch.device) -> None:

@@ -13,7 +13,6 @@ arrival writes a word too before anybody reads what arrived, so that a fence sta
 
 import ctypes
 from functools import partial
-from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -77,24 +76,27 @@ class _Operations:
     def __init__(self, stream: int, *parts: tuple[int, NDArray[np.int64]]) -> None:
         self._table = memory_operations(*parts)
         size = self._table.itemsize
-        # The table as words, and which of them are the values of each part: what a call does is microseconds of many.
+        # The table as words, and which of them is each value: what a call does is microseconds of many.
         self._words = (ctypes.c_uint64 * (len(self._table) * size // WORD)).from_address(self._table.ctypes.data)
-        values = iter(range(VALUE_OFFSET // WORD, len(self._words), size // WORD))
-        self._values = [[*islice(values, len(words))] for _, words in parts]
+        places = iter(range(VALUE_OFFSET // WORD, len(self._words), size // WORD))
+        self._places = [(next(places), part) for part, (_, words) in enumerate(parts) for _ in words]
         self._calls = [
-            (self._table.ctypes.data + first * size, min(MOST_MEMORY_OPERATIONS, len(self._table) - first), stream)
+            partial(
+                driver().enqueue_memory_operations,
+                self._table.ctypes.data + first * size,
+                min(MOST_MEMORY_OPERATIONS, len(self._table) - first),
+                stream,
+            )
             for first in range(0, len(self._table), MOST_MEMORY_OPERATIONS)
         ]
-        self._enqueue = driver().enqueue_memory_operations
 
     def enqueue(self, *numbers: int) -> None:
         """Enqueue them with a number for each part."""
         words = self._words
-        for places, number in zip(self._values, numbers, strict=True):
-            for place in places:
-                words[place] = number
+        for place, part in self._places:
+            words[place] = numbers[part]
         for call in self._calls:
-            self._enqueue(*call)
+            call()
 
 
 class _Letter:
