@@ -46,7 +46,8 @@ def _move_rows(  # type: ignore[no-untyped-def]
     words,
     words2,
     HAS_INDEX: tl.constexpr,
-    SIDE: tl.constexpr,
+    OF_TARGETS: tl.constexpr,
+    OF_SOURCES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -56,8 +57,8 @@ def _move_rows(  # type: ignore[no-untyped-def]
     inside = row < num_rows
     named = tl.load(index + row, mask=inside, other=0).to(tl.int64) if HAS_INDEX else (start + row).to(tl.int64)
     row = row.to(tl.int64)
-    to = row if SIDE == "sources" else named
-    origin = row if SIDE == "targets" else named
+    to = named if OF_TARGETS else row
+    origin = named if OF_SOURCES else row
     blocks = tl.cdiv(words, BLOCK)
     if block < blocks:
         _move(target, source, to, origin, first, source_first, stride, source_stride, words, block, inside, BLOCK)
@@ -89,5 +90,11 @@ def launch_move_rows(
     a, a2, b, b2 = targets[0], targets[-1], sources[0], sources[-1]
     tensors = (a.tensor, a2.tensor, b.tensor, b2.tensor, index)
     fixed = (a.first, a2.first, b.first, b2.first, a.stride, a2.stride, b.stride, b2.stride, b.words, second)
-    constants = {"HAS_INDEX": not isinstance(rows, slice), "SIDE": side, "ROWS": _ROWS, "BLOCK": block}
+    constants = {
+        "HAS_INDEX": not isinstance(rows, slice),
+        "OF_TARGETS": side != "sources",
+        "OF_SOURCES": side != "targets",
+        "ROWS": _ROWS,
+        "BLOCK": block,
+    }
     launch(_move_rows, grid, tensors, (num_rows, start), fixed, constants)
