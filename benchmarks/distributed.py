@@ -99,24 +99,37 @@ def tokens_for_area(mask: str, wanted: float, most: int) -> int:
     return min((max(low - 1, 1), low), key=lambda n: abs(area(mask, n * SINGLE_STEP) - wanted)) * SINGLE_STEP
 
 
-def run_cells(rank: int, world_size: int, cells: Sequence[Cell], seconds: float) -> list[Measured]:
-    """Time cells on this rank, in turns for so many seconds or as often as they say."""
+def run_cells(rank: int, world_size: int, cells: Sequence[Cell], seconds: float) -> list[Measured | str]:
+    """Time cells on this rank, in turns for so many seconds or as often as they say; or why one can't be made ready."""
     on_gpu, options = dist.get_backend() == "nccl", cells[0].options
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     try:
         with ExitStack() as stack:
-            ready = [make_ready(cell, rank, world_size, device, stack) for cell in cells]
-            methods = [each.passes for each in ready]
-            times = time_in_turns(methods, device, options.warmup, options.repeat, seconds)
-            shares = [
-                shares_of(each.passes, device, rank) if cell.breakdown else []
+            ready = [attempt_ready(cell, rank, world_size, device, stack) for cell in cells]
+            methods = [each.passes for each in ready if isinstance(each, Ready)]
+            times = iter(time_in_turns(methods, device, options.warmup, options.repeat, seconds) if methods else [])
+            return [
+                Measured(next(times), each.pairs, shares_of(each.passes, device, rank) if cell.breakdown else [])
+                if isinstance(each, Ready)
+                else each
                 for each, cell in zip(ready, cells, strict=True)
             ]
     finally:
         dist_attn_runtime_dict_mgr.clear()
         if on_gpu:
             torch.cuda.empty_cache()
-    return [Measured(*each) for each in zip(times, [each.pairs for each in ready], shares, strict=True)]
+
+
+def attempt_ready(cell: Cell, rank: int, world_size: int, device: torch.device, stack: ExitStack) -> Ready | str:
+    """A cell that is ready on all ranks, or why it isn't."""
+    ready: Ready | str
+    try:
+        ready = make_ready(cell, rank, world_size, device, stack)
+    except Exception as error:  # whatever it is, other methods can be measured
+        ready = f"{type(error).__name__}: {error}".splitlines()[0]
+    is_ready = torch.tensor(isinstance(ready, Ready), dtype=torch.int32, device=device)
+    dist.all_reduce(is_ready, dist.ReduceOp.MIN)
+    return ready if is_ready.item() or isinstance(ready, str) else "another rank failed"
 
 
 def make_ready(cell: Cell, rank: int, world_size: int, device: torch.device, stack: ExitStack) -> Ready:
@@ -287,17 +300,27 @@ def measure_together(
     if len(cells) > 1:
         with suppress(RankError, TimeoutError):
             found = pool.run(run_cells, cells, options.seconds, timeout_s=CELL_TIMEOUT_S)[0]
-            return dict(zip([cell.method for cell in cells], found, strict=True))
-    alone = {}
+            return without_failures(cells, found, reasons)
+    alone: dict[str, Measured] = {}
     for cell in cells:
         try:
-            (alone[cell.method],) = pool.run(run_cells, [cell], options.seconds, timeout_s=CELL_TIMEOUT_S)[0]
+            found = pool.run(run_cells, [cell], options.seconds, timeout_s=CELL_TIMEOUT_S)[0]
+            alone |= without_failures([cell], found, reasons)
         except (RankError, TimeoutError) as error:
             lines = [line for line in str(error).splitlines() if line and not line.startswith("(ranks")]
             reasons[cell.method] = lines[-1]
     if 1 < len(alone) < len(cells):
         return measure_together(pool, options, [*alone], breakdown, reasons)
     return alone
+
+
+def without_failures(
+    cells: Sequence[Cell], found: Sequence[Measured | str], reasons: dict[str, str]
+) -> dict[str, Measured]:
+    """What was found of each method; why there is nothing of others is added to ``reasons``."""
+    of_method = {cell.method: each for cell, each in zip(cells, found, strict=True)}
+    reasons |= {method: each for method, each in of_method.items() if isinstance(each, str)}
+    return {method: each for method, each in of_method.items() if isinstance(each, Measured)}
 
 
 def method_options(options: BenchOptions, method: str) -> BenchOptions:

@@ -22,7 +22,7 @@ import torch
 
 from magi_attention.comm import hierarchical
 from magi_attention.comm import work as core_work
-from magi_comm_grpcoll import context, kernels, puts, routes, streams, wires
+from magi_comm_grpcoll import context, kernels, lane, puts, routes, streams, wires
 from magi_comm_grpcoll import work as native_work
 from magi_comm_grpcoll.driver import MEMORY_OPERATION, WAIT_VALUE
 from magi_comm_grpcoll.tables import TASK
@@ -400,6 +400,7 @@ def emulate(monkeypatch: Any) -> Iterator[None]:
         (wires, "driver", Driver),
         (routes, "driver", Driver),
         (context, "take_all_rows", _take_all_rows),
+        *((module, "current_in_block", lambda stream, before: stream_of_block(stream)) for module in (context, lane)),
         (routes, "device_name", lambda device: "emulated"),
         (kernels, "Launch", Launch),
         (kernels, "kernel", lambda fatbin, name, device, shared=0: (fatbin, name)),

@@ -18,7 +18,7 @@ from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
 from magi_attention.comm.packing import RowFormat, row_formats, take_all_rows
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.routes import Rows
-from magi_attention.comm.streams import current_stream
+from magi_attention.comm.streams import current_in_block, current_stream
 from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.utils.torch_modes import without_grad
 from magi_comm_grpcoll.arena import Allocator, Arena, MappedAllocator
@@ -197,7 +197,7 @@ class GroupContext:
         for number, part in enumerate(parts):
             started = part.start(tensors, caller, None if number else own, received)
             arrive.wait_event(started.ready)
-            with lane.read(started), torch.no_grad(), torch.cuda.stream(arrive):
+            with lane.read(started), torch.no_grad(), current_in_block(arrive, caller):
                 part.deliver(started.slot, received)
         return part.work(started, caller, received, (parts, tensors, own, [*received]), self._check)
 
@@ -252,7 +252,7 @@ class GroupContext:
                     for target, rows in zip(written, slots, strict=True):
                         add_slots(arrive, target, rows, part.segments, average=op == "avg")
         if apart := [pair for pair in zip(targets, written, strict=True) if pair[0] is not pair[1]]:
-            with torch.cuda.stream(arrive):
+            with current_in_block(arrive, caller):
                 for target, result in apart:
                     target.copy_(result)
         kept = rounds.parts, old_lse, sent, written, targets, own_places

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from magi_attention.comm.packing import RowFormat, copy_rows, put_all_rows
 from magi_attention.comm.routes import Rows, routes_of
+from magi_attention.comm.streams import current_in_block
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.combine import Segments
 from magi_comm_grpcoll.exchange import Prepared, SlotExchange
@@ -163,7 +164,7 @@ class Round:
 
         Args:
             tensors: of the caller's stream.
-            caller: the stream.
+            caller: the stream, which is the current one.
             own: are copied to their places while the others travel.
             received: where these are, of the caller's stream; None for the slot.
         """
@@ -180,7 +181,7 @@ class Round:
         if own is not None:
             wires.arrive.wait_event(self._ready)
             wires.await_own_credit(exchange.credit_needed(epoch))
-            with torch.no_grad(), torch.cuda.stream(wires.arrive):
+            with torch.no_grad(), current_in_block(wires.arrive, caller):
                 put_all_rows(received or self.landed(epoch % lane.arena.num_slots), own.places, own.tensors)
         exchange.arrive(bound, epoch)
         return Started(epoch, epoch % lane.arena.num_slots, self._ready, packed)

@@ -48,6 +48,16 @@ def current_stream(device_index: int) -> torch.cuda.Stream:
 
 
 @contextmanager
+def current_in_block(stream: torch.cuda.Stream, before: torch.cuda.Stream) -> Iterator[None]:
+    """Make a stream the current one: a tenth of ``torch.cuda.stream``, which finds out which one is current before."""
+    torch.cuda.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(before)
+
+
+@contextmanager
 def running_on(stream: "torch.cuda.Stream | None") -> Iterator[None]:
     """Enqueue what follows on ``stream``, after all that the current stream has been given; None changes nothing."""
     if stream is None:
