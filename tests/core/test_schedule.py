@@ -33,8 +33,10 @@ COSTS = {
 }
 
 
-def in_both_passes(costs: Costs) -> PassCosts:
-    return PassCosts(costs, replace(costs, window=None, regular=1e9))
+def in_both_passes(costs: Costs, backward_regular: float = 0.0) -> PassCosts:
+    """Both passes by the same costs, but backward without windows, and cut where masks become regular or, if that is
+    dear, not."""
+    return PassCosts(costs, replace(costs, window=None, regular=backward_regular))
 
 
 @pytest.fixture(autouse=True)
@@ -125,9 +127,11 @@ def check_pass(of: Pass, num_queries: int, num_own: int) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(COSTS))
-@given(case=layouts(), degree=st.integers(0, 3), per_node=st.sampled_from([None, 1, 2]))
+@given(
+    case=layouts(), degree=st.integers(0, 3), per_node=st.sampled_from([None, 1, 2]), dear=st.sampled_from([0.0, 1e9])
+)
 @settings(max_examples=80, deadline=None)
-def test_every_pair_once(name, case, degree, per_node):
+def test_every_pair_once(name, case, degree, per_node, dear):
     slices, layout = case
     num_ranks = layout.num_ranks
     if per_node is not None and num_ranks % per_node:
@@ -135,7 +139,7 @@ def test_every_pair_once(name, case, degree, per_node):
     mesh_shape = None if per_node is None else (num_ranks // per_node, per_node)
     options = StageOptions(degree=degree, min_piece=2)
     plans = build_plans(slices, layout, range(num_ranks), options, mesh_shape=mesh_shape)
-    schedules = [make_schedule(plan, in_both_passes(COSTS[name])) for plan in plans]
+    schedules = [make_schedule(plan, in_both_passes(COSTS[name], dear)) for plan in plans]
     own = [np.concatenate([np.arange(a, b) for a, b, _ in layout.runs_of(r).tolist()]) for r in range(num_ranks)]
     counts = [np.zeros((layout.total, layout.total), int) for _ in range(3)]
     numbers = sorted({step.number for each in schedules for step in each.forward.steps if step.exchange is not None})
@@ -212,7 +216,7 @@ def test_with_all_rows_at_hand_one_kernel_does_backward_what_two_do_forward():
 
 def test_what_is_cut_to_be_regular_forward_stays_one_kernel_backward():
     tokens = 1 << 10
-    schedules = two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, in_both_passes(COSTS["together"]))
+    schedules = two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, in_both_passes(COSTS["together"], 1e9))
     assert [len(each.forward.steps[0].calls) for each in schedules] == [2, 1]
     for schedule in schedules:
         for of in (schedule.backward, schedule.backward_with_rows):

@@ -103,6 +103,12 @@ def test_ranks_may_arrange_differently(pool, name):
 
 
 @pytest.mark.parametrize("name", sorted(COSTS))
+def test_arrangements_where_queries_travel(pool, name):
+    case = case_of(pool, "random_tiling", 1, qo_comm=True, keep_received=False)
+    assert_right(case, pool.run(attend_arranged, case, name, True)[0])
+
+
+@pytest.mark.parametrize("name", sorted(COSTS))
 def test_arrangements_in_two_hops(pool, name):
     if pool.world_size % 4:
         pytest.skip(f"a mesh of 2 by 2 does not fit {pool.world_size} GPUs")
