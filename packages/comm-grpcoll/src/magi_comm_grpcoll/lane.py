@@ -141,10 +141,9 @@ class Round:
             if is_reduce:
                 self.segments = Segments(*routes_of(plan.table, device).segments)
             else:
-                arriving = routes_of(plan.table, device)
-                whole = slice(0, plan.num_rows)
-                self._named = whole if plan.names_all_rows else arriving.received
-                self._num_named = arriving.num_arriving
+                self._num_named = sum(plan.table.recv_counts)
+                whole = slice(0, self._num_named)
+                self._named = whole if plan.names_all_rows else routes_of(plan.table, device).received
 
     def let_go(self) -> None:
         """Forget the slots; the next exchange finds those that there are then."""
