@@ -85,7 +85,7 @@ class AllToAllCollectives:
             return received
 
         counts = routes.send_counts, routes.recv_counts
-        work = self._exchange(gather, arrived, counts, finish, [*tensors, *received])
+        work = self._exchange(gather, arrived, counts, finish, [routes, *tensors, *received])
         if own_places is not None:
             # While the others' rows travel, and not before: kernels that follow this copy would else take all
             # multiprocessors before the transfer has its own.
@@ -129,7 +129,7 @@ class AllToAllCollectives:
         targets = [*into] if into_lse is None else [*into, into_lse]
         counts = routes.recv_counts, routes.send_counts
         meanwhile = None if own_places is None else lambda: take_all_rows(into, own_places, partials)
-        return self._exchange(gather, landed, counts, combine, [*sent, *targets], meanwhile)
+        return self._exchange(gather, landed, counts, combine, [routes, *sent, *targets], meanwhile)
 
     def _exchange(
         self,
@@ -137,7 +137,7 @@ class AllToAllCollectives:
         landed: Tensor,
         counts: tuple[list[int], list[int]],
         finish: Callable[[], Result],
-        kept: Sequence[Tensor],
+        kept: Sequence[object],
         meanwhile: Callable[[], None] | None = None,
     ) -> PendingWork[Result] | StreamWork[Result]:
         """Send what ``gather`` returns; ``finish`` makes the result of what has ``landed``.
@@ -149,7 +149,7 @@ class AllToAllCollectives:
             landed: where to receive.
             counts: how many rows to send to and to receive from each peer.
             finish: computes the result from what arrived; called once.
-            kept: what the exchange reads or writes, kept alive until it is over.
+            kept: what the exchange reads or writes, indices too, kept alive until it is over.
             meanwhile: run on the caller's stream while rows travel, before ``finish``; None for nothing.
         """
         device = landed.device

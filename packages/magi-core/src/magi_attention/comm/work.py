@@ -6,7 +6,6 @@ from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from magi_attention.comm.streams import current_stream
 
@@ -19,11 +18,11 @@ class PendingWork(Generic[Result]):
     Args:
         transfer: the transfer under way; None if there is nothing to wait for.
         finish: computes the result from what arrived; called once.
-        buffers: tensors that the transfer reads or writes, kept alive until it is over.
+        buffers: what the transfer reads or writes, kept alive until it is over.
     """
 
     def __init__(
-        self, transfer: dist.Work | None, finish: Callable[[], Result], buffers: Sequence[Tensor] = ()
+        self, transfer: dist.Work | None, finish: Callable[[], Result], buffers: Sequence[object] = ()
     ) -> None:
         self._transfer = transfer
         self._finish: Callable[[], Result] | None = finish
