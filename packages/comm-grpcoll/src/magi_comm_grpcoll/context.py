@@ -238,14 +238,14 @@ class GroupContext:
         old_lse = written[-1].clone() if op == "lse" else None
         for number, part in enumerate(rounds.parts):
             started = part.start(sent, caller)
-            if own_places is not None and not number:
-                if started.packed is not None:
-                    caller.wait_event(started.packed)
-                take_all_rows(written, own_places, sent)
-                started.ready.record(caller)
-            arrive.wait_event(started.ready)
-            slots = part.landed(started.slot)
             with lane.read(started):
+                if own_places is not None and not number:
+                    if started.packed is not None:
+                        caller.wait_event(started.packed)
+                    take_all_rows(written, own_places, sent)
+                    started.ready.record(caller)
+                arrive.wait_event(started.ready)
+                slots = part.landed(started.slot)
                 if old_lse is not None:
                     merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], part.segments)
                 else:

@@ -40,7 +40,8 @@ class PassTimes:
         backward: the same for backward passes.
         host_forward: until the call of a pass returns, on the slowest rank, with an idle device at the start.
         host_backward: the same for backward passes.
-        peak_bytes: the most memory that any rank's tensors took; 0 on a CPU.
+        peak_bytes: the most memory that any rank's tensors took; of several methods that were timed in turns, what a
+            pair of passes took besides all that these keep between passes. 0 on a CPU.
     """
 
     forward: float
@@ -180,7 +181,8 @@ def time_in_turns(
     On a GPU, the host is then ahead of the device if it can be, and what it takes to launch a pass is hidden. What it
     takes is measured afterwards, apart. All ranks begin a pass together, and the slowest one counts: else a rank that
     is done early would wait for the others' rows in the next pass, at its expense. The methods take turns, in another
-    order each time, since a GPU's clock depends on what it did before: after a rest it is up to a tenth faster.
+    order each time, since a GPU's clock depends on what it did before: after a rest it is up to a tenth faster. While
+    one method's kernels run the host launches the next one's, so that what it takes shows apart alone.
 
     Args:
         methods: the passes of each.
@@ -203,11 +205,13 @@ def time_in_turns(
     orders = np.random.default_rng(0)
     for _ in range(count):
         for number in orders.permutation(len(methods)):
+            held = 0
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
+                held = torch.cuda.memory_allocated(device) if len(methods) > 1 else 0
             marks[number].append(_mark_passes(methods[number], device))
             if device.type == "cuda":
-                peaks[number] = max(peaks[number], torch.cuda.max_memory_allocated(device))
+                peaks[number] = max(peaks[number], torch.cuda.max_memory_allocated(device) - held)
     found = []
     for passes, timed, peak in zip(methods, marks, peaks, strict=True):
         forward, backward = (statistics.median(column) for column in _slowest(timed, device).T.tolist())
