@@ -201,7 +201,13 @@ def baseline(cell: Cell, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, dout: 
     else:
         is_zigzag = cell.method == "gather-zz"
         method = AllGather(kernel, workloads.make(mask, tokens), tokens, "zigzag" if is_zigzag else "contiguous")
-    return lambda: method.forward(q, k, v), lambda _: method.backward(dout)
+
+    def backward(_: Tensor) -> object:
+        gradients = method.backward(dout)
+        del method.saved  # as autograd lets go of it
+        return gradients
+
+    return lambda: method.forward(q, k, v), backward
 
 
 def torch_context_parallel(

@@ -355,6 +355,27 @@ def test_own_rows_are_taken_before_what_comes_home_is_added(transport, capacity_
     run_ranks(2, run)
 
 
+@pytest.mark.parametrize("transport", ["copy_engine", "push", "put"])
+def test_own_rows_that_cannot_be_copied_cost_no_slot(transport):
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport=transport, timeout_s=30))
+        table = ExchangeTable(np.array([[1 - rank, 0, 4]]), np.array([[1 - rank, 0, 4]]), 2, 4, 8)
+        rows, partial, nowhere = torch.full((4, 3), float(rank)), torch.zeros(8, 3), torch.tensor([4, 5, 6, 99])
+        for _ in range(5):
+            with pytest.raises(IndexError, match="99"):
+                native.cast([rows], table, own_places=nowhere)
+            with pytest.raises(IndexError, match="99"):
+                native.reduce([partial], table, [torch.zeros(4, 3)], own_places=nowhere)
+        for turn in range(5):
+            received = native.cast([rows + turn], table, own_places=slice(4, 8)).wait_host()[0]
+            assert torch.equal(received, torch.cat([torch.full_like(rows, 1 - rank), rows]) + turn)
+            into = torch.zeros(4, 3)
+            native.reduce([received], table, [into], own_places=slice(4, 8)).wait_host()
+            assert torch.equal(into, 2 * (rows + turn))
+
+    run_ranks(2, run)
+
+
 @pytest.mark.parametrize("transport", ["copy_engine", "put"])
 def test_own_rows_wait_until_their_slot_is_given_back(transport):
     def run(rank, group):

@@ -177,11 +177,16 @@ class Round:
             packed = lane.events.take()
             packed.record(wires.send)
         exchange.send(bound, epoch, [tensor.data_ptr() for tensor in tensors])
-        if own is not None:
-            wires.arrive.wait_event(self._ready)
-            wires.await_own_credit(exchange.credit_needed(epoch))
-            with torch.no_grad(), current_in_block(wires.arrive, caller):
-                put_all_rows(received or self.landed(epoch % lane.arena.num_slots), own.places, own.tensors)
+        try:
+            if own is not None:
+                wires.arrive.wait_event(self._ready)
+                wires.await_own_credit(exchange.credit_needed(epoch))
+                with torch.no_grad(), current_in_block(wires.arrive, caller):
+                    put_all_rows(received or self.landed(epoch % lane.arena.num_slots), own.places, own.tensors)
+        except BaseException:
+            exchange.arrive(bound, epoch)
+            lane.release(epoch, wires.arrive)  # else it would be lost, as in `Lane.read`
+            raise
         exchange.arrive(bound, epoch)
         return Started(epoch, epoch % lane.arena.num_slots, self._ready, packed)
 
