@@ -23,8 +23,7 @@ class ChunkWork:
 
     Attributes:
         slices: the mask.
-        total: rows of the sequence.
-        chunk_size: rows of a chunk.
+        cuts: ``(num_chunks + 1,)`` int64, where the chunks start, and the end of the sequence.
         area: ``(num_chunks,)`` int64, the (query, key) pairs that the mask keeps in the chunk's rows.
         chunk: ``(n,)`` int64, the chunk of each entry of ``keys``; an entry is a meeting of a slice and a chunk.
         slice_index: ``(n,)`` int64, the slice of each entry.
@@ -33,30 +32,34 @@ class ChunkWork:
     """
 
     slices: SliceTable
-    total: int
-    chunk_size: int
+    cuts: NDArray[np.int64]
     area: NDArray[np.int64]
     chunk: NDArray[np.int64]
     slice_index: NDArray[np.int64]
     keys: Intervals
     deal_keys: DealKeys | None = None
 
+    @property
+    def total(self) -> int:
+        """Rows of the sequence."""
+        return int(self.cuts[-1])
 
-def measure_chunks(slices: SliceTable, total: int, chunk_size: int, deal_keys: DealKeys | None = None) -> ChunkWork:
-    """Measure all chunks of a sequence of ``total`` rows; the cost grows with slices and chunks, not with rows."""
+
+def measure_chunks(slices: SliceTable, cuts: NDArray[np.int64], deal_keys: DealKeys | None = None) -> ChunkWork:
+    """Measure all chunks of a sequence cut at ``cuts``; the cost grows with slices and chunks, not with rows."""
     bands, source = band.shrink(slices.bands())
-    first = bands[:, band.Q0] // chunk_size
-    last = -(-bands[:, band.Q1] // chunk_size)
+    first = np.searchsorted(cuts, bands[:, band.Q0], side="right") - 1
+    last = np.searchsorted(cuts, bands[:, band.Q1])
     owner, step = expand_counts(last - first)
     chunk = first[owner] + step
     # By columns, which are much faster than rows of six.
     q0, q1, *others = (column[owner] for column in np.ascontiguousarray(bands.T))
-    q0, q1 = np.maximum(q0, chunk * chunk_size), np.minimum(q1, (chunk + 1) * chunk_size)
+    q0, q1 = np.maximum(q0, cuts[chunk]), np.minimum(q1, cuts[chunk + 1])
     trimmed, kept = band.trim(q0, q1, *others)
     pieces = list(trimmed)
     if len(kept) < len(chunk):
         chunk, owner = chunk[kept], owner[kept]
         pieces = [column[kept] for column in pieces]
-    area = totals(chunk, band.column_area(*pieces), -(-total // chunk_size))
+    area = totals(chunk, band.column_area(*pieces), len(cuts) - 1)
     keys = np.column_stack(pieces[band.K0 : band.D0])
-    return ChunkWork(slices, total, chunk_size, area, chunk, source[owner], keys, deal_keys)
+    return ChunkWork(slices, cuts, area, chunk, source[owner], keys, deal_keys)
