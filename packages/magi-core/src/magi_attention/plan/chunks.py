@@ -53,7 +53,7 @@ def measure_chunks(slices: SliceTable, cuts: NDArray[np.int64], deal_keys: DealK
     owner, step = expand_counts(last - first)
     chunk = first[owner] + step
     # By columns, which are much faster than rows of six.
-    q0, q1, *others = (column[owner] for column in np.ascontiguousarray(bands.T))
+    q0, q1, *others = (np.repeat(column, last - first) for column in np.ascontiguousarray(bands.T))
     q0, q1 = np.maximum(q0, cuts[chunk]), np.minimum(q1, cuts[chunk + 1])
     trimmed, kept = band.trim(q0, q1, *others)
     pieces = list(trimmed)

@@ -38,13 +38,21 @@ class Documents:
     read: Array
 
 
-def find_documents(slices: SliceTable, work: ChunkWork, num_ranks: int, largest_share: float) -> Documents:
-    """Find the runs; neighbors are joined where parting them costs most, up to ``largest_share`` of a rank's part."""
+def find_documents(
+    slices: SliceTable, work: ChunkWork, num_ranks: int, largest_share: float, label: Array | None = None
+) -> Documents:
+    """Find the runs; neighbors are joined where parting them costs most, up to ``largest_share`` of a rank's part.
+
+    With ``label``, the ascending document of each chunk, none has rows of several documents.
+    """
     if work.deal_keys is not None:
         return find_two_sided_documents(work, num_ranks, largest_share)
     num_chunks = len(work.area)
-    document, loss, to_last = _label_chunks(slices, work)
-    start = np.flatnonzero(np.diff(document, prepend=-2))
+    if label is None:
+        label, loss, to_last = _label_chunks(slices, work)
+    else:
+        loss, to_last = np.zeros(num_chunks, np.int64), np.zeros(num_chunks, np.bool_)
+    start = np.flatnonzero(np.diff(label, prepend=-2))
     stop = np.append(start[1:], num_chunks)
     after = np.minimum(stop, num_chunks - 1)
     border = np.maximum(np.where(to_last[after], loss[after], 0), np.where(to_last[stop - 1], 0, loss[stop - 1]))

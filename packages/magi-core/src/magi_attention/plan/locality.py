@@ -7,6 +7,7 @@ stay whole, and one that a single rank cannot compute should be spread over as f
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +29,26 @@ from magi_attention.plan.totals import totals
 Array = NDArray[np.int64]
 Owner = NDArray[np.int64]
 
-# Short neighboring documents are joined up to this share of a rank's tokens and area, less LESS_JOINED / num_ranks and
-# MUCH_LESS / num_ranks²: a small group has few units to choose from.
-JOINED_SHARE, JOINED_SHARE_OF_CELLS, LESS_JOINED, MUCH_LESS = 0.5, 0.2, 1.2, 8.0
-# Loads up to this many ten-thousandths of the mean are good; others are evened out.
-LIMIT, LIMIT_OF_SMALL_GROUP = 10198, 10030
+
+class Terms(NamedTuple):
+    """How chunks are dealt.
+
+    Attributes:
+        joined_share: short neighboring documents are joined up to this share of a rank's tokens and area, less
+            LESS_JOINED / num_ranks and MUCH_LESS / num_ranks²: a small group has few units to choose from.
+        most: the most area of a rank, in ten-thousandths of the mean.
+    """
+
+    joined_share: float
+    most: int
+
+
+LESS_JOINED, MUCH_LESS = 1.2, 8.0
+# Joined documents part fewer chunks that have rows of two documents. Cells have none; their areas change a little when
+# cuts are shifted, up to SHIFTED.
+CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198), Terms(0.2, 10188), 10199
+# A group of up to SMALL_GROUP ranks aims at more even areas.
+MOST_OF_SMALL_GROUP = 10030
 # Runs of documents with loads beyond this multiple of the mean are not taken.
 MOST = 1.02
 # Up to so many chunks, the result is compared with the rival's.
@@ -59,13 +75,13 @@ def deal_by_locality(
     Returns:
         ``(num_chunks,)`` int64, the rank of each chunk.
     """
-    owner, limit, share = _deal(slices, work, chunk_size, num_ranks, JOINED_SHARE)
+    owner, limit = _deal(slices, work, chunk_size, num_ranks, CHUNKS)
     peak = _peak(owner, work)
     num_chunks = len(work.area)
     if peak <= limit and num_chunks > COMPARED_CHUNKS:
         return owner
     other = rival()
-    if peak > max(limit, _peak(other, work) * share // 10000):
+    if peak > max(limit, _peak(other, work) * _most_of(CHUNKS, num_ranks) // 10000):
         return other
     if num_chunks <= COMPARED_CHUNKS:
         received, others = (_received(work, chunk_size, deal, num_ranks) for deal in (owner, other))
@@ -90,10 +106,10 @@ def deal_documents(slices: SliceTable, total: int, cell_size: int, num_ranks: in
     num_cells = -(-total // (cell_size * num_ranks)) * num_ranks
     cuts, document = cut_documents(slices, total, num_cells)
     work = measure_chunks(slices, cuts)
-    owner, limit, _ = _deal(slices, work, cell_size, num_ranks, JOINED_SHARE_OF_CELLS)
+    owner, limit = _deal(slices, work, cell_size, num_ranks, CELLS, document)
     each, more = divmod(total, num_ranks)
     wanted = each + (np.arange(num_ranks) < more)
-    settling = Settling(cuts, document, work.area, owner, wanted, limit)
+    settling = Settling(cuts, document, work.area, owner, wanted, limit * SHIFTED // CELLS.most)
     begin, rank = settling.run()
     if int(settling.load().max()) * num_ranks > MOST * int(work.area.sum()):
         return None
@@ -101,21 +117,25 @@ def deal_documents(slices: SliceTable, total: int, cell_size: int, num_ranks: in
 
 
 def _deal(
-    slices: SliceTable, work: ChunkWork, chunk_size: int, num_ranks: int, joined_share: float
-) -> tuple[Owner, int, int]:
-    """Deal and even out; the rank of each chunk, the most area that a rank should have, and the limit's share."""
-    joined_share = max(0.0, joined_share - LESS_JOINED / num_ranks - MUCH_LESS / num_ranks**2)
-    documents = find_documents(slices, work, num_ranks, joined_share)
+    slices: SliceTable, work: ChunkWork, chunk_size: int, num_ranks: int, terms: Terms, label: Array | None = None
+) -> tuple[Owner, int]:
+    """Deal and even out; returns the rank of each chunk, and the most area that a rank should have."""
+    joined_share = max(0.0, terms.joined_share - LESS_JOINED / num_ranks - MUCH_LESS / num_ranks**2)
+    documents = find_documents(slices, work, num_ranks, joined_share, label)
     each, more = divmod(len(work.area), num_ranks)
-    dealt = Deal(documents, [each + (rank < more) for rank in range(num_ranks)], chunk_size).run()
-    share = LIMIT if num_ranks > SMALL_GROUP else LIMIT_OF_SMALL_GROUP
-    limit = int(documents.area[-1]) * share // (10000 * num_ranks)
-    owner = np.empty(len(work.area), np.int64)
+    capacities = [each + (rank < more) for rank in range(num_ranks)]
+    limit = int(documents.area[-1]) * _most_of(terms, num_ranks) // (10000 * num_ranks)
+    dealt = Deal(documents, capacities, chunk_size).run(terms.most / 10000)
     even = even_out(dealt, documents, num_ranks, limit)
     most_sent = find_most_sent(documents, num_ranks, chunk_size)
     spread = SenderSwaps(even, documents, num_ranks, chunk_size, limit, most_sent).run()
+    owner = np.empty(len(work.area), np.int64)
     owner[documents.line] = ReceiverSwaps(spread, documents, num_ranks, chunk_size, limit, most_sent).run()
-    return owner, limit, share
+    return owner, limit
+
+
+def _most_of(terms: Terms, num_ranks: int) -> int:
+    return terms.most if num_ranks > SMALL_GROUP else MOST_OF_SMALL_GROUP
 
 
 def _peak(owner: Owner, work: ChunkWork) -> int:

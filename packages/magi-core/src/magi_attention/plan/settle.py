@@ -9,6 +9,7 @@ there are no light parts, a rank has to give rows of a short document to another
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,11 @@ Array = NDArray[np.int64]
 
 # Where rows weigh more than this multiple of the mean, cuts stay; ranks rather give away rows of short documents.
 LIGHT = 1.2
-# How often ranks with too much area give some of their heaviest rows away for light ones, and to how many others.
-ROUNDS, TAKERS = 6, 3
+# How often ranks with too much area give rows of their TRIED heaviest runs away for light ones, and to how many others.
+ROUNDS, TRIED, TAKERS = 8, 4, 3
+FURTHER = 5
 # They aim at an area below the limit by this part of it.
-BELOW = 4000
+BELOW = 800
 
 
 class Settling:
@@ -79,6 +81,8 @@ class Settling:
 
     def _table(self) -> tuple[Array, Array]:
         """Where runs start, and the end, and the rank of each; what is handed over lies before its run."""
+        if not self.handed:
+            return np.append(0, np.cumsum(self.rows)), self.rank
         run, taker, rows = np.array(self.handed, np.int64).reshape(-1, 3).T
         order = np.argsort(np.concatenate([run, np.arange(len(self.rows))]), kind="stable")
         rank = np.concatenate([taker, self.rank])[order]
@@ -163,30 +167,52 @@ class Settling:
         """
         load = self.load().tolist()
         changed, is_any = [0] * self.num_ranks, False
+        too_heavy = [rank for rank, area in enumerate(load) if area > self.limit]
+        if not too_heavy:
+            return changed, False
         aim = self.limit - self.limit // BELOW
-        for rank in [rank for rank in range(self.num_ranks) if load[rank] > self.limit]:
-            mine = np.flatnonzero((self.rank == rank) & (self.weight > 0))
-            for run in mine[np.argsort(-self.weight[mine], kind="stable")].tolist():
+        rank_of, weights, rows = self.rank.tolist(), self.weight.tolist(), self.rows
+        for rank in too_heavy:
+            for run in self.heaviest[rank]:
                 # The rank gets light rows back along the tree if they are so light, or else of short documents.
-                is_routed = 2 * self.light[rank] <= self.weight[run]
-                weight = int(self.weight[run]) - is_routed * self.light[rank]
-                others = np.flatnonzero((self.document == self.document[run]) & (self.rank != rank)).tolist()
-                for other in sorted(others, key=lambda each: load[self.rank[each]])[:TAKERS]:
-                    taker, other_weight = int(self.rank[other]), int(self.weight[other])
-                    room = max(self.limit - load[taker], 0) // max(other_weight, 1)
-                    number = min(-((aim - load[rank]) // weight), room, self.rows[run] - 1)
+                is_routed = 2 * self.light[rank] <= weights[run]
+                weight = weights[run] - is_routed * self.light[rank]
+                others = [each for each in self.members[self.document[run]] if rank_of[each] != rank]
+                for other in sorted(others, key=lambda each: load[rank_of[each]])[:TAKERS]:
+                    taker = rank_of[other]
+                    room = max(self.limit - load[taker], 0) // max(weights[other], 1)
+                    number = min(FURTHER * ((load[rank] - aim) // weight + 1) // 4, room, rows[run] - 1)
                     if number <= 0:
                         continue
-                    self.rows[run] -= number
-                    self.rows[other] += number
+                    rows[run] -= number
+                    rows[other] += number
                     load[rank] -= number * weight
-                    load[taker] += number * other_weight
+                    load[taker] += number * weights[other]
                     changed[rank] -= number * is_routed
                     changed[taker] += number * is_routed
                     is_any = True
                 if load[rank] <= self.limit:
                     break
         return changed, is_any
+
+    @cached_property
+    def heaviest(self) -> list[list[int]]:
+        """The heaviest runs of each rank, at most TRIED."""
+        runs: list[list[int]] = [[] for _ in range(self.num_ranks)]
+        order = np.argsort(-self.weight, kind="stable")
+        order = order[self.weight[order] > 0]
+        for run, rank in zip(order.tolist(), self.rank[order].tolist(), strict=True):
+            if len(runs[rank]) < TRIED:
+                runs[rank].append(run)
+        return runs
+
+    @cached_property
+    def members(self) -> list[list[int]]:
+        """The runs of each document."""
+        runs: list[list[int]] = [[] for _ in range(int(self.document[-1]) + 1)]
+        for run, document in enumerate(self.document.tolist()):
+            runs[document].append(run)
+        return runs
 
     def _hand_over(self) -> None:
         """Ranks that have too many rows give some of a short document, or else of a light run, to others."""
