@@ -230,11 +230,12 @@ class Deal(Filling):
             heavy = np.floor(spare / slope)
             impossible = heavy < 0
             np.minimum(heavy, left, out=heavy)
-            # PRICE * ((budget - heavy_chunk * heavy) + RESERVE * (left - heavy) + WASTE * (spare - slope * heavy))
-            spare *= WASTE * dearness
+            # But for PRICE * budget, which all have in common, this is
+            # PRICE * ((budget - heavy_chunk * heavy) + RESERVE * (left - heavy) + WASTE * (spare - slope * heavy)).
             heavy *= -dearness * (heavy_chunk + reserve + WASTE * slope)
+            spare *= WASTE * dearness
             heavy += spare
-            heavy += dearness * (self.budget + reserve * left)
+            heavy += dearness * reserve * left
             heavy[impossible] = np.inf
             return heavy
 
