@@ -47,7 +47,9 @@ class Terms(NamedTuple):
 LESS_JOINED, MUCH_LESS = 1.2, 8.0
 # Joined documents part fewer chunks that have rows of two documents. Cells have none; their areas change a little when
 # cuts are shifted, up to SHIFTED.
-CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198), Terms(0.2, 10188), 10199
+CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198), Terms(0.2, 10192), 10199
+# Where that was too much, they are dealt again.
+CAREFUL = Terms(0.2, 10165)
 # A group of up to SMALL_GROUP ranks aims at more even areas.
 MOST_OF_SMALL_GROUP = 10030
 # Cells longer than a tile are halved unless there are so many slices that planning would take long.
@@ -111,14 +113,15 @@ def deal_documents(slices: SliceTable, total: int, cell_size: int, num_ranks: in
     num_cells = -(-total // (cell_size * num_ranks)) * num_ranks
     cuts, document = cut_documents(slices, total, num_cells)
     work = measure_chunks(slices, cuts)
-    owner, limit = _deal(slices, work, cell_size, num_ranks, CELLS, document)
     each, more = divmod(total, num_ranks)
     wanted = each + (np.arange(num_ranks) < more)
-    settling = Settling(cuts, document, work.area, owner, wanted, limit * SHIFTED // CELLS.most)
-    begin, rank = settling.run()
-    if int(settling.load().max()) * num_ranks > MOST * int(work.area.sum()):
-        return None
-    return begin, rank
+    for terms in (CELLS, CAREFUL):
+        owner, limit = _deal(slices, work, cell_size, num_ranks, terms, document)
+        settling = Settling(cuts, document, work.area, owner, wanted, limit * SHIFTED // terms.most)
+        begin, rank = settling.run()
+        if int(settling.load().max()) * num_ranks <= MOST * int(work.area.sum()):
+            return begin, rank
+    return None
 
 
 def _deal(
