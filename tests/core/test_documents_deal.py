@@ -148,4 +148,4 @@ def test_any_deal_of_cells_is_settled_exactly(seed: int) -> None:
     assert (begin[0], begin[-1]) == (0, total)
     assert (np.diff(begin) >= 0).all()
     assert np.array_equal(totals(rank, np.diff(begin), num_ranks), wanted)
-    assert abs(int(settling.load().sum()) - int(area.sum())) <= len(rank)
+    assert abs(int(settling.load.sum()) - int(area.sum())) <= len(rank)

@@ -135,10 +135,14 @@ class Filling:
                 break
             gone += 1
         del self.light_first[:gone]
+        # Comparisons are quicker than calls of max and min.
         for document, start, stop in self.light_first:
             if document == skip:
                 continue
-            start, stop = max(start, low[document]), min(stop, high[document])
+            if start < low[document]:
+                start = low[document]
+            if stop > high[document]:
+                stop = high[document]
             if start < stop:
                 pieces.append((document, start, stop))
                 count += stop - start

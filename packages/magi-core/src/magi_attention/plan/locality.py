@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.cells import cut_documents
-from magi_attention.plan.chunk_size import TILE
 from magi_attention.plan.chunks import ChunkWork, measure_chunks
 from magi_attention.plan.deal import SMALL_GROUP, Deal
 from magi_attention.plan.demand import find_demand
@@ -52,8 +51,6 @@ CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198), Terms(0.2, 10192), 10199
 CAREFUL = Terms(0.2, 10165)
 # A group of up to SMALL_GROUP ranks aims at more even areas.
 MOST_OF_SMALL_GROUP = 10030
-# Cells longer than a tile are halved unless there are so many slices that planning would take long.
-FEW_SLICES = 2048
 # Runs of documents with loads beyond this multiple of the mean are not taken.
 MOST = 1.02
 # Up to so many chunks, the result is compared with the rival's.
@@ -101,15 +98,13 @@ def deal_documents(slices: SliceTable, total: int, cell_size: int, num_ranks: in
     Args:
         slices: the mask over the whole sequence.
         total: rows of the sequence.
-        cell_size: rows of the cells that are dealt, on average; long ones are halved.
+        cell_size: rows of the cells that are dealt, on average.
         num_ranks: ranks of the group.
 
     Returns:
         ``(n + 1,)`` where runs start, and ``total``, and ``(n,)`` the rank of each run; None where the loads came out
         uneven.
     """
-    if cell_size > TILE and len(slices) <= FEW_SLICES:
-        cell_size //= 2
     num_cells = -(-total // (cell_size * num_ranks)) * num_ranks
     cuts, document = cut_documents(slices, total, num_cells)
     work = measure_chunks(slices, cuts)
@@ -119,7 +114,7 @@ def deal_documents(slices: SliceTable, total: int, cell_size: int, num_ranks: in
         owner, limit = _deal(slices, work, cell_size, num_ranks, terms, document)
         settling = Settling(cuts, document, work.area, owner, wanted, limit * SHIFTED // terms.most)
         begin, rank = settling.run()
-        if int(settling.load().max()) * num_ranks <= MOST * int(work.area.sum()):
+        if int(settling.load.max()) * num_ranks <= MOST * int(work.area.sum()):
             return begin, rank
     return None
 

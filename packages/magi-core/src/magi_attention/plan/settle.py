@@ -9,7 +9,6 @@ there are no light parts, a rank has to give rows of a short document to another
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,22 +57,29 @@ class Settling:
         for run in self.holdings[: self.num_light][::-1].tolist():
             self.light[self.rank[run]] = int(self.weight[run])
         self.tree = self._grow_tree()
+        self.degree = [len(neighbors) for neighbors in self.tree]
+        self.leaves = [node for node, number in enumerate(self.degree) if number == 1]
+        # Area of each rank, once settled.
+        self.load = np.zeros(self.num_ranks, np.int64)
 
     def run(self) -> tuple[Array, Array]:
         """Settle; returns where runs start, and the end of the sequence, and the rank of each run."""
-        self._route(self._excess().tolist())
-        self._hand_over()
+        excess = (totals(self.rank, np.array(self.rows), self.num_ranks) - self.wanted).tolist()
         for _ in range(ROUNDS):
-            changed, is_any = self._lighten()
+            self._route(excess)
+            begin, rank = self._table()
+            left = totals(rank, np.diff(begin), self.num_ranks) - self.wanted
+            if left.any():
+                self._hand_over(left)
+                begin, rank = self._table()
+            self.load = self._measure(begin, rank)
+            excess, is_any = self._lighten(self.load.tolist())
             if not is_any:
                 break
-            self._route(changed)
-            self._hand_over()
-        return self._table()
+        return begin, rank
 
-    def load(self) -> Array:
+    def _measure(self, begin: Array, rank: Array) -> Array:
         """``(num_ranks,)`` the area of each rank, as if all rows of a cell weighed the same."""
-        begin, rank = self._table()
         cell = np.minimum(np.searchsorted(self.cuts, begin, side="right") - 1, len(self.cuts) - 2)
         before, start = self.area_before[cell], self.cuts[cell]
         area = before + (self.area_before[cell + 1] - before) * (begin - start) // (self.cuts[cell + 1] - start)
@@ -83,15 +89,10 @@ class Settling:
         """Where runs start, and the end, and the rank of each; what is handed over lies before its run."""
         if not self.handed:
             return np.append(0, np.cumsum(self.rows)), self.rank
-        run, taker, rows = np.array(self.handed, np.int64).reshape(-1, 3).T
+        run, taker, rows = np.array(self.handed, np.int64).T
         order = np.argsort(np.concatenate([run, np.arange(len(self.rows))]), kind="stable")
         rank = np.concatenate([taker, self.rank])[order]
         return np.append(0, np.cumsum(np.concatenate([rows, self.rows])[order])), rank
-
-    def _excess(self) -> Array:
-        """How many rows each rank has too many."""
-        begin, rank = self._table()
-        return totals(rank, np.diff(begin), self.num_ranks) - self.wanted
 
     def _find_holdings(self) -> Array:
         """Of each rank and document that several ranks hold the lightest run; the lightest of all first."""
@@ -132,8 +133,7 @@ class Settling:
         tree, rows, number = self.tree, self.rows, self.num_ranks
         # Rows that a rank has too many, or that a document has to give to the rest of its tree.
         spare = [*excess, *[0] * (len(tree) - number)]
-        degree = [len(each) for each in tree]
-        leaves = [node for node, count in enumerate(degree) if count == 1]
+        degree, leaves = self.degree.copy(), self.leaves.copy()
         is_done = [False] * len(tree)
         while leaves:
             node = leaves.pop()
@@ -160,12 +160,11 @@ class Settling:
                 run = max((run for _, run in tree[node]), key=rows.__getitem__)
                 rows[run] += left
 
-    def _lighten(self) -> tuple[list[int], bool]:
+    def _lighten(self, load: list[int]) -> tuple[list[int], bool]:
         """Let ranks with too much area give some of their heaviest rows to others.
 
         Returns by how many rows that changes all, but for those that are to be handed over, and whether any are given.
         """
-        load = self.load().tolist()
         changed, is_any = [0] * self.num_ranks, False
         too_heavy = [rank for rank, area in enumerate(load) if area > self.limit]
         if not too_heavy:
@@ -173,11 +172,12 @@ class Settling:
         aim = self.limit - self.limit // BELOW
         rank_of, weights, rows = self.rank.tolist(), self.weight.tolist(), self.rows
         for rank in too_heavy:
-            for run in self.heaviest[rank]:
+            mine = np.flatnonzero((self.rank == rank) & (self.weight > 0))
+            for run in mine[np.argsort(-self.weight[mine], kind="stable")][:TRIED].tolist():
                 # The rank gets light rows back along the tree if they are so light, or else of short documents.
                 is_routed = 2 * self.light[rank] <= weights[run]
                 weight = weights[run] - is_routed * self.light[rank]
-                others = [each for each in self.members[self.document[run]] if rank_of[each] != rank]
+                others = np.flatnonzero((self.document == self.document[run]) & (self.rank != rank)).tolist()
                 for other in sorted(others, key=lambda each: load[rank_of[each]])[:TAKERS]:
                     taker = rank_of[other]
                     room = max(self.limit - load[taker], 0) // max(weights[other], 1)
@@ -195,31 +195,9 @@ class Settling:
                     break
         return changed, is_any
 
-    @cached_property
-    def heaviest(self) -> list[list[int]]:
-        """The heaviest runs of each rank, at most TRIED."""
-        runs: list[list[int]] = [[] for _ in range(self.num_ranks)]
-        order = np.argsort(-self.weight, kind="stable")
-        order = order[self.weight[order] > 0]
-        for run, rank in zip(order.tolist(), self.rank[order].tolist(), strict=True):
-            if len(runs[rank]) < TRIED:
-                runs[rank].append(run)
-        return runs
-
-    @cached_property
-    def members(self) -> list[list[int]]:
-        """The runs of each document."""
-        runs: list[list[int]] = [[] for _ in range(int(self.document[-1]) + 1)]
-        for run, document in enumerate(self.document.tolist()):
-            runs[document].append(run)
-        return runs
-
-    def _hand_over(self) -> None:
+    def _hand_over(self, excess: Array) -> None:
         """Ranks that have too many rows give some of a short document, or else of a light run, to others."""
-        excess = self._excess()
         takers = [[rank, -int(excess[rank])] for rank in np.flatnonzero(excess < 0).tolist()]
-        if not takers:
-            return
         length = np.array(self.rows)
         is_parted = np.bincount(self.document)[self.document] > 1
         for giver in np.flatnonzero(excess > 0).tolist():
