@@ -7,6 +7,7 @@ import pytest
 from magi_attention.common.bands import CAUSAL, FULL
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import LocalityDispatchAlg, MinHeapDispatchAlg
+from magi_attention.plan import dispatch
 from magi_attention.plan.cells import cut_documents
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.dispatch import make_layout
@@ -16,6 +17,11 @@ from magi_attention.plan.totals import totals
 from magi_attention.testing.masks import MASK_FAMILIES
 
 CHUNK = 64
+
+
+@pytest.fixture(autouse=True)
+def few_rows_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "FEWEST_ROWS", 0)
 
 
 def lengths(total: int, seed: int, mean: int) -> list[int]:
@@ -108,9 +114,12 @@ def test_random_masks_are_dealt_in_equal_shares(family: str) -> None:
     assert areas.max() <= max(1.02 * areas.mean(), 1.02 * heap_areas.max())
 
 
-def test_few_chunks_stay_equal() -> None:
-    layout = deal(packed("causal", lengths(1 << 15, 1, 512)), 1 << 15, 8)
-    assert layout.uneven_cuts is None
+@pytest.mark.parametrize(("total", "fewest"), [(1 << 15, 0), (1 << 17, 16385)])
+def test_chunks_are_equal_where_there_are_few_or_few_rows(
+    total: int, fewest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "FEWEST_ROWS", fewest)
+    assert deal(packed("causal", lengths(total, 1, 512)), total, 8).uneven_cuts is None
 
 
 def test_deal_does_not_depend_on_the_order_of_slices() -> None:

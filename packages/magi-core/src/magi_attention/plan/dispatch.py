@@ -25,6 +25,9 @@ Algorithm = Callable[[ChunkWork, int, int, DispatchAlg], Owner]
 
 # The search for the least maximum tries at most this many placements per bound before it gives the bound up.
 SEARCH_BUDGET = 20_000
+# Cuts follow documents where ranks have so many rows: at the ends of runs that start anywhere, tiles of kernels are
+# parted, which costs a rank with few tiles more than rows that needn't travel are worth.
+FEWEST_ROWS = 32_768
 
 
 def make_layout(
@@ -47,8 +50,8 @@ def make_layout(
         chunk_size: rows of a chunk.
         num_ranks: ranks of the group; with one, the layout is the identity.
         algorithm: which balances the ranks' mask areas.
-        is_even: whether all chunks must have ``chunk_size`` rows; otherwise :func:`locality` cuts long self-attention
-            where documents start, and elsewhere so that all ranks get equally many rows.
+        is_even: whether all chunks must have ``chunk_size`` rows; otherwise :func:`locality` cuts where documents start
+            if ranks have many rows, and elsewhere so that all get equally many.
         deal_keys: where keys are of another sequence, how they are dealt once these rows are; None in self-attention.
 
     Raises:
@@ -61,7 +64,7 @@ def make_layout(
             f"choose chunks of at most {total // num_ranks} tokens"
         )
     may_follow = not is_even and deal_keys is None and algorithm.type is DispatchAlgType.LOCALITY
-    if may_follow and num_ranks > 1 and num_chunks > COMPARED_CHUNKS:
+    if may_follow and num_ranks > 1 and num_chunks > COMPARED_CHUNKS and total >= FEWEST_ROWS * num_ranks:
         runs = deal_documents(slices, total, chunk_size, num_ranks)
         if runs is not None:
             return Layout(num_real, total, chunk_size, num_ranks, runs[1], runs[0])
