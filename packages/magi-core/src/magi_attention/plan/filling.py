@@ -85,7 +85,7 @@ class Filling:
         else:
             self.high[document] = self.stop[document] = start
             self.area_stop[document] = self.area[start]
-        self.heaviness[document] = self._heaviness(document)
+        self.heaviness[document] = self._heaviness(document) if self.low[document] < self.high[document] else -1
         if self.last_reader[document] != self.rank:
             self.last_reader[document] = self.rank
             self.readers[document] += 1
@@ -242,7 +242,7 @@ class Filling:
         unusable: NDArray[np.bool_], candidates: Array | None, pieces: list[tuple[int, int, int]], prefixes: list[int]
     ) -> None:
         """Mark the documents (all, or the ``candidates`` and the anchor) that the pieces of each prefix use already."""
-        documents = [document for document, _, _ in pieces]
+        documents = np.array([document for document, _, _ in pieces], np.int64)
         if candidates is None:
             for row, number in enumerate(prefixes):
                 unusable[row, documents[:number]] = True

@@ -46,9 +46,9 @@ class Terms(NamedTuple):
 LESS_JOINED, MUCH_LESS = 1.2, 8.0
 # Joined documents part fewer chunks that have rows of two documents. Cells have none; their areas change a little when
 # cuts are shifted, up to SHIFTED.
-CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198), Terms(0.2, 10192), 10199
+CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198), Terms(0.3, 10192), 10199
 # Where that was too much, they are dealt again.
-CAREFUL = Terms(0.2, 10165)
+CAREFUL = Terms(0.3, 10165)
 # A group of up to SMALL_GROUP ranks aims at more even areas.
 MOST_OF_SMALL_GROUP = 10030
 # Runs of documents with loads beyond this multiple of the mean are not taken.
