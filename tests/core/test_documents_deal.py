@@ -4,7 +4,6 @@
 import numpy as np
 import pytest
 
-from magi_attention.common.bands import CAUSAL, FULL
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import LocalityDispatchAlg, MinHeapDispatchAlg
 from magi_attention.plan import dispatch
@@ -15,6 +14,7 @@ from magi_attention.plan.layout import Layout
 from magi_attention.plan.settle import Settling
 from magi_attention.plan.totals import totals
 from magi_attention.testing.masks import MASK_FAMILIES
+from tests.core.test_locality import packed
 
 CHUNK = 64
 
@@ -29,20 +29,6 @@ def lengths(total: int, seed: int, mean: int) -> list[int]:
     drawn = np.random.default_rng(seed).lognormal(np.log(mean), 1.2, total).astype(int).clip(1, total // 4)
     ends = np.minimum(np.cumsum(drawn), total)
     return [int(n) for n in np.diff(ends, prepend=0) if n]
-
-
-def packed(kind: str, documents: list[int]) -> SliceTable:
-    rows, start = [], 0
-    for length in documents:
-        end, middle = start + length, start + length // 4
-        if kind == "prefix":
-            rows += [[start, middle, start, middle, FULL], [middle, end, start, end, CAUSAL]]
-        elif kind == "blocks":
-            rows += [[a, min(a + 256, end), start, min(a + 256, end), FULL] for a in range(start, end, 256)]
-        else:
-            rows.append([start, end, start, end, FULL if kind == "full" else CAUSAL])
-        start = end
-    return SliceTable(rows).without_empty()
 
 
 def deal(slices: SliceTable, total: int, num_ranks: int, *, is_even: bool = False) -> Layout:
@@ -68,7 +54,7 @@ def test_rows_are_equally_many_and_fewer_travel_than_with_equal_chunks(kind: str
     total = 1 << 17
     even = uneven = 0
     for seed in range(3):
-        slices = packed(kind, lengths(total, seed, 512))
+        slices = packed(total, kind, lengths(total, seed, 512))
         layout = deal(slices, total, num_ranks)
         assert (layout.rows_per_rank == total // num_ranks).all()
         area = find_demand(slices, layout).area
@@ -80,7 +66,7 @@ def test_rows_are_equally_many_and_fewer_travel_than_with_equal_chunks(kind: str
 
 def test_whole_documents_start_where_runs_do() -> None:
     total, documents = 1 << 17, lengths(1 << 17, 3, 512)
-    layout = deal(packed("blocks", documents), total, 16)
+    layout = deal(packed(total, "blocks", documents), total, 16)
     ends = np.cumsum(documents)
     within = np.setdiff1d(layout.runs[1:, 0], ends)
     assert len(within) < 0.5 * len(documents)
@@ -94,7 +80,7 @@ def test_whole_documents_start_where_runs_do() -> None:
 @pytest.mark.parametrize("total", [100_352, 1 << 17])
 @pytest.mark.parametrize("mean", [1, 3, 70, 500])
 def test_short_documents_are_dealt_too(mean: int, total: int) -> None:
-    slices = packed("causal", lengths(total, 5, mean))
+    slices = packed(total, "causal", lengths(total, 5, mean))
     layout = deal(slices, total, 8)
     assert np.ptp(layout.rows_per_rank) == 0
     assert layout.rows_per_rank.sum() == total
@@ -119,11 +105,11 @@ def test_chunks_are_equal_where_there_are_few_or_few_rows(
     total: int, fewest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "FEWEST_ROWS", fewest)
-    assert deal(packed("causal", lengths(total, 1, 512)), total, 8).uneven_cuts is None
+    assert deal(packed(total, "causal", lengths(total, 1, 512)), total, 8).uneven_cuts is None
 
 
 def test_deal_does_not_depend_on_the_order_of_slices() -> None:
-    slices = packed("prefix", lengths(1 << 17, 1, 512))
+    slices = packed(1 << 17, "prefix", lengths(1 << 17, 1, 512))
     shuffled = SliceTable(np.random.default_rng(0).permutation(slices.rows))
     assert np.array_equal(deal(slices, 1 << 17, 16).runs, deal(shuffled, 1 << 17, 16).runs)
 
@@ -133,7 +119,7 @@ def test_deal_does_not_depend_on_the_order_of_slices() -> None:
 def test_cells_are_as_many_as_asked_for_and_about_equal(mean: int, num_cells: int) -> None:
     total = 50_000
     documents = lengths(total, 9, mean)
-    cuts, document = cut_documents(packed("causal", documents), total, num_cells)
+    cuts, document = cut_documents(packed(total, "causal", documents), total, num_cells)
     assert len(cuts) == num_cells + 1
     assert (cuts[0], cuts[-1]) == (0, total)
     assert (np.diff(cuts) > 0).all()
@@ -147,7 +133,7 @@ def test_cells_are_as_many_as_asked_for_and_about_equal(mean: int, num_cells: in
 def test_any_deal_of_cells_is_settled_exactly(seed: int) -> None:
     random = np.random.default_rng(seed)
     num_ranks, num_cells, total = 7, 140, 10_007
-    cuts, document = cut_documents(packed("causal", lengths(total, seed, 200)), total, num_cells)
+    cuts, document = cut_documents(packed(total, "causal", lengths(total, seed, 200)), total, num_cells)
     area = random.integers(0, 1000, num_cells)
     owner = random.permutation(np.repeat(np.arange(num_ranks), num_cells // num_ranks))
     each, more = divmod(total, num_ranks)

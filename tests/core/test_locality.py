@@ -43,9 +43,9 @@ def lengths_of_documents(total: int) -> list[int]:
     return [int(n) for n in np.diff(ends, prepend=0) if n]
 
 
-def packed(total: int, kind: str) -> SliceTable:
+def packed(total: int, kind: str, lengths: list[int] | None = None) -> SliceTable:
     rows, start = [], 0
-    for length in lengths_of_documents(total):
+    for length in lengths or lengths_of_documents(total):
         end, middle = start + length, start + length // 4
         if kind == "prefix":
             rows += [[start, middle, start, middle, FULL], [middle, end, start, end, CAUSAL]]
