@@ -13,6 +13,7 @@ from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.settle import Settling
 from magi_attention.plan.totals import totals
+from magi_attention.runtime.dispatch_meta import DispatchMeta
 from magi_attention.testing.masks import MASK_FAMILIES
 from tests.core.test_locality import packed
 
@@ -144,3 +145,14 @@ def test_any_deal_of_cells_is_settled_exactly(seed: int) -> None:
     assert (np.diff(begin) >= 0).all()
     assert np.array_equal(totals(rank, np.diff(begin), num_ranks), wanted)
     assert abs(int(settling.load.sum()) - int(area.sum())) <= len(rank)
+
+
+def test_dispatch_meta_lists_runs_as_chunks() -> None:
+    total = 1 << 17
+    layout = deal(packed(total, "causal", lengths(total, 1, 512)), total, 8)
+    assert layout.uneven_cuts is not None
+    meta = DispatchMeta.from_layout(layout, rank=3)
+    assert meta.chunk_actual_sizes == np.diff(layout.uneven_cuts).tolist()
+    assert (meta.num_chunks, meta.shard_seqlen, meta.split_sizes) == (len(layout.owner), total // 8, None)
+    assert np.array_equal(meta.layout.runs, layout.runs)
+    assert np.array_equal(meta.position_ids.numpy(), layout.positions(3))
