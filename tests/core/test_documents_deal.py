@@ -130,11 +130,12 @@ def test_cells_are_as_many_as_asked_for_and_about_equal(mean: int, num_cells: in
         assert np.diff(cuts).max() <= 2.5 * total / num_cells
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_any_deal_of_cells_is_settled_exactly(seed: int) -> None:
+@pytest.mark.parametrize("mean", [5, 60, 400])
+@pytest.mark.parametrize("seed", range(8))
+def test_any_deal_of_cells_is_settled_exactly(seed: int, mean: int) -> None:
     random = np.random.default_rng(seed)
     num_ranks, num_cells, total = 7, 140, 10_007
-    cuts, document = cut_documents(packed(total, "causal", lengths(total, seed, 200)), total, num_cells)
+    cuts, document = cut_documents(packed(total, "causal", lengths(total, seed, mean)), total, num_cells)
     area = random.integers(0, 1000, num_cells)
     owner = random.permutation(np.repeat(np.arange(num_ranks), num_cells // num_ranks))
     each, more = divmod(total, num_ranks)

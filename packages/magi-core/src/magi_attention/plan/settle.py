@@ -21,9 +21,9 @@ Array = NDArray[np.int64]
 LIGHT = 1.2
 # How often ranks with too much area give rows of their TRIED heaviest runs away for light ones, and to how many others.
 ROUNDS, TRIED, TAKERS = 8, 4, 3
-FURTHER = 5
-# They aim at an area below the limit by this part of it.
-BELOW = 800
+# They aim at an area below the limit by this part of it, and give FURTHER quarters of what is estimated, since what they
+# get back weighs something too.
+BELOW, FURTHER = 800, 5
 
 
 class Settling:
@@ -156,9 +156,11 @@ class Settling:
                 if degree[other] == 1:
                     leaves.append(other)
         for node, left in enumerate(spare[number:-1], number):
-            if left:  # nobody could take it, or give it
-                run = max((run for _, run in tree[node]), key=rows.__getitem__)
-                rows[run] += left
+            if left:  # nobody could take it, or the parts that grew had too much
+                for run in sorted((run for _, run in tree[node]), key=rows.__getitem__, reverse=True):
+                    change = max(left, -rows[run])
+                    rows[run] += change
+                    left -= change
 
     def _lighten(self, load: list[int]) -> tuple[list[int], bool]:
         """Let ranks with too much area give some of their heaviest rows to others.
