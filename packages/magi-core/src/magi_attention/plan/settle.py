@@ -21,8 +21,8 @@ Array = NDArray[np.int64]
 LIGHT = 1.2
 # How often ranks with too much area give rows of their TRIED heaviest runs away for light ones, and to how many others.
 ROUNDS, TRIED, TAKERS = 8, 4, 3
-# They aim at an area below the limit by this part of it, and give FURTHER quarters of what is estimated, since what they
-# get back weighs something too.
+# They aim at an area below the limit by this part of it, and give FURTHER quarters of what is estimated, since they get
+# something back.
 BELOW, FURTHER = 800, 5
 
 
