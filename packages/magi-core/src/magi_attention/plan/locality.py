@@ -37,18 +37,20 @@ class Terms(NamedTuple):
         joined_share: short neighboring documents are joined up to this share of a rank's tokens and area, less
             LESS_JOINED / num_ranks and MUCH_LESS / num_ranks²: a small group has few units to choose from.
         most: the most area of a rank, in ten-thousandths of the mean.
+        short_prefixes: how many of the shortest prefixes of the light documents are tried as fillings.
     """
 
     joined_share: float
     most: int
+    short_prefixes: int
 
 
 LESS_JOINED, MUCH_LESS = 1.2, 8.0
 # Joined documents part fewer chunks that have rows of two documents. Cells have none; their areas change a little when
 # cuts are shifted, up to SHIFTED.
-CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198), Terms(0.3, 10192), 10199
+CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, 1), Terms(0.3, 10192, 0), 10199
 # Where that was too much, they are dealt again.
-CAREFUL = Terms(0.3, 10165)
+CAREFUL = Terms(0.3, 10165, 0)
 # A group of up to SMALL_GROUP ranks aims at more even areas.
 MOST_OF_SMALL_GROUP = 10030
 # Runs of documents with loads beyond this multiple of the mean are not taken.
@@ -128,7 +130,7 @@ def _deal(
     each, more = divmod(len(work.area), num_ranks)
     capacities = [each + (rank < more) for rank in range(num_ranks)]
     limit = int(documents.area[-1]) * _most_of(terms, num_ranks) // (10000 * num_ranks)
-    dealt = Deal(documents, capacities, chunk_size).run(terms.most / 10000)
+    dealt = Deal(documents, capacities, chunk_size, terms.short_prefixes).run(terms.most / 10000)
     even = even_out(dealt, documents, num_ranks, limit)
     most_sent = find_most_sent(documents, num_ranks, chunk_size)
     spread = SenderSwaps(even, documents, num_ranks, chunk_size, limit, most_sent).run()
