@@ -17,7 +17,7 @@ from magi_attention.plan.totals import totals
 Array = NDArray[np.int64]
 
 # Entries are measured so many at a time: large arrays cost more than caches and allocators hold.
-TOGETHER = 6000
+TOGETHER = 9000
 
 DealKeys = Callable[[Layout], Layout]
 """Where the keys of another sequence lie, given who owns which queries."""
