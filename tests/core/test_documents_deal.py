@@ -23,6 +23,7 @@ CHUNK = 64
 @pytest.fixture(autouse=True)
 def few_rows_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "FEWEST_ROWS", 0)
+    monkeypatch.setattr(dispatch, "MOST_SLICES", 1 << 20)
 
 
 def lengths(total: int, seed: int, mean: int) -> list[int]:
@@ -101,11 +102,12 @@ def test_random_masks_are_dealt_in_equal_shares(family: str) -> None:
     assert areas.max() <= max(1.02 * areas.mean(), 1.02 * heap_areas.max())
 
 
-@pytest.mark.parametrize(("total", "fewest"), [(1 << 15, 0), (1 << 17, 16385)])
-def test_chunks_are_equal_where_there_are_few_or_few_rows(
-    total: int, fewest: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("total", "fewest", "most"), [(1 << 15, 0, 999), (1 << 17, 16385, 999), (1 << 17, 0, 99)])
+def test_chunks_are_equal_where_there_are_few_or_few_rows_or_many_slices(
+    total: int, fewest: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "FEWEST_ROWS", fewest)
+    monkeypatch.setattr(dispatch, "MOST_SLICES", most)
     assert deal(packed(total, "causal", lengths(total, 1, 512)), total, 8).uneven_cuts is None
 
 

@@ -28,6 +28,8 @@ SEARCH_BUDGET = 20_000
 # Cuts follow documents where ranks have so many rows: at the ends of runs that start anywhere, tiles of kernels are
 # parted, which costs a rank with few tiles more than rows that needn't travel are worth.
 FEWEST_ROWS = 32_768
+# With more slices, it would take long to plan.
+MOST_SLICES = 2048
 
 
 def make_layout(
@@ -51,7 +53,7 @@ def make_layout(
         num_ranks: ranks of the group; with one, the layout is the identity.
         algorithm: which balances the ranks' mask areas.
         is_even: whether all chunks must have ``chunk_size`` rows; otherwise :func:`locality` cuts where documents start
-            if ranks have many rows, and elsewhere so that all get equally many.
+            if ranks have many rows and the mask not too many slices, and elsewhere so that all get equally many.
         deal_keys: where keys are of another sequence, how they are dealt once these rows are; None in self-attention.
 
     Raises:
@@ -63,8 +65,8 @@ def make_layout(
             f"{total} tokens in chunks of {chunk_size} are {num_chunks} chunks, fewer than the {num_ranks} ranks: "
             f"choose chunks of at most {total // num_ranks} tokens"
         )
-    may_follow = not is_even and deal_keys is None and algorithm.type is DispatchAlgType.LOCALITY
-    if may_follow and num_ranks > 1 and num_chunks > COMPARED_CHUNKS and total >= FEWEST_ROWS * num_ranks:
+    may_follow = not is_even and deal_keys is None and algorithm.type is DispatchAlgType.LOCALITY and num_ranks > 1
+    if may_follow and num_chunks > COMPARED_CHUNKS and total >= FEWEST_ROWS * num_ranks and len(slices) <= MOST_SLICES:
         runs = deal_documents(slices, total, chunk_size, num_ranks)
         if runs is not None:
             return Layout(num_real, total, chunk_size, num_ranks, runs[1], runs[0])
