@@ -71,6 +71,7 @@ def plan_for_one_rank(
         num_ranks=num_ranks,
         algorithm=algorithm,
         deal_keys=None if num_keys is None else deal_keys,
+        is_even=False,
     )
     return build_plan(slices, layout, rank=num_ranks // 2, key_layout=deal_keys(layout))
 

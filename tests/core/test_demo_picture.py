@@ -97,6 +97,14 @@ def test_mask_image_shows_the_owner_of_each_row():
     assert part == pytest.approx(image[30:60, 30:60])
 
 
+def test_mask_image_shows_the_owner_of_runs_of_any_length():
+    layout = Layout(90, 90, 8, 3, np.array([2, 0, 1]), np.array([0, 7, 61, 90]))
+    colors = rank_colors(3)
+    image = mask_image(SliceTable([[0, 90, 0, 45, 0]]), layout, colors, 90)
+    for row, rank in ((0, 2), (6, 2), (7, 0), (60, 0), (61, 1), (89, 1)):
+        assert image[row, 10] == pytest.approx([*colors[rank], 1])
+
+
 def test_ownership_image_shows_each_run():
     image = ownership_image(LAYOUT, rank_colors(3), 96, 3)
     assert np.array_equal(image[..., 3] > 0, np.repeat(LAYOUT.owner, 8) == np.arange(3)[:, None])

@@ -24,6 +24,7 @@ from magi_attention.config import (
 )
 from magi_attention.plan.chunks import measure_chunks
 from magi_attention.plan.dispatch import make_layout
+from magi_attention.plan.layout import even_cuts
 from magi_attention.testing.masks import random_masks
 
 ALGORITHMS = [
@@ -50,14 +51,14 @@ def layout_of(slices, total, chunk_size, num_ranks, algorithm=MinHeapDispatchAlg
 
 
 def loads(slices, layout):
-    area = measure_chunks(slices, layout.total, layout.chunk_size).area
+    area = measure_chunks(slices, even_cuts(layout.total, layout.chunk_size)).area
     return np.bincount(layout.owner, weights=area, minlength=layout.num_ranks)
 
 
 @given(random_masks(48), st.integers(1, 9))
 def test_chunk_areas_count_the_mask(mask, chunk_size):
     total, slices = mask
-    work = measure_chunks(slices, total, chunk_size)
+    work = measure_chunks(slices, even_cuts(total, chunk_size))
     for chunk, area in enumerate(work.area):
         assert area == slices.clip_rows(chunk * chunk_size, (chunk + 1) * chunk_size).area()
     for chunk, index, (start, stop) in zip(work.chunk, work.slice_index, work.keys, strict=True):

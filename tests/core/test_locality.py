@@ -15,17 +15,17 @@ from magi_attention.plan.chunk_size import choose_chunk_size
 from magi_attention.plan.chunks import measure_chunks
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.dispatch import min_heap, random_select, sequential
-from magi_attention.plan.layout import Layout
+from magi_attention.plan.layout import Layout, even_cuts
 from magi_attention.testing.masks import MASK_FAMILIES
 
 ALGORITHM = MinHeapDispatchAlg()
 
 
 def deal(slices: SliceTable, total: int, chunk_size: int, num_ranks: int) -> np.ndarray:
-    work = measure_chunks(slices, total, chunk_size)
+    work = measure_chunks(slices, even_cuts(total, chunk_size))
     capacity = -(-len(work.area) // num_ranks)
     return locality.deal_by_locality(
-        slices, work, total, chunk_size, num_ranks, lambda: min_heap(work, num_ranks, capacity, ALGORITHM)
+        slices, work, chunk_size, num_ranks, lambda: min_heap(work, num_ranks, capacity, ALGORITHM)
     )
 
 
@@ -43,9 +43,9 @@ def lengths_of_documents(total: int) -> list[int]:
     return [int(n) for n in np.diff(ends, prepend=0) if n]
 
 
-def packed(total: int, kind: str) -> SliceTable:
+def packed(total: int, kind: str, lengths: list[int] | None = None) -> SliceTable:
     rows, start = [], 0
-    for length in lengths_of_documents(total):
+    for length in lengths or lengths_of_documents(total):
         end, middle = start + length, start + length // 4
         if kind == "prefix":
             rows += [[start, middle, start, middle, FULL], [middle, end, start, end, CAUSAL]]
@@ -63,7 +63,7 @@ def test_packed_documents_are_balanced_and_move_half_the_heaps_rows(kind: str, n
     total, chunk_size = 1 << 17, 64
     slices = packed(total, kind)
     owner = deal(slices, total, chunk_size, num_ranks)
-    work = measure_chunks(slices, total, total // num_ranks // 8)
+    work = measure_chunks(slices, even_cuts(total, total // num_ranks // 8))
     heap = min_heap(work, num_ranks, 8, ALGORITHM)
     balance, received = judge(slices, owner, total, chunk_size, num_ranks)
     _, received_by_heap = judge(slices, heap, total, total // num_ranks // 8, num_ranks)
@@ -79,7 +79,7 @@ def test_few_heavy_chunks_are_evened_out_rather_than_left_to_the_heap(kind: str,
     total, num_ranks = 1 << 17, 128
     chunk_size = total // num_ranks // chunks_per_rank
     slices = packed(total, kind)
-    work = measure_chunks(slices, total, chunk_size)
+    work = measure_chunks(slices, even_cuts(total, chunk_size))
     assert work.area.max() > 0.05 * work.area.sum() / num_ranks
     heap = min_heap(work, num_ranks, chunks_per_rank, ALGORITHM)
     balance, received = judge(slices, deal(slices, total, chunk_size, num_ranks), total, chunk_size, num_ranks)
@@ -135,7 +135,7 @@ def test_random_masks_never_do_worse_than_the_heap(family: str) -> None:
         slices = MASK_FAMILIES[family](total, rng)
         owner = deal(slices, total, chunk_size, num_ranks)
         heap = min_heap(
-            measure_chunks(slices, total, chunk_size), num_ranks, total // chunk_size // num_ranks, ALGORITHM
+            measure_chunks(slices, even_cuts(total, chunk_size)), num_ranks, total // chunk_size // num_ranks, ALGORITHM
         )
         balance, received = judge(slices, owner, total, chunk_size, num_ranks)
         heap_balance, received_by_heap = judge(slices, heap, total, chunk_size, num_ranks)
@@ -176,7 +176,7 @@ def test_bound_holds_for_every_algorithm(family: str) -> None:
         num_ranks = int(rng.integers(2, 7))
         total = num_ranks * int(rng.integers(4, 60))
         slices = MASK_FAMILIES[family](total, rng)
-        work = measure_chunks(slices, total, 1)
+        work = measure_chunks(slices, even_cuts(total, 1))
         capacity = total // num_ranks
         deals = [make(work, num_ranks, capacity, ALGORITHM) for make in (min_heap, sequential, random_select)]
         for owner in [*deals, deal(slices, total, 1, num_ranks)]:

@@ -63,7 +63,10 @@ def random_layouts(draw, num_real, num_ranks):
     num_chunks = -(-total // chunk_size)
     spare = draw(st.lists(st.integers(0, num_ranks - 1), min_size=num_chunks, max_size=num_chunks))
     owner = np.array(draw(st.permutations([*range(num_ranks), *spare[num_ranks:]])), np.int64)
-    return Layout(num_real, total, chunk_size, num_ranks, owner)
+    if total == 1 or draw(st.booleans()):
+        return Layout(num_real, total, chunk_size, num_ranks, owner)
+    inner = draw(st.lists(st.integers(1, total - 1), min_size=num_chunks - 1, max_size=num_chunks - 1, unique=True))
+    return Layout(num_real, total, chunk_size, num_ranks, owner, np.array([0, *sorted(inner), total]))
 
 
 def dense_count(slices: SliceTable, num_rows: int, num_columns: int) -> np.ndarray:

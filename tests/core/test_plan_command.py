@@ -432,3 +432,11 @@ def test_it_says_where_the_chunks_are_left_to_the_heap():
     assert "leaves them to" not in run(*flags)
     assert figures_of(*flags, "--chunk-size", 1024)["plan"]["left_to_heap"]
     assert "leaves them to the greedy heap" in " ".join(run(*flags, "--chunk-size", 1024).split())
+
+
+def test_it_says_where_cuts_follow_the_documents():
+    flags = ("--mask", "varlen_causal", "--tokens", 1 << 18, "--ranks", 8)
+    plan = figures_of(*flags)["plan"]
+    assert plan["chunks"] < (1 << 18) // plan["chunk_size"]
+    assert "runs that follow the documents" in " ".join(run(*flags).split())
+    assert figures_of(*flags, "--chunk-size", 128)["plan"]["chunks"] == 2048

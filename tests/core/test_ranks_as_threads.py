@@ -22,6 +22,7 @@ from magi_attention.config import LocalityDispatchAlg, RuntimeConfig
 from magi_attention.kernels.registry import installed_backends
 from magi_attention.plan.build import build_plans
 from magi_attention.plan.dispatch import make_layout
+from magi_attention.plan.layout import Layout
 from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime import job
 from magi_attention.runtime import schedule as scheduling
@@ -136,6 +137,9 @@ def test_every_arrangement_is_right(device, dtype, name, mask, monkeypatch):
         layout = make_layout(
             slices, num_real=TOKENS, total=TOKENS, chunk_size=16, num_ranks=num_ranks, algorithm=LocalityDispatchAlg()
         )
+        if num_ranks == 3:  # runs of any length
+            cuts = np.array([0, 3, 64, 125, 150, 200, 256, 331, TOKENS])
+            layout = Layout(TOKENS, TOKENS, 16, num_ranks, np.array([0, 1, 0, 2, 1, 0, 1, 2]), cuts)
         order = torch.from_numpy(np.concatenate([layout.positions(rank) for rank in range(num_ranks)])).to(device)
         results = attend_on_all(slices, layout, degree, costs, tensors, keep)
         for number, (reference, pytorch) in enumerate(zip(truth, plain, strict=True)):

@@ -12,16 +12,25 @@ DIGEST = """
 import hashlib
 from magi_attention.common import workloads
 from magi_attention.config import LocalityDispatchAlg
+from magi_attention.plan import dispatch
 from magi_attention.plan.dispatch import make_layout
 
+dispatch.FEWEST_ROWS = 0
 digest = hashlib.sha256()
 for name in ("varlen_causal", "varlen_block_causal_4k", "prefix_lm", "shared_question"):
     for total, num_ranks in ((1 << 20, 128), (1 << 21, 256)):
         mask = workloads.make(name, total)
-        layout = make_layout(
-            mask, num_real=total, total=total, chunk_size=512, num_ranks=num_ranks, algorithm=LocalityDispatchAlg()
-        )
-        digest.update(layout.runs.tobytes())
+        for is_even in (True, False):
+            layout = make_layout(
+                mask,
+                num_real=total,
+                total=total,
+                chunk_size=512,
+                num_ranks=num_ranks,
+                algorithm=LocalityDispatchAlg(),
+                is_even=is_even,
+            )
+            digest.update(layout.runs.tobytes())
 print(digest.hexdigest())
 """
 

@@ -10,7 +10,7 @@ from magi_attention.plan.chunks import measure_chunks
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.documents import Documents, find_documents
 from magi_attention.plan.gather import ReceiverSwaps
-from magi_attention.plan.layout import Layout
+from magi_attention.plan.layout import Layout, even_cuts
 from magi_attention.plan.spread import SenderSwaps
 from magi_attention.plan.swaps import Swaps
 from magi_attention.plan.totals import totals
@@ -27,7 +27,7 @@ def packed(kind: int) -> SliceTable:
 
 def documents_of(slices: SliceTable) -> Documents:
     total = sum(LENGTHS) * CHUNK
-    return find_documents(slices, measure_chunks(slices, total, CHUNK), total, CHUNK, NUM_RANKS, 0.0)
+    return find_documents(slices, measure_chunks(slices, even_cuts(total, CHUNK)), NUM_RANKS, 0.0)
 
 
 def chunks_sent(slices: SliceTable, owner: np.ndarray) -> tuple[np.ndarray, int]:

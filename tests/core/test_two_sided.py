@@ -15,7 +15,7 @@ from magi_attention.plan.chunks import measure_chunks
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.key_dispatch import make_key_layout
-from magi_attention.plan.layout import Layout
+from magi_attention.plan.layout import Layout, even_cuts
 from magi_attention.testing.masks import rectangular_masks
 
 LOCALITY, HEAP = LocalityDispatchAlg(), MinHeapDispatchAlg()
@@ -121,7 +121,7 @@ def test_components_against_a_search_over_rows(mask, chunk_size):
             touched = [bands[one] for one in border]
             border = {other for other in rest if any(_meet(bands[other], one) for one in touched)}
         component[list(group)] = min(group)
-    work = measure_chunks(slices, num_queries, chunk_size)
+    work = measure_chunks(slices, even_cuts(num_queries, chunk_size))
     read = {}
     for chunk, index, (start, stop) in zip(work.chunk, work.slice_index, work.keys, strict=True):
         of = component[np.searchsorted(source, index)]
@@ -143,7 +143,7 @@ def _meet(one, other) -> bool:
 @given(rectangular_masks(60), st.integers(1, 7), st.randoms())
 def test_cut_costs_count_the_rows_read_on_both_sides(mask, chunk_size, random):
     (num_queries, num_keys), slices = mask
-    work = measure_chunks(slices, num_queries, chunk_size)
+    work = measure_chunks(slices, even_cuts(num_queries, chunk_size))
     line = list(range(len(work.area)))
     random.shuffle(line)
     reads = np.zeros((len(line), num_keys), bool)

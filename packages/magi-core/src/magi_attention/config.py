@@ -61,7 +61,7 @@ class DispatchConfig:
 
     Attributes:
         chunk_size: the most rows of a chunk, of which every rank gets ``MAGI_ATTENTION_MIN_CHUNKS_PER_RANK`` at least;
-            None to let the planner choose.
+            None to let the planner choose, which may also cut where documents start.
         uneven_shard: deal the sequence as it is, rather than padded so that all ranks hold equally many rows.
         alg: the algorithm that deals chunks to ranks.
     """

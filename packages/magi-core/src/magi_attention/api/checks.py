@@ -4,6 +4,7 @@
 import operator
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -102,11 +103,11 @@ def check_sources(
         )
 
 
-def choose_chunk_limit(chunk_size: int | None, config: DistAttnConfig) -> int | None:
-    """The most rows of a chunk, from the config or from the deprecated argument."""
+def with_chunk_limit(config: DistAttnConfig, chunk_size: int | None) -> DistAttnConfig:
+    """The config with the most rows of a chunk, if the deprecated argument gives them."""
     limit = config.dispatch_config.chunk_size
     if chunk_size is None:
-        return limit
+        return config
     warnings.warn(
         "chunk_size is deprecated: pass DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=...))",
         DeprecationWarning,
@@ -116,7 +117,7 @@ def choose_chunk_limit(chunk_size: int | None, config: DistAttnConfig) -> int | 
         raise ValueError(f"chunk_size={chunk_size} contradicts the chunk_size={limit} of dist_attn_config")
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be positive")
-    return chunk_size
+    return replace(config, dispatch_config=replace(config.dispatch_config, chunk_size=chunk_size))
 
 
 def resolve_chunk_size(total_seqlen: int, cp_size: int, limit: int | None, alg: DispatchAlg) -> int:

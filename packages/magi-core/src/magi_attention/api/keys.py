@@ -14,9 +14,9 @@ from magi_attention.api.checks import (
     as_integers,
     check_ranges,
     check_sources,
-    choose_chunk_limit,
     resolve_chunk_size,
     resolve_mask_types,
+    with_chunk_limit,
 )
 from magi_attention.api.groups import GroupOrMesh, resolve_group
 from magi_attention.api.masks import apply_padding, compute_pad_size, infer_attn_mask_from_cu_seqlens
@@ -103,16 +103,17 @@ def magi_attn_flex_key(
             num_heads_kv=num_heads_kv,
             head_dim=head_dim,
         )
-        chunk_limit = choose_chunk_limit(chunk_size, config)
+        config = with_chunk_limit(config, chunk_size)
         check_sources(total_seqlen_q, total_seqlen_k, is_same_source, is_q_permutable, is_k_permutable)
         check_ranges(q_ranges, k_ranges, total_seqlen_q, total_seqlen_k)
         mask_types = resolve_mask_types(attn_mask_type, len(q_ranges))
         cp_size = group_size(cp_group)
-        chunk_size = resolve_chunk_size(total_seqlen_q, cp_size, chunk_limit, config.dispatch_config.alg)
-        chunk_size_k = resolve_chunk_size(total_seqlen_k, cp_size, chunk_limit, config.dispatch_config.alg)
+        dispatching = config.dispatch_config
+        chunk_size = resolve_chunk_size(total_seqlen_q, cp_size, dispatching.chunk_size, dispatching.alg)
+        chunk_size_k = resolve_chunk_size(total_seqlen_k, cp_size, dispatching.chunk_size, dispatching.alg)
         if pad_size:
             warnings.warn("pad_size is deprecated and ignored: read key.pad_size", DeprecationWarning, stacklevel=2)
-        is_uneven = config.dispatch_config.uneven_shard
+        is_uneven = dispatching.uneven_shard
         pad_size = 0 if is_uneven else compute_pad_size(total_seqlen_q, cp_size, chunk_size)
         pad_size_k = 0 if is_uneven else compute_pad_size(total_seqlen_k, cp_size, chunk_size_k)
         if pad_size:

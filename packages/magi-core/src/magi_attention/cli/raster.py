@@ -75,7 +75,7 @@ def mask_image(
     start, stop = window or (0, layout.num_real)
     num_samples = pixels * ROWS_PER_PIXEL
     rows = start + (2 * np.arange(num_samples) + 1) * (stop - start) // (2 * num_samples)
-    owner = layout.owner[rows // layout.chunk_size]
+    owner = layout.owner[np.searchsorted(layout.cuts, rows, side="right") - 1]
     # Thin diagonals would vanish in proportion; a root keeps them visible.
     strength = np.sqrt(coverage(mask, rows, np.linspace(*(keys or (start, stop)), pixels + 1)))[..., None]
     image = np.concatenate([strength * np.array(colors)[owner][:, None], strength], axis=2)

@@ -87,7 +87,7 @@ def _pairs_below(q0: Column, k0: Column, width: Column, stop: Column, diagonal: 
 
     def series(last: Column) -> Column:
         ramp = np.clip(last, 0, width)
-        return ramp * (ramp + 1) // 2 + np.maximum(last - width, 0) * width
+        return (ramp * (ramp + 1) >> 1) + np.maximum(last - width, 0) * width
 
     columns_before_row_zero = diagonal - k0
     return series(stop + columns_before_row_zero) - series(q0 + columns_before_row_zero)

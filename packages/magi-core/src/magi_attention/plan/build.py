@@ -233,5 +233,5 @@ def _digest(
     digest = hashlib.sha256(repr(numbers).encode())
     digest.update(slices.rows.tobytes())
     for each in layouts:
-        digest.update(each.owner.tobytes())
+        digest.update(each.runs.tobytes())
     return digest.digest()

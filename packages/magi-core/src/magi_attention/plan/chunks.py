@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cut the sequence into chunks and weigh them by their share of the mask."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,11 @@ from magi_attention.common.slices import SliceTable, expand_counts
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.totals import totals
 
+Array = NDArray[np.int64]
+
+# Entries are measured so many at a time: large arrays cost more than caches and allocators hold.
+TOGETHER = 9000
+
 DealKeys = Callable[[Layout], Layout]
 """Where the keys of another sequence lie, given who owns which queries."""
 
@@ -23,8 +29,7 @@ class ChunkWork:
 
     Attributes:
         slices: the mask.
-        total: rows of the sequence.
-        chunk_size: rows of a chunk.
+        cuts: ``(num_chunks + 1,)`` int64, where the chunks start, and the end of the sequence.
         area: ``(num_chunks,)`` int64, the (query, key) pairs that the mask keeps in the chunk's rows.
         chunk: ``(n,)`` int64, the chunk of each entry of ``keys``; an entry is a meeting of a slice and a chunk.
         slice_index: ``(n,)`` int64, the slice of each entry.
@@ -33,30 +38,46 @@ class ChunkWork:
     """
 
     slices: SliceTable
-    total: int
-    chunk_size: int
+    cuts: NDArray[np.int64]
     area: NDArray[np.int64]
     chunk: NDArray[np.int64]
     slice_index: NDArray[np.int64]
     keys: Intervals
     deal_keys: DealKeys | None = None
 
+    @property
+    def total(self) -> int:
+        """Rows of the sequence."""
+        return int(self.cuts[-1])
 
-def measure_chunks(slices: SliceTable, total: int, chunk_size: int, deal_keys: DealKeys | None = None) -> ChunkWork:
-    """Measure all chunks of a sequence of ``total`` rows; the cost grows with slices and chunks, not with rows."""
+
+def measure_chunks(slices: SliceTable, cuts: NDArray[np.int64], deal_keys: DealKeys | None = None) -> ChunkWork:
+    """Measure all chunks of a sequence cut at ``cuts``; the cost grows with slices and chunks, not with rows."""
     bands, source = band.shrink(slices.bands())
-    first = bands[:, band.Q0] // chunk_size
-    last = -(-bands[:, band.Q1] // chunk_size)
-    owner, step = expand_counts(last - first)
-    chunk = first[owner] + step
+    first = np.searchsorted(cuts, bands[:, band.Q0], side="right") - 1
+    number = np.searchsorted(cuts, bands[:, band.Q1]) - first
     # By columns, which are much faster than rows of six.
-    q0, q1, *others = (column[owner] for column in np.ascontiguousarray(bands.T))
-    q0, q1 = np.maximum(q0, chunk * chunk_size), np.minimum(q1, (chunk + 1) * chunk_size)
-    trimmed, kept = band.trim(q0, q1, *others)
+    columns = np.ascontiguousarray(bands.T)
+    entries_before = np.append(0, np.cumsum(number))
+    ends = np.searchsorted(entries_before, np.arange(TOGETHER, entries_before[-1], TOGETHER))
+    parts = itertools.pairwise([0, *ends.tolist(), len(bands)])
+    measured = [_measure(columns[:, a:b], first[a:b], number[a:b], cuts) for a, b in parts if a < b]
+    if not measured:
+        measured = [_measure(columns, first, number, cuts)]
+    count, chunk, entry_area, keys = (np.concatenate(each) for each in zip(*measured, strict=True))
+    area = totals(chunk, entry_area, len(cuts) - 1)
+    return ChunkWork(slices, cuts, area, chunk, np.repeat(source, count), keys, deal_keys)
+
+
+def _measure(columns: Array, first: Array, number: Array, cuts: Array) -> tuple[Array, Array, Array, Array]:
+    """How many entries each band has, trimmed bands given by columns; the chunk, area and keys of each entry."""
+    owner, step = expand_counts(number)
+    chunk = first[owner] + step
+    q0, q1, *others = (np.repeat(column, number) for column in columns)
+    trimmed, kept = band.trim(np.maximum(q0, cuts[chunk]), np.minimum(q1, cuts[chunk + 1]), *others)
     pieces = list(trimmed)
     if len(kept) < len(chunk):
         chunk, owner = chunk[kept], owner[kept]
         pieces = [column[kept] for column in pieces]
-    area = totals(chunk, band.column_area(*pieces), -(-total // chunk_size))
-    keys = np.column_stack(pieces[band.K0 : band.D0])
-    return ChunkWork(slices, total, chunk_size, area, chunk, source[owner], keys, deal_keys)
+    count = np.bincount(owner, minlength=len(number))
+    return count, chunk, band.column_area(*pieces), np.column_stack(pieces[band.K0 : band.D0])

@@ -24,11 +24,11 @@ import numpy as np
 
 from magi_attention.plan.filling import Array, Filling, Floats, Lights
 
-# A rank aims at this share of the mean area. What the first ones take above the mean saves pieces of long documents.
+# What the first ranks take above the mean area saves pieces of long documents.
 # It saves too little to be worth the imbalance where there are fewer documents than FEW of the ranks, unless all chunks
 # are about equally heavy and runs of equal length almost balanced, or some are heavier than FINE of the mean area.
 # Nor is it worth it in groups of up to SMALL_GROUP ranks: few rows travel there, over fast links.
-AIM, AIM_OF_FEW, FEW, FINE, SMALL_GROUP = 1.0198, 1.002, 0.25, 0.05, 4
+AIM_OF_FEW, FEW, FINE, SMALL_GROUP = 1.002, 0.25, 0.05, 4
 # A rank's aim is at most this multiple of the mean of what is left, so that the last ranks are not left idle.
 LEAD = 1.1
 # Costs of a filling are in rows. A filling of a given number of tokens that falls short of the budget by a share of the
@@ -53,13 +53,16 @@ RELIST = 16
 class Deal(Filling):
     """Deals the chunks, rank after rank."""
 
-    def run(self) -> Array:
-        """Deal all chunks; returns the rank of each place of the line."""
+    def run(self, aim_of_many: float) -> Array:
+        """Deal all chunks; returns the rank of each place of the line.
+
+        Where the first ranks may take more than the mean, they take ``aim_of_many`` of it.
+        """
         rest, num_ranks = self.area[-1], len(self.capacities)
         heaviest = int(self.chunk_area.max())
         few = len(self.heaviness) <= FEW * num_ranks and 4 * rest < 3 * heaviest * len(self.owner)
         even = num_ranks <= SMALL_GROUP or (few and heaviest * num_ranks <= FINE * rest)
-        aim = int(rest * (AIM_OF_FEW if even else AIM) / num_ranks)
+        aim = int(rest * (AIM_OF_FEW if even else aim_of_many) / num_ranks)
         for rank, capacity in enumerate(self.capacities[:-1]):
             if rank % RELIST == 0:
                 self.light_first = self._list_blocks()
@@ -227,11 +230,12 @@ class Deal(Filling):
             heavy = np.floor(spare / slope)
             impossible = heavy < 0
             np.minimum(heavy, left, out=heavy)
-            # PRICE * ((budget - heavy_chunk * heavy) + RESERVE * (left - heavy) + WASTE * (spare - slope * heavy))
-            spare *= WASTE * dearness
+            # But for PRICE * budget, which all have in common, this is
+            # PRICE * ((budget - heavy_chunk * heavy) + RESERVE * (left - heavy) + WASTE * (spare - slope * heavy)).
             heavy *= -dearness * (heavy_chunk + reserve + WASTE * slope)
+            spare *= WASTE * dearness
             heavy += spare
-            heavy += dearness * (self.budget + reserve * left)
+            heavy += dearness * reserve * left
             heavy[impossible] = np.inf
             return heavy
 

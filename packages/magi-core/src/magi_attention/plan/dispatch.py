@@ -16,8 +16,8 @@ from magi_attention.common.intervals import intersect, merge
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import DispatchAlg
 from magi_attention.plan.chunks import ChunkWork, DealKeys, measure_chunks
-from magi_attention.plan.layout import Layout
-from magi_attention.plan.locality import deal_by_locality
+from magi_attention.plan.layout import Layout, even_cuts
+from magi_attention.plan.locality import COMPARED_CHUNKS, deal_by_locality, deal_documents
 from magi_attention.plan.totals import totals
 
 Owner = NDArray[np.int64]
@@ -25,6 +25,11 @@ Algorithm = Callable[[ChunkWork, int, int, DispatchAlg], Owner]
 
 # The search for the least maximum tries at most this many placements per bound before it gives the bound up.
 SEARCH_BUDGET = 20_000
+# Cuts follow documents where ranks have so many rows: at the ends of runs that start anywhere, tiles of kernels are
+# parted, which costs a rank with few tiles more than rows that needn't travel are worth.
+FEWEST_ROWS = 32_768
+# With more slices, it would take long to plan.
+MOST_SLICES = 2048
 
 
 def make_layout(
@@ -36,6 +41,7 @@ def make_layout(
     num_ranks: int,
     algorithm: DispatchAlg,
     deal_keys: DealKeys | None = None,
+    is_even: bool = True,
 ) -> Layout:
     """Cut ``total`` rows into chunks and deal them to the ranks.
 
@@ -46,6 +52,8 @@ def make_layout(
         chunk_size: rows of a chunk.
         num_ranks: ranks of the group; with one, the layout is the identity.
         algorithm: which balances the ranks' mask areas.
+        is_even: whether all chunks must have ``chunk_size`` rows; otherwise :func:`locality` cuts where documents start
+            if ranks have many rows and the mask not too many slices, and elsewhere so that all get equally many.
         deal_keys: where keys are of another sequence, how they are dealt once these rows are; None in self-attention.
 
     Raises:
@@ -57,10 +65,15 @@ def make_layout(
             f"{total} tokens in chunks of {chunk_size} are {num_chunks} chunks, fewer than the {num_ranks} ranks: "
             f"choose chunks of at most {total // num_ranks} tokens"
         )
+    may_follow = not is_even and deal_keys is None and algorithm.type is DispatchAlgType.LOCALITY and num_ranks > 1
+    if may_follow and num_chunks > COMPARED_CHUNKS and total >= FEWEST_ROWS * num_ranks and len(slices) <= MOST_SLICES:
+        runs = deal_documents(slices, total, chunk_size, num_ranks)
+        if runs is not None:
+            return Layout(num_real, total, chunk_size, num_ranks, runs[1], runs[0])
     if num_ranks == 1:
         owner = np.zeros(num_chunks, np.int64)
     else:
-        work = measure_chunks(slices, total, chunk_size, deal_keys)
+        work = measure_chunks(slices, even_cuts(total, chunk_size), deal_keys)
         owner = ALGORITHMS[algorithm.type](work, num_ranks, -(-num_chunks // num_ranks), algorithm)
         _leave_no_rank_empty(owner, work.area, num_ranks)
     return Layout(num_real, total, chunk_size, num_ranks, owner)
@@ -109,8 +122,7 @@ def locality(work: ChunkWork, num_ranks: int, capacity: int, algorithm: Dispatch
     return deal_by_locality(
         work.slices,
         work,
-        work.total,
-        work.chunk_size,
+        -(-work.total // len(work.area)),
         num_ranks,
         rival=lambda: min_heap(work, num_ranks, capacity, algorithm),
     )

@@ -39,21 +39,27 @@ class Documents:
 
 
 def find_documents(
-    slices: SliceTable, work: ChunkWork, total: int, chunk_size: int, num_ranks: int, largest_share: float
+    slices: SliceTable, work: ChunkWork, num_ranks: int, largest_share: float, label: Array | None = None
 ) -> Documents:
-    """Find the runs; neighbors are joined where parting them costs most, up to ``largest_share`` of a rank's part."""
+    """Find the runs; neighbors are joined where parting them costs most, up to ``largest_share`` of a rank's part.
+
+    With ``label``, the ascending document of each chunk, none has rows of several documents.
+    """
     if work.deal_keys is not None:
         return find_two_sided_documents(work, num_ranks, largest_share)
     num_chunks = len(work.area)
-    document, loss, to_last = _label_chunks(slices, work, total, chunk_size)
-    start = np.flatnonzero(np.diff(document, prepend=-2))
+    if label is None:
+        label, loss, to_last = _label_chunks(slices, work)
+    else:
+        loss, to_last = np.zeros(num_chunks, np.int64), np.zeros(num_chunks, np.bool_)
+    start = np.flatnonzero(np.diff(label, prepend=-2))
     stop = np.append(start[1:], num_chunks)
     after = np.minimum(stop, num_chunks - 1)
     border = np.maximum(np.where(to_last[after], loss[after], 0), np.where(to_last[stop - 1], 0, loss[stop - 1]))
     line = np.arange(num_chunks)
-    hull = _key_hulls(work, chunk_size)
+    hull = _key_hulls(work)
     documents = _lay_out(work.area, line, start, border[:-1], _cut_costs(*hull), num_ranks, largest_share)
-    return replace(documents, read=_rows_read(documents, *hull, chunk_size))
+    return replace(documents, read=_rows_read(documents, *hull, work.cuts))
 
 
 def find_two_sided_documents(work: ChunkWork, num_ranks: int, largest_share: float) -> Documents:
@@ -101,16 +107,13 @@ def component_starts(slices: SliceTable) -> Array:
     return hulls[two_sided.leaders(hulls), 0]
 
 
-def _label_chunks(
-    slices: SliceTable, work: ChunkWork, total: int, chunk_size: int
-) -> tuple[Array, Array, NDArray[np.bool_]]:
+def _label_chunks(slices: SliceTable, work: ChunkWork) -> tuple[Array, Array, NDArray[np.bool_]]:
     """Give each chunk to the component at its first or its last row, whichever would otherwise read more from afar.
 
     Returns the component of each chunk, the rows that the other one reads from afar, and whether the last one got it.
     """
     starts = component_starts(slices)
-    begin = np.arange(len(work.area)) * chunk_size
-    end = np.minimum(begin + chunk_size, total)
+    begin, end = work.cuts[:-1], work.cuts[1:]
     first = np.searchsorted(starts, begin, side="right") - 1
     last = np.searchsorted(starts, end - 1, side="right") - 1
     entry = np.flatnonzero((first != last)[work.chunk])
@@ -144,9 +147,9 @@ def _join_neighbors(tokens: Array, area: Array, border: Array, most_tokens: int,
     return np.array([run for run in range(len(root)) if root[run] == run], np.int64)
 
 
-def _key_hulls(work: ChunkWork, chunk_size: int) -> tuple[Array, Array]:
+def _key_hulls(work: ChunkWork) -> tuple[Array, Array]:
     """``(num_chunks,)`` the first key that each chunk reads and the one after the last; its first row for none."""
-    begin = np.arange(len(work.area)) * chunk_size
+    begin = work.cuts[:-1]
     low, high = np.full_like(begin, np.iinfo(np.int64).max), np.full_like(begin, -1)
     np.minimum.at(low, work.chunk, work.keys[:, 0])
     np.maximum.at(high, work.chunk, work.keys[:, 1])
@@ -162,12 +165,13 @@ def _cut_costs(low: Array, high: Array) -> Array:
     return np.maximum(before - after, 0)
 
 
-def _rows_read(documents: Documents, low: Array, high: Array, chunk_size: int) -> Array:
+def _rows_read(documents: Documents, low: Array, high: Array, cuts: Array) -> Array:
     """See :attr:`Documents.read`."""
     borders = np.flatnonzero(documents.is_border)
     length = np.diff(borders)
     first, last = (documents.line[ends].repeat(length) for ends in (borders[:-1], borders[1:] - 1))
     low, high = low[documents.line], high[documents.line]
-    rising = np.where(low < (first + 1) * chunk_size, high - first * chunk_size, 0)
-    falling = np.where(high > first * chunk_size, (first + 1) * chunk_size - low, 0)
+    begin, end = cuts[first], cuts[first + 1]
+    rising = np.where(low < end, high - begin, 0)
+    falling = np.where(high > begin, end - low, 0)
     return np.where(first <= last, rising, falling)

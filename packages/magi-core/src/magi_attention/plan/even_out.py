@@ -79,11 +79,12 @@ def _best_swap(
 
 def _ends_of_runs(mine: Array, documents: Documents) -> Ends:
     """Pieces of several lengths from both ends of a rank's runs: their starts, lengths, areas and costs of the cut."""
-    edges = np.flatnonzero(np.diff(mine, prepend=False, append=False))
-    first, last = edges[::2], edges[1::2]
+    places = np.flatnonzero(mine)
+    breaks = np.flatnonzero(places[1:] - places[:-1] > 1)
+    first, last = places[np.append(0, breaks + 1)], places[np.append(breaks, len(places) - 1)] + 1
     longest = int((last - first).max())
     powers = 1 << np.arange(longest.bit_length())
-    sizes = np.unique(np.concatenate([powers, powers + powers // 2]))
+    sizes = np.column_stack([powers, powers + powers // 2]).ravel()[1:]
     run, choice = np.nonzero(sizes <= (last - first)[:, None])
     length = sizes[choice]
     whole = length == (last - first)[run]

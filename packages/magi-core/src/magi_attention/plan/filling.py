@@ -13,8 +13,8 @@ from magi_attention.plan.documents import Documents
 Array = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-# How many of the longest and of the shortest prefixes of the light documents are tried.
-LONG_PREFIXES, SHORT_PREFIXES = 2, 1
+# How many of the longest prefixes of the light documents are tried.
+LONG_PREFIXES = 2
 # With more documents than ALL_TRIED, those too short to fill the room are left out first.
 ALL_TRIED = 512
 # No rank should send more than MOST_SENT times the most rows that one row reads, which is about what some rank must
@@ -42,12 +42,13 @@ class Filling:
         budget: mask area that it can still take.
         mean: mean area of the ranks that are not filled.
         price: rows that one more piece of the rank's anchor would cost.
+        short_prefixes: how many of the shortest prefixes of the light documents are tried.
         most_sent: how many chunks a rank should send at most, counted once for each rank that receives them.
     """
 
-    def __init__(self, documents: Documents, capacities: Sequence[int], chunk_size: int) -> None:
+    def __init__(self, documents: Documents, capacities: Sequence[int], chunk_size: int, short_prefixes: int) -> None:
         self.documents = documents
-        self.capacities = capacities
+        self.capacities, self.short_prefixes = capacities, short_prefixes
         self.owner = np.full(len(documents.line), -1, np.int64)
         # The free interval of each document, for access one by one and for whole-array arithmetic.
         self.start, self.stop = documents.start.copy(), documents.stop.copy()
@@ -85,7 +86,7 @@ class Filling:
         else:
             self.high[document] = self.stop[document] = start
             self.area_stop[document] = self.area[start]
-        self.heaviness[document] = self._heaviness(document)
+        self.heaviness[document] = self._heaviness(document) if self.low[document] < self.high[document] else -1
         if self.last_reader[document] != self.rank:
             self.last_reader[document] = self.rank
             self.readers[document] += 1
@@ -135,10 +136,14 @@ class Filling:
                 break
             gone += 1
         del self.light_first[:gone]
+        # Comparisons are quicker than calls of max and min.
         for document, start, stop in self.light_first:
             if document == skip:
                 continue
-            start, stop = max(start, low[document]), min(stop, high[document])
+            if start < low[document]:
+                start = low[document]
+            if stop > high[document]:
+                stop = high[document]
             if start < stop:
                 pieces.append((document, start, stop))
                 count += stop - start
@@ -189,7 +194,7 @@ class Filling:
         pieces, tokens, areas = lights
         longest = bisect_right(tokens, most) - 1
         first_long = max(0, longest - LONG_PREFIXES + 1)
-        prefixes = [*range(min(SHORT_PREFIXES, first_long)), *range(first_long, longest + 1)]
+        prefixes = [*range(min(self.short_prefixes, first_long)), *range(first_long, longest + 1)]
         paid = [0]
         for document, _, stop in pieces[:longest]:
             paid.append(paid[-1] + (self.cut[stop] if stop < self.high[document] else 0))
@@ -238,7 +243,7 @@ class Filling:
         unusable: NDArray[np.bool_], candidates: Array | None, pieces: list[tuple[int, int, int]], prefixes: list[int]
     ) -> None:
         """Mark the documents (all, or the ``candidates`` and the anchor) that the pieces of each prefix use already."""
-        documents = [document for document, _, _ in pieces]
+        documents = np.array([document for document, _, _ in pieces], np.int64)
         if candidates is None:
             for row, number in enumerate(prefixes):
                 unusable[row, documents[:number]] = True

@@ -18,10 +18,10 @@ from magi_attention.plan.swaps import Array, Runs, Swaps
 
 # In each round every rank swaps once at most. In the first of CYCLE rounds swaps may cost up to TOLERATED chunks, since
 # others become possible then; in the others they must save LEAST_SAVED.
-CYCLE, TOLERATED, LEAST_SAVED = 4, 2, 0.5
+CYCLE, TOLERATED, LEAST_SAVED = 3, 2, 0.5
 # There is a cycle for RANKS_PER_CYCLE ranks, but at least LEAST_CYCLES, and else no more than go with TOGETHER ranks in
 # all cycles together. The last one ends SPARED rounds early, as these would save next to nothing.
-RANKS_PER_CYCLE, LEAST_CYCLES, TOGETHER, SPARED = 40, 2, 2048, 1
+RANKS_PER_CYCLE, LEAST_CYCLES, TOGETHER, SPARED = 26, 2, 2304, 1
 # A run that makes up more than this share of the mean area is no remainder, and has no match.
 LONGEST = 0.5
 # Against masks in very many pieces: documents of more ranks are left alone, pairs beyond these not weighed.

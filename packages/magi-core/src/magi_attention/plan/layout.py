@@ -11,18 +11,26 @@ from magi_attention.common.derived import KeepsDerived
 from magi_attention.plan.totals import totals
 
 
+def even_cuts(total: int, chunk_size: int) -> NDArray[np.int64]:
+    """Where chunks of ``chunk_size`` rows start, the last perhaps shorter, and ``total``."""
+    return np.append(np.arange(0, total, chunk_size), total)
+
+
 @dataclass(frozen=True, eq=False)
 class Layout(KeepsDerived):
-    """A sequence cut into chunks of ``chunk_size`` rows (the last may be shorter), each owned by one rank.
+    """A sequence cut into chunks, each owned by one rank.
+
+    They have ``chunk_size`` rows, but for the last, which may be shorter, unless ``uneven_cuts`` says otherwise.
 
     A rank's *local* rows are its chunks in ascending order, one after another.
 
     Attributes:
         num_real: rows of the user's sequence; rows ``[num_real, total)`` are padding.
         total: rows in all, padding included.
-        chunk_size: rows of every chunk but perhaps the last.
+        chunk_size: rows of every chunk but perhaps the last; with ``uneven_cuts``, about so many were dealt at a time.
         num_ranks: ranks of the context-parallel group.
         owner: ``(num_chunks,)`` int64, the rank that owns each chunk.
+        uneven_cuts: ``(num_chunks + 1,)`` where chunks of unequal length start, and ``total``; None for equal ones.
     """
 
     num_real: int
@@ -30,12 +38,18 @@ class Layout(KeepsDerived):
     chunk_size: int
     num_ranks: int
     owner: NDArray[np.int64]
+    uneven_cuts: NDArray[np.int64] | None = None
+
+    @cached_property
+    def cuts(self) -> NDArray[np.int64]:
+        """``(num_chunks + 1,)`` where the chunks start, and ``total``."""
+        return even_cuts(self.total, self.chunk_size) if self.uneven_cuts is None else self.uneven_cuts
 
     @cached_property
     def runs(self) -> NDArray[np.int64]:
         """``(n, 4)`` rows ``(start, stop, rank, local_start)``, sorted: neighboring chunks of one rank joined."""
         first = np.flatnonzero(np.diff(self.owner, prepend=-1))
-        start = first * self.chunk_size
+        start = first * self.chunk_size if self.uneven_cuts is None else self.uneven_cuts[first]
         stop = np.append(start[1:], self.total)
         rank = self.owner[first]
         by_rank = np.argsort(rank, kind="stable")

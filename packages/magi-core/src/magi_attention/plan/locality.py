@@ -7,12 +7,14 @@ stay whole, and one that a single rank cannot compute should be spread over as f
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common.slices import SliceTable
-from magi_attention.plan.chunks import ChunkWork
+from magi_attention.plan.cells import cut_documents
+from magi_attention.plan.chunks import ChunkWork, measure_chunks
 from magi_attention.plan.deal import SMALL_GROUP, Deal
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.documents import find_documents
@@ -20,16 +22,39 @@ from magi_attention.plan.even_out import even_out
 from magi_attention.plan.filling import find_most_sent
 from magi_attention.plan.gather import ReceiverSwaps
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.settle import Settling
 from magi_attention.plan.spread import SenderSwaps
 from magi_attention.plan.totals import totals
 
+Array = NDArray[np.int64]
 Owner = NDArray[np.int64]
 
-# Short neighboring documents are joined up to this share of a rank's tokens and area, less LESS_JOINED / num_ranks and
-# MUCH_LESS / num_ranks²: a small group has few units to choose from.
-JOINED_SHARE, LESS_JOINED, MUCH_LESS = 0.5, 1.2, 8.0
-# Loads up to this many ten-thousandths of the mean are good; others are evened out.
-LIMIT, LIMIT_OF_SMALL_GROUP = 10198, 10030
+
+class Terms(NamedTuple):
+    """How chunks are dealt.
+
+    Attributes:
+        joined_share: short neighboring documents are joined up to this share of a rank's tokens and area, less
+            LESS_JOINED / num_ranks and MUCH_LESS / num_ranks²: a small group has few units to choose from.
+        most: the most area of a rank, in ten-thousandths of the mean.
+        short_prefixes: how many of the shortest prefixes of the light documents are tried as fillings.
+    """
+
+    joined_share: float
+    most: int
+    short_prefixes: int
+
+
+LESS_JOINED, MUCH_LESS = 1.2, 8.0
+# Joined documents part fewer chunks that have rows of two documents. Cells have none; their areas change a little when
+# cuts are shifted, up to SHIFTED.
+CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, 1), Terms(0.3, 10192, 0), 10199
+# Where that was too much, they are dealt again.
+CAREFUL = Terms(0.3, 10165, 0)
+# A group of up to SMALL_GROUP ranks aims at more even areas.
+MOST_OF_SMALL_GROUP = 10030
+# Runs of documents with loads beyond this multiple of the mean are not taken.
+MOST = 1.02
 # Up to so many chunks, the result is compared with the rival's.
 COMPARED_CHUNKS = 1024
 
@@ -37,7 +62,6 @@ COMPARED_CHUNKS = 1024
 def deal_by_locality(
     slices: SliceTable,
     work: ChunkWork,
-    total: int,
     chunk_size: int,
     num_ranks: int,
     rival: Callable[[], Owner],
@@ -47,8 +71,7 @@ def deal_by_locality(
     Args:
         slices: the mask over the whole sequence.
         work: its chunks' work.
-        total: rows of the sequence.
-        chunk_size: rows of a chunk.
+        chunk_size: rows of a chunk, on average.
         num_ranks: ranks of the group.
         rival: makes the deal of a simple algorithm, which is returned if it is better. It is asked for where the loads
             came out uneven, and where there are so few chunks that a comparison of the rows received is cheap.
@@ -56,37 +79,76 @@ def deal_by_locality(
     Returns:
         ``(num_chunks,)`` int64, the rank of each chunk.
     """
-    num_chunks = len(work.area)
-    each, more = divmod(num_chunks, num_ranks)
-    joined_share = max(0.0, JOINED_SHARE - LESS_JOINED / num_ranks - MUCH_LESS / num_ranks**2)
-    documents = find_documents(slices, work, total, chunk_size, num_ranks, joined_share)
-    dealt = Deal(documents, [each + (rank < more) for rank in range(num_ranks)], chunk_size).run()
-    share = LIMIT if num_ranks > SMALL_GROUP else LIMIT_OF_SMALL_GROUP
-    limit = int(documents.area[-1]) * share // (10000 * num_ranks)
-    owner = np.empty(num_chunks, np.int64)
-    even = even_out(dealt, documents, num_ranks, limit)
-    most_sent = find_most_sent(documents, num_ranks, chunk_size)
-    spread = SenderSwaps(even, documents, num_ranks, chunk_size, limit, most_sent).run()
-    owner[documents.line] = ReceiverSwaps(spread, documents, num_ranks, chunk_size, limit, most_sent).run()
+    owner, limit = _deal(slices, work, chunk_size, num_ranks, CHUNKS)
     peak = _peak(owner, work)
+    num_chunks = len(work.area)
     if peak <= limit and num_chunks > COMPARED_CHUNKS:
         return owner
     other = rival()
-    if peak > max(limit, _peak(other, work) * share // 10000):
+    if peak > max(limit, _peak(other, work) * _most_of(CHUNKS, num_ranks) // 10000):
         return other
     if num_chunks <= COMPARED_CHUNKS:
-        received, others = (_received(work, deal, num_ranks) for deal in (owner, other))
+        received, others = (_received(work, chunk_size, deal, num_ranks) for deal in (owner, other))
         if others < received:
             return other
     return owner
+
+
+def deal_documents(slices: SliceTable, total: int, cell_size: int, num_ranks: int) -> tuple[Array, Array] | None:
+    """Deal rows to the ranks, with cuts that follow the documents; numbers of rows differ by at most one.
+
+    Args:
+        slices: the mask over the whole sequence.
+        total: rows of the sequence.
+        cell_size: rows of the cells that are dealt, on average.
+        num_ranks: ranks of the group.
+
+    Returns:
+        ``(n + 1,)`` where runs start, and ``total``, and ``(n,)`` the rank of each run; None where the loads came out
+        uneven.
+    """
+    num_cells = -(-total // (cell_size * num_ranks)) * num_ranks
+    cuts, document = cut_documents(slices, total, num_cells)
+    work = measure_chunks(slices, cuts)
+    each, more = divmod(total, num_ranks)
+    wanted = each + (np.arange(num_ranks) < more)
+    for terms in (CELLS, CAREFUL):
+        owner, limit = _deal(slices, work, cell_size, num_ranks, terms, document)
+        settling = Settling(cuts, document, work.area, owner, wanted, limit * SHIFTED // terms.most)
+        begin, rank = settling.run()
+        if int(settling.load.max()) * num_ranks <= MOST * int(work.area.sum()):
+            return begin, rank
+    return None
+
+
+def _deal(
+    slices: SliceTable, work: ChunkWork, chunk_size: int, num_ranks: int, terms: Terms, label: Array | None = None
+) -> tuple[Owner, int]:
+    """Deal and even out; returns the rank of each chunk, and the most area that a rank should have."""
+    joined_share = max(0.0, terms.joined_share - LESS_JOINED / num_ranks - MUCH_LESS / num_ranks**2)
+    documents = find_documents(slices, work, num_ranks, joined_share, label)
+    each, more = divmod(len(work.area), num_ranks)
+    capacities = [each + (rank < more) for rank in range(num_ranks)]
+    limit = int(documents.area[-1]) * _most_of(terms, num_ranks) // (10000 * num_ranks)
+    dealt = Deal(documents, capacities, chunk_size, terms.short_prefixes).run(terms.most / 10000)
+    even = even_out(dealt, documents, num_ranks, limit)
+    most_sent = find_most_sent(documents, num_ranks, chunk_size)
+    spread = SenderSwaps(even, documents, num_ranks, chunk_size, limit, most_sent).run()
+    owner = np.empty(len(work.area), np.int64)
+    owner[documents.line] = ReceiverSwaps(spread, documents, num_ranks, chunk_size, limit, most_sent).run()
+    return owner, limit
+
+
+def _most_of(terms: Terms, num_ranks: int) -> int:
+    return terms.most if num_ranks > SMALL_GROUP else MOST_OF_SMALL_GROUP
 
 
 def _peak(owner: Owner, work: ChunkWork) -> int:
     return int(totals(owner, work.area, int(owner.max()) + 1).max())
 
 
-def _received(work: ChunkWork, owner: Owner, num_ranks: int) -> int:
+def _received(work: ChunkWork, chunk_size: int, owner: Owner, num_ranks: int) -> int:
     """The key rows that all ranks together need and do not own."""
-    layout = Layout(work.total, work.total, work.chunk_size, num_ranks, owner)
+    layout = Layout(work.total, work.total, chunk_size, num_ranks, owner, work.cuts)
     remote = find_demand(work.slices, layout, work.deal_keys(layout) if work.deal_keys else None).remote
     return int((remote[:, 2] - remote[:, 1]).sum())

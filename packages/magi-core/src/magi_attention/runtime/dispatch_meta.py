@@ -28,7 +28,7 @@ class DispatchMeta:
         total_seqlen: rows of the sequence, padding included.
         shard_seqlen: rows of this rank.
         max_valid_ids: rows of the sequence without padding.
-        chunk_size: rows of a chunk.
+        chunk_size: rows of a chunk, unless ``chunk_actual_sizes`` says otherwise.
         num_chunks: chunks of the sequence.
         cp_rank: this rank.
         cp_size: ranks of the group.
@@ -65,7 +65,7 @@ class DispatchMeta:
         """Describe a layout as ``rank`` sees it."""
         partitions = [layout.chunks_of(each).tolist() for each in range(layout.num_ranks)]
         order = np.concatenate(partitions).astype(np.int64)
-        ends = np.append(np.arange(0, layout.total, layout.chunk_size), layout.total)
+        sizes = np.diff(layout.cuts)
         rows = layout.rows_per_rank
         return cls(
             attn_role=attn_role,
@@ -80,7 +80,7 @@ class DispatchMeta:
             partitions=partitions,
             partitions_perm_idxs=order.tolist(),
             partitions_unperm_idxs=np.argsort(order).tolist(),
-            chunk_actual_sizes=np.diff(ends).tolist() if layout.total % layout.chunk_size else None,
+            chunk_actual_sizes=sizes.tolist() if (sizes != layout.chunk_size).any() else None,
             split_sizes=rows.tolist() if (rows != rows[0]).any() else None,
         )
 
@@ -90,7 +90,9 @@ class DispatchMeta:
         owner = np.empty(self.num_chunks, np.int64)
         for rank, chunks in enumerate(self.partitions):
             owner[chunks] = rank
-        return Layout(self.max_valid_ids, self.total_seqlen, self.chunk_size, self.cp_size, owner)
+        sizes = self.chunk_actual_sizes
+        cuts = None if sizes is None else np.append(0, np.cumsum(sizes))
+        return Layout(self.max_valid_ids, self.total_seqlen, self.chunk_size, self.cp_size, owner, cuts)
 
     @property
     def host_ranges_per_rank(self) -> list[AttnRanges]:

@@ -38,7 +38,7 @@ class DistAttnRuntimeKey:
         num_heads_kv: key and value heads.
         head_dim: size of a head.
         pad_size: rows of padding at the end of the sequence of queries.
-        chunk_size: rows of a chunk of queries.
+        chunk_size: rows of a chunk of queries; if the planner chose it and cut where documents start, about so many.
         cp_group: the context-parallel group; None for a group of this process alone, without torch.distributed.
         cp_mesh: the mesh that the group was given as; None for a plain group.
         dist_attn_config: the configuration, with every setting of its ``runtime_config`` resolved.

@@ -265,6 +265,7 @@ def _layout_for(key: DistAttnRuntimeKey, num_ranks: int, deal_keys: DealKeys | N
         num_ranks=num_ranks,
         algorithm=key.dist_attn_config.dispatch_config.alg if key.is_q_permutable else SequentialDispatchAlg(),
         deal_keys=deal_keys,
+        is_even=key.dist_attn_config.dispatch_config.chunk_size is not None,
     )
 
 

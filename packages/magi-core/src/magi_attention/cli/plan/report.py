@@ -48,6 +48,8 @@ def _dealer(study: PlanStudy) -> str:
 
 def _chunks(layout: Layout) -> str:
     padding = f" and {layout.total - layout.num_real:,} rows of padding" if layout.total > layout.num_real else ""
+    if layout.uneven_cuts is not None:
+        return f"{len(layout.owner):,} runs that follow the documents{padding}"
     return f"{len(layout.owner):,} chunks of {layout.chunk_size:,}{padding}"
 
 

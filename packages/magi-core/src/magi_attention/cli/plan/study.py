@@ -106,6 +106,7 @@ class PlanStudy:
             num_ranks=self.options.ranks,
             algorithm=algorithm,
             deal_keys=None if tokens_k is None else deal_keys,
+            is_even=self.dispatch.chunk_size is not None,
         )
         return layout, layout if tokens_k is None else deal_keys(layout)
 
@@ -163,7 +164,8 @@ class PlanStudy:
     @cached_property
     def is_heap_deal(self) -> bool:
         """Whether the default algorithm left the chunks to the minimum heap, as it does where that comes out better."""
-        if not isinstance(self.dispatch.alg, LocalityDispatchAlg) or self.options.ranks == 1:
+        is_locality = isinstance(self.dispatch.alg, LocalityDispatchAlg) and self.options.ranks > 1
+        if not is_locality or self.layout.uneven_cuts is not None:
             return False
         heap = make_layout(
             self.mask.slices,

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cut a sequence where its documents start, in parts of about equal length that can be dealt like equal ones."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_attention.common.slices import SliceTable, expand_counts
+from magi_attention.plan.documents import component_starts
+
+Array = NDArray[np.int64]
+
+
+def cut_documents(slices: SliceTable, total: int, num_cells: int) -> tuple[Array, Array]:
+    """Cut every document evenly into about its share of ``num_cells`` cells.
+
+    Of documents shorter than a cell, some start within one: at most one starts a cell in ``total / num_cells`` rows.
+
+    Returns:
+        ``(num_cells + 1,)`` where the cells start, and ``total``, and ``(num_cells,)`` the document of each.
+    """
+    starts = component_starts(slices)
+    starts = np.append(0, starts[starts > 0])
+    mean = -(-total // num_cells)
+    starts = starts[np.diff(starts // mean, prepend=-1) > 0]
+    length = np.diff(starts, append=total)
+    # A document that is too short for a cell gets one; the others get their shares of what is left, rounded.
+    is_long = np.ones(len(starts), np.bool_)
+    left, rows = num_cells, total
+    while (is_short := is_long & (length * left < rows)).any():
+        is_long ^= is_short
+        left, rows = left - int(is_short.sum()), rows - int(length[is_short].sum())
+    count, remainder = np.divmod(length * left, max(rows, 1))
+    count[~is_long], remainder[~is_long] = 1, -1
+    count[np.argsort(-remainder, kind="stable")[: num_cells - int(count.sum())]] += 1
+    document, step = expand_counts(count)
+    return np.append(starts[document] + step * length[document] // count[document], total), document
