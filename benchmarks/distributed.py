@@ -2,7 +2,7 @@
 """Distributed attention against other ways of context parallelism: ``python benchmarks/distributed.py``.
 
 Every number is TFLOP/s per GPU of the pairs that the mask keeps, from the median over the passes of the slowest rank's
-time. All methods but ``torch`` run in the same processes, pass by pass in turns and in random order, since a GPU's
+time. All methods but ``torch`` run in the same processes, in turns of some passes and in random order, since a GPU's
 clock depends on what it did before; ``torch`` runs after the others. Of several rounds the median counts. All but
 ``torch`` call the same kernel backend.
 

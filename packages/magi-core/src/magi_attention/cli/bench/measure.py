@@ -27,6 +27,9 @@ from magi_attention.runtime.key import DistAttnRuntimeKey
 Passes = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
 """What computes an output, and what computes its gradients."""
 
+MOST_OF_TURN = 4
+"""So many pairs of passes of a method are timed one after another, where several take turns."""
+
 HOST_REPEATS, HOST_REPEATS_S = 5, 0.5
 """How often each pass is called to find how long the host takes, and after how many seconds of passes no more."""
 
@@ -180,16 +183,17 @@ def time_in_turns(
 
     On a GPU, the host is then ahead of the device if it can be, and what it takes to launch a pass is hidden. What it
     takes is measured afterwards, apart. All ranks begin a pass together, and the slowest one counts: else a rank that
-    is done early would wait for the others' rows in the next pass, at its expense. The methods take turns, in another
-    order each time, since a GPU's clock depends on what it did before: after a rest it is up to a tenth faster. While
-    one method's kernels run the host launches the next one's, so that what it takes shows apart alone.
+    is done early would wait for the others' rows in the next pass, at its expense. The methods take turns of some
+    passes, in another order each time, since a GPU's clock depends on what it did before: after a rest it is up to a
+    tenth faster. The first passes of a turn are not timed: what the method before still has under way, on streams of
+    its own, would delay theirs, and its kernels would hide the time that theirs take to be launched.
 
     Args:
         methods: the passes of each.
         device: what they compute on.
         warmup: pairs of passes of each method that are not timed.
         repeat: pairs of passes that are, at least.
-        seconds: for how long to time more of them.
+        seconds: for how long to run more of them.
     """
     marks: list[list[list[torch.cuda.Event | float]]] = [[] for _ in methods]
     peaks = [0] * len(methods)
@@ -198,10 +202,12 @@ def time_in_turns(
     for _ in range(warmup):
         for passes in methods:
             _mark_passes(passes, device)
-    count = repeat
+    leading, timed_of_turn = int(len(methods) > 1), min(repeat, MOST_OF_TURN)
+    count = -(-repeat // timed_of_turn)
     if seconds:
         first = _slowest([_mark_passes(passes, device) for passes in methods], device)
-        count = max(repeat, int(seconds / first.sum().item()))  # on all ranks the same
+        of_turns = (leading + timed_of_turn) * first.sum().item()
+        count = max(count, int(seconds / of_turns))  # on all ranks the same
     orders = np.random.default_rng(0)
     for _ in range(count):
         for number in orders.permutation(len(methods)):
@@ -209,7 +215,8 @@ def time_in_turns(
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
                 held = torch.cuda.memory_allocated(device) if len(methods) > 1 else 0
-            marks[number].append(_mark_passes(methods[number], device))
+            turn = [_mark_passes(methods[number], device) for _ in range(leading + timed_of_turn)]
+            marks[number] += turn[leading:]
             if device.type == "cuda":
                 peaks[number] = max(peaks[number], torch.cuda.max_memory_allocated(device) - held)
     found = []
