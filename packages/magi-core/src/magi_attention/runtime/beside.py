@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from magi_attention.comm.streams import current_stream
+from magi_attention.comm.streams import current_in_block, current_stream
 from magi_attention.runtime.job import AttentionJob
 
 
@@ -58,12 +58,12 @@ class Beside:
     @contextmanager
     def after(self, event: "torch.cuda.Event | None") -> Iterator[None]:
         """Launch what the block launches on the other stream, behind the event."""
-        if self._other is None or event is None:
+        if self._other is None or self._current is None or event is None:
             yield
             return
         self._other.wait_event(event)
         self._is_ahead = True
-        with torch.cuda.stream(self._other):
+        with current_in_block(self._other, self._current):
             yield
 
     def join(self) -> None:
