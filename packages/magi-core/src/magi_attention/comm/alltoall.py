@@ -12,7 +12,7 @@ from magi_attention.comm.packing import RowLayout, deliver, lay_out, pack, put_a
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
 from magi_attention.comm.routes import Routes, Rows, routes_of
-from magi_attention.comm.streams import communication_stream, current_stream
+from magi_attention.comm.streams import communication_stream, current_in_block, current_stream
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.utils.torch_modes import without_grad
@@ -169,10 +169,9 @@ class AllToAllCollectives:
             # Not asynchronous, so that it runs on this very stream and with its priority; the host does not wait.
             self._send(packed, landed, counts, async_op=False)
             if meanwhile is not None:
-                torch.cuda.set_stream(caller)
                 caller.wait_event(is_packed)
-                meanwhile()
-                torch.cuda.set_stream(stream)
+                with current_in_block(caller, stream):
+                    meanwhile()
                 stream.wait_stream(caller)
             return StreamWork(stream, caller, finish(), (landed, *kept), is_packed)
         finally:

@@ -2,8 +2,7 @@
 """Index attention in plain torch: every query attends to keys of its own, given by their rows.
 
 It is what serves passes that no installed backend has a kernel for. Keys and values are gathered for some queries at a
-time, so memory is bounded. Arithmetic is in the accumulation dtype, float64 for float64
-inputs and float32 otherwise.
+time, so memory is bounded. Arithmetic is in the accumulation dtype, float64 for float64 inputs and float32 otherwise.
 
 Shape suffixes: t tokens, h heads, d head dim, n entries of a list; q queries, k keys; g = hq / hk query heads share a
 key head and its lists.

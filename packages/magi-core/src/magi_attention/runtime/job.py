@@ -213,7 +213,7 @@ def _make_job(
     def prepare(of: Pass, direction: Direction, *, fetches: bool = True) -> LaunchPass:
         is_forward = direction == "forward"
 
-        def launch(step: Step, call: KernelCall, sm_margin: int) -> Launch:
+        def launch(step: Step, call: KernelCall, sm_margin: int, is_main: bool) -> Launch:
             ends_pass = step is of.steps[-1] and call is step.calls[-1]
             goes_home = ends_pass and not is_forward and not fetches and step.exchange is not None
             pair = backends_for_slices(call.slices, request, *names)
@@ -240,7 +240,7 @@ def _make_job(
                 else None,
                 queries_known=call.queries_known,
                 keys_known=call.keys_known,
-                is_main=not call.queries_known and call is max(step.calls, key=_new_area),
+                is_main=is_main,
                 name=f"magi: attention stage {step.number}",
             )
 
@@ -251,7 +251,9 @@ def _make_job(
             places = None if step.own_places is None else _rows_of(step.own_places, q.device)
             # A process alone may leave out padding, and with it whole runs of queries.
             calls = [call for call in step.calls if step.queries_travel or call.queries.start < len(q)]
-            steps.append(LaunchStep(step, places, tuple(launch(step, call, margin) for call in calls)))
+            new = [call for call in calls if not call.queries_known]
+            main = max(new, key=lambda call: call.slices.area(), default=None)
+            steps.append(LaunchStep(step, places, tuple(launch(step, call, margin, call is main) for call in calls)))
         return LaunchPass(of, tuple(steps))
 
     return AttentionJob(
@@ -266,11 +268,6 @@ def _make_job(
         keeps_received=bool(options.keep_received)
         and _takes_little(runtime.plan, k[:1].numel() + v[:1].numel(), q.shape[1] * (q.shape[2] + v.shape[2])),
     )
-
-
-def _new_area(call: KernelCall) -> int:
-    """A kernel's pairs; -1 where they are added to earlier results."""
-    return -1 if call.queries_known else call.slices.area()
 
 
 def wants_room(of: Pass, number: int, is_forward: bool, fetches: bool) -> bool:

@@ -221,17 +221,21 @@ def time_in_turns(
             marks[number] += turn[leading:]
             if reads_memory:
                 peaks[number] = torch.cuda.max_memory_allocated(device) - held
-    found = []
-    for passes, timed, peak in zip(methods, marks, peaks, strict=True):
-        forward, backward = (statistics.median(column) for column in _slowest(timed, device).T.tolist())
-        repeats = max(1, min(HOST_REPEATS, int(HOST_REPEATS_S / (forward + backward))))
-        host = torch.tensor(_host_seconds(*passes, device, repeats), dtype=torch.float64, device=device)
-        dist.all_reduce(host, dist.ReduceOp.MAX)
-        most = torch.tensor(peak, device=device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        host_forward, host_backward = host.tolist()
-        found.append(PassTimes(forward, backward, host_forward, host_backward, int(most)))
-    return found
+    return [_summarize(each, timed, peak, device) for each, timed, peak in zip(methods, marks, peaks, strict=True)]
+
+
+def _summarize(
+    passes: Passes, timed: "Sequence[list[torch.cuda.Event | float]]", peak: int, device: torch.device
+) -> PassTimes:
+    """What the group found of one method; also measures the host."""
+    forward, backward = (statistics.median(column) for column in _slowest(timed, device).T.tolist())
+    repeats = max(1, min(HOST_REPEATS, int(HOST_REPEATS_S / (forward + backward))))
+    host = torch.tensor(_host_seconds(*passes, device, repeats), dtype=torch.float64, device=device)
+    dist.all_reduce(host, dist.ReduceOp.MAX)
+    most = torch.tensor(peak, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    host_forward, host_backward = host.tolist()
+    return PassTimes(forward, backward, host_forward, host_backward, int(most))
 
 
 def _mark_passes(passes: Passes, device: torch.device) -> "list[torch.cuda.Event | float]":
