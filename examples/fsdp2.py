@@ -88,10 +88,11 @@ def train(mesh: DeviceMesh) -> tuple[float, float]:
         loss = F.cross_entropy(logits, local_labels, ignore_index=-100, reduction="sum") / num_targets
         (loss * num_ranks).backward()  # FSDP averages gradients over ranks, which hold terms of a sum
         total += loss.detach()
-    dist.all_reduce(total)
     squares = sum(each.grad.square().sum() for each in model.parameters() if each.grad is not None)
     assert isinstance(squares, DTensor)
-    return float(total), float(squares.full_tensor().sqrt())
+    norm = float(squares.full_tensor().sqrt())
+    dist.all_reduce(total)
+    return float(total), norm
 
 
 def main() -> None:
@@ -108,6 +109,9 @@ def main() -> None:
     loss, norm = train(mesh)
     if dist.get_rank() == 0:
         print(f"loss {loss:.6f}, gradient norm {norm:.6f}")
+    # DTensor's caches keep gloo groups alive while the interpreter ends, where a thread of gloo that only then lets go
+    # of the last tensors aborts the process: wait for it here.
+    dist.barrier()
     dist.destroy_process_group()
 
 
