@@ -8,7 +8,8 @@ from torch import Tensor
 
 from magi_attention.comm.packing import RowLayout
 from magi_attention.comm.routes import Routes
-from magi_attention.utils.triton import has_triton
+from magi_attention.comm.words import WORD_BYTES
+from magi_attention.utils.triton import has_triton, relaunch
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -32,8 +33,14 @@ def add_segments(into: Sequence[Tensor], buffer: Tensor, layout: RowLayout, rout
         layout: of the buffer.
         routes: of the exchange table.
     """
-    from magi_attention.comm.triton_segments import launch_add_segments
-
-    terms = layout.all_columns(buffer)
+    (rows, bounds, places), device, start = routes.segments, buffer.get_device(), buffer.data_ptr()
     for number in range(0, len(into), 2):
-        launch_add_segments(into[number : number + 2], terms[number : number + 2], routes.segments)
+        targets, columns = into[number : number + 2], layout.columns[number : number + 2]
+        key = add_segments, rows.shape[0], buffer.stride(0), *[(x.dtype, x.shape) for x in targets], *columns
+        first, last = (start + WORD_BYTES * column.first_word for column in (columns[0], columns[-1]))
+        tables = rows.data_ptr(), bounds.data_ptr(), places.data_ptr()
+        if not relaunch(key, device, (targets[0].data_ptr(), targets[-1].data_ptr(), first, last, *tables), ()):
+            from magi_attention.comm.triton_segments import launch_add_segments
+
+            terms = layout.all_columns(buffer)[number : number + 2]
+            launch_add_segments(targets, terms, routes.segments, key)

@@ -70,7 +70,12 @@ def _move_rows(  # type: ignore[no-untyped-def]
 
 
 def launch_move_rows(
-    targets: Sequence[WordRows], sources: Sequence[WordRows], rows: slice | Tensor, num_rows: int, side: Side
+    targets: Sequence[WordRows],
+    sources: Sequence[WordRows],
+    rows: slice | Tensor,
+    num_rows: int,
+    side: Side,
+    key: object = None,
 ) -> None:
     """Copy rows of one or two tensors, the same ones of both.
 
@@ -79,6 +84,7 @@ def launch_move_rows(
         rows: a run of rows or int64 row numbers.
         num_rows: how many.
         side: whose ``rows`` these are; those of the other side are the first ``num_rows``.
+        key: by which the launch is found again; None if it need not be.
     """
     most = max(each.words for each in sources)
     if not num_rows or not most:
@@ -97,4 +103,4 @@ def launch_move_rows(
         "ROWS": _ROWS,
         "BLOCK": block,
     }
-    launch(_move_rows, grid, tensors, (num_rows, start), fixed, constants)
+    launch(_move_rows, grid, tensors, (num_rows, start), fixed, constants, key)

@@ -50,7 +50,7 @@ def _add_segments(  # type: ignore[no-untyped-def]
 
 
 def launch_add_segments(
-    into: Sequence[Tensor], terms: Sequence[Tensor], segments: tuple[Tensor, Tensor, Tensor]
+    into: Sequence[Tensor], terms: Sequence[Tensor], segments: tuple[Tensor, Tensor, Tensor], key: object = None
 ) -> None:
     """Add to rows of one or two tensors.
 
@@ -59,6 +59,7 @@ def launch_add_segments(
         terms: what to add to each: rows that lie a stride apart, each contiguous.
         segments: ``rows``, ``bounds`` and ``places``: to row ``rows[s]`` are added the terms
             ``places[bounds[s]:bounds[s + 1]]``, one after another.
+        key: by which the launch is found again; None if it need not be.
     """
     rows, bounds, places = segments
     columns = [target[:1].numel() for target in into]
@@ -68,4 +69,4 @@ def launch_add_segments(
     grid = (len(rows), sum(-(-each // block) for each in columns), 1)
     tensors = (into[0], into[-1], terms[0], terms[-1], rows, bounds, places)
     fixed = (terms[0].stride(0), terms[-1].stride(0), columns[0], columns[-1])
-    launch(_add_segments, grid, tensors, (), fixed, {"BLOCK": block}, num_warps=4)
+    launch(_add_segments, grid, tensors, (), fixed, {"BLOCK": block}, key, num_warps=4)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.routes import Rows
-from magi_attention.utils.triton import has_triton
+from magi_attention.utils.triton import has_triton, relaunch
 
 WORD_BYTES = 8
 
@@ -95,18 +95,29 @@ def move_same_rows(
 def _move(
     targets: Sequence[WordRows | Tensor], sources: Sequence[WordRows | Tensor], rows: Rows, num_rows: int, side: Side
 ) -> bool:
-    if len(targets) > 2 or not _is_on_gpu(targets[0]) or not has_triton():
+    written, read = [_memory(each) for each in targets], [_memory(each) for each in sources]
+    if len(written) > 2 or not written[0].is_cuda or not has_triton():
         return False
+    index, start = (read[0], rows.start) if isinstance(rows, slice) else (rows, 0)
+    key = _move, side, isinstance(rows, slice), num_rows, *map(_format, targets), *map(_format, sources)
+    addresses = [each.data_ptr() for each in (written[0], written[-1], read[0], read[-1], index)]
+    if relaunch(key, written[0].get_device(), addresses, (num_rows, start)):
+        return True
     into, origins = (
-        [each if isinstance(each, WordRows) else words_of(each) for each in side] for side in (targets, sources)
+        [each if isinstance(each, WordRows) else words_of(each) for each in of] for of in (targets, sources)
     )
     if any(each is None for each in (*into, *origins)):
         return False
     from magi_attention.comm.triton_rows import launch_move_rows
 
-    launch_move_rows(into, origins, rows, num_rows, side)  # type: ignore[arg-type]
+    launch_move_rows(into, origins, rows, num_rows, side, key)  # type: ignore[arg-type]
     return True
 
 
-def _is_on_gpu(rows: WordRows | Tensor) -> bool:
-    return (rows.tensor if isinstance(rows, WordRows) else rows).is_cuda
+def _memory(rows: WordRows | Tensor) -> Tensor:
+    return rows.tensor if isinstance(rows, WordRows) else rows
+
+
+def _format(rows: WordRows | Tensor) -> tuple[object, ...]:
+    """All that words depend on but the address."""
+    return rows[1:] if isinstance(rows, WordRows) else (rows.dtype, rows.shape, rows.stride())

@@ -55,7 +55,7 @@ def _merge(  # type: ignore[no-untyped-def]
     tl.store(at, largest + tl.log(tl.where(changes, total, 1.0)), mask=changes)
 
 
-def launch_merge(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> None:
+def launch_merge(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor, key: object = None) -> None:
     """Merge ``out2`` ``[tq, hq, dv]``, ``lse2`` ``[tq, hq]`` into ``out``, ``lse``; the last stride of outputs is 1."""
     num_tokens, num_heads, dim = out.shape
     width = next_power_of_2(dim)
@@ -72,5 +72,6 @@ def launch_merge(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> None:
         (num_pairs,),
         fixed,
         {"PAIRS": pairs, "DIM": width},
+        key,
         num_warps=4,
     )
