@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from magi_attention.comm import hierarchical
+from magi_attention.comm import streams as core_streams
 from magi_attention.comm import work as core_work
 from magi_comm_grpcoll import context, kernels, lane, puts, routes, streams, wires
 from magi_comm_grpcoll import work as native_work
@@ -408,6 +409,7 @@ def emulate(monkeypatch: Any) -> Iterator[None]:
         (streams, "own_streams", lambda device, count: [Stream() for _ in range(count)]),
         (streams, "_idle", {}),
         (streams, "_outliving", {}),
+        (core_streams, "_pools", {}),
         (torch.cuda, "Stream", Stream),
         (torch.cuda, "Event", Event),
         (torch.cuda, "stream", stream_of_block),

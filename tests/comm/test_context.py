@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from magi_attention.comm.streams import EventPool
 from magi_comm_grpcoll import (
     CapacityError,
     ContextOptions,
@@ -24,7 +25,7 @@ from magi_comm_grpcoll import (
 from magi_comm_grpcoll.driver import WRITE_VALUE
 from magi_comm_grpcoll.lane import Round
 from magi_comm_grpcoll.watchdog import Watchdog, Watched
-from magi_comm_grpcoll.work import EventPool, NativeWork
+from magi_comm_grpcoll.work import NativeWork
 from tests.comm.emulation import Driver, Stream, emulate, run_ranks
 from tests.comm.test_native import fragmented_table
 from tests.distributed.exchanges import RandomNeeds, random_tensor

@@ -18,7 +18,7 @@ from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
 from magi_attention.comm.packing import RowFormat, row_formats, take_all_rows
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.routes import Rows
-from magi_attention.comm.streams import current_in_block, current_stream
+from magi_attention.comm.streams import EventPool, current_in_block, current_stream
 from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.utils.torch_modes import without_grad
 from magi_comm_grpcoll.arena import Allocator, Arena, MappedAllocator
@@ -36,7 +36,7 @@ from magi_comm_grpcoll.routes import Transport
 from magi_comm_grpcoll.streams import let_streams_end, take_streams
 from magi_comm_grpcoll.watchdog import RELEASED, Watchdog, Watched
 from magi_comm_grpcoll.wires import WORD, DeviceWires, Words
-from magi_comm_grpcoll.work import EventPool, NativeWork
+from magi_comm_grpcoll.work import NativeWork
 
 logger = logging.getLogger(__name__)
 

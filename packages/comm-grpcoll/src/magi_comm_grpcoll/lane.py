@@ -13,14 +13,14 @@ from torch import Tensor
 
 from magi_attention.comm.packing import RowFormat, copy_rows, put_all_rows
 from magi_attention.comm.routes import Rows, routes_of
-from magi_attention.comm.streams import current_in_block
+from magi_attention.comm.streams import EventPool, current_in_block
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.combine import Segments
 from magi_comm_grpcoll.exchange import Prepared, SlotExchange
 from magi_comm_grpcoll.plans import Plan
 from magi_comm_grpcoll.routes import Transport, make_route
 from magi_comm_grpcoll.wires import DeviceWires
-from magi_comm_grpcoll.work import EventPool, NativeWork, Result
+from magi_comm_grpcoll.work import NativeWork, Result
 
 
 @dataclass(frozen=True)

@@ -6,28 +6,10 @@ from typing import Generic, TypeVar
 
 import torch
 
-from magi_attention.comm.streams import current_stream
+from magi_attention.comm.streams import EventPool, current_stream
 from magi_attention.comm.work import StreamWork
 
 Result = TypeVar("Result")
-
-
-class EventPool:
-    """Events to record anew, since making one takes as long as recording it. Serves all threads."""
-
-    def __init__(self) -> None:
-        self._free: list[torch.cuda.Event] = []
-
-    def take(self) -> "torch.cuda.Event":
-        """An event that nobody waits for any more."""
-        try:
-            return self._free.pop()
-        except IndexError:
-            return torch.cuda.Event()
-
-    def put(self, event: "torch.cuda.Event") -> None:
-        """Take an event back once nobody will make a stream wait for it."""
-        self._free.append(event)
 
 
 class NativeWork(StreamWork[Result], Generic[Result]):
@@ -41,7 +23,7 @@ class NativeWork(StreamWork[Result], Generic[Result]):
         packed: recorded when nothing but the transfer was left.
         check: raises if the context has given up.
         give_back: called once with a stream behind which the lent rows are not read any more; None if none are lent.
-        pool: of events; gets those of this work when it goes.
+        events: to record; gets those of this work when it goes.
     """
 
     def __init__(
@@ -53,10 +35,10 @@ class NativeWork(StreamWork[Result], Generic[Result]):
         packed: "torch.cuda.Event | None",
         check: Callable[[], None],
         give_back: "Callable[[torch.cuda.Stream], None] | None",
-        pool: "EventPool",
+        events: EventPool,
     ) -> None:
-        self._check, self._give_back, self._pool, self._recorded = check, give_back, pool, pool.take()
-        super().__init__(stream, caller, result, buffers, packed, self._recorded)
+        self._check, self._give_back = check, give_back
+        super().__init__(stream, caller, result, buffers, packed, events)
 
     def wait(self) -> Result:
         """Return the result; it may be used on the current stream. A second call returns the same again.
@@ -92,6 +74,5 @@ class NativeWork(StreamWork[Result], Generic[Result]):
     def __del__(self) -> None:
         self._release_behind(self._caller)  # it may go on any thread, whose current stream says nothing
         super().__del__()
-        self._pool.put(self._recorded)
         if self.packed is not None:
-            self._pool.put(self.packed)
+            self._events.put(self.packed)

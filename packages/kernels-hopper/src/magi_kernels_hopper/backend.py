@@ -39,7 +39,6 @@ class HopperBackend:
         """See the protocol."""
         return tflops(request)
 
-    @without_grad
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
         """See the protocol.
 

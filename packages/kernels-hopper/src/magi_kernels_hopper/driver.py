@@ -8,7 +8,7 @@ machines without it and without a GPU.
 import ctypes
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,17 +40,39 @@ class Kernel:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, driver.CUdevice(device)))
         self._function = driver.CUfunction(int(kernel))
-        self._threads, self._shared_bytes = threads, shared_bytes
+        self._threads, self._shared_bytes, self._launch = threads, shared_bytes, driver.cuLaunchKernel
 
     def launch(self, blocks: int, stream: int, params: ctypes.Structure) -> None:
         """Launch ``blocks`` blocks on a stream of the current context; ``params`` is copied."""
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        address = ctypes.addressof(pointers)
-        check(
-            _driver().cuLaunchKernel(
-                self._function, blocks, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, address, 0
-            )
+        self.launch_ready(blocks, stream, Ready.of(params))
+
+    def launch_ready(self, blocks: int, stream: int, ready: "Ready") -> None:
+        """The same with parameters that are launched with again and again."""
+        answer = self._launch(
+            self._function, blocks, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, ready.address, 0
         )
+        if answer[0]:
+            check(answer)
+
+
+class Ready(NamedTuple):
+    """Parameters of a kernel as the driver takes them.
+
+    Attributes:
+        params: themselves.
+        pointers: to them.
+        address: of the pointers.
+    """
+
+    params: ctypes.Structure
+    pointers: "ctypes.Array[ctypes.c_void_p]"
+    address: int
+
+    @classmethod
+    def of(cls, params: ctypes.Structure) -> "Ready":
+        """Make parameters ready."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        return cls(params, pointers, ctypes.addressof(pointers))
 
 
 def _load(cubin: Path) -> Any:

@@ -15,8 +15,9 @@ from torch import Tensor
 from magi_attention.kernels.protocol import AttentionCall
 from magi_attention.kernels.table_streams import StreamsOfTables
 from magi_kernels_hopper.combine import Combination
-from magi_kernels_hopper.driver import CUBINS, Kernel, TensorMap
+from magi_kernels_hopper.driver import CUBINS, Kernel, Ready, TensorMap
 from magi_kernels_hopper.launching import (
+    ByAddresses,
     aligned,
     counters,
     index_of,
@@ -111,8 +112,6 @@ def geometry(variant: ForwardVariant, num_heads_q: int, num_heads_kv: int, num_k
 class PreparedForward:
     """All of a launch that does not change from call to call: made once for each mask and geometry, kept with the mask.
 
-    What a training calls with comes from the same memory again and again: whole parameters are kept by addresses.
-
     Args:
         variant: the kernel; the tall one is taken instead where it is faster.
         call: the mask, and how to score.
@@ -120,10 +119,8 @@ class PreparedForward:
         k: ``[tk, hk, d]``.
     """
 
-    MOST_KNOWN = 1024
-
     def __init__(self, variant: ForwardVariant, call: AttentionCall, q: Tensor, k: Tensor) -> None:
-        self._known: dict[tuple[object, ...], Params] = {}
+        self._known = ByAddresses[Ready]()
         self._scale = call.softmax_scale
         cut = geometry(variant, q.shape[1], k.shape[1], k.shape[0])
         blocks = max(multiprocessors(q.device) - call.sm_margin, 1)
@@ -169,21 +166,18 @@ class PreparedForward:
         zeros = counters(out.device, stream)
         addresses = [x.data_ptr() for x in (*tensors, out, lse, zeros)]
         strides = [x.stride() for x in (*tensors, lse)]
-        key = (*addresses, *strides, out.dtype, max_logits is not None and max_logits.data_ptr(), merge)
-        params = self._known.get(key)
-        if params is None:
+        key = (*addresses, *strides, out.dtype, None if max_logits is None else max_logits.data_ptr(), merge)
+        ready = self._known.find(key)
+        if ready is None:
             q, k, v = tensors
             readable = aligned(scored_upward(q, self._scale)), aligned(k), aligned(v)
-            params = self._fill(readable, results, merge)
-            params.counters = zeros.data_ptr()
+            ready = self._fill(readable, results, merge, zeros)
             if all(mine is theirs for mine, theirs in zip(readable, tensors, strict=True)):
-                if len(self._known) >= self.MOST_KNOWN:
-                    self._known.clear()
-                self._known[key] = params
-        self._kernel.launch(self._blocks, stream, params)
+                self._known.keep(key, ready)
+        self._kernel.launch_ready(self._blocks, stream, ready)
 
-    def _fill(self, tensors: Inputs, results: Outputs, merge: bool) -> Params:
-        """The parameters of a launch, but for the counters, for tensors that the copy engine can read."""
+    def _fill(self, tensors: Inputs, results: Outputs, merge: bool, zeros: Tensor) -> Ready:
+        """The parameters of a launch, for tensors that the copy engine can read."""
         params = Params.from_buffer_copy(self._template)
         params.results = Results.of(*results, merge=merge)
         if results[2] is not None:
@@ -193,7 +187,8 @@ class PreparedForward:
         for x, (box, swizzle_bytes) in zip((*tensors, staged), self._boxes, strict=True):
             ctypes.memmove(address, maps.get(x, box, swizzle_bytes), MAP_BYTES)
             address += MAP_BYTES
-        return params
+        params.counters = zeros.data_ptr()
+        return Ready.of(params)
 
 
 def launch_forward(

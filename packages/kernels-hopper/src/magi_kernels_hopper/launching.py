@@ -2,11 +2,33 @@
 """What launches of all kernels need besides their parameters."""
 
 from functools import cache
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from magi_kernels_hopper.driver import TensorMaps
+
+Value = TypeVar("Value")
+
+
+class ByAddresses(Generic[Value]):
+    """What launches are made with, kept by the addresses of their tensors: a training comes back to the same memory."""
+
+    MOST = 1024
+
+    def __init__(self) -> None:
+        self._known: dict[object, Value] = {}
+
+    def find(self, key: object) -> Value | None:
+        """What is kept for a key."""
+        return self._known.get(key)
+
+    def keep(self, key: object, value: Value) -> None:
+        """Keep something, and forget all before it if there is too much of it."""
+        if len(self._known) >= self.MOST:
+            self._known.clear()
+        self._known[key] = value
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from magi_attention.comm.packing import RowLayout, deliver, lay_out, pack, put_a
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
 from magi_attention.comm.routes import Routes, Rows, routes_of
-from magi_attention.comm.streams import communication_stream, current_in_block, current_stream
+from magi_attention.comm.streams import communication_stream, current_in_block, current_stream, events_of
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.utils.torch_modes import without_grad
@@ -160,8 +160,9 @@ class AllToAllCollectives:
             if meanwhile is not None:
                 meanwhile()
             return PendingWork(transfer, without_grad(finish), buffers=(packed, landed, *kept))
-        caller = current_stream(landed.get_device())
-        stream.wait_stream(caller)
+        index = landed.get_device()
+        caller, events = current_stream(index), events_of(index)
+        events.let_wait(stream, caller)
         torch.cuda.set_stream(stream)
         try:
             packed = gather()
@@ -172,8 +173,8 @@ class AllToAllCollectives:
                 caller.wait_event(is_packed)
                 with current_in_block(caller, stream):
                     meanwhile()
-                stream.wait_stream(caller)
-            return StreamWork(stream, caller, finish(), (landed, *kept), is_packed)
+                events.let_wait(stream, caller)
+            return StreamWork(stream, caller, finish(), (landed, *kept), is_packed, events)
         finally:
             torch.cuda.set_stream(caller)
 

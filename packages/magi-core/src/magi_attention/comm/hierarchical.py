@@ -12,7 +12,7 @@ from magi_attention.comm.alltoall import check_out, check_own_places, check_redu
 from magi_attention.comm.packing import put_all_rows, take_all_rows
 from magi_attention.comm.protocol import GroupCollectives, ReduceOp, Work
 from magi_attention.comm.routes import Rows
-from magi_attention.comm.streams import communication_stream, running_on
+from magi_attention.comm.streams import communication_stream, events_of, running_on
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.common.logsumexp import accumulation_dtype, merge_lse, rescale_weight
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
@@ -174,7 +174,8 @@ def then(
     with running_on(stream):
         for work in enqueued:
             work.precede(stream)
-        return StreamWork(stream, caller, last(), [*enqueued, *buffers], enqueued[0].packed)
+        events = events_of(caller.device_index)
+        return StreamWork(stream, caller, last(), [*enqueued, *buffers], enqueued[0].packed, events)
 
 
 def _checked(table: ExchangeTable | TwoHopExchange) -> TwoHopExchange:

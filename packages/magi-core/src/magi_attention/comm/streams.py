@@ -47,6 +47,44 @@ def current_stream(device_index: int) -> torch.cuda.Stream:
     return stream
 
 
+class EventPool:
+    """Events to record anew, since making one takes as long as recording it. Serves all threads.
+
+    A stream waits for what an event was recorded behind when it was told to, whatever the event is recorded behind
+    later. So it can be used again once nobody will tell another stream to wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[torch.cuda.Event] = []
+
+    def take(self) -> "torch.cuda.Event":
+        """An event that nobody waits for any more."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return torch.cuda.Event()
+
+    def put(self, event: "torch.cuda.Event") -> None:
+        """Take an event back once nobody will make a stream wait for it."""
+        self._free.append(event)
+
+    def let_wait(self, stream: "torch.cuda.Stream", other: "torch.cuda.Stream") -> None:
+        """Let a stream wait for all that another one has been given."""
+        event = self.take()
+        event.record(other)
+        stream.wait_event(event)
+        self.put(event)
+
+
+_pools: dict[int, EventPool] = {}
+
+
+def events_of(device_index: int) -> EventPool:
+    """The events of a GPU."""
+    pool = _pools.get(device_index)
+    return _pools.setdefault(device_index, EventPool()) if pool is None else pool
+
+
 @contextmanager
 def current_in_block(stream: torch.cuda.Stream, before: torch.cuda.Stream) -> Iterator[None]:
     """Make a stream the current one: a tenth of ``torch.cuda.stream``, which finds out which one is current before."""

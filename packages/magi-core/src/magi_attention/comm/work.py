@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 import torch
 import torch.distributed as dist
 
-from magi_attention.comm.streams import current_stream
+from magi_attention.comm.streams import EventPool, current_stream
 
 Result = TypeVar("Result")
 
@@ -56,7 +56,7 @@ class StreamWork(Generic[Result]):
         result: what ``wait`` returns.
         buffers: what the collective reads or writes of ``caller``'s, kept alive.
         packed: recorded on ``stream`` once the rows to send had been gathered.
-        done: an event to record now, for who keeps some; None for a new one.
+        events: of the streams' GPU; gets the one back that is recorded now, when the work goes.
     """
 
     def __init__(
@@ -65,11 +65,13 @@ class StreamWork(Generic[Result]):
         caller: torch.cuda.Stream,
         result: Result,
         buffers: Sequence[object],
-        packed: torch.cuda.Event | None = None,
-        done: torch.cuda.Event | None = None,
+        packed: "torch.cuda.Event | None",
+        events: EventPool,
     ) -> None:
         self._caller, self._result, self._buffers, self.packed = caller, result, buffers, packed
-        self._done: torch.cuda.Event | None = stream.record_event(done)
+        self._events, self._recorded = events, events.take()
+        self._recorded.record(stream)
+        self._done: torch.cuda.Event | None = self._recorded
 
     def precede(self, stream: torch.cuda.Stream) -> None:
         """Let another stream wait, which gives up no buffers."""
@@ -97,3 +99,4 @@ class StreamWork(Generic[Result]):
     def __del__(self) -> None:
         if self._done is not None:
             self._caller.wait_event(self._done)
+        self._events.put(self._recorded)
