@@ -71,7 +71,7 @@ class _Sum:
     """The sum of gradients of some rows, whose kernels are each for a run of them.
 
     Args:
-        like: of what: rows, their shape and device.
+        like: of what: as many rows, of its shape and on its device.
         is_blank: whether it starts as zeros, since not every run is new or known as a whole.
         dtype: to keep it in; None for that of the first gradient.
         read: the runs that anybody reads; None for all.
@@ -80,13 +80,11 @@ class _Sum:
     def __init__(
         self,
         like: Tensor,
-        num_rows: int,
         is_blank: bool,
         dtype: torch.dtype | None,
         read: Sequence[slice] | None = None,
     ) -> None:
-        self._like, self._shape = like, (num_rows, *like.shape[1:])
-        self._is_blank, self._dtype, self._read = is_blank, dtype, read
+        self._like, self._is_blank, self._dtype, self._read = like, is_blank, dtype, read
         self.total: Tensor | None = None
 
     def add(self, run: slice | None, gradient: Tensor, is_known: bool) -> None:
@@ -107,7 +105,7 @@ class _Sum:
         if self.total is None:
             is_blank = self._is_blank and self._read is None
             make = self._like.new_zeros if is_blank else self._like.new_empty
-            self.total = make(self._shape, dtype=self._dtype or dtype)
+            self.total = make(self._like.shape, dtype=self._dtype or dtype)
             for run in self._read or ():
                 self.total[run].zero_()
         return self.total
@@ -142,11 +140,11 @@ class _GradientSums:
         self._dtype = dtype = accumulation_dtype(q)
         high_precision = job.options.backward_high_precision_reduce
         self.returns = Returns(job.collectives, dtype if high_precision else q.dtype)
-        self._dq = _Sum(q, q.shape[0], schedule.blank_queries, dtype if schedule.most_results > 2 else None)
+        self._dq = _Sum(q, schedule.blank_queries, dtype if schedule.most_results > 2 else None)
         key_dtype = dtype if schedule.most_key_results > 3 else None
         self._home = home = schedule.home_keys
-        self._own = [_Sum(x, x.shape[0], schedule.blank_keys, key_dtype, home) for x in (k, v)]
-        self._late = [_Sum(x, x.shape[0], schedule.blank_late_keys, key_dtype) for x in (k, v)]
+        self._own = [_Sum(x, schedule.blank_keys, key_dtype, home) for x in (k, v)]
+        self._late = [_Sum(x, schedule.blank_late_keys, key_dtype) for x in (k, v)]
         self._sums = self._own
         self._dq_from_away: Tensor | None = None
 
@@ -156,7 +154,7 @@ class _GradientSums:
         sums = self._sums
         if not step.reads_own_alone:
             dtype = self._dtype if len(launches) > 1 else None
-            sums = [_Sum(x, x.shape[0], step.blank_keys, dtype) for x in (keys, values)]
+            sums = [_Sum(x, step.blank_keys, dtype) for x in (keys, values)]
         for launch in launches:
             dq = self._launch(launch, keys, values, partial(self._take_keys, each, launch, sums))
             self._dq.add(launch.queries, dq, launch.queries_known)
@@ -249,7 +247,7 @@ class _GradientSums:
                 own.add(None, late.total, own.total is not None)
                 continue
             for run in self._home:
-                late.total[run] += own.total[run]
+                late.total[run].add_(own.total[run])  # not "+=", which also assigns what is there already
             own.total = late.total
         dk, dv = (total.allocated(x.dtype) for total, x in zip(self._own, (k, v), strict=True))
         return as_dtype(dq, q.dtype), as_dtype(dk, k.dtype), as_dtype(dv, v.dtype)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Events of exchanges, which are recorded anew for later ones: never while somebody may still wait for them."""
+
+import pytest
+import torch
+
+from magi_attention.comm import work as module
+from magi_attention.comm.streams import EventPool, events_of
+from magi_attention.comm.work import StreamWork
+
+
+class Event:
+    """Remembers behind what it is recorded."""
+
+    def record(self, stream: "Stream") -> None:
+        self.behind = (stream.name, stream.num_enqueued)
+
+
+class Stream:
+    """Notes what it waits for, as it is when it is told to."""
+
+    device_index = 0
+
+    def __init__(self, name: str) -> None:
+        self.name, self.num_enqueued, self.waits = name, 0, list[tuple[str, int]]()
+
+    def wait_event(self, event: Event) -> None:
+        self.waits.append(event.behind)
+
+
+@pytest.fixture(autouse=True)
+def streams(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    caller, side = Stream("caller"), Stream("side")
+    monkeypatch.setattr(module, "current_stream", lambda index: caller)
+    return caller, side
+
+
+def start(streams, events: EventPool) -> StreamWork[str]:
+    caller, side = streams
+    side.num_enqueued += 1
+    return StreamWork(side, caller, "result", [], None, events)
+
+
+def test_works_under_way_have_events_of_their_own(streams):
+    caller, _ = streams
+    events = EventPool()
+    first, second = start(streams, events), start(streams, events)
+    assert second.wait() == first.wait() == "result"
+    assert caller.waits == [("side", 2), ("side", 1)]
+
+
+def test_an_event_is_recorded_anew_only_when_its_work_has_gone(streams):
+    events = EventPool()
+    first = start(streams, events)
+    used = first._recorded
+    first.wait()
+    assert start(streams, events)._recorded is not used, "who holds the work could still ask for it"
+    del first
+    assert used in (start(streams, events)._recorded, start(streams, events)._recorded, *events._free)
+
+
+def test_a_work_that_nobody_waits_for_is_waited_for_before_its_event_is_given_away(streams):
+    caller, _ = streams
+    events = EventPool()
+    work = start(streams, events)
+    used = work._recorded
+    del work
+    assert caller.waits == [("side", 1)]
+    assert events.take() is used
+
+
+def test_a_stream_waits_for_what_another_was_given_before(streams):
+    caller, side = streams
+    events = EventPool()
+    for number in range(1, 4):
+        caller.num_enqueued = number
+        events.let_wait(side, caller)
+    assert side.waits == [("caller", 1), ("caller", 2), ("caller", 3)]
+    assert len(events._free) == 1
+
+
+def test_each_gpu_has_events_of_its_own():
+    assert events_of(0) is events_of(0)
+    assert events_of(0) is not events_of(1)
