@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.routes import Rows
-from magi_attention.comm.words import WORD_BYTES, WordRows, as_words, move_rows, move_same_rows
+from magi_attention.comm.words import WORD_BYTES, BufferRows, as_words, move_rows, move_same_rows
 
 # Kernels read columns where they arrive, and want rows of them aligned so.
 _COLUMN_WORDS = 2
@@ -58,10 +58,12 @@ class RowLayout(NamedTuple):
     Attributes:
         columns: of each tensor.
         num_words: words of a row.
+        runs: of each tensor, as of :class:`~magi_attention.comm.words.BufferRows`.
     """
 
     columns: tuple[_Column, ...]
     num_words: int
+    runs: tuple[tuple[int, int, int], ...]
 
     def column(self, buffer: Tensor, number: int) -> Tensor:
         """``[rows, *shape]``: one tensor's part of a buffer ``[rows, num_words]``, without a copy."""
@@ -82,9 +84,9 @@ class RowLayout(NamedTuple):
         column = self.columns[number]
         return buffer.narrow(1, column.first_word, column.num_words)
 
-    def word_rows(self, buffer: Tensor) -> list[WordRows]:
+    def word_rows(self, buffer: Tensor) -> BufferRows:
         """The same of all tensors, without views."""
-        return [WordRows(buffer, each.first_word, self.num_words, each.num_words) for each in self.columns]
+        return BufferRows(buffer, self.runs)
 
 
 @lru_cache(maxsize=4096)
@@ -104,7 +106,7 @@ def lay_out(formats: tuple[RowFormat, ...]) -> RowLayout:
         columns.append(
             _Column(first, row.num_words, dtype, shape, first * WORD_BYTES // dtype.itemsize, tuple(strides))
         )
-    return RowLayout(tuple(columns), end)
+    return RowLayout(tuple(columns), end, tuple((each.first_word, end, each.num_words) for each in columns))
 
 
 def pack(tensors: Sequence[Tensor], rows: Rows, num_rows: int, layout: RowLayout) -> Tensor:

@@ -33,6 +33,26 @@ class WordRows(NamedTuple):
     words: int
 
 
+class BufferRows(NamedTuple):
+    """Rows of several tensors that lie side by side in the rows of a buffer.
+
+    Attributes:
+        buffer: the buffer.
+        runs: of each tensor, the fields of :class:`WordRows` but the first.
+    """
+
+    buffer: Tensor
+    runs: tuple[tuple[int, int, int], ...]
+
+    def of_each(self) -> list[WordRows]:
+        """The rows of each tensor."""
+        return [WordRows(self.buffer, *run) for run in self.runs]
+
+
+Sources = Sequence[Tensor] | BufferRows
+"""Tensors whose rows are moved from or to, or all tensors of a buffer."""
+
+
 def words_of(tensor: Tensor) -> WordRows | None:
     """A tensor's rows; None if they are not runs of whole words, or not aligned so."""
     found = _count_words(tensor.dtype, tensor.shape, tensor.stride())
@@ -66,14 +86,7 @@ def as_words(tensor: Tensor) -> Tensor | None:
     return tensor.view(tensor.shape[0], tensor.shape[1:].numel()).view(torch.int64)
 
 
-def move_rows(
-    targets: Sequence[WordRows | Tensor],
-    sources: Sequence[WordRows | Tensor],
-    rows: Rows,
-    num_rows: int,
-    *,
-    scatter: bool,
-) -> bool:
+def move_rows(targets: Sources, sources: Sources, rows: Rows, num_rows: int, *, scatter: bool) -> bool:
     """Copy rows of one or two tensors by one GPU kernel; False, and nothing done, where that can't be.
 
     Args:
@@ -85,39 +98,38 @@ def move_rows(
     return _move(targets, sources, rows, num_rows, "targets" if scatter else "sources")
 
 
-def move_same_rows(
-    targets: Sequence[WordRows | Tensor], sources: Sequence[WordRows | Tensor], rows: Rows, num_rows: int
-) -> bool:
+def move_same_rows(targets: Sources, sources: Sources, rows: Rows, num_rows: int) -> bool:
     """Like :func:`move_rows`, but to the rows with the same numbers: ``rows``, of which there are ``num_rows``."""
     return _move(targets, sources, rows, num_rows, "both")
 
 
-def _move(
-    targets: Sequence[WordRows | Tensor], sources: Sequence[WordRows | Tensor], rows: Rows, num_rows: int, side: Side
-) -> bool:
-    written, read = [_memory(each) for each in targets], [_memory(each) for each in sources]
-    if len(written) > 2 or not written[0].is_cuda or not has_triton():
+def _move(targets: Sources, sources: Sources, rows: Rows, num_rows: int, side: Side) -> bool:
+    (target, target2, into), (source, source2, origins) = _side(targets), _side(sources)
+    if len(into) > 2 or not target.is_cuda or not has_triton():
         return False
-    index, start = (read[0], rows.start) if isinstance(rows, slice) else (rows, 0)
-    key = _move, side, isinstance(rows, slice), num_rows, *map(_format, targets), *map(_format, sources)
-    addresses = [each.data_ptr() for each in (written[0], written[-1], read[0], read[-1], index)]
-    if relaunch(key, written[0].get_device(), addresses, (num_rows, start)):
+    index, start, index_dtype = (source, rows.start, None) if isinstance(rows, slice) else (rows, 0, rows.dtype)
+    key = _move, side, index_dtype, num_rows, into, origins
+    addresses = [each.data_ptr() for each in (target, target2, source, source2, index)]
+    if relaunch(key, target.get_device(), addresses, (num_rows, start)):
         return True
-    into, origins = (
-        [each if isinstance(each, WordRows) else words_of(each) for each in of] for of in (targets, sources)
-    )
-    if any(each is None for each in (*into, *origins)):
+    written, read = _words_of_all(targets), _words_of_all(sources)
+    if written is None or read is None:
         return False
     from magi_attention.comm.triton_rows import launch_move_rows
 
-    launch_move_rows(into, origins, rows, num_rows, side, key)  # type: ignore[arg-type]
+    launch_move_rows(written, read, rows, num_rows, side, key)
     return True
 
 
-def _memory(rows: WordRows | Tensor) -> Tensor:
-    return rows.tensor if isinstance(rows, WordRows) else rows
+def _side(rows: Sources) -> tuple[Tensor, Tensor, tuple[object, ...]]:
+    """The first and the last tensor, and all that words depend on but the addresses."""
+    if isinstance(rows, BufferRows):
+        return rows.buffer, rows.buffer, rows.runs
+    return rows[0], rows[-1], tuple([(x.dtype, x.shape, x.stride()) for x in rows])
 
 
-def _format(rows: WordRows | Tensor) -> tuple[object, ...]:
-    """All that words depend on but the address."""
-    return rows[1:] if isinstance(rows, WordRows) else (rows.dtype, rows.shape, rows.stride())
+def _words_of_all(rows: Sources) -> list[WordRows] | None:
+    if isinstance(rows, BufferRows):
+        return rows.of_each()
+    words = [each for x in rows if (each := words_of(x)) is not None]
+    return words if len(words) == len(rows) else None
