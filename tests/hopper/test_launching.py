@@ -10,7 +10,7 @@ from torch import Tensor
 
 from magi_attention.common import packed
 from magi_attention.kernels.protocol import AttentionCall
-from magi_kernels_hopper import backward, forward
+from magi_kernels_hopper import backward, combine, forward
 from magi_kernels_hopper.driver import Ready
 from magi_kernels_hopper.variants import BackwardVariant, ForwardVariant
 
@@ -147,3 +147,22 @@ def test_forward_parameters_are_kept_for_the_same_tensors_alone():
     *_, copied, copied_again = prepared._kernel.launches
     assert copied is not copied_again
     assert odd.data_ptr() not in (address_of(copied.params.q), address_of(copied_again.params.q))
+
+
+def test_parts_are_combined_where_each_call_wants_them(monkeypatch):
+    monkeypatch.setattr(combine, "_kernel", lambda variant, device: Kernel())
+    tables = SimpleNamespace(num_parts=3, parts=torch.zeros(9, dtype=torch.int32), tile_q=64)
+    combination = combine.Combination(ForwardVariant(DIM, DIM, "bf16", False), tables, torch.device("cpu"))
+    out, other = tensors(HEADS[0], HEADS[0])
+    lse, by_head = torch.zeros(TOKENS, HEADS[0]), torch.zeros(HEADS[0], TOKENS).T
+    parts = combination.parts_of(out)
+    assert [x.shape for x in parts] == [(3, *out.shape), (3, *lse.shape)]
+    for into, merge in ((out, False), (out, False), (other, False), (out, True)):
+        combination.launch(parts, into, lse, 1, merge=merge)
+    combination.launch(parts, out, by_head, 1, merge=False)
+    first, again, elsewhere, merging, strided = combination._kernel.launches
+    assert again is first
+    assert (first.params.out, first.params.lse) == (parts[0].data_ptr(), parts[1].data_ptr())
+    assert (first.params.results.out, elsewhere.params.results.out) == (out.data_ptr(), other.data_ptr())
+    assert (first.params.results.merges, merging.params.results.merges) == (0, 1)
+    assert (strided.params.results.lse_token, strided.params.results.lse_head) == by_head.stride()

@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from magi_kernels_hopper.driver import CUBINS, Kernel
-from magi_kernels_hopper.launching import index_of
+from magi_kernels_hopper.driver import CUBINS, Kernel, Ready
+from magi_kernels_hopper.launching import ByAddresses, index_of
 from magi_kernels_hopper.results import Results
 from magi_kernels_hopper.tables import DeviceRowTables
 from magi_kernels_hopper.variants import ForwardVariant
@@ -32,31 +32,38 @@ class CombineParams(ctypes.Structure):
 
 
 class Combination:
-    """The results of the parts of one pass, and the launch that makes them its result.
+    """The launches that make results of parts the result of a pass.
 
     Args:
         variant: the kernel that computes the parts.
         tables: which parts there are.
-        out: ``[tq, hq, dv]``, what is to come of them.
+        device: of the tensors.
     """
 
-    def __init__(self, variant: ForwardVariant, tables: DeviceRowTables, out: Tensor) -> None:
-        self._kernel = _kernel(variant, out.device)
+    def __init__(self, variant: ForwardVariant, tables: DeviceRowTables, device: torch.device) -> None:
+        self._kernel = _kernel(variant, device)
         self._tables = tables
-        shape = (tables.num_parts, *out.shape)
-        self.out = out.new_empty(shape, dtype=torch.float32)
-        self.lse = out.new_empty(shape[:-1], dtype=torch.float32)
+        self._known = ByAddresses[Ready]()
 
-    def launch(self, out: Tensor, lse: Tensor, stream: int, *, merge: bool) -> None:
+    def parts_of(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the parts of ``out`` ``[tq, hq, dv]`` and of its lse go."""
+        shape = (self._tables.num_parts, *out.shape)
+        return out.new_empty(shape, dtype=torch.float32), out.new_empty(shape[:-1], dtype=torch.float32)
+
+    def launch(self, parts: tuple[Tensor, Tensor], out: Tensor, lse: Tensor, stream: int, *, merge: bool) -> None:
         """Write ``out`` ``[tq, hq, dv]`` and ``lse`` ``[tq, hq]``, or merge with what is there."""
-        params = CombineParams(
-            Results.of(out, lse, None, merge=merge),
-            self.out.data_ptr(),
-            self.lse.data_ptr(),
-            self._tables.parts.data_ptr(),
-            self._tables.tile_q,
-        )
-        self._kernel.launch(-(-lse.numel() // ROWS_OF_BLOCK), stream, params)
+        key = (*[x.data_ptr() for x in (*parts, out, lse)], out.dtype, lse.stride(), merge)
+        ready = self._known.find(key)
+        if ready is None:
+            params = CombineParams(
+                Results.of(out, lse, None, merge=merge),
+                *[x.data_ptr() for x in parts],
+                self._tables.parts.data_ptr(),
+                self._tables.tile_q,
+            )
+            ready = Ready.of(params)
+            self._known.keep(key, ready)
+        self._kernel.launch_ready(-(-lse.numel() // ROWS_OF_BLOCK), stream, ready)
 
 
 @cache

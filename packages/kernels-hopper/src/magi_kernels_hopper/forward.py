@@ -127,8 +127,9 @@ class PreparedForward:
         sizes = (q.shape[0], k.shape[0], cut.share_q)
         self.tables = device_row_tables(call.slices, *sizes, variant, q.device, copies=cut.num_packs, blocks=blocks)
         self.streams = StreamsOfTables(self.tables)
-        self._variant = variant = replace(variant, tall=self.tables.tall)
+        variant = replace(variant, tall=self.tables.tall)
         self._kernel = _kernel(variant, q.device)
+        self._combination = Combination(variant, self.tables, q.device) if self.tables.num_parts > 1 else None
         dims = (variant.head_dim, variant.head_dim, variant.head_dim_v, variant.head_dim_v)
         swizzles = [128 if dim % 64 == 0 else 64 for dim in dims]
         box_n = variant.sizes.box_n
@@ -153,13 +154,13 @@ class PreparedForward:
 
     def launch(self, tensors: Inputs, results: Outputs, merge: bool, stream: int) -> None:
         """Launch on a stream, which is the current one."""
-        if self.tables.num_parts == 1:
+        if self._combination is None:
             self._launch(tensors, results, merge, stream)
             return
         out, lse, max_logits = results
-        combination = Combination(self._variant, self.tables, out)
-        self._launch(tensors, (combination.out, combination.lse, max_logits), False, stream)
-        combination.launch(out, lse, stream, merge=merge)
+        parts = self._combination.parts_of(out)
+        self._launch(tensors, (*parts, max_logits), False, stream)
+        self._combination.launch(parts, out, lse, stream, merge=merge)
 
     def _launch(self, tensors: Inputs, results: Outputs, merge: bool, stream: int) -> None:
         out, lse, max_logits = results

@@ -46,6 +46,7 @@ class AllToAllCollectives:
         self.group = group
         let_go_at_exit(self, "group")
         self.num_ranks = group_size(group)
+        self._streams: dict[torch.device, torch.cuda.Stream | None] = {}
 
     @without_grad
     def cast(
@@ -152,8 +153,7 @@ class AllToAllCollectives:
             kept: what the exchange reads or writes, indices too, kept alive until it is over.
             meanwhile: run on the caller's stream while rows travel, before ``finish``; None for nothing.
         """
-        device = landed.device
-        stream = communication_stream(self.group, device)
+        stream = self._stream_on(landed.device)
         if stream is None:
             packed = gather()
             transfer = self._send(packed, landed, counts, async_op=True)
@@ -177,6 +177,13 @@ class AllToAllCollectives:
             return StreamWork(stream, caller, finish(), (landed, *kept), is_packed, events)
         finally:
             torch.cuda.set_stream(caller)
+
+    def _stream_on(self, device: torch.device) -> "torch.cuda.Stream | None":
+        """The group's stream, found without asking the group for its name."""
+        try:
+            return self._streams[device]
+        except KeyError:
+            return self._streams.setdefault(device, communication_stream(self.group, device))
 
     def _send(
         self, packed: Tensor, landed: Tensor, counts: tuple[list[int], list[int]], async_op: bool
