@@ -36,10 +36,10 @@ def streams(monkeypatch):
     return caller, side
 
 
-def start(streams, events: EventPool) -> StreamWork[str]:
+def start(streams, events: EventPool, packed: Event | None = None, owns_packed: bool = True) -> StreamWork[str]:
     caller, side = streams
     side.num_enqueued += 1
-    return StreamWork(side, caller, "result", [], None, events)
+    return StreamWork(side, caller, "result", [], packed, events, owns_packed)
 
 
 def test_works_under_way_have_events_of_their_own(streams):
@@ -68,6 +68,17 @@ def test_a_work_that_nobody_waits_for_is_waited_for_before_its_event_is_given_aw
     del work
     assert caller.waits == [("side", 1)]
     assert events.take() is used
+
+
+def test_an_event_of_two_works_is_given_back_once(streams):
+    events, packed = EventPool(), Event()
+    inner = start(streams, events, packed)
+    outer = start(streams, events, packed, owns_packed=False)
+    del outer
+    assert packed not in events._free
+    del inner
+    assert events._free.count(packed) == 1
+    assert len(events._free) == 3
 
 
 def test_a_stream_waits_for_what_another_was_given_before(streams):

@@ -74,5 +74,3 @@ class NativeWork(StreamWork[Result], Generic[Result]):
     def __del__(self) -> None:
         self._release_behind(self._caller)  # it may go on any thread, whose current stream says nothing
         super().__del__()
-        if self.packed is not None:
-            self._events.put(self.packed)

@@ -166,7 +166,8 @@ class AllToAllCollectives:
         torch.cuda.set_stream(stream)
         try:
             packed = gather()
-            is_packed = stream.record_event()
+            is_packed = events.take()
+            is_packed.record(stream)
             # Not asynchronous, so that it runs on this very stream and with its priority; the host does not wait.
             self._send(packed, landed, counts, async_op=False)
             if meanwhile is not None:

@@ -174,8 +174,8 @@ def then(
     with running_on(stream):
         for work in enqueued:
             work.precede(stream)
-        events = events_of(caller.device_index)
-        return StreamWork(stream, caller, last(), [*enqueued, *buffers], enqueued[0].packed, events)
+        events, packed = events_of(caller.device_index), enqueued[0].packed
+        return StreamWork(stream, caller, last(), [*enqueued, *buffers], packed, events, owns_packed=False)
 
 
 def _checked(table: ExchangeTable | TwoHopExchange) -> TwoHopExchange:

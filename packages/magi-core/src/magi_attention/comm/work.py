@@ -56,7 +56,8 @@ class StreamWork(Generic[Result]):
         result: what ``wait`` returns.
         buffers: what the collective reads or writes of ``caller``'s, kept alive.
         packed: recorded on ``stream`` once the rows to send had been gathered.
-        events: of the streams' GPU; gets the one back that is recorded now, when the work goes.
+        events: of the streams' GPU; gets ``packed``, and the one that is recorded now, when the work goes.
+        owns_packed: whether it gets ``packed``, or another work gives it back.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class StreamWork(Generic[Result]):
         buffers: Sequence[object],
         packed: "torch.cuda.Event | None",
         events: EventPool,
+        owns_packed: bool = True,
     ) -> None:
         self._caller, self._result, self._buffers, self.packed = caller, result, buffers, packed
-        self._events, self._recorded = events, events.take()
+        self._events, self._recorded, self._owns_packed = events, events.take(), owns_packed
         self._recorded.record(stream)
         self._done: torch.cuda.Event | None = self._recorded
 
@@ -100,3 +102,5 @@ class StreamWork(Generic[Result]):
         if self._done is not None:
             self._caller.wait_event(self._done)
         self._events.put(self._recorded)
+        if self._owns_packed and self.packed is not None:
+            self._events.put(self.packed)
