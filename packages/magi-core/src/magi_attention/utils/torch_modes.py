@@ -43,9 +43,6 @@ def outside_inference_mode(function: Callable[Params, Result]) -> Callable[Param
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Make the GPU of a tensor the current one; nothing for a tensor on a CPU."""
-    return on_device(x.get_device()) if x.is_cuda else _NOTHING
-
-
-def on_device(index: int) -> AbstractContextManager[object]:
-    """Make the GPU of an index the current one; it is in use, so that PyTorch need not be asked to start CUDA."""
-    return _NOTHING if index == torch._C._cuda_getDevice() else torch.cuda.device(index)
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(x.device)

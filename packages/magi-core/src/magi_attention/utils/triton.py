@@ -8,6 +8,7 @@ Modules that need Triton are imported only where it is there.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magi_attention.utils.torch_modes import on_device, on_device_of
+from magi_attention.utils.torch_modes import on_device_of
 
 
 @cache
@@ -32,6 +33,7 @@ def next_power_of_2(number: int) -> int:
 MOST_KNOWN = 4096
 """Launches that are kept, of which a mask has some ten."""
 
+_NOTHING = nullcontext()
 _known: dict[object, tuple[Callable[..., object], tuple[Any, ...]]] = {}
 
 
@@ -55,7 +57,8 @@ def relaunch(key: object, device_index: int, addresses: Sequence[int], free: tup
     if known is None or union % 16:
         return False
     run, rest = known
-    with on_device(device_index):
+    # There was a launch, so that PyTorch need not be asked whether CUDA has been started.
+    with _NOTHING if torch._C._cuda_getDevice() == device_index else torch.cuda.device(device_index):
         run(*addresses, *free, *rest, stream=torch._C._cuda_getCurrentRawStream(device_index))
     return True
 
