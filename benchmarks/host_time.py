@@ -14,6 +14,9 @@ Figures are microseconds per call in the steady state, the median of many calls 
 GPU two more tell when it is idle again, and two how long a pass takes if eight are launched one after another, as
 layers of a model are.
 
+With ``--parts`` lines below each of our methods tell in which part of the code that time is spent, of which telling it
+takes some.
+
 magi/N      our calc_attn and its backward pass by autograd, with N remote stages; "kept" with rows kept for backward.
 gather      the peer: two all-gathers and the kernel, a reduce-scatter of gradients; without autograd.
 """
@@ -33,6 +36,7 @@ import context_parallel
 import torch
 import torch.distributed as dist
 from context_parallel import AllGather, Kernel
+from host_parts import Parts
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -283,6 +287,7 @@ def main() -> None:
     parser.add_argument(
         "--exchange", type=float, nargs=3, metavar=("HOST", "GPU", "GBS"), help="what a collective takes; on a GPU"
     )
+    parser.add_argument("--parts", action="store_true", help="also tell which part of the code takes how long")
     parser.add_argument("--profile", type=int, default=0, metavar="LINES", help="profile the first method of each mask")
     arguments = parser.parse_args()
     on_cpu = arguments.device == "cpu"
@@ -291,6 +296,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if backend == "none":
         installed_backends()["reference"] = NoKernels()
+    parts = Parts() if arguments.parts else None
     print("microseconds of the host per call" + ("" if on_cpu else f", {torch.cuda.get_device_name()}, {backend}"))
     if arguments.exchange:
         Exchanges(*arguments.exchange).install()
@@ -327,6 +333,8 @@ def main() -> None:
                         f"{mine.of_many:10.0f}" for mine, _ in pairs
                     ]
                 print(f"{ranks:>5}  {mask:24}{name:14}", *cells, flush=True)
+                if parts is not None and name in METHODS:
+                    parts.measure(passes, arguments.repeat, (lambda: None) if on_cpu else torch.cuda.synchronize)
                 if arguments.profile and name == arguments.methods[0]:
                     profile(passes, arguments.repeat, arguments.profile)
         dist_attn_runtime_dict_mgr.clear()
