@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from magi_attention.comm.streams import current_in_block, current_stream
+from magi_attention.comm.streams import EventPool, current_in_block, current_stream, events_of
 from magi_attention.runtime.job import AttentionJob
 
 
@@ -28,6 +28,8 @@ class Beside:
 
     def __init__(self, current: "torch.cuda.Stream | None" = None, other: "torch.cuda.Stream | None" = None) -> None:
         self._current, self._other, self._is_ahead = current, other, False
+        self._events = EventPool() if current is None else events_of(current.device_index)
+        self._marks: list[torch.cuda.Event] = []
 
     @classmethod
     def of(cls, job: AttentionJob, q: Tensor) -> "Beside":
@@ -52,8 +54,13 @@ class Beside:
         return self._other is not None
 
     def now(self) -> "torch.cuda.Event | None":
-        """All that the current stream has been given so far."""
-        return None if self._current is None else self._current.record_event()
+        """All that the current stream has been given so far; of use until the block of this object ends."""
+        if self._current is None:
+            return None
+        mark = self._events.take()
+        mark.record(self._current)
+        self._marks.append(mark)
+        return mark
 
     @contextmanager
     def after(self, event: "torch.cuda.Event | None") -> Iterator[None]:
@@ -69,7 +76,7 @@ class Beside:
     def join(self) -> None:
         """Let the current stream wait for the other one."""
         if self._is_ahead and self._current is not None and self._other is not None:
-            self._current.wait_stream(self._other)
+            self._events.let_wait(self._current, self._other)
             self._is_ahead = False
 
     def __enter__(self) -> "Beside":
@@ -79,6 +86,8 @@ class Beside:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.join()
+        while self._marks:
+            self._events.put(self._marks.pop())
 
 
 @cache
