@@ -296,7 +296,6 @@ def main() -> None:
     torch.set_num_threads(1)
     if backend == "none":
         installed_backends()["reference"] = NoKernels()
-    parts = Parts() if arguments.parts else None
     print("microseconds of the host per call" + ("" if on_cpu else f", {torch.cuda.get_device_name()}, {backend}"))
     if arguments.exchange:
         Exchanges(*arguments.exchange).install()
@@ -305,6 +304,7 @@ def main() -> None:
                 *arguments.exchange
             )
         )
+    parts = Parts() if arguments.parts else None  # behind what stands in for collectives, which is no part of ours
     gpu_columns = ("GPU fwd", "GPU bwd", "of many", "of many")
     columns = ("forward", "backward", "/ gather", "/ gather", *(() if on_cpu else gpu_columns))
     print(f"{'ranks':>5}  {'mask':24}{'method':14}", *(f"{column:>10}" for column in columns))

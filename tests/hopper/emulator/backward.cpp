@@ -31,7 +31,7 @@ void start_fiber() {
 void yield() { swapcontext(&current->context, &scheduler); }
 
 void fail(char const* why) {
-    std::printf("%s\n", why);
+    std::fprintf(stderr, "%s\n", why);
     failed = true;
     while (true) yield();
 }

@@ -86,7 +86,7 @@ inline void cp_async_bulk_tensor_3d(void* target, CUtensorMap const* tensor_map,
     for (int t = token; t < token + map.box_tokens; t++) {
         for (int h = head; h < head + map.box_heads; h++) {
             for (int d = dim; d < dim + map.box_dim; d++) {
-                bool const inside = t < map.tokens && h < map.heads && d < map.dim;
+                bool const inside = t >= 0 && h >= 0 && d >= 0 && t < map.tokens && h < map.heads && d < map.dim;
                 uint32_t const plain = shared_address(target) + 2 * place++;
                 *at_shared<uint16_t>(plain ^ (plain >> 3 & (map.box_dim == 64 ? 0x70 : 0x30))) =
                     inside ? map.data[t * map.token_stride + h * map.head_stride + d] : 0;

@@ -45,7 +45,7 @@ class HopperBackend:
         Raises:
             RuntimeError: with the reason why not, if the tensors are not what :meth:`supports` would say yes to.
         """
-        return self.forward_into(None, q, k, v, call)
+        return self.forward_into(None, q, k, v, call)  # which records no gradients
 
     @without_grad
     def forward_into(

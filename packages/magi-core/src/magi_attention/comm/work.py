@@ -93,6 +93,8 @@ class StreamWork(Generic[Result]):
             if current != self._caller:
                 self._caller.wait_event(self._done)
             self._done, self._buffers = None, ()
+            if not self._owns_packed:
+                self.packed = None  # the work that owns it may go now, and others record it
         return self._result
 
     def release(self) -> None:

@@ -43,7 +43,7 @@ def relaunch(key: object, device_index: int, addresses: Sequence[int], free: tup
     Args:
         key: what the launch depends on, but for addresses and ``free``.
         device_index: of the tensors' GPU.
-        addresses: of the tensors.
+        addresses: of the tensors, all of this GPU: Triton looks where tensors are, not where addresses lead.
         free: as of the launch.
 
     Returns:
