@@ -34,11 +34,12 @@ def even_out(owner: Array, documents: Documents, num_ranks: int, limit: int) -> 
         if load[heavy] <= limit:
             break
         by_load = np.argsort(load, kind="stable")
-        offered = _ends_of_runs(owner == heavy, documents)
+        runs = _find_runs(owner)
+        offered = _ends_of_runs(runs, heavy, documents)
         swap = None
         for partners in (by_load[:PARTNERS], by_load[PARTNERS : num_ranks // 2 : max(1, num_ranks // (2 * FURTHER))]):
             swaps = [
-                (*_best_swap(offered, _ends_of_runs(owner == light, documents), load[heavy], load[light], limit), light)
+                (*_best_swap(offered, _ends_of_runs(runs, light, documents), load[heavy], load[light], limit), light)
                 for light in partners.tolist()
             ]
             swap = min((each for each in swaps if each[1] < load[heavy]), default=None)
@@ -77,11 +78,15 @@ def _best_swap(
     return int(price[i, j]), int(peak[i, j]), int(start[i]), int(start2[j]), int(length[i])
 
 
-def _ends_of_runs(mine: Array, documents: Documents) -> Ends:
+def _find_runs(owner: Array) -> tuple[Array, Array, Array]:
+    """The first place of each run, the place after its last, and its rank."""
+    first = np.flatnonzero(np.diff(owner, prepend=-1))
+    return first, np.append(first[1:], len(owner)), owner[first]
+
+
+def _ends_of_runs(runs: tuple[Array, Array, Array], rank: int, documents: Documents) -> Ends:
     """Pieces of several lengths from both ends of a rank's runs: their starts, lengths, areas and costs of the cut."""
-    places = np.flatnonzero(mine)
-    breaks = np.flatnonzero(places[1:] - places[:-1] > 1)
-    first, last = places[np.append(0, breaks + 1)], places[np.append(breaks, len(places) - 1)] + 1
+    first, last = (ends[runs[2] == rank] for ends in runs[:2])
     longest = int((last - first).max())
     powers = 1 << np.arange(longest.bit_length())
     sizes = np.column_stack([powers, powers + powers // 2]).ravel()[1:]
