@@ -6,7 +6,8 @@ import pytest
 
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import LocalityDispatchAlg, MinHeapDispatchAlg
-from magi_attention.plan import dispatch
+from magi_attention.plan import deal as dealing
+from magi_attention.plan import dispatch, locality
 from magi_attention.plan.cells import cut_documents
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.dispatch import make_layout
@@ -24,6 +25,8 @@ CHUNK = 64
 def few_rows_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "FEWEST_ROWS", 0)
     monkeypatch.setattr(dispatch, "MOST_SLICES", 1 << 20)
+    # Of so few rows, a parted tile would be a large share.
+    monkeypatch.setattr(dealing, "TILED", 2.0)
 
 
 def lengths(total: int, seed: int, mean: int) -> list[int]:
@@ -50,9 +53,13 @@ def received(slices: SliceTable, layout: Layout) -> int:
     return int((remote[:, 2] - remote[:, 1]).sum())
 
 
+@pytest.mark.parametrize("many", [1, 128], ids=["more fillings", "fewer fillings"])
 @pytest.mark.parametrize("num_ranks", [8, 32])
 @pytest.mark.parametrize("kind", ["full", "causal", "prefix", "blocks"])
-def test_rows_are_equally_many_and_fewer_travel_than_with_equal_chunks(kind: str, num_ranks: int) -> None:
+def test_rows_are_equally_many_and_fewer_travel_than_with_equal_chunks(
+    kind: str, num_ranks: int, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locality, "MANY_RANKS", many)
     total = 1 << 17
     even = uneven = 0
     for seed in range(3):

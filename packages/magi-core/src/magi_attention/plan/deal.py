@@ -22,7 +22,9 @@ import math
 
 import numpy as np
 
-from magi_attention.plan.filling import Array, Filling, Floats, Lights
+from magi_attention.plan.chunk_size import TILE
+from magi_attention.plan.documents import Documents
+from magi_attention.plan.filling import UNREACHABLE, Array, Filling, Floats, Lights
 
 # What the first ranks take above the mean area saves pieces of long documents.
 # It saves too little to be worth the imbalance where there are fewer documents than FEW of the ranks, unless all chunks
@@ -44,19 +46,27 @@ SHORTER = 0.042
 OWN = 0.3
 # The light end is worth using if the heavy end's chunks weigh so many times more.
 GRADED = 1.15
-# More than any area.
-UNREACHABLE = np.iinfo(np.int64).max // 4
+# Where runs start anywhere, a kernel's tile at the end of a rank's longest-reading run holds other rows too, which cost
+# as much as those of the run. With such a tile, a rank has up to TILED of the mean area, but may have WHOLE without.
+TILED, WHOLE = 1.073, 0.97
 # The light documents are listed anew after so many ranks.
 RELIST = 16
+
+
+def most_beside_tile(documents: Documents, num_ranks: int, reach: Array) -> Array:
+    """The most area of ranks that read so many rows of one document, if that parts a kernel's tile."""
+    mean = int(documents.area[-1]) / num_ranks
+    return np.maximum(TILED * mean - TILE * reach, WHOLE * mean).astype(np.int64)
 
 
 class Deal(Filling):
     """Deals the chunks, rank after rank."""
 
-    def run(self, aim_of_many: float) -> Array:
+    def run(self, aim_of_many: float, *, parts_tiles: bool) -> Array:
         """Deal all chunks; returns the rank of each place of the line.
 
-        Where the first ranks may take more than the mean, they take ``aim_of_many`` of it.
+        Where the first ranks may take more than the mean, they take ``aim_of_many`` of it, or less where the run that
+        reads most ``parts_tiles``.
         """
         rest, num_ranks = self.area[-1], len(self.capacities)
         heaviest = int(self.chunk_area.max())
@@ -67,18 +77,25 @@ class Deal(Filling):
             if rank % RELIST == 0:
                 self.light_first = self._list_blocks()
             self.rank, self.room, self.mean = rank, capacity, rest // (num_ranks - rank)
-            budget = self.budget = max(self.mean, min(aim, int(self.mean * LEAD)))
-            self._serve()
+            anchor = self._choose_anchor()
+            budget = max(self.mean, min(aim, int(self.mean * LEAD)))
+            if parts_tiles:
+                budget = min(budget, int(most_beside_tile(self.documents, num_ranks, np.array(self.price))))
+            self.budget = budget
+            self._serve(anchor)
             rest -= budget - self.budget
         self.owner[self.owner < 0] = num_ranks - 1
         return self.owner
 
-    def _serve(self) -> None:
-        """Fill one rank."""
+    def _choose_anchor(self) -> int:
+        """The document with the heaviest rows left; sets the price, the rows that one more piece of it reads."""
         anchor = int(self.heaviness.argmax())
         low, high = self.low[anchor], self.high[anchor]
-        # What one more piece of the anchor costs: the rows that it reads.
         self.price = max(self.cut[high - 1], self.cut[(low + high) // 2], self.cut[min(low + 1, high - 1)], 1)
+        return anchor
+
+    def _serve(self, anchor: int) -> None:
+        """Fill one rank."""
         lights = self._lightest(anchor)
         if self._fits(anchor, lights):
             self._take_whole(anchor, lights)

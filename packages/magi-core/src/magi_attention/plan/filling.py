@@ -13,8 +13,6 @@ from magi_attention.plan.documents import Documents
 Array = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-# How many of the longest prefixes of the light documents are tried.
-LONG_PREFIXES = 2
 # With more documents than ALL_TRIED, those too short to fill the room are left out first.
 ALL_TRIED = 512
 # No rank should send more than MOST_SENT times the most rows that one row reads, which is about what some rank must
@@ -22,6 +20,22 @@ ALL_TRIED = 512
 # sent than a rank has time for while it computes: one per HIDING_PAIRS (query, key) pairs. That is between 50 GB/s and
 # H100's rates for 32 query and 8 key heads, with some distance.
 MOST_SENT, PART_SENT, HIDING_PAIRS = 1.3, 0.9, 4000
+# More than any area.
+UNREACHABLE = np.iinfo(np.int64).max // 4
+
+
+class Prefixes(NamedTuple):
+    """How many prefixes of the light documents are tried as fillings.
+
+    Attributes:
+        short: the shortest, with one more document or a piece of one.
+        long: the longest, with the same.
+        paired: the longest, with up to two more documents that fill the room exactly.
+    """
+
+    short: int
+    long: int
+    paired: int
 
 
 class Lights(NamedTuple):
@@ -42,18 +56,18 @@ class Filling:
         budget: mask area that it can still take.
         mean: mean area of the ranks that are not filled.
         price: rows that one more piece of the rank's anchor would cost.
-        short_prefixes: how many of the shortest prefixes of the light documents are tried.
+        prefixes: how many prefixes of the light documents are tried.
         most_sent: how many chunks a rank should send at most, counted once for each rank that receives them.
     """
 
-    def __init__(self, documents: Documents, capacities: Sequence[int], chunk_size: int, short_prefixes: int) -> None:
+    def __init__(self, documents: Documents, capacities: Sequence[int], chunk_size: int, prefixes: Prefixes) -> None:
         self.documents = documents
-        self.capacities, self.short_prefixes = capacities, short_prefixes
+        self.capacities, self.prefixes = capacities, prefixes
         self.owner = np.full(len(documents.line), -1, np.int64)
         # The free interval of each document, for access one by one and for whole-array arithmetic.
         self.start, self.stop = documents.start.copy(), documents.stop.copy()
         self.low, self.high = self.start.tolist(), self.stop.tolist()
-        self.area, self.cut = documents.area.tolist(), documents.cut.tolist()
+        self.area, self.cut = documents.area.data, documents.cut.data
         self.chunk_area = np.diff(documents.area)
         self.area_float = documents.area.astype(np.float64)
         self.area_start, self.area_stop = self.area_float[self.start], self.area_float[self.stop]
@@ -65,6 +79,7 @@ class Filling:
         ).tolist()
         self.blocks = self._cut_into_blocks(max(1, max(capacities)))
         self.light_first: list[tuple[int, int, int]] = []
+        self.heavy_first = np.array(self.by_density, np.int64)
         self.chunk_size = chunk_size
         # The chunks of each document's light end that each of its ranks takes: None until the first of them is served.
         self.light_share: list[int | None] = [None] * len(length)
@@ -188,13 +203,13 @@ class Filling:
     ) -> bool:
         """Take the cheapest filling of at most ``most`` chunks and at least ``most - shorter``, if there is any.
 
-        It consists of the first light pieces and perhaps one more document or an end of one. Its cost is that of
-        parting documents and what ``cost`` says of numbers of chunks and areas.
+        It consists of the first light pieces and perhaps one more document or an end of one, or two documents. Its cost
+        is that of parting documents and what ``cost`` says of numbers of chunks and areas.
         """
         pieces, tokens, areas = lights
         longest = bisect_right(tokens, most) - 1
-        first_long = max(0, longest - LONG_PREFIXES + 1)
-        prefixes = [*range(min(self.short_prefixes, first_long)), *range(first_long, longest + 1)]
+        first_long = max(0, longest - self.prefixes.long + 1)
+        prefixes = [*range(min(self.prefixes.short, first_long)), *range(first_long, longest + 1)]
         paid = [0]
         for document, _, stop in pieces[:longest]:
             paid.append(paid[-1] + (self.cut[stop] if stop < self.high[document] else 0))
@@ -227,6 +242,12 @@ class Filling:
         parting *= size < length
         costs += parting
         place = int(costs.argmin())
+        if self.prefixes.paired:
+            least, number, pair = self._pair(anchor, lights, longest, most, paid, cost)
+            if least < costs.item(place):
+                for piece in [*pieces[:number], *((each, self.low[each], self.high[each]) for each in pair)]:
+                    self._take(*piece)
+                return True
         if costs.item(place) == np.inf:
             return False
         plane, column = divmod(place, len(length))
@@ -237,6 +258,48 @@ class Filling:
         start = self.high[document] - number if from_heavy_end else self.low[document]
         self._take(document, start, start + number)
         return True
+
+    def _pair(
+        self,
+        anchor: int,
+        lights: Lights,
+        longest: int,
+        most: int,
+        paid: list[int],
+        cost: Callable[[Floats, Floats], Floats],
+    ) -> tuple[float, int, list[int]]:
+        """The cheapest filling of ``most`` chunks by first light pieces and up to two more documents.
+
+        Returns its cost, the number of pieces and the documents. Of documents of equal length, the lightest counts.
+        """
+        pieces, tokens, areas = lights
+        first = max(0, longest + 1 - self.prefixes.paired)
+        last = longest + 1
+        count, filled, parted = np.array([tokens[first:last], areas[first:last], paid[first:last]])[:, :, None]
+        want = most - count
+        length = self.stop - self.start
+        length[anchor] = 0
+        length[[document for document, _, _ in pieces[:longest]]] = 0
+        length = length.take(self.heavy_first)
+        usable = np.flatnonzero((length > 0) & (length <= most - tokens[first]))
+        length, documents = length.take(usable), self.heavy_first.take(usable)
+        # By length; 0 stands for no document.
+        lightest, area = np.zeros((2, most - tokens[first] + 1))
+        area[1:] = UNREACHABLE
+        lightest[length], area[length] = documents, self.area_stop.take(documents) - self.area_start.take(documents)
+        lengths = np.flatnonzero(area < UNREACHABLE)
+        other = want - lengths
+        unusable = (other < 0) | ((other == lengths) & (other > 0))
+        other[unusable] = 0
+        total = area.take(other)
+        total += area.take(lengths)
+        total += filled
+        total[unusable] = UNREACHABLE
+        costs = cost(np.array(float(most)), total)
+        costs += parted
+        row, column = divmod(int(costs.argmin()), len(lengths))
+        pair = [int(lightest[each]) for each in (lengths[column], other[row, column]) if each]
+        return costs.item(row, column), first + row, pair
 
     @staticmethod
     def _mark_used(

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.cells import cut_documents
 from magi_attention.plan.chunks import ChunkWork, measure_chunks
-from magi_attention.plan.deal import SMALL_GROUP, Deal
+from magi_attention.plan.deal import SMALL_GROUP, Deal, most_beside_tile
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.documents import find_documents
 from magi_attention.plan.even_out import even_out
-from magi_attention.plan.filling import find_most_sent
+from magi_attention.plan.filling import Prefixes, find_most_sent
 from magi_attention.plan.gather import ReceiverSwaps
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.settle import Settling
@@ -37,20 +37,22 @@ class Terms(NamedTuple):
         joined_share: short neighboring documents are joined up to this share of a rank's tokens and area, less
             LESS_JOINED / num_ranks and MUCH_LESS / num_ranks²: a small group has few units to choose from.
         most: the most area of a rank, in ten-thousandths of the mean.
-        short_prefixes: how many of the shortest prefixes of the light documents are tried as fillings.
+        prefixes: how many prefixes of the light documents are tried as fillings.
     """
 
     joined_share: float
     most: int
-    short_prefixes: int
+    prefixes: Prefixes
 
 
 LESS_JOINED, MUCH_LESS = 1.2, 8.0
 # Joined documents part fewer chunks that have rows of two documents. Cells have none; their areas change a little when
 # cuts are shifted, up to SHIFTED.
-CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, 1), Terms(0.3, 10192, 0), 10199
+CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, Prefixes(1, 2, 0)), Terms(0.3, 10192, Prefixes(0, 2, 0)), 10199
 # Where that was too much, they are dealt again.
-CAREFUL = Terms(0.3, 10165, 0)
+CAREFUL = 10165
+# Deals of so many ranks may take longer, and try more fillings.
+MANY_RANKS, FILLINGS_OF_MANY = 128, Prefixes(0, 2, 6)
 # A group of up to SMALL_GROUP ranks aims at more even areas.
 MOST_OF_SMALL_GROUP = 10030
 # Runs of documents with loads beyond this multiple of the mean are not taken.
@@ -112,7 +114,8 @@ def deal_documents(slices: SliceTable, total: int, cell_size: int, num_ranks: in
     work = measure_chunks(slices, cuts)
     each, more = divmod(total, num_ranks)
     wanted = each + (np.arange(num_ranks) < more)
-    for terms in (CELLS, CAREFUL):
+    cells = CELLS._replace(prefixes=FILLINGS_OF_MANY) if num_ranks >= MANY_RANKS else CELLS
+    for terms in (cells, cells._replace(most=CAREFUL)):
         owner, limit = _deal(slices, work, cell_size, num_ranks, terms, document)
         settling = Settling(cuts, document, work.area, owner, wanted, limit * SHIFTED // terms.most)
         begin, rank = settling.run()
@@ -130,12 +133,18 @@ def _deal(
     each, more = divmod(len(work.area), num_ranks)
     capacities = [each + (rank < more) for rank in range(num_ranks)]
     limit = int(documents.area[-1]) * _most_of(terms, num_ranks) // (10000 * num_ranks)
-    dealt = Deal(documents, capacities, chunk_size, terms.short_prefixes).run(terms.most / 10000)
+    follows = label is not None
+    dealt = Deal(documents, capacities, chunk_size, terms.prefixes).run(terms.most / 10000, parts_tiles=follows)
     even = even_out(dealt, documents, num_ranks, limit)
+    limits = np.full(num_ranks, limit)
+    if follows:
+        reach = np.zeros(num_ranks, np.int64)
+        np.maximum.at(reach, even, documents.read)
+        limits = np.minimum(limits, most_beside_tile(documents, num_ranks, reach))
     most_sent = find_most_sent(documents, num_ranks, chunk_size)
-    spread = SenderSwaps(even, documents, num_ranks, chunk_size, limit, most_sent).run()
+    spread = SenderSwaps(even, documents, num_ranks, chunk_size, limits, most_sent).run()
     owner = np.empty(len(work.area), np.int64)
-    owner[documents.line] = ReceiverSwaps(spread, documents, num_ranks, chunk_size, limit, most_sent).run()
+    owner[documents.line] = ReceiverSwaps(spread, documents, num_ranks, chunk_size, limits, most_sent).run()
     return owner, limit
 
 

@@ -59,12 +59,18 @@ class Swaps:
         documents: the line.
         num_ranks: ranks of the group.
         chunk_size: rows of a chunk.
-        most_area: the most mask area that a rank should have.
+        most_area: the most mask area that a rank should have, or ``(num_ranks,)`` that each should have.
         most_sent: the most chunks that a rank should send, counted once for each rank that receives them.
     """
 
     def __init__(
-        self, owner: Array, documents: Documents, num_ranks: int, chunk_size: int, most_area: int, most_sent: float
+        self,
+        owner: Array,
+        documents: Documents,
+        num_ranks: int,
+        chunk_size: int,
+        most_area: int | Array,
+        most_sent: float,
     ) -> None:
         self.owner = owner.copy()
         self.documents = documents

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fillings of two documents are the cheapest ones, and ranks whose runs part costly tiles get less area."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from magi_attention.common.bands import CAUSAL
+from magi_attention.common.slices import SliceTable
+from magi_attention.plan.chunks import measure_chunks
+from magi_attention.plan.deal import TILED, WHOLE, Deal, most_beside_tile
+from magi_attention.plan.documents import Documents, find_documents
+from magi_attention.plan.filling import Prefixes
+from magi_attention.plan.layout import even_cuts
+from magi_attention.plan.totals import totals
+
+CHUNK, NUM_RANKS, CHUNKS_PER_RANK = 32, 8, 64
+
+
+def documents_of(seed: int) -> Documents:
+    """Causal documents of lengths that differ, the last as long as what is left."""
+    lengths = np.random.default_rng(seed).permutation(np.arange(2, 27))
+    lengths = np.append(lengths, NUM_RANKS * CHUNKS_PER_RANK - lengths.sum())
+    ends = np.append(0, np.cumsum(lengths)) * CHUNK
+    slices = SliceTable([[a, b, a, b, CAUSAL] for a, b in itertools.pairwise(ends.tolist())])
+    return find_documents(slices, measure_chunks(slices, even_cuts(int(ends[-1]), CHUNK)), NUM_RANKS, 0.0)
+
+
+@pytest.mark.parametrize("most", [17, 30, 41, 64])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_cheapest_filling_by_two_documents_is_found(seed: int, most: int) -> None:
+    documents = documents_of(seed)
+    deal = Deal(documents, [CHUNKS_PER_RANK] * NUM_RANKS, CHUNK, Prefixes(0, 2, 3))
+    deal.light_first = deal._list_blocks()
+    deal.room, anchor = most, len(documents.start) - 1
+    lights = deal._lightest(anchor)
+    longest = int(np.searchsorted(lights.tokens, most, side="right")) - 1
+    # Costs that are not those of the lightest filling alone.
+    paid = [1000 * (number % 3) for number in range(longest + 1)]
+    least, number, pair = deal._pair(anchor, lights, longest, most, paid, lambda tokens, areas: areas + 0.0)
+
+    length, area = documents.stop - documents.start, documents.area[documents.stop] - documents.area[documents.start]
+    used = {document for document, _, _ in lights.pieces[:longest]} | {anchor}
+    others = [each for each in range(len(length)) if each not in used]
+    fillings = [
+        lights.areas[first] + paid[first] + sum(int(area[each]) for each in chosen)
+        for first in range(max(0, longest - 2), longest + 1)
+        for number_of in range(3)
+        for chosen in itertools.combinations(others, number_of)
+        if lights.tokens[first] + sum(int(length[each]) for each in chosen) == most
+    ]
+    if not fillings:
+        assert least > documents.area[-1]
+        return
+    assert least == min(fillings)
+    assert lights.tokens[number] + length[pair].sum() == most
+    assert lights.areas[number] + paid[number] + area[pair].sum() == least
+
+
+def test_ranks_that_read_far_get_less_area_where_runs_part_tiles() -> None:
+    documents = documents_of(0)
+    loads = []
+    for parts_tiles in (False, True):
+        deal = Deal(documents, [CHUNKS_PER_RANK] * NUM_RANKS, CHUNK, Prefixes(0, 2, 6))
+        owner = deal.run(1.0192, parts_tiles=parts_tiles)
+        loads.append(totals(owner, np.diff(documents.area), NUM_RANKS))
+        assert (np.bincount(owner) == CHUNKS_PER_RANK).all()
+    reach = documents.read.max()
+    most = int(most_beside_tile(documents, NUM_RANKS, np.array(reach)))
+    mean = documents.area[-1] / NUM_RANKS
+    assert loads[1][0] <= most < loads[0][0]
+    assert WHOLE * mean - 1 <= most <= TILED * mean
