@@ -22,6 +22,7 @@ from magi_attention.plan.even_out import even_out
 from magi_attention.plan.filling import Prefixes, find_most_sent
 from magi_attention.plan.gather import ReceiverSwaps
 from magi_attention.plan.layout import Layout
+from magi_attention.plan.light_ends import part_light_ends
 from magi_attention.plan.settle import Settling
 from magi_attention.plan.spread import SenderSwaps
 from magi_attention.plan.totals import totals
@@ -130,6 +131,7 @@ def _deal(
     """Deal and even out; returns the rank of each chunk, and the most area that a rank should have."""
     joined_share = max(0.0, terms.joined_share - LESS_JOINED / num_ranks - MUCH_LESS / num_ranks**2)
     documents = find_documents(slices, work, num_ranks, joined_share, label)
+    documents = part_light_ends(documents, num_ranks, chunk_size)
     each, more = divmod(len(work.area), num_ranks)
     capacities = [each + (rank < more) for rank in range(num_ranks)]
     limit = int(documents.area[-1]) * _most_of(terms, num_ranks) // (10000 * num_ranks)
