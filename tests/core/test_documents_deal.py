@@ -118,6 +118,19 @@ def test_chunks_are_equal_where_there_are_few_or_few_rows_or_many_slices(
     assert deal(packed(total, "causal", lengths(total, 1, 512)), total, 8).uneven_cuts is None
 
 
+@pytest.mark.parametrize(("kind", "follows"), [("causal", False), ("full", False), ("prefix", True), ("blocks", True)])
+def test_with_fewer_rows_cuts_follow_documents_whose_first_rows_read_far(
+    kind: str, follows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total, num_ranks = 1 << 17, 8
+    monkeypatch.setattr(dispatch, "FEWEST_ROWS", total)
+    monkeypatch.setattr(dispatch, "FEWEST_OF_MANY", total // num_ranks)
+    slices = packed(total, kind, lengths(total, 1, 512))
+    for many, expected in ((num_ranks, follows), (num_ranks + 1, False)):
+        monkeypatch.setattr(dispatch, "MANY_RANKS", many)
+        assert (deal(slices, total, num_ranks).uneven_cuts is not None) == expected
+
+
 def test_deal_does_not_depend_on_the_order_of_slices() -> None:
     slices = packed(1 << 17, "prefix", lengths(1 << 17, 1, 512))
     shuffled = SliceTable(np.random.default_rng(0).permutation(slices.rows))

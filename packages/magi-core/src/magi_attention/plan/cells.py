@@ -5,9 +5,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common.slices import SliceTable, expand_counts
-from magi_attention.plan.documents import component_starts
+from magi_attention.plan.chunks import ChunkWork
+from magi_attention.plan.documents import component_starts, key_hulls
 
 Array = NDArray[np.int64]
+
+# First rows read far if they read so many times more rows than there are in their cells, and documents are graded if
+# the first rows of the one that reads most read at most this share of it.
+FAR, GRADED = 2, 0.5
 
 
 def cut_documents(slices: SliceTable, total: int, num_cells: int) -> tuple[Array, Array]:
@@ -34,3 +39,13 @@ def cut_documents(slices: SliceTable, total: int, num_cells: int) -> tuple[Array
     count[np.argsort(-remainder, kind="stable")[: num_cells - int(count.sum())]] += 1
     document, step = expand_counts(count)
     return np.append(starts[document] + step * length[document] // count[document], total), document
+
+
+def first_rows_read_far(work: ChunkWork, document: Array) -> bool:
+    """Whether documents' first rows read much more than themselves, but of long documents much less than all."""
+    low, high = key_hulls(work)
+    reads = high - low
+    first = np.flatnonzero(np.diff(document, prepend=-1))
+    farthest = int(reads.argmax())
+    is_graded = reads[first[document[farthest]]] <= GRADED * reads[farthest]
+    return bool(is_graded and reads[first].sum() > FAR * np.diff(work.cuts)[first].sum())

@@ -26,8 +26,8 @@ Algorithm = Callable[[ChunkWork, int, int, DispatchAlg], Owner]
 # The search for the least maximum tries at most this many placements per bound before it gives the bound up.
 SEARCH_BUDGET = 20_000
 # Cuts follow documents where ranks have so many rows: at the ends of runs that start anywhere, tiles of kernels are
-# parted, which costs a rank with few tiles more than rows that needn't travel are worth. With few ranks they need more
-# rows, for a quick plan.
+# parted, which costs a rank with few tiles more than rows that needn't travel are worth. FEWEST_OF_MANY are enough on
+# many ranks, whose plan may take longer, if documents' first rows read far.
 FEWEST_ROWS, FEWEST_OF_MANY = 32_768, 16_384
 # With more slices, it would take long to plan.
 MOST_SLICES = 2048
@@ -67,9 +67,10 @@ def make_layout(
             f"choose chunks of at most {total // num_ranks} tokens"
         )
     may_follow = not is_even and deal_keys is None and algorithm.type is DispatchAlgType.LOCALITY and num_ranks > 1
-    fewest = FEWEST_OF_MANY if num_ranks >= MANY_RANKS else FEWEST_ROWS
-    if may_follow and num_chunks > COMPARED_CHUNKS and total >= fewest * num_ranks and len(slices) <= MOST_SLICES:
-        runs = deal_documents(slices, total, chunk_size, num_ranks)
+    only_far = total < FEWEST_ROWS * num_ranks
+    may_follow &= not only_far or (num_ranks >= MANY_RANKS and total >= FEWEST_OF_MANY * num_ranks)
+    if may_follow and num_chunks > COMPARED_CHUNKS and len(slices) <= MOST_SLICES:
+        runs = deal_documents(slices, total, chunk_size, num_ranks, only_far=only_far)
         if runs is not None:
             return Layout(num_real, total, chunk_size, num_ranks, runs[1], runs[0])
     if num_ranks == 1:

@@ -57,7 +57,7 @@ def find_documents(
     after = np.minimum(stop, num_chunks - 1)
     border = np.maximum(np.where(to_last[after], loss[after], 0), np.where(to_last[stop - 1], 0, loss[stop - 1]))
     line = np.arange(num_chunks)
-    hull = _key_hulls(work)
+    hull = key_hulls(work)
     documents = _lay_out(work.area, line, start, border[:-1], _cut_costs(*hull), num_ranks, largest_share)
     return replace(documents, read=_rows_read(documents, *hull, work.cuts))
 
@@ -147,7 +147,7 @@ def _join_neighbors(tokens: Array, area: Array, border: Array, most_tokens: int,
     return np.array([run for run in range(len(root)) if root[run] == run], np.int64)
 
 
-def _key_hulls(work: ChunkWork) -> tuple[Array, Array]:
+def key_hulls(work: ChunkWork) -> tuple[Array, Array]:
     """``(num_chunks,)`` the first key that each chunk reads and the one after the last; its first row for none."""
     begin = work.cuts[:-1]
     low, high = np.full_like(begin, np.iinfo(np.int64).max), np.full_like(begin, -1)

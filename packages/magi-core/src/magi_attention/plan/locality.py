@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common.slices import SliceTable
-from magi_attention.plan.cells import cut_documents
+from magi_attention.plan.cells import cut_documents, first_rows_read_far
 from magi_attention.plan.chunks import ChunkWork, measure_chunks
 from magi_attention.plan.deal import SMALL_GROUP, Deal, most_beside_tile
 from magi_attention.plan.demand import find_demand
@@ -97,7 +97,9 @@ def deal_by_locality(
     return owner
 
 
-def deal_documents(slices: SliceTable, total: int, cell_size: int, num_ranks: int) -> tuple[Array, Array] | None:
+def deal_documents(
+    slices: SliceTable, total: int, cell_size: int, num_ranks: int, *, only_far: bool = False
+) -> tuple[Array, Array] | None:
     """Deal rows to the ranks, with cuts that follow the documents; numbers of rows differ by at most one.
 
     Args:
@@ -105,14 +107,17 @@ def deal_documents(slices: SliceTable, total: int, cell_size: int, num_ranks: in
         total: rows of the sequence.
         cell_size: rows of the cells that are dealt, on average.
         num_ranks: ranks of the group.
+        only_far: whether to do so only where documents' first rows read far.
 
     Returns:
-        ``(n + 1,)`` where runs start, and ``total``, and ``(n,)`` the rank of each run; None where the loads came out
-        uneven.
+        ``(n + 1,)`` where runs start, and ``total``, and ``(n,)`` the rank of each run; None where first rows don't
+        read far though they should, or the loads came out uneven.
     """
     num_cells = -(-total // (cell_size * num_ranks)) * num_ranks
     cuts, document = cut_documents(slices, total, num_cells)
     work = measure_chunks(slices, cuts)
+    if only_far and not first_rows_read_far(work, document):
+        return None
     each, more = divmod(total, num_ranks)
     wanted = each + (np.arange(num_ranks) < more)
     cells = CELLS._replace(prefixes=FILLINGS_OF_MANY) if num_ranks >= MANY_RANKS else CELLS
