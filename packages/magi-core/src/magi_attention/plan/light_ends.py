@@ -7,7 +7,7 @@ costs no more rows than lie below it. Left to the deal, they end on the ranks th
 heavier ones. Good solutions of the linear program of :mod:`magi_attention.plan.prices` cut such documents in two ways:
 
 - If a rank can compute the heaviest rows that fill it, these are its only ones. What is below them is a light document.
-- Otherwise the cut is where rows get dear, at about a quarter of the mean area of a row.
+- Otherwise the cut is where rows get dear, at 0.3 of the mean area of a row.
 """
 
 from dataclasses import replace
@@ -17,13 +17,13 @@ import numpy as np
 from magi_attention.plan.documents import Documents
 
 # A row is light up to this share of the mean area of a row.
-LIGHT = 0.25
+LIGHT = 0.3
 # So many rows of a document must be light, as shares of a rank's rows: few are not worth a cut, many need no help.
-FEWEST, MOST = 0.1, 0.6
+FEWEST, MOST = 0.1, 0.5
 # Documents of more ranks' rows are left to the deal, since many ranks read their light ends.
-MOST_RANKS = 8
-# The heavy end fills a rank if the document is longer by this factor, but at most twice as long as what a rank holds.
-LONGER, LONGEST = 1.1, 2.0
+MOST_RANKS = 5
+# The heavy end of a document of up to so many ranks' rows is to fill a rank.
+LONGEST = 2.0
 # The most area of a rank, as a multiple of the mean.
 MOST_AREA = 1.02
 # A cut may cost so many rows for each row below it: video blocks read on to their end.
@@ -52,7 +52,7 @@ def part_light_ends(documents: Documents, num_ranks: int, chunk_size: int) -> Do
     light = np.minimum(dear[np.searchsorted(dear, start)], stop) - start
     heavy_start = stop - room
     fills = (area[stop] - area[heavy_start]) * num_ranks <= MOST_AREA * area[-1]
-    fills &= (length >= LONGER * room) & (length <= LONGEST * room)
+    fills &= length <= LONGEST * room
     cut = np.where(fills, heavy_start, start + light)
     is_worth_it = (light >= FEWEST * room) & (light <= MOST * room)
     is_worth_it &= documents.cut[cut] <= DEAREST * chunk_size * (cut - start)
