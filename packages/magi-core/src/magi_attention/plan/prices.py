@@ -100,6 +100,19 @@ def priced_lower_bound(
     return max(0, math.ceil(program.prove(program.lay_out(prices))))
 
 
+def locate_rows(slices: SliceTable, total: int) -> tuple[Array, Array]:
+    """``(total,)`` the document of each row, from the one with the longest reach on, and how many keys it reads."""
+    bands, _ = band.shrink(slices.bands())
+    area = row_areas(bands, total)
+    starts = component_starts(slices)
+    of_row = np.maximum(np.searchsorted(starts, np.arange(total), side="right") - 1, 0)
+    longest = np.zeros(max(len(starts), 1), np.int64)
+    np.maximum.at(longest, of_row, area)
+    place = np.empty_like(longest)
+    place[np.argsort(-longest, kind="stable")] = np.arange(len(longest))
+    return place[of_row], area
+
+
 @dataclass(eq=False)
 class CellPrices:
     """Prices by cell and by interval of the anchor's reach; see :class:`DocumentPrices`.
@@ -134,19 +147,12 @@ class RowProgram:
     """
 
     def __init__(self, slices: SliceTable, total: int, num_ranks: int, tolerance: float) -> None:
-        bands, _ = band.shrink(slices.bands())
-        area = row_areas(bands, total)
+        document, area = locate_rows(slices, total)
         self.total, self.num_ranks = total, num_ranks
         self.ranks = Ranks.of(area, num_ranks, tolerance)
         self.most_rows, self.most_area = self.ranks.rows, self.ranks.most
-        starts = component_starts(slices)
-        of_row = np.maximum(np.searchsorted(starts, np.arange(total), side="right") - 1, 0)
-        longest = np.zeros(max(len(starts), 1), np.int64)
-        np.maximum.at(longest, of_row, area)
-        place = np.empty_like(longest)
-        place[np.argsort(-longest, kind="stable")] = np.arange(len(longest))
-        key = np.sort(place[of_row] * (int(area.max(initial=0)) + 1) + area)
-        document, area = np.divmod(key, int(area.max(initial=0)) + 1)
+        beyond = int(area.max(initial=0)) + 1
+        document, area = np.divmod(np.sort(document * beyond + area), beyond)
         self._cut(document, area)
         self._count_readers(document, area)
 
