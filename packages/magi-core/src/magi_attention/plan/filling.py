@@ -19,7 +19,7 @@ ALL_TRIED = 512
 # receive, or PART_SENT of the longest document, where rows read less of it. That doesn't matter where fewer rows are
 # sent than a rank has time for while it computes: one per HIDING_PAIRS (query, key) pairs. That is between 50 GB/s and
 # H100's rates for 32 query and 8 key heads, with some distance.
-MOST_SENT, PART_SENT, HIDING_PAIRS = 1.3, 0.9, 4000
+MOST_SENT, PART_SENT, HIDING_PAIRS = 1.28, 0.9, 4000
 # More than any area.
 UNREACHABLE = np.iinfo(np.int64).max // 4
 
