@@ -53,7 +53,7 @@ TILED, WHOLE = 1.069, 0.97
 RELIST = 16
 
 
-def most_beside_tile(documents: Documents, num_ranks: int, reach: Array) -> Array:
+def most_beside_tile(documents: Documents, num_ranks: int, reach: Array | np.int64) -> Array:
     """The most area of ranks that read so many rows of one document, if that parts a kernel's tile."""
     mean = int(documents.area[-1]) / num_ranks
     return np.maximum(TILED * mean - TILE * reach, WHOLE * mean).astype(np.int64)
@@ -80,7 +80,7 @@ class Deal(Filling):
             anchor = self._choose_anchor()
             budget = max(self.mean, min(aim, int(self.mean * LEAD)))
             if parts_tiles:
-                budget = min(budget, int(most_beside_tile(self.documents, num_ranks, np.array(self.price))))
+                budget = min(budget, int(most_beside_tile(self.documents, num_ranks, np.int64(self.price))))
             self.budget = budget
             self._serve(anchor)
             rest -= budget - self.budget

@@ -140,11 +140,12 @@ def _deal(
     each, more = divmod(len(work.area), num_ranks)
     capacities = [each + (rank < more) for rank in range(num_ranks)]
     limit = int(documents.area[-1]) * _most_of(terms, num_ranks) // (10000 * num_ranks)
-    follows = label is not None
-    dealt = Deal(documents, capacities, chunk_size, terms.prefixes).run(terms.most / 10000, parts_tiles=follows)
+    # With many rows per rank, one tile doesn't matter.
+    parts_tiles = label is not None and bool(most_beside_tile(documents, num_ranks, documents.read.max()) < limit)
+    dealt = Deal(documents, capacities, chunk_size, terms.prefixes).run(terms.most / 10000, parts_tiles=parts_tiles)
     even = even_out(dealt, documents, num_ranks, limit)
     limits = np.full(num_ranks, limit)
-    if follows:
+    if parts_tiles:
         reach = np.zeros(num_ranks, np.int64)
         np.maximum.at(reach, even, documents.read)
         limits = np.minimum(limits, most_beside_tile(documents, num_ranks, reach))
