@@ -45,7 +45,8 @@ def part_light_ends(documents: Documents, num_ranks: int, chunk_size: int) -> Do
     room = num_chunks // num_ranks
     length = documents.stop - documents.start
     chosen = np.flatnonzero((length > room) & (length <= MOST_RANKS * room))
-    if not len(chosen):
+    # Light ends go with heavy rows of longer documents; without these, both ends of a document stay together.
+    if not len(chosen) or length.max() <= MOST_RANKS * room:
         return documents
     start, stop, length = documents.start[chosen], documents.stop[chosen], length[chosen]
     dear = np.append(np.flatnonzero(np.diff(area) * num_chunks > LIGHT * area[-1]), num_chunks)
