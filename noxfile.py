@@ -37,6 +37,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "hopper": ("-e", "packages/kernels-hopper[test]"),
     "blackwell": ("-e", "packages/kernels-blackwell[test]"),
     "comm": ("-e", "packages/comm-grpcoll[test]"),
+    "integrations": ("megatron-core", "transformers"),
 }
 DEFAULT_SUITES = ("core", "distributed", "workspace")
 PLUGIN_SUITES = ("hopper", "blackwell", "comm")
@@ -67,7 +68,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def test(session: nox.Session) -> None:
-    """Run the suites named after `--`: core, distributed, workspace (these by default), hopper, blackwell, comm."""
+    """Run the suites named after `--`, by default core, distributed, workspace; see SUITES."""
     run_suites(session, session.posargs or DEFAULT_SUITES)
 
 

@@ -8,33 +8,19 @@ Needs ``pip install transformers``. Runs as one process, or on several:
 
 import os
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from magi_attention.api import DistAttnRuntimeKey, calc_attn, dispatch, get_position_ids, magi_attn_varlen_key
+from magi_attention.api import DistAttnRuntimeKey, dispatch, get_position_ids, magi_attn_varlen_key
+from magi_attention.integrations.transformers import register
 
 CU_SEQLENS = torch.tensor([0, 300, 500, 1000])  # three packed documents
 TOTAL = int(CU_SEQLENS[-1])
 
-
-def attend(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None, *, scaling: float, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Attend as Transformers asks: ``[1, heads, n_local, head_dim]`` in, ``[1, n_local, heads, head_dim]`` out."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, rotary embeddings return float32
-    out, _ = calc_attn(q, k, v, kwargs["magi_key"], softmax_scale=scaling)
-    return out[None], None
-
-
-# The key says what is masked, so the model need not build a mask.
-AttentionInterface.register("magi", attend)
-AttentionMaskInterface.register("magi", lambda *_args, **_kwargs: None)
+register()  # makes attn_implementation="magi" known
 
 
 def make_model(attention: str) -> LlamaForCausalLM:

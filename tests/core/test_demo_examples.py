@@ -47,13 +47,6 @@ def test_sparse_all_to_all_combines_what_experts_compute():
     assert max(map(float, errors)) < 1e-4
 
 
-@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
-def test_a_transformers_model_has_the_gradients_of_its_own_attention(launcher):
-    pytest.importorskip("transformers")
-    output = output_of([*launcher, str(EXAMPLES / "hf_transformers.py")])
-    assert float(re.search(r"of gradients (\S+)", output)[1]) < 1e-4
-
-
 def test_an_indexer_learns_which_keys_count():
     output = output_of([str(EXAMPLES / "index_attention.py")])
     (first, *_), (last, indexer, even) = [

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron-Core: a core attention for layer specs, and what a training step hands to it.
+
+Megatron cuts sequences for its own ring attention: into 2·cp pieces, of which each rank gets two. Here the planner
+deals rows, so a step dispatches its batch by :func:`dispatch_batch` instead of ``get_batch_on_this_cp_rank``, and
+rotary embeddings take the positions of the dealt rows (:func:`use_dispatched_positions`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor, nn
+
+from magi_attention.api import (
+    DistAttnConfig,
+    DistAttnRuntimeKey,
+    calc_attn,
+    dispatch,
+    get_position_ids,
+    magi_attn_varlen_key,
+    make_varlen_key_for_new_mask_after_dispatch,
+)
+from magi_attention.api.groups import GroupOrMesh
+
+
+@dataclass
+class MagiPackedSeqParams(PackedSeqParams):
+    """The packed sequence of a step, as Megatron hands it to every layer, in recomputed ones as well.
+
+    ``qkv_format`` is "sbhd": to everything but the attention, this rank's rows are one sequence like any other.
+
+    Attributes:
+        magi_key: the key of the documents.
+        window_key: the same with the config's window, for layers that have one.
+        positions: ``[n_local]`` int64, the place of each of this rank's rows in its document.
+    """
+
+    magi_key: DistAttnRuntimeKey | None = None
+    window_key: DistAttnRuntimeKey | None = None
+    positions: Tensor | None = None
+
+
+def plan_packed_sequence(
+    packed: PackedSeqParams,
+    config: TransformerConfig,
+    *,
+    causal: bool = True,
+    cp_group: GroupOrMesh = None,
+    dist_attn_config: DistAttnConfig = DistAttnConfig(),  # noqa: B008 - frozen
+) -> MagiPackedSeqParams:
+    """Plan the attention of a packed sequence. Collective; the same sequence is planned once.
+
+    Args:
+        packed: the documents of the *whole* sequence: ``cu_seqlens_q`` and, if there is padding between documents,
+            ``cu_seqlens_q_padded``. Padding attends to itself, and nothing else attends to it.
+        config: the model's config, which has the heads, their size, the window and the parallel sizes.
+        causal: whether the documents are causal.
+        cp_group: the context-parallel group; Megatron's own for None.
+        dist_attn_config: as for :func:`magi_attention.api.magi_attn_flex_key`.
+
+    Returns:
+        What the model is called with, as ``packed_seq_params``.
+
+    Raises:
+        ValueError: No ``cu_seqlens_q``, rows of a rank that sequence parallelism can't share out, and all that
+            :func:`magi_attention.api.magi_attn_varlen_key` raises.
+    """
+    if packed.cu_seqlens_q is None:
+        raise ValueError("packed has no cu_seqlens_q: it names the first row of each document, and at last the total")
+    starts, cu_seqlens = _document_starts(packed)
+    cp_group = parallel_state.get_context_parallel_group() if cp_group is None else cp_group
+    tp_size = config.tensor_model_parallel_size
+    heads = config.num_attention_heads // tp_size, max(config.num_query_groups // tp_size, 1)
+    key = magi_attn_varlen_key(
+        cu_seqlens, cu_seqlens, *heads, config.kv_channels, 0, cp_group, causal, dist_attn_config=dist_attn_config
+    )
+    window_key = None
+    if config.window_size:
+        window_key = make_varlen_key_for_new_mask_after_dispatch(
+            cu_seqlens, cu_seqlens, key, window_size=tuple(config.window_size)
+        )
+    rows = get_position_ids(key)
+    if config.sequence_parallel and len(rows) % tp_size:
+        raise ValueError(
+            f"sequence parallelism shares out a rank's {len(rows)} rows to {tp_size} ranks: choose a "
+            f"DispatchConfig(chunk_size=...) that is a multiple of {tp_size}"
+        )
+    starts = starts.to(rows.device)
+    positions = rows - starts[torch.searchsorted(starts, rows, right=True) - 1]
+    longest = int((starts[1:] - starts[:-1]).max())
+    return MagiPackedSeqParams(
+        qkv_format="sbhd",
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        magi_key=key,
+        window_key=window_key,
+        positions=positions,
+    )
+
+
+def _document_starts(packed: PackedSeqParams) -> tuple[Tensor, Tensor]:
+    """The first rows of the documents and the total; the same with padding behind documents as documents of its own."""
+    ends = packed.cu_seqlens_q.cpu().long()
+    if packed.cu_seqlens_q_padded is None:
+        return ends, ends
+    starts = packed.cu_seqlens_q_padded.cpu().long()
+    pairs = torch.stack([starts[:-1], starts[:-1] + ends.diff()], dim=1)
+    return starts, torch.cat([pairs.flatten(), starts[-1:]])
+
+
+def dispatch_batch(batch: Mapping[str, Tensor | None], params: MagiPackedSeqParams) -> dict[str, Tensor | None]:
+    """This rank's part of a batch, in place of Megatron's ``get_batch_on_this_cp_rank``.
+
+    Args:
+        batch: tensors ``[1, S, ...]`` of the whole sequence: ``tokens``, ``labels``, ``loss_mask`` and whatever else
+            belongs to rows. What ``params`` knows better, ``position_ids`` and ``attention_mask``, may be anything.
+        params: what :func:`plan_packed_sequence` returned.
+
+    Returns:
+        The same names with ``[1, n_local, ...]``. Rows of padding are 0, in ``loss_mask`` too.
+
+    Raises:
+        ValueError: A tensor of another shape.
+    """
+    assert params.magi_key is not None
+    assert params.positions is not None
+    local: dict[str, Tensor | None] = {}
+    for name, x in batch.items():
+        if x is None or name in ("attention_mask", "position_ids"):
+            continue
+        if x.dim() < 2 or x.shape[0] != 1:
+            raise ValueError(f"batch[{name!r}] has shape {tuple(x.shape)}; one packed sequence has [1, S, ...]")
+        local[name] = dispatch(x[0], params.magi_key)[None]
+    return local | {"attention_mask": None, "position_ids": params.positions[None]}
+
+
+class MagiCoreAttention(MegatronModule):
+    """The ``core_attention`` of a self-attention's submodules, in place of ``TEDotProductAttention``.
+
+    The arguments are those that Megatron builds core attentions with.
+
+    Raises:
+        ValueError: The config asks for something that isn't supported, and would change the result.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        unsupported = {
+            f"attention_dropout={dropout}: set it to 0": dropout > 0,
+            f"{attention_type} attention: use self attention": attention_type != "self",
+            "multi_latent_attention": config.multi_latent_attention,
+            "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
+            f"softmax_type={config.softmax_type!r}: use 'vanilla'": config.softmax_type != "vanilla",
+            "qk_clip and log_max_attention_logit": config.qk_clip or config.log_max_attention_logit,
+            "multi-token prediction, which rolls labels itself": bool(config.mtp_num_layers),
+        }
+        if wrong := [option for option, is_set in unsupported.items() if is_set]:
+            raise ValueError(f"MagiCoreAttention doesn't support {'; '.join(wrong)}")
+        self.softmax_scale = softmax_scale
+        self.has_window = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, max(layer_number, 1)
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend ``[n_local, 1, heads, head_dim]``; ``[n_local, 1, hq * head_dim]`` come out. Collective.
+
+        What is masked is said by ``packed_seq_params`` alone.
+        """
+        if not isinstance(packed_seq_params, MagiPackedSeqParams):
+            raise ValueError(
+                f"call the model with packed_seq_params=plan_packed_sequence(...), not {type(packed_seq_params)}"
+            )
+        if attention_bias is not None:
+            raise ValueError("MagiCoreAttention doesn't support an attention_bias")
+        magi_key = packed_seq_params.window_key if self.has_window else packed_seq_params.magi_key
+        assert magi_key is not None
+        q, k, v = (x.squeeze(1) for x in (query, key, value))
+        out, _ = calc_attn(q, k, v, magi_key, softmax_scale=self.softmax_scale)
+        return out.flatten(1)[:, None]
+
+
+def use_dispatched_positions(model: nn.Module) -> None:
+    """Have a ``GPTModel`` rotate by the positions of the dealt rows. Call it once, on every pipeline stage's model.
+
+    Raises:
+        ValueError: The model has other than plain rotary embeddings, such as YaRN's.
+    """
+    rotary = getattr(model, "rotary_pos_emb", None)
+    if rotary is None:
+        return  # learned positions, or none: position_ids are dispatched
+    if type(rotary) is not RotaryEmbedding:
+        raise ValueError(f"the model rotates by {type(rotary).__name__}; only RotaryEmbedding is supported")
+    model.rotary_pos_emb = DispatchedRotaryEmbedding(rotary)
+
+
+class DispatchedRotaryEmbedding(nn.Module):
+    """A model's rotary embedding, at the positions of a step's rows instead of those of Megatron's own pieces.
+
+    A model asks for the sequence's length first, with the step's ``packed_seq_params``, then for the angles.
+
+    Args:
+        rotary: the model's own.
+    """
+
+    def __init__(self, rotary: RotaryEmbedding) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self._positions: Tensor | None = None
+
+    def get_rotary_seq_len(
+        self,
+        inference_context: Any,
+        transformer: Any,
+        transformer_input: Any,
+        transformer_config: TransformerConfig,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_kwargs: Any,
+    ) -> int:
+        """The rows of the longest document; remembers where this step's rows are."""
+        if not isinstance(packed_seq_params, MagiPackedSeqParams):
+            raise ValueError(
+                f"call the model with packed_seq_params=plan_packed_sequence(...), not {type(packed_seq_params)}"
+            )
+        self._positions = packed_seq_params.positions
+        return packed_seq_params.max_seqlen_q
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
+        """Angles ``[n_local, 1, 1, rotary_dim]`` of this rank's rows."""
+        positions = self._positions
+        assert positions is not None
+        if self.rotary.inv_freq.device != positions.device:
+            self.rotary.inv_freq = self.rotary.inv_freq.to(positions.device)
+        angles = self.rotary.get_freqs_non_repeated(max_seq_len, offset)[positions.clamp(max=max_seq_len - 1)]
+        doubled = (
+            angles.repeat_interleave(2, dim=1) if self.rotary.rotary_interleaved else torch.cat([angles, angles], dim=1)
+        )
+        return doubled[:, None, None]

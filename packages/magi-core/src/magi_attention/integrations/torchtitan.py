@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torchtitan: an inner attention for model configs, and what cuts a batch for it.
+
+torchtitan hands ``attention_masks`` to every layer as it is. Here that is a key.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torchtitan.protocols.module import Module
+
+from magi_attention.api import (
+    DistAttnConfig,
+    DistAttnRuntimeKey,
+    calc_attn,
+    dispatch,
+    get_position_ids,
+    magi_attn_varlen_key,
+)
+
+IGNORED_LABEL = -100
+
+
+class MagiInnerAttention(Module):
+    """The ``inner_attention`` of a torchtitan attention, which attends over all ranks of the key's group."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        """Nothing to configure: the key knows everything."""
+
+    def __init__(self, config: Config | None = None) -> None:
+        super().__init__()
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        attention_masks: DistAttnRuntimeKey | None = None,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        **_others: Any,
+    ) -> Tensor:
+        """Attend ``[1, n_local, heads, head_dim]``. Collective.
+
+        Raises:
+            ValueError: ``attention_masks`` is no key, or the batch isn't packed into one sequence.
+        """
+        if not isinstance(attention_masks, DistAttnRuntimeKey):
+            raise ValueError(
+                f"attention_masks must be the key that prepare_input makes, not {type(attention_masks).__name__}"
+            )
+        if q.shape[0] != 1:
+            raise ValueError(f"pack the {q.shape[0]} sequences of the batch into one, as prepare_input does")
+        out, _ = calc_attn(q[0], k[0], v[0], attention_masks, softmax_scale=scale)
+        return out[None]
+
+
+def prepare_input(
+    inputs: Tensor,
+    labels: Tensor,
+    extra_kwargs: dict[str, Any],
+    cp_mesh: DeviceMesh | None,
+    num_heads: tuple[int, int],
+    head_dim: int,
+    dist_attn_config: DistAttnConfig = DistAttnConfig(),  # noqa: B008 - frozen
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """This rank's part of a batch, in place of torchtitan's ``prepare_context_parallel_input``. Collective.
+
+    The batch becomes one packed sequence. A document, which is causal, starts where its row of the batch does, and
+    wherever the positions start again at 0.
+
+    Args:
+        inputs: ``[B, L]`` token ids, the same on all ranks of the mesh.
+        labels: ``[B, L]``, already shifted, as torchtitan's data loaders make them.
+        extra_kwargs: further arguments of the model, with ``positions`` ``[B, L]`` if documents are packed in rows.
+        cp_mesh: the mesh of context parallelism, or None for this process alone.
+        num_heads: query heads, and key heads, of one rank of tensor parallelism.
+        head_dim: size of a head.
+        dist_attn_config: as for :func:`magi_attention.api.magi_attn_flex_key`.
+
+    Returns:
+        ``inputs`` and ``labels`` ``[1, n_local]``, padded with 0 and -100, and the arguments, with ``positions``
+        ``[1, n_local]`` in their documents, and the key as ``attention_masks``.
+    """
+    batch, length = inputs.shape
+    positions = extra_kwargs.get("positions")
+    if positions is None:
+        positions = torch.arange(length, device=inputs.device).expand(batch, length)
+    is_start = positions == 0
+    is_start[:, 0] = True
+    cu_seqlens = [*is_start.flatten().nonzero().flatten().tolist(), batch * length]
+    key = magi_attn_varlen_key(
+        cu_seqlens, cu_seqlens, *num_heads, head_dim, 0, cp_mesh, causal=True, dist_attn_config=dist_attn_config
+    )
+    # Positions of the data loader are kept, for rows of the batch that start amid a document.
+    local = positions.flatten()[get_position_ids(key, device=positions.device)]
+    local_inputs = dispatch(inputs.flatten(), key)
+    local_labels = dispatch(labels.flatten(), key, pad_value=IGNORED_LABEL)
+    return local_inputs[None], local_labels[None], extra_kwargs | {"positions": local[None], "attention_masks": key}

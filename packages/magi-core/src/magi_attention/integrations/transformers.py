@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face Transformers: an attention that models choose by name, ``attn_implementation="magi"``."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from magi_attention.api import DistAttnRuntimeKey, calc_attn
+
+
+def register(name: str = "magi") -> None:
+    """Make the attention known to Transformers, for ``from_pretrained(..., attn_implementation=name)``.
+
+    The model is then called with this rank's tokens, ``input_ids`` ``[1, n_local]``, with their ``position_ids``,
+    ``use_cache=False``, and with ``magi_key=key``. Models with a sliding window in some or all of their layers are
+    given ``magi_window_key`` as well, the key of the same documents with that window.
+    """
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, _no_mask)
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    """The key says what is masked, so that the model need not build a mask."""
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    magi_key: DistAttnRuntimeKey | None = None,
+    magi_window_key: DistAttnRuntimeKey | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention of one layer, as Transformers calls it. Collective, as :func:`magi_attention.api.calc_attn` is.
+
+    Args:
+        module: the layer's attention.
+        query: ``[1, hq, n_local, d]``, this rank's rows.
+        key: ``[1, hk, n_local, d]``.
+        value: ``[1, hk, n_local, dv]``.
+        attention_mask: must be None.
+        magi_key: what the rows of layers without a window attend to.
+        magi_window_key: the same for layers with a window.
+        scaling: factor of the scores; ``d ** -0.5`` for None.
+        dropout: must be 0.
+        sliding_window: the layer's window, or None for a layer without.
+        softcap: bound of the scores, or None.
+        s_aux: ``[hq]`` logits of a learnable sink, or None.
+        others: further arguments of the model's call.
+
+    Returns:
+        ``[1, n_local, hq, dv]``, and None in place of attention weights.
+
+    Raises:
+        ValueError: No key for this kind of layer, several sequences in a batch, a mask, dropout, or something else that
+            would change the result and isn't supported.
+    """
+    wanted, name = (magi_key, "magi_key") if sliding_window is None else (magi_window_key, "magi_window_key")
+    if wanted is None:
+        window = "no sliding window" if sliding_window is None else f"a sliding window of {sliding_window}"
+        raise ValueError(f"a layer with {window} needs {name}: call the model with {name}=...")
+    unsupported = {
+        "attention_mask": attention_mask is not None,
+        "dropout": dropout > 0,
+        "position_bias": others.get("position_bias") is not None,
+        "output_attentions": bool(others.get("output_attentions")),
+    }
+    if wrong := [option for option, is_set in unsupported.items() if is_set]:
+        raise ValueError(f"{', '.join(wrong)} can't be used with magi attention: the key says what is masked")
+    if query.shape[0] != 1:
+        raise ValueError(f"pack the {query.shape[0]} sequences of the batch into one, as documents of its mask")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, rotary embeddings return float32
+    sink = None if s_aux is None else s_aux[None]
+    out, _ = calc_attn(q, k, v, wanted, sink=sink, softmax_scale=scaling, softcap=softcap or 0.0)
+    return out[None], None

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Megatron-Core model with our core attention has the gradients that it has with its own."""
+
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("megatron.core")
+
+from examples.megatron_core import DOCUMENTS, VOCABULARY, make_batch, make_model, step
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from magi_attention.integrations.megatron import (
+    MagiCoreAttention,
+    dispatch_batch,
+    plan_packed_sequence,
+    use_dispatched_positions,
+)
+from magi_attention.testing.distributed import RankPool
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+OPTIONS = {
+    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "attention_dropout": 0.0,
+    "use_cpu_initialization": True,
+}  # fmt: skip
+
+
+@contextmanager
+def without_gpu():
+    """Megatron moves rotary embeddings to a GPU and keeps GPU random states, even where nothing else needs one."""
+
+    @contextmanager
+    def fork(*_args):
+        yield
+
+    with ExitStack() as stack:
+        for name, made in [
+            ("torch.cuda.current_device", lambda: torch.device("cpu")),
+            ("megatron.core.tensor_parallel.get_cuda_rng_tracker", lambda: mock.Mock(fork=fork)),
+            ("megatron.core.tensor_parallel.random._get_all_rng_states", tuple),
+            ("megatron.core.tensor_parallel.random._set_all_rng_states", lambda: None),
+        ]:
+            stack.enter_context(mock.patch(name, made))
+        yield
+
+
+def gradients_of_a_step(rank, world_size, parallel, settings):
+    parallel_state.initialize_model_parallel(**parallel)
+    try:
+        with without_gpu():
+            model = make_model(**settings)
+            loss = step(model, make_batch())
+        return float(loss), {name: each.grad for name, each in model.named_parameters()}
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def own_gradients(rank, world_size):
+    """By Megatron's own attention, document by document, on one process."""
+    parallel_state.initialize_model_parallel()
+    try:
+        with without_gpu():
+            torch.manual_seed(0)
+            config = TransformerConfig(**OPTIONS, num_query_groups=2, hidden_dropout=0.0)
+            model = GPTModel(
+                config, get_gpt_layer_local_spec(), VOCABULARY, 512, position_embedding_type="rope"
+            )  # fmt: skip
+            batch = make_batch()
+            total = 0.0
+            for start, end in DOCUMENTS:
+                tokens, labels, loss_mask = (batch[name][:, start:end] for name in ("tokens", "labels", "loss_mask"))
+                causal = torch.ones(1, 1, end - start, end - start, dtype=torch.bool).triu(1)
+                losses = model(tokens, torch.arange(end - start)[None], causal, labels=labels)
+                loss = (losses * loss_mask).sum() / batch["loss_mask"].sum()
+                loss.backward()
+                total += float(loss)
+        return total, {name: each.grad for name, each in model.named_parameters()}
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with RankPool(1) as pool:
+        return pool.run(own_gradients)[0]
+
+
+def assert_equal_steps(actual, expected):
+    assert actual[0] == pytest.approx(expected[0], rel=1e-5)
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert (actual[1][name] - gradient).norm() < 1e-4 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("recompute", [None, "full", "selective"])
+def test_gradients_are_those_of_megatron_s_own_attention(world_size, recompute, expected):
+    settings = {"recompute_granularity": recompute}
+    if recompute == "full":
+        settings |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    with RankPool(world_size) as pool:
+        for answer in pool.run(gradients_of_a_step, {"context_parallel_size": world_size}, settings):
+            assert_equal_steps(answer, expected)
+
+
+def loss_with_tensor_parallelism(rank, world_size):
+    sizes = {"tensor_model_parallel_size": 2}
+    return gradients_of_a_step(rank, world_size, {**sizes, "context_parallel_size": 2}, sizes)[0]
+
+
+def test_tensor_parallel_ranks_have_their_heads():
+    """Initial weights differ from those of one process, but all four ranks have the same loss."""
+    with RankPool(4) as pool:
+        losses = pool.run(loss_with_tensor_parallelism)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+
+
+@pytest.fixture
+def single_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def test_layers_with_a_window_take_the_window_s_key(single_process):
+    packed = PackedSeqParams(cu_seqlens_q=torch.tensor([0, 20, 32]))
+    config = TransformerConfig(**OPTIONS, window_size=(3, 0), window_attn_skip_freq=2)
+    params = plan_packed_sequence(packed, config)
+    q, k, v = torch.randn(3, 32, 1, 4, 16)
+    outs = []
+    for layer_number in (1, 2):  # every second layer has none
+        core = MagiCoreAttention(config, layer_number, AttnMaskType.causal, "self")
+        outs.append(core(q, k, v, None, packed_seq_params=params))
+    positions = torch.arange(32)
+    documents = (positions >= 20).long()
+    causal = (positions[:, None] >= positions) & (documents[:, None] == documents)
+    for out, mask in zip(outs, (causal & (positions[:, None] - positions <= 3), causal), strict=True):
+        heads = (x.transpose(0, 2).transpose(0, 1) for x in (q, k, v))
+        dense = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+        torch.testing.assert_close(out, dense[0].transpose(0, 1).flatten(1)[:, None], rtol=1e-5, atol=1e-5)
+    assert params.positions.tolist() == [*range(20), *range(12)]
+
+
+def test_what_is_not_supported_is_refused(single_process):
+    for wrong in (
+        {"attention_dropout": 0.1},
+        {"softmax_type": "off-by-one"},
+        {"apply_query_key_layer_scaling": True},
+    ):
+        config = TransformerConfig(**{**OPTIONS, **wrong})
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            MagiCoreAttention(config, 1, AttnMaskType.causal, "self")
+    config = TransformerConfig(**OPTIONS)
+    with pytest.raises(ValueError, match="use self attention"):
+        MagiCoreAttention(config, 1, AttnMaskType.causal, "cross")
+    core = MagiCoreAttention(config, 1, AttnMaskType.causal, "self")
+    q = torch.randn(32, 1, 4, 16)
+    with pytest.raises(ValueError, match="plan_packed_sequence"):
+        core(q, q, q, None, packed_seq_params=PackedSeqParams(qkv_format="thd"))
+    with pytest.raises(ValueError, match="cu_seqlens_q"):
+        plan_packed_sequence(PackedSeqParams(), config)
+    params = plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 32])), config)
+    with pytest.raises(ValueError, match=r"batch\['tokens'\] has shape \(2, 16\)"):
+        dispatch_batch({"tokens": torch.zeros(2, 16)}, params)
+    sequence_parallel = TransformerConfig(**OPTIONS, tensor_model_parallel_size=3, sequence_parallel=True)
+    with pytest.raises(ValueError, match=r"32 rows to 3 ranks: choose a DispatchConfig\(chunk_size"):
+        plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 32])), sequence_parallel)
+    yarn = torch.nn.Module()
+    yarn.rotary_pos_emb = torch.nn.Identity()
+    with pytest.raises(ValueError, match="only RotaryEmbedding"):
+        use_dispatched_positions(yarn)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A torchtitan Llama with our inner attention has the gradients that it has with dense attention."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("torchtitan.models.llama3", exc_type=ImportError)
+
+from examples.torchtitan_llama import make_batch, make_config, step
+from torch.distributed.device_mesh import init_device_mesh
+from torchtitan.protocols.module import Module
+
+from magi_attention.integrations.torchtitan import MagiInnerAttention, prepare_input
+from magi_attention.testing.distributed import RankPool
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class DenseAttention(Module):
+    """The same mask, as torchtitan's batch has it."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        pass
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, q, k, v, *, attention_masks, scale=None, enable_gqa=False, **_others):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_masks, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+
+def dense_step():
+    torch.manual_seed(0)
+    config = make_config()
+    for layer in config.layers:
+        layer.attention.inner_attention = DenseAttention.Config()
+    model = config.build()
+    model.init_states()
+    inputs, labels, positions = make_batch(config)
+    documents = (positions == 0).cumsum(1)
+    causal = torch.ones(positions.shape[1], positions.shape[1], dtype=torch.bool).tril()
+    mask = ((documents[:, :, None] == documents[:, None]) & causal)[:, None]
+    logits = model(inputs, positions=positions, attention_masks=mask)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+    loss.backward()
+    return float(loss), float(torch.stack([each.grad.double().norm() for each in model.parameters()]).norm())
+
+
+def step_of_rank(rank, world_size):
+    return step(init_device_mesh("cpu", (world_size,), mesh_dim_names=("cp",)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_is_that_of_dense_attention(world_size):
+    with RankPool(world_size) as pool:
+        for answer in pool.run(step_of_rank):
+            assert answer == pytest.approx(dense_step(), rel=1e-4)
+
+
+def test_rows_of_the_batch_are_documents_even_without_positions():
+    inputs = torch.arange(12).view(2, 6)
+    local, labels, kwargs = prepare_input(inputs, inputs + 1, {"other": 3}, None, (4, 2), 8)
+    assert local.shape == labels.shape == kwargs["positions"].shape
+    assert local[0, :12].tolist() == list(range(12))
+    assert kwargs["positions"][0, :12].tolist() == [*range(6), *range(6)]
+    assert kwargs["other"] == 3
+    assert len(kwargs["attention_masks"].q_ranges) >= 2
+
+
+def test_wrong_arguments_are_refused():
+    q = torch.randn(2, 6, 4, 8)
+    with pytest.raises(ValueError, match="prepare_input"):
+        MagiInnerAttention()(q, q, q)
+    _, _, kwargs = prepare_input(torch.zeros(1, 6), torch.zeros(1, 6), {}, None, (4, 4), 8)
+    with pytest.raises(ValueError, match="pack the 2 sequences"):
+        MagiInnerAttention()(q, q, q, attention_masks=kwargs["attention_masks"])

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of Transformers give the same logits and gradients with our attention as with their own."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen3Config,
+)
+
+from magi_attention.api import (
+    dispatch,
+    get_position_ids,
+    magi_attn_varlen_key,
+    make_varlen_key_for_new_mask_after_dispatch,
+    undispatch,
+)
+from magi_attention.integrations.transformers import attend, register
+from magi_attention.testing.distributed import RankPool
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TOTAL, WINDOW = 60, 8
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+    "gemma2": Gemma2Config(**SIZES, sliding_window=WINDOW, query_pre_attn_scalar=8),  # windows, softcap, own scale
+    "gpt_oss": GptOssConfig(**SIZES, sliding_window=WINDOW, num_local_experts=2, num_experts_per_tok=1),  # sinks
+}
+DTYPES = {"gpt_oss": torch.float32}  # experts take no float64
+
+
+def make_model(name, attention):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS[name], attn_implementation=attention, dtype=DTYPES.get(name, torch.float64)
+    )
+    return model.train()
+
+
+def tokens():
+    return torch.randint(64, (TOTAL,), generator=torch.Generator().manual_seed(1))
+
+
+def keys():
+    key = magi_attn_varlen_key([0, TOTAL], [0, TOTAL], 4, 2, 8, 0, None, causal=True)
+    window = (WINDOW - 1, 0)
+    return key, make_varlen_key_for_new_mask_after_dispatch([0, TOTAL], [0, TOTAL], key, window_size=window)
+
+
+def logits_and_gradients(rank, world_size, name, checkpointing=None):
+    register()
+    model = make_model(name, "magi")
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    key, window_key = keys()
+    positions = get_position_ids(key)[None]
+    logits = model(
+        dispatch(tokens(), key)[None], position_ids=positions, use_cache=False, magi_key=key, magi_window_key=window_key
+    ).logits[0]
+    logits = undispatch(logits, key, is_partial_grad=True)
+    (logits.square().mean() / world_size).backward()
+    gradients = {n: each.grad for n, each in model.named_parameters() if each.grad is not None}
+    for gradient in gradients.values() if world_size > 1 else ():
+        torch.distributed.all_reduce(gradient)
+    return logits.detach(), gradients
+
+
+def own_logits_and_gradients(name):
+    model = make_model(name, "eager")
+    logits = model(tokens()[None], use_cache=False).logits[0]
+    logits.square().mean().backward()
+    return logits.detach(), {n: each.grad for n, each in model.named_parameters() if each.grad is not None}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_gives_what_its_own_attention_gives(name, world_size):
+    expected = own_logits_and_gradients(name)
+    with RankPool(world_size) as pool:
+        for logits, gradients in pool.run(logits_and_gradients, name):
+            # Transformers takes its softmax in float32.
+            torch.testing.assert_close(logits, expected[0], rtol=1e-4, atol=1e-5)
+            assert gradients.keys() == expected[1].keys()
+            for each, gradient in expected[1].items():
+                assert (gradients[each] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-9, each
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(use_reentrant):
+    plain = logits_and_gradients(0, 1, "llama")
+    torch.testing.assert_close(logits_and_gradients(0, 1, "llama", use_reentrant), plain)
+
+
+def test_what_would_be_ignored_is_refused():
+    key, window_key = keys()
+    q = torch.randn(1, 4, TOTAL, 8)
+    module = torch.nn.Module()
+    with pytest.raises(ValueError, match="no sliding window needs magi_key: call the model with magi_key="):
+        attend(module, q, q, q, None)
+    with pytest.raises(ValueError, match="a sliding window of 8 needs magi_window_key"):
+        attend(module, q, q, q, None, magi_key=key, sliding_window=8)
+    for wrong in ({"dropout": 0.1}, {"output_attentions": True}, {"position_bias": q}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            attend(module, q, q, q, None, magi_key=key, **wrong)
+    with pytest.raises(ValueError, match="attention_mask"):
+        attend(module, q, q, q, q, magi_key=key)
+    two = q.expand(2, -1, -1, -1)
+    with pytest.raises(ValueError, match="pack the 2 sequences"):
+        attend(module, two, two, two, None, magi_key=key, magi_window_key=window_key)
