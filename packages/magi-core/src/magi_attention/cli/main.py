@@ -21,8 +21,21 @@ TRACE_SUFFIXES = (".json", ".gz")
 EXISTING_FILE: dict[str, Any] = {"metavar": "FILE", "exists": True, "dir_okay": False, "readable": True}
 
 
+def print_version(is_asked: bool) -> None:
+    """Print the version and end."""
+    if is_asked:
+        from magi_attention import __version__
+
+        typer.echo(f"magi-attention {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def magi() -> None:
+def magi(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Context-parallel attention for ultra-long, packed, irregularly masked sequences."""
 
 

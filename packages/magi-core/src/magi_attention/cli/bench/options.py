@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from magi_attention.cli.demo.options import Device, Precision
-from magi_attention.common.workloads import LEAST_TOKENS
+from magi_attention.common.workloads import LEAST_TOKENS, WORKLOADS
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class BenchOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.mask.replace("-", "_") not in WORKLOADS:
+            raise ValueError(f"--mask {self.mask} is none of {', '.join(WORKLOADS)}")
         if self.tokens < LEAST_TOKENS:
             raise ValueError(
                 f"--tokens {self.tokens} is too few for masks of several documents; take {LEAST_TOKENS} or more"
