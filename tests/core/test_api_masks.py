@@ -128,6 +128,7 @@ def test_cu_seqlens_changed_in_place_give_a_new_answer():
     [
         (([0, 4], [0, 4], True, (2, 0)), ValueError, "causal=True excludes"),
         (([0, 4], [0, 4], False, (2,)), ValueError, "window_size"),
+        (([0, 4], [0, 4], False, 2), TypeError, r"window_size must be \(left, right\), not 2"),
         (([0, 4], [0, 4], False, (2, 0), -1), ValueError, "global_window_size is -1"),
         (([0, 4], [0, 2, 4]), ValueError, "2 entries and cu_seqlens_k 3"),
         (([1, 4], [0, 4]), ValueError, r"cu_seqlens_q is \[1, 4\]"),

@@ -290,6 +290,19 @@ def test_what_is_no_tensor_is_a_type_error(key, bad):
             calc_attn(*arguments, key)
 
 
+def test_nested_and_sparse_tensors_are_refused(key):
+    nested = torch.nested.nested_tensor([torch.zeros(60, 3), torch.zeros(40, 3)], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"x is a nested tensor; pass its packed rows, x.values\(\)"):
+        dispatch(nested, key)
+    with pytest.raises(TypeError, match=r"x has the layout torch.sparse_coo; pass x.to_dense\(\)"):
+        dispatch(torch.eye(TOTAL).to_sparse(), key)
+
+
+def test_a_shift_is_an_integer(key):
+    with pytest.raises(TypeError, match=r"shift must be an integer, not 1\.5"):
+        roll(torch.zeros(PADDED), 1.5, 0, key)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"softcap": math.nan}, "softcap is nan"), ({"softmax_scale": math.inf}, "softmax_scale is inf")],

@@ -172,7 +172,8 @@ def test_what_is_not_supported_is_refused(single_process):
     params = plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 32])), config)
     with pytest.raises(ValueError, match=r"batch\['tokens'\] has shape \(2, 16\)"):
         dispatch_batch({"tokens": torch.zeros(2, 16)}, params)
-    sequence_parallel = TransformerConfig(**OPTIONS, tensor_model_parallel_size=3, sequence_parallel=True)
+    sizes = {"hidden_size": 96, "num_attention_heads": 6, "tensor_model_parallel_size": 3}
+    sequence_parallel = TransformerConfig(**{**OPTIONS, **sizes}, sequence_parallel=True)
     with pytest.raises(ValueError, match=r"32 rows to 3 ranks: choose a DispatchConfig\(chunk_size"):
         plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 32])), sequence_parallel)
     yarn = torch.nn.Module()

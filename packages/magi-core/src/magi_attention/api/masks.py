@@ -182,6 +182,8 @@ def _window_slices(q_range: AttnRange, k_range: AttnRange, window_size: tuple[in
 
 
 def _checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(window_size, Sequence):
+        raise MagiTypeError(f"window_size must be (left, right), not {window_size!r}")
     if len(window_size) != 2:
         raise MagiValueError(f"window_size is {window_size}; it must be (left, right)")
     left, right = window_size

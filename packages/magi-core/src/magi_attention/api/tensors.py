@@ -7,7 +7,7 @@ In cross-attention there are two sequences, and ``attn_role`` tells to which of 
 import torch
 from torch import Tensor
 
-from magi_attention.api.checks import check_rows
+from magi_attention.api.checks import as_integers, check_rows
 from magi_attention.api.compiled_tensors import dispatch_compiled, roll_compiled, undispatch_compiled
 from magi_attention.common.enum import AttnRole
 from magi_attention.runtime.cache import find_manager
@@ -78,10 +78,12 @@ def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, attn_role: At
 
     Raises:
         ValueError: ``x`` doesn't have ``n_local`` rows in ``dim``, or the cache doesn't hold the key.
+        TypeError: ``shift`` or ``dim`` is no integer.
     """
     if torch.compiler.is_compiling():
         return roll_compiled(x, shift, dim, key, attn_role)
     manager = find_manager(key)
+    shift, dim = as_integers(shift=shift, dim=dim)
     check_rows("x", x, dim, manager.num_local_rows(attn_role), "this rank's share")
     return manager.roll(x, shift, dim, attn_role)
 
