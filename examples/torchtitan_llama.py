@@ -41,16 +41,29 @@ def make_batch(config: Llama3Model.Config) -> tuple[Tensor, Tensor, Tensor]:
     return tokens[:, :-1], labels, positions
 
 
-def step(mesh: DeviceMesh) -> tuple[float, float]:
-    """Forward and backward; returns the loss of all ranks and the norm of the gradients."""
+def make_model(config: Llama3Model.Config) -> Llama3Model:
+    """The model with its initial weights, the same on every rank."""
     torch.manual_seed(0)
-    config = make_config()
     model = config.build()
     model.init_states()
+    return model
+
+
+def step(mesh: DeviceMesh) -> tuple[float, float]:
+    """Shard a model over a mesh, and take a step."""
+    config = make_config()
+    model = make_model(config)
     for layer in model.layers.values():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    # FSDP averages gradients; torchtitan's own sharding sums them.
+    return loss_and_norm(model, config, mesh, loss_factor=mesh.size())
 
+
+def loss_and_norm(
+    model: Llama3Model, config: Llama3Model.Config, mesh: DeviceMesh, loss_factor: int = 1
+) -> tuple[float, float]:
+    """Forward and backward; returns the loss of all ranks and the norm of the gradients."""
     inputs, labels, positions = make_batch(config)
     num_targets = (labels != -100).sum()
     attention = config.layers[0].attention
@@ -60,7 +73,7 @@ def step(mesh: DeviceMesh) -> tuple[float, float]:
     logits = model(inputs, **kwargs)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
     loss = loss / num_targets
-    (loss * mesh.size()).backward()  # FSDP averages gradients; torchtitan's trainer switches that off instead
+    (loss * loss_factor).backward()
     total = loss.detach()
     dist.all_reduce(total, group=mesh.get_group())
     squares = sum(each.grad.square().sum() for each in model.parameters() if each.grad is not None)

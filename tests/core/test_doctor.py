@@ -186,4 +186,4 @@ def test_json_and_exit_status_of_a_failure(install):
 def test_a_machine_without_any_backend(install, capsys):
     install()
     assert command.run_doctor(as_json=False) == 1
-    assert "none is installed" in capsys.readouterr().out.replace("\n", " ")
+    assert "none is found" in capsys.readouterr().out.replace("\n", " ")

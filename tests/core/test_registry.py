@@ -209,7 +209,7 @@ def test_every_refusal_is_reported_with_its_reason(install):
 
 def test_without_any_backend_that_is_said(install):
     install()
-    with pytest.raises(RuntimeError, match="none is installed"):
+    with pytest.raises(RuntimeError, match="none is found, so install magi-attention by pip"):
         choose_backend(REQUEST)
 
 

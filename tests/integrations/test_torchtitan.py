@@ -2,6 +2,7 @@
 """A torchtitan Llama with our inner attention has the gradients that it has with dense attention."""
 
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -9,14 +10,19 @@ import torch.nn.functional as F
 
 pytest.importorskip("torchtitan.models.llama3", exc_type=ImportError)
 
-from examples.torchtitan_llama import make_batch, make_config, step
+from examples.torchtitan_llama import loss_and_norm, make_batch, make_config, make_model, step
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.llama3 import parallelize
 from torchtitan.protocols.module import Module
 
 from magi_attention.integrations.torchtitan import MagiInnerAttention, prepare_input
 from magi_attention.testing.distributed import RankPool
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+SPMD_BACKEND = "partial_dtensor"
 
 
 class DenseAttention(Module):
@@ -36,12 +42,10 @@ class DenseAttention(Module):
 
 
 def dense_step():
-    torch.manual_seed(0)
     config = make_config()
     for layer in config.layers:
         layer.attention.inner_attention = DenseAttention.Config()
-    model = config.build()
-    model.init_states()
+    model = make_model(config)
     inputs, labels, positions = make_batch(config)
     documents = (positions == 0).cumsum(1)
     causal = torch.ones(positions.shape[1], positions.shape[1], dtype=torch.bool).tril()
@@ -56,10 +60,35 @@ def step_of_rank(rank, world_size):
     return step(init_device_mesh("cpu", (world_size,), mesh_dim_names=("cp",)))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_step_is_that_of_dense_attention(world_size):
+def step_of_torchtitan_s_own_sharding(rank, world_size):
+    dims = ParallelDims(
+        dp_replicate=1, dp_shard=1, cp=world_size, tp=1, pp=1, ep=1, world_size=world_size, spmd_backend=SPMD_BACKEND
+    )
+    with mock.patch("torchtitan.distributed.parallel_dims.device_type", "cpu"):
+        dims.build_mesh()
+    config = make_config()
+    with mock.patch.object(parallelize, "apply_cp_to_forward"):
+        model = parallelize.parallelize_llama(
+            make_model(config),
+            parallel_dims=dims,
+            training=TrainingConfig(mixed_precision_param="float32"),
+            parallelism=ParallelismConfig(context_parallel_degree=world_size, spmd_backend=SPMD_BACKEND),
+            compile_config=CompileConfig(),
+            ac_config=None,
+            dump_folder="",
+        )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other one
+    return loss_and_norm(model, config, dims.get_mesh("cp"))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "take_step"), [(1, step_of_rank), (2, step_of_rank), (2, step_of_torchtitan_s_own_sharding)]
+)
+def test_a_step_is_that_of_dense_attention(world_size, take_step):
     with RankPool(world_size) as pool:
-        for answer in pool.run(step_of_rank):
+        for answer in pool.run(take_step):
             assert answer == pytest.approx(dense_step(), rel=1e-4)
 
 

@@ -193,7 +193,8 @@ def explain_choice(request: AttentionRequest, name: str = "auto") -> Choice:
             refusals[label] = support.reason
     if not speeds:
         reasons = "".join(f"\n  {label}: {reason}" for label, reason in refusals.items())
-        raise RuntimeError(f"No kernel backend can serve {request}:{reasons or ' none is installed'}")
+        reasons = reasons or " none is found, so install magi-attention by pip; its folder on the path is not enough"
+        raise RuntimeError(f"No kernel backend can serve {request}:{reasons}")
     fastest_first = dict(sorted(speeds.items(), key=lambda item: -item[1]))
     chosen = next(iter(fastest_first))
     return Choice(chosen, backends[chosen], fastest_first, refusals)
