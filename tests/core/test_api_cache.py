@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache of keys: what is kept, what gives way, and which key counts as the most recent."""
 
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -140,3 +144,35 @@ def test_none_is_the_default_group_where_there_is_one(group):
 def test_only_keys_are_taken_for_keys():
     with pytest.raises(TypeError, match="not str"):
         dispatch(torch.zeros(4), "key")
+
+
+@pytest.fixture
+def eager_threads():
+    """Threads take turns some ten thousand times as often as they do otherwise."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-7)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_threads_share_a_cache(eager_threads):
+    cache = DistAttnRuntimeDict(max_size=4)
+    keys = [key_of(8 * (1 + n)) for n in range(6)]
+    deadline = time.monotonic() + 2.0
+
+    def insert(first: int) -> None:
+        while time.monotonic() < deadline:
+            for key in keys[first::2]:
+                cache[key] = "manager"
+
+    def get(first: int) -> None:
+        while time.monotonic() < deadline:
+            for key in keys[first::2]:
+                cache.get(key)
+            cache.get_most_recent_key()
+            cache.keys()
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(call, first) for call in (insert, get) for first in (0, 1)]:
+            done.result()
+    assert len(cache) == 4

@@ -5,6 +5,7 @@ There is one dictionary per group because all ranks of a group make and use keys
 evict in the same order, and no rank plans (which the ranks check together) while another still finds its plan.
 """
 
+import threading
 from collections import OrderedDict
 from itertools import chain
 from typing import Any
@@ -20,10 +21,15 @@ NUM_KEYS_WITH_TABLES = 64
 
 
 class DistAttnRuntimeDict:
-    """At most ``max_size`` managers by key; the least recently inserted or got one gives way. 0 or less keeps none."""
+    """At most ``max_size`` managers by key; the least recently inserted or got one gives way. 0 or less keeps none.
+
+    Threads may share it: one can make the keys of the next steps while another one computes with those there are.
+    """
 
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
+        self._lock = threading.Lock()
+        self._most_recent: DistAttnRuntimeKey | None = None
         self._managers: OrderedDict[DistAttnRuntimeKey, Any] = OrderedDict()
         self._with_tables: OrderedDict[DistAttnRuntimeKey, Any] = OrderedDict()
 
@@ -32,22 +38,28 @@ class DistAttnRuntimeDict:
         manager = self._managers.get(key)
         if manager is None:
             return default
-        if next(reversed(self._managers)) is not key:
-            self._make_most_recent(key)
+        if self._most_recent is not key:  # which takes no lock in the layers of a model
+            with self._lock:
+                if key in self._managers:
+                    self._make_most_recent(key)
         return manager
 
     def keys(self) -> list[DistAttnRuntimeKey]:
         """All keys, the least recent first."""
-        return list(self._managers)
+        with self._lock:
+            return list(self._managers)
 
     def get_most_recent_key(self) -> DistAttnRuntimeKey | None:
         """The key inserted or got last; None if there is none."""
-        return next(reversed(self._managers), None)
+        with self._lock:
+            return next(reversed(self._managers), None)
 
     def clear(self) -> None:
         """Forget all keys."""
-        self._managers.clear()
-        self._with_tables.clear()
+        with self._lock:
+            self._managers.clear()
+            self._with_tables.clear()
+            self._most_recent = None
 
     def __contains__(self, key: DistAttnRuntimeKey) -> bool:
         return key in self._managers
@@ -56,13 +68,18 @@ class DistAttnRuntimeDict:
         return self._managers[key]
 
     def __setitem__(self, key: DistAttnRuntimeKey, manager: Any) -> None:
-        self._managers[key] = manager
-        self._make_most_recent(key)
-        while len(self._managers) > max(self.max_size, 0):
-            evicted, _ = self._managers.popitem(last=False)
-            self._with_tables.pop(evicted, None)
+        with self._lock:
+            self._managers[key] = manager
+            self._make_most_recent(key)
+            while len(self._managers) > max(self.max_size, 0):
+                evicted, _ = self._managers.popitem(last=False)
+                self._with_tables.pop(evicted, None)
+            if not self._managers:
+                self._most_recent = None
 
     def _make_most_recent(self, key: DistAttnRuntimeKey) -> None:
+        """Move ``key`` to the end, holding the lock."""
+        self._most_recent = key
         self._managers.move_to_end(key)
         self._with_tables[key] = self._managers[key]
         self._with_tables.move_to_end(key)
@@ -122,7 +139,7 @@ class DistAttnRuntimeDictManager:
     def _dict_of(self, ranks: tuple[int, ...]) -> DistAttnRuntimeDict:
         found = self._dicts.get(ranks)
         if found is None:
-            found = self._dicts[ranks] = DistAttnRuntimeDict(self.max_size_per_group)
+            found = self._dicts.setdefault(ranks, DistAttnRuntimeDict(self.max_size_per_group))
         return found
 
 
