@@ -3,8 +3,10 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -375,6 +377,31 @@ def evaluate_then_train(rank, world_size):
 
 def test_training_after_evaluation_in_inference_mode(pool):
     pool.run(evaluate_then_train)
+
+
+def plan_in_a_thread(rank, world_size):
+    """A thread makes all keys, in the same order on all ranks, however far it is ahead of the steps."""
+    lengths = [32 + 4 * step for step in range(12)]
+    results = []
+    with ThreadPoolExecutor(1) as planner:
+        planned = [planner.submit(causal_key, total) for total in lengths]
+        for total, upcoming in zip(lengths, planned, strict=True):
+            key = upcoming.result()
+            x = draw(total, 4, 8).requires_grad_()
+            local = dispatch(x, key)
+            undispatch(calc_attn(local, local, local, key)[0], key).square().sum().backward()
+            results.append(x.grad)
+    return results
+
+
+def test_keys_may_be_made_ahead_in_a_thread(pool):
+    every = pool.run(plan_in_a_thread)
+    for results in zip(*every, strict=True):
+        x = draw(len(results[0]), 4, 8).double().requires_grad_()
+        rows = SliceTable(np.array([[0, len(x), 0, len(x), 1]]))
+        dense_attention(x, x, x, rows)[0].square().sum().backward()
+        for gradient in results:
+            torch.testing.assert_close(gradient.double(), x.grad, rtol=1e-4, atol=1e-5)
 
 
 def pass_dtensors(rank, world_size):
