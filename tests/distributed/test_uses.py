@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What trainings do around an attention changes nothing: checkpoints, threads, several passes, some gradients only."""
+"""What stands around an attention changes nothing: checkpoints, threads, several passes, some gradients only, DDP."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from magi_attention.api import (
@@ -15,6 +17,7 @@ from magi_attention.api import (
     calc_attn,
     dispatch,
     magi_attn_flex_key,
+    magi_attn_varlen_key,
     undispatch,
 )
 from magi_attention.common.slices import SliceTable
@@ -129,3 +132,59 @@ def test_one_input_alone_has_gradients(pool, needed):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_do_not_count(pool, layout):
     assert_right(pool.run(gradients, "plain", 1, (True,) * 4, layout))
+
+
+class Layer(torch.nn.Module):
+    """Attention over packed documents with a residual connection."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(16, (HEADS + 2 * KV_HEADS) * DIM)
+        self.out = torch.nn.Linear(HEADS * DIM, 16)
+
+    def forward(self, x, key):
+        q, k, v = self.qkv(x).unflatten(1, (-1, DIM)).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+        return x + self.out(calc_attn(q, k, v, key)[0].flatten(1))
+
+
+class Model(torch.nn.Module):
+    """Two layers, whose gradients come in several buckets."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, x, key):
+        for layer in self.layers:
+            x = layer(x, key)
+        return x
+
+
+def train_replicas(rank, world_size):
+    """Two steps of two micro-batches with masks of their own, the first without communication of gradients."""
+    model = Model().double()
+    replica = DistributedDataParallel(model, bucket_cap_mb=0.001)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for step in range(2):
+        for micro_batch in range(2):
+            cu_seqlens = [0, 20 + 7 * step + 3 * micro_batch, TOTAL]
+            key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, HEADS, KV_HEADS, DIM, 0, None, causal=True)
+            x = torch.randn(TOTAL, 16, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            with replica.no_sync() if micro_batch == 0 else nullcontext():
+                loss = replica(dispatch(x, key), key).square().sum()
+                (world_size * loss).backward()  # it averages gradients, which are terms of a sum
+            loss = loss.detach()
+            torch.distributed.all_reduce(loss)
+            losses.append(float(loss))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def test_replicas_by_ddp_train_as_one_process_does(pool):
+    with RankPool(1) as alone:
+        (expected,) = alone.run(train_replicas)
+    for losses in pool.run(train_replicas):
+        assert losses == pytest.approx(expected, rel=1e-12)
