@@ -151,6 +151,14 @@ def test_layers_with_a_window_take_the_window_s_key(single_process):
     assert params.positions.tolist() == [*range(20), *range(12)]
 
 
+def test_checkpoints_are_those_of_megatron_s_own_attention(single_process):
+    model = make_model()
+    own = GPTModel(model.config, get_gpt_layer_local_spec(), VOCABULARY, 512, position_embedding_type="rope")
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    assert model.sharded_state_dict(metadata=metadata).keys() == own.sharded_state_dict(metadata=metadata).keys()
+    model.load_state_dict(own.state_dict())
+
+
 def test_what_is_not_supported_is_refused(single_process):
     for wrong in (
         {"attention_dropout": 0.1},
