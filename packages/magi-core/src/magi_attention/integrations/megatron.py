@@ -63,7 +63,8 @@ def plan_packed_sequence(
 
     Args:
         packed: the documents of the *whole* sequence: ``cu_seqlens_q`` and, if there is padding between documents,
-            ``cu_seqlens_q_padded``. Padding attends to itself, and nothing else attends to it.
+            ``cu_seqlens_q_padded``; best on the CPU, since the host plans. Padding attends to itself, and nothing else
+            attends to it.
         config: the model's config, which has the heads, their size, the window and the parallel sizes.
         causal: whether the documents are causal.
         cp_group: the context-parallel group; Megatron's own for None.
@@ -96,9 +97,9 @@ def plan_packed_sequence(
             f"sequence parallelism shares out a rank's {len(rows)} rows to {tp_size} ranks: choose a "
             f"DispatchConfig(chunk_size=...) that is a multiple of {tp_size}"
         )
+    longest = int(starts.diff().max())
     starts = starts.to(rows.device)
     positions = rows - starts[torch.searchsorted(starts, rows, right=True) - 1]
-    longest = int((starts[1:] - starts[:-1]).max())
     return MagiPackedSeqParams(
         qkv_format="sbhd",
         max_seqlen_q=longest,
