@@ -28,13 +28,6 @@ class DeviceLists(NamedTuple):
     indices: Tensor
 
 
-class CompressedLists(NamedTuple):
-    """Ascending indices per row, one list after another: offsets ``[rows + 1]`` and indices ``[total]``."""
-
-    offsets: Tensor
-    indices: Tensor
-
-
 class DeviceIntervals(NamedTuple):
     """:class:`magi_attention.kernels.tiles.RowIntervals`: offsets ``[rows + 1]``, starts and stops ``[total]``."""
 
@@ -83,17 +76,6 @@ def padded_lists(
     shifts = _repeat(upload(shift, device), upload(length, device), len(sizes) * width).view(len(sizes), width)
     column = torch.arange(width, dtype=torch.int32, device=device)
     return DeviceLists(counts, shifts.add_(column).masked_fill_(column >= counts.unsqueeze(1), 0))
-
-
-def compressed_lists(runs: RowIntervals, device: torch.device) -> CompressedLists:
-    """Expand runs into compressed lists, on the device."""
-    sizes = runs.sizes
-    length = runs.stops - runs.starts
-    shift = upload(runs.starts - (np.cumsum(length) - length), device)
-    total = int(length.sum())
-    indices = _repeat(shift, upload(length, device), total)
-    indices += torch.arange(total, dtype=torch.int32, device=device)
-    return CompressedLists(upload(np.append(0, np.cumsum(sizes)), device), indices)
 
 
 def interval_table(bands: Bands, num_rows: int, device: torch.device) -> DeviceIntervals:
