@@ -2,6 +2,7 @@
 """`magi doctor`: what it finds on a machine without a GPU, and that it notices what is wrong."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from magi_attention.cli.doctor import command
 from magi_attention.cli.doctor.backends import allowed_error, capabilities, check_backends, choices
 from magi_attention.cli.doctor.communication import check_communication, communication_facts, peer_access
+from magi_attention.cli.doctor.findings import Capability
 from magi_attention.cli.doctor.machine import machine_facts, package_versions
 from magi_attention.cli.doctor.settings import check_kernel_folder, check_planner, check_variables, variables_set
 from magi_attention.cli.main import app
@@ -89,6 +91,14 @@ def test_refusals_are_told_with_what_was_asked_for():
     flex = next(each for each in capabilities(CPU) if each.backend == "flex")
     assert not flex.dtypes
     assert "no backward pass on a CPU" in flex.refusals["head dim 128"]
+
+
+def test_a_backend_that_runs_nothing_has_one_reason():
+    refusals = {"bfloat16": "no GPU", "float64": "no float64", "head dim 64": "no float64", "softcap": "no GPU"}
+    nothing = Capability("fast", "forward", [], [], [], refusals, {})
+    assert command._refusals([nothing]) == ["[bold]fast[/bold] forward, not anything: no GPU"]
+    something = replace(nothing, dtypes=["bfloat16"])
+    assert len(command._refusals([something])) == 2
 
 
 def test_choices(install):

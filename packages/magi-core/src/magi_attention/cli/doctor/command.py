@@ -110,6 +110,8 @@ def _refusals(backends: list[Capability]) -> list[str]:
         by_reason: dict[str, list[str]] = {}
         for asked, reason in each.refusals.items():
             by_reason.setdefault(reason, []).append(asked)
+        if not each.dtypes:  # then what bfloat16, the first asked for, is refused for is why; the rest says nothing
+            by_reason = dict(list(by_reason.items())[:1])
         for reason, labels in by_reason.items():
             what = ", ".join(labels) if each.dtypes else "anything"
             lines.append(f"[bold]{escape(each.backend)}[/bold] {each.direction}, not {escape(what)}: {escape(reason)}")
