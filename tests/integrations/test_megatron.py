@@ -151,6 +151,28 @@ def test_layers_with_a_window_take_the_window_s_key(single_process):
     assert params.positions.tolist() == [*range(20), *range(12)]
 
 
+@pytest.mark.parametrize("softmax_type", ["off-by-one", "learnable"])
+def test_sinks(single_process, softmax_type):
+    config = TransformerConfig(**OPTIONS, softmax_type=softmax_type)
+    core = MagiCoreAttention(config, 1, AttnMaskType.causal, "self")
+    params = plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 32])), config)
+    q, k, v = torch.randn(3, 32, 1, 4, 16)
+    out = core(q, k, v, None, packed_seq_params=params)
+    offset = core.softmax_offset if softmax_type == "learnable" else torch.zeros(4)
+    scores = torch.einsum("qbhd,kbhd->hqk", q, k) / 4
+    scores = scores.masked_fill(torch.ones(32, 32, dtype=torch.bool).triu(1), -torch.inf)
+    weights = torch.cat([scores, offset[:, None, None].expand(4, 32, 1)], dim=2).softmax(2)[..., :-1]
+    expected = torch.einsum("hqk,kbhd->qbhd", weights, v).flatten(2)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    if softmax_type == "learnable":
+        expected.square().sum().backward()
+        gradient, core.softmax_offset.grad = core.softmax_offset.grad, None
+        out.square().sum().backward()
+        torch.testing.assert_close(core.softmax_offset.grad, gradient, rtol=1e-4, atol=1e-5)
+        (sharded,) = core.sharded_state_dict("decoder.").values()
+        assert (sharded.key, sharded.global_shape) == ("decoder.softmax_offset", (4,))
+
+
 def test_checkpoints_are_those_of_megatron_s_own_attention(single_process):
     model = make_model()
     own = GPTModel(model.config, get_gpt_layer_local_spec(), VOCABULARY, 512, position_embedding_type="rope")
@@ -162,7 +184,6 @@ def test_checkpoints_are_those_of_megatron_s_own_attention(single_process):
 def test_what_is_not_supported_is_refused(single_process):
     for wrong in (
         {"attention_dropout": 0.1},
-        {"softmax_type": "off-by-one"},
         {"apply_query_key_layer_scaling": True},
     ):
         config = TransformerConfig(**{**OPTIONS, **wrong})

@@ -16,10 +16,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from magi_attention.api import (
@@ -173,16 +174,46 @@ class MagiCoreAttention(MegatronModule):
             f"{attention_type} attention: use self attention": attention_type != "self",
             "multi_latent_attention": config.multi_latent_attention,
             "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
-            f"softmax_type={config.softmax_type!r}: use 'vanilla'": config.softmax_type != "vanilla",
             "qk_clip and log_max_attention_logit": config.qk_clip or config.log_max_attention_logit,
             "multi-token prediction, which rolls labels itself": bool(config.mtp_num_layers),
         }
         if wrong := [option for option, is_set in unsupported.items() if is_set]:
             raise ValueError(f"MagiCoreAttention doesn't support {'; '.join(wrong)}")
         self.softmax_scale = softmax_scale
+        self.softmax_type = config.softmax_type
+        if self.softmax_type == "learnable":
+            self.softmax_offset = self._make_softmax_offset(config)
         self.has_window = is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, max(layer_number, 1)
         )
+
+    @staticmethod
+    def _make_softmax_offset(config: TransformerConfig) -> nn.Parameter:
+        """The sink's logit of each of this tensor-parallel rank's heads, named and drawn as Megatron does."""
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        num_heads = config.num_attention_heads // config.tensor_model_parallel_size
+        offset = nn.Parameter(torch.empty(num_heads, dtype=config.params_dtype, device=device))
+        if config.perform_initialization:
+            config.init_method(offset)
+        set_tensor_model_parallel_attributes(offset, is_parallel=True, dim=0, stride=1)
+        return offset
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The learnable sink, cut by heads, for distributed checkpoints."""
+        groups = {"tp_group": parallel_state.get_tensor_model_parallel_group()}
+        if metadata and "dp_cp_group" in metadata:
+            groups["dp_cp_group"] = metadata["dp_cp_group"]
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True), prefix, {"softmax_offset": 0}, sharded_offsets, **groups
+        )
+
+    def _sink(self, query: Tensor) -> Tensor | None:
+        """Logits ``[1, hq]`` that join each row's softmax with value 0: learnable, 0, or none."""
+        if self.softmax_type == "learnable":
+            return self.softmax_offset[None]
+        return query.new_zeros(1, query.shape[-2]) if self.softmax_type == "off-by-one" else None
 
     def forward(
         self,
@@ -208,7 +239,7 @@ class MagiCoreAttention(MegatronModule):
         magi_key = packed_seq_params.window_key if self.has_window else packed_seq_params.magi_key
         assert magi_key is not None
         q, k, v = (x.squeeze(1) for x in (query, key, value))
-        out, _ = calc_attn(q, k, v, magi_key, softmax_scale=self.softmax_scale)
+        out, _ = calc_attn(q, k, v, magi_key, sink=self._sink(q), softmax_scale=self.softmax_scale)
         return out.flatten(1)[:, None]
 
 
