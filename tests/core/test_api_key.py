@@ -171,8 +171,6 @@ MISTAKES = {
         {"q": [(0, 60), (60, 100), (40, 80)], "types": ["full", "causal", "causal"]},
         r"slice 0 \(q \[0, 60\), k \[0, 60\), full\) and slice 2 \(q \[40, 80\), k \[40, 80\), causal\) keep a common",
     ),
-    "no heads": ({"num_heads_kv": 0}, "num_heads_kv is 0; it must be at least 1"),
-    "heads that can't be grouped": ({"num_heads_q": 3}, "num_heads_q=3 must be a multiple of num_heads_kv=2"),
     "hierarchical without a mesh": (
         {"config": DistAttnConfig(runtime_config=RuntimeConfig(hierarchical_comm=True))},
         "needs a 2-D DeviceMesh",

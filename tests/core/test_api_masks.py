@@ -123,6 +123,12 @@ def test_cu_seqlens_changed_in_place_give_a_new_answer():
     assert second[0].to_naive_ranges() == [(0, 6), (6, 8)]
 
 
+@pytest.mark.parametrize("window", [[2, 0], np.array([2, 0]), torch.tensor([2, 0])], ids=["list", "numpy", "tensor"])
+def test_windows_may_be_of_any_kind(window):
+    expected = infer_attn_mask_from_cu_seqlens([0, 8], [0, 8], False, (2, 0))
+    assert infer_attn_mask_from_cu_seqlens([0, 8], [0, 8], False, window) == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -5,6 +5,8 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from magi_attention.common.bands import CAUSAL
 from magi_attention.common.slices import SliceTable
@@ -13,6 +15,7 @@ from magi_attention.plan.deal import TILED, WHOLE, Deal, most_beside_tile
 from magi_attention.plan.documents import Documents, find_documents
 from magi_attention.plan.filling import Prefixes
 from magi_attention.plan.layout import even_cuts
+from magi_attention.plan.locality import FILLINGS_OF_MANY, MANY_RANKS
 from magi_attention.plan.totals import totals
 
 CHUNK, NUM_RANKS, CHUNKS_PER_RANK = 32, 8, 64
@@ -51,7 +54,7 @@ def test_the_cheapest_filling_by_two_documents_is_found(seed: int, most: int) ->
         if lights.tokens[first] + sum(int(length[each]) for each in chosen) == most
     ]
     if not fillings:
-        assert least > documents.area[-1]
+        assert least == np.inf
         return
     assert least == min(fillings)
     assert lights.tokens[number] + length[pair].sum() == most
@@ -71,3 +74,21 @@ def test_ranks_that_read_far_get_less_area_where_runs_part_tiles() -> None:
     mean = documents.area[-1] / NUM_RANKS
     assert loads[1][0] <= most < loads[0][0]
     assert WHOLE * mean - 1 <= most <= TILED * mean
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=12),
+    read=st.lists(st.sampled_from([0.0, 0.2, 0.5, 1.0]), min_size=12, max_size=12),
+    chunks_per_rank=st.integers(3, 20),
+)
+def test_every_rank_of_many_is_filled(lengths: list[int], read: list[float], chunks_per_rank: int) -> None:
+    num_chunks = MANY_RANKS * chunks_per_rank
+    ends = [0, *(np.cumsum(lengths) * num_chunks * CHUNK // sum(lengths)).tolist()]
+    rows = [
+        [a, b, a, a + int(part * (b - a)), CAUSAL] for (a, b), part in zip(itertools.pairwise(ends), read, strict=False)
+    ]
+    slices = SliceTable(rows).without_empty()
+    line = find_documents(slices, measure_chunks(slices, even_cuts(ends[-1], CHUNK)), MANY_RANKS, 0.3)
+    owner = Deal(line, [chunks_per_rank] * MANY_RANKS, CHUNK, FILLINGS_OF_MANY).run(1.0192, parts_tiles=True)
+    assert (np.bincount(owner, minlength=MANY_RANKS) == chunks_per_rank).all()

@@ -64,15 +64,6 @@ def _as_integer(name: str, count: int) -> int:
     raise MagiTypeError(f"{name} must be an integer, not {count!r}")
 
 
-def check_heads(num_heads_q: int, num_heads_kv: int, head_dim: int) -> None:
-    """Raise unless there are heads, of a size, and as many query heads for every key head."""
-    for name, count in (("num_heads_q", num_heads_q), ("num_heads_kv", num_heads_kv), ("head_dim", head_dim)):
-        if count < 1:
-            raise MagiValueError(f"{name} is {count}; it must be at least 1")
-    if num_heads_q % num_heads_kv:
-        raise MagiValueError(f"{num_heads_q=} must be a multiple of {num_heads_kv=}")
-
-
 def check_ranges(q_ranges: AttnRanges, k_ranges: AttnRanges, total_seqlen_q: int, total_seqlen_k: int) -> None:
     """Raise unless there are equally many query and key ranges, at least one, and none ends after its sequence."""
     for name, ranges, total_seqlen in (("q_ranges", q_ranges, total_seqlen_q), ("k_ranges", k_ranges, total_seqlen_k)):

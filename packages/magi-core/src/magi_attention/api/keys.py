@@ -12,7 +12,6 @@ from typing_extensions import deprecated
 from magi_attention.api.checks import (
     GeneralAttnMaskType,
     as_integers,
-    check_heads,
     check_ranges,
     check_sources,
     resolve_chunk_size,
@@ -105,7 +104,6 @@ def magi_attn_flex_key(
             num_heads_kv=num_heads_kv,
             head_dim=head_dim,
         )
-        check_heads(num_heads_q, num_heads_kv, head_dim)
         config = with_chunk_limit(config, chunk_size)
         check_sources(total_seqlen_q, total_seqlen_k, is_same_source, is_q_permutable, is_k_permutable)
         check_ranges(q_ranges, k_ranges, total_seqlen_q, total_seqlen_k)

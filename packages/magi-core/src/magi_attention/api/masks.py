@@ -182,11 +182,12 @@ def _window_slices(q_range: AttnRange, k_range: AttnRange, window_size: tuple[in
 
 
 def _checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(window_size, Sequence):
-        raise MagiTypeError(f"window_size must be (left, right), not {window_size!r}")
-    if len(window_size) != 2:
-        raise MagiValueError(f"window_size is {window_size}; it must be (left, right)")
-    left, right = window_size
+    try:
+        left, right = map(operator.index, window_size)
+    except TypeError:
+        raise MagiTypeError(f"window_size must be (left, right), not {window_size!r}") from None
+    except ValueError:
+        raise MagiValueError(f"window_size is {window_size}; it must be (left, right)") from None
     if left < UNLIMITED or right < UNLIMITED:
         raise MagiValueError(f"window_size is {window_size}; each side must be at least 0, or -1 for no limit")
     return left, right

@@ -170,12 +170,10 @@ def _rows_read(documents: Documents, low: Array, high: Array, cuts: Array) -> Ar
     borders = np.flatnonzero(documents.is_border)
     length = np.diff(borders)
     first, last = documents.line[borders[:-1]], documents.line[borders[1:] - 1]
-    is_falling = first > last
-    if is_falling.any():
-        low, high = low[documents.line], high[documents.line]
+    low, high = low[documents.line], high[documents.line]
     begin, end = cuts[first].repeat(length), cuts[first + 1].repeat(length)
     read = np.where(low < end, high - begin, 0)
-    falling = np.flatnonzero(is_falling.repeat(length))
+    falling = np.flatnonzero((first > last).repeat(length))
     low, high, begin, end = low[falling], high[falling], begin[falling], end[falling]
     read[falling] = np.where(high > begin, end - low, 0)
     return read

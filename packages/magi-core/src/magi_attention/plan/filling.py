@@ -270,7 +270,8 @@ class Filling:
     ) -> tuple[float, int, list[int]]:
         """The cheapest filling of ``most`` chunks by first light pieces and up to two more documents.
 
-        Returns its cost, the number of pieces and the documents. Of documents of equal length, the lightest counts.
+        Returns its cost, infinite if there is none, the number of pieces and the documents. Of documents of equal
+        length, the lightest counts.
         """
         pieces, tokens, areas = lights
         first = max(0, longest + 1 - self.prefixes.paired)
@@ -297,6 +298,7 @@ class Filling:
         total[unusable] = UNREACHABLE
         costs = cost(np.array(float(most)), total)
         costs += parted
+        costs[total >= UNREACHABLE] = np.inf
         row, column = divmod(int(costs.argmin()), len(lengths))
         pair = [int(lightest[each]) for each in (lengths[column], other[row, column]) if each]
         return costs.item(row, column), first + row, pair

@@ -2,7 +2,9 @@
 """Planned attentions by key: one least-recently-used dictionary per process group.
 
 There is one dictionary per group because all ranks of a group make and use keys in the same order: they then also
-evict in the same order, and no rank plans (which the ranks check together) while another still finds its plan.
+evict in the same order, and no rank plans (which the ranks check together) while another still finds its plan. Where
+one thread makes keys and another uses them, that holds for keys which are made again within as many new ones as the
+dictionary keeps, less twice those that are made ahead.
 """
 
 import threading
@@ -105,7 +107,7 @@ class DistAttnRuntimeDictManager:
     def keys(self, cp_group: dist.ProcessGroup | None = None) -> list[DistAttnRuntimeKey]:
         """The group's keys, the least recent first; those of all groups for None."""
         if cp_group is None:
-            return list(chain.from_iterable(each.keys() for each in self._dicts.values()))
+            return list(chain.from_iterable(each.keys() for each in list(self._dicts.values())))
         return self._dict_of(sorted_global_ranks(cp_group)).keys()
 
     def get_most_recent_key(self, cp_group: dist.ProcessGroup | None) -> DistAttnRuntimeKey | None:
