@@ -11,7 +11,7 @@ from torch import Tensor
 from magi_attention.common import packed
 from magi_attention.kernels.protocol import AttentionCall
 from magi_kernels_hopper import backward, combine, forward
-from magi_kernels_hopper.driver import Ready
+from magi_kernels_hopper.driver import Ready, TensorMap
 from magi_kernels_hopper.variants import BackwardVariant, ForwardVariant
 
 TOKENS, HEADS, DIM = 300, (4, 2), 64
@@ -31,10 +31,10 @@ class Kernel:
 
 
 class Maps:
-    """Of a tensor's address."""
+    """Of a tensor's address and strides."""
 
     def get(self, x: Tensor, box: object, swizzle_bytes: int) -> bytes:
-        return x.data_ptr().to_bytes(128, "little")
+        return bytes(TensorMap((x.data_ptr(), *x.stride())))
 
 
 ZEROS = torch.zeros(4, dtype=torch.int32)
@@ -52,26 +52,80 @@ def no_gpu(monkeypatch):
 
 
 def tensors(*heads: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    return [torch.zeros(TOKENS, each, DIM, dtype=dtype) for each in heads]
+    """With as much memory behind each, for :func:`apart` and :func:`wider`."""
+    return [torch.zeros(2 * TOKENS, each, DIM, dtype=dtype)[:TOKENS] for each in heads]
 
 
 def address_of(tensor_map: object) -> int:
     return int(tensor_map.words[0])  # type: ignore[attr-defined]
 
 
+def by_token() -> Tensor:
+    return torch.zeros(TOKENS, HEADS[0])
+
+
+# What may be different about a tensor of a later call.
+
+
+def elsewhere(x: Tensor | None) -> Tensor:
+    return by_token() if x is None else torch.zeros_like(x)
+
+
+def apart(x: Tensor) -> Tensor:
+    """At the same address, as a view of packed keys and values."""
+    return x.as_strided(x.shape, (2 * x.stride(0), *x.stride()[1:]))
+
+
+def by_head(x: Tensor) -> Tensor:
+    return x.as_strided(x.shape, (1, x.shape[0]))
+
+
+def half(x: Tensor) -> Tensor:
+    return x.view(torch.float16)
+
+
+def wider(x: Tensor) -> Tensor:
+    """At the same address, in float32."""
+    return x.as_strided((2 * x.numel(),), (1,)).view(torch.float32).view(x.shape)
+
+
+def fields(params: ctypes.Structure, prefix: str = "") -> dict[str, object]:
+    """Of a structure and those in it, but tensor maps whole."""
+    found: dict[str, object] = {}
+    for name, *_ in params._fields_:
+        value = getattr(params, name)
+        if isinstance(value, TensorMap):
+            found[prefix + name] = bytes(value)
+        elif isinstance(value, ctypes.Structure):
+            found |= fields(value, f"{prefix}{name}.")
+        elif not isinstance(value, ctypes.Array):  # padding
+            found[prefix + name] = value
+    return found
+
+
+def changed(before: Ready, after: Ready) -> set[str]:
+    """The names of the parameters that differ."""
+    assert before is not after
+    old, new = fields(before.params), fields(after.params)
+    return {name for name in old if old[name] != new[name]}
+
+
 class Backward:
     """A prepared backward pass with the tensors of a call."""
 
+    INPUTS = ("q", "dout", "k", "v", "out", "lse", "dlse")
+
     def __init__(self) -> None:
         self.q, self.dout, self.k, self.v, self.out = tensors(HEADS[0], HEADS[0], HEADS[1], HEADS[1], HEADS[0])
-        self.lse = torch.zeros(TOKENS, HEADS[0])
-        self.gradients = tuple(torch.zeros_like(x) for x in (self.q, self.k, self.v))
+        self.lse, self.dlse = by_token(), None
+        self.dq, self.dk, self.dv = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
         self.prepared = backward.PreparedBackward(BackwardVariant(DIM, DIM, "bf16", False), CALL, self.q, self.k)
         self.workspace = self.prepared.workspace(torch.device("cpu"))
 
-    def launch(self, dout: Tensor | None = None, dlse: Tensor | None = None) -> tuple[Ready, Ready]:
-        inputs = (self.q, self.dout if dout is None else dout, self.k, self.v, self.out, self.lse, dlse)
-        self.prepared.launch(inputs, self.gradients, self.workspace, 1)
+    def launch(self, **others: Tensor | None) -> tuple[Ready, Ready]:
+        given = {name: others.get(name, getattr(self, name)) for name in (*self.INPUTS, "dq", "dk", "dv", "workspace")}
+        gradients = given["dq"], given["dk"], given["dv"]
+        self.prepared.launch(tuple(given[name] for name in self.INPUTS), gradients, given["workspace"], 1)
         kernels = self.prepared.kernels
         return kernels.prepare.launches[-1], kernels.backward.launches[-1]
 
@@ -102,6 +156,50 @@ def test_copies_of_inputs_are_made_each_time():
     strided = torch.zeros(TOKENS, 2 * HEADS[0], DIM, dtype=torch.bfloat16)[:, ::2]
     rows, _ = case.launch(dout=strided)
     assert rows.params.dout != strided.data_ptr()
+
+
+PROGRESS = {"row_terms", "added", "complete", "items_done"}
+
+
+@pytest.mark.parametrize(
+    ("name", "differs", "of_rows", "of_params"),
+    [
+        ("q", elsewhere, set(), {"q"}),
+        ("dout", elsewhere, {"dout"}, {"dout"}),
+        ("k", elsewhere, set(), {"k"}),
+        ("v", elsewhere, set(), {"v"}),
+        ("out", elsewhere, {"out"}, set()),
+        ("lse", elsewhere, {"lse"}, set()),
+        ("dlse", elsewhere, {"dlse"}, set()),
+        ("dq", elsewhere, {"dq"}, {"dq"}),
+        ("dk", elsewhere, set(), {"dk"}),
+        ("dv", elsewhere, set(), {"dv"}),
+        ("workspace", elsewhere, PROGRESS, PROGRESS | {"dq_sums", "partial"}),
+        ("q", apart, set(), {"q"}),
+        ("k", apart, set(), {"k"}),
+        ("v", apart, set(), {"v"}),
+        # Of these, copies are read.
+        ("dout", apart, {"dout"}, {"dout"}),
+        ("out", apart, {"out"}, set()),
+        ("lse", by_head, {"lse"}, set()),
+        ("dout", half, {"dout"}, {"dout"}),
+        ("out", half, {"out"}, set()),
+    ],
+)
+def test_backward_parameters_follow_each_tensor(name, differs, of_rows, of_params):
+    case = Backward()
+    first = case.launch()
+    other = case.launch(**{name: differs(getattr(case, name))})
+    assert tuple(changed(*pair) for pair in zip(first, other, strict=True)) == (of_rows, of_params)
+    assert all(again is before for again, before in zip(case.launch(), first, strict=True))
+
+
+def test_backward_parameters_follow_the_counters(monkeypatch):
+    case = Backward()
+    first = case.launch()
+    others = torch.zeros_like(ZEROS)
+    monkeypatch.setattr(backward, "counters", lambda device, stream: others)
+    assert [changed(*pair) for pair in zip(first, case.launch(), strict=True)] == [set(), {"counters"}]
 
 
 def test_parts_of_the_workspace_lie_apart_and_are_aligned():
@@ -149,20 +247,97 @@ def test_forward_parameters_are_kept_for_the_same_tensors_alone():
     assert odd.data_ptr() not in (address_of(copied.params.q), address_of(copied_again.params.q))
 
 
-def test_parts_are_combined_where_each_call_wants_them(monkeypatch):
+class Forward:
+    """A prepared forward pass with the tensors of a call."""
+
+    def __init__(self) -> None:
+        q, k, v, out = tensors(HEADS[0], HEADS[1], HEADS[1], HEADS[0])
+        self.given = {"q": q, "k": k, "v": v, "out": out, "lse": by_token(), "max_logits": None, "merge": False}
+        self.prepared = forward.PreparedForward(ForwardVariant(DIM, DIM, "bf16", False), CALL, q, k)
+
+    def launch(self, **others: object) -> Ready:
+        q, k, v, *results, merge = (self.given | others).values()
+        self.prepared.launch((q, k, v), tuple(results), merge, 1)
+        return self.prepared._kernel.launches[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "differs", "expected"),
+    [
+        ("q", elsewhere, {"q"}),
+        ("k", elsewhere, {"k"}),
+        ("v", elsewhere, {"v"}),
+        ("out", elsewhere, {"results.out", "out"}),
+        ("lse", elsewhere, {"results.lse"}),
+        ("q", apart, {"q"}),
+        ("k", apart, {"k"}),
+        ("v", apart, {"v"}),
+        ("lse", by_head, {"results.lse_token", "results.lse_head"}),
+        ("out", wider, {"results.out_is_float", "out"}),
+        ("max_logits", lambda _: torch.zeros(HEADS[0]), {"results.max_logits", "tolerance"}),
+        ("merge", lambda _: True, {"results.merges"}),
+    ],
+)
+def test_forward_parameters_follow_each_argument(name, differs, expected):
+    case = Forward()
+    first, other = case.launch(), {name: differs(case.given[name])}
+    second = case.launch(**other)
+    assert changed(first, second) == expected
+    assert case.launch() is first
+    assert case.launch(**other) is second
+
+
+def test_forward_parameters_follow_the_largest_scores_and_the_counters(monkeypatch):
+    case = Forward()
+    one, two = torch.zeros(HEADS[0]), torch.zeros(HEADS[0])
+    assert changed(case.launch(max_logits=one), case.launch(max_logits=two)) == {"results.max_logits"}
+    first, others = case.launch(), torch.zeros_like(ZEROS)
+    monkeypatch.setattr(forward, "counters", lambda device, stream: others)
+    assert changed(first, case.launch()) == {"counters"}
+
+
+@pytest.fixture
+def combination(monkeypatch):
     monkeypatch.setattr(combine, "_kernel", lambda variant, device: Kernel())
     tables = SimpleNamespace(num_parts=3, parts=torch.zeros(9, dtype=torch.int32), tile_q=64)
-    combination = combine.Combination(ForwardVariant(DIM, DIM, "bf16", False), tables, torch.device("cpu"))
+    return combine.Combination(ForwardVariant(DIM, DIM, "bf16", False), tables, torch.device("cpu"))
+
+
+def test_parts_are_combined_where_each_call_wants_them(combination):
     out, other = tensors(HEADS[0], HEADS[0])
-    lse, by_head = torch.zeros(TOKENS, HEADS[0]), torch.zeros(HEADS[0], TOKENS).T
+    lse = by_token()
     parts = combination.parts_of(out)
     assert [x.shape for x in parts] == [(3, *out.shape), (3, *lse.shape)]
     for into, merge in ((out, False), (out, False), (other, False), (out, True)):
         combination.launch(parts, into, lse, 1, merge=merge)
-    combination.launch(parts, out, by_head, 1, merge=False)
-    first, again, elsewhere, merging, strided = combination._kernel.launches
+    first, again, second, merging = combination._kernel.launches
     assert again is first
     assert (first.params.out, first.params.lse) == (parts[0].data_ptr(), parts[1].data_ptr())
-    assert (first.params.results.out, elsewhere.params.results.out) == (out.data_ptr(), other.data_ptr())
+    assert (first.params.results.out, second.params.results.out) == (out.data_ptr(), other.data_ptr())
     assert (first.params.results.merges, merging.params.results.merges) == (0, 1)
-    assert (strided.params.results.lse_token, strided.params.results.lse_head) == by_head.stride()
+
+
+@pytest.mark.parametrize(
+    ("name", "differs", "expected"),
+    [
+        ("parts", elsewhere, {"out"}),
+        ("parts_lse", elsewhere, {"lse"}),
+        ("out", elsewhere, {"results.out"}),
+        ("lse", elsewhere, {"results.lse"}),
+        ("lse", by_head, {"results.lse_token", "results.lse_head"}),
+        ("out", wider, {"results.out_is_float"}),
+        ("merge", lambda _: True, {"results.merges"}),
+    ],
+)
+def test_parameters_of_a_combination_follow_each_argument(combination, name, differs, expected):
+    (out,) = tensors(HEADS[0])
+    parts, parts_lse = combination.parts_of(out)
+    given = {"parts": parts, "parts_lse": parts_lse, "out": out, "lse": by_token(), "merge": False}
+    other = given | {name: differs(given[name])}
+    for each in (given, other, given, other):
+        *both, out, lse, merge = each.values()
+        combination.launch(tuple(both), out, lse, 1, merge=merge)
+    first, second, *again = combination._kernel.launches
+    assert changed(first, second) == expected
+    assert again[0] is first
+    assert again[1] is second
