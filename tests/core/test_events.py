@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Events of exchanges, which are recorded anew for later ones: never while somebody may still wait for them."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -10,10 +12,16 @@ from magi_attention.comm.work import StreamWork
 
 
 class Event:
-    """Remembers behind what it is recorded."""
+    """Remembers behind what it is recorded. Whoever uses it has taken it: others may take what the pool has."""
+
+    pool: ClassVar[EventPool]
 
     def record(self, stream: "Stream") -> None:
+        self.check_is_taken()
         self.behind = (stream.name, stream.num_enqueued)
+
+    def check_is_taken(self) -> None:
+        assert self not in self.pool._free
 
 
 class Stream:
@@ -25,6 +33,7 @@ class Stream:
         self.name, self.num_enqueued, self.waits = name, 0, list[tuple[str, int]]()
 
     def wait_event(self, event: Event) -> None:
+        event.check_is_taken()
         self.waits.append(event.behind)
 
 
@@ -36,22 +45,26 @@ def streams(monkeypatch):
     return caller, side
 
 
+@pytest.fixture
+def events(monkeypatch):
+    monkeypatch.setattr(Event, "pool", EventPool(), raising=False)
+    return Event.pool
+
+
 def start(streams, events: EventPool, packed: Event | None = None, owns_packed: bool = True) -> StreamWork[str]:
     caller, side = streams
     side.num_enqueued += 1
     return StreamWork(side, caller, "result", [], packed, events, owns_packed)
 
 
-def test_works_under_way_have_events_of_their_own(streams):
+def test_works_under_way_have_events_of_their_own(streams, events):
     caller, _ = streams
-    events = EventPool()
     first, second = start(streams, events), start(streams, events)
     assert second.wait() == first.wait() == "result"
     assert caller.waits == [("side", 2), ("side", 1)]
 
 
-def test_an_event_is_recorded_anew_only_when_its_work_has_gone(streams):
-    events = EventPool()
+def test_an_event_is_recorded_anew_only_when_its_work_has_gone(streams, events):
     first = start(streams, events)
     used = first._recorded
     first.wait()
@@ -60,9 +73,8 @@ def test_an_event_is_recorded_anew_only_when_its_work_has_gone(streams):
     assert used in (start(streams, events)._recorded, start(streams, events)._recorded, *events._free)
 
 
-def test_a_work_that_nobody_waits_for_is_waited_for_before_its_event_is_given_away(streams):
+def test_a_work_that_nobody_waits_for_is_waited_for_before_its_event_is_given_away(streams, events):
     caller, _ = streams
-    events = EventPool()
     work = start(streams, events)
     used = work._recorded
     del work
@@ -70,8 +82,8 @@ def test_a_work_that_nobody_waits_for_is_waited_for_before_its_event_is_given_aw
     assert events.take() is used
 
 
-def test_an_event_of_two_works_is_given_back_once(streams):
-    events, packed = EventPool(), Event()
+def test_an_event_of_two_works_is_given_back_once(streams, events):
+    packed = Event()
     inner = start(streams, events, packed)
     outer = start(streams, events, packed, owns_packed=False)
     del outer
@@ -81,9 +93,8 @@ def test_an_event_of_two_works_is_given_back_once(streams):
     assert len(events._free) == 3
 
 
-def test_a_stream_waits_for_what_another_was_given_before(streams):
+def test_a_stream_waits_for_what_another_was_given_before(streams, events):
     caller, side = streams
-    events = EventPool()
     for number in range(1, 4):
         caller.num_enqueued = number
         events.let_wait(side, caller)
