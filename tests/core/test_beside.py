@@ -2,39 +2,14 @@
 """The stream of early queries: what waits for what. The results are compared on GPUs, by the distributed tests."""
 
 import pytest
-import torch
 
-from magi_attention.comm import streams
 from magi_attention.runtime.beside import Beside
-
-
-class Stream:
-    """Writes down what it is told."""
-
-    device_index = 0
-
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log = name, log
-
-    def wait_event(self, event: "Event") -> None:
-        self.log.append(f"{self.name} waits for {event.mark}")
-
-
-class Event:
-    """Is a mark of the stream that it is recorded on."""
-
-    def record(self, stream: Stream) -> None:
-        stream.log.append(f"{stream.name} marks")
-        self.mark = f"mark of {stream.name}"
+from tests.core.log_streams import Stream, log_of_streams
 
 
 @pytest.fixture
 def log(monkeypatch):
-    log: list[str] = []
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(streams, "_pools", {})
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: log.append(f"on {stream.name}"))
-    return log
+    return log_of_streams(monkeypatch)
 
 
 def test_the_other_stream_waits_for_a_mark_and_is_waited_for(log):
@@ -44,8 +19,8 @@ def test_the_other_stream_waits_for_a_mark_and_is_waited_for(log):
             log.append("launch")
         beside.join()
         beside.join()
-    waits = ["current marks", "other waits for mark of current"]
-    waits_again = ["other marks", "current waits for mark of other"]
+    waits = ["current marks", "other waits for mark 1 of current"]
+    waits_again = ["other marks", "current waits for mark 1 of other"]
     assert log == [*waits, "on other", "launch", "on current", *waits_again]
 
 
@@ -56,7 +31,7 @@ def test_after_an_error_nothing_is_left_running(log):
         beside.after(beside.now()),
     ):
         raise RuntimeError("no kernel")
-    assert log[-3:] == ["on current", "other marks", "current waits for mark of other"]
+    assert log[-3:] == ["on current", "other marks", "current waits for mark 1 of other"]
 
 
 def test_marks_are_recorded_anew_only_by_later_passes(log):

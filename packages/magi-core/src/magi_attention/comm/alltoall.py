@@ -176,6 +176,9 @@ class AllToAllCollectives:
                     meanwhile()
                 events.let_wait(stream, caller)
             return StreamWork(stream, caller, finish(), (landed, *kept), is_packed, events)
+        except BaseException:
+            events.let_wait(caller, stream)  # what was enqueued before the error uses tensors that may go now
+            raise
         finally:
             torch.cuda.set_stream(caller)
 

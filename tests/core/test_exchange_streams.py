@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An exchange on a stream of its own: what is enqueued where, and waits for what. Results are compared on GPUs."""
+
+import pytest
+import torch
+
+from magi_attention.comm import alltoall, work
+from magi_attention.comm.alltoall import AllToAllCollectives
+from tests.core.log_streams import Stream, log_of_streams
+
+BEFORE = ["caller marks", "side waits for mark 1 of caller", "on side", "gather", "side marks", "send"]
+MEANWHILE = ["caller waits for mark 1 of side", "on caller", "meanwhile", "on side"]
+BEHIND_MEANWHILE = ["caller marks", "side waits for mark 2 of caller"]
+
+
+class Exchange:
+    """An exchange whose steps write down that they are made; one of them may fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log = log_of_streams(monkeypatch)
+        caller, side = Stream("caller", self.log), Stream("side", self.log)
+        for module in (alltoall, work):
+            monkeypatch.setattr(module, "current_stream", lambda index: caller)
+        self.collectives = AllToAllCollectives(None)
+        self.landed, self.packed = torch.zeros(3, 2), torch.ones(3, 2)
+        self.collectives._streams[self.landed.device] = side
+        monkeypatch.setattr(self.collectives, "_send", self.send)
+        self.fails = ""
+
+    def step(self, name: str) -> None:
+        self.log.append(name)
+        if name == self.fails:
+            raise RuntimeError(f"no {name}")
+
+    def send(self, packed: torch.Tensor, landed: torch.Tensor, counts: object, async_op: bool) -> None:
+        assert packed is self.packed
+        assert landed is self.landed
+        assert not async_op
+        self.step("send")
+
+    def gather(self) -> torch.Tensor:
+        self.step("gather")
+        return self.packed
+
+    def finish(self) -> str:
+        self.step("finish")
+        return "result"
+
+    def start(self, meanwhile: bool) -> work.StreamWork[str]:
+        steps = self.gather, self.landed, ([3], [3]), self.finish, []
+        return self.collectives._exchange(*steps, (lambda: self.step("meanwhile")) if meanwhile else None)
+
+
+@pytest.fixture
+def exchange(monkeypatch):
+    return Exchange(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "between"), [(False, []), (True, MEANWHILE + BEHIND_MEANWHILE)], ids=["alone", "meanwhile"]
+)
+def test_the_order_of_an_exchange(exchange, meanwhile, between):
+    pending = exchange.start(meanwhile)
+    assert exchange.log == [*BEFORE, *between, "finish", "side marks", "on caller"]
+    exchange.log.clear()
+    pending.wait_packed()
+    assert pending.wait() == "result"
+    assert exchange.log == [f"caller waits for mark {number} of side" for number in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("fails", "until"),
+    [
+        ("gather", BEFORE[:4]),
+        ("send", BEFORE),
+        ("meanwhile", BEFORE + MEANWHILE),
+        ("finish", [*BEFORE, *MEANWHILE, *BEHIND_MEANWHILE, "finish"]),
+    ],
+)
+def test_after_an_error_the_caller_waits_for_what_has_begun(exchange, fails, until):
+    exchange.fails = fails
+    with pytest.raises(RuntimeError, match=f"no {fails}"):
+        exchange.start(meanwhile=True)
+    number = 1 if fails == "gather" else 2
+    assert exchange.log == [*until, "side marks", f"caller waits for mark {number} of side", "on caller"]
