@@ -202,6 +202,12 @@ def test_backward_parameters_follow_the_counters(monkeypatch):
     assert [changed(*pair) for pair in zip(first, case.launch(), strict=True)] == [set(), {"counters"}]
 
 
+def test_backward_parameters_follow_each_gradient_of_lse():
+    case, given = Backward(), [by_token(), by_token()]
+    (rows, _), (other_rows, _) = (case.launch(dlse=dlse) for dlse in given)
+    assert changed(rows, other_rows) == {"dlse"}
+
+
 def test_parts_of_the_workspace_lie_apart_and_are_aligned():
     case = Backward()
     rows, params = (ready.params for ready in case.launch())
