@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -35,24 +36,42 @@ def test_merging_in_place(device, dtype, shape):
     if shape[0]:
         lse[1], lse2[2], lse[3], lse2[3] = EMPTY, EMPTY, EMPTY, EMPTY
         out[1], out2[2], out[3], out2[3] = 0, 0, 0, 0
+    drawn = out, lse, out2, lse2
+    turned = [x.flip(0) for x in drawn]
+    assert [x.stride() for x in turned] == [x.stride() for x in drawn]
+    check_merging(*[x.clone() for x in drawn])
+    check_merging(*turned)  # by the launch before, with other tensors
+    check_merging(apart(out), lse.clone(), out2, lse2)
+    check_merging(out.clone(), lse.clone(memory_format=torch.contiguous_format), apart(out2), apart(lse2))
+    check_merging(out.clone(), lse.clone(), out2.float(), lse2)
+
+
+def apart(x):
+    """The same rows, farther apart."""
+    return torch.stack([x, torch.zeros_like(x)], 1)[:, 0]
+
+
+def check_merging(out, lse, out2, lse2):
     expected, expected_lse = merge_partials(out, lse, out2, lse2)
     untouched = out2.clone(), lse2.clone()
     merge_into(out, lse, out2, lse2)
-    tolerance = 2 * torch.finfo(dtype).eps
+    tolerance = 2 * torch.finfo(out.dtype).eps
     torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-6, atol=1e-6)
     assert torch.equal(out2, untouched[0])
     assert torch.equal(lse2, untouched[1])
 
 
-def returned(seed: int, rank: int, device: str) -> tuple[int, Routes, RowLayout, torch.Tensor]:
+def returned(
+    seed: int, rank: int, device: str, formats: tuple[RowFormat, ...] = FORMATS
+) -> tuple[int, Routes, RowLayout, torch.Tensor]:
     """What came back to a rank of four: three tensors' partial results."""
     table = RandomNeeds(seed, 4, 0.8).table(rank)
     routes = routes_of(table, torch.device(device))
-    layout = lay_out(FORMATS)
+    layout = lay_out(formats)
     buffer = torch.zeros(routes.num_sent, layout.num_words, dtype=torch.int64, device=device)
     generator = torch.Generator().manual_seed(seed)
-    for number in range(len(FORMATS)):
+    for number in range(len(formats)):
         column = layout.column(buffer, number)
         column.copy_(torch.randn(column.shape, generator=generator))
     return table.num_source, routes, layout, buffer
@@ -62,11 +81,12 @@ def returned(seed: int, rank: int, device: str) -> tuple[int, Routes, RowLayout,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_kernel_has_the_bits_of_one_addition_per_peer(dtype):
     num_terms = 0
-    for seed in range(6):
-        for rank in range(4):
-            num_rows, routes, layout, buffer = returned(seed, rank, "cuda")
-            _, host_routes, _, host_buffer = returned(seed, rank, "cpu")
-            into = [torch.randn(num_rows, *row.shape).to(dtype) for row in FORMATS]
+    # The second time, launches with other tensors are found again; then they lie otherwise in the buffer.
+    for formats in (FORMATS, FORMATS, FORMATS[:2], FORMATS[::-1]):
+        for seed, rank in product(range(6), range(4)):
+            num_rows, routes, layout, buffer = returned(seed, rank, "cuda", formats)
+            _, host_routes, _, host_buffer = returned(seed, rank, "cpu", formats)
+            into = [torch.randn(num_rows, *row.shape).to(dtype) for row in formats]
             fused = [x.cuda() for x in into]
             assert can_add_segments(fused, layout)
             add_segments(fused, buffer, layout, routes)
@@ -108,8 +128,11 @@ def test_columns_share_rows_and_are_aligned():
 @pytest.mark.parametrize("shape", [(4, 6), (3, 5), (), (2, 0), (300, 8)], ids=str)
 def test_packing_takes_strided_rows(device, rows, shape):
     generator = torch.Generator().manual_seed(0)
-    for _ in range(2):  # the second time, launches of other tensors are found again
-        check_packing(device, rows, torch.randn(7, 2, *shape, generator=generator).to(device))
+    kept = []  # so that later tensors have other addresses
+    # The second time, launches with other tensors are found again; then rows lie farther apart, or hold fewer bytes.
+    for width, dtype in ((2, torch.float32), (2, torch.float32), (4, torch.float32), (2, torch.bfloat16)):
+        kept.append(torch.randn(7, width, *shape, generator=generator).to(dtype).to(device))
+        check_packing(device, rows, kept[-1])
 
 
 def check_packing(device, rows, whole):
@@ -119,7 +142,10 @@ def check_packing(device, rows, whole):
     if not isinstance(rows, slice):
         rows = rows.to(device)
     buffer = pack(tensors, rows, len(tensors[1][rows]), layout)
-    targets = [torch.zeros(7, *shape, device=device), torch.zeros(7, dtype=torch.int64, device=device)]
+    targets = [
+        torch.zeros(7, *shape, dtype=whole.dtype, device=device),
+        torch.zeros(7, dtype=torch.int64, device=device),
+    ]
     deliver(buffer, rows, layout, targets)
     for number, (source, target) in enumerate(zip(tensors, targets, strict=True)):
         assert torch.equal(layout.column(buffer, number), source[rows])
