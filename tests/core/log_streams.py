@@ -10,13 +10,18 @@ from magi_attention.comm import streams
 class Stream:
     """Writes down what it is told."""
 
-    device_index = 0
+    device_index, device = 0, torch.device("cuda", 0)
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log, self.num_marks = name, log, 0
 
     def wait_event(self, event: "Event") -> None:
         self.log.append(f"{self.name} waits for {event.mark}")
+
+    def record_event(self) -> "Event":
+        event = Event()
+        event.record(self)
+        return event
 
 
 class Event:

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """An exchange on a stream of its own: what is enqueued where, and waits for what. Results are compared on GPUs."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from magi_attention.comm import alltoall, work
 from magi_attention.comm.alltoall import AllToAllCollectives
+from magi_attention.comm.streams import current_in_block, running_on
 from tests.core.log_streams import Stream, log_of_streams
 
 BEFORE = ["caller marks", "side waits for mark 1 of caller", "on side", "gather", "side marks", "send"]
@@ -83,3 +86,17 @@ def test_after_an_error_the_caller_waits_for_what_has_begun(exchange, fails, unt
         exchange.start(meanwhile=True)
     number = 1 if fails == "gather" else 2
     assert exchange.log == [*until, "side marks", f"caller waits for mark {number} of side", "on caller"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_an_error_in_a_later_hop_the_caller_waits_too(monkeypatch, fails):
+    log = log_of_streams(monkeypatch)
+    caller, side = Stream("caller", log), Stream("side", log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: caller)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: current_in_block(stream, caller))
+    with pytest.raises(RuntimeError, match="no hop") if fails else nullcontext(), running_on(side):
+        log.append("hop")
+        if fails:
+            raise RuntimeError("no hop")
+    waits = ["side marks", "caller waits for mark 1 of side"] if fails else []
+    assert log == ["caller marks", "side waits for mark 1 of caller", "on side", "hop", *waits, "on caller"]

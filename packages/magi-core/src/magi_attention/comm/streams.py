@@ -97,10 +97,18 @@ def current_in_block(stream: torch.cuda.Stream, before: torch.cuda.Stream) -> It
 
 @contextmanager
 def running_on(stream: "torch.cuda.Stream | None") -> Iterator[None]:
-    """Enqueue what follows on ``stream``, after all that the current stream has been given; None changes nothing."""
+    """Enqueue what follows on ``stream``, after all that the current stream has been given; None changes nothing.
+
+    After an error the current stream waits for what had been enqueued, which uses tensors that may go then.
+    """
     if stream is None:
         yield
         return
-    stream.wait_event(torch.cuda.current_stream(stream.device).record_event())
+    caller = torch.cuda.current_stream(stream.device)
+    stream.wait_event(caller.record_event())
     with torch.cuda.stream(stream):
-        yield
+        try:
+            yield
+        except BaseException:
+            caller.wait_event(stream.record_event())
+            raise
