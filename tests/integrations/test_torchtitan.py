@@ -102,6 +102,29 @@ def test_rows_of_the_batch_are_documents_even_without_positions():
     assert len(kwargs["attention_masks"].q_ranges) >= 2
 
 
+def prepare_as_a_replica(rank, world_size):
+    """The batch of each replica is its own: all rows, and its own document boundaries."""
+    inputs = torch.arange(12).view(2, 6) + 100 * rank
+    attention = MagiInnerAttention()
+    group_ranks, outs = set(), []
+    for _ in range(2):
+        local, labels, kwargs = prepare_input(inputs, inputs + 1, {}, None, (2, 2), 8)
+        q = F.one_hot(local % 100, 16)[..., None, :8].float().expand(1, local.shape[1], 2, 8)
+        outs.append(attention(q, q, q + rank, attention_masks=kwargs["attention_masks"]))
+        group_ranks.add(kwargs["attention_masks"].group_ranks)
+    return local.tolist(), labels.tolist(), group_ranks, [out.mean().item() for out in outs]
+
+
+def test_without_a_mesh_each_process_has_its_whole_batch():
+    with RankPool(2) as pool:
+        answers = pool.run(prepare_as_a_replica)
+    for rank, (local, labels, group_ranks, outs) in enumerate(answers):
+        assert local[0][:12] == [100 * rank + each for each in range(12)]
+        assert labels[0][:12] == [100 * rank + each + 1 for each in range(12)]
+        assert group_ranks == {(rank,)}
+        assert outs == pytest.approx([answers[0][3][0] + rank] * 2)
+
+
 def test_wrong_arguments_are_refused():
     q = torch.randn(2, 6, 4, 8)
     with pytest.raises(ValueError, match="prepare_input"):
@@ -109,3 +132,5 @@ def test_wrong_arguments_are_refused():
     _, _, kwargs = prepare_input(torch.zeros(1, 6), torch.zeros(1, 6), {}, None, (4, 4), 8)
     with pytest.raises(ValueError, match="pack the 2 sequences"):
         MagiInnerAttention()(q, q, q, attention_masks=kwargs["attention_masks"])
+    with pytest.raises(ValueError, match=r"extra_kwargs \['token_types'\]"):
+        prepare_input(torch.zeros(1, 6), torch.zeros(1, 6), {"token_types": torch.zeros(1, 6)}, None, (4, 4), 8)

@@ -6,8 +6,10 @@ torchtitan hands ``attention_masks`` to every layer as it is. Here that is a key
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.protocols.module import Module
@@ -20,8 +22,11 @@ from magi_attention.api import (
     get_position_ids,
     magi_attn_varlen_key,
 )
+from magi_attention.api.groups import GroupOrMesh
 
 IGNORED_LABEL = -100
+# By the default group, since process groups go with it.
+_GROUPS_OF_THIS_PROCESS: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 class MagiInnerAttention(Module):
@@ -86,8 +91,19 @@ def prepare_input(
     Returns:
         ``inputs`` and ``labels`` ``[1, n_local]``, padded with 0 and -100, and the arguments, with ``positions``
         ``[1, n_local]`` in their documents, and the key as ``attention_masks``.
+
+    Raises:
+        ValueError: Another argument of the model has a value for each token, and all that
+            :func:`magi_attention.api.magi_attn_varlen_key` raises.
     """
     batch, length = inputs.shape
+    if uncut := [
+        name
+        for name, x in extra_kwargs.items()
+        if name != "positions" and isinstance(x, Tensor) and x.shape[:2] == inputs.shape
+    ]:
+        raise ValueError(f"extra_kwargs {uncut} have a value for each token, but only positions are dispatched")
+    cp_group: GroupOrMesh = _group_of_this_process() if cp_mesh is None else cp_mesh
     positions = extra_kwargs.get("positions")
     if positions is None:
         positions = torch.arange(length, device=inputs.device).expand(batch, length)
@@ -95,10 +111,21 @@ def prepare_input(
     is_start[:, 0] = True
     cu_seqlens = [*is_start.flatten().nonzero().flatten().tolist(), batch * length]
     key = magi_attn_varlen_key(
-        cu_seqlens, cu_seqlens, *num_heads, head_dim, 0, cp_mesh, causal=True, dist_attn_config=dist_attn_config
+        cu_seqlens, cu_seqlens, *num_heads, head_dim, 0, cp_group, causal=True, dist_attn_config=dist_attn_config
     )
     # Positions of the data loader are kept, for rows of the batch that start amid a document.
     local = positions.flatten()[get_position_ids(key, device=positions.device)]
     local_inputs = dispatch(inputs.flatten(), key)
     local_labels = dispatch(labels.flatten(), key, pad_value=IGNORED_LABEL)
     return local_inputs[None], local_labels[None], extra_kwargs | {"positions": local[None], "attention_masks": key}
+
+
+def _group_of_this_process() -> dist.ProcessGroup | None:
+    """A group of one rank, since to the key None is the default group, which here holds other replicas."""
+    if not dist.is_initialized():
+        return None
+    world = dist.group.WORLD
+    if world not in _GROUPS_OF_THIS_PROCESS:
+        # No other rank takes part: they may have groups of more, or make theirs at another time.
+        _GROUPS_OF_THIS_PROCESS[world] = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    return _GROUPS_OF_THIS_PROCESS[world]
