@@ -151,6 +151,23 @@ def test_layers_with_a_window_take_the_window_s_key(single_process):
     assert params.positions.tolist() == [*range(20), *range(12)]
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [(3, 0), (3, -1), (3, 3), (-1, 0), (-1, -1), (-1, 2)])
+def test_windows_look_ahead_only_where_documents_aren_t_causal(single_process, window, causal):
+    config = TransformerConfig(**OPTIONS, window_size=window)
+    params = plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 20, 32])), config, causal=causal)
+    q, k, v = torch.randn(3, 32, 1, 4, 16)
+    out = MagiCoreAttention(config, 1, AttnMaskType.causal, "self")(q, k, v, None, packed_seq_params=params)
+    positions = torch.arange(32)
+    documents = (positions >= 20).long()
+    behind = positions[:, None] - positions
+    left, right = (each if each >= 0 else 32 for each in window)
+    mask = (documents[:, None] == documents) & (behind <= left) & (-behind <= (0 if causal else right))
+    heads = (x.transpose(0, 2).transpose(0, 1) for x in (q, k, v))
+    dense = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+    torch.testing.assert_close(out, dense[0].transpose(0, 1).flatten(1)[:, None], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("softmax_type", ["off-by-one", "learnable"])
 def test_sinks(single_process, softmax_type):
     config = TransformerConfig(**OPTIONS, softmax_type=softmax_type)

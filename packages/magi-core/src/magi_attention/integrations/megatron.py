@@ -89,8 +89,13 @@ def plan_packed_sequence(
     )
     window_key = None
     if config.window_size:
-        window_key = make_varlen_key_for_new_mask_after_dispatch(
-            cu_seqlens, cu_seqlens, key, window_size=tuple(config.window_size)
+        left, right = config.window_size
+        window = (left, 0 if causal else right)
+        # A window without bounds that the documents don't have is the key itself.
+        window_key = (
+            key
+            if window == (-1, 0 if causal else -1)
+            else make_varlen_key_for_new_mask_after_dispatch(cu_seqlens, cu_seqlens, key, window_size=window)
         )
     rows = get_position_ids(key)
     if config.sequence_parallel and len(rows) % tp_size:
