@@ -101,6 +101,16 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant):
     torch.testing.assert_close(logits_and_gradients(0, 1, "llama", use_reentrant), plain)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("shape", [(1, TOTAL), (1, 1, TOTAL, TOTAL)])
+def test_masks_given_to_a_model_are_refused(name, shape):
+    register()
+    key, window_key = keys()
+    given = {"use_cache": False, "magi_key": key, "magi_window_key": window_key}
+    with pytest.raises(ValueError, match="attention_mask"):
+        make_model(name, "magi")(tokens()[None], attention_mask=torch.ones(shape), **given)
+
+
 def test_what_would_be_ignored_is_refused():
     key, window_key = keys()
     q = torch.randn(1, 4, TOTAL, 8)

@@ -20,8 +20,17 @@ def register(name: str = "magi") -> None:
     AttentionMaskInterface.register(name, _no_mask)
 
 
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """The key says what is masked, so that the model need not build a mask."""
+def _no_mask(*_args: Any, attention_mask: Tensor | None = None, **_kwargs: Any) -> None:
+    """The key says what is masked, so that the model need not build a mask; Transformers calls it by keywords.
+
+    Raises:
+        ValueError: The model was called with a mask.
+    """
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask can't be used with magi attention: the key says what is masked. Call the model without "
+            "one, and make documents of the sequences that it would tell apart"
+        )
 
 
 def attend(
