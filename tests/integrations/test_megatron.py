@@ -12,14 +12,18 @@ pytest.importorskip("megatron.core")
 
 from examples.megatron_core import DOCUMENTS, VOCABULARY, make_batch, make_model, step
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from magi_attention.config import DispatchConfig, DistAttnConfig, MinHeapDispatchAlg
 from magi_attention.integrations.megatron import (
+    DispatchedRotaryEmbedding,
     MagiCoreAttention,
+    MagiPackedSeqParams,
     dispatch_batch,
     plan_packed_sequence,
     use_dispatched_positions,
@@ -82,7 +86,8 @@ def own_gradients(rank, world_size):
                 loss = (losses * loss_mask).sum() / batch["loss_mask"].sum()
                 loss.backward()
                 total += float(loss)
-        return total, {name: each.grad for name, each in model.named_parameters()}
+        parameters = dict(model.named_parameters())
+        return total, {n: each.grad for n, each in parameters.items()}, {n: each.data for n, each in parameters.items()}
     finally:
         parallel_state.destroy_model_parallel()
 
@@ -111,16 +116,35 @@ def test_gradients_are_those_of_megatron_s_own_attention(world_size, recompute, 
             assert_equal_steps(answer, expected)
 
 
-def loss_with_tensor_parallelism(rank, world_size):
+def step_with_tensor_parallelism(rank, world_size, weights, gradients):
+    """The loss and the gradients of one rank, each with what one process has for this rank's part of the parameter."""
     sizes = {"tensor_model_parallel_size": 2}
-    return gradients_of_a_step(rank, world_size, {**sizes, "context_parallel_size": 2}, sizes)[0]
+    parallel_state.initialize_model_parallel(**sizes, context_parallel_size=2)
+    try:
+        with without_gpu():
+            model = make_model(**sizes)
+            part = parallel_state.get_tensor_model_parallel_rank()
+
+            def mine(parameter, whole):
+                is_cut = getattr(parameter, "tensor_model_parallel", False)
+                return whole.chunk(2, dim=parameter.partition_dim)[part].clone() if is_cut else whole
+
+            for name, each in model.named_parameters():
+                each.data.copy_(mine(each, weights[name]))
+            loss = step(model, make_batch())
+        expected = {name: mine(each, gradients[name]) for name, each in model.named_parameters()}
+        return (float(loss), {name: each.grad for name, each in model.named_parameters()}), expected
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
-def test_tensor_parallel_ranks_have_their_heads():
-    """Initial weights differ from those of one process, but all four ranks have the same loss."""
+def test_tensor_parallel_ranks_have_their_heads(expected):
+    loss, gradients, weights = expected
+    qkv = "decoder.layers.0.self_attention.linear_qkv.weight"
     with RankPool(4) as pool:
-        losses = pool.run(loss_with_tensor_parallelism)
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+        for answer, gradients_of_its_part in pool.run(step_with_tensor_parallelism, weights, gradients):
+            assert len(answer[1][qkv]) == len(gradients[qkv]) // 2
+            assert_equal_steps(answer, (loss, gradients_of_its_part))
 
 
 @pytest.fixture
@@ -195,7 +219,116 @@ def test_checkpoints_are_those_of_megatron_s_own_attention(single_process):
     own = GPTModel(model.config, get_gpt_layer_local_spec(), VOCABULARY, 512, position_embedding_type="rope")
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     assert model.sharded_state_dict(metadata=metadata).keys() == own.sharded_state_dict(metadata=metadata).keys()
-    model.load_state_dict(own.state_dict())
+    model.load_state_dict(own.state_dict() | {"rotary_pos_emb.inv_freq": torch.zeros(8)})  # as old ones have it
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rotary_percent": 0.5},
+        {"rotary_interleaved": True},
+        {"seq_len_interpolation_factor": 3.0},
+        {"rope_scaling": True},
+    ],
+)
+def test_angles_are_megatron_s_own_at_the_rows_positions(single_process, settings):
+    rotary = RotaryEmbedding(16, **{"rotary_percent": 1.0, "use_cpu_initialization": True, **settings})
+    params = plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 20, 32])), TransformerConfig(**OPTIONS))
+    dispatched = DispatchedRotaryEmbedding(rotary)
+    with pytest.raises(ValueError, match="get_rotary_seq_len before"):
+        dispatched(32)
+    num_rows = dispatched.get_rotary_seq_len(None, None, None, None, params)
+    with without_gpu():
+        own = rotary.get_emb(32)
+    torch.testing.assert_close(dispatched(num_rows), own[params.positions], rtol=0, atol=0)
+
+
+def test_forgotten_positions_fail(single_process):
+    config = TransformerConfig(**OPTIONS)
+    spec = get_gpt_layer_local_spec()
+    spec.submodules.self_attention.submodules.core_attention = MagiCoreAttention
+    model = GPTModel(config, spec, VOCABULARY, 512, position_embedding_type="rope")
+    batch = make_batch()
+    params = plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 300, 512])), config)
+    local = dispatch_batch(batch, params)
+    with without_gpu(), pytest.raises(TypeError, match="NoneType"):
+        model(local["tokens"], local["position_ids"], None, labels=local["labels"], packed_seq_params=params)
+
+
+def errors_of_uneven_ranks(rank, world_size):
+    """What 63 rows on two ranks raise, which are uneven or padded; some of them would suit one of the ranks."""
+    parallel_state.initialize_model_parallel(context_parallel_size=world_size)
+    uneven = DispatchConfig(chunk_size=4, uneven_shard=True, alg=MinHeapDispatchAlg())
+    even = DispatchConfig(chunk_size=4)
+    sequence_parallel = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
+    stages = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
+
+    def plan(total, settings, dispatch_config):
+        packed = PackedSeqParams(cu_seqlens_q=torch.tensor([0, 40, total]))
+        config = DistAttnConfig(dispatch_config=dispatch_config)
+        return plan_packed_sequence(packed, TransformerConfig(**OPTIONS, **settings), dist_attn_config=config)
+
+    messages = []
+    try:
+        for settings, dispatch_config in [(sequence_parallel, uneven), (stages, uneven), (stages, even)]:
+            with pytest.raises(ValueError, match="parallel") as caught:
+                plan(63, settings, dispatch_config)
+            messages.append(str(caught.value))
+        plan(63, stages | {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}, even)
+        plan(64, stages, even)
+        return messages
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_all_ranks_refuse_rows_that_megatron_cannot_pass_on():
+    with RankPool(2) as pool:
+        first, second = pool.run(errors_of_uneven_ranks)
+    assert first == second
+    assert "sequence parallelism" in first[0]
+    for message in first[1:]:
+        assert "pipeline_model_parallel_size=2" in message
+        assert "key.pad_size" in message
+
+
+@pytest.mark.parametrize(
+    ("packed", "error", "message"),
+    [
+        ({"cu_seqlens_q": [0, 32]}, TypeError, "cu_seqlens_q must be a 1-D tensor of integers, not list"),
+        (
+            {"cu_seqlens_q": torch.tensor([0, 8, 32]), "cu_seqlens_q_padded": torch.tensor([0, 32])},
+            ValueError,
+            "2 entries",
+        ),
+        (
+            {"cu_seqlens_q": torch.tensor([0, 8, 25]), "cu_seqlens_q_padded": torch.tensor([0, 16, 32])},
+            ValueError,
+            "document 1 has 17 rows by cu_seqlens_q, but only 16",
+        ),
+    ],
+)
+def test_documents_that_contradict_themselves_are_refused(single_process, packed, error, message):
+    with pytest.raises(error, match=message):
+        plan_packed_sequence(PackedSeqParams(**packed), TransformerConfig(**OPTIONS))
+
+
+def test_what_was_not_planned_for_the_model_is_refused(single_process):
+    packed = PackedSeqParams(cu_seqlens_q=torch.tensor([0, 32]))
+    q = torch.randn(32, 1, 4, 16)
+    windowed = MagiCoreAttention(TransformerConfig(**OPTIONS, window_size=(3, 0)), 1, AttnMaskType.causal, "self")
+    for planned in (None, (4, 0)):
+        params = plan_packed_sequence(packed, TransformerConfig(**OPTIONS, window_size=planned))
+        with pytest.raises(ValueError, match=r"the model's config has window_size=\(3, 0\), but"):
+            windowed(q, q, q, None, packed_seq_params=params)
+    with pytest.raises(ValueError, match="plan_packed_sequence"):
+        dispatch_batch({}, MagiPackedSeqParams())
+
+
+def test_batches_keep_their_names(single_process):
+    params = plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 32])), TransformerConfig(**OPTIONS))
+    local = dispatch_batch({"tokens": torch.arange(32)[None], "labels": None}, params)
+    assert local["labels"] is None
+    assert local.keys() == {"tokens", "labels", "attention_mask", "position_ids"}
 
 
 def test_what_is_not_supported_is_refused(single_process):

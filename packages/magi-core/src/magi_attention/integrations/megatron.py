@@ -33,6 +33,7 @@ from magi_attention.api import (
     make_varlen_key_for_new_mask_after_dispatch,
 )
 from magi_attention.api.groups import GroupOrMesh
+from magi_attention.runtime.cache import find_manager
 
 
 @dataclass
@@ -40,15 +41,19 @@ class MagiPackedSeqParams(PackedSeqParams):
     """The packed sequence of a step, as Megatron hands it to every layer, in recomputed ones as well.
 
     ``qkv_format`` is "sbhd": to everything but the attention, this rank's rows are one sequence like any other.
+    ``max_seqlen_q`` and ``max_seqlen_kv`` are None, so that Megatron's own rotary embedding, which would rotate by
+    wrong positions, fails where :func:`use_dispatched_positions` was forgotten.
 
     Attributes:
         magi_key: the key of the documents.
         window_key: the same with the config's window, for layers that have one.
+        window_size: that window, as the config has it.
         positions: ``[n_local]`` int64, the place of each of this rank's rows in its document.
     """
 
     magi_key: DistAttnRuntimeKey | None = None
     window_key: DistAttnRuntimeKey | None = None
+    window_size: tuple[int, int] | None = None
     positions: Tensor | None = None
 
 
@@ -75,11 +80,11 @@ def plan_packed_sequence(
         What the model is called with, as ``packed_seq_params``.
 
     Raises:
-        ValueError: No ``cu_seqlens_q``, rows of a rank that sequence parallelism can't share out, and all that
+        ValueError: No ``cu_seqlens_q``, a padded one that doesn't fit it, rows of a rank that sequence parallelism
+            can't share out or pipeline stages don't expect, and all that
             :func:`magi_attention.api.magi_attn_varlen_key` raises.
+        TypeError: ``cu_seqlens_q`` or ``cu_seqlens_q_padded`` is no tensor.
     """
-    if packed.cu_seqlens_q is None:
-        raise ValueError("packed has no cu_seqlens_q: it names the first row of each document, and at last the total")
     starts, cu_seqlens = _document_starts(packed)
     cp_group = parallel_state.get_context_parallel_group() if cp_group is None else cp_group
     tp_size = config.tensor_model_parallel_size
@@ -87,43 +92,95 @@ def plan_packed_sequence(
     key = magi_attn_varlen_key(
         cu_seqlens, cu_seqlens, *heads, config.kv_channels, 0, cp_group, causal, dist_attn_config=dist_attn_config
     )
-    window_key = None
-    if config.window_size:
-        left, right = config.window_size
-        window = (left, 0 if causal else right)
-        # A window without bounds that the documents don't have is the key itself.
-        window_key = (
-            key
-            if window == (-1, 0 if causal else -1)
-            else make_varlen_key_for_new_mask_after_dispatch(cu_seqlens, cu_seqlens, key, window_size=window)
-        )
+    _check_rows_of_ranks(key, config)
     rows = get_position_ids(key)
-    if config.sequence_parallel and len(rows) % tp_size:
-        raise ValueError(
-            f"sequence parallelism shares out a rank's {len(rows)} rows to {tp_size} ranks: choose a "
-            f"DispatchConfig(chunk_size=...) that is a multiple of {tp_size}"
-        )
-    longest = int(starts.diff().max())
     starts = starts.to(rows.device)
     positions = rows - starts[torch.searchsorted(starts, rows, right=True) - 1]
     return MagiPackedSeqParams(
         qkv_format="sbhd",
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
         magi_key=key,
-        window_key=window_key,
+        window_key=_window_key(key, cu_seqlens, config, causal),
+        window_size=_window_size(config),
         positions=positions,
     )
 
 
+def _window_size(config: TransformerConfig) -> tuple[int, int] | None:
+    return tuple(config.window_size) if config.window_size else None
+
+
+def _window_key(
+    key: DistAttnRuntimeKey, cu_seqlens: Tensor, config: TransformerConfig, causal: bool
+) -> DistAttnRuntimeKey | None:
+    """The key of layers with a window, None without one; the documents' own where it bounds nothing further."""
+    if (window := _window_size(config)) is None:
+        return None
+    left, right = window[0], 0 if causal else window[1]
+    if left == -1 and (causal or right == -1):
+        return key
+    return make_varlen_key_for_new_mask_after_dispatch(cu_seqlens, cu_seqlens, key, window_size=(left, right))
+
+
+def _check_rows_of_ranks(key: DistAttnRuntimeKey, config: TransformerConfig) -> None:
+    """Refuse rows that Megatron can't pass on; by those of all ranks, so that all raise alike and none waits."""
+    rows_per_rank = find_manager(key).layout.rows_per_rank
+    tp_size = config.tensor_model_parallel_size
+    for rank, num_rows in enumerate(rows_per_rank.tolist()):
+        if config.sequence_parallel and num_rows % tp_size:
+            raise ValueError(
+                f"sequence parallelism shares out context-parallel rank {rank}'s {num_rows} rows to "
+                f"{tp_size} ranks: choose a DispatchConfig(chunk_size=...) that is a multiple of {tp_size}"
+            )
+    num_real = key.total_seqlen_q - key.pad_size
+    is_as_expected = (rows_per_rank * len(rows_per_rank) == num_real).all()
+    if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths and not is_as_expected:
+        raise ValueError(
+            f"pipeline_model_parallel_size={config.pipeline_model_parallel_size}: stages expect seq_length / "
+            f"context_parallel_size rows of {num_real} on each rank, but ranks have {rows_per_rank.tolist()} "
+            f"(key.pad_size={key.pad_size}): set variable_seq_lengths=True, or pad the sequence to a multiple of "
+            "what ranks times chunks need, with DispatchConfig(chunk_size=...) and without uneven_shard"
+        )
+
+
 def _document_starts(packed: PackedSeqParams) -> tuple[Tensor, Tensor]:
     """The first rows of the documents and the total; the same with padding behind documents as documents of its own."""
-    ends = packed.cu_seqlens_q.cpu().long()
+    if packed.cu_seqlens_q is None:
+        raise ValueError("packed has no cu_seqlens_q: it names the first row of each document, and at last the total")
+    ends = _on_host(packed.cu_seqlens_q, "cu_seqlens_q")
     if packed.cu_seqlens_q_padded is None:
         return ends, ends
-    starts = packed.cu_seqlens_q_padded.cpu().long()
-    pairs = torch.stack([starts[:-1], starts[:-1] + ends.diff()], dim=1)
+    starts = _on_host(packed.cu_seqlens_q_padded, "cu_seqlens_q_padded")
+    if len(starts) != len(ends):
+        raise ValueError(
+            f"cu_seqlens_q_padded has {len(starts)} entries and cu_seqlens_q has {len(ends)}; both have one for each "
+            "document, and one more"
+        )
+    lengths, padded = ends.diff(), starts.diff()
+    if too_long := (lengths > padded).nonzero().flatten().tolist():
+        at = too_long[0]
+        raise ValueError(
+            f"document {at} has {int(lengths[at])} rows by cu_seqlens_q, but only {int(padded[at])} with its padding "
+            "by cu_seqlens_q_padded"
+        )
+    pairs = torch.stack([starts[:-1], starts[:-1] + lengths], dim=1)
     return starts, torch.cat([pairs.flatten(), starts[-1:]])
+
+
+def _on_host(cu_seqlens: Tensor, name: str) -> Tensor:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+        found = cu_seqlens.shape if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"{name} must be a 1-D tensor of integers, not {found}")
+    return cu_seqlens.cpu().long()
+
+
+def _planned(params: PackedSeqParams | None) -> tuple[MagiPackedSeqParams, DistAttnRuntimeKey, Tensor]:
+    """The same, if it is of a planned sequence, with its key and its positions."""
+    if not isinstance(params, MagiPackedSeqParams) or params.magi_key is None or params.positions is None:
+        raise ValueError(
+            f"the packed sequence must be what plan_packed_sequence(...) returned, not {type(params).__name__}: call "
+            "the model with packed_seq_params=plan_packed_sequence(...)"
+        )
+    return params, params.magi_key, params.positions
 
 
 def dispatch_batch(batch: Mapping[str, Tensor | None], params: MagiPackedSeqParams) -> dict[str, Tensor | None]:
@@ -135,21 +192,21 @@ def dispatch_batch(batch: Mapping[str, Tensor | None], params: MagiPackedSeqPara
         params: what :func:`plan_packed_sequence` returned.
 
     Returns:
-        The same names with ``[1, n_local, ...]``. Rows of padding are 0, in ``loss_mask`` too.
+        The same names with ``[1, n_local, ...]``, None where None was given, with ``position_ids``, and None as
+        ``attention_mask``. Rows of padding are 0, in ``loss_mask`` too: a loss without that mask counts their labels.
 
     Raises:
-        ValueError: A tensor of another shape.
+        ValueError: A tensor of another shape, or ``params`` that weren't planned.
     """
-    assert params.magi_key is not None
-    assert params.positions is not None
-    local: dict[str, Tensor | None] = {}
+    _, key, positions = _planned(params)
+    local: dict[str, Tensor | None] = dict.fromkeys(batch)
     for name, x in batch.items():
         if x is None or name in ("attention_mask", "position_ids"):
             continue
         if x.dim() < 2 or x.shape[0] != 1:
             raise ValueError(f"batch[{name!r}] has shape {tuple(x.shape)}; one packed sequence has [1, S, ...]")
-        local[name] = dispatch(x[0], params.magi_key)[None]
-    return local | {"attention_mask": None, "position_ids": params.positions[None]}
+        local[name] = dispatch(x[0], key)[None]
+    return local | {"attention_mask": None, "position_ids": positions[None]}
 
 
 class MagiCoreAttention(MegatronModule):
@@ -220,6 +277,15 @@ class MagiCoreAttention(MegatronModule):
             return self.softmax_offset[None]
         return query.new_zeros(1, query.shape[-2]) if self.softmax_type == "off-by-one" else None
 
+    def _key_with_window(self, params: MagiPackedSeqParams) -> DistAttnRuntimeKey:
+        wanted = _window_size(self.config)
+        if params.window_key is None or params.window_size != wanted:
+            raise ValueError(
+                f"the model's config has window_size={wanted}, but that of plan_packed_sequence had "
+                f"{params.window_size}: plan with the model's config"
+            )
+        return params.window_key
+
     def forward(
         self,
         query: Tensor,
@@ -235,14 +301,11 @@ class MagiCoreAttention(MegatronModule):
 
         What is masked is said by ``packed_seq_params`` alone.
         """
-        if not isinstance(packed_seq_params, MagiPackedSeqParams):
-            raise ValueError(
-                f"call the model with packed_seq_params=plan_packed_sequence(...), not {type(packed_seq_params)}"
-            )
+        params, magi_key, _ = _planned(packed_seq_params)
         if attention_bias is not None:
             raise ValueError("MagiCoreAttention doesn't support an attention_bias")
-        magi_key = packed_seq_params.window_key if self.has_window else packed_seq_params.magi_key
-        assert magi_key is not None
+        if self.has_window:
+            magi_key = self._key_with_window(params)
         q, k, v = (x.squeeze(1) for x in (query, key, value))
         out, _ = calc_attn(q, k, v, magi_key, sink=self._sink(q), softmax_scale=self.softmax_scale)
         return out.flatten(1)[:, None]
@@ -285,22 +348,30 @@ class DispatchedRotaryEmbedding(nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **_kwargs: Any,
     ) -> int:
-        """The rows of the longest document; remembers where this step's rows are."""
-        if not isinstance(packed_seq_params, MagiPackedSeqParams):
-            raise ValueError(
-                f"call the model with packed_seq_params=plan_packed_sequence(...), not {type(packed_seq_params)}"
-            )
-        self._positions = packed_seq_params.positions
-        return packed_seq_params.max_seqlen_q
+        """This rank's rows; remembers where they are."""
+        _, _, self._positions = _planned(packed_seq_params)
+        return len(self._positions)
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
-        """Angles ``[n_local, 1, 1, rotary_dim]`` of this rank's rows."""
-        positions = self._positions
-        assert positions is not None
-        if self.rotary.inv_freq.device != positions.device:
-            self.rotary.inv_freq = self.rotary.inv_freq.to(positions.device)
-        angles = self.rotary.get_freqs_non_repeated(max_seq_len, offset)[positions.clamp(max=max_seq_len - 1)]
+        """Angles ``[n_local, 1, 1, rotary_dim]`` of this rank's rows.
+
+        Raises:
+            ValueError: :meth:`get_rotary_seq_len` wasn't called before.
+        """
+        if self._positions is None:
+            raise ValueError("the rotary embedding doesn't know the step's rows: call get_rotary_seq_len before")
+        inv_freq = self.rotary.inv_freq.to(self._positions.device)
+        self.rotary.inv_freq = inv_freq  # moved once
+        positions = (self._positions + offset).to(inv_freq.dtype)
+        if self.rotary.seq_len_interpolation_factor is not None:
+            positions *= 1 / self.rotary.seq_len_interpolation_factor
+        angles = torch.outer(positions, inv_freq)  # inv_freq has the scaling, and the part of a head that is rotated
         doubled = (
             angles.repeat_interleave(2, dim=1) if self.rotary.rotary_interleaved else torch.cat([angles, angles], dim=1)
         )
         return doubled[:, None, None]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Old checkpoints hold ``inv_freq`` under the name of the model's own embedding, which drops it too."""
+        state_dict.pop(f"{prefix}inv_freq", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)

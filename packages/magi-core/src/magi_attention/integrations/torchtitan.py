@@ -124,7 +124,7 @@ def _group_of_this_process() -> dist.ProcessGroup | None:
     """A group of one rank, since to the key None is the default group, which here holds other replicas."""
     if not dist.is_initialized():
         return None
-    world = dist.group.WORLD
+    world = dist.distributed_c10d._get_default_group()
     if world not in _GROUPS_OF_THIS_PROCESS:
         # No other rank takes part: they may have groups of more, or make theirs at another time.
         _GROUPS_OF_THIS_PROCESS[world] = dist.new_group([dist.get_rank()], use_local_synchronization=True)
