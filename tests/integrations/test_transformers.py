@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     Qwen3Config,
 )
@@ -109,6 +110,29 @@ def test_masks_given_to_a_model_are_refused(name, shape):
     given = {"use_cache": False, "magi_key": key, "magi_window_key": window_key}
     with pytest.raises(ValueError, match="attention_mask"):
         make_model(name, "magi")(tokens()[None], attention_mask=torch.ones(shape), **given)
+
+
+def test_other_layers_than_those_of_full_or_sliding_attention_are_refused():
+    register()
+    sizes = SIZES | {"intermediate_size_mlp": 32, "num_local_experts": 2, "attention_chunk_size": 8}
+    chunked = Llama4TextConfig(**sizes, no_rope_layers=[1, 0])
+    assert set(chunked.layer_types) == {"chunked_attention", "full_attention"}
+    model = AutoModelForCausalLM.from_config(chunked, attn_implementation="magi")
+    key, _ = keys()
+    with pytest.raises(ValueError, match="layers of chunked_attention"):
+        model(tokens()[None], use_cache=False, magi_key=key)
+
+
+@pytest.mark.parametrize("documents", [[0, TOTAL], [0, 5, 7, TOTAL]])
+def test_windows_wider_than_the_layer_s_are_refused(documents):
+    register()
+    key = magi_attn_varlen_key(documents, documents, 4, 2, 8, 0, None, causal=True)
+    model = make_model("gemma2", "magi")
+    for too_many in (key, make_varlen_key_for_new_mask_after_dispatch(documents, documents, key, False, (WINDOW, 0))):
+        with pytest.raises(ValueError, match=rf"window is {WINDOW} keys .* window_size=\({WINDOW - 1}, 0\)"):
+            model(tokens()[None], use_cache=False, magi_key=key, magi_window_key=too_many)
+    exact = make_varlen_key_for_new_mask_after_dispatch(documents, documents, key, False, (WINDOW - 1, 0))
+    model(tokens()[None], use_cache=False, magi_key=key, magi_window_key=exact)
 
 
 def test_what_would_be_ignored_is_refused():

@@ -237,6 +237,7 @@ class MagiCoreAttention(MegatronModule):
             "multi_latent_attention": config.multi_latent_attention,
             "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
             "qk_clip and log_max_attention_logit": config.qk_clip or config.log_max_attention_logit,
+            "experimental_attention_variant": bool(getattr(config, "experimental_attention_variant", None)),
             "multi-token prediction, which rolls labels itself": bool(config.mtp_num_layers),
         }
         if wrong := [option for option, is_set in unsupported.items() if is_set]:

@@ -2,11 +2,18 @@
 """Hugging Face Transformers: an attention that models choose by name, ``attn_implementation="magi"``."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from magi_attention.api import DistAttnRuntimeKey, calc_attn
+from magi_attention.common.enum import AttnMaskType
+
+# "attention" is what "full_attention" was called before.
+SUPPORTED_LAYER_TYPES = ("attention", "full_attention", "sliding_attention")
+_WIDEST_ROWS: WeakKeyDictionary[DistAttnRuntimeKey, int] = WeakKeyDictionary()
 
 
 def register(name: str = "magi") -> None:
@@ -70,13 +77,17 @@ def attend(
         ``[1, n_local, hq, dv]``, and None in place of attention weights.
 
     Raises:
-        ValueError: No key for this kind of layer, several sequences in a batch, a mask, dropout, or something else that
-            would change the result and isn't supported.
+        ValueError: No key for this kind of layer, one whose window is wider than the layer's, a model with other layers
+            than those of full or sliding attention, several sequences in a batch, a mask, dropout, or something else
+            that would change the result and isn't supported.
     """
+    _check_layer_types(module)
     wanted, name = (magi_key, "magi_key") if sliding_window is None else (magi_window_key, "magi_window_key")
     if wanted is None:
         window = "no sliding window" if sliding_window is None else f"a sliding window of {sliding_window}"
         raise ValueError(f"a layer with {window} needs {name}: call the model with {name}=...")
+    if sliding_window is not None and getattr(module, "is_causal", False):
+        _check_window(wanted, sliding_window)
     unsupported = {
         "attention_mask": attention_mask is not None,
         "dropout": dropout > 0,
@@ -92,3 +103,33 @@ def attend(
     sink = None if s_aux is None else s_aux[None]
     out, _ = calc_attn(q, k, v, wanted, sink=sink, softmax_scale=scaling, softcap=softcap or 0.0)
     return out[None], None
+
+
+def _check_layer_types(module: nn.Module) -> None:
+    """Refuse models that mask in a third way (Llama 4's chunks), or need their rows in order (Mamba)."""
+    layer_types = getattr(getattr(module, "config", None), "layer_types", None) or ()
+    if others := sorted(set(layer_types).difference(SUPPORTED_LAYER_TYPES)):
+        raise ValueError(
+            f"magi attention can't be used with a model that has layers of {', '.join(others)}: it supports "
+            "full_attention and sliding_attention"
+        )
+
+
+def _check_window(key: DistAttnRuntimeKey, sliding_window: int) -> None:
+    if (widest := _widest_row(key)) > sliding_window:
+        raise ValueError(
+            f"the layer's sliding window is {sliding_window} keys with the token itself, but magi_window_key lets a "
+            f"row see {widest}: make it with window_size=({sliding_window - 1}, 0)"
+        )
+
+
+def _widest_row(key: DistAttnRuntimeKey) -> int:
+    """The most keys that a row has in one slice, counted once for each key. Rows may have more, in several slices."""
+    if key not in _WIDEST_ROWS:
+        slices = [
+            (k.seqlen, q.seqlen, mask_type is AttnMaskType.BICAUSAL)
+            for q, k, mask_type in zip(key.q_ranges, key.k_ranges, key.attn_mask_type, strict=True)
+        ]
+        num_keys, num_rows, is_band = np.array(slices, dtype=np.int64).reshape(-1, 3).T
+        _WIDEST_ROWS[key] = int(np.where(is_band, num_keys - num_rows + 1, num_keys).max(initial=0))
+    return _WIDEST_ROWS[key]
