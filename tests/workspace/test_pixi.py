@@ -141,7 +141,9 @@ def needs(session: str, arguments: list[str]) -> set[str]:
     suites = [NOXFILE["SUITES"][suite] for suite in named]
     names = {name for names in (tools, *suites) for name in names if name != "-e"}
     return {
-        tomllib.loads((ROOT / name / "pyproject.toml").read_text())["project"]["name"] if "/" in name else name
+        tomllib.loads((ROOT / name / "pyproject.toml").read_text())["project"]["name"]
+        if "/" in name
+        else Requirement(name).name
         for name in (name.partition("[")[0] for name in names)
     }
 
@@ -151,6 +153,12 @@ def test_environment_holds_what_its_own_tasks_install_elsewhere(environment: str
     for session, arguments in nox_sessions(environment):
         held = {*merged(environment, "dependencies"), *merged(environment, "pypi-dependencies")}
         assert needs(session, arguments) <= held
+
+
+def test_integrations_need_the_same_versions_everywhere() -> None:
+    requirements = map(Requirement, NOXFILE["SUITES"]["integrations"])
+    held = PIXI["environments"]["integrations"]["pypi-dependencies"]
+    assert {each.name: str(each.specifier) for each in requirements} == held
 
 
 def test_tools_have_the_versions_of_the_constraints() -> None:
