@@ -135,6 +135,16 @@ def test_windows_wider_than_the_layer_s_are_refused(documents):
     model(tokens()[None], use_cache=False, magi_key=key, magi_window_key=exact)
 
 
+def test_compilers_need_no_break_for_windows():
+    key, window_key = keys()
+    module = torch.nn.Module()
+    module.is_causal = True
+    q, k, v = torch.randn(1, 4, TOTAL, 8), torch.randn(1, 2, TOTAL, 8), torch.randn(1, 2, TOTAL, 8)
+    given = {"magi_key": key, "magi_window_key": window_key, "sliding_window": WINDOW}
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(module, q, k, v, None, **given), attend(module, q, k, v, None, **given))
+
+
 def test_what_would_be_ignored_is_refused():
     key, window_key = keys()
     q = torch.randn(1, 4, TOTAL, 8)

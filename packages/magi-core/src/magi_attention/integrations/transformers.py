@@ -5,6 +5,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -86,7 +87,8 @@ def attend(
     if wanted is None:
         window = "no sliding window" if sliding_window is None else f"a sliding window of {sliding_window}"
         raise ValueError(f"a layer with {window} needs {name}: call the model with {name}=...")
-    if sliding_window is not None and getattr(module, "is_causal", False):
+    # A compiled program serves keys that it can't look into.
+    if sliding_window is not None and getattr(module, "is_causal", False) and not torch.compiler.is_compiling():
         _check_window(wanted, sliding_window)
     unsupported = {
         "attention_mask": attention_mask is not None,
