@@ -137,8 +137,8 @@ def _check_rows_of_ranks(key: DistAttnRuntimeKey, config: TransformerConfig) -> 
         raise ValueError(
             f"pipeline_model_parallel_size={config.pipeline_model_parallel_size}: stages expect seq_length / "
             f"context_parallel_size rows of {num_real} on each rank, but ranks have {rows_per_rank.tolist()} "
-            f"(key.pad_size={key.pad_size}): set variable_seq_lengths=True, or pad the sequence to a multiple of "
-            "what ranks times chunks need, with DispatchConfig(chunk_size=...) and without uneven_shard"
+            f"(key.pad_size={key.pad_size}): set variable_seq_lengths=True, or choose a "
+            "DispatchConfig(chunk_size=...) by which the sequence needs no padding, without uneven_shard"
         )
 
 
