@@ -2,6 +2,7 @@
 """Rows that a rank has itself, among those that native casts bring and reduces take home; on an emulated driver."""
 
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -84,6 +85,32 @@ def test_own_rows_that_cannot_be_copied_cost_no_slot(transport):
             into = torch.zeros(4, 3)
             native.reduce([received], table, [into], own_places=slice(4, 8)).wait_host()
             assert torch.equal(into, 2 * (rows + turn))
+
+    run_ranks(2, run)
+
+
+@pytest.mark.parametrize("transport", ["copy_engine", "push", "put"])
+@pytest.mark.parametrize("is_cast", [True, False], ids=["cast", "reduce"])
+def test_what_a_failed_call_sends_is_sent_before_its_rows_may_go(transport, is_cast):
+    """Rank 0's calls fail once they have begun to send, and what its stream does next overwrites the rows."""
+
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport=transport, timeout_s=30))
+        table = ExchangeTable(np.array([[1 - rank, 0, 4]]), np.array([[1 - rank, 0, 4]]), 2, 4, 4)
+        nowhere = torch.tensor([1, 2, 3, 99])
+        for turn in range(10):
+            rows, into = torch.full((4, 3), float(turn)), torch.zeros(4, 3)
+            if rank == 0:
+                start = (
+                    partial(native.cast, [rows], table) if is_cast else partial(native.reduce, [rows], table, [into])
+                )
+                with pytest.raises(IndexError, match="99"):
+                    start(own_places=nowhere)
+                torch.cuda.current_stream().enqueue(partial(rows.fill_, -1.0))
+            else:
+                work = native.cast([rows], table) if is_cast else native.reduce([rows], table, [into])
+                received = work.wait_host()
+                assert ((received[0] if is_cast else into) == turn).all()
 
     run_ranks(2, run)
 

@@ -197,7 +197,7 @@ class GroupContext:
         for number, part in enumerate(parts):
             started = part.start(tensors, caller, None if number else own, received)
             arrive.wait_event(started.ready)
-            with lane.read(started), torch.no_grad(), current_in_block(arrive, caller):
+            with lane.read(started, caller), torch.no_grad(), current_in_block(arrive, caller):
                 part.deliver(started.slot, received)
         return part.work(started, caller, received, (parts, tensors, own, [*received]), self._check)
 
@@ -238,7 +238,7 @@ class GroupContext:
         old_lse = written[-1].clone() if op == "lse" else None
         for number, part in enumerate(rounds.parts):
             started = part.start(sent, caller)
-            with lane.read(started):
+            with lane.read(started, caller):
                 if own_places is not None and not number:
                     if started.packed is not None:
                         caller.wait_event(started.packed)

@@ -51,12 +51,13 @@ class Lane:
         for each in self.rounds:
             each.let_go()
 
-    def read(self, started: "Started") -> "Reading":
+    def read(self, started: "Started", caller: "torch.cuda.Stream") -> "Reading":
         """Give a slot back behind what the block enqueues on the arriving stream, even if it fails on the way.
 
-        Otherwise the slot would be lost, and with the last one all further exchanges.
+        Otherwise the slot would be lost, and with the last one all further exchanges. After an error the caller waits
+        for what has been enqueued, which uses its tensors, and there will be no work to keep them.
         """
-        return Reading(self, started)
+        return Reading(self, started, caller)
 
     def release(self, epoch: int, reader: "torch.cuda.Stream") -> None:
         """Give an epoch's slot back to the senders behind what a stream has been given."""
@@ -70,12 +71,16 @@ class Reading(NamedTuple):
 
     lane: Lane
     started: "Started"
+    caller: "torch.cuda.Stream"
 
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, *error: object) -> None:
-        self.lane.release(self.started.epoch, self.lane.wires.arrive)
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        arrive = self.lane.wires.arrive
+        self.lane.release(self.started.epoch, arrive)
+        if kind is not None:
+            self.lane.events.let_wait(self.caller, arrive)
 
 
 class OwnRows(NamedTuple):
@@ -193,7 +198,8 @@ class Round:
                     put_all_rows(received or self.landed(epoch % lane.arena.num_slots), own.places, own.tensors)
         except BaseException:
             exchange.arrive(bound, epoch)
-            lane.release(epoch, wires.arrive)  # else it would be lost, as in `Lane.read`
+            lane.release(epoch, wires.arrive)  # else it would be lost; and the caller waits, as in `Lane.read`
+            lane.events.let_wait(caller, wires.arrive)
             raise
         exchange.arrive(bound, epoch)
         return Started(epoch, epoch % lane.arena.num_slots, self._ready, packed)
