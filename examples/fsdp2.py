@@ -109,11 +109,12 @@ def main() -> None:
     loss, norm = train(mesh)
     if dist.get_rank() == 0:
         print(f"loss {loss:.6f}, gradient norm {norm:.6f}")
-    # DTensor's caches keep gloo groups alive while the interpreter ends, where a thread of gloo that only then lets go
-    # of the last tensors aborts the process: wait for it here.
-    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    # DTensor's caches keep gloo groups alive past this. A thread of gloo that lets go of a tensor while the interpreter
+    # ends aborts the process: so end without it.
+    sys.stdout.flush()
+    os._exit(0)
