@@ -55,7 +55,7 @@ class Lane:
         """Give a slot back behind what the block enqueues on the arriving stream, even if it fails on the way.
 
         Otherwise the slot would be lost, and with the last one all further exchanges. After an error the caller waits
-        for what has been enqueued, which uses its tensors, and there will be no work to keep them.
+        for what has been enqueued, which uses its tensors, since there will be no work to keep them.
         """
         return Reading(self, started, caller)
 
@@ -64,6 +64,11 @@ class Lane:
         is_read = self.events.take()
         is_read.record(reader)
         self.exchange.release(epoch, is_read)
+
+    def abandon(self, epoch: int, caller: "torch.cuda.Stream") -> None:
+        """The same after an error: the caller waits for what has arrived, or been sent, of tensors that may go now."""
+        self.release(epoch, self.wires.arrive)
+        self.events.let_wait(caller, self.wires.arrive)
 
 
 class Reading(NamedTuple):
@@ -77,10 +82,10 @@ class Reading(NamedTuple):
         pass
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        arrive = self.lane.wires.arrive
-        self.lane.release(self.started.epoch, arrive)
-        if kind is not None:
-            self.lane.events.let_wait(self.caller, arrive)
+        if kind is None:
+            self.lane.release(self.started.epoch, self.lane.wires.arrive)
+        else:
+            self.lane.abandon(self.started.epoch, self.caller)
 
 
 class OwnRows(NamedTuple):
@@ -198,8 +203,7 @@ class Round:
                     put_all_rows(received or self.landed(epoch % lane.arena.num_slots), own.places, own.tensors)
         except BaseException:
             exchange.arrive(bound, epoch)
-            lane.release(epoch, wires.arrive)  # else it would be lost; and the caller waits, as in `Lane.read`
-            lane.events.let_wait(caller, wires.arrive)
+            lane.abandon(epoch, caller)  # as in `Lane.read`
             raise
         exchange.arrive(bound, epoch)
         return Started(epoch, epoch % lane.arena.num_slots, self._ready, packed)

@@ -4,7 +4,6 @@
 Shape suffixes: t tokens, h heads, d head dim, dv head dim of values; q queries, k keys.
 """
 
-import ctypes
 from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -17,13 +16,13 @@ from magi_attention.kernels.table_streams import StreamsOfTables
 from magi_attention.utils.dtypes import as_dtype
 from magi_kernels_hopper.backward_order import WorkSizes
 from magi_kernels_hopper.backward_params import Params, RowParams
-from magi_kernels_hopper.driver import CUBINS, Kernel, Ready, TensorMap
+from magi_kernels_hopper.driver import CUBINS, ByAddresses, Kernel, Ready
 from magi_kernels_hopper.launching import (
-    ByAddresses,
     aligned,
     counters,
     index_of,
     multiprocessors,
+    put_maps,
     tensor_maps,
 )
 from magi_kernels_hopper.results import LOG2_E, scored_upward
@@ -33,8 +32,6 @@ from magi_kernels_hopper.variants import BackwardVariant
 
 GAP = 16
 """Terms of a tile are this many more than its rows, ``Traits::kTerms`` in csrc/backward/traits.cuh."""
-
-MAP_BYTES = ctypes.sizeof(TensorMap)
 
 PART_BYTES = 512
 """What parts of a workspace are aligned to, as PyTorch aligns tensors."""
@@ -82,9 +79,9 @@ class PreparedBackward:
         self.blocks = min(available, len(tables.items))
         self.streams = StreamsOfTables(tables)
         self.kernels = _kernels(variant, q.device)
-        self.swizzle_bytes = 128 if head_dim % 64 == 0 else 64
-        panel = self.swizzle_bytes // 2
-        self.boxes = [(panel, *each) for each in 2 * [(pack, tile_q)] + 2 * [(1, sizes.tile_n)]]
+        swizzle_bytes = 128 if head_dim % 64 == 0 else 64
+        rows_of_boxes = 2 * [(pack, tile_q)] + 2 * [(1, sizes.tile_n)]
+        self.boxes = [((swizzle_bytes // 2, *each), swizzle_bytes) for each in rows_of_boxes]
         self._scale = call.softmax_scale
         scale = abs(call.softmax_scale) or 1.0
         capped = call.softcap > 0
@@ -164,10 +161,7 @@ class PreparedBackward:
         if dlse is not None:
             rows.dlse = dlse.data_ptr()
         params = Params.from_buffer_copy(self.template)
-        maps, address = tensor_maps(q.device), ctypes.addressof(params)  # the maps come first
-        for x, box in zip(tensors, self.boxes, strict=True):
-            ctypes.memmove(address, maps.get(x, box, self.swizzle_bytes), MAP_BYTES)
-            address += MAP_BYTES
+        put_maps(params, tensor_maps(q.device), tensors, self.boxes)
         params.dq, params.dk, params.dv, params.counters = dq, dk, dv, zeros.data_ptr()
         sums, terms, partial, added = (workspace.data_ptr() + start for start in self._starts)
         params.dq_sums, params.partial = sums, partial

@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from magi_kernels_hopper.driver import CUBINS, Kernel, Ready
-from magi_kernels_hopper.launching import ByAddresses, index_of
+from magi_kernels_hopper.driver import CUBINS, ByAddresses, Kernel, Ready
+from magi_kernels_hopper.launching import index_of
 from magi_kernels_hopper.results import Results
 from magi_kernels_hopper.tables import DeviceRowTables
 from magi_kernels_hopper.variants import ForwardVariant

@@ -8,12 +8,14 @@ machines without it and without a GPU.
 import ctypes
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 CUBINS = Path(__file__).parent / "cubin"
+
+Value = TypeVar("Value")
 
 
 class TensorMap(ctypes.Structure):
@@ -89,13 +91,30 @@ def _load(cubin: Path) -> Any:
         ) from error
 
 
-class TensorMaps:
-    """The maps of tensors, kept by address and shape: a training calls with the same ones again and again."""
+class ByAddresses(Generic[Value]):
+    """What launches are made with, kept by the addresses of their tensors: a training comes back to the same memory."""
 
     MOST = 1024
 
     def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], bytes] = {}
+        self._known: dict[object, Value] = {}
+
+    def find(self, key: object) -> Value | None:
+        """What is kept for a key."""
+        return self._known.get(key)
+
+    def keep(self, key: object, value: Value) -> None:
+        """Keep something, and forget all before it if there is too much of it."""
+        if len(self._known) >= self.MOST:
+            self._known.clear()
+        self._known[key] = value
+
+
+class TensorMaps:
+    """The maps of tensors, kept by address and shape."""
+
+    def __init__(self) -> None:
+        self._known = ByAddresses[bytes]()
 
     def get(self, x: Tensor, box: tuple[int, int, int], swizzle_bytes: int) -> bytes:
         """Return the 128 bytes of the map of x ``[t, h, d]``, bf16 or fp16.
@@ -106,11 +125,10 @@ class TensorMaps:
             swizzle_bytes: 128 or 64, the width of the box's rows in shared memory.
         """
         key = (x.data_ptr(), x.shape, x.stride(), x.dtype, box, swizzle_bytes)
-        found = self._known.get(key)
+        found = self._known.find(key)
         if found is None:
-            if len(self._known) >= self.MOST:
-                self._known.clear()
-            found = self._known[key] = _encode(x, box, swizzle_bytes)
+            found = _encode(x, box, swizzle_bytes)
+            self._known.keep(key, found)
         return found
 
 

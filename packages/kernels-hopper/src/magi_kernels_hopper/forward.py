@@ -15,13 +15,13 @@ from torch import Tensor
 from magi_attention.kernels.protocol import AttentionCall
 from magi_attention.kernels.table_streams import StreamsOfTables
 from magi_kernels_hopper.combine import Combination
-from magi_kernels_hopper.driver import CUBINS, Kernel, Ready, TensorMap
+from magi_kernels_hopper.driver import CUBINS, ByAddresses, Kernel, Ready, TensorMap
 from magi_kernels_hopper.launching import (
-    ByAddresses,
     aligned,
     counters,
     index_of,
     multiprocessors,
+    put_maps,
     tensor_maps,
 )
 from magi_kernels_hopper.results import LOG2_E, Results, Scoring, scored_upward
@@ -35,8 +35,6 @@ LARGEST_PACK = 8
 TOLERANCE = 8.0
 """By how much a score, as an exponent of 2, may exceed what exponentials are relative to, before all that was summed up
 is multiplied (as in FlashAttention-4). Sums are up to 256 times larger for it, and as precise."""
-
-MAP_BYTES = ctypes.sizeof(TensorMap)
 
 SECTION_BYTES = 16 << 20
 """Keys and values that are computed with at a time, so that the L2 cache keeps them: a third of its 50 MB."""
@@ -184,10 +182,7 @@ class PreparedForward:
         if results[2] is not None:
             params.tolerance = 0.0  # the largest scores themselves
         staged = results[0] if results[0].dtype == tensors[0].dtype else tensors[0]  # else the map is not used
-        maps, address = tensor_maps(staged.device), ctypes.addressof(params)  # the maps come first
-        for x, (box, swizzle_bytes) in zip((*tensors, staged), self._boxes, strict=True):
-            ctypes.memmove(address, maps.get(x, box, swizzle_bytes), MAP_BYTES)
-            address += MAP_BYTES
+        put_maps(params, tensor_maps(staged.device), (*tensors, staged), self._boxes)
         params.counters = zeros.data_ptr()
         return Ready.of(params)
 

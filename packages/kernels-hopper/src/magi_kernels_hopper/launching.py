@@ -1,34 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What launches of all kernels need besides their parameters."""
 
+import ctypes
+from collections.abc import Iterable
 from functools import cache
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from magi_kernels_hopper.driver import TensorMaps
 
-Value = TypeVar("Value")
-
-
-class ByAddresses(Generic[Value]):
-    """What launches are made with, kept by the addresses of their tensors: a training comes back to the same memory."""
-
-    MOST = 1024
-
-    def __init__(self) -> None:
-        self._known: dict[object, Value] = {}
-
-    def find(self, key: object) -> Value | None:
-        """What is kept for a key."""
-        return self._known.get(key)
-
-    def keep(self, key: object, value: Value) -> None:
-        """Keep something, and forget all before it if there is too much of it."""
-        if len(self._known) >= self.MOST:
-            self._known.clear()
-        self._known[key] = value
+Box = tuple[tuple[int, int, int], int]
+"""Elements of a box by dims, heads and tokens, and the bytes of its swizzle."""
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -58,6 +41,15 @@ def _stream_counters(device: torch.device, stream: int) -> Tensor:
 def tensor_maps(device: torch.device) -> TensorMaps:
     """The maps of tensors on a device."""
     return TensorMaps()
+
+
+def put_maps(params: ctypes.Structure, maps: TensorMaps, tensors: Iterable[Tensor], boxes: Iterable[Box]) -> None:
+    """Set the maps that parameters begin with, one for each tensor."""
+    address = ctypes.addressof(params)
+    for x, (box, swizzle_bytes) in zip(tensors, boxes, strict=True):
+        encoded = maps.get(x, box, swizzle_bytes)
+        ctypes.memmove(address, encoded, len(encoded))
+        address += len(encoded)
 
 
 @cache

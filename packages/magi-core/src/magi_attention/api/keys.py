@@ -83,8 +83,7 @@ def magi_attn_flex_key(
 
     Raises:
         ValueError: Ranges outside of the sequence, lists of different lengths, an unknown type name, pairs that are
-            kept twice, an empty mask, fewer rows than ranks, heads that don't fit each other, contradictory settings or
-            flags, neither group nor mesh.
+            kept twice, an empty mask, fewer rows than ranks, contradictory settings or flags, neither group nor mesh.
             Where older versions raised ``AssertionError``, the error is one as well.
         TypeError: A mask type that is neither an ``AttnMaskType`` nor a name, or a count that is no integer.
         RuntimeError: The ranks passed different arguments; raised on every rank, naming the ranks.

@@ -6,12 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from magi_attention.api.checks import (
-    GeneralAttnMaskType,
-    as_integers,
-    check_ranges,
-    resolve_mask_types,
-)
+from magi_attention.api.checks import GeneralAttnMaskType, as_integers, check_ranges, resolve_mask_types
 from magi_attention.api.groups import resolve_group
 from magi_attention.api.keys import plan_if_new
 from magi_attention.api.masks import apply_padding, infer_attn_mask_from_cu_seqlens
@@ -74,7 +69,7 @@ def make_flex_key_for_new_mask_after_dispatch(
         runtime_config=source.runtime_config,
     ).resolved()
     with failures_reported(old.cp_group, bool(config.runtime_config.check_plan)):
-        heads = as_integers(
+        num_heads_q, num_heads_kv, head_dim = as_integers(
             num_heads_q=old.num_heads_q if num_heads_q is None else num_heads_q,
             num_heads_kv=old.num_heads_kv if num_heads_kv is None else num_heads_kv,
             head_dim=old.head_dim if head_dim is None else head_dim,
@@ -92,9 +87,9 @@ def make_flex_key_for_new_mask_after_dispatch(
             q_ranges=q_ranges,
             k_ranges=k_ranges,
             attn_mask_type=tuple(mask_types),
-            num_heads_q=heads[0],
-            num_heads_kv=heads[1],
-            head_dim=heads[2],
+            num_heads_q=num_heads_q,
+            num_heads_kv=num_heads_kv,
+            head_dim=head_dim,
             dist_attn_config=config,
             layout_key=old.layout_key or old,
             total_seqlen_k=old_k.total_seqlen_k,

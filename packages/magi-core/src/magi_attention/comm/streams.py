@@ -104,11 +104,11 @@ def running_on(stream: "torch.cuda.Stream | None") -> Iterator[None]:
     if stream is None:
         yield
         return
-    caller = torch.cuda.current_stream(stream.device)
-    stream.wait_event(caller.record_event())
+    caller, events = current_stream(stream.device_index), events_of(stream.device_index)
+    events.let_wait(stream, caller)
     with torch.cuda.stream(stream):
         try:
             yield
         except BaseException:
-            caller.wait_event(stream.record_event())
+            events.let_wait(caller, stream)
             raise
