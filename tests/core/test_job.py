@@ -78,14 +78,13 @@ def test_rows_travel_ahead_of_their_step_and_gradients_behind():
     apart = SimpleNamespace(exchange=1, queries_travel=False, own_places=None)
     late = SimpleNamespace(exchange=1, queries_travel=False, own_places=())
 
-    def beside(steps, *, is_forward=True, fetches=True, kernels_first=False):
-        of = SimpleNamespace(steps=steps, kernels_first=kernels_first)
+    def beside(steps, *, is_forward=True, fetches=True):
+        of = SimpleNamespace(steps=steps)
         return [wants_room(of, number, is_forward, fetches) for number in range(len(steps))]
 
     assert beside([own]) == [False]
     assert beside([own, apart]) == [True, False]
     assert beside([own, late]) == [False, False], "the first exchange is under way before"
-    assert beside([own, late], kernels_first=True) == [True, False]
     assert beside([own, late, apart]) == [True, True, False]
     assert beside([late, own], is_forward=False) == [False, True]
     assert beside([own, late, own], is_forward=False) == [False, False, True]

@@ -47,12 +47,10 @@ def differentiate(
     sums = _GradientSums(job, saved, dout, dlse)
     travelers = [q, dout, lse, _row_term(saved, dout, dlse)] if job.queries_travel else [q]
     of_pass = job.backward if kept is None else job.backward_with_rows
-    kernels_first = of_pass.schedule.kernels_first
-    walk = walk_steps(of_pass.steps, job.collectives, travelers, k, v, kept, kernels_first=kernels_first)
+    walk = walk_steps(of_pass.steps, job.collectives, travelers, k, v, kept)
     with closing(walk) as steps:
         for each, rows, keys, values in steps:
-            if not kernels_first:
-                sums.returns.send()
+            sums.returns.send()
             if each.step.queries_travel:
                 sums.compute_visitors(each, rows, keys, values)
             else:

@@ -40,8 +40,7 @@ def attend(
     results = _Results(job, q, v)
     visits = []
     beside = Beside.of(job, q)
-    lend, kernels_first = kept is None, job.forward.schedule.kernels_first
-    walk = walk_steps(job.forward.steps, job.collectives, [q], k, v, lend=lend, kernels_first=kernels_first)
+    walk = walk_steps(job.forward.steps, job.collectives, [q], k, v, lend=kept is None)
     with closing(walk) as steps, beside:
         for (step, _, launches), (queries,), keys, values in steps:
             if kept is not None and step.exchange is not None:

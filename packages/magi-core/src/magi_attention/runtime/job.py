@@ -283,10 +283,8 @@ def wants_room(of: Pass, number: int, is_forward: bool, fetches: bool) -> bool:
         fetches: whether the pass fetches its steps' rows.
     """
     exchanges = [place for place, each in enumerate(of.steps) if each.exchange is not None]
-    if exchanges and of.steps[exchanges[0]].own_places is not None and not of.kernels_first:
-        begin_late = exchanges[1:]
-    else:
-        begin_late = exchanges
+    begins_before = bool(exchanges) and of.steps[exchanges[0]].own_places is not None
+    begin_late = exchanges[begins_before:]
     return (fetches and any(place > number for place in begin_late)) or any(
         each.exchange is not None and (each.queries_travel or not is_forward) for each in of.steps[:number]
     )

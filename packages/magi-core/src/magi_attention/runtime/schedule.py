@@ -52,10 +52,7 @@ def make_schedule(plan: Plan, costs: PassCosts) -> Schedule:
     if others and own.exchange is None and not own.queries_travel and len(own.calls) > 1:
         before, after = replace(own, calls=own.calls[:-1]), replace(own, calls=own.calls[-1:])
         backward = [before, *others, after]
-    is_short = costs.forward.is_short(int(band.area(plan.bands).sum()))
-    return Schedule(
-        *(make_pass(each, num_queries, num_keys, kernels_first=is_short) for each in (forward, backward, with_rows))
-    )
+    return Schedule(*(make_pass(each, num_queries, num_keys) for each in (forward, backward, with_rows)))
 
 
 def _with_rows(plan: Plan, steps: list[Step], num_queries: int, costs: Costs) -> list[Step]:

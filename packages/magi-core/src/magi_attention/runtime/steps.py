@@ -80,8 +80,6 @@ class Pass:
             of these, the runs: all others need neither zeros nor a sum. None elsewhere.
         most_results: how many calls have results for a query, at most.
         most_key_results: how many calls and returning gradients there are for one of the rank's keys, at most.
-        kernels_first: whether kernels are launched before the exchanges that travel beside them, since the GPU would
-            wait for the host to launch these; else after, since their few blocks would wait for the kernels' many.
     """
 
     steps: tuple[Step, ...]
@@ -91,7 +89,6 @@ class Pass:
     home_keys: tuple[slice, ...] | None
     most_results: int
     most_key_results: int
-    kernels_first: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,14 +113,13 @@ class Schedule:
         return [call for step in self.forward.steps for call in step.calls]
 
 
-def make_pass(steps: Sequence[Step], num_queries: int, num_keys: int, *, kernels_first: bool) -> Pass:
+def make_pass(steps: Sequence[Step], num_queries: int, num_keys: int) -> Pass:
     """A pass of steps without flags: which calls add to results of earlier ones, and whether results start blank.
 
     Args:
         steps: in their order.
         num_queries: the rank's queries.
         num_keys: its keys.
-        kernels_first: as of :class:`Pass`.
     """
     queries, own, late = _Coverage(num_queries), _Coverage(num_keys), _Coverage(num_keys)
     flagged, num_returns = [], 0
@@ -146,7 +142,6 @@ def make_pass(steps: Sequence[Step], num_queries: int, num_keys: int, *, kernels
         home_keys=_home_keys(steps, num_keys) if late.most and not own.most else None,
         most_results=queries.most,
         most_key_results=own.most + late.most + num_returns,
-        kernels_first=kernels_first,
     )
 
 

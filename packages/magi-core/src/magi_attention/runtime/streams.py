@@ -45,13 +45,13 @@ def walk_steps(
     kept: Sequence[Tensor] | None = None,
     *,
     lend: bool = True,
-    kernels_first: bool = False,
 ) -> Generator[StepInputs, None, None]:
     """Walk the steps; the next steps' rows travel while one is computed.
 
-    Their exchanges are launched before the kernels of the step, or for the first step after these, with
-    ``kernels_first``. A step that reads own rows alone reads them where they
-    are; where it reads received rows too, these arrive among a copy of the own ones. To free the rows of a step before
+    Their exchanges are launched before the kernels of the step: behind these, which take every multiprocessor, they
+    would begin when these end, and with them the kernels of all ranks that have nothing to compute before these rows
+    come. A step that reads own rows alone reads them where they are; where it reads received rows too, these arrive
+    among a copy of the own ones. To free the rows of a step before
     those of another are fetched, drop its inputs before asking for the next. Close the generator: if a kernel fails,
     what the collectives have lent is given back then, and not only when nobody holds the error any more.
 
@@ -63,7 +63,6 @@ def walk_steps(
         v: the rank's values.
         kept: what the exchanges brought before, two tensors each; then there are none.
         lend: whether what they bring may lie in memory of the collectives, to be used only until the next step.
-        kernels_first: as of :class:`~magi_attention.runtime.steps.Pass`.
     """
     if kept is not None:
         pairs = iter(zip(kept[::2], kept[1::2], strict=True))
@@ -82,15 +81,12 @@ def walk_steps(
                 traveling.append(collectives.cast(tensors, step.exchange, own_places=places, lend=lend))
 
     try:
-        rest = deque(steps)
-        if kernels_first and rest and rest[0].step.exchange is None:
-            yield StepInputs(rest.popleft(), queries, k, v)
         fetch_next()
-        if traveling and rest[0].step.exchange is None:
+        if traveling and steps[0].step.exchange is None:
             traveling[0].wait_packed()
         for _ in range(MOST_FETCHED - 1):
             fetch_next()
-        for each in rest:
+        for each in steps:
             if each.step.exchange is None:
                 yield StepInputs(each, queries, k, v)
                 continue
