@@ -41,6 +41,7 @@ BLOCKS = 2
 ELEMENTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = [
     BackwardVariant(128, 128, "bf16", False),
+    BackwardVariant(128, 128, "bf16", False, fine=True),
     BackwardVariant(96, 96, "fp16", True),
     BackwardVariant(192, 128, "bf16", False),
 ]
@@ -125,6 +126,7 @@ def test_emulated(emulated, on_host, num_q, num_k, heads, rows, deterministic, l
     variant, library = emulated
     kernels = launcher._Kernels(Kernel(library.emulate_prepare, late), Kernel(library.emulate_backward, late))
     on_host.setattr(launcher, "_kernels", lambda variant, device: kernels)
+    on_host.setattr(launcher, "backward_variants", lambda dims, element, softcap: [variant])
     dims, dtype = (variant.head_dim, variant.head_dim_v), ELEMENTS[variant.element]
     x = random_inputs(num_q, num_k, heads=heads, dims=dims, dtype=dtype, device="cpu")
     slices, scale, softcap = SliceTable(rows), dims[0] ** -0.5, 3.0 if variant.softcap else 0.0

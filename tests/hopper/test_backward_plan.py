@@ -109,7 +109,7 @@ def test_halves_of_tiles_rest(rows, first, second):
 
 def test_masks_too_large_for_an_order_are_refused():
     slices = SliceTable([[0, 1 << 22, 0, 1 << 22, 0]])
-    sizes = (1 << 22, 1 << 22, WorkSizes(64, 128, 8, 2, 132), torch.device("cpu"))
+    sizes = (1 << 22, 1 << 22, (WorkSizes(64, 128, 8, 2, 132),), torch.device("cpu"))
     with pytest.raises(RuntimeError, match="for each of 4294967296 pairs of tiles"):
         device_column_tables(slices, *sizes, ordered=True)
     assert device_column_tables(slices, *sizes, ordered=False).ranks is None

@@ -119,7 +119,7 @@ class Backward:
         self.q, self.dout, self.k, self.v, self.out = tensors(HEADS[0], HEADS[0], HEADS[1], HEADS[1], HEADS[0])
         self.lse, self.dlse = by_token(), None
         self.dq, self.dk, self.dv = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
-        self.prepared = backward.PreparedBackward(BackwardVariant(DIM, DIM, "bf16", False), CALL, self.q, self.k)
+        self.prepared = backward.PreparedBackward([BackwardVariant(DIM, DIM, "bf16", False)], CALL, self.q, self.k)
         self.workspace = self.prepared.workspace(torch.device("cpu"))
 
     def launch(self, **others: Tensor | None) -> tuple[Ready, Ready]:

@@ -75,7 +75,7 @@ bool launch(int first, int blocks, int threads, int seed, std::function<void()> 
 
 }  // namespace emulator
 
-using Traits = magi::backward::Traits<MAGI_HEAD_DIM, MAGI_HEAD_DIM_V, MAGI_ELEMENT, MAGI_SOFTCAP, MAGI_TILE_M, MAGI_STAGES>;
+using Traits = magi::backward::Traits<MAGI_HEAD_DIM, MAGI_HEAD_DIM_V, MAGI_ELEMENT, MAGI_SOFTCAP, MAGI_TILE_M, MAGI_STAGES, MAGI_FINE>;
 static_assert(sizeof(magi::backward::Shared<Traits>) <= emulator::kSharedBytes);
 
 extern "C" bool emulate_backward(magi::backward::Params const* params, int blocks, int seed, bool late) {

@@ -3,7 +3,7 @@
 #include "kernel.cuh"
 #include "rows.cuh"
 
-using Traits = magi::backward::Traits<MAGI_HEAD_DIM, MAGI_HEAD_DIM_V, MAGI_ELEMENT, MAGI_SOFTCAP, MAGI_TILE_M, MAGI_STAGES>;
+using Traits = magi::backward::Traits<MAGI_HEAD_DIM, MAGI_HEAD_DIM_V, MAGI_ELEMENT, MAGI_SOFTCAP, MAGI_TILE_M, MAGI_STAGES, MAGI_FINE>;
 
 static_assert(sizeof(magi::backward::Shared<Traits>) <= MAGI_SHARED_BYTES, "shared memory for the tiles");
 static_assert(Traits::kTileN == MAGI_TILE_N && Traits::kDqParts == MAGI_DQ_PARTS, "what the host assumes");

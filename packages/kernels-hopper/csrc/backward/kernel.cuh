@@ -5,6 +5,7 @@
 // device memory, by the copy engine, and converted as soon as they are complete.
 #pragma once
 
+#include "fine.cuh"
 #include "narrow.cuh"
 #include "producer.cuh"
 #include "tall.cuh"
@@ -27,9 +28,9 @@ __device__ __forceinline__ void init_barriers(Shared<T>& s) {
     ptx::mbarrier_init(&s.kv_empty, kOfAll);
     for (int i = 0; i < T::kStages; i++) {
         ptx::mbarrier_init(&s.q_full[i], 1);
-        ptx::mbarrier_init(&s.q_empty[i], kOfAll);
+        ptx::mbarrier_init(&s.q_empty[i], T::kFine ? kOfOne : kOfAll);
         ptx::mbarrier_init(&s.dout_full[i], 1);
-        ptx::mbarrier_init(&s.dout_empty[i], kOfAll);
+        ptx::mbarrier_init(&s.dout_empty[i], T::kFine ? kOfOne : kOfAll);
     }
     for (int i = 0; i < 2; i++) {
         ptx::mbarrier_init(&s.ds_full[i], T::kWide ? kOfOne : kOfAll);
@@ -84,7 +85,8 @@ __device__ __forceinline__ void backward(Params const& p) {
     } else {
         ptx::setmaxnreg_inc<kConsumerRegisters<T>>();
         using OfNarrow = std::conditional_t<T::kTall, TallConsumer<T>, NarrowConsumer<T>>;
-        using Consumer = std::conditional_t<T::kWide, WideConsumer<T>, OfNarrow>;
+        using OfOthers = std::conditional_t<T::kFine, FineConsumer<T>, OfNarrow>;
+        using Consumer = std::conditional_t<T::kWide, WideConsumer<T>, OfOthers>;
         Consumer(p, s, warp / 4 - 1).run();
         // What this block's warp has not finished yet, or others' have not, is done by all that have nothing else to do.
         Finisher<T>{p}.template run<5>();

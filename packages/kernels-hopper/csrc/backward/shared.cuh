@@ -41,7 +41,7 @@ struct SharedTiles {
     alignas(1024) uint8_t v[T::TileV::kBytes];
     alignas(1024) uint8_t q[T::kStages][T::TileQ::kBytes];
     alignas(1024) uint8_t dout[T::kStages][T::TileDout::kBytes];
-    alignas(1024) uint8_t ds[2][T::TileDs::kBytes];
+    alignas(1024) uint8_t ds[T::kFine ? 2 * kConsumers : 2][T::TileDs::kBytes];
 };
 
 template <typename T>

@@ -20,7 +20,8 @@ constexpr uint32_t kOwnBarrier = 1, kTurnBarrier = kOwnBarrier + kConsumers;
 // variants.py has those of each kernel.
 //   TileM:  rows of queries of a tile
 //   Stages: tiles of queries, and as many of the outputs' gradients, in shared memory
-template <int HeadDim, int HeadDimV, typename Element_, bool Softcap, int TileM, int Stages>
+//   Fine:   whether it is for masks of small blocks
+template <int HeadDim, int HeadDimV, typename Element_, bool Softcap, int TileM, int Stages, bool Fine = false>
 struct Traits {
     using Element = Element_;
     static constexpr int kHeadDim = HeadDim, kHeadDimV = HeadDimV;
@@ -31,12 +32,15 @@ struct Traits {
     // Wide heads leave no registers for the gradients of both 64 keys and 64 values: of one tile of keys, one consumer
     // computes those of values, the other those of keys. Otherwise each has keys of its own.
     static constexpr bool kWide = HeadDim > 128;
-    static constexpr int kTileN = kWide ? 64 : 64 * kConsumers;
-    static_assert(kWide || HeadDimV == HeadDim, "consumers with keys of their own have gradients of both alike");
+    // Fine tiles have few keys too, and each consumer all of them, with queries of its own.
+    static constexpr bool kFine = Fine;
+    static constexpr int kTileN = kWide || kFine ? 64 : 64 * kConsumers;
+    static_assert(kWide || HeadDimV == HeadDim, "consumers that have both gradients have them alike");
+    static_assert(!(kWide && kFine), "consumers lack registers for both gradients of wide heads");
 
     // More rows of queries than a product has: then gradients of queries are computed transposed.
     static constexpr bool kTall = kTileM > 64;
-    static_assert(!kTall || HeadDim == 128, "a consumer has 64 columns of gradients of queries");
+    static_assert(!kTall || (HeadDim == 128 && !kFine), "a consumer has 64 columns of gradients of queries");
 
     using TileQ = PanelTile<kTileM, HeadDim>;
     using TileDout = PanelTile<kTileM, HeadDimV>;
@@ -54,11 +58,11 @@ struct Traits {
     // The gradients of a tile of queries are computed by one consumer, and those of the next one by the other; or, where
     // that takes too many registers, each computes half of the columns. Half of three panels is a whole one and half of
     // the one in the middle. Half of four takes two passes.
-    static constexpr bool kDqAlternates = HeadDim < 128;
+    static constexpr bool kDqAlternates = HeadDim < 128 || kFine;
     static constexpr int kDqParts = kDqAlternates ? 1 : kConsumers;
     static constexpr int kDqColumns = HeadDim / kDqParts;  // of a part
     static constexpr int kDqHalf = kDqColumns % TileK::kPanelColumns;
-    static constexpr int kDqPasses = kDqColumns > 96 ? 2 : 1;
+    static constexpr int kDqPasses = kDqColumns > 96 && !kFine ? 2 : 1;
     static constexpr int kDqWhole = (kDqColumns - kDqHalf) / kDqPasses;  // of a pass
     static constexpr int kDqFloats = kTileM * kDqColumns;
     static constexpr int kDqRegisters = kDqFloats / 128 / kDqPasses;  // of a thread

@@ -4,6 +4,7 @@
 Shape suffixes: t tokens, h heads, d head dim, dv head dim of values; q queries, k keys.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from magi_kernels_hopper.launching import (
 from magi_kernels_hopper.results import LOG2_E, scored_upward
 from magi_kernels_hopper.support import ELEMENT_OF
 from magi_kernels_hopper.tables import device_column_tables
-from magi_kernels_hopper.variants import BackwardVariant
+from magi_kernels_hopper.variants import BackwardVariant, backward_variants
 
 GAP = 16
 """Terms of a tile are this many more than its rows, ``Traits::kTerms`` in csrc/backward/traits.cuh."""
@@ -52,25 +53,28 @@ class PreparedBackward:
     """All of a launch that does not change from call to call: made once for each mask and geometry, kept with the mask.
 
     Args:
-        variant: the kernels.
+        candidates: the kernels, or two of which the mask decides, as :func:`.variants.backward_variants` gives them.
         call: the mask, and how to score.
         q: ``[tq, hq, d]``.
         k: ``[tk, hk, d]``.
     """
 
-    def __init__(self, variant: BackwardVariant, call: AttentionCall, q: Tensor, k: Tensor) -> None:
+    def __init__(self, candidates: Sequence[BackwardVariant], call: AttentionCall, q: Tensor, k: Tensor) -> None:
         self._known = ByAddresses[tuple[Ready, Ready]]()
         (num_q, num_heads, head_dim), (num_k, num_kv_heads, _) = q.shape, k.shape
-        sizes = variant.sizes
         group, available = num_heads // num_kv_heads, max(multiprocessors(q.device) - call.sm_margin, 1)
         self.tables = tables = device_column_tables(
             call.slices,
             num_q,
             num_k,
-            WorkSizes(sizes.tile_m, sizes.tile_n, num_kv_heads, group, available),
+            tuple(
+                WorkSizes(each.sizes.tile_m, each.sizes.tile_n, num_kv_heads, group, available) for each in candidates
+            ),
             q.device,
             ordered=call.deterministic,
         )
+        variant = candidates[tables.chosen]
+        sizes = variant.sizes
         pack, tile_q = tables.pack, sizes.tile_m // tables.pack
         tiles_q = -(-num_q // tile_q)
         self.sizes, self.num_tiles = sizes, tiles_q * (num_heads // pack)
@@ -190,7 +194,7 @@ def launch_backward(
     prepared = call.slices.derived(
         (*key, call.deterministic, call.sm_margin),
         lambda: PreparedBackward(
-            BackwardVariant(head_dim, head_dim_v, ELEMENT_OF[dtype], call.softcap > 0), call, q, k
+            backward_variants((head_dim, head_dim_v), ELEMENT_OF[dtype], call.softcap > 0), call, q, k
         ),
     )
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))

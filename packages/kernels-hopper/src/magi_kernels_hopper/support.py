@@ -12,11 +12,11 @@ from magi_attention.kernels.protocol import AttentionRequest, Support
 from magi_kernels_hopper.driver import CUBINS
 from magi_kernels_hopper.variants import (
     HEAD_DIMS,
-    BackwardVariant,
     Element,
     IndexBackwardVariant,
     IndexVariant,
     Variant,
+    backward_variants,
     forward_variants,
 )
 
@@ -62,7 +62,7 @@ def _support_of(request: AttentionRequest, by_indices: bool = False) -> Support:
     elif request.direction == "forward":
         needed += forward_variants(dims, element, request.softcap)
     else:
-        needed.append(BackwardVariant(*dims, element, request.softcap))
+        needed += backward_variants(dims, element, request.softcap)
     for variant in needed:
         if not (CUBINS / f"{variant.name}.cubin").exists():
             return _refuse(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.device_tiles import upload
-from magi_kernels_hopper.backward_order import WorkSizes, order_work
+from magi_kernels_hopper.backward_choice import choose_work
+from magi_kernels_hopper.backward_order import WorkSizes
 from magi_kernels_hopper.backward_plan import adders, ranks
 from magi_kernels_hopper.plan import RowTables, row_tables
 from magi_kernels_hopper.split import most_boxes
@@ -98,6 +99,7 @@ class DeviceColumnTables(NamedTuple):
     """:class:`magi_kernels_hopper.backward_order.Work` and the tables that it is of, as int32.
 
     Attributes:
+        chosen: the number of the kernel that they are for.
         pack: query heads that share a tile of queries.
         split: whether the packs of a head are several items.
         tiles: as are the next three, of :class:`magi_kernels_hopper.backward_plan.ColumnTables`.
@@ -110,6 +112,7 @@ class DeviceColumnTables(NamedTuple):
         ranks: :func:`magi_kernels_hopper.backward_plan.ranks`, if gradients are to be added up in order.
     """
 
+    chosen: int
     pack: int
     split: bool
     tiles: Tensor
@@ -123,24 +126,39 @@ class DeviceColumnTables(NamedTuple):
 
 
 def device_column_tables(
-    slices: SliceTable, num_q: int, num_k: int, sizes: WorkSizes, device: torch.device, *, ordered: bool
+    slices: SliceTable,
+    num_q: int,
+    num_k: int,
+    candidates: tuple[WorkSizes, ...],
+    device: torch.device,
+    *,
+    ordered: bool,
 ) -> DeviceColumnTables:
-    """Build and upload the tables of a mask, with the ranks if gradients are to be added up in order.
+    """Build and upload the tables of a mask, for the kernel that should be faster.
+
+    Args:
+        slices: the mask.
+        num_q: rows of the query tensor.
+        num_k: rows of the key tensor.
+        candidates: the sizes of a kernel or of two, see :func:`magi_kernels_hopper.backward_choice.choose_work`.
+        device: where to upload to.
+        ordered: whether gradients are to be added up in order, which takes ranks.
 
     Raises:
         RuntimeError: If the mask is too large to have ranks.
     """
 
     def build() -> DeviceColumnTables:
-        work = order_work(slices.bands(), num_q, num_k, sizes, ordered=ordered)
+        chosen, work = choose_work(slices.bands(), slices.area(), num_q, num_k, candidates, ordered=ordered)
         tables = work.tables
         if ordered and (num_ranks := int(tables.tiles[:, 2].sum())) > MOST_RANKS:
             raise RuntimeError(
                 f"backend 'hopper': the deterministic backward pass needs a number for each of {num_ranks} pairs of "
                 f"tiles, and can have {MOST_RANKS}; use more GPUs, or do without determinism"
             )
-        of_queries = adders(tables, -(-num_q * work.pack // sizes.tile_m))
+        of_queries = adders(tables, -(-num_q * work.pack // candidates[chosen].tile_m))
         return DeviceColumnTables(
+            chosen=chosen,
             pack=work.pack,
             split=work.split,
             tiles=upload(tables.tiles, device),
@@ -153,7 +171,7 @@ def device_column_tables(
             ranks=upload(ranks(tables, work.order), device) if ordered else None,
         )
 
-    return slices.derived(("hopper columns", num_q, num_k, sizes, device, ordered), build)
+    return slices.derived(("hopper columns", num_q, num_k, candidates, device, ordered), build)
 
 
 def _pairs(tables: RowTables, tile_q: int, box_k: int) -> int:

@@ -187,10 +187,20 @@ BACKWARD_SIZES = {
 }
 """By head dims."""
 
+FINE_SIZES = {(128, 128): BackwardSizes(64, 64, 3, 1, 227 << 10)}
+"""The same of kernels for masks of small blocks, whose consumers have queries of their own instead of keys: a pair takes
+them longer, and they meet fewer that the mask hides."""
+
 
 @dataclass(frozen=True)
 class BackwardVariant(_Variant):
-    """One backward kernel, and the one that comes before it."""
+    """One backward kernel, and the one that comes before it.
+
+    Attributes:
+        fine: whether its sizes are of ``FINE_SIZES``.
+    """
+
+    fine: bool = False
 
     kind = "backward"
     source = "backward/backward.cu"
@@ -198,9 +208,14 @@ class BackwardVariant(_Variant):
     prepare_entry = "magi_backward_prepare"
 
     @property
+    def name(self) -> str:
+        """See the base."""
+        return super().name + "_fine" * self.fine
+
+    @property
     def sizes(self) -> BackwardSizes:
         """Its sizes."""
-        return BACKWARD_SIZES[self.dims]
+        return (FINE_SIZES if self.fine else BACKWARD_SIZES)[self.dims]
 
     @property
     def defines(self) -> dict[str, object]:
@@ -210,6 +225,7 @@ class BackwardVariant(_Variant):
             "MAGI_TILE_N": self.sizes.tile_n,
             "MAGI_STAGES": self.sizes.stages,
             "MAGI_DQ_PARTS": self.sizes.dq_parts,
+            "MAGI_FINE": int(self.fine),
             "MAGI_SHARED_BYTES": self.sizes.shared_bytes,
         }
 
@@ -339,6 +355,12 @@ def forward_variants(dims: tuple[int, int], element: Element, softcap: bool) -> 
     return [low, replace(low, tall=True)] if dims in TALL_SIZES and not softcap else [low]
 
 
+def backward_variants(dims: tuple[int, int], element: Element, softcap: bool) -> list[BackwardVariant]:
+    """The same backward, the fine one last."""
+    coarse = BackwardVariant(*dims, element, softcap)
+    return [coarse, replace(coarse, fine=True)] if dims in FINE_SIZES else [coarse]
+
+
 def all_variants() -> list[Variant]:
     """Every kernel, in the order in which they are compiled."""
     scores = list(product(ELEMENTS, (False, True)))
@@ -348,7 +370,11 @@ def all_variants() -> list[Variant]:
             for dims, (element, softcap) in product(HEAD_DIMS, scores)
             for each in forward_variants(dims, element, softcap)
         ),
-        *(BackwardVariant(*dims, element, softcap) for dims, (element, softcap) in product(BACKWARD_SIZES, scores)),
+        *(
+            each
+            for dims, (element, softcap) in product(BACKWARD_SIZES, scores)
+            for each in backward_variants(dims, element, softcap)
+        ),
         *(
             kind(*dims, element, softcap)
             for kind, dims, (element, softcap) in product((IndexVariant, IndexBackwardVariant), INDEX_SIZES, scores)
