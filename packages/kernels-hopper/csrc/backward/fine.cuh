@@ -123,6 +123,14 @@ struct FineConsumer {
         }
     }
 
+    // Gradients of keys or values, or what was computed of them so far.
+    __device__ __forceinline__ void write(float (&sums)[T::kHeadDim / 2], void* tensor, float factor, Item const& item,
+                                          KeyRange const& keys) {
+        auto& halves = reinterpret_cast<float(&)[2][T::kHeadDim / 4]>(sums);
+        if (!exchange_with_items<T>(p, item, group, halves[0], halves[1])) return;
+        store_rows<T, T::kHeadDim>(sums, tensor, p.out_mode, keys, p.num_kv_heads, item.kv_head, factor);
+    }
+
     __device__ __forceinline__ void run() {
         while (true) {
             Item const next = next_item(s, item_place);
@@ -133,13 +141,13 @@ struct FineConsumer {
                 differentiate(next.tile, __shfl_sync(~0u, next.num_steps(), 0));
                 exchange();
             }
-            int const head = item_in(s, item_place).kv_head;
+            Item const item = item_in(s, item_place);
             KeyRange const keys = keys_in(s, item_place, 0);
             leave_item(s, item_place);
             if (group == 0) {
-                store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, keys, p.num_kv_heads, head, 1);
+                write(dv, p.dv, 1, item, keys);
             } else {
-                store_rows<T, T::kHeadDim>(dk, p.dk, p.out_mode, keys, p.num_kv_heads, head, p.scale);
+                write(dk, p.dk, p.scale, item, keys);
             }
         }
         finish_dq(s, ds_place, group);

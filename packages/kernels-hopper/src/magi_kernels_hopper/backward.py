@@ -68,7 +68,8 @@ class PreparedBackward:
             num_q,
             num_k,
             tuple(
-                WorkSizes(each.sizes.tile_m, each.sizes.tile_n, num_kv_heads, group, available) for each in candidates
+                WorkSizes(each.sizes.tile_m, each.sizes.tile_n, num_kv_heads, group, available, each.splits)
+                for each in candidates
             ),
             q.device,
             ordered=call.deterministic,

@@ -23,9 +23,6 @@ The more heads, the fewer tiles are partly hidden by the mask. Where neighboring
 queries, it is one, so that they follow each other at a short distance.
 """
 
-SPLIT_TILE = 128
-"""Keys of a tile of kernels that can cut the packs of a head into several items."""
-
 LONGEST, MOST_STEPS = 0.2, 160
 """The most that an item may be, if its head can be cut: of what one block computes, and in tiles of queries.
 
@@ -79,6 +76,7 @@ class WorkSizes(NamedTuple):
         num_kv_heads: key heads.
         group: query heads of a key head.
         blocks: how many work at the same time.
+        splits: whether the kernel can cut the packs of a head into several items.
     """
 
     tile_m: int
@@ -86,6 +84,7 @@ class WorkSizes(NamedTuple):
     num_kv_heads: int
     group: int
     blocks: int
+    splits: bool = True
 
 
 class Work(NamedTuple):
@@ -122,7 +121,7 @@ def order_work(bands: Bands, num_q: int, num_k: int, sizes: WorkSizes, *, ordere
         pack, tables = 1, shortest_tables(bands, num_q, num_k, sizes.tile_m, sizes.tile_k)
     packs, order = sizes.group // pack, clusters(tables)
     steps = tables.tiles[:, 2]
-    if sizes.tile_k != SPLIT_TILE or not steps.any():
+    if not sizes.splits or not steps.any():
         items = _items(order, np.ones_like(steps), packs, sizes.num_kv_heads)
     elif ordered:
         # A tile that is done with a pack sooner than those before it would wait for them at the next pack.

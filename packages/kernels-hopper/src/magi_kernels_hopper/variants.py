@@ -218,6 +218,11 @@ class BackwardVariant(_Variant):
         return (FINE_SIZES if self.fine else BACKWARD_SIZES)[self.dims]
 
     @property
+    def splits(self) -> bool:
+        """Whether the gradients of a tile of keys may be the sum of several blocks' work."""
+        return self.head_dim <= 128
+
+    @property
     def defines(self) -> dict[str, object]:
         """What the compiler is told."""
         return super().defines | {
