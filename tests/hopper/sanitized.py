@@ -2,6 +2,7 @@
 """A few small launches of every kind of kernel, for NVIDIA's compute-sanitizer to watch: ``test_sanitizer_gpu.py``."""
 
 import argparse
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from magi_attention.kernels.protocol import AttentionCall, IndexCall
 from magi_attention.testing.lists import random_lists
 from magi_attention.testing.stages import random_inputs
 from magi_kernels_hopper import BACKEND, backward, forward, index, index_backward, index_lists, tables
+from magi_kernels_hopper.variants import backward_variants
 
 ROWS = [[0, 100, 0, 150, 0], [100, 300, 50, 250, 1], [310, 320, 150, 170, 3], [310, 320, 0, 20, 2]]
 
@@ -23,7 +25,8 @@ def main(dims: list[int]) -> None:
             call = AttentionCall(SliceTable(ROWS), 0.1, max_logits=True)
             out, lse, _ = BACKEND.forward(*x[:3], call)
             BACKEND.forward_onto(out, lse, *x[:3], call)
-        for ordered in (False, True):
+        for ordered, kernel in product((False, True), backward_variants((dim, dim), "bf16", False)):
+            backward.backward_variants = lambda *_, kernel=kernel: [kernel]
             call = AttentionCall(SliceTable(ROWS), 0.1, deterministic=ordered)
             BACKEND.backward(x.dout, *x[:3], out, lse, x.dlse, call)
         lists = random_lists(330, 1, 300, 130, device="cuda")

@@ -47,6 +47,9 @@ VARIANTS = [
 ]
 # Rows without keys, rows with several intervals, keys that nobody sees, ragged ends.
 IRREGULAR = [[0, 100, 0, 150, 0], [100, 290, 50, 250, 1], [300, 310, 150, 170, 3], [300, 310, 0, 20, 2]]
+BLOCKS_OF_64 = [
+    [64 * q, 64 * q + 64, 64 * k, 64 * k + 64, 0] for q, k in ((0, 0), (0, 3), (1, 2), (3, 0), (4, 0), (4, 2))
+]
 DOCUMENTS = [[0, 60, 0, 60, 1], [60, 100, 60, 100, 0], [100, 300, 100, 300, 1]]
 ASM = re.compile(r"__device__ __forceinline__ [^\n]*\{\n(?:(?!\n\}\n)[\s\S])*?\basm\b[\s\S]*?\n\}\n")
 
@@ -119,8 +122,9 @@ def on_host(monkeypatch):
         (310, 310, (4, 1), IRREGULAR, False, True),
         (300, 300, (2, 1), DOCUMENTS, True, False),
         (90, 260, (2, 2), [[0, 90, 0, 260, 1]], False, True),
+        (320, 256, (4, 1), BLOCKS_OF_64, False, False),
     ],
-    ids=["irregular", "documents", "long context"],
+    ids=["irregular", "documents", "long context", "blocks"],
 )
 def test_emulated(emulated, on_host, num_q, num_k, heads, rows, deterministic, late):
     variant, library = emulated

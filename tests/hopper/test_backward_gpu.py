@@ -16,9 +16,9 @@ from magi_attention.testing.masks import MASK_FAMILIES, rectangular_masks
 from magi_attention.testing.metric import assert_within_pytorch_error
 from magi_attention.testing.oracle import dense_mask, masked_attention
 from magi_attention.testing.stages import Inputs, random_inputs
-from magi_kernels_hopper import BACKEND
+from magi_kernels_hopper import BACKEND, backward
 from magi_kernels_hopper.backward_order import WorkSizes, order_work
-from magi_kernels_hopper.variants import BACKWARD_SIZES
+from magi_kernels_hopper.variants import BACKWARD_SIZES, FINE_SIZES, backward_variants
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 
@@ -57,10 +57,25 @@ def check(x: Inputs, slices: SliceTable, *, scale=None, softcap=0.0, determinist
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
+@pytest.fixture(params=[False, True], ids=["coarse", "fine"])
+def only(request, monkeypatch):
+    """Let the mask decide nothing: the coarse kernels, or the fine ones, are the only ones."""
+    monkeypatch.setattr(
+        backward, "backward_variants", lambda *args: [backward_variants(*args)[-1 if request.param else 0]]
+    )
+    return request.param
+
+
+def block_sparse(num_blocks: int, share: float, size: int = 64) -> SliceTable:
+    """Blocks of ``size`` queries and keys, of which each counts with a chance of ``share``."""
+    row, column = np.nonzero(np.random.default_rng(0).random((num_blocks, num_blocks)) < share)
+    return SliceTable(np.column_stack([row, row + 1, column, column + 1, np.zeros_like(row)]) * [[size] * 4 + [1]])
+
+
 @pytest.mark.parametrize(
     ("num_q", "num_k", "heads"), [(64, 128, (1, 1)), (8, 128, (8, 1)), (256, 128, (1, 1)), (64, 384, (1, 1))]
 )
-def test_few_tiles(num_q, num_k, heads):
+def test_few_tiles(num_q, num_k, heads, only):
     check(inputs(num_q, num_k, heads=heads), SliceTable([[0, num_q, 0, num_k, 0]]))
 
 
@@ -78,8 +93,26 @@ def test_deterministic(dims):
     check(inputs(700, dims=dims, heads=(8, 2)), SliceTable(IRREGULAR), deterministic=True)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("size", [64, 48, 16])
+@pytest.mark.parametrize("heads", [(16, 2), (4, 4), (6, 1)], ids=str)
+def test_block_sparse(heads, size, deterministic, only):
+    check(inputs(32 * size, heads=heads), block_sparse(32, 0.1, size), deterministic=deterministic)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("dims", FINE_SIZES, ids=str)
+def test_fine_kernels(dims, dtype, softcap, monkeypatch):
+    monkeypatch.setattr(backward, "backward_variants", lambda *args: backward_variants(*args)[1:])
+    for heads in ((4, 4), (8, 1), (6, 2)):
+        x = inputs(700, dims=dims, heads=heads, dtype=dtype)
+        check(x, SliceTable(IRREGULAR), softcap=softcap)
+        check(x, SliceTable(IRREGULAR), softcap=softcap, deterministic=True)
+
+
 @pytest.mark.parametrize("family", MASK_FAMILIES)
-def test_families(family):
+def test_families(family, only):
     for total in (333, 1024):
         check(inputs(total), MASK_FAMILIES[family](total, np.random.default_rng(total)))
 

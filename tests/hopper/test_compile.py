@@ -86,6 +86,8 @@ def cubins() -> Path:
 STACK_LIMITS = {
     "backward_d96_bf16_softcap": 8,
     "backward_d128_bf16": 32,
+    "backward_d128_bf16_fine": 16,
+    "backward_d128_bf16_softcap_fine": 24,
     "backward_d192_v128_bf16": 16,
     "backward_d192_v128_bf16_softcap": 16,
     "backward_d192_bf16": 16,

@@ -13,9 +13,9 @@ import torch
 from magi_attention.kernels.protocol import AttentionRequest
 from magi_kernels_hopper import BACKEND
 from magi_kernels_hopper.variants import (
-    BackwardVariant,
     IndexBackwardVariant,
     IndexVariant,
+    backward_variants,
     compiler_options,
     forward_variants,
 )
@@ -60,7 +60,7 @@ def test_racecheck(tmp_path):
     nvcc = of_toolkit("nvcc")
     variants = [
         *forward_variants((128, 128), "bf16", softcap=False),
-        BackwardVariant(128, 128, "bf16"),
+        *backward_variants((128, 128), "bf16", softcap=False),
         IndexVariant(128, 128, "bf16"),
         IndexBackwardVariant(128, 128, "bf16"),
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backward kernel computes a mask, where two can: the one that should take less time, by what each has to compute.
+"""Which backward kernel computes a mask, where two can: the one that should take less time for what it has to compute.
 
 Tiles of many queries and keys take less time for each pair; small tiles meet fewer pairs that the mask hides.
 """

@@ -188,8 +188,8 @@ BACKWARD_SIZES = {
 """By head dims."""
 
 FINE_SIZES = {(128, 128): BackwardSizes(64, 64, 3, 1, 227 << 10)}
-"""The same of kernels for masks of small blocks, whose consumers have queries of their own instead of keys: a pair takes
-them longer, and they meet fewer that the mask hides."""
+"""The same of kernels for masks of small blocks, whose consumers have queries of their own instead of keys: each pair
+takes them longer, and they meet fewer that the mask hides."""
 
 
 @dataclass(frozen=True)
