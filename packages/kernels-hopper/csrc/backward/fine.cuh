@@ -65,21 +65,22 @@ struct FineConsumer {
             ptx::fence_registers(ds);
             to_score_gradients<T>(scores, ds, fragments, terms_of_thread<T>(s.row_terms[stage][1]));
         }
+        ptx::wgmma_fence();
+        multiply_rows<Element, TileQ>(dk, fragments, s.q[stage]);
+        ptx::wgmma_commit_group();
         publish(ds_shared, fragments);
-        ptx::wgmma_wait_group<0>();  // so that no registers are taken by probabilities any more
+        ptx::wgmma_wait_group<1>();
         arrive_warp(&s.dout_empty[stage]);
+        Target const target = {s.step[stage].w, s.rank[stage]};
+        ptx::wgmma_wait_group<0>();  // so that gradients of queries find registers
+        arrive_warp(&s.q_empty[stage]);
         Dq<T> dq;
         ptx::wgmma_fence();
         multiply_scores<T>(dq, ds_shared, s.k, 0);
         ptx::wgmma_commit_group();
-        ptx::wgmma_fence();
-        multiply_rows<Element, TileQ>(dk, fragments, s.q[stage]);
-        ptx::wgmma_commit_group();
-        ptx::wgmma_wait_group<1>();
-        ptx::fence_registers(dq);
-        hand_over_dq(s, dq, {s.step[stage].w, s.rank[stage]}, ds_place, group);
         ptx::wgmma_wait_group<0>();
-        arrive_warp(&s.q_empty[stage]);
+        ptx::fence_registers(dq);
+        hand_over_dq(s, dq, target, ds_place, group);
         place.advance();  // past a step of the other consumer
         place.advance();
         ds_place.advance();

@@ -68,7 +68,15 @@ class PreparedBackward:
             num_q,
             num_k,
             tuple(
-                WorkSizes(each.sizes.tile_m, each.sizes.tile_n, num_kv_heads, group, available, each.splits)
+                WorkSizes(
+                    each.sizes.tile_m,
+                    each.sizes.tile_n,
+                    num_kv_heads,
+                    group,
+                    available,
+                    each.splits,
+                    8 * head_dim if each.fine else 0,
+                )
                 for each in candidates
             ),
             q.device,

@@ -187,7 +187,11 @@ BACKWARD_SIZES = {
 }
 """By head dims."""
 
-FINE_SIZES = {(128, 128): BackwardSizes(64, 64, 3, 1, 227 << 10)}
+FINE_SIZES = {
+    (64, 64): BackwardSizes(64, 64, 4, 1, 147 << 10),
+    (96, 96): BackwardSizes(64, 64, 4, 1, 203 << 10),
+    (128, 128): BackwardSizes(64, 64, 3, 1, 227 << 10),
+}
 """The same of kernels for masks of small blocks, whose consumers have queries of their own instead of keys: each pair
 takes them longer, and they meet fewer that the mask hides."""
 
