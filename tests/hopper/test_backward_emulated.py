@@ -42,6 +42,7 @@ ELEMENTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = [
     BackwardVariant(128, 128, "bf16", False),
     BackwardVariant(128, 128, "bf16", False, fine=True),
+    BackwardVariant(96, 96, "fp16", False, fine=True),
     BackwardVariant(96, 96, "fp16", True),
     BackwardVariant(192, 128, "bf16", False),
 ]
@@ -63,10 +64,13 @@ def host_source(folder: Path) -> None:
     arithmetic.write_text(
         ASM.sub("", arithmetic.read_text()).replace("#pragma once", '#pragma once\n#include "arithmetic.h"')
     )
-    kernel = folder / "backward" / "kernel.cuh"
     memory = "extern __shared__ __align__(1024) uint8_t memory[];"
-    assert memory in kernel.read_text()
-    kernel.write_text(kernel.read_text().replace(memory, "uint8_t* const memory = emulator::current->block->shared;"))
+    for name in ("kernel.cuh", "queries.cuh"):
+        kernel = folder / "backward" / name
+        assert memory in kernel.read_text()
+        kernel.write_text(
+            kernel.read_text().replace(memory, "uint8_t* const memory = emulator::current->block->shared;")
+        )
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.name)
@@ -128,7 +132,8 @@ def on_host(monkeypatch):
 )
 def test_emulated(emulated, on_host, num_q, num_k, heads, rows, deterministic, late):
     variant, library = emulated
-    kernels = launcher._Kernels(Kernel(library.emulate_prepare, late), Kernel(library.emulate_backward, late))
+    names = ("prepare", "backward", "queries") if variant.fine else ("prepare", "backward")
+    kernels = launcher._Kernels(*(Kernel(getattr(library, f"emulate_{name}"), late) for name in names))
     on_host.setattr(launcher, "_kernels", lambda variant, device: kernels)
     on_host.setattr(launcher, "backward_variants", lambda dims, element, softcap: [variant])
     dims, dtype = (variant.head_dim, variant.head_dim_v), ELEMENTS[variant.element]

@@ -3,6 +3,9 @@
 #include "backward/kernel.cuh"
 
 #include "backward/rows.cuh"
+#if MAGI_FINE
+#include "backward/queries.cuh"
+#endif
 #include "grid.h"
 
 #include <algorithm>
@@ -89,3 +92,15 @@ extern "C" bool emulate_prepare(magi::backward::RowParams const* params, int blo
     for (int i = 0; i < blocks; i++) done &= emulator::launch(i, 1, magi::backward::kRowThreads, seed, kernel);
     return done;
 }
+
+#if MAGI_FINE
+using OfQueries =
+    magi::forward::Traits<MAGI_HEAD_DIM, MAGI_HEAD_DIM_V, MAGI_ELEMENT, MAGI_SOFTCAP, 2, 64, 2, false, false, 240, 24>;
+static_assert(sizeof(magi::backward::QueryShared<OfQueries>) <= emulator::kSharedBytes);
+
+extern "C" bool emulate_queries(magi::backward::QueryParams const* params, int blocks, int seed, bool late) {
+    emulator::late = late;
+    auto const kernel = [&] { magi::backward::differentiate_queries<Traits, OfQueries>(*params); };
+    return emulator::launch(0, blocks, OfQueries::kThreads, seed, kernel);
+}
+#endif

@@ -146,12 +146,19 @@ inline void __syncthreads() {
     emulator::meet(block.named[0], 32 * block.warps.size());
 }
 inline void __threadfence() {}
-inline int atomicAdd(int* target, int value) {
-    return emulator::atomically(target, [&](int before) { return before + value; });
+template <typename Value>
+Value atomicAdd(Value* target, int value) {
+    return emulator::atomically(target, [&](Value before) { return before + value; });
 }
-inline int atomicExch(int* target, int value) {
-    return emulator::atomically(target, [&](int) { return value; });
+template <typename Value>
+Value atomicExch(Value* target, int value) {
+    return emulator::atomically(target, [&](Value) { return value; });
 }
+// Used by none of the kernels here.
+int atomicMax(int*, int);
+uint32_t atomicMin(uint32_t*, uint32_t);
+int __float_as_int(float);
+uint32_t __float_as_uint(float);
 inline uint32_t atomicInc(uint32_t* target, uint32_t last) {
     return emulator::atomically(target, [&](uint32_t before) { return before >= last ? 0 : before + 1; });
 }

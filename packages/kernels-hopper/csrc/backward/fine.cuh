@@ -2,7 +2,8 @@
 // Consumers for masks of small blocks: tiles of 64 keys by 64 rows of queries. Both share the tile of keys, and each takes
 // every other tile of queries, of which it computes all: they never wait for each other within an item, so that the
 // elementwise work of one runs while the other's products do. Of the gradients of keys and values each has those of its
-// own queries; at an item's end they are exchanged, so that one has the keys', the other the values'.
+// own queries; at an item's end they are exchanged, so that one has the keys', the other the values'. Gradients of queries
+// are another kernel's (queries.cuh): with so few keys at a time, to add them up in device memory would take longest.
 #pragma once
 
 #include "consumer.cuh"
@@ -20,9 +21,8 @@ struct FineConsumer {
     int const group;  // which consumer: at last, 0 has the gradients of values, 1 those of keys
     RingPlace<T::kStages> place;  // of this consumer's next tile of queries
     RingPlace<2> item_place;
-    RingPlace<2> ds_place;  // of its own gradients of scores: counts its own steps
-    bool begins;            // whether the next item's first step is this consumer's
     RingPlace<1> kv_place;
+    bool begins;  // whether the next item's first step is this consumer's
     float dk[T::kHeadDim / 2], dv[T::kHeadDim / 2];
 
     __device__ __forceinline__ FineConsumer(Params const& p, Shared<T>& s, int group)
@@ -30,60 +30,38 @@ struct FineConsumer {
         if (!begins) place.advance();
     }
 
-    // Hands gradients of scores over to this consumer's own products. The buffer was last read two steps of its own before,
-    // and all of its warps have waited for those products since, before they came to the barrier of the step in between.
-    __device__ __forceinline__ void publish(void* target, Fragments<T> const& fragments) {
-        store_scores<T>(target, fragments, 0);
-        ptx::fence_proxy_async_shared();
-        ptx::barrier_sync(kOwnBarrier + group, 128);
-    }
-
     __device__ __forceinline__ void step(int key) {
-        Fragments<T> fragments;  // of gradients of scores
+        Scores<T> scores, ds;
+        Fragments<T> probabilities, fragments;
         int const stage = place.stage();
-        void* const ds_shared = s.ds[2 * group + ds_place.stage()];
-        {
-            Scores<T> scores, ds;
-            Fragments<T> probabilities;
-            ptx::mbarrier_try_wait_parity(&s.q_full[stage], place.parity());
-            ptx::wgmma_fence();
-            multiply_columns<Element, TileK, TileQ>(scores, s.k, 0, s.q[stage]);
-            ptx::wgmma_commit_group();
-            ptx::mbarrier_try_wait_parity(&s.dout_full[stage], place.parity());
-            ptx::wgmma_fence();
-            multiply_columns<Element, TileK, TileQ>(ds, s.v, 0, s.dout[stage]);
-            ptx::wgmma_commit_group();
-            StepMask<T> const mask(p, s.step[stage], key);
-            ptx::wgmma_wait_group<1>();
-            ptx::fence_registers(scores);
-            mask.apply(scores);
-            to_probabilities<T>(p, scores, probabilities, terms_of_thread<T>(s.row_terms[stage][0]));
-            ptx::wgmma_fence();
-            multiply_rows<Element, TileQ>(dv, probabilities, s.dout[stage]);
-            ptx::wgmma_commit_group();
-            ptx::wgmma_wait_group<1>();
-            ptx::fence_registers(ds);
-            to_score_gradients<T>(scores, ds, fragments, terms_of_thread<T>(s.row_terms[stage][1]));
-        }
+        ptx::mbarrier_try_wait_parity(&s.q_full[stage], place.parity());
+        ptx::wgmma_fence();
+        multiply_columns<Element, TileK, TileQ>(scores, s.k, 0, s.q[stage]);
+        ptx::wgmma_commit_group();
+        ptx::mbarrier_try_wait_parity(&s.dout_full[stage], place.parity());
+        ptx::wgmma_fence();
+        multiply_columns<Element, TileK, TileQ>(ds, s.v, 0, s.dout[stage]);
+        ptx::wgmma_commit_group();
+        StepMask<T> const mask(p, s.step[stage], key);
+        ptx::wgmma_wait_group<1>();
+        ptx::fence_registers(scores);
+        mask.apply(scores);
+        to_probabilities<T>(p, scores, probabilities, terms_of_thread<T>(s.row_terms[stage][0]));
+        ptx::wgmma_fence();
+        multiply_rows<Element, TileQ>(dv, probabilities, s.dout[stage]);
+        ptx::wgmma_commit_group();
+        ptx::wgmma_wait_group<1>();
+        ptx::fence_registers(ds);
+        to_score_gradients<T>(scores, ds, fragments, terms_of_thread<T>(s.row_terms[stage][1]));
         ptx::wgmma_fence();
         multiply_rows<Element, TileQ>(dk, fragments, s.q[stage]);
         ptx::wgmma_commit_group();
-        publish(ds_shared, fragments);
         ptx::wgmma_wait_group<1>();
         arrive_warp(&s.dout_empty[stage]);
-        Target const target = {s.step[stage].w, s.rank[stage]};
-        ptx::wgmma_wait_group<0>();  // so that gradients of queries find registers
-        arrive_warp(&s.q_empty[stage]);
-        Dq<T> dq;
-        ptx::wgmma_fence();
-        multiply_scores<T>(dq, ds_shared, s.k, 0);
-        ptx::wgmma_commit_group();
         ptx::wgmma_wait_group<0>();
-        ptx::fence_registers(dq);
-        hand_over_dq(s, dq, target, ds_place, group);
+        arrive_warp(&s.q_empty[stage]);
         place.advance();  // past a step of the other consumer
         place.advance();
-        ds_place.advance();
     }
 
     __device__ __forceinline__ void differentiate(int tile, int num_steps) {
@@ -98,28 +76,30 @@ struct FineConsumer {
         kv_place.advance();
     }
 
-    // Adds to the gradients that this consumer is to write what the other one has of them. Buffers of gradients of queries
-    // are free between items, once those of the last step have been read.
+    // Adds to the gradients that this consumer is to write what the other one has of them. Each thread reads and writes
+    // the same places, so that none is written before it has been read.
     __device__ __forceinline__ void exchange() {
-        ptx::mbarrier_try_wait_parity(&s.dq_empty[group], dq_parity<T>(ds_place) ^ 1);
-        int const thread = threadIdx.x % 128;
-        group == 0 ? give(dk, thread) : give(dv, thread);
+        if (group == 1) give(dv);
         ptx::barrier_sync(kTurnBarrier, 256);
-        group == 0 ? take(dv, thread) : take(dk, thread);
+        if (group == 0) {
+            take(dv);
+            give(dk);
+        }
         ptx::barrier_sync(kTurnBarrier, 256);
+        if (group == 1) take(dk);
     }
-    __device__ __forceinline__ void give(float const (&values)[T::kHeadDim / 2], int thread) {
-        uint32_t const address = ptx::shared_address(s.dq[group]) + thread * sizeof(float4);
+    __device__ __forceinline__ void give(float const (&values)[T::kHeadDim / 2]) {
+        uint32_t const address = ptx::shared_address(s.exchanged) + threadIdx.x % 128 * sizeof(float4);
 #pragma unroll
         for (int i = 0; i < T::kHeadDim / 2; i += 4) {
             ptx::store_shared(address + i * 128 * sizeof(float), values[i], values[i + 1], values[i + 2], values[i + 3]);
         }
     }
-    __device__ __forceinline__ void take(float (&values)[T::kHeadDim / 2], int thread) {
-        auto const* const of_other = reinterpret_cast<float4 const*>(s.dq[1 - group]) + thread;
+    __device__ __forceinline__ void take(float (&values)[T::kHeadDim / 2]) {
+        auto const* const given = reinterpret_cast<float4 const*>(s.exchanged) + threadIdx.x % 128;
 #pragma unroll
         for (int i = 0; i < T::kHeadDim / 2; i += 4) {
-            float4 const x = of_other[i * 32];
+            float4 const x = given[i * 32];
             values[i] += x.x, values[i + 1] += x.y, values[i + 2] += x.z, values[i + 3] += x.w;
         }
     }
@@ -151,7 +131,6 @@ struct FineConsumer {
                 write(dk, p.dk, p.scale, item, keys);
             }
         }
-        finish_dq(s, ds_place, group);
     }
 };
 

@@ -54,10 +54,11 @@ __device__ __forceinline__ void init_barriers(Shared<T>& s) {
 }
 
 // All warps that use the counters come here at last, one that loads and those that finish: the last of all leaves them as
-// they were found.
+// they were found. Fine kernels have nothing to finish.
+template <typename T>
 __device__ __forceinline__ void leave(Params const& p) {
     __threadfence();
-    uint32_t const last = (2 + 4 * kConsumers) * gridDim.x - 1;
+    uint32_t const last = (T::kFine ? 1 : 2 + 4 * kConsumers) * gridDim.x - 1;
     if (atomicInc(reinterpret_cast<uint32_t*>(p.counters) + 1, last) != last) return;
     for (int i : {0, 2, 3}) atomicExch(p.counters + i, 0);
 }
@@ -71,13 +72,13 @@ __device__ __forceinline__ void backward(Params const& p) {
     __syncthreads();
     if (warp < 4) {
         ptx::setmaxnreg_dec<kProducerRegisters<T>>();
-        if (warp == 3) {
+        if (warp == 3 && !T::kFine) {
             Finisher<T>{p}.template run<1>();
-            if (ptx::elect_sync()) leave(p);
+            if (ptx::elect_sync()) leave<T>(p);
         } else if (warp <= (T::kDqShared ? kConsumers : 0) && ptx::elect_sync()) {
             if (warp == 0) {
                 Loader<T>{p, s}.run();
-                leave(p);
+                leave<T>(p);
             } else if constexpr (T::kDqShared) {
                 Reducer<T>{p, s, warp - 1}.run();
             }
@@ -89,8 +90,10 @@ __device__ __forceinline__ void backward(Params const& p) {
         using Consumer = std::conditional_t<T::kWide, WideConsumer<T>, OfOthers>;
         Consumer(p, s, warp / 4 - 1).run();
         // What this block's warp has not finished yet, or others' have not, is done by all that have nothing else to do.
-        Finisher<T>{p}.template run<5>();
-        if (ptx::elect_sync()) leave(p);
+        if constexpr (!T::kFine) {
+            Finisher<T>{p}.template run<5>();
+            if (ptx::elect_sync()) leave<T>(p);
+        }
     }
 }
 

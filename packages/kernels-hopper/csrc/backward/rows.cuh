@@ -31,7 +31,7 @@ __device__ __forceinline__ void prepare(RowParams const& p) {
     constexpr int kRowsAtOnce = kRowThreads / kLanes, kRounds = (T::kTileM + kRowsAtOnce - 1) / kRowsAtOnce;
     int const num_packs = p.num_heads >> p.log2_pack, tile = blockIdx.x / num_packs, pack = blockIdx.x % num_packs;
     int64_t const number = static_cast<int64_t>(pack) * p.num_tiles_q + tile;
-    if (threadIdx.x < T::kDqParts) {
+    if (threadIdx.x < T::kDqParts && !T::kFine) {
         int64_t const part = number * T::kDqParts + threadIdx.x;
         p.added[part] = p.complete[part] = 0;
     }
@@ -39,7 +39,7 @@ __device__ __forceinline__ void prepare(RowParams const& p) {
         for (int i = threadIdx.x; i < p.num_items_done; i += kRowThreads) p.items_done[i] = 0;
     }
 
-    bool const no_adders = __ldg(p.adders + tile) == 0;
+    bool const no_adders = !T::kFine && __ldg(p.adders + tile) == 0;
     float* const terms = p.row_terms + number * 2 * T::kTerms;
     int const lane = threadIdx.x % kLanes;
     // All loads first: device memory takes as long for many as for one.

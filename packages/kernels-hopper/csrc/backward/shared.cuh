@@ -41,7 +41,8 @@ struct SharedTiles {
     alignas(1024) uint8_t v[T::TileV::kBytes];
     alignas(1024) uint8_t q[T::kStages][T::TileQ::kBytes];
     alignas(1024) uint8_t dout[T::kStages][T::TileDout::kBytes];
-    alignas(1024) uint8_t ds[T::kFine ? 2 * kConsumers : 2][T::TileDs::kBytes];
+    alignas(1024) uint8_t ds[2][T::kFine ? 16 : T::TileDs::kBytes];
+    alignas(16) uint8_t exchanged[T::kFine ? 64 * T::kHeadDim * sizeof(float) : 16];  // between consumers, of an item
 };
 
 template <typename T>

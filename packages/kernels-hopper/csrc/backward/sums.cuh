@@ -78,11 +78,10 @@ __device__ __forceinline__ void add_dq(Params const& p, Shared<T>& s, float cons
     }
 }
 
-// The parity of a consumer's part of the gradients of a step, which is counted by `step`: among those of both consumers
-// where these alternate within a step's products, else among its own.
+// The parity of a consumer's part of the gradients of a step, which is counted by `step`.
 template <typename T>
 __device__ __forceinline__ uint32_t dq_parity(RingPlace<2> const& step) {
-    return T::kDqAlternates && !T::kFine ? step.parity() : step.stage();
+    return T::kDqAlternates ? step.parity() : step.stage();
 }
 
 // Hands a part of the gradients of a step over to the thread that adds them.

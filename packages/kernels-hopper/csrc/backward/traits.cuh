@@ -32,7 +32,8 @@ struct Traits {
     // Wide heads leave no registers for the gradients of both 64 keys and 64 values: of one tile of keys, one consumer
     // computes those of values, the other those of keys. Otherwise each has keys of its own.
     static constexpr bool kWide = HeadDim > 128;
-    // Fine tiles have few keys too, and each consumer all of them, with queries of its own.
+    // Fine tiles have few keys too, and each consumer all of them, with queries of its own, whose gradients another kernel
+    // computes.
     static constexpr bool kFine = Fine;
     static constexpr int kTileN = kWide || kFine ? 64 : 64 * kConsumers;
     static_assert(kWide || HeadDimV == HeadDim, "consumers that have both gradients have them alike");
@@ -58,18 +59,18 @@ struct Traits {
     // The gradients of a tile of queries are computed by one consumer, and those of the next one by the other; or, where
     // that takes too many registers, each computes half of the columns. Half of three panels is a whole one and half of
     // the one in the middle. Half of four takes two passes.
-    static constexpr bool kDqAlternates = HeadDim < 128 || kFine;
+    static constexpr bool kDqAlternates = HeadDim < 128;
     static constexpr int kDqParts = kDqAlternates ? 1 : kConsumers;
     static constexpr int kDqColumns = HeadDim / kDqParts;  // of a part
     static constexpr int kDqHalf = kDqColumns % TileK::kPanelColumns;
-    static constexpr int kDqPasses = kDqColumns > 96 && !kFine ? 2 : 1;
+    static constexpr int kDqPasses = kDqColumns > 96 ? 2 : 1;
     static constexpr int kDqWhole = (kDqColumns - kDqHalf) / kDqPasses;  // of a pass
     static constexpr int kDqFloats = kTileM * kDqColumns;
     static constexpr int kDqRegisters = kDqFloats / 128 / kDqPasses;  // of a thread
     static_assert(kDqPasses == 1 || kDqHalf == 0, "passes are of whole panels");
 
     // Sums of gradients of queries are added to by the copy engine, from shared memory, where there is room.
-    static constexpr bool kDqShared = kDqPasses == 1;
+    static constexpr bool kDqShared = kDqPasses == 1 && !kFine;
 
     // The first of a part's columns in whole panels, and of the others.
     MAGI_HOST_DEVICE static constexpr int dq_whole_column(int part) { return (kDqPasses * kDqWhole + 2 * kDqHalf) * part; }

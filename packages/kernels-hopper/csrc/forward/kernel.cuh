@@ -12,28 +12,6 @@
 namespace magi::forward {
 
 template <typename T>
-__device__ __forceinline__ void init_barriers(Shared<T>& s, bool stages_out) {
-    constexpr uint32_t kOfOne = 4 * ptx::kArrivalsOfWarp, kOfAll = T::kConsumers * kOfOne;  // arrivals of consumers
-    for (int i = 0; i < T::kConsumers; i++) {
-        ptx::mbarrier_init(&s.q_full[i], 1);
-        ptx::mbarrier_init(&s.q_empty[i], kOfOne);
-        ptx::mbarrier_init(&s.out_full[i], kOfOne);
-        ptx::mbarrier_init(&s.out_empty[i], 1);
-    }
-    for (int i = 0; i < T::kStages; i++) {
-        ptx::mbarrier_init(&s.k_full[i], 1);
-        ptx::mbarrier_init(&s.k_empty[i], kOfAll);
-        ptx::mbarrier_init(&s.v_full[i], 1);
-        ptx::mbarrier_init(&s.v_empty[i], kOfAll);
-    }
-    for (int i = 0; i < 2; i++) {
-        ptx::mbarrier_init(&s.item_full[i], 1);
-        ptx::mbarrier_init(&s.item_empty[i], kOfAll + 1 + stages_out);  // who reads ahead, and who writes
-    }
-    ptx::fence_mbarrier_init();
-}
-
-template <typename T>
 __device__ __forceinline__ void forward(Params const& p) {
     extern __shared__ uint8_t memory[];
     auto& s = *reinterpret_cast<Shared<T>*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t{1023});
@@ -49,7 +27,7 @@ __device__ __forceinline__ void forward(Params const& p) {
                 ptx::prefetch_tensormap(&p.q);
                 ptx::prefetch_tensormap(&p.k);
                 ptx::prefetch_tensormap(&p.v);
-                Producer<T>{p, s}.run();
+                Producer<T>{p, s}.run([](Item const&) {});
             } else if (warp == 1) {
                 read_ahead<T>(p, s);
             } else if (warp == 2 && stages_out) {

@@ -15,6 +15,28 @@ namespace magi::forward {
 
 using ptx::CacheHint;
 
+template <typename T>
+__device__ __forceinline__ void init_barriers(Shared<T>& s, bool stages_out) {
+    constexpr uint32_t kOfOne = 4 * ptx::kArrivalsOfWarp, kOfAll = T::kConsumers * kOfOne;  // arrivals of consumers
+    for (int i = 0; i < T::kConsumers; i++) {
+        ptx::mbarrier_init(&s.q_full[i], 1);
+        ptx::mbarrier_init(&s.q_empty[i], kOfOne);
+        ptx::mbarrier_init(&s.out_full[i], kOfOne);
+        ptx::mbarrier_init(&s.out_empty[i], 1);
+    }
+    for (int i = 0; i < T::kStages; i++) {
+        ptx::mbarrier_init(&s.k_full[i], 1);
+        ptx::mbarrier_init(&s.k_empty[i], kOfAll);
+        ptx::mbarrier_init(&s.v_full[i], 1);
+        ptx::mbarrier_init(&s.v_empty[i], kOfAll);
+    }
+    for (int i = 0; i < 2; i++) {
+        ptx::mbarrier_init(&s.item_full[i], 1);
+        ptx::mbarrier_init(&s.item_empty[i], kOfAll + 1 + stages_out);  // who reads ahead, and who writes
+    }
+    ptx::fence_mbarrier_init();
+}
+
 // Takes items from the list, tells of them, and loads what they need.
 template <typename T>
 struct Producer {
@@ -51,18 +73,23 @@ struct Producer {
         }
     }
 
+    // A consumer's rows of queries, or of what has as many columns.
+    __device__ __forceinline__ void load_rows(uint8_t* target, CUtensorMap const* map, uint64_t* full, Item const& item,
+                                              int group) {
+        ptx::mbarrier_arrive_expect_tx(full, p.pack * p.share_q * T::kHeadDim * kBytesPerElement);
+#pragma unroll
+        for (int panel = 0; panel < T::TileQ::kPanels; panel++) {
+            ptx::cp_async_bulk_tensor_3d(target + panel * T::TileQ::kPanelBytes, map, full,
+                                         panel * T::TileQ::kPanelColumns, item.pack * p.pack,
+                                         (item.tile * T::kConsumers + group) * p.share_q, CacheHint::kEvictFirst);
+        }
+    }
+
     __device__ __forceinline__ void load_q(Item const& item) {
 #pragma unroll 1
         for (int group = 0; group < T::kConsumers; group++) {
-            uint64_t* const full = &s.q_full[group];
             ptx::mbarrier_try_wait_parity(&s.q_empty[group], q_place.parity() ^ 1);
-            ptx::mbarrier_arrive_expect_tx(full, p.pack * p.share_q * T::kHeadDim * kBytesPerElement);
-#pragma unroll
-            for (int panel = 0; panel < T::TileQ::kPanels; panel++) {
-                ptx::cp_async_bulk_tensor_3d(s.q[group] + panel * T::TileQ::kPanelBytes, &p.q, full,
-                                             panel * T::TileQ::kPanelColumns, item.pack * p.pack,
-                                             (item.tile * T::kConsumers + group) * p.share_q, CacheHint::kEvictFirst);
-            }
+            load_rows(s.q[group], &p.q, &s.q_full[group], item, group);
         }
         q_place.advance();
     }
@@ -86,8 +113,9 @@ struct Producer {
         item_place.advance();
     }
 
-    // Keys are one tile ahead of values, as consumers want them.
-    __device__ __forceinline__ void load(Item const& item) {
+    // Keys are one tile ahead of values, as consumers want them. What else comes with queries, `load_more` loads.
+    template <typename LoadMore>
+    __device__ __forceinline__ void load(Item const& item, LoadMore const& load_more) {
         int const kv_head = item.pack / p.packs_per_kv_head;
         BoxCursor<T::kBoxN> cursor(p, item);
         int boxes[2], next[2];
@@ -100,6 +128,7 @@ struct Producer {
             }
             if (i == 0) {
                 load_q(item);
+                load_more(item);
             } else {
                 load_v(boxes, kv_head);
             }
@@ -108,14 +137,15 @@ struct Producer {
         }
     }
 
-    __device__ __forceinline__ void run() {
+    template <typename LoadMore>
+    __device__ __forceinline__ void run(LoadMore const& load_more) {
         int const num_items = p.num_tiles * p.num_packs;
         int number = blockIdx.x;
         while (number < num_items) {
             Item const item = item_at(p, number);
             announce(item);
             prefetch_q(item);
-            load(item);
+            load(item, load_more);
             number = gridDim.x + atomicAdd(p.counters, 1);
         }
         announce({-1, 0, 0, 0, 0, 0, 0, 0});

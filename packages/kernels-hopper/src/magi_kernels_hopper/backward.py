@@ -15,9 +15,11 @@ from torch import Tensor
 from magi_attention.kernels.protocol import AttentionCall
 from magi_attention.kernels.table_streams import StreamsOfTables
 from magi_attention.utils.dtypes import as_dtype
-from magi_kernels_hopper.backward_order import WorkSizes
+from magi_kernels_hopper.backward_order import QuerySizes, WorkSizes
 from magi_kernels_hopper.backward_params import Params, RowParams
+from magi_kernels_hopper.backward_queries import PreparedQueries
 from magi_kernels_hopper.driver import CUBINS, ByAddresses, Kernel, Ready
+from magi_kernels_hopper.forward import Geometry, geometry
 from magi_kernels_hopper.launching import (
     aligned,
     counters,
@@ -29,7 +31,7 @@ from magi_kernels_hopper.launching import (
 from magi_kernels_hopper.results import LOG2_E, scored_upward
 from magi_kernels_hopper.support import ELEMENT_OF
 from magi_kernels_hopper.tables import device_column_tables
-from magi_kernels_hopper.variants import BackwardVariant, backward_variants
+from magi_kernels_hopper.variants import BackwardVariant, ForwardSizes, ForwardVariant, backward_variants
 
 GAP = 16
 """Terms of a tile are this many more than its rows, ``Traits::kTerms`` in csrc/backward/traits.cuh."""
@@ -47,6 +49,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 class _Kernels(NamedTuple):
     prepare: Kernel
     backward: Kernel
+    queries: Kernel | None = None
 
 
 class PreparedBackward:
@@ -60,25 +63,14 @@ class PreparedBackward:
     """
 
     def __init__(self, candidates: Sequence[BackwardVariant], call: AttentionCall, q: Tensor, k: Tensor) -> None:
-        self._known = ByAddresses[tuple[Ready, Ready]]()
+        self._known = ByAddresses[tuple[Ready, ...]]()
         (num_q, num_heads, head_dim), (num_k, num_kv_heads, _) = q.shape, k.shape
         group, available = num_heads // num_kv_heads, max(multiprocessors(q.device) - call.sm_margin, 1)
         self.tables = tables = device_column_tables(
             call.slices,
             num_q,
             num_k,
-            tuple(
-                WorkSizes(
-                    each.sizes.tile_m,
-                    each.sizes.tile_n,
-                    num_kv_heads,
-                    group,
-                    available,
-                    each.splits,
-                    8 * head_dim if each.fine else 0,
-                )
-                for each in candidates
-            ),
+            tuple(_work_sizes(each, num_heads, num_kv_heads, num_k, available) for each in candidates),
             q.device,
             ordered=call.deterministic,
         )
@@ -128,10 +120,16 @@ class PreparedBackward:
             num_items_done=self.num_shared,
             adders=tables.adders.data_ptr(),
         )
+        self._queries = None
+        if tables.queries is not None:
+            cut = _cut_of_queries(variant, num_heads, num_kv_heads, num_k)
+            self._queries = PreparedQueries(tables.queries, cut, call, num_q, self.template, available)
         # Of the workspace: sums of gradients, terms of rows, sums of items, and how far all of these have come.
-        rows, parts = self.num_tiles * sizes.tile_m, self.num_tiles * sizes.dq_parts
+        rows = self.num_tiles * sizes.tile_m
         of_items = self.num_shared * 2 * sizes.tile_n // 2 * head_dim
-        numbers = rows * head_dim, 2 * (rows + GAP * self.num_tiles), of_items, 2 * parts + self.num_shared
+        of_queries, parts = (0, 0) if variant.fine else (rows * head_dim, self.num_tiles * sizes.dq_parts)
+        self._part_bytes = 4 * parts
+        numbers = of_queries, 2 * (rows + GAP * self.num_tiles), of_items, 2 * parts + self.num_shared
         starts = [*accumulate((-(-4 * each // PART_BYTES) * PART_BYTES for each in numbers), initial=0)]
         self._starts, self._num_bytes = starts[:-1], starts[-1]
 
@@ -151,9 +149,11 @@ class PreparedBackward:
             ready = self._fill(readable, gradients, workspace, zeros)
             if all(mine is theirs for mine, theirs in zip(readable, inputs, strict=True)):
                 self._known.keep(key, ready)
-        rows, params = ready
+        rows, params, *of_queries = ready
         self.kernels.prepare.launch_ready(self.num_tiles, stream, rows)
         self.kernels.backward.launch_ready(self.blocks, stream, params)
+        if self._queries is not None and self.kernels.queries is not None:
+            self.kernels.queries.launch_ready(self._queries.blocks, stream, *of_queries)
 
     def _readable(self, inputs: Inputs) -> Inputs:
         """The inputs as the kernels read them: q, dout, k and v by the copy engine, the others contiguous."""
@@ -164,8 +164,8 @@ class PreparedBackward:
         dlse = None if dlse is None else as_dtype(dlse, torch.float32).contiguous()
         return aligned(q), dout, aligned(k), aligned(v), out, lse, dlse
 
-    def _fill(self, inputs: Inputs, gradients: Gradients, workspace: Tensor, zeros: Tensor) -> tuple[Ready, Ready]:
-        """The parameters of both kernels."""
+    def _fill(self, inputs: Inputs, gradients: Gradients, workspace: Tensor, zeros: Tensor) -> tuple[Ready, ...]:
+        """The parameters of all kernels."""
         *tensors, out, lse, dlse = inputs
         q, dout, *_ = tensors
         dq, dk, dv = (gradient.data_ptr() for gradient in gradients)
@@ -174,14 +174,19 @@ class PreparedBackward:
         if dlse is not None:
             rows.dlse = dlse.data_ptr()
         params = Params.from_buffer_copy(self.template)
-        put_maps(params, tensor_maps(q.device), tensors, self.boxes)
+        maps = tensor_maps(q.device)
+        put_maps(params, maps, tensors, self.boxes)
         params.dq, params.dk, params.dv, params.counters = dq, dk, dv, zeros.data_ptr()
         sums, terms, partial, added = (workspace.data_ptr() + start for start in self._starts)
         params.dq_sums, params.partial = sums, partial
-        parts = 4 * self.num_tiles * self.sizes.dq_parts  # bytes
+        parts = self._part_bytes
         for each in (rows, params):
             each.row_terms, each.added, each.complete, each.items_done = terms, added, added + parts, added + 2 * parts
-        return Ready.of(rows), Ready.of(params)
+        if self._queries is None:
+            return Ready.of(rows), Ready.of(params)
+        q, dout, k, v = tensors
+        of_queries = self._queries.fill(maps, (q, k, v, dout), dq, terms, zeros.data_ptr())
+        return Ready.of(rows), Ready.of(params), Ready.of(of_queries)
 
 
 def launch_backward(
@@ -220,4 +225,19 @@ def _kernels(variant: BackwardVariant, device: torch.device) -> _Kernels:
     return _Kernels(
         Kernel(cubin, variant.prepare_entry, index, sizes.row_threads, 0),
         Kernel(cubin, variant.entry, index, sizes.threads, sizes.shared_bytes),
+        Kernel(cubin, variant.queries_entry, index, sizes.threads, sizes.shared_bytes) if variant.fine else None,
     )
+
+
+def _cut_of_queries(variant: BackwardVariant, num_heads: int, num_kv_heads: int, num_k: int) -> Geometry:
+    """How the kernel that computes gradients of queries apart cuts its work: as the forward kernel does."""
+    return geometry(ForwardVariant(*variant.dims, variant.element), num_heads, num_kv_heads, num_k)
+
+
+def _work_sizes(variant: BackwardVariant, num_heads: int, num_kv_heads: int, num_k: int, blocks: int) -> WorkSizes:
+    sizes, apart = variant.sizes, None
+    if variant.fine:
+        cut = _cut_of_queries(variant, num_heads, num_kv_heads, num_k)
+        consumers = variant.queries_rows // ForwardSizes.consumer_rows
+        apart = QuerySizes(cut.share_q * consumers, variant.queries_box, cut.num_packs)
+    return WorkSizes(sizes.tile_m, sizes.tile_n, num_kv_heads, num_heads // num_kv_heads, blocks, variant.splits, apart)

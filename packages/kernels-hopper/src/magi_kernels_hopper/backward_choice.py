@@ -10,7 +10,7 @@ import numpy as np
 
 from magi_attention.common.bands import Bands
 from magi_kernels_hopper.backward_order import Work, WorkSizes, order_work
-from magi_kernels_hopper.plan import FULL
+from magi_kernels_hopper.plan import FULL, RowTables, row_tables
 
 
 class Costs(NamedTuple):
@@ -27,12 +27,28 @@ class Costs(NamedTuple):
     item: int
 
 
-COARSE, FINE = Costs(4500, 350, 10000), Costs(2300, 350, 8000)
+COARSE, FINE, QUERIES = Costs(4500, 350, 10000), Costs(1500, 350, 6000), Costs(2100, 250, 4000)
+"""Of the kernels for most masks; of those for masks of small blocks, but for gradients of queries; and of those that
+compute these, with boxes of keys for tiles."""
+
+
+class Choice(NamedTuple):
+    """What computes a mask.
+
+    Attributes:
+        number: of the candidate.
+        work: its work.
+        queries: the tables of the kernel that computes gradients of queries, if that is another one.
+    """
+
+    number: int
+    work: Work
+    queries: RowTables | None
 
 
 def choose_work(
     bands: Bands, area: int, num_q: int, num_k: int, candidates: tuple[WorkSizes, ...], *, ordered: bool
-) -> tuple[int, Work]:
+) -> Choice:
     """Order the work of a mask for the kernel that should be faster.
 
     Args:
@@ -42,24 +58,44 @@ def choose_work(
         num_k: rows of the key tensor.
         candidates: the sizes of a kernel or of two, the one with small tiles last.
         ordered: as for :func:`order_work`.
-
-    Returns:
-        the number of the candidate, and its work.
     """
-    coarse = order_work(bands, num_q, num_k, candidates[0], ordered=ordered)
+    first = _choice(0, bands, num_q, num_k, candidates[0], ordered)
     if len(candidates) == 1:
-        return 0, coarse
+        return first
     sizes = candidates[1]
-    cycles = expected_cycles(coarse, candidates[0], COARSE)
-    least_steps = area / (sizes.tile_m * sizes.tile_k) * sizes.group * sizes.num_kv_heads
-    if least_steps * FINE.step / sizes.blocks >= cycles:  # were there no pair in its tiles that the mask hides
-        return 0, coarse
-    fine = order_work(bands, num_q, num_k, sizes, ordered=ordered)
-    return (1, fine) if expected_cycles(fine, sizes, FINE) < cycles else (0, coarse)
+    cycles = _expected_cycles(first, candidates[0])
+    if area / _pairs_in_a_cycle(sizes) >= cycles:  # were there no pair in small tiles that the mask hides
+        return first
+    second = _choice(1, bands, num_q, num_k, sizes, ordered)
+    return min(first, second, key=lambda each: _expected_cycles(each, candidates[each.number]))
+
+
+def _choice(number: int, bands: Bands, num_q: int, num_k: int, sizes: WorkSizes, ordered: bool) -> Choice:
+    work = order_work(bands, num_q, num_k, sizes, ordered=ordered)
+    apart = sizes.queries
+    return Choice(number, work, None if apart is None else row_tables(bands, num_q, num_k, apart.tile_q, apart.box_k))
+
+
+def _pairs_in_a_cycle(sizes: WorkSizes) -> float:
+    """How many of the mask's pairs the blocks compute at most, all heads and both kernels together."""
+    assert sizes.queries is not None
+    cycles = FINE.step / (sizes.tile_m * sizes.tile_k) * sizes.group * sizes.num_kv_heads
+    return sizes.blocks / (
+        cycles + QUERIES.step / (sizes.queries.tile_q * sizes.queries.box_k) * sizes.queries.num_packs
+    )
+
+
+def _expected_cycles(choice: Choice, sizes: WorkSizes) -> float:
+    if choice.queries is None or sizes.queries is None:
+        return expected_cycles(choice.work, sizes, COARSE)
+    boxes = choice.queries.boxes
+    items = boxes * QUERIES.step + 2 * choice.queries.tiles[:, 2] * QUERIES.mask + QUERIES.item
+    of_queries = max(items.sum() * sizes.queries.num_packs / sizes.blocks, items.max(initial=0))
+    return expected_cycles(choice.work, sizes, FINE) + of_queries
 
 
 def expected_cycles(work: Work, sizes: WorkSizes, costs: Costs) -> float:
-    """How long the blocks should be at work, all of them, or the one with the longest item."""
+    """How long the blocks should be at work on tiles of keys, all of them, or the one with the longest item."""
     tables = work.tables
     masked = tables.runs[:, 3] != FULL
     of_run = (tables.runs[:, 1] - tables.runs[:, 0]) * (costs.step + costs.mask * masked)

@@ -6,7 +6,6 @@ gradients of outputs and above all the sums of gradients of queries are moved fr
 up to 96 KB for each pair of tiles, several times what device memory can move in the time.
 """
 
-from math import log2
 from typing import NamedTuple
 
 import numpy as np
@@ -37,10 +36,23 @@ SMALL, SORTED = 0.1, 0.1
 What is done by length shares little in the cache. NOTES.md has what other shares do.
 """
 
-CACHED, MISSING, BEGINNING = 34 << 20, 0.25, 1.5
-"""Of small tiles: bytes that all blocks may be at work on and find in the L2 cache, how much longer a step takes each
-time that they are twice as many, and what an item takes besides its steps, in steps. From times with items of unlike
-size, which NOTES.md has."""
+LARGEST_SHARE = 0.5
+"""The most that an item may be of what one block computes, where nothing is added up by several blocks: then it makes
+little difference what others are at work on, and the fewer items the better."""
+
+
+class QuerySizes(NamedTuple):
+    """How a kernel that computes gradients of queries alone cuts its work.
+
+    Attributes:
+        tile_q: queries of a tile.
+        box_k: keys of a box.
+        num_packs: how often each tile of queries is computed, for other heads.
+    """
+
+    tile_q: int
+    box_k: int
+    num_packs: int
 
 
 def drifts(tables: ColumnTables) -> bool:
@@ -83,8 +95,7 @@ class WorkSizes(NamedTuple):
         group: query heads of a key head.
         blocks: how many work at the same time.
         splits: whether the kernel can cut the packs of a head into several items.
-        row_bytes: if items are to be cut so that what all blocks are at work on stays in the L2 cache, what that is of a
-            row of queries: the query, its output's gradient, and the sum of its gradients.
+        queries: if another kernel computes the gradients of queries, how it does; else all tiles of keys add to them.
     """
 
     tile_m: int
@@ -93,7 +104,7 @@ class WorkSizes(NamedTuple):
     group: int
     blocks: int
     splits: bool = True
-    row_bytes: int = 0
+    queries: QuerySizes | None = None
 
 
 class Work(NamedTuple):
@@ -132,13 +143,12 @@ def order_work(bands: Bands, num_q: int, num_k: int, sizes: WorkSizes, *, ordere
     steps = tables.tiles[:, 2]
     if not sizes.splits or not steps.any():
         items = _items(order, np.ones_like(steps), packs, sizes.num_kv_heads)
+    elif sizes.queries is not None:
+        items = _by_length(_items(order, _parts(steps, packs, LARGEST_SHARE, sizes), packs, sizes.num_kv_heads), steps)
     elif ordered:
         # A tile that is done with a pack sooner than those before it would wait for them at the next pack.
         same = steps.min() == steps.max()
         items = _items(order, np.full_like(steps, 1 if same else packs), packs, sizes.num_kv_heads)
-    elif sizes.row_bytes:
-        size = _packs_in_cache(steps.mean(), packs, num_q * pack * sizes.row_bytes)
-        items = _by_length(_items(order, np.full_like(steps, packs // size), packs, sizes.num_kv_heads), steps)
     else:
         items = _balanced_items(order, steps, packs, sizes)
     return Work(pack, bool((items[:, 3] < packs).any()), tables, items, order)
@@ -146,20 +156,16 @@ def order_work(bands: Bands, num_q: int, num_k: int, sizes: WorkSizes, *, ordere
 
 def _balanced_items(order: Indices, steps: Indices, packs: int, sizes: WorkSizes) -> Indices:
     """Items of whole heads where they are not too long, and small ones at the end."""
-    longest = min(LONGEST * steps.sum() * packs * sizes.num_kv_heads / sizes.blocks, MOST_STEPS)
-    divisors = np.array([each for each in range(1, packs + 1) if packs % each == 0])
-    enough = np.searchsorted(divisors, steps * packs / longest)
-    items = _items(order, divisors[np.minimum(enough, len(divisors) - 1)], packs, sizes.num_kv_heads)
+    items = _items(order, _parts(steps, packs, LONGEST, sizes, MOST_STEPS), packs, sizes.num_kv_heads)
     return _by_length(_with_small_end(items, steps, packs), steps)
 
 
-def _packs_in_cache(steps: float, packs: int, pack_bytes: int) -> int:
-    """How many packs an item should have: the more, the less often one begins, and the further blocks are apart."""
-    divisors = [each for each in range(1, packs + 1) if packs % each == 0]
-    return min(
-        divisors,
-        key=lambda each: steps * (1 + MISSING * max(log2(each * pack_bytes / CACHED), 0)) + BEGINNING / each,
-    )
+def _parts(steps: Indices, packs: int, share: float, sizes: WorkSizes, most_steps: float = np.inf) -> Indices:
+    """Into how many items the packs of each tile of keys are cut: none is more than a share of a block's work."""
+    longest = min(share * steps.sum() * packs * sizes.num_kv_heads / sizes.blocks, most_steps)
+    divisors = np.array([each for each in range(1, packs + 1) if packs % each == 0])
+    enough = np.searchsorted(divisors, steps * packs / longest)
+    return divisors[np.minimum(enough, len(divisors) - 1)]
 
 
 def _items(order: Indices, parts: Indices, packs: int, num_heads: int) -> Indices:

@@ -81,18 +81,22 @@ def device_row_tables(
         chosen, cut = choices[tall], cuts[tall]
         if (limit := most_boxes(chosen.boxes, copies, blocks)) is not None:
             chosen = row_tables(slices.bands(), num_q, num_k, *cut, limit)
-        return DeviceRowTables(
-            tiles=upload(chosen.tiles, device),
-            runs=upload(chosen.runs, device),
-            pieces=upload(chosen.pieces, device),
-            order=upload(chosen.order, device),
-            parts=upload(chosen.parts, device),
-            num_parts=int(chosen.parts.max(initial=1)),
-            tile_q=cut[0],
-            tall=tall,
-        )
+        return _upload_rows(chosen, cut[0], device, tall=tall)
 
     return slices.derived(("hopper rows", num_q, num_k, *cuts, device, copies, blocks), build)
+
+
+def _upload_rows(tables: RowTables, tile_q: int, device: torch.device, *, tall: bool) -> DeviceRowTables:
+    return DeviceRowTables(
+        tiles=upload(tables.tiles, device),
+        runs=upload(tables.runs, device),
+        pieces=upload(tables.pieces, device),
+        order=upload(tables.order, device),
+        parts=upload(tables.parts, device),
+        num_parts=int(tables.parts.max(initial=1)),
+        tile_q=tile_q,
+        tall=tall,
+    )
 
 
 class DeviceColumnTables(NamedTuple):
@@ -110,6 +114,7 @@ class DeviceColumnTables(NamedTuple):
         adders: :func:`magi_kernels_hopper.backward_plan.adders`.
         num_met: tiles of queries, of one pack, that some tile of keys meets.
         ranks: :func:`magi_kernels_hopper.backward_plan.ranks`, if gradients are to be added up in order.
+        queries: what the kernel that computes gradients of queries reads, if that is another one.
     """
 
     chosen: int
@@ -123,6 +128,7 @@ class DeviceColumnTables(NamedTuple):
     adders: Tensor
     num_met: int
     ranks: Tensor | None
+    queries: DeviceRowTables | None
 
 
 def device_column_tables(
@@ -149,16 +155,17 @@ def device_column_tables(
     """
 
     def build() -> DeviceColumnTables:
-        chosen, work = choose_work(slices.bands(), slices.area(), num_q, num_k, candidates, ordered=ordered)
-        tables = work.tables
-        if ordered and (num_ranks := int(tables.tiles[:, 2].sum())) > MOST_RANKS:
+        choice = choose_work(slices.bands(), slices.area(), num_q, num_k, candidates, ordered=ordered)
+        work, tables, sizes = choice.work, choice.work.tables, candidates[choice.number]
+        ranked = ordered and sizes.queries is None
+        if ranked and (num_ranks := int(tables.tiles[:, 2].sum())) > MOST_RANKS:
             raise RuntimeError(
                 f"backend 'hopper': the deterministic backward pass needs a number for each of {num_ranks} pairs of "
                 f"tiles, and can have {MOST_RANKS}; use more GPUs, or do without determinism"
             )
-        of_queries = adders(tables, -(-num_q * work.pack // candidates[chosen].tile_m))
+        of_queries = adders(tables, -(-num_q * work.pack // sizes.tile_m))
         return DeviceColumnTables(
-            chosen=chosen,
+            chosen=choice.number,
             pack=work.pack,
             split=work.split,
             tiles=upload(tables.tiles, device),
@@ -168,7 +175,10 @@ def device_column_tables(
             items=upload(work.items, device),
             adders=upload(of_queries, device),
             num_met=int((of_queries > 0).sum()),
-            ranks=upload(ranks(tables, work.order), device) if ordered else None,
+            ranks=upload(ranks(tables, work.order), device) if ranked else None,
+            queries=None
+            if choice.queries is None or sizes.queries is None
+            else _upload_rows(choice.queries, sizes.queries.tile_q, device, tall=False),
         )
 
     return slices.derived(("hopper columns", num_q, num_k, candidates, device, ordered), build)

@@ -188,12 +188,12 @@ BACKWARD_SIZES = {
 """By head dims."""
 
 FINE_SIZES = {
-    (64, 64): BackwardSizes(64, 64, 4, 1, 147 << 10),
-    (96, 96): BackwardSizes(64, 64, 4, 1, 203 << 10),
-    (128, 128): BackwardSizes(64, 64, 3, 1, 227 << 10),
+    (64, 64): BackwardSizes(64, 64, 4, 1, 104 << 10),
+    (96, 96): BackwardSizes(64, 64, 4, 1, 152 << 10),
+    (128, 128): BackwardSizes(64, 64, 4, 2, 202 << 10),
 }
-"""The same of kernels for masks of small blocks, whose consumers have queries of their own instead of keys: each pair
-takes them longer, and they meet fewer that the mask hides."""
+"""The same of kernels for masks of small blocks, without softcap. Another kernel computes gradients of queries: a pair
+takes both together longer, and they meet fewer that the mask hides."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,10 @@ class BackwardVariant(_Variant):
     source = "backward/backward.cu"
     entry = "magi_backward"
     prepare_entry = "magi_backward_prepare"
+    queries_entry = "magi_backward_queries"
+    """Of fine kernels, the one that computes the gradients of queries."""
+    queries_rows, queries_box = 128, 64
+    """Rows of its tiles of queries, and keys of a box, two of which are a tile; see ``csrc/backward/backward.cu``."""
 
     @property
     def name(self) -> str:
@@ -367,7 +371,7 @@ def forward_variants(dims: tuple[int, int], element: Element, softcap: bool) -> 
 def backward_variants(dims: tuple[int, int], element: Element, softcap: bool) -> list[BackwardVariant]:
     """The same backward, the fine one last."""
     coarse = BackwardVariant(*dims, element, softcap)
-    return [coarse, replace(coarse, fine=True)] if dims in FINE_SIZES else [coarse]
+    return [coarse, replace(coarse, fine=True)] if dims in FINE_SIZES and not softcap else [coarse]
 
 
 def all_variants() -> list[Variant]:
