@@ -71,9 +71,10 @@ def test_hopper_is_held_against_the_best_peer_of_each_mask():
     dense = list(hopper_bars([cell("hopper", 95, 92), cell("fa4-native", 100, 100)]))
     assert [bar.needed for bar in dense] == [0.95, 0.92]
     assert all(bar.holds for bar in dense)
-    blocks = [cell("hopper", 130, 1, "blocks_5"), cell("cudnn_flex", 100, 1, "blocks_5")]
-    blocks += [cell("flex-attention", 110, 1, "blocks_5")]
-    assert [(bar.peer, bar.holds) for bar in hopper_bars(blocks)] == [("cudnn_flex", True), ("flex-attention", False)]
+    blocks = [cell("hopper", 130, 120, "blocks_5"), cell("cudnn_flex", 100, 100, "blocks_5")]
+    blocks += [cell("flex-attention", 110, 50, "blocks_5")]
+    found = [("cudnn_flex", True), ("flex-attention", False), ("cudnn_flex", False), ("flex-attention", True)]
+    assert [(bar.peer, bar.holds) for bar in hopper_bars(blocks)] == found
 
 
 def test_tables_show_what_is_missing(tmp_path):

@@ -4,14 +4,14 @@
 
 #include "backward/traits.cuh"
 
-template <int HeadDim, int TileM, int Stages = 2, bool Fine = false>
+template <int HeadDim, int TileM>
 void print() {
-    using Traits = magi::backward::Traits<HeadDim, HeadDim, short, false, TileM, Stages, Fine>;
+    using Traits = magi::backward::Traits<HeadDim, HeadDim, short, false, TileM, 2>;
     for (int part = 0; part < Traits::kDqParts; part++) {
         for (int thread = 0; thread < 128; thread++) {
             for (int i = 0; i < Traits::kDqRegisters * Traits::kDqPasses; i++) {
                 auto const place = Traits::dq_place(part, thread, i);
-                std::printf("%d %d %d %d %d %d %d\n", HeadDim, Fine, part, thread, i, place.row, place.column);
+                std::printf("%d %d %d %d %d %d\n", HeadDim, part, thread, i, place.row, place.column);
             }
         }
     }
@@ -21,7 +21,6 @@ int main() {
     print<64, 64>();
     print<96, 64>();
     print<128, 80>();
-    print<128, 64, 3, true>();
     print<192, 64>();
     print<256, 64>();
 }

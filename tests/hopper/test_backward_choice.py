@@ -6,14 +6,15 @@ import pytest
 
 from magi_attention.common import workloads
 from magi_attention.common.slices import SliceTable
+from magi_kernels_hopper.backward import work_sizes
 from magi_kernels_hopper.backward_choice import Costs, choose_work, expected_cycles
 from magi_kernels_hopper.backward_order import WorkSizes, order_work
 from magi_kernels_hopper.variants import backward_variants
 
 
 def candidates(num_kv_heads=8, group=8, blocks=132):
-    sizes = (each.sizes for each in backward_variants((128, 128), "bf16", softcap=False))
-    return tuple(WorkSizes(each.tile_m, each.tile_n, num_kv_heads, group, blocks) for each in sizes)
+    variants = backward_variants((128, 128), "bf16", softcap=False)
+    return tuple(work_sizes(each, num_kv_heads * group, num_kv_heads, 8192, blocks) for each in variants)
 
 
 def scattered(total, share, size=64):
@@ -23,12 +24,11 @@ def scattered(total, share, size=64):
 
 def chosen(rows, total, sizes):
     slices = SliceTable(rows)
-    number, work = choose_work(slices.bands(), slices.area(), total, total, sizes, ordered=False)
-    assert (
-        work.tables.tiles[:, 2].sum()
-        == order_work(slices.bands(), total, total, sizes[number]).tables.tiles[:, 2].sum()
-    )
-    return number
+    choice = choose_work(slices.bands(), slices.area(), total, total, sizes, ordered=False)
+    work = order_work(slices.bands(), total, total, sizes[choice.number])
+    np.testing.assert_array_equal(choice.work.items, work.items)
+    assert (choice.queries is None) == (choice.number == 0)
+    return choice.number
 
 
 @pytest.mark.parametrize("total", [8192, 32768])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from magi_kernels_hopper.variants import BACKWARD_SIZES, backward_variants
+from magi_kernels_hopper.variants import BACKWARD_SIZES, BackwardVariant
 
-PLAIN = [each for dims in BACKWARD_SIZES for each in backward_variants(dims, "bf16", softcap=False)]
+PLAIN = [BackwardVariant(*dims, "bf16") for dims in BACKWARD_SIZES]
 CSRC = Path(__file__).parents[2] / "packages" / "kernels-hopper" / "csrc"
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
@@ -23,15 +23,15 @@ def places(tmp_path_factory):
     subprocess.run([COMPILER, "-std=c++17", "-O1", f"-I{CSRC}", "-x", "c++", source, "-o", program], check=True)
     found = defaultdict(list)
     for line in subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines():
-        head_dim, fine, *rest = map(int, line.split())
-        found[head_dim, bool(fine)].append(rest)
+        head_dim, *rest = map(int, line.split())
+        found[head_dim].append(rest)
     return found
 
 
 @pytest.mark.parametrize("variant", PLAIN, ids=lambda variant: variant.name)
 def test_every_gradient_has_its_place(places, variant):
     rows, columns, parts = variant.sizes.tile_m, variant.head_dim, variant.sizes.dq_parts
-    found = places[variant.head_dim, variant.fine]
+    found = places[variant.head_dim]
     assert len(found) == rows * columns
     for part in range(parts):  # a block of columns, which is how it is written
         first, end = columns * part // parts, columns * (part + 1) // parts
@@ -41,7 +41,7 @@ def test_every_gradient_has_its_place(places, variant):
 
 def test_half_panels(places):
     """Of three panels of 64 columns, one product takes a whole one and another half of the one in the middle."""
-    for part, _, i, _, column in places[192, False]:
+    for part, _, i, _, column in places[192]:
         assert column // 64 == (2 * part if i < 32 else 1)
         if i >= 32:
             assert (column - 64) // 32 == part

@@ -13,7 +13,7 @@ import torch
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, KernelBackend
 from magi_attention.kernels.registry import choose_backend, installed_backends
-from magi_kernels_hopper import BACKEND, backward_params, driver, index, index_backward, index_lists
+from magi_kernels_hopper import BACKEND, backward_params, backward_queries, driver, index, index_backward, index_lists
 from magi_kernels_hopper.forward import Params, geometry
 from magi_kernels_hopper.variants import (
     BACKWARD_SIZES,
@@ -90,6 +90,8 @@ def test_parameters_have_the_size_that_the_kernel_asserts():
     assert index_backward.Params.lists.offset == 2 * 128
     assert ctypes.sizeof(backward_params.Params) == 768
     assert backward_params.Params.dk.offset == 4 * 128
+    assert ctypes.sizeof(backward_queries.Params) == 896
+    assert backward_queries.Params.row_terms.offset == ctypes.sizeof(Params)
 
 
 def test_every_kernel_fits_a_multiprocessor():

@@ -70,7 +70,7 @@ class PreparedBackward:
             call.slices,
             num_q,
             num_k,
-            tuple(_work_sizes(each, num_heads, num_kv_heads, num_k, available) for each in candidates),
+            tuple(work_sizes(each, num_heads, num_kv_heads, num_k, available) for each in candidates),
             q.device,
             ordered=call.deterministic,
         )
@@ -234,7 +234,8 @@ def _cut_of_queries(variant: BackwardVariant, num_heads: int, num_kv_heads: int,
     return geometry(ForwardVariant(*variant.dims, variant.element), num_heads, num_kv_heads, num_k)
 
 
-def _work_sizes(variant: BackwardVariant, num_heads: int, num_kv_heads: int, num_k: int, blocks: int) -> WorkSizes:
+def work_sizes(variant: BackwardVariant, num_heads: int, num_kv_heads: int, num_k: int, blocks: int) -> WorkSizes:
+    """How a kernel cuts its work."""
     sizes, apart = variant.sizes, None
     if variant.fine:
         cut = _cut_of_queries(variant, num_heads, num_kv_heads, num_k)
