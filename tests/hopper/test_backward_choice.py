@@ -7,7 +7,7 @@ import pytest
 from magi_attention.common import workloads
 from magi_attention.common.slices import SliceTable
 from magi_kernels_hopper.backward import work_sizes
-from magi_kernels_hopper.backward_choice import Costs, choose_work, expected_cycles
+from magi_kernels_hopper.backward_choice import Costs, choose_work, expected_time
 from magi_kernels_hopper.backward_order import WorkSizes, order_work
 from magi_kernels_hopper.variants import backward_variants
 
@@ -64,5 +64,5 @@ def test_the_expected_time_counts_every_step():
     sizes = WorkSizes(16, 32, 2, 1, 3)
     work = order_work(slices.bands(), 64, 64, sizes)
     costs = Costs(step=10, mask=3, item=100)
-    assert expected_cycles(work, sizes, costs) == max((2 * (100 + 40) + 2 * (100 + 23)) / 3, 140)
-    assert expected_cycles(work, sizes._replace(blocks=100), costs) == 140
+    assert expected_time(work, sizes, costs) == max((2 * (100 + 40) + 2 * (100 + 23)) / 3, 140)
+    assert expected_time(work, sizes._replace(blocks=100), costs) == 140

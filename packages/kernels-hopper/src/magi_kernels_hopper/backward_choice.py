@@ -14,22 +14,30 @@ from magi_kernels_hopper.plan import FULL, RowTables, row_tables
 
 
 class Costs(NamedTuple):
-    """Clock cycles of a multiprocessor, as measured with 128 dims; NOTES.md has the measurements.
+    """Nanoseconds of a multiprocessor, as measured on an H200 with 128 dims; NOTES.md has the measurements.
+
+    Only how they compare matters, and other head dims are taken to be alike in that.
 
     Attributes:
         step: a tile of queries and a tile of keys.
         mask: what a step takes longer where some of its pairs are hidden.
-        item: to begin and to end a tile of keys.
+        item: to begin and to end what a block takes from the list.
     """
 
-    step: int
-    mask: int
-    item: int
+    step: float
+    mask: float
+    item: float
 
 
-COARSE, FINE, QUERIES = Costs(4500, 350, 10000), Costs(1500, 350, 6000), Costs(2100, 250, 4000)
-"""Of the kernels for most masks; of those for masks of small blocks, but for gradients of queries; and of those that
-compute these, with boxes of keys for tiles."""
+COARSE_ROW = 2700 / 80
+"""A row of queries in a step of the kernels for most masks."""
+
+COARSE_MASK, COARSE_ITEM, FINE, QUERIES = 500.0, 15000.0, Costs(900, 200, 4000), Costs(1230, 100, 2300)
+"""The other costs of these; the kernels' for masks of small blocks, but for gradients of queries; and the kernels' that
+compute these, for each box of keys."""
+
+MARGIN = 0.9
+"""Of the time of the kernels for most masks: the others are taken where they should take less."""
 
 
 class Choice(NamedTuple):
@@ -63,11 +71,11 @@ def choose_work(
     if len(candidates) == 1:
         return first
     sizes = candidates[1]
-    cycles = _expected_cycles(first, candidates[0])
-    if area / _pairs_in_a_cycle(sizes) >= cycles:  # were there no pair in small tiles that the mask hides
+    time = MARGIN * _expected_time(first, candidates[0])
+    if area * _least_time_of_a_pair(sizes) >= time:
         return first
     second = _choice(1, bands, num_q, num_k, sizes, ordered)
-    return min(first, second, key=lambda each: _expected_cycles(each, candidates[each.number]))
+    return second if _expected_time(second, sizes) < time else first
 
 
 def _choice(number: int, bands: Bands, num_q: int, num_k: int, sizes: WorkSizes, ordered: bool) -> Choice:
@@ -76,26 +84,25 @@ def _choice(number: int, bands: Bands, num_q: int, num_k: int, sizes: WorkSizes,
     return Choice(number, work, None if apart is None else row_tables(bands, num_q, num_k, apart.tile_q, apart.box_k))
 
 
-def _pairs_in_a_cycle(sizes: WorkSizes) -> float:
-    """How many of the mask's pairs the blocks compute at most, all heads and both kernels together."""
+def _least_time_of_a_pair(sizes: WorkSizes) -> float:
+    """By small tiles in which the mask hides no pair: of all heads, by both kernels and all blocks."""
     assert sizes.queries is not None
-    cycles = FINE.step / (sizes.tile_m * sizes.tile_k) * sizes.group * sizes.num_kv_heads
-    return sizes.blocks / (
-        cycles + QUERIES.step / (sizes.queries.tile_q * sizes.queries.box_k) * sizes.queries.num_packs
-    )
+    of_keys = FINE.step / (sizes.tile_m * sizes.tile_k) * sizes.group * sizes.num_kv_heads
+    of_queries = QUERIES.step / (sizes.queries.tile_q * sizes.queries.box_k) * sizes.queries.num_packs
+    return (of_keys + of_queries) / sizes.blocks
 
 
-def _expected_cycles(choice: Choice, sizes: WorkSizes) -> float:
+def _expected_time(choice: Choice, sizes: WorkSizes) -> float:
     if choice.queries is None or sizes.queries is None:
-        return expected_cycles(choice.work, sizes, COARSE)
-    boxes = choice.queries.boxes
-    items = boxes * QUERIES.step + 2 * choice.queries.tiles[:, 2] * QUERIES.mask + QUERIES.item
+        return expected_time(choice.work, sizes, Costs(COARSE_ROW * sizes.tile_m, COARSE_MASK, COARSE_ITEM))
+    boxes, masked = choice.queries.boxes, 2 * choice.queries.tiles[:, 2]
+    items = boxes * QUERIES.step + masked * QUERIES.mask + QUERIES.item
     of_queries = max(items.sum() * sizes.queries.num_packs / sizes.blocks, items.max(initial=0))
-    return expected_cycles(choice.work, sizes, FINE) + of_queries
+    return expected_time(choice.work, sizes, FINE) + of_queries
 
 
-def expected_cycles(work: Work, sizes: WorkSizes, costs: Costs) -> float:
-    """How long the blocks should be at work on tiles of keys, all of them, or the one with the longest item."""
+def expected_time(work: Work, sizes: WorkSizes, costs: Costs) -> float:
+    """How many nanoseconds blocks should be at work on tiles of keys: all, or the one with the longest item."""
     tables = work.tables
     masked = tables.runs[:, 3] != FULL
     of_run = (tables.runs[:, 1] - tables.runs[:, 0]) * (costs.step + costs.mask * masked)
@@ -103,4 +110,4 @@ def expected_cycles(work: Work, sizes: WorkSizes, costs: Costs) -> float:
     sums = np.concatenate([[0], np.cumsum(of_run)])
     of_tile = sums[tables.tiles[:, :2].sum(1)] - sums[tables.tiles[:, 0]]
     of_item = of_tile[work.items[:, 0]] * work.items[:, 3] + costs.item
-    return max(of_item.sum() / sizes.blocks, of_item.max(initial=0))
+    return float(max(of_item.sum() / sizes.blocks, of_item.max(initial=0)))

@@ -19,7 +19,7 @@ _128_DIMS = {
     "varlen_causal": (593, 355),
     "sliding_window": (517, 386),
     "block_causal": (670, 492),
-    "block_sparse": (675, 136),
+    "block_sparse": (675, 423),
     "general": (577, 378),
 }
 # Other head dims share little of what made 128 dims faster backward, and have not been measured since: before scaling,
@@ -34,6 +34,8 @@ _OTHER_DIMS_BACKWARD = {
     "block_sparse": 136,
     "general": 265,
 }
+# With softcap there are no kernels for masks of small blocks.
+_BLOCKS_SOFTCAP_BACKWARD = 136
 # Kernels for other head dims keep the matrix units about this busy, compared to 128 dims.
 _DIM_FACTOR = {64: 0.75, 96: 0.8, 192: 0.95, 256: 0.9}
 # Tiles of 128 tokens of one head meet more of what a mask cuts off than tiles of 16 tokens of 8 heads. This was not
@@ -47,6 +49,8 @@ def tflops(request: AttentionRequest) -> float:
     forward, backward = _128_DIMS[mask]
     if request.head_dim != 128:
         backward = _OTHER_DIMS_BACKWARD[mask]
+    if mask == "block_sparse" and request.softcap:
+        backward = _BLOCKS_SOFTCAP_BACKWARD
     factor = _DIM_FACTOR.get(request.head_dim, 1.0)
     if request.num_heads_q == request.num_heads_kv:
         factor *= _UNGROUPED_DENSE if mask in ("full", "causal") else _UNGROUPED
