@@ -34,6 +34,14 @@ struct SharedDq<T, false> {
     bool writes_dq[kConsumers];  // whether a consumer is the first to add to a part
 };
 
+// What consumers of fine kernels exchange at the end of an item.
+template <typename T, bool Exists = T::kFine>
+struct SharedExchange {
+    alignas(16) float exchanged[64 * T::kHeadDim];
+};
+template <typename T>
+struct SharedExchange<T, false> {};
+
 // Tiles are aligned to the swizzle's pattern.
 template <typename T>
 struct SharedTiles {
@@ -42,11 +50,10 @@ struct SharedTiles {
     alignas(1024) uint8_t q[T::kStages][T::TileQ::kBytes];
     alignas(1024) uint8_t dout[T::kStages][T::TileDout::kBytes];
     alignas(1024) uint8_t ds[2][T::kFine ? 16 : T::TileDs::kBytes];
-    alignas(16) uint8_t exchanged[T::kFine ? 64 * T::kHeadDim * sizeof(float) : 16];  // between consumers, of an item
 };
 
 template <typename T>
-struct Shared : SharedTiles<T>, SharedDq<T>, SharedProbabilities<T> {
+struct Shared : SharedTiles<T>, SharedDq<T>, SharedProbabilities<T>, SharedExchange<T> {
     alignas(16) float row_terms[T::kStages][2][T::kTerms];
     int4 step[T::kStages];  // first token, first piece, number of pieces or -1, tile counted over all packs
     int rank[T::kStages];   // of the tile of keys among those that meet the tile of queries

@@ -6,7 +6,8 @@ turns with ``cudnn_flex`` and ``blackwell``. Forward figures are the lower ones 
 are what ``blackwell`` expects of itself times the share of it that was reached on an H200 at 8k, 16k and 32k tokens:
 the least on full and causal masks, the mean on others. Irregular masks (``general``) are given likewise relative to
 ``cudnn_flex``, by the shared question. Scattered blocks (``block_sparse``) were measured with both others on an H200 at
-32k tokens, as blocks of 64 x 64 that make up 5 % of all pairs. NOTES.md has what was seen.
+32k tokens, as blocks of 64 x 64 that make up 5 % of all pairs; with other head dims than 128 not since there are
+kernels for them. NOTES.md has what was seen.
 """
 
 from magi_attention.kernels.protocol import AttentionRequest
