@@ -3,13 +3,15 @@
 
 import numpy as np
 import pytest
+import torch
 
 from magi_attention.common import workloads
 from magi_attention.common.slices import SliceTable
 from magi_kernels_hopper.backward import work_sizes
 from magi_kernels_hopper.backward_choice import Costs, choose_work, expected_time
 from magi_kernels_hopper.backward_order import WorkSizes, order_work
-from magi_kernels_hopper.variants import backward_variants
+from magi_kernels_hopper.tables import device_column_tables, device_row_tables
+from magi_kernels_hopper.variants import ForwardVariant, backward_variants
 
 
 def candidates(num_kv_heads=8, group=8, blocks=132):
@@ -66,3 +68,10 @@ def test_the_expected_time_counts_every_step():
     costs = Costs(step=10, mask=3, item=100)
     assert expected_time(work, sizes, costs) == max((2 * (100 + 40) + 2 * (100 + 23)) / 3, 140)
     assert expected_time(work, sizes._replace(blocks=100), costs) == 140
+
+
+def test_both_passes_share_the_tables_of_queries():
+    slices, device = SliceTable(scattered(8192, 0.05)), torch.device("cpu")
+    variant = ForwardVariant(128, 128, "bf16")
+    rows = device_row_tables(slices, 8192, 8192, 8, variant, device, copies=8, blocks=132)
+    assert device_column_tables(slices, 8192, 8192, candidates(), device, ordered=True).queries is rows

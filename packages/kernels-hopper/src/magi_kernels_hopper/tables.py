@@ -81,9 +81,19 @@ def device_row_tables(
         chosen, cut = choices[tall], cuts[tall]
         if (limit := most_boxes(chosen.boxes, copies, blocks)) is not None:
             chosen = row_tables(slices.bands(), num_q, num_k, *cut, limit)
+        elif not tall:
+            return _uncut_rows(slices, chosen, num_q, num_k, cut, device)
         return _upload_rows(chosen, cut[0], device, tall=tall)
 
     return slices.derived(("hopper rows", num_q, num_k, *cuts, device, copies, blocks), build)
+
+
+def _uncut_rows(
+    slices: SliceTable, tables: RowTables, num_q: int, num_k: int, cut: tuple[int, int], device: torch.device
+) -> DeviceRowTables:
+    """Tables of which no tile is cut into parts, uploaded once for both passes."""
+    key = ("hopper uncut rows", num_q, num_k, *cut, device)
+    return slices.derived(key, lambda: _upload_rows(tables, cut[0], device, tall=False))
 
 
 def _upload_rows(tables: RowTables, tile_q: int, device: torch.device, *, tall: bool) -> DeviceRowTables:
@@ -178,7 +188,7 @@ def device_column_tables(
             ranks=upload(ranks(tables, work.order), device) if ranked else None,
             queries=None
             if choice.queries is None or sizes.queries is None
-            else _upload_rows(choice.queries, sizes.queries.tile_q, device, tall=False),
+            else _uncut_rows(slices, choice.queries, num_q, num_k, sizes.queries[:2], device),
         )
 
     return slices.derived(("hopper columns", num_q, num_k, candidates, device, ordered), build)
