@@ -127,8 +127,9 @@ def on_host(monkeypatch):
         (300, 300, (2, 1), DOCUMENTS, True, False),
         (90, 260, (2, 2), [[0, 90, 0, 260, 1]], False, True),
         (320, 256, (4, 1), BLOCKS_OF_64, False, False),
+        (100, 100, (7, 1), [[0, 60, 0, 60, 1], [60, 100, 30, 100, 3]], True, True),
     ],
-    ids=["irregular", "documents", "long context", "blocks"],
+    ids=["irregular", "documents", "long context", "blocks", "seven heads"],
 )
 def test_emulated(emulated, on_host, num_q, num_k, heads, rows, deterministic, late):
     variant, library = emulated
