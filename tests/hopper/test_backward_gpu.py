@@ -4,6 +4,9 @@
 The forward pass is the oracle's, so that nothing but the gradients is at stake.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -33,7 +36,7 @@ def inputs(num_q, num_k=None, *, dims=(128, 128), heads=(4, 2), dtype=torch.bflo
     return x
 
 
-def check(x: Inputs, slices: SliceTable, *, scale=None, softcap=0.0, deterministic=False) -> None:
+def check(x: Inputs, slices: SliceTable, *, scale=None, softcap=0.0, deterministic=False, sm_margin=0) -> None:
     """Compare the gradients with the oracle's, through out and lse; none may be off by more than twice PyTorch's."""
     scale = x.q.shape[2] ** -0.5 if scale is None else scale
     mask = dense_mask(slices, len(x.q), len(x.k), "cuda")
@@ -47,7 +50,7 @@ def check(x: Inputs, slices: SliceTable, *, scale=None, softcap=0.0, determinist
 
     out, lse, expected = dense(torch.float64)
     _, _, plain = dense(x.q.dtype)
-    call = AttentionCall(slices, scale, softcap, deterministic)
+    call = AttentionCall(slices, scale, softcap, deterministic, sm_margin=sm_margin)
     arguments = x.dout, x.q, x.k, x.v, out.to(x.q.dtype), lse.float(), x.dlse, call
     got = BACKEND.backward(*arguments)
     for name, a, b, c in zip(("dq", "dk", "dv"), got, expected, plain, strict=True):
@@ -57,13 +60,18 @@ def check(x: Inputs, slices: SliceTable, *, scale=None, softcap=0.0, determinist
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
-@pytest.fixture(params=[False, True], ids=["coarse", "fine"])
-def only(request, monkeypatch):
+@contextmanager
+def only_kernels(*, fine: bool) -> Iterator[None]:
     """Let the mask decide nothing: the coarse kernels, or the fine ones, are the only ones."""
-    monkeypatch.setattr(
-        backward, "backward_variants", lambda *args: [backward_variants(*args)[-1 if request.param else 0]]
-    )
-    return request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward, "backward_variants", lambda *args: backward_variants(*args)[-1 if fine else 0 :][:1])
+        yield
+
+
+@pytest.fixture(params=[False, True], ids=["coarse", "fine"])
+def only(request):
+    with only_kernels(fine=request.param):
+        yield
 
 
 def block_sparse(num_blocks: int, share: float, size: int = 64) -> SliceTable:
@@ -103,11 +111,12 @@ def test_block_sparse(heads, size, deterministic, only):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (8, 1), (6, 2), (7, 1)], ids=str)
 @pytest.mark.parametrize("dims", FINE_SIZES, ids=str)
-def test_fine_kernels(dims, heads, dtype, monkeypatch):
-    monkeypatch.setattr(backward, "backward_variants", lambda *args: backward_variants(*args)[1:])
+def test_fine_kernels(dims, heads, dtype):
     x = inputs(700, dims=dims, heads=heads, dtype=dtype)
-    check(x, SliceTable(IRREGULAR))
-    check(x, SliceTable(IRREGULAR), scale=-0.2, deterministic=True)
+    with only_kernels(fine=True):
+        check(x, SliceTable(IRREGULAR))
+        check(x, SliceTable(IRREGULAR), scale=-0.2, deterministic=True)
+        check(x, SliceTable(IRREGULAR), sm_margin=100)
 
 
 @pytest.mark.parametrize("family", MASK_FAMILIES)
@@ -117,7 +126,7 @@ def test_families(family, only):
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 1.0])
-def test_scales(scale):
+def test_scales(scale, only):
     check(inputs(300), SliceTable([[0, 300, 0, 300, 1]]), scale=scale)
 
 
@@ -144,8 +153,9 @@ def test_heads_of_several_items(rows, dim, deterministic):
     check(inputs(777, dims=(dim, dim), heads=(16, 2)), slices, deterministic=deterministic)
 
 
-@settings(max_examples=200, deadline=None)
-@given(rectangular_masks(400), st.sampled_from([(1, 1), (4, 2), (8, 1)]), st.booleans())
-def test_random_masks(mask, heads, deterministic):
+@settings(max_examples=300, deadline=None)
+@given(rectangular_masks(400), st.sampled_from([(1, 1), (4, 2), (8, 1)]), st.booleans(), st.booleans())
+def test_random_masks(mask, heads, deterministic, fine):
     (num_q, num_k), slices = mask
-    check(inputs(num_q, num_k, heads=heads), slices, deterministic=deterministic)
+    with only_kernels(fine=fine):
+        check(inputs(num_q, num_k, heads=heads), slices, deterministic=deterministic)

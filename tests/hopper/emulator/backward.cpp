@@ -94,8 +94,7 @@ extern "C" bool emulate_prepare(magi::backward::RowParams const* params, int blo
 }
 
 #if MAGI_FINE
-using OfQueries =
-    magi::forward::Traits<MAGI_HEAD_DIM, MAGI_HEAD_DIM_V, MAGI_ELEMENT, MAGI_SOFTCAP, 2, 64, 2, false, false, 240, 24>;
+using OfQueries = magi::backward::QueryTraits<MAGI_HEAD_DIM, MAGI_ELEMENT>;
 static_assert(sizeof(magi::backward::QueryShared<OfQueries>) <= emulator::kSharedBytes);
 
 extern "C" bool emulate_queries(magi::backward::QueryParams const* params, int blocks, int seed, bool late) {

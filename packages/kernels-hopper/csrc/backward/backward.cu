@@ -22,10 +22,13 @@ extern "C" __global__ void __launch_bounds__(magi::backward::kRowThreads)
 }
 
 #if MAGI_FINE
-using OfQueries =
-    magi::forward::Traits<MAGI_HEAD_DIM, MAGI_HEAD_DIM_V, MAGI_ELEMENT, MAGI_SOFTCAP, 2, 64, 2, false, false, 240, 24>;
+using OfQueries = magi::backward::QueryTraits<MAGI_HEAD_DIM, MAGI_ELEMENT>;
 
+static_assert(!MAGI_SOFTCAP && MAGI_HEAD_DIM == MAGI_HEAD_DIM_V);
 static_assert(sizeof(magi::backward::QueryShared<OfQueries>) <= MAGI_SHARED_BYTES, "shared memory for the tiles");
+static_assert(64 * OfQueries::kConsumers == MAGI_QUERIES_ROWS && OfQueries::kBoxN == MAGI_QUERIES_BOX &&
+                  OfQueries::kThreads == magi::backward::kThreads,
+              "what the host assumes");
 
 extern "C" __global__ void __launch_bounds__(OfQueries::kThreads, 1)
     magi_backward_queries(__grid_constant__ magi::backward::QueryParams const params) {

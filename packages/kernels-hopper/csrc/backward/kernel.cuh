@@ -58,7 +58,8 @@ __device__ __forceinline__ void init_barriers(Shared<T>& s) {
 template <typename T>
 __device__ __forceinline__ void leave(Params const& p) {
     __threadfence();
-    uint32_t const last = (T::kFine ? 1 : 2 + 4 * kConsumers) * gridDim.x - 1;
+    constexpr int kWarps = T::kFine ? 1 : 2 + 4 * kConsumers;  // of a block, that use them
+    uint32_t const last = kWarps * gridDim.x - 1;
     if (atomicInc(reinterpret_cast<uint32_t*>(p.counters) + 1, last) != last) return;
     for (int i : {0, 2, 3}) atomicExch(p.counters + i, 0);
 }

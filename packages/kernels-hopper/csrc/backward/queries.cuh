@@ -28,6 +28,10 @@ struct QueryShared : forward::Shared<F> {
     uint64_t dout_full[F::kConsumers];  // empty when queries are
 };
 
+// How it loads and meets keys: as a forward kernel of these sizes.
+template <int HeadDim, typename Element>
+using QueryTraits = forward::Traits<HeadDim, HeadDim, Element, false, 2, 64, 2, false, false, 240, 24>;
+
 // T are the traits of the kernel that computes the other gradients, F those of a forward kernel.
 template <typename T, typename F>
 struct QueryConsumer {
@@ -188,6 +192,7 @@ __device__ __forceinline__ void differentiate_queries(QueryParams const& p) {
         int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
         if (warp < 2 && ptx::elect_sync()) {
             if (warp == 0) {
+                for (CUtensorMap const* map : {&p.work.q, &p.work.k, &p.work.v, &p.work.out}) ptx::prefetch_tensormap(map);
                 forward::Producer<F> producer{p.work, s};
                 producer.run([&](forward::Item const& item) {
                     for (int group = 0; group < F::kConsumers; group++) {

@@ -64,18 +64,18 @@ def choose_work(
         area: how many these are.
         num_q: rows of the query tensor.
         num_k: rows of the key tensor.
-        candidates: the sizes of a kernel or of two, the one with small tiles last.
+        candidates: the sizes of the kernels, those for most masks first.
         ordered: as for :func:`order_work`.
     """
-    first = _choice(0, bands, num_q, num_k, candidates[0], ordered)
-    if len(candidates) == 1:
-        return first
-    sizes = candidates[1]
-    time = MARGIN * _expected_time(first, candidates[0])
-    if area * _least_time_of_a_pair(sizes) >= time:
-        return first
-    second = _choice(1, bands, num_q, num_k, sizes, ordered)
-    return second if _expected_time(second, sizes) < time else first
+    best = _choice(0, bands, num_q, num_k, candidates[0], ordered)
+    time = MARGIN * _expected_time(best, candidates[0])
+    for number, sizes in enumerate(candidates[1:], 1):
+        if area * _least_time_of_a_pair(sizes) >= time:
+            continue
+        other = _choice(number, bands, num_q, num_k, sizes, ordered)
+        if (other_time := _expected_time(other, sizes)) < time:
+            best, time = other, other_time
+    return best
 
 
 def _choice(number: int, bands: Bands, num_q: int, num_k: int, sizes: WorkSizes, ordered: bool) -> Choice:

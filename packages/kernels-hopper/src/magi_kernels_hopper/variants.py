@@ -239,6 +239,8 @@ class BackwardVariant(_Variant):
             "MAGI_STAGES": self.sizes.stages,
             "MAGI_DQ_PARTS": self.sizes.dq_parts,
             "MAGI_FINE": int(self.fine),
+            "MAGI_QUERIES_ROWS": self.queries_rows,
+            "MAGI_QUERIES_BOX": self.queries_box,
             "MAGI_SHARED_BYTES": self.sizes.shared_bytes,
         }
 
