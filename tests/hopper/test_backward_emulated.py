@@ -133,8 +133,11 @@ def on_host(monkeypatch):
 )
 def test_emulated(emulated, on_host, num_q, num_k, heads, rows, deterministic, late):
     variant, library = emulated
-    names = ("prepare", "backward", "queries") if variant.fine else ("prepare", "backward")
-    kernels = launcher._Kernels(*(Kernel(getattr(library, f"emulate_{name}"), late) for name in names))
+    kernels = launcher._Kernels(
+        Kernel(library.emulate_prepare, late),
+        Kernel(library.emulate_backward, late),
+        tuple(Kernel(getattr(library, each.entry), late) for each in variant.query_kernels if variant.fine),
+    )
     on_host.setattr(launcher, "_kernels", lambda variant, device: kernels)
     on_host.setattr(launcher, "backward_variants", lambda dims, element, softcap: [variant])
     dims, dtype = (variant.head_dim, variant.head_dim_v), ELEMENTS[variant.element]

@@ -103,7 +103,7 @@ STACK_LIMITS = {
 def test_machine_code(cubins, variant):
     entries = [variant.entry]
     if isinstance(variant, BackwardVariant) and variant.fine:
-        entries.append(variant.queries_entry)
+        entries += [each.entry for each in variant.query_kernels]
     kernels = [each for each in kernels_of_cubin(cubins / f"{variant.name}.cubin") if each.name in entries]
     assert len(kernels) == len(entries)
     for kernel in kernels:

@@ -94,12 +94,17 @@ extern "C" bool emulate_prepare(magi::backward::RowParams const* params, int blo
 }
 
 #if MAGI_FINE
-using OfQueries = magi::backward::QueryTraits<MAGI_HEAD_DIM, MAGI_ELEMENT>;
-static_assert(sizeof(magi::backward::QueryShared<OfQueries>) <= emulator::kSharedBytes);
-
-extern "C" bool emulate_queries(magi::backward::QueryParams const* params, int blocks, int seed, bool late) {
+template <typename OfQueries>
+bool emulate_queries(magi::backward::QueryParams const* params, int blocks, int seed, bool late) {
+    static_assert(sizeof(magi::backward::QueryShared<OfQueries>) <= emulator::kSharedBytes);
     emulator::late = late;
     auto const kernel = [&] { magi::backward::differentiate_queries<Traits, OfQueries>(*params); };
     return emulator::launch(0, blocks, OfQueries::kThreads, seed, kernel);
+}
+extern "C" bool magi_backward_queries(magi::backward::QueryParams const* params, int blocks, int seed, bool late) {
+    return emulate_queries<magi::backward::TraitsOfPacks<MAGI_HEAD_DIM, MAGI_ELEMENT>>(params, blocks, seed, late);
+}
+extern "C" bool magi_backward_queries_of_heads(magi::backward::QueryParams const* params, int blocks, int seed, bool late) {
+    return emulate_queries<magi::backward::TraitsOfHeads<MAGI_HEAD_DIM, MAGI_ELEMENT>>(params, blocks, seed, late);
 }
 #endif

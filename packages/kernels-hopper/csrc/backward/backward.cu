@@ -22,16 +22,24 @@ extern "C" __global__ void __launch_bounds__(magi::backward::kRowThreads)
 }
 
 #if MAGI_FINE
-using OfQueries = magi::backward::QueryTraits<MAGI_HEAD_DIM, MAGI_ELEMENT>;
+using OfPacks = magi::backward::TraitsOfPacks<MAGI_HEAD_DIM, MAGI_ELEMENT>;
+using OfHeads = magi::backward::TraitsOfHeads<MAGI_HEAD_DIM, MAGI_ELEMENT>;
 
 static_assert(!MAGI_SOFTCAP && MAGI_HEAD_DIM == MAGI_HEAD_DIM_V);
-static_assert(sizeof(magi::backward::QueryShared<OfQueries>) <= MAGI_SHARED_BYTES, "shared memory for the tiles");
-static_assert(64 * OfQueries::kConsumers == MAGI_QUERIES_ROWS && OfQueries::kBoxN == MAGI_QUERIES_BOX &&
-                  OfQueries::kThreads == magi::backward::kThreads,
+static_assert(sizeof(magi::backward::QueryShared<OfPacks>) <= MAGI_SHARED_BYTES, "shared memory for the tiles");
+static_assert(2 * sizeof(magi::backward::QueryShared<OfHeads>) <= MAGI_SHARED_BYTES, "shared memory for two blocks");
+static_assert(64 * OfPacks::kConsumers == MAGI_PACKS_ROWS && OfPacks::kBoxN == MAGI_PACKS_BOX &&
+                  OfPacks::kThreads == MAGI_PACKS_THREADS && 64 * OfHeads::kConsumers == MAGI_HEADS_ROWS &&
+                  OfHeads::kBoxN == MAGI_HEADS_BOX && OfHeads::kThreads == MAGI_HEADS_THREADS,
               "what the host assumes");
 
-extern "C" __global__ void __launch_bounds__(OfQueries::kThreads, 1)
+extern "C" __global__ void __launch_bounds__(OfPacks::kThreads, 1)
     magi_backward_queries(__grid_constant__ magi::backward::QueryParams const params) {
-    magi::backward::differentiate_queries<Traits, OfQueries>(params);
+    magi::backward::differentiate_queries<Traits, OfPacks>(params);
+}
+
+extern "C" __global__ void __launch_bounds__(OfHeads::kThreads, 2)
+    magi_backward_queries_of_heads(__grid_constant__ magi::backward::QueryParams const params) {
+    magi::backward::differentiate_queries<Traits, OfHeads>(params);
 }
 #endif

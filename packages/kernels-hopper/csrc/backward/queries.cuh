@@ -28,9 +28,12 @@ struct QueryShared : forward::Shared<F> {
     uint64_t dout_full[F::kConsumers];  // empty when queries are
 };
 
-// How it loads and meets keys: as a forward kernel of these sizes.
+// How it loads and meets keys, as forward kernels of these sizes do: where heads share tiles, and where tiles are of one
+// head. Then blocks of one consumer, two on a multiprocessor, meet masks at 64 tokens instead of 128.
 template <int HeadDim, typename Element>
-using QueryTraits = forward::Traits<HeadDim, HeadDim, Element, false, 2, 64, 2, false, false, 240, 24>;
+using TraitsOfPacks = forward::Traits<HeadDim, HeadDim, Element, false, 2, 64, 2, false, false, 240, 24>;
+template <int HeadDim, typename Element>
+using TraitsOfHeads = forward::Traits<HeadDim, HeadDim, Element, false, 1, 32, 2, false, false, 208, 40>;
 
 // T are the traits of the kernel that computes the other gradients, F those of a forward kernel.
 template <typename T, typename F>

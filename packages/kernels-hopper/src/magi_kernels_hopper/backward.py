@@ -17,7 +17,7 @@ from magi_attention.kernels.table_streams import StreamsOfTables
 from magi_attention.utils.dtypes import as_dtype
 from magi_kernels_hopper.backward_order import QuerySizes, WorkSizes
 from magi_kernels_hopper.backward_params import Params, RowParams
-from magi_kernels_hopper.backward_queries import PreparedQueries
+from magi_kernels_hopper.backward_queries import PreparedQueries, number_of_kernel
 from magi_kernels_hopper.driver import CUBINS, ByAddresses, Kernel, Ready
 from magi_kernels_hopper.forward import Geometry, geometry
 from magi_kernels_hopper.launching import (
@@ -49,7 +49,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 class _Kernels(NamedTuple):
     prepare: Kernel
     backward: Kernel
-    queries: Kernel | None = None
+    queries: tuple[Kernel, ...] = ()
 
 
 class PreparedBackward:
@@ -124,6 +124,7 @@ class PreparedBackward:
         if tables.queries is not None:
             cut = _cut_of_queries(variant, num_heads, num_kv_heads, num_k)
             self._queries = PreparedQueries(tables.queries, cut, call, num_q, self.template, available)
+            self._queries_kernel = self.kernels.queries[number_of_kernel(cut)]
         # Of the workspace: sums of gradients, terms of rows, sums of items, and how far all of these have come.
         rows = self.num_tiles * sizes.tile_m
         of_items = self.num_shared * 2 * sizes.tile_n // 2 * head_dim
@@ -152,8 +153,8 @@ class PreparedBackward:
         rows, params, *of_queries = ready
         self.kernels.prepare.launch_ready(self.num_tiles, stream, rows)
         self.kernels.backward.launch_ready(self.blocks, stream, params)
-        if self._queries is not None and self.kernels.queries is not None:
-            self.kernels.queries.launch_ready(self._queries.blocks, stream, *of_queries)
+        if self._queries is not None:
+            self._queries_kernel.launch_ready(self._queries.blocks, stream, *of_queries)
 
     def _readable(self, inputs: Inputs) -> Inputs:
         """The inputs as the kernels read them: q, dout, k and v by the copy engine, the others contiguous."""
@@ -225,7 +226,11 @@ def _kernels(variant: BackwardVariant, device: torch.device) -> _Kernels:
     return _Kernels(
         Kernel(cubin, variant.prepare_entry, index, sizes.row_threads, 0),
         Kernel(cubin, variant.entry, index, sizes.threads, sizes.shared_bytes),
-        Kernel(cubin, variant.queries_entry, index, sizes.threads, sizes.shared_bytes) if variant.fine else None,
+        tuple(
+            Kernel(cubin, each.entry, index, each.threads, sizes.shared_bytes // each.blocks)
+            for each in variant.query_kernels
+            if variant.fine
+        ),
     )
 
 
@@ -239,6 +244,6 @@ def work_sizes(variant: BackwardVariant, num_heads: int, num_kv_heads: int, num_
     sizes, apart = variant.sizes, None
     if variant.fine:
         cut = _cut_of_queries(variant, num_heads, num_kv_heads, num_k)
-        consumers = variant.queries_rows // ForwardSizes.consumer_rows
-        apart = QuerySizes(cut.share_q * consumers, variant.queries_box, cut.num_packs)
+        kernel = variant.query_kernels[number_of_kernel(cut)]
+        apart = QuerySizes(cut.share_q * (kernel.rows // ForwardSizes.consumer_rows), kernel.box_n, cut.num_packs)
     return WorkSizes(sizes.tile_m, sizes.tile_n, num_kv_heads, num_heads // num_kv_heads, blocks, variant.splits, apart)

@@ -32,9 +32,12 @@ class Costs(NamedTuple):
 COARSE_ROW = 2700 / 80
 """A row of queries in a step of the kernels for most masks."""
 
-COARSE_MASK, COARSE_ITEM, FINE, QUERIES = 500.0, 15000.0, Costs(900, 200, 4000), Costs(1230, 100, 2300)
-"""The other costs of these; the kernels' for masks of small blocks, but for gradients of queries; and the kernels' that
-compute these, for each box of keys."""
+COARSE_MASK, COARSE_ITEM, FINE = 500.0, 15000.0, Costs(900, 200, 4000)
+"""The other costs of these, and the kernels' for masks of small blocks, but for gradients of queries."""
+
+QUERIES_PAIR, QUERIES_MASKED_PAIR, QUERIES_ROW = 1230 / 8192, 100 / 8192, 2300 / 128
+"""The costs of the kernels that compute these: a pair of a row of a tile and a key of a box; what it takes longer in a
+tile with a mask; and to begin and to end a tile, for each of its rows."""
 
 MARGIN = 0.9
 """Of the time of the kernels for most masks: the others are taken where they should take less."""
@@ -88,7 +91,7 @@ def _least_time_of_a_pair(sizes: WorkSizes) -> float:
     """By small tiles in which the mask hides no pair: of all heads, by both kernels and all blocks."""
     assert sizes.queries is not None
     of_keys = FINE.step / (sizes.tile_m * sizes.tile_k) * sizes.group * sizes.num_kv_heads
-    of_queries = QUERIES.step / (sizes.queries.tile_q * sizes.queries.box_k) * sizes.queries.num_packs
+    of_queries = QUERIES_PAIR * sizes.group * sizes.num_kv_heads
     return (of_keys + of_queries) / sizes.blocks
 
 
@@ -96,7 +99,9 @@ def _expected_time(choice: Choice, sizes: WorkSizes) -> float:
     if choice.queries is None or sizes.queries is None:
         return expected_time(choice.work, sizes, Costs(COARSE_ROW * sizes.tile_m, COARSE_MASK, COARSE_ITEM))
     boxes, masked = choice.queries.boxes, 2 * choice.queries.tiles[:, 2]
-    items = boxes * QUERIES.step + masked * QUERIES.mask + QUERIES.item
+    rows = sizes.queries.tile_q * sizes.group * sizes.num_kv_heads // sizes.queries.num_packs
+    pairs = (boxes * QUERIES_PAIR + masked * QUERIES_MASKED_PAIR) * sizes.queries.box_k
+    items = rows * (pairs + QUERIES_ROW)
     of_queries = max(items.sum() * sizes.queries.num_packs / sizes.blocks, items.max(initial=0))
     return expected_time(choice.work, sizes, FINE) + of_queries
 

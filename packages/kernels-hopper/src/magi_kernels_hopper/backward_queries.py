@@ -16,6 +16,11 @@ from magi_kernels_hopper.tables import DeviceRowTables
 from magi_kernels_hopper.variants import BackwardVariant
 
 
+def number_of_kernel(cut: Geometry) -> int:
+    """Which of ``BackwardVariant.query_kernels`` it is: tiles of one head are small, else masks hide much of them."""
+    return int(cut.pack == 1)
+
+
 class Params(ctypes.Structure):
     """``magi::backward::QueryParams`` of csrc/backward/queries.cuh."""
 
@@ -38,7 +43,7 @@ class PreparedQueries:
         call: how to score.
         num_q: rows of the query tensor.
         of_keys: the parameters of the kernel that computes the other gradients.
-        blocks: the most that may work at a time.
+        blocks: multiprocessors that may be used.
     """
 
     def __init__(
@@ -50,7 +55,8 @@ class PreparedQueries:
         of_keys: KeysParams,
         blocks: int,
     ) -> None:
-        self.blocks = min(blocks, len(tables.order) * cut.num_packs)
+        self._kernel = BackwardVariant.query_kernels[number_of_kernel(cut)]
+        self.blocks = min(blocks * self._kernel.blocks, len(tables.order) * cut.num_packs)
         work = ForwardParams(
             tiles=tables.tiles.data_ptr(),
             runs=tables.runs.data_ptr(),
@@ -85,7 +91,7 @@ class PreparedQueries:
         """
         head_dim = tensors[0].shape[2]
         swizzle_bytes = 128 if head_dim % 64 == 0 else 64
-        rows, box = (self._cut.pack, self._cut.share_q), (1, BackwardVariant.queries_box)
+        rows, box = (self._cut.pack, self._cut.share_q), (1, self._kernel.box_n)
         boxes: list[Box] = [((swizzle_bytes // 2, *each), swizzle_bytes) for each in (rows, box, box, rows)]
         params = Params.from_buffer_copy(self._template)
         put_maps(params, maps, tensors, boxes)

@@ -6,7 +6,7 @@ The build hook reads this file alone, so it imports nothing but the standard lib
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 Element = Literal["bf16", "fp16"]
 ELEMENTS: dict[Element, str] = {"bf16": "__nv_bfloat16", "fp16": "__half"}
@@ -196,6 +196,24 @@ FINE_SIZES = {
 takes both together longer, and they meet fewer that the mask hides."""
 
 
+class QueryKernel(NamedTuple):
+    """A kernel that computes gradients of queries alone; see ``csrc/backward/backward.cu``.
+
+    Attributes:
+        entry: its name.
+        rows: of queries of a tile, 64 for each warpgroup that computes.
+        box_n: keys of a box, two of which are a tile.
+        threads: of a block.
+        blocks: that share a multiprocessor.
+    """
+
+    entry: str
+    rows: int
+    box_n: int
+    threads: int
+    blocks: int
+
+
 @dataclass(frozen=True)
 class BackwardVariant(_Variant):
     """One backward kernel, and the one that comes before it.
@@ -210,10 +228,11 @@ class BackwardVariant(_Variant):
     source = "backward/backward.cu"
     entry = "magi_backward"
     prepare_entry = "magi_backward_prepare"
-    queries_entry = "magi_backward_queries"
-    """Of fine kernels, the one that computes the gradients of queries."""
-    queries_rows, queries_box = 128, 64
-    """Rows of its tiles of queries, and keys of a box, two of which are a tile; see ``csrc/backward/backward.cu``."""
+    query_kernels = (
+        QueryKernel("magi_backward_queries", 128, 64, 384, 1),
+        QueryKernel("magi_backward_queries_of_heads", 64, 32, 256, 2),
+    )
+    """Of fine kernels, those that compute gradients of queries: where heads share tiles, and where they do not."""
 
     @property
     def name(self) -> str:
@@ -239,8 +258,11 @@ class BackwardVariant(_Variant):
             "MAGI_STAGES": self.sizes.stages,
             "MAGI_DQ_PARTS": self.sizes.dq_parts,
             "MAGI_FINE": int(self.fine),
-            "MAGI_QUERIES_ROWS": self.queries_rows,
-            "MAGI_QUERIES_BOX": self.queries_box,
+            **{
+                f"MAGI_{kind}_{size}": value
+                for kind, each in zip(("PACKS", "HEADS"), self.query_kernels, strict=True)
+                for size, value in (("ROWS", each.rows), ("BOX", each.box_n), ("THREADS", each.threads))
+            },
             "MAGI_SHARED_BYTES": self.sizes.shared_bytes,
         }
 
