@@ -237,23 +237,24 @@ class Deal(Filling):
         heavy_chunk = (area[high] - area[high - top]) / top
         light_chunk = (area[low + bottom] - area[low]) / bottom
         reserve = RESERVE * self.budget / room
-
-        slope = max(heavy_chunk - light_chunk, 1.0)
         dearness = PRICE * self.price / max(self.mean, 1)
+        # But for PRICE * budget, which all fillings have in common, the costs are
+        # PRICE * ((budget - heavy_chunk * heavy) + RESERVE * (left - heavy) + WASTE * (spare - slope * heavy)).
+        slope = max(heavy_chunk - light_chunk, 1.0)
+        per_left = dearness * reserve
+        per_spare = dearness * WASTE
+        per_heavy = dearness * (heavy_chunk + reserve) + per_spare * slope
 
         def cost(tokens: Floats, areas: Floats) -> Floats:
             left = room - tokens
             spare = (self.budget - light_chunk * left) - areas
             heavy = np.floor(spare / slope)
-            impossible = heavy < 0
             np.minimum(heavy, left, out=heavy)
-            # But for PRICE * budget, which all have in common, this is
-            # PRICE * ((budget - heavy_chunk * heavy) + RESERVE * (left - heavy) + WASTE * (spare - slope * heavy)).
-            heavy *= -dearness * (heavy_chunk + reserve + WASTE * slope)
-            spare *= WASTE * dearness
+            heavy *= -per_heavy
+            heavy[spare < 0] = np.inf
+            spare *= per_spare
             heavy += spare
-            heavy += dearness * reserve * left
-            heavy[impossible] = np.inf
+            heavy += per_left * left
             return heavy
 
         self._choose(anchor, lights, room - taken - light, shorter, cost)

@@ -13,8 +13,6 @@ from magi_attention.plan.documents import Documents
 Array = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-# With more documents than ALL_TRIED, those too short to fill the room are left out first.
-ALL_TRIED = 512
 # No rank should send more than MOST_SENT times the most rows that one row reads, which is about what some rank must
 # receive, or PART_SENT of the longest document, where rows read less of it. That doesn't matter where fewer rows are
 # sent than a rank has time for while it computes: one per HIDING_PAIRS (query, key) pairs. That is between 50 GB/s and
@@ -70,8 +68,10 @@ class Filling:
         self.area, self.cut = documents.area.data, documents.cut.data
         self.chunk_area = np.diff(documents.area)
         self.area_float = documents.area.astype(np.float64)
+        self.cut_float = documents.cut.astype(np.float64)
         self.area_start, self.area_stop = self.area_float[self.start], self.area_float[self.stop]
         length = self.stop - self.start
+        self.length = length.copy()
         self.end_length = np.clip(length // 4, 1, max(1, max(capacities))).tolist()
         self.heaviness = np.array([self._heaviness(document) for document in range(len(length))], np.int64)
         self.by_density = np.argsort(
@@ -92,16 +92,18 @@ class Filling:
     def _take(self, document: int, start: int, stop: int) -> None:
         if start == stop:
             return
+        area, low, high = self.area, self.low[document], self.high[document]
         self.owner[start:stop] = self.rank
         self.room -= stop - start
-        self.budget -= self.area[stop] - self.area[start]
-        if start == self.low[document]:
+        self.budget -= area[stop] - area[start]
+        if start == low:
             self.low[document] = self.start[document] = stop
-            self.area_start[document] = self.area[stop]
+            self.area_start[document] = area[stop]
         else:
             self.high[document] = self.stop[document] = start
-            self.area_stop[document] = self.area[start]
-        self.heaviness[document] = self._heaviness(document) if self.low[document] < self.high[document] else -1
+            self.area_stop[document] = area[start]
+        self.length[document] = high - low - (stop - start)
+        self.heaviness[document] = self._heaviness(document)
         if self.last_reader[document] != self.rank:
             self.last_reader[document] = self.rank
             self.readers[document] += 1
@@ -213,55 +215,70 @@ class Filling:
         paid = [0]
         for document, _, stop in pieces[:longest]:
             paid.append(paid[-1] + (self.cut[stop] if stop < self.high[document] else 0))
-        length = self.stop - self.start
+        # What is used counts as empty.
+        length = self.length.copy()
         length[anchor] = 0
-        low, high, area_low, area_high = self.start, self.stop, self.area_start, self.area_stop
-        candidates = None
-        if len(length) > ALL_TRIED:
-            # The anchor stands for no further document.
-            candidates = np.append(np.flatnonzero(length >= max(1, most - tokens[longest] - shorter)), anchor)
-            low, high, length = low[candidates], high[candidates], length[candidates]
-            area_low, area_high = area_low[candidates], area_high[candidates]
-        # One plane for pieces from the light ends, one for pieces from the heavy ends.
-        of_prefixes = np.array([each[k] for each in (tokens, areas, paid) for k in prefixes])
-        count, filled, parted = of_prefixes.reshape(3, len(prefixes), 1)
-        want = most - count
+        least, best, chosen, used = np.inf, 0, [], 0
+        for number in prefixes:
+            for document, _, _ in pieces[used:number]:
+                length[document] = 0
+            used = number
+            price, piece = self._extend(length, most - tokens[number], shorter, most, areas[number], cost)
+            if price + paid[number] < least:
+                least, best, chosen = price + paid[number], number, [piece]
+        if self.prefixes.paired:
+            price, number, pair = self._pair(length, lights, longest, most, paid, cost)
+            if price < least:
+                least, best, chosen = price, number, [(each, self.low[each], self.high[each]) for each in pair]
+        if least == np.inf:
+            return False
+        for each in [*pieces[:best], *chosen]:
+            self._take(*each)
+        return True
+
+    def _extend(
+        self, length: Array, want: int, shorter: int, most: int, filled: int, cost: Callable[[Floats, Floats], Floats]
+    ) -> tuple[float, tuple[int, int, int]]:
+        """The cheapest end of ``want`` chunks of a document, or a whole one of at least ``want - shorter``.
+
+        Args:
+            length: free chunks of each document.
+            want: chunks that are missing.
+            shorter: how many of them may still be missing afterwards.
+            most: chunks of the filling that it is to complete.
+            filled: area of what the filling has.
+            cost: see :meth:`_choose`.
+
+        Returns:
+            Its cost, infinite if there is none, and the document, its start and its stop.
+        """
+        candidates = (length >= want - shorter).nonzero()[0]
+        if not len(candidates):
+            return np.inf, (0, 0, 0)
+        length = length.take(candidates)
         size = np.minimum(want, length)
-        inner = np.empty((2, *size.shape), np.int64)
+        low, high = self.start.take(candidates), self.stop.take(candidates)
+        # One row for pieces from the light ends, one for pieces from the heavy ends.
+        inner = np.empty((2, len(size)), np.int64)
         np.add(low, size, out=inner[0])
         np.subtract(high, size, out=inner[1])
         area = self.area_float.take(inner)
-        area[0] -= area_low
-        np.subtract(area_high, area[1], out=area[1])
+        area[0] -= self.area_start.take(candidates)
+        np.subtract(self.area_stop.take(candidates), area[1], out=area[1])
         area += filled
-        costs = cost(count + size, area)
-        unusable = size < want - shorter
-        self._mark_used(unusable, candidates, pieces[:longest], prefixes)
-        costs += np.where(unusable, np.inf, parted)
-        parting = self.documents.cut.take(inner)
+        costs = cost(size + (most - want), area)
+        parting = self.cut_float.take(inner)
         parting *= size < length
         costs += parting
         place = int(costs.argmin())
-        if self.prefixes.paired:
-            least, number, pair = self._pair(anchor, lights, longest, most, paid, cost)
-            if least < costs.item(place):
-                for piece in [*pieces[:number], *((each, self.low[each], self.high[each]) for each in pair)]:
-                    self._take(*piece)
-                return True
-        if costs.item(place) == np.inf:
-            return False
-        plane, column = divmod(place, len(length))
-        from_heavy_end, row = divmod(plane, len(prefixes))
-        for piece in pieces[: prefixes[row]]:
-            self._take(*piece)
-        document, number = column if candidates is None else int(candidates[column]), int(size[row, column])
+        from_heavy_end, column = divmod(place, len(size))
+        document, number = int(candidates[column]), int(size[column])
         start = self.high[document] - number if from_heavy_end else self.low[document]
-        self._take(document, start, start + number)
-        return True
+        return costs.item(place), (document, start, start + number)
 
     def _pair(
         self,
-        anchor: int,
+        length: Array,
         lights: Lights,
         longest: int,
         most: int,
@@ -276,47 +293,29 @@ class Filling:
         pieces, tokens, areas = lights
         first = max(0, longest + 1 - self.prefixes.paired)
         last = longest + 1
-        count, filled, parted = np.array([tokens[first:last], areas[first:last], paid[first:last]])[:, :, None]
-        want = most - count
-        length = self.stop - self.start
-        length[anchor] = 0
-        length[[document for document, _, _ in pieces[:longest]]] = 0
+        free = most - tokens[first]
         length = length.take(self.heavy_first)
-        usable = np.flatnonzero((length > 0) & (length <= most - tokens[first]))
+        usable = ((length > 0) & (length <= free)).nonzero()[0]
         length, documents = length.take(usable), self.heavy_first.take(usable)
-        # By length; 0 stands for no document.
-        lightest, area = np.zeros((2, most - tokens[first] + 1))
-        area[1:] = UNREACHABLE
-        lightest[length], area[length] = documents, self.area_stop.take(documents) - self.area_start.take(documents)
-        lengths = np.flatnonzero(area < UNREACHABLE)
-        other = want - lengths
-        unusable = (other < 0) | ((other == lengths) & (other > 0))
-        other[unusable] = 0
+        # By length, that of no document being 0; places below ``free`` are lengths below 0.
+        lightest, area = np.zeros(free + 1, np.int64), np.full(2 * free + 1, UNREACHABLE, np.float64)
+        area[free] = 0
+        lightest[length] = documents
+        area[length + free] = self.area_stop.take(documents) - self.area_start.take(documents)
+        of_prefixes = np.array([[each[k]] for each in (tokens, areas, paid) for k in range(first, last)], np.float64)
+        filled, parted = of_prefixes[last - first : first - last], of_prefixes[first - last :]
+        length = np.append(length, 0) + free
+        other = most + 2 * free - of_prefixes[: last - first].astype(np.int64) - length
         total = area.take(other)
-        total += area.take(lengths)
+        total += area.take(length)
+        total[(other == length) & (other > free)] = UNREACHABLE
         total += filled
-        total[unusable] = UNREACHABLE
         costs = cost(np.array(float(most)), total)
         costs += parted
         costs[total >= UNREACHABLE] = np.inf
-        row, column = divmod(int(costs.argmin()), len(lengths))
-        pair = [int(lightest[each]) for each in (lengths[column], other[row, column]) if each]
+        row, column = divmod(int(costs.argmin()), len(length))
+        pair = [int(lightest[each - free]) for each in (length[column], other[row, column]) if each > free]
         return costs.item(row, column), first + row, pair
-
-    @staticmethod
-    def _mark_used(
-        unusable: NDArray[np.bool_], candidates: Array | None, pieces: list[tuple[int, int, int]], prefixes: list[int]
-    ) -> None:
-        """Mark the documents (all, or the ``candidates`` and the anchor) that the pieces of each prefix use already."""
-        documents = np.array([document for document, _, _ in pieces], np.int64)
-        if candidates is None:
-            for row, number in enumerate(prefixes):
-                unusable[row, documents[:number]] = True
-            return
-        places = np.searchsorted(candidates[:-1], documents)
-        is_candidate = candidates[places] == documents
-        for row, number in enumerate(prefixes):
-            unusable[row, places[:number][is_candidate[:number]]] = True
 
     def _fill_with_anything(self, pieces: list[tuple[int, int, int]]) -> None:
         """Fill the room with the lightest pieces, then with whatever is left; the repair will balance it."""
