@@ -245,7 +245,7 @@ class Deal(Filling):
         per_spare = dearness * WASTE
         per_heavy = dearness * (heavy_chunk + reserve) + per_spare * slope
 
-        def cost(tokens: Floats, areas: Floats) -> Floats:
+        def cost(tokens: Array | float, areas: Floats) -> Floats:
             left = room - tokens
             spare = (self.budget - light_chunk * left) - areas
             heavy = np.floor(spare / slope)
@@ -263,7 +263,7 @@ class Deal(Filling):
         """Fill the room with some of the lightest pieces and one end of one more document."""
         dearness = self.price / max(self.mean, 1)
 
-        def cost(_: Floats, areas: Floats) -> Floats:
+        def cost(_: Array | float, areas: Floats) -> Floats:
             lack = self.budget - areas
             return np.maximum(lack * (LACK * dearness), lack * (-EXCESS * dearness))
 

@@ -22,6 +22,9 @@ MOST_SENT, PART_SENT, HIDING_PAIRS = 1.28, 0.9, 4000
 UNREACHABLE = np.iinfo(np.int64).max // 4
 
 
+Cost = Callable[[Array | float, Floats], Floats]
+
+
 class Prefixes(NamedTuple):
     """How many prefixes of the light documents are tried as fillings.
 
@@ -80,6 +83,7 @@ class Filling:
         self.blocks = self._cut_into_blocks(max(1, max(capacities)))
         self.light_first: list[tuple[int, int, int]] = []
         self.heavy_first = np.array(self.by_density, np.int64)
+        self.unreachable = np.full(2 * max(capacities) + 1, UNREACHABLE, np.float64)
         self.chunk_size = chunk_size
         # The chunks of each document's light end that each of its ranks takes: None until the first of them is served.
         self.light_share: list[int | None] = [None] * len(length)
@@ -201,7 +205,7 @@ class Filling:
         return max(self.readers[document], int(self.expected_readers[document]) if read > rest else 0)
 
     def _choose(
-        self, anchor: int, lights: Lights, most: int, shorter: int, cost: Callable[[Floats, Floats], Floats]
+        self, anchor: int, lights: Lights, most: int, shorter: int, cost: Cost
     ) -> bool:
         """Take the cheapest filling of at most ``most`` chunks and at least ``most - shorter``, if there is any.
 
@@ -237,7 +241,7 @@ class Filling:
         return True
 
     def _extend(
-        self, length: Array, want: int, shorter: int, most: int, filled: int, cost: Callable[[Floats, Floats], Floats]
+        self, length: Array, want: int, shorter: int, most: int, filled: int, cost: Cost
     ) -> tuple[float, tuple[int, int, int]]:
         """The cheapest end of ``want`` chunks of a document, or a whole one of at least ``want - shorter``.
 
@@ -283,39 +287,42 @@ class Filling:
         longest: int,
         most: int,
         paid: list[int],
-        cost: Callable[[Floats, Floats], Floats],
+        cost: Cost,
     ) -> tuple[float, int, list[int]]:
         """The cheapest filling of ``most`` chunks by first light pieces and up to two more documents.
 
         Returns its cost, infinite if there is none, the number of pieces and the documents. Of documents of equal
         length, the lightest counts.
         """
-        pieces, tokens, areas = lights
+        _, tokens, areas = lights
         first = max(0, longest + 1 - self.prefixes.paired)
-        last = longest + 1
+        prefixes = slice(first, longest + 1)
         free = most - tokens[first]
         length = length.take(self.heavy_first)
         usable = ((length > 0) & (length <= free)).nonzero()[0]
-        length, documents = length.take(usable), self.heavy_first.take(usable)
+        documents, length = self.heavy_first.take(usable), length.take(usable)
         # By length, that of no document being 0; places below ``free`` are lengths below 0.
-        lightest, area = np.zeros(free + 1, np.int64), np.full(2 * free + 1, UNREACHABLE, np.float64)
-        area[free] = 0
+        lightest, area_of = np.empty(free + 1, np.int64), self.unreachable[: 2 * free + 1].copy()
         lightest[length] = documents
-        area[length + free] = self.area_stop.take(documents) - self.area_start.take(documents)
-        of_prefixes = np.array([[each[k]] for each in (tokens, areas, paid) for k in range(first, last)], np.float64)
-        filled, parted = of_prefixes[last - first : first - last], of_prefixes[first - last :]
-        length = np.append(length, 0) + free
-        other = most + 2 * free - of_prefixes[: last - first].astype(np.int64) - length
-        total = area.take(other)
-        total += area.take(length)
-        total[(other == length) & (other > free)] = UNREACHABLE
-        total += filled
-        costs = cost(np.array(float(most)), total)
-        costs += parted
-        costs[total >= UNREACHABLE] = np.inf
-        row, column = divmod(int(costs.argmin()), len(length))
-        pair = [int(lightest[each - free]) for each in (length[column], other[row, column]) if each > free]
-        return costs.item(row, column), first + row, pair
+        area_of[length + free] = self.area_stop.take(documents) - self.area_start.take(documents)
+        area_of[free] = 0
+        length = (area_of < UNREACHABLE).nonzero()[0]
+        other = np.subtract.outer(most + 2 * free - np.array(tokens[prefixes]), length)
+        total = area_of.take(other).ravel()
+        found = (total < UNREACHABLE).nonzero()[0]
+        row, column = np.divmod(found, len(length))
+        total = total.take(found)
+        total += area_of.take(length.take(column))
+        total += np.array(areas[prefixes]).take(row)
+        costs = cost(float(most), total)
+        costs += np.array(paid[prefixes]).take(row)
+        while len(costs) and (least := costs.item(place := int(costs.argmin()))) < np.inf:
+            number, one = int(row[place]), int(column[place])
+            lengths = int(length[one]), int(other[number, one])
+            if lengths[0] != lengths[1] or lengths[0] == free:
+                return least, first + number, [int(lightest[each - free]) for each in lengths if each > free]
+            costs[place] = np.inf  # twice the same document
+        return np.inf, 0, []
 
     def _fill_with_anything(self, pieces: list[tuple[int, int, int]]) -> None:
         """Fill the room with the lightest pieces, then with whatever is left; the repair will balance it."""
