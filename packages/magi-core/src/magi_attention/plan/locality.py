@@ -24,6 +24,7 @@ from magi_attention.plan.gather import ReceiverSwaps
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.light_ends import part_light_ends
 from magi_attention.plan.settle import Settling
+from magi_attention.plan.sharpen import sharpen
 from magi_attention.plan.spread import SenderSwaps
 from magi_attention.plan.totals import totals
 
@@ -125,6 +126,9 @@ def deal_documents(
         owner, limit = _deal(slices, work, cell_size, num_ranks, terms, document)
         settling = Settling(cuts, document, work.area, owner, wanted, limit * SHIFTED // terms.most)
         begin, rank = settling.run()
+        cell = np.searchsorted(cuts, begin[:-1], side="right") - 1
+        limits = np.full(num_ranks, limit * SHIFTED // terms.most)
+        begin = sharpen(begin, rank, document[cell], settling.area_of_rows, limits)
         if int(settling.load.max()) * num_ranks <= MOST * int(work.area.sum()):
             return begin, rank
     return None

@@ -39,7 +39,7 @@ class Settling:
     """
 
     def __init__(self, cuts: Array, document: Array, area: Array, owner: Array, wanted: Array, limit: int) -> None:
-        self.cuts, self.wanted, self.limit = cuts, wanted, limit
+        self.cuts, self.cell_document, self.wanted, self.limit = cuts, document, wanted, limit
         self.num_ranks = len(wanted)
         self.area_before = np.append(0, np.cumsum(area))
         is_first = np.append(True, (owner[1:] != owner[:-1]) | (document[1:] != document[:-1]))
@@ -79,11 +79,14 @@ class Settling:
         return begin, rank
 
     def _measure(self, begin: Array, rank: Array) -> Array:
-        """``(num_ranks,)`` the area of each rank, as if all rows of a cell weighed the same."""
-        cell = np.minimum(np.searchsorted(self.cuts, begin, side="right") - 1, len(self.cuts) - 2)
+        """``(num_ranks,)`` the area of each rank."""
+        return totals(rank, np.diff(self.area_of_rows(begin)), self.num_ranks)
+
+    def area_of_rows(self, stop: Array) -> Array:
+        """The area of all rows before each of ``stop``, as if all rows of a cell weighed the same."""
+        cell = np.minimum(np.searchsorted(self.cuts, stop, side="right") - 1, len(self.cuts) - 2)
         before, start = self.area_before[cell], self.cuts[cell]
-        area = before + (self.area_before[cell + 1] - before) * (begin - start) // (self.cuts[cell + 1] - start)
-        return totals(rank, np.diff(area), self.num_ranks)
+        return before + (self.area_before[cell + 1] - before) * (stop - start) // (self.cuts[cell + 1] - start)
 
     def _table(self) -> tuple[Array, Array]:
         """Where runs start, and the end, and the rank of each; what is handed over lies before its run."""
