@@ -79,18 +79,24 @@ def transpose(bands: Bands) -> Bands:
     return np.column_stack([bands[:, K0:D0], bands[:, Q0:K0], -bands[:, D1], -bands[:, D0]])
 
 
+def ramp_area(last: Column, width: Column) -> Column:
+    """The sum of ``clamp(x, 0, width)`` over all ``x <= last``."""
+    ramp = np.clip(last, 0, width)
+    pairs = ramp * (ramp + 1)
+    pairs >>= 1
+    beyond = last - width
+    if (beyond > 0).any():
+        pairs += np.maximum(beyond, 0) * width
+    return pairs
+
+
 def _pairs_below(q0: Column, k0: Column, width: Column, stop: Column, diagonal: Column) -> Column:
     """Count the pairs of boxes of ``width`` columns with ``i < stop`` and ``j - i <= diagonal``.
 
     Row ``i`` keeps ``clamp(i + diagonal - k0 + 1, 0, width)`` columns, an arithmetic series cut at both ends.
     """
-
-    def series(last: Column) -> Column:
-        ramp = np.clip(last, 0, width)
-        return (ramp * (ramp + 1) >> 1) + np.maximum(last - width, 0) * width
-
     columns_before_row_zero = diagonal - k0
-    return series(stop + columns_before_row_zero) - series(q0 + columns_before_row_zero)
+    return ramp_area(stop + columns_before_row_zero, width) - ramp_area(q0 + columns_before_row_zero, width)
 
 
 def area_above(bands: Bands, stop: Column) -> Column:

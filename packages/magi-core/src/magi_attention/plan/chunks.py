@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cut the sequence into chunks and weigh them by their share of the mask."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,9 +14,6 @@ from magi_attention.plan.layout import Layout
 from magi_attention.plan.totals import totals
 
 Array = NDArray[np.int64]
-
-# Entries are measured so many at a time: large arrays cost more than caches and allocators hold.
-TOGETHER = 9000
 
 DealKeys = Callable[[Layout], Layout]
 """Where the keys of another sequence lie, given who owns which queries."""
@@ -54,30 +50,52 @@ class ChunkWork:
 def measure_chunks(slices: SliceTable, cuts: NDArray[np.int64], deal_keys: DealKeys | None = None) -> ChunkWork:
     """Measure all chunks of a sequence cut at ``cuts``; the cost grows with slices and chunks, not with rows."""
     bands, source = band.shrink(slices.bands())
-    first = np.searchsorted(cuts, bands[:, band.Q0], side="right") - 1
-    number = np.searchsorted(cuts, bands[:, band.Q1]) - first
-    # By columns, which are much faster than rows of six.
-    columns = np.ascontiguousarray(bands.T)
-    entries_before = np.append(0, np.cumsum(number))
-    ends = np.searchsorted(entries_before, np.arange(TOGETHER, entries_before[-1], TOGETHER))
-    parts = itertools.pairwise([0, *ends.tolist(), len(bands)])
-    measured = [_measure(columns[:, a:b], first[a:b], number[a:b], cuts) for a, b in parts if a < b]
-    if not measured:
-        measured = [_measure(columns, first, number, cuts)]
-    count, chunk, entry_area, keys = (np.concatenate(each) for each in zip(*measured, strict=True))
+    q0, q1, k0, k1, d0, d1 = np.ascontiguousarray(bands.T)
+    first = np.searchsorted(cuts, q0, side="right") - 1
+    number = np.searchsorted(cuts, q1) - first
+    last = np.cumsum(number) - 1
+    owner = np.repeat(np.arange(len(bands)), number)
+    chunk = np.arange(len(owner))
+    chunk += (first - last + number - 1).take(owner)
+    # All rows of a trimmed band keep something, so no piece of one has to be trimmed anew.
+    start = cuts.take(chunk)
+    start[last - number + 1] = q0
+    keys = np.empty((2, len(owner)), np.int64)
+    np.maximum(d0.take(owner) + start, k0.take(owner), out=keys[0])
+    np.minimum(d1.take(owner) + _stops(start, last, q1), k1.take(owner), out=keys[1])
+    entry_area = _areas_below(d1, k0, k1, owner, start, last, q1)
+    # Where the lower diagonal cuts nothing off, there is nothing below it.
+    cut = d0 > k0 - q1 + 1
+    if cut.any():
+        entries = np.flatnonzero(cut.take(owner))
+        number, own = number[cut], np.repeat(np.arange(int(cut.sum())), number[cut])
+        entry_area[entries] -= _areas_below(
+            d0[cut] - 1, k0[cut], k1[cut], own, start[entries], np.cumsum(number) - 1, q1[cut]
+        )
     area = totals(chunk, entry_area, len(cuts) - 1)
-    return ChunkWork(slices, cuts, area, chunk, np.repeat(source, count), keys, deal_keys)
+    return ChunkWork(slices, cuts, area, chunk, source.take(owner), keys.T, deal_keys)
 
 
-def _measure(columns: Array, first: Array, number: Array, cuts: Array) -> tuple[Array, Array, Array, Array]:
-    """How many entries each band has, trimmed bands given by columns; the chunk, area and keys of each entry."""
-    owner, step = expand_counts(number)
-    chunk = first[owner] + step
-    q0, q1, *others = (np.repeat(column, number) for column in columns)
-    trimmed, kept = band.trim(np.maximum(q0, cuts[chunk]), np.minimum(q1, cuts[chunk + 1]), *others)
-    pieces = list(trimmed)
-    if len(kept) < len(chunk):
-        chunk, owner = chunk[kept], owner[kept]
-        pieces = [column[kept] for column in pieces]
-    count = np.bincount(owner, minlength=len(number))
-    return count, chunk, band.column_area(*pieces), np.column_stack(pieces[band.K0 : band.D0])
+def _stops(start: Array, last: Array, stop: Array) -> Array:
+    """What comes after each entry: the next one's, or ``stop`` after the ``last`` ones."""
+    stops = np.empty_like(start)
+    stops[:-1] = start[1:]
+    stops[last] = stop
+    return stops
+
+
+def _areas_below(diagonal: Array, k0: Array, k1: Array, owner: Array, start: Array, last: Array, stop: Array) -> Array:
+    """The pairs of each entry's rows with its band's columns up to the ``diagonal``.
+
+    Args:
+        diagonal: ``(num_bands,)`` the columns end there.
+        k0: ``(num_bands,)`` the first column.
+        k1: ``(num_bands,)`` the one after the last.
+        owner: ``(n,)`` the band of each entry.
+        start: ``(n,)`` its first row.
+        last: ``(num_bands,)`` the last entry of each band.
+        stop: ``(num_bands,)`` the row after its last.
+    """
+    before_row_zero, width = diagonal - k0, np.maximum(k1 - k0, 0)
+    before = band.ramp_area(start + before_row_zero.take(owner), width.take(owner))
+    return _stops(before, last, band.ramp_area(stop + before_row_zero, width)) - before

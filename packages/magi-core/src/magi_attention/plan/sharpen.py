@@ -99,6 +99,6 @@ def _shift(begin: Array, ends: Ends, area_before: Callable[[Array], Array], slac
             number = max(min(int((free + shift * fall) // gain), most), least)
             shift += number
             moved.append(number)
-    rows[ends.heavy] += moved
-    rows[ends.light] -= moved
+    rows[ends.heavy] += np.array(moved, np.int64)
+    rows[ends.light] -= np.array(moved, np.int64)
     return np.append(0, np.cumsum(rows))
