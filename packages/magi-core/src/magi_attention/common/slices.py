@@ -148,4 +148,6 @@ def expand_counts(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray
     (array([0, 0, 2]), array([0, 1, 0]))
     """
     owner = np.repeat(np.arange(len(counts)), counts)
-    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    step = np.arange(len(owner))
+    step -= (np.cumsum(counts) - counts).take(owner)
+    return owner, step

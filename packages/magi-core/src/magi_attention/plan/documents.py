@@ -52,7 +52,7 @@ def find_documents(
         label, loss, to_last = _label_chunks(slices, work)
     else:
         loss, to_last = np.zeros(num_chunks, np.int64), np.zeros(num_chunks, np.bool_)
-    start = np.flatnonzero(np.diff(label, prepend=-2))
+    start = np.append(0, np.flatnonzero(label[1:] != label[:-1]) + 1)
     stop = np.append(start[1:], num_chunks)
     after = np.minimum(stop, num_chunks - 1)
     border = np.maximum(np.where(to_last[after], loss[after], 0), np.where(to_last[stop - 1], 0, loss[stop - 1]))
@@ -77,7 +77,7 @@ def _lay_out(
     """Join runs of the line that start at ``start``, and turn those whose light end comes last."""
     num_chunks = len(line)
     stop = np.append(start[1:], num_chunks)
-    area = np.append(0, np.cumsum(chunk_area[line]))
+    area = _sums_before(chunk_area[line])
     first = _join_neighbors(
         stop - start,
         area[stop] - area[start],
@@ -95,8 +95,16 @@ def _lay_out(
         line[a:b] = line[a:b][::-1]
         cut[a + 1 : b] = cut[a + 1 : b][::-1]
         is_border[a : b + 1] = is_border[a : b + 1][::-1]
-    area = np.append(0, np.cumsum(chunk_area[line]))
+    if falling.any():
+        area = _sums_before(chunk_area[line])
     return Documents(line, start, stop, area, cut, is_border, np.zeros(num_chunks, np.int64))
+
+
+def _sums_before(values: Array) -> Array:
+    """``(n + 1,)`` the sum of the values before each place."""
+    sums = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(values, out=sums[1:])
+    return sums
 
 
 def component_starts(slices: SliceTable) -> Array:
@@ -150,6 +158,8 @@ def _join_neighbors(tokens: Array, area: Array, border: Array, most_tokens: int,
 def key_hulls(work: ChunkWork) -> tuple[Array, Array]:
     """``(num_chunks,)`` the first key that each chunk reads and the one after the last; its first row for none."""
     begin = work.cuts[:-1]
+    if len(work.chunk) == len(begin) and (work.chunk[1:] > work.chunk[:-1]).all():
+        return work.keys[:, 0], work.keys[:, 1]
     low, high = np.full_like(begin, np.iinfo(np.int64).max), np.full_like(begin, -1)
     np.minimum.at(low, work.chunk, work.keys[:, 0])
     np.maximum.at(high, work.chunk, work.keys[:, 1])
@@ -160,9 +170,16 @@ def key_hulls(work: ChunkWork) -> tuple[Array, Array]:
 
 def _cut_costs(low: Array, high: Array) -> Array:
     """For each border between chunks, the length that the hulls of the keys of both sides have in common."""
-    before = np.append(0, np.maximum.accumulate(high))
-    after = np.append(np.minimum.accumulate(low[::-1])[::-1], before[-1])
-    return np.maximum(before - after, 0)
+    costs = np.zeros(len(low) + 1, np.int64)
+    costs[1:] = _rising(high)
+    costs[:-1] += _rising(-low[::-1])[::-1]
+    costs[-1] = 0
+    return np.maximum(costs, 0, out=costs)
+
+
+def _rising(values: Array) -> Array:
+    """The greatest value up to each place; to see that values rise already takes a fraction of the time."""
+    return values if (values[1:] >= values[:-1]).all() else np.maximum.accumulate(values)
 
 
 def _rows_read(documents: Documents, low: Array, high: Array, cuts: Array) -> Array:
