@@ -64,7 +64,7 @@ class Filling:
     def __init__(self, documents: Documents, capacities: Sequence[int], chunk_size: int, prefixes: Prefixes) -> None:
         self.documents = documents
         self.capacities, self.prefixes = capacities, prefixes
-        self.owner = np.full(len(documents.line), -1, np.int64)
+        self.owner = np.full(len(documents.line), -1, np.int32)
         # The free interval of each document, for access one by one and for whole-array arithmetic.
         self.start, self.stop = documents.start.copy(), documents.stop.copy()
         self.low, self.high = self.start.tolist(), self.stop.tolist()

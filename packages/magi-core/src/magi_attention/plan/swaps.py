@@ -78,22 +78,27 @@ class Swaps:
         self.most_area, self.most_sent = most_area, int(most_sent * chunk_size)
         borders = np.flatnonzero(documents.is_border)
         self.start, self.stop = borders[:-1], borders[1:]
-        self.document_of = np.repeat(np.arange(len(self.start)), self.stop - self.start)
         # How many of its document's first rows the chunk before each place reads.
-        self.read = np.append(0, documents.read)
+        self.read = np.zeros(len(owner) + 1, np.int64)
+        self.read[1:] = documents.read
         # How many rows documents have in the last chunk of the one before them, where that is their neighbor.
         line, inner = documents.line, borders[1:-1]
         self.border = np.zeros(len(line) + 1, np.int64)
         self.border[inner] = documents.cut[inner] * (line[inner] == line[inner - 1] + 1)
-        self.load = totals(owner, np.diff(documents.area), num_ranks)
+        first = self._find_starts()
+        self.load = totals(owner[first], np.diff(documents.area[first], append=documents.area[-1]), num_ranks)
+
+    def _find_starts(self) -> Array:
+        """Where runs start."""
+        is_first = self.documents.is_border[:-1].copy()
+        is_first[1:] |= self.owner[1:] != self.owner[:-1]
+        return np.flatnonzero(is_first)
 
     def find_runs(self) -> Runs:
         """The runs as they are now."""
-        is_first = self.documents.is_border[:-1].copy()
-        is_first[1:] |= self.owner[1:] != self.owner[:-1]
-        first = np.flatnonzero(is_first)
+        first = self._find_starts()
         last = np.append(first[1:], len(self.owner))
-        rank, document = self.owner[first], self.document_of[first]
+        rank, document = self.owner[first].astype(np.int64), np.cumsum(self.documents.is_border[first]) - 1
         key = document * self.num_ranks + rank
         order = np.argsort(key, kind="stable")
         follows = key[order[1:]] == key[order[:-1]]
@@ -113,10 +118,14 @@ class Swaps:
         document = runs.document[runs.highest]
         begin, end = self.start[document], self.stop[document]
         chunks = -(-self.read[runs.last[runs.highest]] // self.chunk_size)
-        change = np.zeros(len(self.owner) + 1, np.int64)
-        np.add.at(change, begin, 1)
-        np.add.at(change, np.minimum(begin + chunks, end), -1)
-        return np.append(0, np.cumsum(np.maximum(np.cumsum(change[:-1]) - 1, 0))) * self.chunk_size
+        sends = np.zeros(len(self.owner) + 2, np.int64)
+        np.add.at(sends, begin + 1, self.chunk_size)
+        np.add.at(sends, np.minimum(begin + chunks, end) + 1, -self.chunk_size)
+        sends = sends[:-1]
+        np.cumsum(sends, out=sends)
+        sends -= self.chunk_size  # the owner
+        np.maximum(sends, 0, out=sends)
+        return np.cumsum(sends, out=sends)
 
     def sent_by(self, runs: Runs, sends_before: Array) -> Array:
         """``(num_ranks,)`` the rows that each rank sends."""
