@@ -4,6 +4,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.common.slices import expand_counts
 from magi_attention.plan.documents import Documents
 from magi_attention.plan.totals import totals
 
@@ -66,21 +67,25 @@ def _best_swap(
     """
     start, length, area, cost = offered
     start2, length2, area2, cost2 = wanted
-    moved = area[:, None] - area2
-    peak = np.maximum(heavy_load - moved, light_load + moved)
     worst = np.iinfo(np.int64).max
-    peak[length[:, None] != length2] = worst
-    price = np.where(peak <= limit, cost[:, None] + cost2, worst)
+    by_length = np.argsort(length2, kind="stable")
+    first = np.searchsorted(length2[by_length], length)
+    i, step = expand_counts(np.searchsorted(length2[by_length], length, side="right") - first)
+    if not len(i):
+        return worst, worst, 0, 0, 0
+    j = by_length[first[i] + step]
+    moved = area[i] - area2[j]
+    peak = np.maximum(heavy_load - moved, light_load + moved)
+    price = np.where(peak <= limit, cost[i] + cost2[j], worst)
     place = int(np.argmin(price))
-    if price.flat[place] == worst:
+    if price[place] == worst:
         place = int(np.argmin(peak))
-    i, j = divmod(place, len(start2))
-    return int(price[i, j]), int(peak[i, j]), int(start[i]), int(start2[j]), int(length[i])
+    return int(price[place]), int(peak[place]), int(start[i[place]]), int(start2[j[place]]), int(length[i[place]])
 
 
 def _find_runs(owner: Array) -> tuple[Array, Array, Array]:
     """The first place of each run, the place after its last, and its rank."""
-    first = np.flatnonzero(np.diff(owner, prepend=-1))
+    first = np.append(0, np.flatnonzero(owner[1:] != owner[:-1]) + 1)
     return first, np.append(first[1:], len(owner)), owner[first]
 
 
