@@ -19,12 +19,14 @@ For a causal mask this ends in pairs of runs from both ends, for a sliding windo
 """
 
 import math
+from bisect import bisect_left
+from collections.abc import Iterator
 
 import numpy as np
 
 from magi_attention.plan.chunk_size import TILE
 from magi_attention.plan.documents import Documents
-from magi_attention.plan.filling import UNREACHABLE, Array, Filling, Floats, Lights
+from magi_attention.plan.filling import Array, Filling, Floats, Lights
 
 # What the first ranks take above the mean area saves pieces of long documents.
 # It saves too little to be worth the imbalance where there are fewer documents than FEW of the ranks, unless all chunks
@@ -149,28 +151,60 @@ class Deal(Filling):
 
         ``share`` chunks of the light end are taken in any case, more where they are lighter than what else is left.
         """
-        low, high, room = self.low[anchor], self.high[anchor], self.room
-        share = min(share, room, high - low)
-        most = min(room, high - low) - share
-        ends = np.array(lights[1:])
-        lengths, weights = ends[:, 1:] - ends[:, :-1]
-        own = self.chunk_area[low + share : low + share + most]
-        filling = np.concatenate([own, (weights // lengths).repeat(lengths)])
-        filling.sort()
-        filling = filling[: room - share]
-        filled = np.full(room - share + 1, UNREACHABLE)
-        filled[0] = self.area[low + share] - self.area[low]
-        filled[1 : len(filling) + 1] = filled[0] + np.cumsum(filling)
-        # From the longest piece of the heavy end to none at all, all with the lightest filling.
-        area = self.area[high] - self.documents.area[high - most : high + 1] + filled[room - share - most :]
-        allowed = area <= self.budget
-        longest = int(np.argmax(allowed))
-        taken = most - longest if allowed[longest] else 0
-        light = 0
-        if share + taken < room and len(filling):
-            dearest = filling[min(room - share - taken, len(filling)) - 1]
-            light = min(int(np.count_nonzero(own < dearest)), high - low - share - taken, room - share - taken)
-        return taken, share + light
+        low, high, area = self.low[anchor], self.high[anchor], self.area
+        share = min(share, self.room, high - low)
+        base, left = low + share, self.room - share
+        most = min(left, high - base)
+        # With m chunks of filling, the heavy end starts at ``place + m``. It fits if the filling weighs at most ``spare``
+        # more than what is before that place.
+        place, spare, fewest = high - left, self.budget - area[base] + area[low] - area[high], left - most
+        count, weight, own = 0, 0, 0
+        for next_count, next_weight, next_own in self._lightest_fillings(base, most, left, lights):
+            if next_count >= fewest and next_weight - area[place + next_count] <= spare:
+                break
+            count, weight, own = next_count, next_weight, next_own
+        else:
+            return 0, share + min(own, high - base, left)
+        slope = (next_weight - weight) / max(next_count - count, 1)
+        least, number = max(fewest, count), next_count
+        while least < number:
+            middle = (least + number) // 2
+            if weight + slope * (middle - count) - area[place + middle] <= spare:
+                number = middle
+            else:
+                least = middle + 1
+        if next_own > own:
+            own += number - count
+        return left - number, share + min(own, high - base - left + number, number)
+
+    def _lightest_fillings(
+        self, base: int, most: int, left: int, lights: Lights
+    ) -> Iterator[tuple[int, int, int]]:
+        """The lightest of up to ``left`` chunks: chunks of the document from ``base`` on and others' pieces, by density.
+
+        Yields their number, their area and how many are the document's own, at most ``most``, wherever one kind follows
+        the other.
+        """
+        area, chunk_area = self.area, self.chunk_area.data
+        own = base
+        for number, (_, start, stop) in enumerate(lights.pieces):
+            density = (area[stop] - area[start]) // (stop - start)
+            until = bisect_left(chunk_area, density, own, base + most)
+            count = until - base + lights.tokens[number]
+            weight = lights.areas[number]
+            if until > own:
+                if count >= left:
+                    own = until - count + left
+                    yield left, weight + area[own] - area[base], own - base
+                    return
+                own = until
+                yield count, weight + area[own] - area[base], own - base
+            if count + stop - start >= left:
+                yield left, weight + area[own] - area[base] + density * (left - count), own - base
+                return
+            yield count + stop - start, lights.areas[number + 1] + area[own] - area[base], own - base
+        own = min(base + most, base + left - lights.tokens[-1])
+        yield own - base + lights.tokens[-1], lights.areas[-1] + area[own] - area[base], own - base
 
     def _share_of_light_end(self, anchor: int, taken: int) -> int:
         """How many chunks of the anchor's light end each of its ranks should take, so that none sends too much.
