@@ -15,7 +15,7 @@ from magi_attention.plan.deal import TILED, WHOLE, Deal, most_beside_tile
 from magi_attention.plan.documents import Documents, find_documents
 from magi_attention.plan.filling import Prefixes
 from magi_attention.plan.layout import even_cuts
-from magi_attention.plan.locality import FILLINGS_OF_MANY, MANY_RANKS
+from magi_attention.plan.locality import CELLS_OF_MANY, MANY_RANKS
 from magi_attention.plan.totals import totals
 
 CHUNK, NUM_RANKS, CHUNKS_PER_RANK = 32, 8, 64
@@ -90,5 +90,5 @@ def test_every_rank_of_many_is_filled(lengths: list[int], read: list[float], chu
     ]
     slices = SliceTable(rows).without_empty()
     line = find_documents(slices, measure_chunks(slices, even_cuts(ends[-1], CHUNK)), MANY_RANKS, 0.3)
-    owner = Deal(line, [chunks_per_rank] * MANY_RANKS, CHUNK, FILLINGS_OF_MANY).run(1.0192, parts_tiles=True)
+    owner = Deal(line, [chunks_per_rank] * MANY_RANKS, CHUNK, CELLS_OF_MANY).run(1.0192, parts_tiles=True)
     assert (np.bincount(owner, minlength=MANY_RANKS) == chunks_per_rank).all()

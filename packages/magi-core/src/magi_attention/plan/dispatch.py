@@ -15,6 +15,7 @@ from magi_attention.common.enum import DispatchAlgType
 from magi_attention.common.intervals import intersect, merge
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import DispatchAlg
+from magi_attention.plan.chunk_size import choose_cell_size
 from magi_attention.plan.chunks import ChunkWork, DealKeys, measure_chunks
 from magi_attention.plan.layout import Layout, even_cuts
 from magi_attention.plan.locality import COMPARED_CHUNKS, MANY_RANKS, deal_by_locality, deal_documents
@@ -70,7 +71,8 @@ def make_layout(
     only_far = total < FEWEST_ROWS * num_ranks
     may_follow &= not only_far or (num_ranks >= MANY_RANKS and total >= FEWEST_OF_MANY * num_ranks)
     if may_follow and num_chunks > COMPARED_CHUNKS and len(slices) <= MOST_SLICES:
-        runs = deal_documents(slices, total, chunk_size, num_ranks, only_far=only_far)
+        cell_size = min(chunk_size, choose_cell_size(total))
+        runs = deal_documents(slices, total, cell_size, num_ranks, only_far=only_far)
         if runs is not None:
             return Layout(num_real, total, chunk_size, num_ranks, runs[1], runs[0])
     if num_ranks == 1:

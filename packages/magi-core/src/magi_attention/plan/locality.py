@@ -50,11 +50,11 @@ class Terms(NamedTuple):
 LESS_JOINED, MUCH_LESS = 1.2, 8.0
 # Joined documents part fewer chunks that have rows of two documents. Cells have none; their areas change a little when
 # cuts are shifted, up to SHIFTED.
-CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, Prefixes(1, 2, 0)), Terms(0.3, 10192, Prefixes(0, 2, 0)), 10199
+CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, Prefixes(1, 2, 0)), Terms(0.3, 10192, Prefixes(0, 1, 6)), 10199
 # Where that was too much, they are dealt again.
 CAREFUL = 10165
 # Deals of so many ranks may take longer, and try more fillings.
-MANY_RANKS, FILLINGS_OF_MANY = 128, Prefixes(0, 2, 6)
+MANY_RANKS, CHUNKS_OF_MANY, CELLS_OF_MANY = 128, Prefixes(1, 4, 0), Prefixes(0, 2, 6)
 # A group of up to SMALL_GROUP ranks aims at more even areas.
 MOST_OF_SMALL_GROUP = 10030
 # Runs of documents with loads beyond this multiple of the mean are not taken.
@@ -83,7 +83,8 @@ def deal_by_locality(
     Returns:
         ``(num_chunks,)`` int64, the rank of each chunk.
     """
-    owner, limit = _deal(slices, work, chunk_size, num_ranks, CHUNKS)
+    chunks = CHUNKS._replace(prefixes=CHUNKS_OF_MANY) if num_ranks >= MANY_RANKS else CHUNKS
+    owner, limit = _deal(slices, work, chunk_size, num_ranks, chunks)
     peak = _peak(owner, work)
     num_chunks = len(work.area)
     if peak <= limit and num_chunks > COMPARED_CHUNKS:
@@ -121,7 +122,7 @@ def deal_documents(
         return None
     each, more = divmod(total, num_ranks)
     wanted = each + (np.arange(num_ranks) < more)
-    cells = CELLS._replace(prefixes=FILLINGS_OF_MANY) if num_ranks >= MANY_RANKS else CELLS
+    cells = CELLS._replace(prefixes=CELLS_OF_MANY) if num_ranks >= MANY_RANKS else CELLS
     for terms in (cells, cells._replace(most=CAREFUL)):
         owner, limit = _deal(slices, work, cell_size, num_ranks, terms, document)
         settling = Settling(cuts, document, work.area, owner, wanted, limit * SHIFTED // terms.most)
