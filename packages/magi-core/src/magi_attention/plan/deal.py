@@ -64,12 +64,16 @@ def most_beside_tile(documents: Documents, num_ranks: int, reach: Array | np.int
 class Deal(Filling):
     """Deals the chunks, rank after rank."""
 
-    def run(self, aim_of_many: float, *, parts_tiles: bool) -> Array:
+    def run(self, aim_of_many: float, *, parts_tiles: bool, is_divided: bool = False) -> Array:
         """Deal all chunks; returns the rank of each place of the line.
 
-        Where the first ranks may take more than the mean, they take ``aim_of_many`` of it, or less where the run that
-        reads most ``parts_tiles``.
+        Args:
+            aim_of_many: where the first ranks may take more than the mean area, they take so many times as much.
+            parts_tiles: whether they take less where they read far, as their runs part tiles.
+            is_divided: whether chunks are divided afterwards, so that areas that fall short by less than one of the
+                heavy end are not lost (:mod:`magi_attention.plan.sharpen`).
         """
+        self.is_divided = is_divided
         rest, num_ranks = self.area[-1], len(self.capacities)
         heaviest = int(self.chunk_area.max())
         few = len(self.heaviness) <= FEW * num_ranks and 4 * rest < 3 * heaviest * len(self.owner)
@@ -282,7 +286,9 @@ class Deal(Filling):
         def cost(tokens: Array | float, areas: Floats) -> Floats:
             left = room - tokens
             spare = (self.budget - light_chunk * left) - areas
-            heavy = np.floor(spare / slope)
+            heavy = spare / slope
+            if not self.is_divided:
+                np.floor(heavy, out=heavy)
             np.minimum(heavy, left, out=heavy)
             heavy *= -per_heavy
             heavy[spare < 0] = np.inf

@@ -50,7 +50,7 @@ class Terms(NamedTuple):
 LESS_JOINED, MUCH_LESS = 1.2, 8.0
 # Joined documents part fewer chunks that have rows of two documents. Cells have none; their areas change a little when
 # cuts are shifted, up to SHIFTED.
-CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, Prefixes(1, 2, 0)), Terms(0.3, 10192, Prefixes(0, 1, 6)), 10199
+CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, Prefixes(1, 2, 0)), Terms(0.2, 10192, Prefixes(0, 1, 0)), 10199
 # Where that was too much, they are dealt again.
 CAREFUL = 10165
 # Deals of so many ranks may take longer, and try more fillings.
@@ -147,7 +147,8 @@ def _deal(
     limit = int(documents.area[-1]) * _most_of(terms, num_ranks) // (10000 * num_ranks)
     # With many rows per rank, one tile doesn't matter.
     parts_tiles = label is not None and bool(most_beside_tile(documents, num_ranks, documents.read.max()) < limit)
-    dealt = Deal(documents, capacities, chunk_size, terms.prefixes).run(terms.most / 10000, parts_tiles=parts_tiles)
+    deal = Deal(documents, capacities, chunk_size, terms.prefixes)
+    dealt = deal.run(terms.most / 10000, parts_tiles=parts_tiles, is_divided=label is not None)
     even = even_out(dealt, documents, num_ranks, limit)
     limits = np.full(num_ranks, limit)
     if parts_tiles:
