@@ -66,17 +66,20 @@ class Filling:
         self.capacities, self.prefixes = capacities, prefixes
         self.owner = np.full(len(documents.line), -1, np.int32)
         # The free interval of each document, for access one by one and for whole-array arithmetic.
-        self.start, self.stop = documents.start.copy(), documents.stop.copy()
+        self.ends = np.concatenate([documents.start, documents.stop])
+        self.start, self.stop = np.split(self.ends, 2)
         self.low, self.high = self.start.tolist(), self.stop.tolist()
         self.area, self.cut = documents.area.data, documents.cut.data
         self.chunk_area = np.diff(documents.area)
         self.area_float = documents.area.astype(np.float64)
         self.cut_float = documents.cut.astype(np.float64)
-        self.area_start, self.area_stop = self.area_float[self.start], self.area_float[self.stop]
+        self.area_ends = self.area_float[self.ends]
+        self.area_start, self.area_stop = np.split(self.area_ends, 2)
         length = self.stop - self.start
         self.length = length.copy()
-        self.end_length = np.clip(length // 4, 1, max(1, max(capacities))).tolist()
-        self.heaviness = np.array([self._heaviness(document) for document in range(len(length))], np.int64)
+        end = np.minimum(np.clip(length // 4, 1, max(1, max(capacities))), length)
+        self.heaviness = (documents.area[self.stop] - documents.area[self.stop - end]) // end
+        self.end_length = end.tolist()
         self.by_density = np.argsort(
             -((documents.area[self.stop] - documents.area[self.start]) // length), kind="stable"
         ).tolist()
@@ -261,21 +264,22 @@ class Filling:
             return np.inf, (0, 0, 0)
         length = length.take(candidates)
         size = np.minimum(want, length)
-        low, high = self.start.take(candidates), self.stop.take(candidates)
-        # One row for pieces from the light ends, one for pieces from the heavy ends.
-        inner = np.empty((2, len(size)), np.int64)
-        np.add(low, size, out=inner[0])
-        np.subtract(high, size, out=inner[1])
+        # First the pieces from the light ends, then those from the heavy ends.
+        ends = np.concatenate([candidates, candidates + len(self.start)])
+        inner = np.concatenate([size, -size])
+        inner += self.ends.take(ends)
         area = self.area_float.take(inner)
-        area[0] -= self.area_start.take(candidates)
-        np.subtract(self.area_stop.take(candidates), area[1], out=area[1])
+        area -= self.area_ends.take(ends)
+        np.abs(area, out=area)
         area += filled
+        whole = (size == length).nonzero()[0]
+        size = np.concatenate([size, size])
         costs = cost(size + (most - want), area)
         parting = self.cut_float.take(inner)
-        parting *= size < length
+        parting[whole] = parting[whole + len(length)] = 0
         costs += parting
         place = int(costs.argmin())
-        from_heavy_end, column = divmod(place, len(size))
+        from_heavy_end, column = divmod(place, len(length))
         document, number = int(candidates[column]), int(size[column])
         start = self.high[document] - number if from_heavy_end else self.low[document]
         return costs.item(place), (document, start, start + number)

@@ -21,7 +21,7 @@ from magi_attention.plan.swaps import Array, Runs, Swaps
 CYCLE, TOLERATED, LEAST_SAVED = 3, 2, 0.5
 # There is a cycle for RANKS_PER_CYCLE ranks, but at least LEAST_CYCLES, and else no more than go with TOGETHER ranks in
 # all cycles together. The last one ends SPARED rounds early, as these would save next to nothing.
-RANKS_PER_CYCLE, LEAST_CYCLES, TOGETHER, SPARED = 26, 2, 2304, 1
+RANKS_PER_CYCLE, LEAST_CYCLES, TOGETHER, SPARED = 21, 2, 2304, 1
 # A run that makes up more than this share of the mean area is no remainder, and has no match.
 LONGEST = 0.5
 # Against masks in very many pieces: documents of more ranks are left alone, pairs beyond these not weighed.
@@ -56,6 +56,9 @@ class ReceiverSwaps(Swaps):
             if rows < fewest:
                 best, fewest = self.owner.copy(), rows
             is_first = number % CYCLE == 0
+            if is_first:
+                # Swaps change little of who reads what, so this is good for a cycle.
+                self.sends = self.count_sends(runs)
             if self._swap(runs, TOLERATED if is_first else -LEAST_SAVED):
                 number += 1
             elif is_first:
@@ -115,7 +118,7 @@ class ReceiverSwaps(Swaps):
 
     def _affordable(self, runs: Runs, pairs: Pairs) -> Pairs:
         """The pairs after whose swap both ranks stay within the limits of area and of rows to send, or send less."""
-        area, sends = self.documents.area, self.count_sends(runs)
+        area, sends = self.documents.area, self.sends
         more_area = self.most_area - self.load
         more_sent = np.maximum(self.most_sent - self.sent_by(runs, sends), 0)
         moved, sent = (
@@ -142,6 +145,8 @@ class ReceiverSwaps(Swaps):
         of_giver = np.where(same, left, runs.read_by(other_document, pairs.giver))
         of_taker = runs.read_by(document, pairs.taker) - np.where(same, other_saved, 0)
         cost = np.maximum(other_rows - of_giver, 0) + np.maximum(rows - of_taker, 0) - (rows - left) - other_saved
+        if not self.is_parted_dearly:
+            return cost
         cost += self._parted(pairs.start, pairs.stop, pairs.giver, pairs.taker)
         return cost + self._parted(pairs.other_start, pairs.other_stop, pairs.taker, pairs.giver)
 

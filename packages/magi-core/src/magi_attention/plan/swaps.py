@@ -85,6 +85,7 @@ class Swaps:
         line, inner = documents.line, borders[1:-1]
         self.border = np.zeros(len(line) + 1, np.int64)
         self.border[inner] = documents.cut[inner] * (line[inner] == line[inner - 1] + 1)
+        self.is_parted_dearly = bool(self.border.any())
         first = self._find_starts()
         self.load = totals(owner[first], np.diff(documents.area[first], append=documents.area[-1]), num_ranks)
 
