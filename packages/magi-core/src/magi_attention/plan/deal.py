@@ -73,9 +73,9 @@ class Deal(Filling):
             is_divided: whether chunks are divided afterwards, so that areas that fall short by less than one of the
                 heavy end are not lost (:mod:`magi_attention.plan.sharpen`).
         """
-        self.is_divided = is_divided
         rest, num_ranks = self.area[-1], len(self.capacities)
         heaviest = int(self.chunk_area.max())
+        self.is_divided = is_divided and heaviest * num_ranks <= FINE * rest
         few = len(self.heaviness) <= FEW * num_ranks and 4 * rest < 3 * heaviest * len(self.owner)
         even = num_ranks <= SMALL_GROUP or (few and heaviest * num_ranks <= FINE * rest)
         aim = int(rest * (AIM_OF_FEW if even else aim_of_many) / num_ranks)

@@ -16,12 +16,12 @@ import numpy as np
 from magi_attention.common.slices import expand_counts
 from magi_attention.plan.swaps import Array, Runs, Swaps
 
-# In each round every rank swaps once at most. In the first of CYCLE rounds swaps may cost up to TOLERATED chunks, since
-# others become possible then; in the others they must save LEAST_SAVED.
-CYCLE, TOLERATED, LEAST_SAVED = 3, 2, 0.5
+# In each round a rank swaps runs of a document once at most. In the first of CYCLE rounds swaps may cost up to TOLERATED
+# chunks, since others become possible then; in the others they must save LEAST_SAVED.
+CYCLE, TOLERATED, LEAST_SAVED = 2, 2, 0.5
 # There is a cycle for RANKS_PER_CYCLE ranks, but at least LEAST_CYCLES, and else no more than go with TOGETHER ranks in
 # all cycles together. The last one ends SPARED rounds early, as these would save next to nothing.
-RANKS_PER_CYCLE, LEAST_CYCLES, TOGETHER, SPARED = 21, 2, 2304, 1
+RANKS_PER_CYCLE, LEAST_CYCLES, TOGETHER, SPARED = 16, 2, 3328, 1
 # A run that makes up more than this share of the mean area is no remainder, and has no match.
 LONGEST = 0.5
 # Against masks in very many pieces: documents of more ranks are left alone, pairs beyond these not weighed.
@@ -29,7 +29,10 @@ MOST_HOLDERS, MOST_PAIRS = 256, 1 << 19
 
 
 class Pairs(NamedTuple):
-    """Pieces ``[start, stop)`` that change owners, their runs, and the ranks that take them."""
+    """Pieces ``[start, stop)`` that change owners, their runs, and the ranks that take them.
+
+    ``area`` and ``sends`` are what the taker of the first piece gets more than it gives, of area and of rows to send.
+    """
 
     given: Array
     start: Array
@@ -39,6 +42,8 @@ class Pairs(NamedTuple):
     other_start: Array
     other_stop: Array
     taker: Array
+    area: Array
+    sends: Array
 
 
 class ReceiverSwaps(Swaps):
@@ -72,10 +77,41 @@ class ReceiverSwaps(Swaps):
         return int(self.read[runs.last[runs.highest]].sum())
 
     def _swap(self, runs: Runs, tolerated: float) -> int:
-        """Do what swaps cost at most so many chunks of rows, the best first; how many ranks took part."""
-        pairs = self._affordable(runs, self._pairs(runs))
-        score = self._cost(runs, pairs) - int(tolerated * self.chunk_size)
-        return self.exchange(pairs.start, pairs.stop, pairs.other_start, pairs.other_stop, score)
+        """Do what swaps cost less than so many chunks of rows, the best first; how many are done.
+
+        A swap neither comes after another one of the same rank and document, on which its cost depends, nor costs
+        anything where one of the ranks has taken part in another.
+        """
+        more_area = self.most_area - self.load
+        more_sends = np.maximum(self.most_sent - self.sent_by(runs, self.sends), 0)
+        pairs = self._affordable(self._pairs(runs), more_area, more_sends)
+        cost = self._cost(runs, pairs)
+        order = np.flatnonzero(cost < int(tolerated * self.chunk_size))
+        order = order[np.argsort(cost[order], kind="stable")]
+        pairs, cost = Pairs(*[each[order] for each in pairs]), cost[order]
+        documents = [runs.document[run] * self.num_ranks for run in (pairs.given, pairs.taken)]
+        room, left = more_area.tolist(), more_sends.tolist()
+        used: set[int] = set()
+        taking_part: set[int] = set()
+        done = 0
+        columns = [each.tolist() for each in (cost, *documents, *pairs)]
+        for price, document, other, _, start, stop, a, _, other_start, other_stop, b, area, sends in zip(
+            *columns, strict=True
+        ):
+            holdings = (document + a, document + b, other + a, other + b)
+            if not used.isdisjoint(holdings) or (price >= 0 and (a in taking_part or b in taking_part)):
+                continue
+            if area > room[b] or -area > room[a] or sends > left[b] or -sends > left[a]:
+                continue
+            used.update(holdings)
+            taking_part.update((a, b))
+            for rank, sign in ((a, 1), (b, -1)):
+                room[rank] += sign * area
+                left[rank] += sign * sends
+            self.owner[start:stop], self.owner[other_start:other_stop] = b, a
+            done += 1
+        self.load = self.most_area - np.array(room)
+        return done
 
     def _pairs(self, runs: Runs) -> Pairs:
         """The last runs of documents that several ranks hold, whole or as long as whole runs of those who take them."""
@@ -97,7 +133,12 @@ class ReceiverSwaps(Swaps):
         size = np.minimum(np.append(length, length[longer]), np.append(other, other[longer]))
         stop, other_stop = runs.last[given], runs.last[taken]
         other_stop[len(length) :] = runs.first[taken[len(length) :]] + size[len(length) :]
-        return Pairs(given, stop - size, stop, runs.rank[given], taken, other_stop - size, other_stop, taker)
+        start, other_start = stop - size, other_stop - size
+        area, sends = (
+            each[stop] - each[start] - each[other_stop] + each[other_start]
+            for each in (self.documents.area, self.sends)
+        )
+        return Pairs(given, start, stop, runs.rank[given], taken, other_start, other_stop, taker, area, sends)
 
     def _takers(self, runs: Runs) -> tuple[Array, Array]:
         """Last runs of documents, and ranks that could take each without reading as much more as its owner less."""
@@ -116,17 +157,10 @@ class ReceiverSwaps(Swaps):
         useful = (taker != runs.rank[given]) & (saved >= self.chunk_size)
         return given[useful], taker[useful]
 
-    def _affordable(self, runs: Runs, pairs: Pairs) -> Pairs:
+    def _affordable(self, pairs: Pairs, more_area: Array, more_sends: Array) -> Pairs:
         """The pairs after whose swap both ranks stay within the limits of area and of rows to send, or send less."""
-        area, sends = self.documents.area, self.sends
-        more_area = self.most_area - self.load
-        more_sent = np.maximum(self.most_sent - self.sent_by(runs, sends), 0)
-        moved, sent = (
-            each[pairs.stop] - each[pairs.start] - each[pairs.other_stop] + each[pairs.other_start]
-            for each in (area, sends)
-        )
-        affordable = (moved <= more_area[pairs.taker]) & (-moved <= more_area[pairs.giver])
-        affordable &= (sent <= more_sent[pairs.taker]) & (-sent <= more_sent[pairs.giver])
+        affordable = (pairs.area <= more_area[pairs.taker]) & (-pairs.area <= more_area[pairs.giver])
+        affordable &= (pairs.sends <= more_sends[pairs.taker]) & (-pairs.sends <= more_sends[pairs.giver])
         return Pairs(*[each[affordable] for each in pairs])
 
     def _cost(self, runs: Runs, pairs: Pairs) -> Array:
