@@ -77,8 +77,8 @@ class Deal(Filling):
         heaviest = int(self.chunk_area.max())
         self.is_divided = is_divided and heaviest * num_ranks <= FINE * rest
         few = len(self.heaviness) <= FEW * num_ranks and 4 * rest < 3 * heaviest * len(self.owner)
-        even = num_ranks <= SMALL_GROUP or (few and heaviest * num_ranks <= FINE * rest)
-        aim = int(rest * (AIM_OF_FEW if even else aim_of_many) / num_ranks)
+        self.is_even = num_ranks <= SMALL_GROUP or (few and heaviest * num_ranks <= FINE * rest)
+        aim = int(rest * (AIM_OF_FEW if self.is_even else aim_of_many) / num_ranks)
         for rank, capacity in enumerate(self.capacities[:-1]):
             if rank % RELIST == 0:
                 self.light_first = self._list_blocks()

@@ -84,7 +84,7 @@ def deal_by_locality(
         ``(num_chunks,)`` int64, the rank of each chunk.
     """
     chunks = CHUNKS._replace(prefixes=CHUNKS_OF_MANY) if num_ranks >= MANY_RANKS else CHUNKS
-    owner, limit = _deal(slices, work, chunk_size, num_ranks, chunks)
+    owner, limit, *_ = _deal(slices, work, chunk_size, num_ranks, chunks)
     peak = _peak(owner, work)
     num_chunks = len(work.area)
     if peak <= limit and num_chunks > COMPARED_CHUNKS:
@@ -124,21 +124,47 @@ def deal_documents(
     wanted = each + (np.arange(num_ranks) < more)
     cells = CELLS._replace(prefixes=CELLS_OF_MANY) if num_ranks >= MANY_RANKS else CELLS
     for terms in (cells, cells._replace(most=CAREFUL)):
-        owner, limit = _deal(slices, work, cell_size, num_ranks, terms, document)
-        settling = Settling(cuts, document, work.area, owner, wanted, limit * SHIFTED // terms.most)
+        dealt = _deal(slices, work, cell_size, num_ranks, terms, document)
+        settling = Settling(cuts, document, work.area, dealt.owner, wanted, dealt.limit * SHIFTED // terms.most)
         begin, rank = settling.run()
-        cell = np.searchsorted(cuts, begin[:-1], side="right") - 1
-        limits = np.full(num_ranks, limit * SHIFTED // terms.most)
-        begin = sharpen(begin, rank, document[cell], settling.area_of_rows, limits)
-        if int(settling.load.max()) * num_ranks <= MOST * int(work.area.sum()):
+        load = settling.load
+        if not dealt.is_even:
+            cell = np.searchsorted(cuts, begin[:-1], side="right") - 1
+            limits = np.minimum(settling.limit, dealt.beside_tile)
+            begin, load = sharpen(
+                begin,
+                rank,
+                document[cell],
+                load,
+                limits,
+                settling.area_of_rows,
+                lambda ends: measure_chunks(slices, ends).area,
+            )
+        if int(load.max()) * num_ranks <= MOST * int(work.area.sum()):
             return begin, rank
     return None
 
 
+class Dealt(NamedTuple):
+    """A deal.
+
+    Attributes:
+        owner: ``(num_chunks,)`` the rank of each chunk.
+        limit: the most area that a rank should have.
+        beside_tile: ``(num_ranks,)`` the same for ranks whose runs part costly tiles.
+        is_even: whether ranks aim at more even areas than ``limit``.
+    """
+
+    owner: Owner
+    limit: int
+    beside_tile: Array
+    is_even: bool
+
+
 def _deal(
     slices: SliceTable, work: ChunkWork, chunk_size: int, num_ranks: int, terms: Terms, label: Array | None = None
-) -> tuple[Owner, int]:
-    """Deal and even out; returns the rank of each chunk, and the most area that a rank should have."""
+) -> Dealt:
+    """Deal and even out."""
     joined_share = max(0.0, terms.joined_share - LESS_JOINED / num_ranks - MUCH_LESS / num_ranks**2)
     documents = find_documents(slices, work, num_ranks, joined_share, label)
     documents = part_light_ends(documents, num_ranks, chunk_size)
@@ -150,16 +176,17 @@ def _deal(
     deal = Deal(documents, capacities, chunk_size, terms.prefixes)
     dealt = deal.run(terms.most / 10000, parts_tiles=parts_tiles, is_divided=label is not None)
     even = even_out(dealt, documents, num_ranks, limit)
-    limits = np.full(num_ranks, limit)
+    beside_tile = np.full(num_ranks, documents.area[-1])
     if parts_tiles:
         reach = np.zeros(num_ranks, np.int64)
         np.maximum.at(reach, even, documents.read)
-        limits = np.minimum(limits, most_beside_tile(documents, num_ranks, reach))
+        beside_tile = most_beside_tile(documents, num_ranks, reach)
+    limits = np.minimum(limit, beside_tile)
     most_sent = find_most_sent(documents, num_ranks, chunk_size)
     spread = SenderSwaps(even, documents, num_ranks, chunk_size, limits, most_sent).run()
     owner = np.empty(len(work.area), np.int64)
     owner[documents.line] = ReceiverSwaps(spread, documents, num_ranks, chunk_size, limits, most_sent).run()
-    return owner, limit
+    return Dealt(owner, limit, beside_tile, deal.is_even)
 
 
 def _most_of(terms: Terms, num_ranks: int) -> int:

@@ -10,19 +10,25 @@ the order of their heavy runs: what a rank gets back from those before it, it ca
 
 from collections.abc import Callable
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.plan.totals import totals
+
 Array = NDArray[np.int64]
+AreaBefore = Callable[[Array], Array]
 
 # Runs of a document are heavy and light if their rows weigh so many times more.
 GRADED = 2
-# Densities change as runs are shifted; what is still missing then, or too much, is moved in further rounds.
-ROUNDS = 3
+# Densities change as runs are shifted; what is missing then, or too much, is moved in a further round or two.
+LEAST_ROUNDS, MOST_ROUNDS = 2, 3
+# Areas may exceed what is aimed at by this part of it.
+BEYOND = 10000
 
 
-class Ends:
+class Ends(NamedTuple):
     """Ranks with a heavy and a light run in one document, those of a document together, the heaviest first.
 
     Attributes:
@@ -32,73 +38,82 @@ class Ends:
         document: ``(n,)`` the document of both.
     """
 
-    def __init__(self, rank: Array, document: Array, weight: Array) -> None:
-        num_ranks = int(rank.max()) + 1
-        pair = document * num_ranks + rank
-        order = np.lexsort((weight, pair))
-        first = np.flatnonzero(np.diff(pair[order], prepend=-1))
-        light, heavy = order[first], order[np.append(first[1:], len(order)) - 1]
-        graded = np.flatnonzero(weight[heavy] >= GRADED * np.maximum(weight[light], 1))
-        light, heavy = light[graded], heavy[graded]
-        # Of each rank, the heaviest run counts.
-        order = np.argsort(-weight[heavy], kind="stable")
-        order = order[np.sort(np.unique(rank[heavy[order]], return_index=True)[1])]
-        order = order[np.argsort(document[heavy[order]], kind="stable")]
-        self.heavy, self.light = heavy[order], light[order]
-        self.rank, self.document = rank[self.heavy], document[self.heavy]
+    rank: Array
+    heavy: Array
+    light: Array
+    document: Array
 
 
 def sharpen(
-    begin: Array, rank: Array, document: Array, area_before: Callable[[Array], Array], limit: Array
-) -> Array:
+    begin: Array, rank: Array, document: Array, load: Array, limit: Array, area_before: AreaBefore, measure: AreaBefore
+) -> tuple[Array, Array]:
     """Shift the ends of runs.
 
     Args:
         begin: ``(n + 1,)`` where runs start, and the end of the sequence; a run has rows of one document.
         rank: ``(n,)`` the rank of each run.
         document: ``(n,)`` its document.
-        area_before: the mask area before each of some rows.
+        load: ``(num_ranks,)`` the area of each rank.
         limit: ``(num_ranks,)`` the most area that each rank should have.
+        area_before: about the mask area before each of some rows.
+        measure: the exact area of each run, given as ``begin`` is.
 
     Returns:
-        A new array like ``begin``; all ranks have as many rows as before.
+        New arrays like ``begin`` and ``load``; all ranks have as many rows as before.
     """
-    area = area_before(begin)
-    load = np.bincount(rank, weights=np.diff(area), minlength=len(limit))
-    ends = Ends(rank, document, np.diff(area) // np.maximum(np.diff(begin), 1))
-    best, most = begin, np.maximum(limit, load)
-    for _ in range(ROUNDS):
+    weight = np.diff(area_before(begin)) // np.maximum(np.diff(begin), 1)
+    ends = _find_ends(rank, document, weight)
+    best, least = begin, load
+    if not len(ends.rank):
+        return best, least
+    most = np.maximum(limit + limit // BEYOND, load)
+    for number in range(1, MOST_ROUNDS + 1):
         begin = _shift(begin, ends, area_before, limit - load)
-        load = np.bincount(rank, weights=np.diff(area_before(begin)), minlength=len(limit))
+        load = totals(rank, measure(begin), len(limit))
         if (load <= most).all():
-            best = begin
-    return best
+            best, least = begin, load
+            if number >= LEAST_ROUNDS:
+                break
+    return best, least
 
 
-def _shift(begin: Array, ends: Ends, area_before: Callable[[Array], Array], slack: Array) -> Array:
+def _find_ends(rank: Array, document: Array, weight: Array) -> Ends:
+    """The ends, given what a row of each run weighs; each rank has one pair at most, that of its heaviest rows."""
+    pair = document * (int(rank.max()) + 1) + rank
+    order = np.lexsort((weight, pair))
+    first = np.flatnonzero(np.diff(pair[order], prepend=-1))
+    light, heavy = order[first], order[np.append(first[1:], len(order)) - 1]
+    graded = np.flatnonzero(weight[heavy] >= GRADED * np.maximum(weight[light], 1))
+    light, heavy = light[graded], heavy[graded]
+    order = np.argsort(-weight[heavy], kind="stable")
+    order = order[np.sort(np.unique(rank[heavy[order]], return_index=True)[1])]
+    order = order[np.argsort(document[heavy[order]], kind="stable")]
+    heavy, light = heavy[order], light[order]
+    return Ends(rank[heavy], heavy, light, document[heavy])
+
+
+def _shift(begin: Array, ends: Ends, area_before: AreaBefore, slack: Array) -> Array:
     """Move so many rows between both runs of each rank that it gets about ``slack`` more area."""
     rows = np.diff(begin)
-    start, stop = begin[ends.heavy], begin[ends.heavy + 1]
-    low, high = np.diff(area_before(np.concatenate([start, start + 1, stop - 1, stop])).reshape(2, 2, -1), axis=1)[:, 0]
-    low, high = np.minimum(low, high), np.maximum(low, high)
-    light = begin[ends.light + 1]
-    light = np.diff(area_before(np.concatenate([light - 1, light])).reshape(2, -1), axis=0)[0]
-    table = zip(
-        ends.document.tolist(),
-        slack[ends.rank].tolist(),
-        (high - low).tolist(),
-        np.maximum(low - light, 1).tolist(),
-        (1 - rows[ends.heavy]).tolist(),
-        (rows[ends.light] - 1).tolist(),
-        strict=True,
+    # What rows at both ends of the heavy runs weigh, and those at the upper ends of the light ones.
+    places = np.stack([begin[ends.heavy], begin[ends.heavy + 1] - 1, begin[ends.light + 1] - 1])
+    one, other, light = np.diff(area_before(np.stack([places, places + 1]).ravel()).reshape(2, 3, -1), axis=0)[0]
+    low, high = np.minimum(one, other), np.maximum(one, other)
+    columns = (
+        ends.document,
+        slack[ends.rank],
+        high - low,
+        np.maximum(low - light, 1),
+        1 - rows[ends.heavy],
+        np.maximum(rows[ends.light] - 1, 0),
     )
     moved = []
-    for _, each in groupby(table, key=lambda row: row[0]):
+    for _, ranks in groupby(zip(*[each.tolist() for each in columns], strict=True), key=lambda row: row[0]):
         shift = 0
-        for _, free, fall, gain, least, most in each:
-            number = max(min(int((free + shift * fall) // gain), most), least)
+        for _, free, fall, gain, least, most in ranks:
+            number = max(min((free + shift * fall) // gain, most), least)
             shift += number
             moved.append(number)
-    rows[ends.heavy] += np.array(moved, np.int64)
-    rows[ends.light] -= np.array(moved, np.int64)
+    rows[ends.heavy] += moved
+    rows[ends.light] -= moved
     return np.append(0, np.cumsum(rows))
