@@ -61,8 +61,8 @@ class ReceiverSwaps(Swaps):
             if rows < fewest:
                 best, fewest = self.owner.copy(), rows
             is_first = number % CYCLE == 0
-            if is_first:
-                # Swaps change little of who reads what, so this is good for a cycle.
+            if not number:
+                # Swaps change little of who reads what, so this is good for all rounds.
                 self.sends = self.count_sends(runs)
             if self._swap(runs, TOLERATED if is_first else -LEAST_SAVED):
                 number += 1
@@ -88,27 +88,32 @@ class ReceiverSwaps(Swaps):
         cost = self._cost(runs, pairs)
         order = np.flatnonzero(cost < int(tolerated * self.chunk_size))
         order = order[np.argsort(cost[order], kind="stable")]
-        pairs, cost = Pairs(*[each[order] for each in pairs]), cost[order]
-        documents = [runs.document[run] * self.num_ranks for run in (pairs.given, pairs.taken)]
+        return self._exchange(runs, Pairs(*[each[order] for each in pairs]), cost[order], more_area, more_sends)
+
+    def _exchange(self, runs: Runs, pairs: Pairs, cost: Array, more_area: Array, more_sends: Array) -> int:
+        """Do swaps, the first ones first, unless others of the round are in their way; see :meth:`_swap`."""
+        document, other = (runs.document[run] * self.num_ranks for run in (pairs.given, pairs.taken))
+        holdings = [each + rank for each in (document, other) for rank in (pairs.giver, pairs.taker)]
         room, left = more_area.tolist(), more_sends.tolist()
         used: set[int] = set()
         taking_part: set[int] = set()
         done = 0
-        columns = [each.tolist() for each in (cost, *documents, *pairs)]
-        for price, document, other, _, start, stop, a, _, other_start, other_stop, b, area, sends in zip(
-            *columns, strict=True
-        ):
-            holdings = (document + a, document + b, other + a, other + b)
-            if not used.isdisjoint(holdings) or (price >= 0 and (a in taking_part or b in taking_part)):
+        columns = [each.tolist() for each in (*holdings, pairs.giver, pairs.taker, cost)]
+        for number, (k, m, n, o, a, b, price) in enumerate(zip(*columns, strict=True)):
+            if k in used or m in used or n in used or o in used:
                 continue
+            if price >= 0 and (a in taking_part or b in taking_part):
+                continue
+            area, sends = pairs.area.item(number), pairs.sends.item(number)
             if area > room[b] or -area > room[a] or sends > left[b] or -sends > left[a]:
                 continue
-            used.update(holdings)
+            used.update((k, m, n, o))
             taking_part.update((a, b))
             for rank, sign in ((a, 1), (b, -1)):
                 room[rank] += sign * area
                 left[rank] += sign * sends
-            self.owner[start:stop], self.owner[other_start:other_stop] = b, a
+            self.owner[pairs.start[number] : pairs.stop[number]] = b
+            self.owner[pairs.other_start[number] : pairs.other_stop[number]] = a
             done += 1
         self.load = self.most_area - np.array(room)
         return done
