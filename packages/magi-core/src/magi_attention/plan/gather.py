@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from magi_attention.common.slices import expand_counts
+from magi_attention.plan.documents import Documents
 from magi_attention.plan.swaps import Array, Runs, Swaps
 
 # In each round a rank swaps runs of a document once at most. In the first of CYCLE rounds swaps may cost up to TOLERATED
@@ -47,7 +48,26 @@ class Pairs(NamedTuple):
 
 
 class ReceiverSwaps(Swaps):
-    """Swaps that spare the ranks rows to receive, while nobody sends more than he should, or than before."""
+    """Swaps that spare the ranks rows to receive, while nobody sends more than he should, or than before.
+
+    Args:
+        owner: as for :class:`~plan.swaps.Swaps`, and so are the other arguments.
+        sends: what :meth:`count_sends` says of the deal, or of one like it; None to count. Swaps change little of who
+            reads what, so that it holds for all rounds.
+    """
+
+    def __init__(
+        self,
+        owner: Array,
+        documents: Documents,
+        num_ranks: int,
+        chunk_size: int,
+        most_area: int | Array,
+        most_sent: float,
+        sends: Array | None = None,
+    ) -> None:
+        super().__init__(owner, documents, num_ranks, chunk_size, most_area, most_sent)
+        self.sends = self.count_sends(self.find_runs()) if sends is None else sends
 
     def run(self) -> Array:
         """Swap for some rounds; returns the rank of each place of the line after the best of them."""
@@ -61,9 +81,6 @@ class ReceiverSwaps(Swaps):
             if rows < fewest:
                 best, fewest = self.owner.copy(), rows
             is_first = number % CYCLE == 0
-            if not number:
-                # Swaps change little of who reads what, so this is good for all rounds.
-                self.sends = self.count_sends(runs)
             if self._swap(runs, TOLERATED if is_first else -LEAST_SAVED):
                 number += 1
             elif is_first:

@@ -7,6 +7,7 @@ stay whole, and one that a single rank cannot compute should be spread over as f
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.cells import cut_documents, first_rows_read_far
-from magi_attention.plan.chunks import ChunkWork, measure_chunks
+from magi_attention.plan.chunks import ChunkWork, measure_areas, measure_chunks
 from magi_attention.plan.deal import SMALL_GROUP, Deal, most_beside_tile
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.documents import find_documents
@@ -138,7 +139,7 @@ def deal_documents(
                 load,
                 limits,
                 settling.area_of_rows,
-                lambda ends: measure_chunks(slices, ends).area,
+                partial(measure_areas, work.bands),
             )
         if int(load.max()) * num_ranks <= MOST * int(work.area.sum()):
             return begin, rank
@@ -183,9 +184,10 @@ def _deal(
         beside_tile = most_beside_tile(documents, num_ranks, reach)
     limits = np.minimum(limit, beside_tile)
     most_sent = find_most_sent(documents, num_ranks, chunk_size)
-    spread = SenderSwaps(even, documents, num_ranks, chunk_size, limits, most_sent).run()
+    spread = SenderSwaps(even, documents, num_ranks, chunk_size, limits, most_sent)
+    swapped = ReceiverSwaps(spread.run(), documents, num_ranks, chunk_size, limits, most_sent, spread.sends)
     owner = np.empty(len(work.area), np.int64)
-    owner[documents.line] = ReceiverSwaps(spread, documents, num_ranks, chunk_size, limits, most_sent).run()
+    owner[documents.line] = swapped.run()
     return Dealt(owner, limit, beside_tile, deal.is_even)
 
 

@@ -54,8 +54,9 @@ class Settling:
         self.num_light = int(np.searchsorted(self.weight[self.holdings], most, side="right"))
         # About what rows weigh that a rank gets or gives along the tree.
         self.light = [0] * self.num_ranks
-        for run in self.holdings[: self.num_light][::-1].tolist():
-            self.light[self.rank[run]] = int(self.weight[run])
+        lightest = self.holdings[: self.num_light][::-1]
+        for rank, weight in zip(self.rank[lightest].tolist(), self.weight[lightest].tolist(), strict=True):
+            self.light[rank] = weight
         self.tree = self._grow_tree()
         self.degree = [len(neighbors) for neighbors in self.tree]
         self.leaves = [node for node, number in enumerate(self.degree) if number == 1]

@@ -43,7 +43,7 @@ class SenderSwaps(Swaps):
         """Swap until no rank sends too much or nothing helps; returns the rank of each place of the line."""
         for _ in range(min(max(self.num_ranks // RANKS_PER_ROUND, LEAST_ROUNDS), MOST_ROUNDS)):
             runs = self.find_runs()
-            sends_before = self.count_sends(runs)
+            sends_before = self.sends = self.count_sends(runs)
             sent = self.sent_by(runs, sends_before)
             excess = sent - self.most_sent
             number = min(max(1, int(self.num_ranks * BUSIEST)), MOST_BUSY)
