@@ -170,6 +170,16 @@ def test_any_deal_of_cells_is_settled_exactly(seed: int, mean: int) -> None:
     assert abs(int(settling.load.sum()) - int(area.sum())) <= len(rank)
 
 
+def test_a_long_document_is_given_to_one_rank_that_lacks_enough() -> None:
+    """Whole documents leave two ranks with 10 rows too many; the one with a short document serves two others."""
+    rows, owner = np.array([100, 910, 1010, 995, 985]), np.array([0, 0, 1, 2, 3])
+    cuts, document, wanted = np.append(0, np.cumsum(rows)), np.arange(5), np.full(4, 1000)
+    begin, rank = Settling(cuts, document, rows, owner, wanted, 2000).run()
+    assert totals(rank, np.diff(begin), 4).tolist() == wanted.tolist()
+    pieces = np.bincount(np.searchsorted(cuts, begin[:-1], side="right") - 1)
+    assert pieces.tolist() == [3, 1, 2, 1, 1]
+
+
 def test_dispatch_meta_lists_runs_as_chunks() -> None:
     total = 1 << 17
     layout = deal(packed(total, "causal", lengths(total, 1, 512)), total, 8)

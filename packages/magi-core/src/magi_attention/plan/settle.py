@@ -202,20 +202,37 @@ class Settling:
         return changed, is_any
 
     def _hand_over(self, excess: Array) -> None:
-        """Ranks that have too many rows give some of a short document, or else of a light run, to others."""
-        takers = [[rank, -int(excess[rank])] for rank in np.flatnonzero(excess < 0).tolist()]
+        """Ranks that have too many rows give some of a short document, or else of a light run, to others.
+
+        Those whose short documents are longest come first, since parting these costs most: they find takers that lack
+        as many rows as they have too many.
+        """
+        lacking = {rank: -int(excess[rank]) for rank in np.flatnonzero(excess < 0).tolist()}
         length = np.array(self.rows)
         is_parted = np.bincount(self.document)[self.document] > 1
+        dearness = np.where(is_parted, self.weight, length)
+        givers = []
         for giver in np.flatnonzero(excess > 0).tolist():
             mine = np.flatnonzero(self.rank == giver)
+            order = np.lexsort((dearness[mine], length[mine] < excess[giver], is_parted[mine]))
+            runs = mine[order].tolist()
+            givers.append((bool(is_parted[runs[0]]), int(dearness[runs[0]]), giver, runs))
+        for _, _, giver, runs in sorted(givers, reverse=True):
             left = int(excess[giver])
-            dearness = np.where(is_parted[mine], self.weight[mine], length[mine])
-            for run in mine[np.lexsort((dearness, length[mine] < left, is_parted[mine]))].tolist():
+            for run in runs:
                 while left and self.rows[run]:
-                    number = min(left, takers[-1][1], self.rows[run])
-                    self.handed.append((run, takers[-1][0], number))
+                    number = min(left, self.rows[run])
+                    taker = _best_fit(lacking, number)
+                    number = min(number, lacking[taker])
+                    self.handed.append((run, taker, number))
                     self.rows[run] -= number
                     left -= number
-                    takers[-1][1] -= number
-                    if not takers[-1][1]:
-                        takers.pop()
+                    lacking[taker] -= number
+                    if not lacking[taker]:
+                        del lacking[taker]
+
+
+def _best_fit(lacking: dict[int, int], number: int) -> int:
+    """The rank that lacks least of those that lack so many rows, or the one that lacks most."""
+    enough = [(rows, rank) for rank, rows in lacking.items() if rows >= number]
+    return min(enough)[1] if enough else max((rows, rank) for rank, rows in lacking.items())[1]
