@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fillings of two documents are the cheapest ones, and ranks whose runs part costly tiles get less area."""
+"""Fillings of two documents are the cheapest, and ranks whose runs part costly tiles get less area."""
 
 import itertools
 
@@ -41,10 +41,12 @@ def test_the_cheapest_filling_by_two_documents_is_found(seed: int, most: int) ->
     longest = int(np.searchsorted(lights.tokens, most, side="right")) - 1
     # Costs that are not those of the lightest filling alone.
     paid = [1000 * (number % 3) for number in range(longest + 1)]
-    least, number, pair = deal._pair(anchor, lights, longest, most, paid, lambda tokens, areas: areas + 0.0)
+    used = {document for document, _, _ in lights.pieces[:longest]} | {anchor}
+    free = deal.length.copy()
+    free[list(used)] = 0
+    least, number, pair = deal._pair(free, lights, longest, most, paid, lambda tokens, areas: areas + 0.0)
 
     length, area = documents.stop - documents.start, documents.area[documents.stop] - documents.area[documents.start]
-    used = {document for document, _, _ in lights.pieces[:longest]} | {anchor}
     others = [each for each in range(len(length)) if each not in used]
     fillings = [
         lights.areas[first] + paid[first] + sum(int(area[each]) for each in chosen)
@@ -59,6 +61,39 @@ def test_the_cheapest_filling_by_two_documents_is_found(seed: int, most: int) ->
     assert least == min(fillings)
     assert lights.tokens[number] + length[pair].sum() == most
     assert lights.areas[number] + paid[number] + area[pair].sum() == least
+
+
+@pytest.mark.parametrize("shorter", [0, 3])
+@pytest.mark.parametrize("most", [3, 17, 41, 64])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_cheapest_filling_by_a_document_and_an_end_is_found(seed: int, most: int, shorter: int) -> None:
+    documents = documents_of(seed)
+    number_of = len(documents.start)
+    deal = Deal(documents, [CHUNKS_PER_RANK] * NUM_RANKS, CHUNK, Prefixes(0, 2, 0, number_of - 1))
+    free = deal.length.copy()
+    free[-1] = 0
+
+    def cost(tokens: np.ndarray, areas: np.ndarray) -> np.ndarray:
+        return np.abs(areas - 30_000) - 100.0 * tokens
+
+    least, pieces = deal._extend_by_two(free, most, shorter, cost)
+    area, cut = documents.area, documents.cut
+    costs = []
+    for first, other in itertools.permutations(range(number_of - 1), 2):
+        size = min(most - int(free[first]), int(free[other]))
+        if size <= 0 or size + free[first] < most - shorter:
+            continue
+        start, stop = int(documents.start[other]), int(documents.stop[other])
+        for low, high, inner in ((start, start + size, start + size), (stop - size, stop, stop - size)):
+            filled = area[documents.stop[first]] - area[documents.start[first]] + area[high] - area[low]
+            costs.append(float(cost(free[first] + size, filled)) + (cut[inner] if size < free[other] else 0))
+    assert least == min(costs, default=np.inf)
+    if costs:
+        (a, b), (c, d) = ((start, stop) for _, start, stop in pieces)
+        assert most - shorter <= b - a + d - c <= most
+        assert b <= c or d <= a
+    deal.prefixes = deal.prefixes._replace(few=number_of - 2)
+    assert deal._extend_by_two(free, most, shorter, cost) == (np.inf, [])
 
 
 def test_ranks_that_read_far_get_less_area_where_runs_part_tiles() -> None:

@@ -32,11 +32,14 @@ class Prefixes(NamedTuple):
         short: the shortest, with one more document or a piece of one.
         long: the longest, with the same.
         paired: the longest, with up to two more documents that fill the room exactly.
+        few: instead of those with one more document, also with two, one of them whole, if there are no more left. The
+            prefix is the empty one.
     """
 
     short: int
     long: int
     paired: int
+    few: int = 0
 
 
 class Lights(NamedTuple):
@@ -212,8 +215,9 @@ class Filling:
     ) -> bool:
         """Take the cheapest filling of at most ``most`` chunks and at least ``most - shorter``, if there is any.
 
-        It consists of the first light pieces and perhaps one more document or an end of one, or two documents. Its cost
-        is that of parting documents and what ``cost`` says of numbers of chunks and areas.
+        It consists of the first light pieces and perhaps one more document or an end of one, or two documents, or of one
+        document and an end of another. Its cost is that of parting documents and what ``cost`` says of numbers of
+        chunks and areas.
         """
         pieces, tokens, areas = lights
         longest = bisect_right(tokens, most) - 1
@@ -225,7 +229,8 @@ class Filling:
         # What is used counts as empty.
         length = self.length.copy()
         length[anchor] = 0
-        least, best, chosen, used = np.inf, 0, [], 0
+        best, used = 0, 0
+        least, chosen = self._extend_by_two(length, most, shorter, cost) if self.prefixes.few else (np.inf, [])
         for number in prefixes:
             for document, _, _ in pieces[used:number]:
                 length[document] = 0
@@ -262,27 +267,65 @@ class Filling:
         candidates = (length >= want - shorter).nonzero()[0]
         if not len(candidates):
             return np.inf, (0, 0, 0)
-        length = length.take(candidates)
-        size = np.minimum(want, length)
+        size = np.minimum(want, length.take(candidates))
+        price, place, start = self._cheapest_end(candidates, size, size + (most - want), filled, cost)
+        return price, (int(candidates[place]), start, start + int(size[place]))
+
+    def _extend_by_two(
+        self, length: Array, most: int, shorter: int, cost: Cost
+    ) -> tuple[float, list[tuple[int, int, int]]]:
+        """The cheapest filling of a whole document and an end of another, as :meth:`_extend` finds one document."""
+        free = length.nonzero()[0]
+        if len(free) > self.prefixes.few:
+            return np.inf, []
+        length = length.take(free)
+        missing = most - length
+        is_possible = (missing[:, None] > 0) & (length >= (missing - shorter)[:, None])
+        np.fill_diagonal(is_possible, False)
+        first, other = is_possible.nonzero()
+        if not len(first):
+            return np.inf, []
+        area = self.area_stop.take(free) - self.area_start.take(free)
+        size = np.minimum(missing.take(first), length.take(other))
+        ends = free.take(other)
+        price, place, start = self._cheapest_end(ends, size, size + length.take(first), area.take(first), cost)
+        whole = int(free[first[place]])
+        return price, [(whole, self.low[whole], self.high[whole]), (int(ends[place]), start, start + int(size[place]))]
+
+    def _cheapest_end(
+        self, documents: Array, size: Array, tokens: Array, filled: Floats | int, cost: Cost
+    ) -> tuple[float, int, int]:
+        """Of the light and the heavy ends of so many chunks of free documents the cheapest.
+
+        Args:
+            documents: ``(n,)`` the documents.
+            size: ``(n,)`` chunks of each piece.
+            tokens: ``(n,)`` the same together with what it completes.
+            filled: the area of what it completes; of each, or of all.
+            cost: see :meth:`_choose`.
+
+        Returns:
+            The cost, the place among the documents, and where the piece starts.
+        """
+        number = len(documents)
         # First the pieces from the light ends, then those from the heavy ends.
-        ends = np.concatenate([candidates, candidates + len(self.start)])
+        ends = np.concatenate([documents, documents + len(self.start)])
         inner = np.concatenate([size, -size])
         inner += self.ends.take(ends)
         area = self.area_float.take(inner)
         area -= self.area_ends.take(ends)
         np.abs(area, out=area)
-        area += filled
-        whole = (size == length).nonzero()[0]
-        size = np.concatenate([size, size])
-        costs = cost(size + (most - want), area)
+        # Rows of both kinds of ends.
+        area.reshape(2, number)[:] += filled
+        whole = (size == self.length.take(documents)).nonzero()[0]
+        costs = cost(np.concatenate([tokens, tokens]), area)
         parting = self.cut_float.take(inner)
-        parting[whole] = parting[whole + len(length)] = 0
+        parting[whole] = parting[whole + number] = 0
         costs += parting
-        place = int(costs.argmin())
-        from_heavy_end, column = divmod(place, len(length))
-        document, number = int(candidates[column]), int(size[column])
-        start = self.high[document] - number if from_heavy_end else self.low[document]
-        return costs.item(place), (document, start, start + number)
+        from_heavy_end, place = divmod(least := int(costs.argmin()), number)
+        document = documents[place]
+        start = self.high[document] - int(size[place]) if from_heavy_end else self.low[document]
+        return costs.item(least), place, start
 
     def _pair(
         self,
