@@ -125,5 +125,5 @@ def test_every_rank_of_many_is_filled(lengths: list[int], read: list[float], chu
     ]
     slices = SliceTable(rows).without_empty()
     line = find_documents(slices, measure_chunks(slices, even_cuts(ends[-1], CHUNK)), MANY_RANKS, 0.3)
-    owner = Deal(line, [chunks_per_rank] * MANY_RANKS, CHUNK, CELLS_OF_MANY).run(1.0192, parts_tiles=True)
+    owner = Deal(line, [chunks_per_rank] * MANY_RANKS, CHUNK, CELLS_OF_MANY.prefixes).run(1.0192, parts_tiles=True)
     assert (np.bincount(owner, minlength=MANY_RANKS) == chunks_per_rank).all()

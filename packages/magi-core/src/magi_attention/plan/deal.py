@@ -50,7 +50,7 @@ OWN = 0.3
 GRADED = 1.15
 # Where runs start anywhere, a kernel's tile at the end of a rank's longest-reading run holds other rows too, which cost
 # as much as those of the run. With such a tile, a rank has up to TILED of the mean area, but may have WHOLE without.
-TILED, WHOLE = 1.069, 0.97
+TILED, WHOLE = 1.08, 0.985
 # The light documents are listed anew after so many ranks.
 RELIST = 16
 

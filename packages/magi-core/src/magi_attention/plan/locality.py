@@ -55,7 +55,7 @@ CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, Prefixes(1, 2, 0)), Terms(0.2, 10192,
 # Where that was too much, they are dealt again.
 CAREFUL = 10165
 # Deals of so many ranks may take longer, and try more fillings.
-MANY_RANKS, CHUNKS_OF_MANY, CELLS_OF_MANY = 128, Prefixes(1, 4, 0), Prefixes(1, 4, 6, 150)
+MANY_RANKS, CHUNKS_OF_MANY, CELLS_OF_MANY = 128, Prefixes(1, 4, 0), Terms(0.3, CELLS.most, Prefixes(1, 4, 6, 150))
 # A group of up to SMALL_GROUP ranks aims at more even areas.
 MOST_OF_SMALL_GROUP = 10030
 # Runs of documents with loads beyond this multiple of the mean are not taken.
@@ -123,7 +123,7 @@ def deal_documents(
         return None
     each, more = divmod(total, num_ranks)
     wanted = each + (np.arange(num_ranks) < more)
-    cells = CELLS._replace(prefixes=CELLS_OF_MANY) if num_ranks >= MANY_RANKS else CELLS
+    cells = CELLS_OF_MANY if num_ranks >= MANY_RANKS else CELLS
     for terms in (cells, cells._replace(most=CAREFUL)):
         dealt = _deal(slices, work, cell_size, num_ranks, terms, document)
         settling = Settling(cuts, document, work.area, dealt.owner, wanted, dealt.limit * SHIFTED // terms.most)
