@@ -21,13 +21,17 @@ from magi_attention.plan.totals import totals
 CHUNK, NUM_RANKS, CHUNKS_PER_RANK = 32, 8, 64
 
 
-def documents_of(seed: int) -> Documents:
-    """Causal documents of lengths that differ, the last as long as what is left."""
-    lengths = np.random.default_rng(seed).permutation(np.arange(2, 27))
-    lengths = np.append(lengths, NUM_RANKS * CHUNKS_PER_RANK - lengths.sum())
+def causal_documents(lengths: list[int], num_ranks: int) -> Documents:
+    """Causal documents of so many chunks."""
     ends = np.append(0, np.cumsum(lengths)) * CHUNK
     slices = SliceTable([[a, b, a, b, CAUSAL] for a, b in itertools.pairwise(ends.tolist())])
-    return find_documents(slices, measure_chunks(slices, even_cuts(int(ends[-1]), CHUNK)), NUM_RANKS, 0.0)
+    return find_documents(slices, measure_chunks(slices, even_cuts(int(ends[-1]), CHUNK)), num_ranks, 0.0)
+
+
+def documents_of(seed: int) -> Documents:
+    """Causal documents of lengths that differ, the last as long as what is left."""
+    lengths = np.random.default_rng(seed).permutation(np.arange(2, 27)).tolist()
+    return causal_documents([*lengths, NUM_RANKS * CHUNKS_PER_RANK - sum(lengths)], NUM_RANKS)
 
 
 @pytest.mark.parametrize("most", [17, 30, 41, 64])
@@ -94,6 +98,16 @@ def test_the_cheapest_filling_by_a_document_and_an_end_is_found(seed: int, most:
         assert b <= c or d <= a
     deal.prefixes = deal.prefixes._replace(few=number_of - 2)
     assert deal._extend_by_two(free, most, shorter, cost) == (np.inf, [])
+
+
+@pytest.mark.parametrize("lengths", [[192] * 3 + [128] * 3, [140, 116] * 4, [150, 106] * 4], ids=str)
+def test_both_ends_of_a_document_fill_ranks_where_other_documents_would_be_cut(lengths: list[int]) -> None:
+    num_ranks = sum(lengths) // CHUNKS_PER_RANK
+    documents = causal_documents(lengths, num_ranks)
+    deal = Deal(documents, [CHUNKS_PER_RANK] * num_ranks, CHUNK, Prefixes(1, 2, 0))
+    parts = np.split(deal.run(1.0192, parts_tiles=False), documents.start[1:])
+    for part, length in zip(parts, lengths, strict=True):
+        assert len(np.unique(part)) <= -(-length // CHUNKS_PER_RANK) + 1
 
 
 def test_ranks_that_read_far_get_less_area_where_runs_part_tiles() -> None:

@@ -40,8 +40,8 @@ LEAD = 1.1
 LACK, EXCESS = 2.21, 1000.0
 # Beside both ends of the anchor, area that is not its heavy end's costs PRICE times that share, once more WASTE times
 # where nobody uses it, and a chunk of the light end RESERVE of a mean chunk more than it weighs, as it may be needed
-# later.
-PRICE, WASTE, RESERVE = 0.82, 2.0, 0.25
+# later, or ALONE of that where both ends fill the rank alone.
+PRICE, WASTE, RESERVE, ALONE = 0.82, 2.0, 0.25, 0.4
 # A filling may be shorter than planned by this share of the tokens or by as many chunks as the light end gives.
 SHORTER = 0.042
 # A rank at the lower end of a long document fills so much of its area there, the rest with others' chunks.
@@ -265,9 +265,10 @@ class Deal(Filling):
         return least, room - least
 
     def _fill_between(self, anchor: int, taken: int, light: int, lights: Lights) -> None:
-        """Choose others' chunks to go with about ``taken`` chunks of the anchor's heavy end and ``light`` of the other.
+        """Take others' chunks that go with about ``taken`` chunks of the anchor's heavy end and ``light`` of the other.
 
-        From tokens and area of the filling follow the numbers of chunks of both ends, and from these its cost.
+        From tokens and area of the filling follow the numbers of chunks of both ends, and from these its cost. Nothing
+        is taken where both ends cost less alone.
         """
         low, high, room, area = self.low[anchor], self.high[anchor], self.room, self.area
         shorter = max(1, int(SHORTER * room), light)
@@ -297,7 +298,15 @@ class Deal(Filling):
             heavy += per_left * left
             return heavy
 
-        self._choose(anchor, lights, room - taken - light, shorter, cost)
+        price, pieces = self._cheapest(anchor, lights, room - taken - light, shorter, cost)
+        heavy, rest = self._balance(anchor)
+        if heavy and heavy + rest == room:
+            spare = self.budget - (area[high] - area[high - heavy]) - (area[low + rest] - area[low])
+            alone = dearness * (ALONE * reserve * rest - heavy_chunk * heavy + WASTE * spare)
+            if alone <= price:
+                return
+        for piece in pieces:
+            self._take(*piece)
 
     def _fill(self, anchor: int, lights: Lights) -> None:
         """Fill the room with some of the lightest pieces and one end of one more document."""
@@ -307,5 +316,9 @@ class Deal(Filling):
             lack = self.budget - areas
             return np.maximum(lack * (LACK * dearness), lack * (-EXCESS * dearness))
 
-        if not self._choose(anchor, lights, self.room, 0, cost):
+        price, pieces = self._cheapest(anchor, lights, self.room, 0, cost)
+        if price == np.inf:
             self._fill_with_anything(lights.pieces)
+            return
+        for piece in pieces:
+            self._take(*piece)

@@ -210,14 +210,14 @@ class Filling:
         # What reads beyond its own rows will be read from below too.
         return max(self.readers[document], int(self.expected_readers[document]) if read > rest else 0)
 
-    def _choose(
+    def _cheapest(
         self, anchor: int, lights: Lights, most: int, shorter: int, cost: Cost
-    ) -> bool:
-        """Take the cheapest filling of at most ``most`` chunks and at least ``most - shorter``, if there is any.
+    ) -> tuple[float, list[tuple[int, int, int]]]:
+        """The cheapest filling of at most ``most`` chunks and at least ``most - shorter``: its cost and its pieces.
 
         It consists of the first light pieces and perhaps one more document or an end of one, or two documents, or of one
         document and an end of another. Its cost is that of parting documents and what ``cost`` says of numbers of
-        chunks and areas.
+        chunks and areas; infinite if there is none.
         """
         pieces, tokens, areas = lights
         longest = bisect_right(tokens, most) - 1
@@ -242,11 +242,7 @@ class Filling:
             price, number, pair = self._pair(length, lights, longest, most, paid, cost)
             if price < least:
                 least, best, chosen = price, number, [(each, self.low[each], self.high[each]) for each in pair]
-        if least == np.inf:
-            return False
-        for each in [*pieces[:best], *chosen]:
-            self._take(*each)
-        return True
+        return least, [*pieces[:best], *chosen]
 
     def _extend(
         self, length: Array, want: int, shorter: int, most: int, filled: int, cost: Cost
@@ -259,7 +255,7 @@ class Filling:
             shorter: how many of them may still be missing afterwards.
             most: chunks of the filling that it is to complete.
             filled: area of what the filling has.
-            cost: see :meth:`_choose`.
+            cost: see :meth:`_cheapest`.
 
         Returns:
             Its cost, infinite if there is none, and the document, its start and its stop.
@@ -302,7 +298,7 @@ class Filling:
             size: ``(n,)`` chunks of each piece.
             tokens: ``(n,)`` the same together with what it completes.
             filled: the area of what it completes; of each, or of all.
-            cost: see :meth:`_choose`.
+            cost: see :meth:`_cheapest`.
 
         Returns:
             The cost, the place among the documents, and where the piece starts.
