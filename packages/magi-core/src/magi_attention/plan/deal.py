@@ -316,9 +316,11 @@ class Deal(Filling):
             lack = self.budget - areas
             return np.maximum(lack * (LACK * dearness), lack * (-EXCESS * dearness))
 
-        price, pieces = self._cheapest(anchor, lights, self.room, 0, cost)
-        if price == np.inf:
-            self._fill_with_anything(lights.pieces)
-            return
-        for piece in pieces:
-            self._take(*piece)
+        while self.room:
+            price, pieces = self._cheapest(anchor, lights, self.room, 0, cost)
+            if price == np.inf:
+                self._fill_with_anything(lights.pieces)
+                return
+            for piece in pieces:
+                self._take(*piece)
+            lights = self._lightest(anchor)

@@ -89,7 +89,7 @@ class Filling:
         self.blocks = self._cut_into_blocks(max(1, max(capacities)))
         self.light_first: list[tuple[int, int, int]] = []
         self.heavy_first = np.array(self.by_density, np.int64)
-        self.unreachable = np.full(2 * max(capacities) + 1, UNREACHABLE, np.float64)
+        self.unreachable = np.full(max(capacities) + 1, UNREACHABLE, np.float64)
         self.chunk_size = chunk_size
         # The chunks of each document's light end that each of its ranks takes: None until the first of them is served.
         self.light_share: list[int | None] = [None] * len(length)
@@ -215,6 +215,8 @@ class Filling:
     ) -> tuple[float, list[tuple[int, int, int]]]:
         """The cheapest filling of at most ``most`` chunks and at least ``most - shorter``: its cost and its pieces.
 
+        If ``shorter`` is 0, it may also be the first part of a filling, whose rest is to be chosen next.
+
         It consists of the first light pieces and perhaps one more document or an end of one, or two documents, or of one
         document and an end of another. Its cost is that of parting documents and what ``cost`` says of numbers of
         chunks and areas; infinite if there is none.
@@ -239,7 +241,7 @@ class Filling:
             if price + paid[number] < least:
                 least, best, chosen = price + paid[number], number, [piece]
         if self.prefixes.paired:
-            price, number, pair = self._pair(length, lights, longest, most, paid, cost)
+            price, number, pair = self._pair(length, lights, longest, most, paid, cost, is_exact=shorter > 0)
             if price < least:
                 least, best, chosen = price, number, [(each, self.low[each], self.high[each]) for each in pair]
         return least, [*pieces[:best], *chosen]
@@ -331,11 +333,14 @@ class Filling:
         most: int,
         paid: list[int],
         cost: Cost,
+        *,
+        is_exact: bool = True,
     ) -> tuple[float, int, list[int]]:
         """The cheapest filling of ``most`` chunks by first light pieces and up to two more documents.
 
         Returns its cost, infinite if there is none, the number of pieces and the documents. Of documents of equal
-        length, the lightest counts.
+        length, the lightest counts. Unless the filling ``is_exact``, some chunks may be missing, which cost as much as
+        the light end of a document that is parted for them.
         """
         _, tokens, areas = lights
         first = max(0, longest + 1 - self.prefixes.paired)
@@ -344,27 +349,34 @@ class Filling:
         length = length.take(self.heavy_first)
         usable = ((length > 0) & (length <= free)).nonzero()[0]
         documents, length = self.heavy_first.take(usable), length.take(usable)
-        # By length, that of no document being 0; places below ``free`` are lengths below 0.
-        lightest, area_of = np.empty(free + 1, np.int64), self.unreachable[: 2 * free + 1].copy()
+        # By length, that of no document being 0.
+        lightest, area_of = np.empty(free + 1, np.int64), self.unreachable[: free + 1].copy()
         lightest[length] = documents
-        area_of[length + free] = self.area_stop.take(documents) - self.area_start.take(documents)
-        area_of[free] = 0
+        area_of[length] = self.area_stop.take(documents) - self.area_start.take(documents)
+        area_of[0] = 0
         length = (area_of < UNREACHABLE).nonzero()[0]
-        other = np.subtract.outer(most + 2 * free - np.array(tokens[prefixes]), length)
-        total = area_of.take(other).ravel()
-        found = (total < UNREACHABLE).nonzero()[0]
+        # The longest of at most each length.
+        nearest = np.zeros(free + 1, np.int64)
+        nearest[length] = length
+        np.maximum.accumulate(nearest, out=nearest)
+        gap = np.subtract.outer(most - np.array(tokens[prefixes]), length)
+        other = nearest.take(gap, mode="clip").ravel()
+        rest = gap.ravel() - other
+        found = (rest == 0 if is_exact else rest >= 0).nonzero()[0]
         row, column = np.divmod(found, len(length))
-        total = total.take(found)
-        total += area_of.take(length.take(column))
+        one, other, rest = length.take(column), other.take(found), rest.take(found)
+        total = area_of.take(one)
+        total += area_of.take(other)
         total += np.array(areas[prefixes]).take(row)
         costs = cost(float(most), total)
-        costs += np.array(paid[prefixes]).take(row)
+        costs += (np.array(paid[prefixes])).take(row)
+        costs += rest * self.chunk_size
         while len(costs) and (least := costs.item(place := int(costs.argmin()))) < np.inf:
-            number, one = int(row[place]), int(column[place])
-            lengths = int(length[one]), int(other[number, one])
-            if lengths[0] != lengths[1] or lengths[0] == free:
-                return least, first + number, [int(lightest[each - free]) for each in lengths if each > free]
-            costs[place] = np.inf  # twice the same document
+            lengths = int(one[place]), int(other[place])
+            # Neither twice the same document nor none at all.
+            if lengths[0] != lengths[1] or not (lengths[0] or rest[place]):
+                return least, first + int(row[place]), [int(lightest[each]) for each in lengths if each]
+            costs[place] = np.inf
         return np.inf, 0, []
 
     def _fill_with_anything(self, pieces: list[tuple[int, int, int]]) -> None:

@@ -51,7 +51,7 @@ class Terms(NamedTuple):
 LESS_JOINED, MUCH_LESS = 1.2, 8.0
 # Joined documents part fewer chunks that have rows of two documents. Cells have none; their areas change a little when
 # cuts are shifted, up to SHIFTED.
-CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, Prefixes(1, 2, 0)), Terms(0.2, 10192, Prefixes(0, 1, 0)), 10199
+CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, Prefixes(1, 2, 0)), Terms(0.2, 10192, Prefixes(0, 1, 6)), 10199
 # Where that was too much, they are dealt again.
 CAREFUL = 10165
 # Deals of so many ranks may take longer, and try more fillings.
@@ -130,7 +130,7 @@ def deal_documents(
         begin, rank = settling.run()
         load = settling.load
         if not dealt.is_even:
-            cell = np.searchsorted(cuts, begin[:-1], side="right") - 1
+            cell = np.searchsorted(cuts[:-1], begin[:-1], side="right") - 1
             limits = np.minimum(settling.limit, dealt.beside_tile)
             begin, load = sharpen(
                 begin,
