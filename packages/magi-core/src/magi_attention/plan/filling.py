@@ -241,7 +241,7 @@ class Filling:
             if price + paid[number] < least:
                 least, best, chosen = price + paid[number], number, [piece]
         if self.prefixes.paired:
-            price, number, pair = self._pair(length, lights, longest, most, paid, cost, is_exact=shorter > 0)
+            price, number, pair = self._pair(length, lights, longest, most, paid, cost, is_exact=shorter > 0 or self.prefixes.few > 0)
             if price < least:
                 least, best, chosen = price, number, [(each, self.low[each], self.high[each]) for each in pair]
         return least, [*pieces[:best], *chosen]
