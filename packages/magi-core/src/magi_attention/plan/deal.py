@@ -42,8 +42,6 @@ LACK, EXCESS = 2.21, 1000.0
 # where nobody uses it, and a chunk of the light end RESERVE of a mean chunk more than it weighs, as it may be needed
 # later, or ALONE of that where both ends fill the rank alone.
 PRICE, WASTE, RESERVE, ALONE = 0.82, 2.0, 0.25, 0.4
-# A filling may be shorter than planned by this share of the tokens or by as many chunks as the light end gives.
-SHORTER = 0.042
 # A rank at the lower end of a long document fills so much of its area there, the rest with others' chunks.
 OWN = 0.3
 # The light end is worth using if the heavy end's chunks weigh so many times more.
@@ -271,7 +269,7 @@ class Deal(Filling):
         is taken where both ends cost less alone.
         """
         low, high, room, area = self.low[anchor], self.high[anchor], self.room, self.area
-        shorter = max(1, int(SHORTER * room), light)
+        shorter = max(1, int(self.prefixes.shorter * room), light)
         top, bottom = max(1, taken), min(light + shorter, high - low)
         heavy_chunk = (area[high] - area[high - top]) / top
         light_chunk = (area[low + bottom] - area[low]) / bottom

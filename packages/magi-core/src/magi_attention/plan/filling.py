@@ -34,12 +34,15 @@ class Prefixes(NamedTuple):
         paired: the longest, with up to two more documents that fill the room exactly.
         few: instead of those with one more document, also with two, one of them whole, if there are no more left. The
             prefix is the empty one.
+        shorter: by this share of a rank's tokens a filling between both ends of a document may be shorter than planned,
+            so that a document fits whole. It may also be by as many chunks as the light end gives.
     """
 
     short: int
     long: int
     paired: int
     few: int = 0
+    shorter: float = 0.042
 
 
 class Lights(NamedTuple):
