@@ -79,7 +79,7 @@ class Deal(Filling):
         aim = int(rest * (AIM_OF_FEW if self.is_even else aim_of_many) / num_ranks)
         for rank, capacity in enumerate(self.capacities[:-1]):
             if rank % RELIST == 0:
-                self.light_first = self._list_blocks()
+                self.light_first, self.by_length = self._list_blocks(), self._list_by_length()
             self.rank, self.room, self.mean = rank, capacity, rest // (num_ranks - rank)
             anchor = self._choose_anchor()
             budget = max(self.mean, min(aim, int(self.mean * LEAD)))

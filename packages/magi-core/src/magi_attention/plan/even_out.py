@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Swap equally long runs between ranks until no rank exceeds a limit."""
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,7 +11,17 @@ from magi_attention.plan.documents import Documents
 from magi_attention.plan.totals import totals
 
 Array = NDArray[np.int64]
-Ends = tuple[Array, Array, Array, Array]
+
+
+class Ends(NamedTuple):
+    """Pieces of the ends of runs: their rank, start, length, area and what the cut costs."""
+
+    rank: Array
+    start: Array
+    length: Array
+    area: Array
+    cost: Array
+
 
 # How many of the lightest ranks are tried as partners of the heaviest one and, if none of them will do, how many others
 # of the lighter half; swaps per rank before giving up.
@@ -29,26 +41,23 @@ def even_out(owner: Array, documents: Documents, num_ranks: int, limit: int) -> 
         A new array like ``owner``.
     """
     owner = owner.copy()
-    load = totals(owner, np.diff(documents.area), num_ranks)
+    first, last, rank = _find_runs(owner)
+    load = totals(rank, documents.area[last] - documents.area[first], num_ranks)
     for _ in range(SWAPS_PER_RANK * num_ranks):
         heavy = int(np.argmax(load))
         if load[heavy] <= limit:
             break
         by_load = np.argsort(load, kind="stable")
         runs = _find_runs(owner)
-        offered = _ends_of_runs(runs, heavy, documents)
-        swap = None
+        offered = _ends_of_runs(runs, np.array([heavy]), documents)
         for partners in (by_load[:PARTNERS], by_load[PARTNERS : num_ranks // 2 : max(1, num_ranks // (2 * FURTHER))]):
-            swaps = [
-                (*_best_swap(offered, _ends_of_runs(runs, light, documents), load[heavy], load[light], limit), light)
-                for light in partners.tolist()
-            ]
-            swap = min((each for each in swaps if each[1] < load[heavy]), default=None)
-            if swap is not None:
+            peak, light, given, taken, length = _best_swap(
+                offered, _ends_of_runs(runs, partners, documents), load, heavy, limit
+            )
+            if peak < load[heavy]:
                 break
-        if swap is None:
+        else:
             break
-        _, _, given, taken, length, light = swap
         owner[given : given + length] = light
         owner[taken : taken + length] = heavy
         moved = documents.area[given + length] - documents.area[given]
@@ -58,29 +67,33 @@ def even_out(owner: Array, documents: Documents, num_ranks: int, limit: int) -> 
     return owner
 
 
-def _best_swap(
-    offered: Ends, wanted: Ends, heavy_load: int, light_load: int, limit: int
-) -> tuple[int, int, int, int, int]:
+def _best_swap(offered: Ends, wanted: Ends, load: Array, heavy: int, limit: int) -> tuple[int, int, int, int, int]:
     """The cheapest swap that brings both ranks to the limit, or the one that brings them nearest to it.
 
-    Returns its cost, the load of the then heavier of the two, both starts and the length.
+    Returns the load of the then heavier of the two, the other rank, both starts and the length.
     """
-    start, length, area, cost = offered
-    start2, length2, area2, cost2 = wanted
     worst = np.iinfo(np.int64).max
-    by_length = np.argsort(length2, kind="stable")
-    first = np.searchsorted(length2[by_length], length)
-    i, step = expand_counts(np.searchsorted(length2[by_length], length, side="right") - first)
+    by_length = np.argsort(wanted.length, kind="stable")
+    lengths = wanted.length[by_length]
+    first = np.searchsorted(lengths, offered.length)
+    i, step = expand_counts(np.searchsorted(lengths, offered.length, side="right") - first)
     if not len(i):
-        return worst, worst, 0, 0, 0
+        return worst, 0, 0, 0, 0
     j = by_length[first[i] + step]
-    moved = area[i] - area2[j]
-    peak = np.maximum(heavy_load - moved, light_load + moved)
-    price = np.where(peak <= limit, cost[i] + cost2[j], worst)
+    moved = offered.area[i] - wanted.area[j]
+    peak = np.maximum(load[heavy] - moved, load[wanted.rank[j]] + moved)
+    price = np.where(peak <= limit, offered.cost[i] + wanted.cost[j], worst)
     place = int(np.argmin(price))
     if price[place] == worst:
         place = int(np.argmin(peak))
-    return int(price[place]), int(peak[place]), int(start[i[place]]), int(start2[j[place]]), int(length[i[place]])
+    given, taken = i[place], j[place]
+    return (
+        int(peak[place]),
+        int(wanted.rank[taken]),
+        int(offered.start[given]),
+        int(wanted.start[taken]),
+        int(offered.length[given]),
+    )
 
 
 def _find_runs(owner: Array) -> tuple[Array, Array, Array]:
@@ -89,10 +102,13 @@ def _find_runs(owner: Array) -> tuple[Array, Array, Array]:
     return first, np.append(first[1:], len(owner)), owner[first]
 
 
-def _ends_of_runs(runs: tuple[Array, Array, Array], rank: int, documents: Documents) -> Ends:
-    """Pieces of several lengths from both ends of a rank's runs: their starts, lengths, areas and costs of the cut."""
-    first, last = (ends[runs[2] == rank] for ends in runs[:2])
-    longest = int((last - first).max())
+def _ends_of_runs(runs: tuple[Array, Array, Array], ranks: Array, documents: Documents) -> Ends:
+    """Pieces of several lengths from both ends of the ranks' runs."""
+    is_chosen = np.zeros(int(runs[2].max()) + 1, np.bool_)
+    is_chosen[ranks] = True
+    chosen = np.flatnonzero(is_chosen[runs[2]])
+    first, last, rank = (each[chosen] for each in runs)
+    longest = int((last - first).max(initial=0))
     powers = 1 << np.arange(longest.bit_length())
     sizes = np.column_stack([powers, powers + powers // 2]).ravel()[1:]
     run, choice = np.nonzero(sizes <= (last - first)[:, None])
@@ -102,4 +118,4 @@ def _ends_of_runs(runs: tuple[Array, Array, Array], rank: int, documents: Docume
     inner = np.concatenate([first[run] + length, last[run] - length])
     length = np.tile(length, 2)
     area = documents.area[start + length] - documents.area[start]
-    return start, length, area, documents.cut[inner] * ~np.tile(whole, 2)
+    return Ends(np.tile(rank[run], 2), start, length, area, documents.cut[inner] * ~np.tile(whole, 2))

@@ -18,8 +18,8 @@ Floats = NDArray[np.float64]
 # sent than a rank has time for while it computes: one per HIDING_PAIRS (query, key) pairs. That is between 50 GB/s and
 # H100's rates for 32 query and 8 key heads, with some distance.
 MOST_SENT, PART_SENT, HIDING_PAIRS = 1.28, 0.9, 4000
-# More than any area.
-UNREACHABLE = np.iinfo(np.int64).max // 4
+# Documents are graded if a cut near the light end costs so many times less than the dearest one.
+GRADED = 2
 
 
 Cost = Callable[[Array | float, Floats], Floats]
@@ -92,7 +92,7 @@ class Filling:
         self.blocks = self._cut_into_blocks(max(1, max(capacities)))
         self.light_first: list[tuple[int, int, int]] = []
         self.heavy_first = np.array(self.by_density, np.int64)
-        self.unreachable = np.full(max(capacities) + 1, UNREACHABLE, np.float64)
+        self.by_length = self._list_by_length()
         self.chunk_size = chunk_size
         # The chunks of each document's light end that each of its ranks takes: None until the first of them is served.
         self.light_share: list[int | None] = [None] * len(length)
@@ -154,6 +154,16 @@ class Filling:
         density = np.maximum.accumulate(density + document * beyond) - document * beyond
         order = np.argsort(density, kind="stable")
         return list(zip(document[order].tolist(), start[order].tolist(), stop[order].tolist(), strict=True))
+
+    def _list_by_length(self) -> tuple[Array, Array]:
+        """The numbers of free chunks of the documents that have any, ascending, and these documents.
+
+        Of documents of the same length, the one that was the lightest at first is the last.
+        """
+        length = self.length.take(self.heavy_first)
+        order = np.argsort(length, kind="stable")
+        order = order[np.count_nonzero(length == 0) :]
+        return length.take(order), self.heavy_first.take(order)
 
     def _lightest(self, skip: int) -> Lights:
         """The lightest free pieces that fill the rank, none of document ``skip``."""
@@ -244,7 +254,10 @@ class Filling:
             if price + paid[number] < least:
                 least, best, chosen = price + paid[number], number, [piece]
         if self.prefixes.paired:
-            price, number, pair = self._pair(length, lights, longest, most, paid, cost, is_exact=shorter > 0 or self.prefixes.few > 0)
+            # Light ends are cheap only where documents are graded; ends are tried with one document as well.
+            is_graded = GRADED * self.cut[min(self.low[anchor] + 1, self.high[anchor])] <= self.price
+            is_exact = shorter > 0 or self.prefixes.few > 0 or not is_graded
+            price, number, pair = self._pair(length, lights, longest, most, paid, cost, is_exact=is_exact)
             if price < least:
                 least, best, chosen = price, number, [(each, self.low[each], self.high[each]) for each in pair]
         return least, [*pieces[:best], *chosen]
@@ -349,31 +362,35 @@ class Filling:
         first = max(0, longest + 1 - self.prefixes.paired)
         prefixes = slice(first, longest + 1)
         free = most - tokens[first]
-        length = length.take(self.heavy_first)
-        usable = ((length > 0) & (length <= free)).nonzero()[0]
-        documents, length = self.heavy_first.take(usable), length.take(usable)
-        # By length, that of no document being 0.
-        lightest, area_of = np.empty(free + 1, np.int64), self.unreachable[: free + 1].copy()
-        lightest[length] = documents
-        area_of[length] = self.area_stop.take(documents) - self.area_start.take(documents)
-        area_of[0] = 0
-        length = (area_of < UNREACHABLE).nonzero()[0]
-        # The longest of at most each length.
+        # What is used is as long as it was listed no more.
+        known, documents = self.by_length
+        unused = length
+        usable = (length.take(documents) == known)[: int(known.searchsorted(free, side="right"))].nonzero()[0]
+        known, documents = known.take(usable), documents.take(usable)
+        # No document comes first. Where several are as long, the last one counts, the lightest.
+        length = np.concatenate([[0], known])
+        lightest, area_of = np.empty(free + 1, np.int64), np.zeros(free + 1)
+        lightest[known] = documents
+        area_of[known] = self.area_stop.take(documents) - self.area_start.take(documents)
         nearest = np.zeros(free + 1, np.int64)
-        nearest[length] = length
-        np.maximum.accumulate(nearest, out=nearest)
-        gap = np.subtract.outer(most - np.array(tokens[prefixes]), length)
-        other = nearest.take(gap, mode="clip").ravel()
-        rest = gap.ravel() - other
+        nearest[known] = known
+        if not is_exact:
+            np.maximum.accumulate(nearest, out=nearest)
+        gap = np.subtract.outer(most - np.array(tokens[prefixes]), length).ravel()
+        other = nearest.take(gap, mode="clip")
+        rest = gap - other
         found = (rest == 0 if is_exact else rest >= 0).nonzero()[0]
         row, column = np.divmod(found, len(length))
-        one, other, rest = length.take(column), other.take(found), rest.take(found)
+        one, other = length.take(column), other.take(found)
         total = area_of.take(one)
         total += area_of.take(other)
         total += np.array(areas[prefixes]).take(row)
         costs = cost(float(most), total)
-        costs += (np.array(paid[prefixes])).take(row)
-        costs += rest * self.chunk_size
+        if any(paid):
+            costs += np.array(paid[prefixes]).take(row)
+        rest = rest.take(found)
+        if not is_exact:
+            costs += self._cost_of_rest(rest, unused)
         while len(costs) and (least := costs.item(place := int(costs.argmin()))) < np.inf:
             lengths = int(one[place]), int(other[place])
             # Neither twice the same document nor none at all.
@@ -381,6 +398,19 @@ class Filling:
                 return least, first + int(row[place]), [int(lightest[each]) for each in lengths if each]
             costs[place] = np.inf
         return np.inf, 0, []
+
+    def _cost_of_rest(self, rest: Array, length: Array) -> Floats:
+        """What it costs to part a document for each of some numbers of chunks: the shortest that has more.
+
+        ``length`` are the chunks that documents have.
+        """
+        documents = np.argsort(length, kind="stable")
+        length = length.take(documents)
+        place = length.searchsorted(rest)
+        found = np.flatnonzero((place < len(length)) & (rest > 0))
+        costs = np.where(rest > 0, np.inf, 0.0)
+        costs[found] = self.cut_float.take(self.start.take(documents.take(place[found])) + rest[found])
+        return costs
 
     def _fill_with_anything(self, pieces: list[tuple[int, int, int]]) -> None:
         """Fill the room with the lightest pieces, then with whatever is left; the repair will balance it."""

@@ -41,17 +41,19 @@ class Terms(NamedTuple):
             LESS_JOINED / num_ranks and MUCH_LESS / num_ranks²: a small group has few units to choose from.
         most: the most area of a rank, in ten-thousandths of the mean.
         prefixes: how many prefixes of the light documents are tried as fillings.
+        most_joined: the most that ``joined_share`` is after that.
     """
 
     joined_share: float
     most: int
     prefixes: Prefixes
+    most_joined: float = 1.0
 
 
 LESS_JOINED, MUCH_LESS = 1.2, 8.0
 # Joined documents part fewer chunks that have rows of two documents. Cells have none; their areas change a little when
 # cuts are shifted, up to SHIFTED.
-CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, Prefixes(1, 2, 0)), Terms(0.2, 10192, Prefixes(0, 1, 6)), 10199
+CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, Prefixes(1, 2, 0)), Terms(0.3, 10192, Prefixes(0, 1, 6), 0.18), 10199
 # Where that was too much, they are dealt again.
 CAREFUL = 10165
 # Deals of so many ranks may take longer, and try more fillings.
@@ -166,7 +168,8 @@ def _deal(
     slices: SliceTable, work: ChunkWork, chunk_size: int, num_ranks: int, terms: Terms, label: Array | None = None
 ) -> Dealt:
     """Deal and even out."""
-    joined_share = max(0.0, terms.joined_share - LESS_JOINED / num_ranks - MUCH_LESS / num_ranks**2)
+    joined_share = terms.joined_share - LESS_JOINED / num_ranks - MUCH_LESS / num_ranks**2
+    joined_share = min(max(0.0, joined_share), terms.most_joined)
     documents = find_documents(slices, work, num_ranks, joined_share, label)
     documents = part_light_ends(documents, num_ranks, chunk_size)
     each, more = divmod(len(work.area), num_ranks)
