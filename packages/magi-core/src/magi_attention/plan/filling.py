@@ -36,6 +36,8 @@ class Prefixes(NamedTuple):
             prefix is the empty one.
         shorter: by this share of a rank's tokens a filling between both ends of a document may be shorter than planned,
             so that a document fits whole. It may also be by as many chunks as the light end gives.
+        early: such a share of the ranks, the first ones, try pairs between both ends of a document. Later there are
+            fewer documents, and few pairs fit.
     """
 
     short: int
@@ -43,6 +45,7 @@ class Prefixes(NamedTuple):
     paired: int
     few: int = 0
     shorter: float = 0.042
+    early: float = 1.0
 
 
 class Lights(NamedTuple):
@@ -253,7 +256,7 @@ class Filling:
             price, piece = self._extend(length, most - tokens[number], shorter, most, areas[number], cost)
             if price + paid[number] < least:
                 least, best, chosen = price + paid[number], number, [piece]
-        if self.prefixes.paired:
+        if self.prefixes.paired and (not shorter or self.rank < self.prefixes.early * len(self.capacities)):
             # Light ends are cheap only where documents are graded; ends are tried with one document as well.
             is_graded = GRADED * self.cut[min(self.low[anchor] + 1, self.high[anchor])] <= self.price
             is_exact = shorter > 0 or self.prefixes.few > 0 or not is_graded
@@ -329,8 +332,7 @@ class Filling:
         area = self.area_float.take(inner)
         area -= self.area_ends.take(ends)
         np.abs(area, out=area)
-        # Rows of both kinds of ends.
-        area.reshape(2, number)[:] += filled
+        area += filled if isinstance(filled, int) else np.concatenate([filled, filled])
         whole = (size == self.length.take(documents)).nonzero()[0]
         costs = cost(np.concatenate([tokens, tokens]), area)
         parting = self.cut_float.take(inner)
@@ -368,11 +370,9 @@ class Filling:
         usable = (length.take(documents) == known)[: int(known.searchsorted(free, side="right"))].nonzero()[0]
         known, documents = known.take(usable), documents.take(usable)
         # No document comes first. Where several are as long, the last one counts, the lightest.
-        length = np.concatenate([[0], known])
-        lightest, area_of = np.empty(free + 1, np.int64), np.zeros(free + 1)
-        lightest[known] = documents
+        length = np.append(0, known)
+        area_of, nearest = np.zeros(free + 1), np.zeros(free + 1, np.int64)
         area_of[known] = self.area_stop.take(documents) - self.area_start.take(documents)
-        nearest = np.zeros(free + 1, np.int64)
         nearest[known] = known
         if not is_exact:
             np.maximum.accumulate(nearest, out=nearest)
@@ -395,7 +395,8 @@ class Filling:
             lengths = int(one[place]), int(other[place])
             # Neither twice the same document nor none at all.
             if lengths[0] != lengths[1] or not (lengths[0] or rest[place]):
-                return least, first + int(row[place]), [int(lightest[each]) for each in lengths if each]
+                chosen = [known.searchsorted(each, side="right") - 1 for each in lengths if each]
+                return least, first + int(row[place]), documents[chosen].tolist()
             costs[place] = np.inf
         return np.inf, 0, []
 
