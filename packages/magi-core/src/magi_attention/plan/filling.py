@@ -247,15 +247,12 @@ class Filling:
         # What is used counts as empty.
         length = self.length.copy()
         length[anchor] = 0
-        best, used = 0, 0
         least, chosen = self._extend_by_two(length, most, shorter, cost) if self.prefixes.few else (np.inf, [])
-        for number in prefixes:
-            for document, _, _ in pieces[used:number]:
-                length[document] = 0
-            used = number
-            price, piece = self._extend(length, most - tokens[number], shorter, most, areas[number], cost)
-            if price + paid[number] < least:
-                least, best, chosen = price + paid[number], number, [piece]
+        price, best, piece = self._extend(length, lights, prefixes, paid, most, shorter, cost)
+        if price < least:
+            least, chosen = price, [piece]
+        else:
+            best = 0
         if self.prefixes.paired and (not shorter or self.rank < self.prefixes.early * len(self.capacities)):
             # Light ends are cheap only where documents are graded; ends are tried with one document as well.
             is_graded = GRADED * self.cut[min(self.low[anchor] + 1, self.high[anchor])] <= self.price
@@ -266,27 +263,54 @@ class Filling:
         return least, [*pieces[:best], *chosen]
 
     def _extend(
-        self, length: Array, want: int, shorter: int, most: int, filled: int, cost: Cost
-    ) -> tuple[float, tuple[int, int, int]]:
-        """The cheapest end of ``want`` chunks of a document, or a whole one of at least ``want - shorter``.
+        self,
+        length: Array,
+        lights: Lights,
+        prefixes: list[int],
+        paid: list[int],
+        most: int,
+        shorter: int,
+        cost: Cost,
+    ) -> tuple[float, int, tuple[int, int, int]]:
+        """The cheapest filling by first light pieces and an end of one document, or all of one that is a bit shorter.
 
         Args:
-            length: free chunks of each document.
-            want: chunks that are missing.
-            shorter: how many of them may still be missing afterwards.
-            most: chunks of the filling that it is to complete.
-            filled: area of what the filling has.
+            length: chunks of each document that are not used; without those of the pieces of all prefixes, afterwards.
+            lights: the light pieces.
+            prefixes: how many of them are tried, ascending.
+            paid: what it costs to take the first k.
+            most: chunks of the filling.
+            shorter: how many of them may be missing.
             cost: see :meth:`_cheapest`.
 
         Returns:
-            Its cost, infinite if there is none, and the document, its start and its stop.
+            Its cost, infinite if there is none, how many pieces it has, and the document, its start and its stop.
         """
-        candidates = (length >= want - shorter).nonzero()[0]
-        if not len(candidates):
-            return np.inf, (0, 0, 0)
-        size = np.minimum(want, length.take(candidates))
-        price, place, start = self._cheapest_end(candidates, size, size + (most - want), filled, cost)
-        return price, (int(candidates[place]), start, start + int(size[place]))
+        pieces, tokens, areas = lights
+        candidates, sizes, tried, used = [], [], [], 0
+        for number in prefixes:
+            for document, _, _ in pieces[used:number]:
+                length[document] = 0
+            used = number
+            want = most - tokens[number]
+            found = (length >= want - shorter).nonzero()[0]
+            if len(found):
+                candidates.append(found)
+                sizes.append(np.minimum(want, length.take(found)))
+                tried.append(number)
+        if not tried:
+            return np.inf, 0, (0, 0, 0)
+        if len(tried) == 1:
+            only = tried[0]
+            documents, size = candidates[0], sizes[0]
+            price, place, start = self._cheapest_end(documents, size, size + tokens[only], areas[only], paid[only], cost)
+        else:
+            documents, size = np.concatenate(candidates), np.concatenate(sizes)
+            each = np.array([[values[number] for number in tried] for values in (tokens, areas, paid)])
+            filled_tokens, filled, parted = np.repeat(each, [len(found) for found in candidates], axis=1)
+            price, place, start = self._cheapest_end(documents, size, size + filled_tokens, filled, parted, cost)
+            only = tried[int(np.searchsorted(np.cumsum([len(found) for found in candidates]), place, side="right"))]
+        return price, only, (int(documents[place]), start, start + int(size[place]))
 
     def _extend_by_two(
         self, length: Array, most: int, shorter: int, cost: Cost
@@ -305,12 +329,18 @@ class Filling:
         area = self.area_stop.take(free) - self.area_start.take(free)
         size = np.minimum(missing.take(first), length.take(other))
         ends = free.take(other)
-        price, place, start = self._cheapest_end(ends, size, size + length.take(first), area.take(first), cost)
+        price, place, start = self._cheapest_end(ends, size, size + length.take(first), area.take(first), 0, cost)
         whole = int(free[first[place]])
         return price, [(whole, self.low[whole], self.high[whole]), (int(ends[place]), start, start + int(size[place]))]
 
     def _cheapest_end(
-        self, documents: Array, size: Array, tokens: Array, filled: Floats | int, cost: Cost
+        self,
+        documents: Array,
+        size: Array,
+        tokens: Array,
+        filled: Array | Floats | int,
+        parted: Array | int,
+        cost: Cost,
     ) -> tuple[float, int, int]:
         """Of the light and the heavy ends of so many chunks of free documents the cheapest.
 
@@ -319,6 +349,7 @@ class Filling:
             size: ``(n,)`` chunks of each piece.
             tokens: ``(n,)`` the same together with what it completes.
             filled: the area of what it completes; of each, or of all.
+            parted: what it costs to part documents for that; for each, or for all.
             cost: see :meth:`_cheapest`.
 
         Returns:
@@ -338,6 +369,10 @@ class Filling:
         parting = self.cut_float.take(inner)
         parting[whole] = parting[whole + number] = 0
         costs += parting
+        if not isinstance(parted, int):
+            costs += np.concatenate([parted, parted])
+        elif parted:
+            costs += parted
         from_heavy_end, place = divmod(least := int(costs.argmin()), number)
         document = documents[place]
         start = self.high[document] - int(size[place]) if from_heavy_end else self.low[document]
