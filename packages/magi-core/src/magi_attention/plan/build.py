@@ -111,27 +111,27 @@ def build_plans(
     demand = find_demand(slices, layout, key_layout)
     degree = choose_degree(demand, layout, key_layout, options, mesh_shape)
     digest = _digest(slices, layout, key_layout, replace(options, degree=degree), mesh_shape, row_costs)
+    shares = [_local_queries(demand, layout, rank) for rank in ranks]
+    pairs = list(zip(ranks, shares, strict=True))
     if row_costs is not None:
-        stages = [_stages_both_ways(demand, layout, key_layout, rank, row_costs) for rank in ranks]
+        stages = [_stages_both_ways(demand, bands, layout, key_layout, rank, row_costs) for rank, bands in pairs]
     else:
         remote = cut_stages(demand, key_layout, max(degree, 1), options)
-        stages = [_stages_of(demand, remote, layout, key_layout, rank, degree, mesh_shape) for rank in ranks]
+        stages = [_stages_of(bands, remote, key_layout, rank, degree, mesh_shape) for rank, bands in pairs]
     return [
-        Plan(layout, key_layout, rank, each, _local_queries(demand, layout, rank), digest)
-        for rank, each in zip(ranks, stages, strict=True)
+        Plan(layout, key_layout, rank, each, bands, digest) for (rank, bands), each in zip(pairs, stages, strict=True)
     ]
 
 
 def _stages_of(
-    demand: Demand,
+    bands: Bands,
     remote: NDArray[np.int64],
-    layout: Layout,
     key_layout: Layout,
     rank: int,
     degree: int,
     mesh_shape: tuple[int, int] | None,
 ) -> tuple[Stage, ...]:
-    own, bands = key_layout.runs_of(rank), _local_queries(demand, layout, rank)
+    own = key_layout.runs_of(rank)
     moved = [part for stage in range(max(degree, 1)) if len(part := remote[remote[:, 3] == stage])]
     exchanges = [
         exchange_of_stage(part, key_layout, rank)
@@ -154,13 +154,13 @@ def _stages_of(
 
 
 def _stages_both_ways(
-    demand: Demand, layout: Layout, key_layout: Layout, rank: int, costs: RowCosts
+    demand: Demand, bands: Bands, layout: Layout, key_layout: Layout, rank: int, costs: RowCosts
 ) -> tuple[Stage, ...]:
     """Own rows, then visiting queries with own keys, then own queries with received keys.
 
     All ranks have all three stages, since a rank knows only the pairs that it is part of.
     """
-    own, bands = key_layout.runs_of(rank), _local_queries(demand, layout, rank)
+    own = key_layout.runs_of(rank)
     first = Stage(slices_in(bands, own), True, None)
     if layout.num_ranks == 1:
         return (first,)

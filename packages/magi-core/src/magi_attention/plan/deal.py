@@ -297,14 +297,14 @@ class Deal(Filling):
             return heavy
 
         price, pieces = self._cheapest(anchor, lights, room - taken - light, shorter, cost)
-        heavy, rest = self._balance(anchor)
+        # Ranks with that many cells hardly ever come out better so.
+        heavy, rest = (0, 0) if self.is_divided and not self.prefixes.few else self._balance(anchor)
         if heavy and heavy + rest == room:
             spare = self.budget - (area[high] - area[high - heavy]) - (area[low + rest] - area[low])
             alone = dearness * (ALONE * reserve * rest - heavy_chunk * heavy + WASTE * spare)
             if alone <= price:
                 return
-        for piece in pieces:
-            self._take(*piece)
+        self._take_all(pieces)
 
     def _fill(self, anchor: int, lights: Lights) -> None:
         """Fill the room with some of the lightest pieces and one end of one more document."""
@@ -319,6 +319,5 @@ class Deal(Filling):
             if price == np.inf:
                 self._fill_with_anything(lights.pieces)
                 return
-            for piece in pieces:
-                self._take(*piece)
+            self._take_all(pieces)
             lights = self._lightest(anchor)

@@ -2,6 +2,7 @@
 """Documents: the parts of a mask that have no key in common, laid on the grid of chunks."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,22 @@ class Documents:
     cut: Array
     is_border: NDArray[np.bool_]
     read: Array
+
+    @cached_property
+    def read_before(self) -> Array:
+        """``(num_chunks + 1,)`` what the chunk before each place reads, see ``read``."""
+        return np.append(0, self.read)
+
+    @cached_property
+    def parted(self) -> Array:
+        """``(num_chunks + 1,)`` the rows that a document has in the last chunk of the one before it, its neighbor.
+
+        At places where no document starts, 0.
+        """
+        line, inner = self.line, np.flatnonzero(self.is_border)[1:-1]
+        rows = np.zeros(len(line) + 1, np.int64)
+        rows[inner] = self.cut[inner] * (line[inner] == line[inner - 1] + 1)
+        return rows
 
 
 def find_documents(
@@ -157,9 +174,13 @@ def _join_neighbors(tokens: Array, area: Array, border: Array, most_tokens: int,
 
 def key_hulls(work: ChunkWork) -> tuple[Array, Array]:
     """``(num_chunks,)`` the first key that each chunk reads and the one after the last; its first row for none."""
-    begin = work.cuts[:-1]
-    if len(work.chunk) == len(begin) and (work.chunk[1:] > work.chunk[:-1]).all():
-        return work.keys[:, 0], work.keys[:, 1]
+    begin, step = work.cuts[:-1], np.diff(work.chunk, prepend=-1)
+    if len(step) and step.min() >= 0 and step.max() == 1 and work.chunk[-1] == len(begin) - 1:
+        # Each chunk has entries, one after another.
+        if len(step) == len(begin):
+            return work.keys[:, 0], work.keys[:, 1]
+        first = np.flatnonzero(step)
+        return np.minimum.reduceat(work.keys[:, 0], first), np.maximum.reduceat(work.keys[:, 1], first)
     low, high = np.full_like(begin, np.iinfo(np.int64).max), np.full_like(begin, -1)
     np.minimum.at(low, work.chunk, work.keys[:, 0])
     np.maximum.at(high, work.chunk, work.keys[:, 1])

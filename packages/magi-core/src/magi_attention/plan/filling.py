@@ -124,6 +124,25 @@ class Filling:
             self.last_reader[document] = self.rank
             self.readers[document] += 1
 
+    def _take_all(self, pieces: list[tuple[int, int, int]]) -> None:
+        """Take several pieces; quicker one by one only where something is left of their documents."""
+        whole = []
+        for document, start, stop in pieces:
+            if start != self.low[document] or stop != self.high[document]:
+                self._take(document, start, stop)
+            elif start < stop:
+                whole.append(document)
+                self.owner[start:stop] = self.rank
+                self.room -= stop - start
+                self.budget -= self.area[stop] - self.area[start]
+                self.low[document] = stop
+        if whole:
+            documents = np.array(whole)
+            self.length[documents] = 0
+            self.heaviness[documents] = -1
+            self.start[documents] = self.stop[documents]
+            self.area_start[documents] = self.area_stop[documents]
+
     def _heaviness(self, document: int) -> int:
         """The mean area of the chunks at the document's heavy end."""
         high = self.high[document]
@@ -306,10 +325,11 @@ class Filling:
             price, place, start = self._cheapest_end(documents, size, size + tokens[only], areas[only], paid[only], cost)
         else:
             documents, size = np.concatenate(candidates), np.concatenate(sizes)
-            each = np.array([[values[number] for number in tried] for values in (tokens, areas, paid)])
-            filled_tokens, filled, parted = np.repeat(each, [len(found) for found in candidates], axis=1)
-            price, place, start = self._cheapest_end(documents, size, size + filled_tokens, filled, parted, cost)
-            only = tried[int(np.searchsorted(np.cumsum([len(found) for found in candidates]), place, side="right"))]
+            row = np.repeat(np.arange(len(tried)), [len(found) for found in candidates])
+            of_tried = [np.array([values[number] for number in tried]).take(row) for values in (tokens, areas, paid)]
+            counts, filled, parted = of_tried
+            price, place, start = self._cheapest_end(documents, size, size + counts, filled, parted, cost)
+            only = tried[row.item(place)]
         return price, only, (int(documents[place]), start, start + int(size[place]))
 
     def _extend_by_two(

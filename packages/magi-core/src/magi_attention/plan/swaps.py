@@ -79,12 +79,9 @@ class Swaps:
         borders = np.flatnonzero(documents.is_border)
         self.start, self.stop = borders[:-1], borders[1:]
         # How many of its document's first rows the chunk before each place reads.
-        self.read = np.zeros(len(owner) + 1, np.int64)
-        self.read[1:] = documents.read
+        self.read = documents.read_before
         # How many rows documents have in the last chunk of the one before them, where that is their neighbor.
-        line, inner = documents.line, borders[1:-1]
-        self.border = np.zeros(len(line) + 1, np.int64)
-        self.border[inner] = documents.cut[inner] * (line[inner] == line[inner - 1] + 1)
+        self.border = documents.parted
         self.is_parted_dearly = bool(self.border.any())
         first = self._find_starts()
         self.load = totals(owner[first], np.diff(documents.area[first], append=documents.area[-1]), num_ranks)
