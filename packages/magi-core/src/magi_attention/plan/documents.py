@@ -179,8 +179,12 @@ def key_hulls(work: ChunkWork) -> tuple[Array, Array]:
         # Each chunk has entries, one after another.
         if len(step) == len(begin):
             return work.keys[:, 0], work.keys[:, 1]
-        first = np.flatnonzero(step)
-        return np.minimum.reduceat(work.keys[:, 0], first), np.maximum.reduceat(work.keys[:, 1], first)
+        is_first = step > 0
+        low, high = work.keys[is_first, 0], work.keys[is_first, 1]
+        others = np.flatnonzero(~is_first)
+        np.minimum.at(low, work.chunk[others], work.keys[others, 0])
+        np.maximum.at(high, work.chunk[others], work.keys[others, 1])
+        return low, high
     low, high = np.full_like(begin, np.iinfo(np.int64).max), np.full_like(begin, -1)
     np.minimum.at(low, work.chunk, work.keys[:, 0])
     np.maximum.at(high, work.chunk, work.keys[:, 1])
