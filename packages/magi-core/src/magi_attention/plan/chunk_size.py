@@ -10,9 +10,8 @@ SHORT = 32
 # They grow beyond a tile only while a rank has more than ENOUGH_PER_RANK and all ranks have more than MANY, for a quick
 # plan.
 MIN_PER_RANK, GOOD_PER_RANK, FINE_PER_RANK, ENOUGH_PER_RANK, FINE_MANY, MANY = 8, 64, 96, 128, 32768, 8192
-# Cells are longer than a tile only if there would be more than MANY_CELLS, and half as long if a rank would get fewer
-# than CELLS_PER_RANK, as one at the heavy end of a long document is a large part of its area then.
-MANY_CELLS, CELLS_PER_RANK = 32768, 256
+# Cells are longer than a tile only if there would be more than MANY_CELLS.
+MANY_CELLS = 32768
 # The padding should be at most this part of the sequence.
 PADDING_PART = 64
 
@@ -40,9 +39,9 @@ def choose_chunk_size(total: int, num_ranks: int) -> int:
     return chunk_size
 
 
-def choose_cell_size(total: int, num_ranks: int) -> int:
+def choose_cell_size(total: int) -> int:
     """Choose the rows of a cell, where cuts follow documents: a power of two."""
     cell_size = TILE
     while total > cell_size * MANY_CELLS:
         cell_size *= 2
-    return cell_size if total >= CELLS_PER_RANK * num_ranks * cell_size else cell_size // 2
+    return cell_size

@@ -71,7 +71,7 @@ def make_layout(
     only_far = total < FEWEST_ROWS * num_ranks
     may_follow &= not only_far or (num_ranks >= MANY_RANKS and total >= FEWEST_OF_MANY * num_ranks)
     if may_follow and num_chunks > COMPARED_CHUNKS and len(slices) <= MOST_SLICES:
-        cell_size = min(chunk_size, choose_cell_size(total, num_ranks))
+        cell_size = min(chunk_size, choose_cell_size(total))
         runs = deal_documents(slices, total, cell_size, num_ranks, only_far=only_far)
         if runs is not None:
             return Layout(num_real, total, chunk_size, num_ranks, runs[1], runs[0])
