@@ -109,8 +109,10 @@ class Deal(Filling):
             self._take_ends(anchor, lights)
 
     def _take_whole(self, anchor: int, lights: Lights) -> None:
-        """Take the anchor, then every document that still fits, the densest first."""
+        """Take the anchor, then every document that still fits, the densest first, unless other fillings are tried."""
         self._take(anchor, self.low[anchor], self.high[anchor])
+        if self.prefixes.few:
+            return
         low, high = self.low, self.high
         self.by_density = [document for document in self.by_density if low[document] < high[document]]
         for document in self.by_density:

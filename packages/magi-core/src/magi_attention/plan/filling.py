@@ -252,8 +252,8 @@ class Filling:
 
         If ``shorter`` is 0, it may also be the first part of a filling, whose rest is to be chosen next.
 
-        It consists of the first light pieces and perhaps one more document or an end of one, or two documents, or of one
-        document and an end of another. Its cost is that of parting documents and what ``cost`` says of numbers of
+        It consists of the first light pieces and perhaps one more document or an end of one, or two documents, or of
+        one document and an end of another. Its cost is that of parting documents and what ``cost`` says of numbers of
         chunks and areas; infinite if there is none.
         """
         pieces, tokens, areas = lights
