@@ -57,7 +57,8 @@ CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, Prefixes(1, 2, 0)), Terms(0.3, 10192,
 # Where that was too much, they are dealt again.
 CAREFUL = 10165
 # Deals of so many ranks may take longer, and try more fillings.
-MANY_RANKS, CHUNKS_OF_MANY, CELLS_OF_MANY = 128, Prefixes(1, 4, 0), Terms(0.45, CELLS.most, Prefixes(1, 4, 6, 150, 0.15))
+MANY_RANKS, CHUNKS_OF_MANY = 128, Prefixes(1, 4, 0)
+CELLS_OF_MANY = Terms(0.45, CELLS.most, Prefixes(1, 4, 6, few=150, shorter=0.15))
 # A group of up to SMALL_GROUP ranks aims at more even areas.
 MOST_OF_SMALL_GROUP = 10030
 # Runs of documents with loads beyond this multiple of the mean are not taken.
