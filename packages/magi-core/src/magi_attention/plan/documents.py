@@ -163,8 +163,11 @@ def _join_neighbors(tokens: Array, area: Array, border: Array, most_tokens: int,
             run = root[run]
         return run
 
-    for run in np.argsort(-border, kind="stable").tolist():
-        a, b = find(run), find(run + 1)
+    by_dearness = np.argsort(-border, kind="stable").tolist() if border.any() else range(len(border))
+    for run in by_dearness:
+        a, b = find(run), run + 1
+        if root[b] != b:
+            b = find(b)
         if size[a] + size[b] <= most_tokens and weight[a] + weight[b] <= most_area:
             root[b] = a
             size[a] += size[b]

@@ -22,7 +22,7 @@ from magi_attention.plan.swaps import Array, Runs, Swaps
 CYCLE, TOLERATED, LEAST_SAVED = 2, 2, 0.5
 # There is a cycle for RANKS_PER_CYCLE ranks, but at least LEAST_CYCLES, and else no more than go with TOGETHER ranks in
 # all cycles together. The last one ends SPARED rounds early, as these would save next to nothing.
-RANKS_PER_CYCLE, LEAST_CYCLES, TOGETHER, SPARED = 21, 2, 3328, 1
+RANKS_PER_CYCLE, LEAST_CYCLES, TOGETHER, SPARED = 22, 2, 3328, 1
 # A run that makes up more than this share of the mean area is no remainder, and has no match.
 LONGEST = 0.5
 # Against masks in very many pieces: documents of more ranks are left alone, pairs beyond these not weighed.
