@@ -181,9 +181,7 @@ class Deal(Filling):
             own += number - count
         return left - number, share + min(own, high - base - left + number, number)
 
-    def _lightest_fillings(
-        self, base: int, most: int, left: int, lights: Lights
-    ) -> Iterator[tuple[int, int, int]]:
+    def _lightest_fillings(self, base: int, most: int, left: int, lights: Lights) -> Iterator[tuple[int, int, int]]:
         """The lightest of up to ``left`` chunks: chunks of the document from ``base`` on and others' pieces, by density.
 
         Yields their number, their area and how many are the document's own, at most ``most``, wherever one kind follows

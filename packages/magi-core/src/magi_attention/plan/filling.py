@@ -322,7 +322,9 @@ class Filling:
         if len(tried) == 1:
             only = tried[0]
             documents, size = candidates[0], sizes[0]
-            price, place, start = self._cheapest_end(documents, size, size + tokens[only], areas[only], paid[only], cost)
+            price, place, start = self._cheapest_end(
+                documents, size, size + tokens[only], areas[only], paid[only], cost
+            )
         else:
             documents, size = np.concatenate(candidates), np.concatenate(sizes)
             row = np.repeat(np.arange(len(tried)), [len(found) for found in candidates])

@@ -53,7 +53,11 @@ class Terms(NamedTuple):
 LESS_JOINED, MUCH_LESS = 1.2, 8.0
 # Joined documents part fewer chunks that have rows of two documents. Cells have none; their areas change a little when
 # cuts are shifted, up to SHIFTED.
-CHUNKS, CELLS, SHIFTED = Terms(0.5, 10198, Prefixes(1, 2, 0)), Terms(0.3, 10192, Prefixes(0, 2, 6, shorter=0.06, early=0.0), 0.18), 10199
+CHUNKS, CELLS, SHIFTED = (
+    Terms(0.5, 10198, Prefixes(1, 2, 0)),
+    Terms(0.3, 10192, Prefixes(0, 2, 6, shorter=0.06, early=0.0), 0.18),
+    10199,
+)
 # Where that was too much, they are dealt again.
 CAREFUL = 10165
 # Deals of so many ranks may take longer, and try more fillings.
