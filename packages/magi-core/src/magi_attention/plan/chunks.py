@@ -80,7 +80,7 @@ class _Entries(NamedTuple):
 
 
 def _find_entries(columns: Array, cuts: Array) -> _Entries:
-    """All entries of trimmed bands, which are given by columns; they need no trimming, as all their rows keep something."""
+    """All entries of trimmed bands, given by columns; as all their rows keep something, they need no more trimming."""
     q0, q1 = columns[band.Q0], columns[band.Q1]
     first = np.searchsorted(cuts, q0, side="right") - 1
     number = np.searchsorted(cuts, q1) - first

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from magi_attention.plan.chunk_size import TILE
-from magi_attention.plan.documents import Documents
+from magi_attention.plan.documents import Documents, Owner
 from magi_attention.plan.filling import Array, Filling, Floats, Lights
 
 # What the first ranks take above the mean area saves pieces of long documents.
@@ -62,7 +62,7 @@ def most_beside_tile(documents: Documents, num_ranks: int, reach: Array | np.int
 class Deal(Filling):
     """Deals the chunks, rank after rank."""
 
-    def run(self, aim_of_many: float, *, parts_tiles: bool, is_divided: bool = False) -> Array:
+    def run(self, aim_of_many: float, *, parts_tiles: bool, is_divided: bool = False) -> Owner:
         """Deal all chunks; returns the rank of each place of the line.
 
         Args:
@@ -159,8 +159,8 @@ class Deal(Filling):
         share = min(share, self.room, high - low)
         base, left = low + share, self.room - share
         most = min(left, high - base)
-        # With m chunks of filling, the heavy end starts at ``place + m``. It fits if the filling weighs at most ``spare``
-        # more than what is before that place.
+        # With m chunks of filling, the heavy end starts at ``place + m``. It fits if the filling weighs at most
+        # ``spare`` more than what is before that place.
         place, spare, fewest = high - left, self.budget - area[base] + area[low] - area[high], left - most
         count, weight, own = 0, 0, 0
         for next_count, next_weight, next_own in self._lightest_fillings(base, most, left, lights):
@@ -182,7 +182,7 @@ class Deal(Filling):
         return left - number, share + min(own, high - base - left + number, number)
 
     def _lightest_fillings(self, base: int, most: int, left: int, lights: Lights) -> Iterator[tuple[int, int, int]]:
-        """The lightest of up to ``left`` chunks: chunks of the document from ``base`` on and others' pieces, by density.
+        """The lightest of up to ``left`` chunks: those of the document from ``base`` on and others' pieces, by density.
 
         Yields their number, their area and how many are the document's own, at most ``most``, wherever one kind follows
         the other.

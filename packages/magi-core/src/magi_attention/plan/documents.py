@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from magi_attention.plan import two_sided
 from magi_attention.plan.chunks import ChunkWork
 
 Array = NDArray[np.int64]
+Owner = NDArray[np.signedinteger[Any]]
+"""The rank of each of some chunks, or of their runs; narrow integers are quicker to compare."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common.slices import expand_counts
-from magi_attention.plan.documents import Documents
+from magi_attention.plan.documents import Documents, Owner
 from magi_attention.plan.totals import totals
 
 Array = NDArray[np.int64]
@@ -16,7 +16,7 @@ Array = NDArray[np.int64]
 class Ends(NamedTuple):
     """Pieces of the ends of runs: their rank, start, length, area and what the cut costs."""
 
-    rank: Array
+    rank: Owner
     start: Array
     length: Array
     area: Array
@@ -28,7 +28,7 @@ class Ends(NamedTuple):
 PARTNERS, FURTHER, SWAPS_PER_RANK = 3, 12, 4
 
 
-def even_out(owner: Array, documents: Documents, num_ranks: int, limit: int) -> Array:
+def even_out(owner: Owner, documents: Documents, num_ranks: int, limit: int) -> Owner:
     """Lower the loads of all ranks to ``limit`` where swaps can do it; the counts stay as they are.
 
     Args:
@@ -96,13 +96,13 @@ def _best_swap(offered: Ends, wanted: Ends, load: Array, heavy: int, limit: int)
     )
 
 
-def _find_runs(owner: Array) -> tuple[Array, Array, Array]:
+def _find_runs(owner: Owner) -> tuple[Array, Array, Owner]:
     """The first place of each run, the place after its last, and its rank."""
     first = np.append(0, np.flatnonzero(owner[1:] != owner[:-1]) + 1)
     return first, np.append(first[1:], len(owner)), owner[first]
 
 
-def _ends_of_runs(runs: tuple[Array, Array, Array], ranks: Array, documents: Documents) -> Ends:
+def _ends_of_runs(runs: tuple[Array, Array, Owner], ranks: Array, documents: Documents) -> Ends:
     """Pieces of several lengths from both ends of the ranks' runs."""
     is_chosen = np.zeros(int(runs[2].max()) + 1, np.bool_)
     is_chosen[ranks] = True

@@ -256,7 +256,7 @@ class Filling:
         one document and an end of another. Its cost is that of parting documents and what ``cost`` says of numbers of
         chunks and areas; infinite if there is none.
         """
-        pieces, tokens, areas = lights
+        pieces, tokens, _ = lights
         longest = bisect_right(tokens, most) - 1
         first_long = max(0, longest - self.prefixes.long + 1)
         prefixes = [*range(min(self.prefixes.short, first_long)), *range(first_long, longest + 1)]
@@ -437,7 +437,8 @@ class Filling:
         other = nearest.take(gap, mode="clip")
         rest = gap - other
         found = (rest == 0 if is_exact else rest >= 0).nonzero()[0]
-        row, column = np.divmod(found, len(length))
+        row = found // len(length)
+        column = found - row * len(length)
         one, other = length.take(column), other.take(found)
         total = area_of.take(one)
         total += area_of.take(other)
@@ -449,11 +450,11 @@ class Filling:
         if not is_exact:
             costs += self._cost_of_rest(rest, unused)
         while len(costs) and (least := costs.item(place := int(costs.argmin()))) < np.inf:
-            lengths = int(one[place]), int(other[place])
+            lengths = one.item(place), other.item(place)
             # Neither twice the same document nor none at all.
-            if lengths[0] != lengths[1] or not (lengths[0] or rest[place]):
-                chosen = [known.searchsorted(each, side="right") - 1 for each in lengths if each]
-                return least, first + int(row[place]), documents[chosen].tolist()
+            if lengths[0] != lengths[1] or not (lengths[0] or rest.item(place)):
+                chosen = np.searchsorted(known, [each for each in lengths if each], side="right") - 1
+                return least, first + row.item(place), documents.take(chosen).tolist()
             costs[place] = np.inf
         return np.inf, 0, []
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from magi_attention.common.slices import expand_counts
-from magi_attention.plan.documents import Documents
+from magi_attention.plan.documents import Documents, Owner
 from magi_attention.plan.swaps import Array, Runs, Swaps
 
-# In each round a rank swaps runs of a document once at most. In the first of CYCLE rounds swaps may cost up to TOLERATED
-# chunks, since others become possible then; in the others they must save LEAST_SAVED.
+# In each round a rank swaps runs of a document once at most. In the first of CYCLE rounds swaps may cost up to
+# TOLERATED chunks, since others become possible then; in the others they must save LEAST_SAVED.
 CYCLE, TOLERATED, LEAST_SAVED = 2, 2, 0.5
 # There is a cycle for RANKS_PER_CYCLE ranks, but at least LEAST_CYCLES, and else no more than go with TOGETHER ranks in
 # all cycles together. The last one ends SPARED rounds early, as these would save next to nothing.
@@ -58,7 +58,7 @@ class ReceiverSwaps(Swaps):
 
     def __init__(
         self,
-        owner: Array,
+        owner: Owner,
         documents: Documents,
         num_ranks: int,
         chunk_size: int,
@@ -69,7 +69,7 @@ class ReceiverSwaps(Swaps):
         super().__init__(owner, documents, num_ranks, chunk_size, most_area, most_sent)
         self.sends = self.count_sends(self.find_runs()) if sends is None else sends
 
-    def run(self) -> Array:
+    def run(self) -> Owner:
         """Swap for some rounds; returns the rank of each place of the line after the best of them."""
         most = max(TOGETHER // self.num_ranks, LEAST_CYCLES)
         num_cycles = min(max(self.num_ranks // RANKS_PER_CYCLE, LEAST_CYCLES), most)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from magi_attention.plan.documents import Owner
 from magi_attention.plan.swaps import Array, Runs, Swaps
 
 # Pieces of so many chunks of each end of a run are offered, and the whole run: those that send between LEAST_PART and
@@ -39,7 +40,7 @@ class Pieces(NamedTuple):
 class SenderSwaps(Swaps):
     """Swaps that spare the ranks that send most."""
 
-    def run(self) -> Array:
+    def run(self) -> Owner:
         """Swap until no rank sends too much or nothing helps; returns the rank of each place of the line."""
         for _ in range(min(max(self.num_ranks // RANKS_PER_ROUND, LEAST_ROUNDS), MOST_ROUNDS)):
             runs = self.find_runs()

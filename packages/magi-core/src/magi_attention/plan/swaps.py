@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_attention.plan.documents import Documents
+from magi_attention.plan.documents import Documents, Owner
 from magi_attention.plan.totals import totals
 
 Array = NDArray[np.int64]
@@ -65,7 +65,7 @@ class Swaps:
 
     def __init__(
         self,
-        owner: Array,
+        owner: Owner,
         documents: Documents,
         num_ranks: int,
         chunk_size: int,
