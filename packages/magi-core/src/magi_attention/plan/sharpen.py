@@ -24,8 +24,8 @@ AreaBefore = Callable[[Array], Array]
 GRADED = 2
 # Densities change as runs are shifted; what is missing then, or too much, is moved in a further round or two.
 LEAST_ROUNDS, MOST_ROUNDS = 2, 3
-# Areas may exceed what is aimed at by this part of it.
-BEYOND = 10000
+# Areas may exceed what is aimed at by this part of it, since rows are heavy: 1.0199 of the mean by less than 0.0001.
+BEYOND = 10400
 
 
 class Ends(NamedTuple):
