@@ -185,9 +185,8 @@ def key_hulls(work: ChunkWork) -> tuple[Array, Array]:
         # Each chunk has entries, one after another.
         if len(step) == len(begin):
             return work.keys[:, 0], work.keys[:, 1]
-        is_first = step > 0
-        low, high = work.keys[is_first, 0], work.keys[is_first, 1]
-        others = np.flatnonzero(~is_first)
+        first, others = np.flatnonzero(step), np.flatnonzero(step == 0)
+        low, high = work.keys[:, 0].take(first), work.keys[:, 1].take(first)
         np.minimum.at(low, work.chunk[others], work.keys[others, 0])
         np.maximum.at(high, work.chunk[others], work.keys[others, 1])
         return low, high

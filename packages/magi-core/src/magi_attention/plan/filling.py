@@ -327,9 +327,14 @@ class Filling:
             )
         else:
             documents, size = np.concatenate(candidates), np.concatenate(sizes)
-            row = np.repeat(np.arange(len(tried)), [len(found) for found in candidates])
-            of_tried = [np.array([values[number] for number in tried]).take(row) for values in (tokens, areas, paid)]
-            counts, filled, parted = of_tried
+            row, before = np.zeros(len(documents), np.int64), 0
+            for found in candidates[:-1]:
+                before += len(found)
+                row[before:] += 1
+            counts, filled, parted = (
+                np.array([values[number] for number in tried]).take(row) if any(values) else 0
+                for values in (tokens, areas, paid)
+            )
             price, place, start = self._cheapest_end(documents, size, size + counts, filled, parted, cost)
             only = tried[row.item(place)]
         return price, only, (int(documents[place]), start, start + int(size[place]))
