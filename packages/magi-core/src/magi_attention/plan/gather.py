@@ -9,12 +9,13 @@ reads most of that anyway. What it gives in return, an equally long piece, must 
 Only a taker that holds some of the document need be considered: a swap in which neither rank does saves nothing.
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from magi_attention.common.slices import expand_counts
-from magi_attention.plan.documents import Documents, Owner
+from magi_attention.plan.documents import Owner
 from magi_attention.plan.swaps import Array, Runs, Swaps
 
 # In each round a rank swaps runs of a document once at most. In the first of CYCLE rounds swaps may cost up to
@@ -48,26 +49,15 @@ class Pairs(NamedTuple):
 
 
 class ReceiverSwaps(Swaps):
-    """Swaps that spare the ranks rows to receive, while nobody sends more than he should, or than before.
+    """Swaps that spare the ranks rows to receive, while nobody sends more than he should, or than before."""
 
-    Args:
-        owner: as for :class:`~plan.swaps.Swaps`, and so are the other arguments.
-        sends: what :meth:`count_sends` says of the deal, or of one like it; None to count. Swaps change little of who
-            reads what, so that it holds for all rounds.
-    """
+    @cached_property
+    def sends(self) -> Array:
+        """What :meth:`count_sends` says of the deal at first; swaps change little of who reads what.
 
-    def __init__(
-        self,
-        owner: Owner,
-        documents: Documents,
-        num_ranks: int,
-        chunk_size: int,
-        most_area: int | Array,
-        most_sent: float,
-        sends: Array | None = None,
-    ) -> None:
-        super().__init__(owner, documents, num_ranks, chunk_size, most_area, most_sent)
-        self.sends = self.count_sends(self.find_runs()) if sends is None else sends
+        May be set to what it says of a deal like this one.
+        """
+        return self.count_sends(self.find_runs())
 
     def run(self) -> Owner:
         """Swap for some rounds; returns the rank of each place of the line after the best of them."""

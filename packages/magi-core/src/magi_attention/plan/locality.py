@@ -193,7 +193,8 @@ def _deal(
     limits = np.minimum(limit, beside_tile)
     most_sent = find_most_sent(documents, num_ranks, chunk_size)
     spread = SenderSwaps(even, documents, num_ranks, chunk_size, limits, most_sent)
-    swapped = ReceiverSwaps(spread.run(), documents, num_ranks, chunk_size, limits, most_sent, spread.sends)
+    swapped = ReceiverSwaps(spread.run(), documents, num_ranks, chunk_size, limits, most_sent)
+    swapped.sends = spread.sends
     owner = np.empty(len(work.area), np.int64)
     owner[documents.line] = swapped.run()
     return Dealt(owner, limit, beside_tile, deal.is_even)
