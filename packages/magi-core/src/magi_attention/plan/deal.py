@@ -26,7 +26,8 @@ import numpy as np
 
 from magi_attention.plan.chunk_size import TILE
 from magi_attention.plan.documents import Documents, Owner
-from magi_attention.plan.filling import Array, Filling, Floats, Lights
+from magi_attention.plan.filling import Array, Floats, Lights
+from magi_attention.plan.filling_search import FillingSearch
 
 # What the first ranks take above the mean area saves pieces of long documents.
 # It saves too little to be worth the imbalance where there are fewer documents than FEW of the ranks, unless all chunks
@@ -59,7 +60,7 @@ def most_beside_tile(documents: Documents, num_ranks: int, reach: Array | np.int
     return np.maximum(TILED * mean - TILE * reach, WHOLE * mean).astype(np.int64)
 
 
-class Deal(Filling):
+class Deal(FillingSearch):
     """Deals the chunks, rank after rank."""
 
     def run(self, aim_of_many: float, *, parts_tiles: bool, is_divided: bool = False) -> Owner:
