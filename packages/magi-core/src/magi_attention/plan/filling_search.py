@@ -9,7 +9,7 @@ import numpy as np
 from magi_attention.plan.filling import Array, Filling, Floats, Lights
 
 # Documents are graded if a cut near the light end costs so many times less than the dearest one.
-GRADED = 2
+GRADED_CUTS = 2
 
 Cost = Callable[[Array | float, Floats], Floats]
 """What fillings cost, by their numbers of chunks and their areas, but for the documents that they part."""
@@ -47,7 +47,7 @@ class FillingSearch(Filling):
             best = 0
         if self.prefixes.paired and (not shorter or self.rank < self.prefixes.early * len(self.capacities)):
             # Light ends are cheap only where documents are graded; ends are tried with one document as well.
-            is_graded = GRADED * self.cut[min(self.low[anchor] + 1, self.high[anchor])] <= self.price
+            is_graded = GRADED_CUTS * self.cut[min(self.low[anchor] + 1, self.high[anchor])] <= self.price
             is_exact = shorter > 0 or self.prefixes.few > 0 or not is_graded
             price, number, pair = self._pair(length, lights, longest, most, paid, cost, is_exact=is_exact)
             if price < least:

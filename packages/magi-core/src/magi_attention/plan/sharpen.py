@@ -21,7 +21,7 @@ Array = NDArray[np.int64]
 AreaBefore = Callable[[Array], Array]
 
 # Runs of a document are heavy and light if their rows weigh so many times more.
-GRADED = 2
+HEAVIER = 2
 # Densities change as runs are shifted; what is missing then, or too much, is moved in a further round or two.
 LEAST_ROUNDS, MOST_ROUNDS = 2, 3
 # Areas may exceed what is aimed at by this part of it, since rows are heavy: 1.0199 of the mean by less than 0.0001.
@@ -83,7 +83,7 @@ def _find_ends(rank: Array, document: Array, weight: Array) -> Ends:
     order = np.lexsort((weight, pair))
     first = np.flatnonzero(np.diff(pair[order], prepend=-1))
     light, heavy = order[first], order[np.append(first[1:], len(order)) - 1]
-    graded = np.flatnonzero(weight[heavy] >= GRADED * np.maximum(weight[light], 1))
+    graded = np.flatnonzero(weight[heavy] >= HEAVIER * np.maximum(weight[light], 1))
     light, heavy = light[graded], heavy[graded]
     order = np.argsort(-weight[heavy], kind="stable")
     order = order[np.sort(np.unique(rank[heavy[order]], return_index=True)[1])]
