@@ -214,6 +214,20 @@ def test_with_all_rows_at_hand_one_kernel_does_backward_what_two_do_forward():
         assert sum(step.exchange is not None for step in of.steps) == 1
 
 
+def test_a_few_rows_that_come_take_no_kernel_of_their_own_backward():
+    tokens, half = 1 << 14, 1 << 13
+    costs = PassCosts.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True)
+    slices, layout = packed.varlen([0, half - 100, half + 3000, tokens]), Layout(tokens, tokens, half, 2, np.arange(2))
+    gets_nothing, gets_100 = (
+        make_schedule(plan, costs) for plan in build_plans(slices, layout, range(2), StageOptions(degree=1))
+    )
+    assert [step.exchange is None for step in gets_nothing.forward.steps] == [True, False]
+    for of in (gets_100.backward, gets_100.backward_with_rows):
+        (step,) = of.steps
+        assert step.num_keys == half + 100
+        assert len(step.calls) == 1
+
+
 def test_what_is_cut_to_be_regular_forward_stays_one_kernel_backward():
     tokens = 1 << 10
     schedules = two_ranks(SliceTable([[0, tokens, 0, tokens, 1]]), tokens, in_both_passes(COSTS["together"], 1e9))

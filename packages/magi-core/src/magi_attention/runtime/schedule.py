@@ -45,7 +45,8 @@ def make_schedule(plan: Plan, costs: PassCosts) -> Schedule:
     """Arrange the plan's stages."""
     num_queries = int(plan.layout.rows_per_rank[plan.rank])
     num_keys = int(plan.key_layout.rows_per_rank[plan.rank])
-    forward, backward = (_arrange(plan, num_queries, each) for each in costs)
+    forward = _arrange(plan, num_queries, costs.forward, with_rows=costs.backward)
+    backward = _arrange(plan, num_queries, costs.backward)
     receives = any(each.exchange is not None for each in forward)
     with_rows = _with_rows(plan, forward, num_queries, costs.backward) if receives else backward
     own, *others = backward
@@ -74,9 +75,8 @@ def _in_one(plan: Plan, own: Step, other: Step, num_queries: int, costs: Costs) 
     if other.own_places is None or not own.calls:
         return None
     whole = _whole(plan, other, num_queries, costs)
-    travel = costs.exchange + _rows_moved(plan.stages[other.number]) * costs.fetched_row
     num_saved = len(own.calls) + len(other.calls) - len(whole.calls)
-    return whole if travel < num_saved * costs.regular else None
+    return whole if _travel(plan.stages[other.number], costs) < num_saved * costs.regular else None
 
 
 def _whole(plan: Plan, step: Step, num_queries: int, costs: Costs) -> Step:
@@ -85,8 +85,11 @@ def _whole(plan: Plan, step: Step, num_queries: int, costs: Costs) -> Step:
     return _together(plan, step.number, plan.stages[step.number], nothing, everything, costs)
 
 
-def _arrange(plan: Plan, num_queries: int, costs: Costs) -> list[Step]:
-    """The steps without flags; the first reads own rows alone."""
+def _arrange(plan: Plan, num_queries: int, costs: Costs, with_rows: Costs | None = None) -> list[Step]:
+    """The steps without flags; the first reads own rows alone.
+
+    ``with_rows`` are the costs of the backward pass which a forward pass leaves the rows that it received.
+    """
     num_own = int(plan.key_layout.rows_per_rank[plan.rank])
     everything = [(0, num_queries)]
     first = next((n for n, stage in enumerate(plan.stages) if stage.exchange is not None), None)
@@ -96,7 +99,7 @@ def _arrange(plan: Plan, num_queries: int, costs: Costs) -> list[Step]:
     rest = [_as_planned(n, each, num_own, num_queries, costs) for n, each in enumerate(plan.stages) if n > first]
     if any(each.queries_travel for each in plan.stages) or stage.received is None:
         return [_as_planned(n, each, num_own, num_queries, costs) for n, each in enumerate(plan.stages)]
-    early = np.empty((0, 2), np.int64) if first == 0 else _choose_early(plan, stage, num_queries, costs)
+    early = np.empty((0, 2), np.int64) if first == 0 else _choose_early(plan, stage, num_queries, costs, with_rows)
     late = subtract(np.array(everything), early)
     if not len(late):
         return [_as_planned(n, each, num_own, num_queries, costs) for n, each in enumerate(plan.stages)]
@@ -106,22 +109,27 @@ def _arrange(plan: Plan, num_queries: int, costs: Costs) -> list[Step]:
     return [*own_step, _together(plan, first, stage, early, late, costs), *rest]
 
 
-def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> Intervals:
-    """The runs of queries to compute with own rows before the stage's rows have come."""
+def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs, with_rows: Costs | None) -> Intervals:
+    """The runs of queries to compute with own rows before the stage's rows have come.
+
+    Where these are kept apart from the own ones, the backward pass to come can't compute both in one kernel.
+    """
     everything, nothing = np.array([(0, num_queries)]), np.empty((0, 2), np.int64)
     if not len(stage.slices):
         return everything
     in_need = merge(stage.slices.rows[:, :2])
     num_own = int(plan.key_layout.rows_per_rank[plan.rank])
     is_short = costs.is_short(int(band.area(plan.bands).sum()))
-    fetch = costs.exchange + _rows_moved(stage) * costs.fetched_row
+    fetch = _travel(stage, costs)
+    apart_later = 0.0 if with_rows is None else max(with_rows.regular - _travel(stage, with_rows), 0.0)
     own_bands = slices_in(plan.bands, plan.key_layout.runs_of(plan.rank)).bands()
 
     def overhead(early: Intervals) -> float:
         work = int(band.area(_in_rows(own_bands, early)).sum()) * costs.pair
         exposed = max(fetch - work, 0.0)
         if early is everything:
-            return exposed + int(in_need[-1, 1] - in_need[0, 0]) * costs.merged_row + 2 * costs.call
+            num_merged = int(in_need[-1, 1] - in_need[0, 0])
+            return exposed + num_merged * costs.merged_row + 2 * costs.call + apart_later
         merged = intersect(early, in_need)[0]
         num_calls = len(early) + len(subtract(everything, early)) + (len(merged) > 0)
         num_merged = int((merged[:, 1] - merged[:, 0]).sum())
@@ -145,10 +153,11 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs) -> I
     return min(found, key=lambda each: each[0])[1]
 
 
-def _rows_moved(stage: Stage) -> int:
-    """Rows that a stage's exchange brings or, if these are more, takes: it ends when both are done."""
+def _travel(stage: Stage, costs: Costs) -> float:
+    """Seconds of a stage's exchange. It ends when all that it brings has come, and all that it takes has gone."""
     assert stage.exchange is not None
-    return max(stage.num_received, *(sum(table.send_counts) for table in stage.exchange.tables))
+    num_moved = max(stage.num_received, *(sum(table.send_counts) for table in stage.exchange.tables))
+    return costs.exchange + num_moved * costs.fetched_row
 
 
 def _windows(bands: Bands, num_queries: int, step: int, pairs: float) -> list[Intervals]:
