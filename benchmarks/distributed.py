@@ -16,6 +16,7 @@ gather-zz   the same with zigzag shards.
 ring-zz     a ring over zigzag shards, double-buffered, merged by log-sum-exp.
 torch       torch's own context parallelism: its ring around SDPA, zigzag where causal. Full and causal masks alone.
 best/base   the best magi/N over the best of gather, gather-zz, ring-zz and torch.
++-%         the standard error of that ratio in percent, by the quartiles of the passes; what is within it is a tie.
 
 With ``--host-time``, the lines ``host`` are microseconds until the call of a pass returns, on the slowest rank: where a
 kernel takes less, the host is what limits. With ``--breakdown``, a trace of rank 0 tells what each stream of ours did.
@@ -24,6 +25,7 @@ A cell that fails shows why below the table; the others go on. On a CPU (``--dev
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -45,13 +47,15 @@ from magi_attention.testing.distributed import RankError, RankPool
 MASKS = ("causal", "varlen_causal", "full", "varlen_block_causal_4k")
 BASELINES = ("gather", "gather-zz", "ring-zz", "torch")
 CELL_TIMEOUT_S = 240.0
+NONE = math.nan, math.nan
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What is printed of a method: TFLOP/s and the host's seconds, forward and backward."""
+    """What is printed of a method: TFLOP/s, their relative errors, and the host's seconds, forward and backward."""
 
     rates: tuple[float, float]
+    errors: tuple[float, float]
     host: tuple[float, float]
 
 
@@ -91,7 +95,8 @@ def measure_row(
         times, shares = median_of([each.times for each in rounds[method]]), rounds[method][-1].shares
         per_second = tflops(rounds[method][0].pairs, 1, options.bench.heads_q, options.bench.head_dim, 1.0)
         rates = per_second / times.forward, BACKWARD_OVER_FORWARD_FLOP * per_second / times.backward
-        figures[method] = Figures(rates, (times.host_forward, times.host_backward))
+        errors = times.forward_error / times.forward, times.backward_error / times.backward
+        figures[method] = Figures(rates, errors, (times.host_forward, times.host_backward))
         records[-1] |= {"forward_tflops": rates[0], "backward_tflops": rates[1], **asdict(times)}
         if shares:
             records[-1]["breakdown"] = [asdict(share) for share in shares]
@@ -167,16 +172,22 @@ def print_row(
     nan = float("nan")
     for number, name in enumerate(("fwd", "bwd")):
         rate = {method: each.rates[number] for method, each in figures.items()}
-        ours = max((rate[method] for method in rate if method.startswith("magi/")), default=nan)
-        native = max((rate[method] for method in rate if method.startswith("native/")), default=None)
-        best = max((rate[method] for method in rate if method in BASELINES), default=nan)
+        ours, our_error = best_of(figures, number, [method for method in rate if method.startswith("magi/")])
+        native, _ = best_of(figures, number, [method for method in rate if method.startswith("native/")])
+        best, error = best_of(figures, number, [method for method in rate if method in BASELINES])
         print(f"{world_size:>4}{options.tokens // world_size:>8}  {options.mask:24}{name:9}", end="")
         print("".join(f"{rate.get(method, nan):>10.4g}" for method in methods), end="")
-        print(f"{ours / rate.get('single', nan):>7.3f}{ours / best:>10.3f}", end="")
-        print("" if native is None else f"{native / rate.get('single', nan):>9.3f}{native / ours:>7.3f}", flush=True)
+        single = rate.get("single", nan)
+        print(f"{ours / single:>7.3f}{ours / best:>10.3f}{100 * math.hypot(our_error, error):>6.2f}", end="")
+        print("" if math.isnan(native) else f"{native / single:>9.3f}{native / ours:>7.3f}", flush=True)
         if host_time:
             host = {method: each.host[number] * 1e6 for method, each in figures.items()}
             print(f"{'':38}{name + ' host':9}" + "".join(f"{host.get(method, nan):>10.0f}" for method in methods))
+
+
+def best_of(figures: dict[str, Figures], number: int, methods: list[str]) -> tuple[float, float]:
+    """The highest rate of some methods in one pass, and its relative error."""
+    return max(((figures[each].rates[number], figures[each].errors[number]) for each in methods), default=NONE)
 
 
 def print_breakdown(where: str, shares: list[Share]) -> None:
@@ -236,7 +247,8 @@ def main() -> None:
         f"kernel backend {arguments.backend}; TFLOP/s per GPU"
     )
     print(f"{'gpus':>4}{'tokens':>8}  {'mask':24}{'':9}" + "".join(f"{method:>10}" for method in methods), end="")
-    print(f"{'eff':>7}{'best/base':>10}" + (f"{'native':>9}{'/magi':>7}" if "native" in arguments.methods else ""))
+    of_native = f"{'native':>9}{'/magi':>7}" if "native" in arguments.methods else ""
+    print(f"{'eff':>7}{'best/base':>10}{'+-%':>6}{of_native}")
     failures: list[str] = []
     records: list[dict[str, object]] = []
     for world_size in sizes:

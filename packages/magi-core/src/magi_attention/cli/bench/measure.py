@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time the passes of one distributed attention on every rank of a group."""
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,9 @@ Passes = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
 MOST_OF_TURN = 4
 """So many pairs of passes of a method are timed one after another, where several take turns."""
 
+ERROR_OF_MEDIAN = 0.929
+"""The standard error of a median of n normal numbers is so many times their interquartile range, over the root of n."""
+
 HOST_REPEATS, HOST_REPEATS_S = 5, 0.5
 """How often each pass is called to find how long the host takes, and after how many seconds of passes no more."""
 
@@ -41,6 +43,8 @@ class PassTimes:
     Attributes:
         forward: median over the timed passes of the slowest rank's time, in seconds.
         backward: the same for backward passes.
+        forward_error: standard error of ``forward``, in seconds, by the quartiles of the passes.
+        backward_error: the same for backward passes.
         host_forward: until the call of a pass returns, on the slowest rank, with an idle device at the start.
         host_backward: the same for backward passes.
         peak_bytes: the most memory that any rank's tensors took; of several methods that were timed in turns, what a
@@ -49,6 +53,8 @@ class PassTimes:
 
     forward: float
     backward: float
+    forward_error: float
+    backward_error: float
     host_forward: float
     host_backward: float
     peak_bytes: int
@@ -228,14 +234,17 @@ def _summarize(
     passes: Passes, timed: "Sequence[list[torch.cuda.Event | float]]", peak: int, device: torch.device
 ) -> PassTimes:
     """What the group found of one method; also measures the host."""
-    forward, backward = (statistics.median(column) for column in _slowest(timed, device).T.tolist())
+    seconds = _slowest(timed, device).cpu().numpy()
+    low, medians, high = np.quantile(seconds, [0.25, 0.5, 0.75], axis=0)
+    forward, backward = medians.tolist()
+    forward_error, backward_error = (ERROR_OF_MEDIAN / len(timed) ** 0.5 * (high - low)).tolist()
     repeats = max(1, min(HOST_REPEATS, int(HOST_REPEATS_S / (forward + backward))))
     host = torch.tensor(_host_seconds(*passes, device, repeats), dtype=torch.float64, device=device)
     dist.all_reduce(host, dist.ReduceOp.MAX)
     most = torch.tensor(peak, device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     host_forward, host_backward = host.tolist()
-    return PassTimes(forward, backward, host_forward, host_backward, int(most))
+    return PassTimes(forward, backward, forward_error, backward_error, host_forward, host_backward, int(most))
 
 
 def _mark_passes(passes: Passes, device: torch.device) -> "list[torch.cuda.Event | float]":
