@@ -68,6 +68,8 @@ def _row_term(saved: SavedAttention, dout: Tensor, dlse: Tensor | None) -> Tenso
 class _Sum:
     """The sum of gradients of some rows, whose kernels are each for a run of them.
 
+    While there is a single gradient of a run, beside which all other rows would be zeros, it is kept as it is.
+
     Args:
         like: of what: as many rows, of its shape and on its device.
         is_blank: whether it starts as zeros, since not every run is new or known as a whole.
@@ -83,12 +85,21 @@ class _Sum:
         read: Sequence[slice] | None = None,
     ) -> None:
         self._like, self._is_blank, self._dtype, self._read = like, is_blank, dtype, read
-        self.total: Tensor | None = None
+        self._total: Tensor | None = None
+        self._part: tuple[slice, Tensor] | None = None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing has been added, nor asked for."""
+        return self._total is None and self._part is None
 
     def add(self, run: slice | None, gradient: Tensor, is_known: bool) -> None:
         """Add the gradient of a run of rows, or of all, for which the sum ``is_known`` already or not."""
-        if run is None and self.total is None:
-            self.total = gradient if self._dtype is None else as_dtype(gradient, self._dtype)
+        if self.is_new and run is None:
+            self._total = gradient if self._dtype is None else as_dtype(gradient, self._dtype)
+            return
+        if self.is_new and run is not None and self._is_blank and self._read is None:
+            self._part = run, gradient
             return
         target = self.allocated(gradient.dtype)
         if run is not None:
@@ -98,15 +109,24 @@ class _Sum:
         elif target.data_ptr() != gradient.data_ptr():
             target.copy_(gradient)
 
+    def add_sum(self, other: "_Sum") -> None:
+        """Add another sum of the same rows, which is not new."""
+        run, gradient = other._part or (None, other._total)
+        assert gradient is not None
+        self.add(run, gradient, not self.is_new)
+
     def allocated(self, dtype: torch.dtype) -> Tensor:
-        """The sum so far, made where there is none yet."""
-        if self.total is None:
+        """The sum so far; of ``dtype``, unless it has one, where it is made now."""
+        if self._total is None:
             is_blank = self._is_blank and self._read is None
             make = self._like.new_zeros if is_blank else self._like.new_empty
-            self.total = make(self._like.shape, dtype=self._dtype or dtype)
+            part, self._part = self._part, None
+            self._total = make(self._like.shape, dtype=self._dtype or (dtype if part is None else part[1].dtype))
+            if part is not None:
+                self._total[part[0]].copy_(part[1])
             for run in self._read or ():
-                self.total[run].zero_()
-        return self.total
+                self._total[run].zero_()
+        return self._total
 
 
 def take_rows(tensors: Sequence[Tensor], rows: Rows) -> list[Tensor]:
@@ -175,11 +195,11 @@ class _GradientSums:
             return
         partials = [total.allocated(self._saved.k.dtype) for total in sums]
         copied_on_the_way = None
-        if isinstance(places, Tensor) and partials[0].dtype == self.returns.dtype and self._own[0].total is None:
+        if isinstance(places, Tensor) and partials[0].dtype == self.returns.dtype and self._own[0].is_new:
             copied_on_the_way = places
         elif places is not None:
             for own, taken in zip(self._sums, take_rows(partials, places), strict=True):
-                own.add(None, taken, own.total is not None)
+                own.add(None, taken, not own.is_new)
         self._sums = self._late
         into = [own.allocated(partials[0].dtype) for own in self._own]
         self.returns.put(step, partials, into, copied_on_the_way)
@@ -233,19 +253,20 @@ class _GradientSums:
         """The gradients, in the inputs' dtypes."""
         self.returns.finish()
         q, k, v, *_ = self._saved
-        dq = self._dq.total
-        if dq is None:
-            dq = torch.zeros_like(q)
+        dq = self._dq.allocated(q.dtype)
         if self._dq_from_away is not None:
             dq = self._dq_from_away.add_(dq)
-        for own, late in zip(self._own, self._late, strict=True):
-            if late.total is None:
-                continue
-            if self._home is None or own.total is None:
-                own.add(None, late.total, own.total is not None)
-                continue
-            for run in self._home:
-                late.total[run].add_(own.total[run])  # not "+=", which also assigns what is there already
-            own.total = late.total
-        dk, dv = (total.allocated(x.dtype) for total, x in zip(self._own, (k, v), strict=True))
+        dk, dv = map(self._of_keys, self._own, self._late)
         return as_dtype(dq, q.dtype), as_dtype(dk, k.dtype), as_dtype(dv, v.dtype)
+
+    def _of_keys(self, own: _Sum, late: _Sum) -> Tensor:
+        """The gradient of own keys or values: also what kernels have found while others' came home."""
+        dtype = self._saved.k.dtype
+        if self._home is not None and not own.is_new and not late.is_new:
+            home, total = own.allocated(dtype), late.allocated(dtype)
+            for run in self._home:
+                total[run].add_(home[run])  # not "+=", which also assigns what is there already
+            return total
+        if not late.is_new:
+            own.add_sum(late)
+        return own.allocated(dtype)
