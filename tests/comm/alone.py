@@ -8,7 +8,7 @@ import torch
 
 from magi_attention.comm.packing import row_formats
 from magi_attention.comm.routes import routes_of
-from magi_comm_grpcoll.combine import _NAMES, Segments, add_slots, can_combine, merge_slots
+from magi_comm_grpcoll.combine import _NAMES, Combination, Segments, can_combine
 from magi_comm_grpcoll.plans import make_plans
 from magi_comm_grpcoll.routes import PushRoute
 from tests.distributed.exchanges import RandomNeeds, random_tensor
@@ -62,13 +62,14 @@ def reduce(seed: int, partial_dtype: torch.dtype, dtype: torch.dtype, dim: int) 
     total = old.double().cpu().index_add(0, sent, slots.double().cpu())
     terms = 1 + torch.bincount(sent, minlength=table.num_source)
     stream = torch.cuda.current_stream()
-    for average, expected in ((False, total), (True, total / terms[:, None, None])):
+    for op, expected in (("sum", total), ("avg", total / terms[:, None, None])):
         got = old.clone()
-        add_slots(stream, got, slots, segments, average)
+        Combination(stream, op, [got], [slots.dtype], segments).enqueue([got.data_ptr()], [slots.data_ptr()])
         torch.testing.assert_close(got.cpu(), expected.to(dtype))
     lse, old_lse = (random_tensor(3 + i, (n, 4), torch.float32).cuda() for i, n in enumerate((rows, table.num_source)))
     got, got_lse = old.clone(), old_lse.clone()
-    merge_slots(stream, got, got_lse, old_lse, slots, lse, segments)
+    merge = Combination(stream, "lse", [got, got_lse], [slots.dtype, lse.dtype], segments)
+    merge.enqueue([x.data_ptr() for x in (got, got_lse, old_lse)], [slots.data_ptr(), lse.data_ptr()])
     weights, old_weights = lse.double().cpu().exp(), old_lse.double().cpu().exp()
     mass = old_weights.index_add(0, sent, weights)
     weighted = (old.double().cpu() * old_weights[..., None]).index_add(

@@ -222,6 +222,12 @@ def stream_of_block(stream: Stream) -> Iterator[None]:
 
 
 class Driver:
+    def copies(self, *arguments: int) -> Callable[[], None]:
+        return partial(self.copy, *arguments)
+
+    def memory_operations(self, *arguments: int) -> Callable[[], None]:
+        return partial(self.enqueue_memory_operations, *arguments)
+
     def copy(self, targets: int, sources: int, sizes: int, count: int, stream: int) -> None:
         columns = [
             np.frombuffer(ctypes.string_at(at, 8 * count), np.uint64).tolist() for at in (targets, sources, sizes)
@@ -259,7 +265,7 @@ class Launch:
         runs = {"push": _push, "add_": _add, "put_": _put, "tell": _tell_all, "see_": _see_arrived}
         self._run = runs[kernel[1][:4]]
 
-    def __call__(self) -> None:
+    def enqueue(self) -> None:
         now = [*self.parameters]
         self._stream.enqueue(lambda: self._run(*now))
 

@@ -18,10 +18,10 @@ from magi_comm_grpcoll import (
     GroupContext,
     PeerTimeoutError,
     SlotLentError,
-    context,
     routes,
     wires,
 )
+from magi_comm_grpcoll.combine import Combination
 from magi_comm_grpcoll.driver import WRITE_VALUE
 from magi_comm_grpcoll.lane import Round
 from magi_comm_grpcoll.watchdog import Watchdog, Watched
@@ -385,5 +385,5 @@ def test_a_failure_while_rows_are_taken_loses_no_slot():
     is_failing = threading.Barrier(2, timeout=30)
     with pytest.MonkeyPatch.context() as failing:
         failing.setattr(Round, "deliver", fail)
-        failing.setattr(context, "add_slots", fail)
+        failing.setattr(Combination, "enqueue", fail)
         run_ranks(2, run)

@@ -6,6 +6,8 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import is_not
 from typing import Literal
 
 import numpy as np
@@ -23,12 +25,12 @@ from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.utils.torch_modes import without_grad
 from magi_comm_grpcoll.arena import Allocator, Arena, MappedAllocator
 from magi_comm_grpcoll.capability import Needs, agree
-from magi_comm_grpcoll.combine import add_slots, formats_combine, merge_slots
+from magi_comm_grpcoll.combine import Combination, formats_combine
 from magi_comm_grpcoll.errors import NotNativeError, PeerTimeoutError, first_line
 from magi_comm_grpcoll.exchange import SlotExchange
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.heap import FAREWELL_S, HeapAllocator, heap_of
-from magi_comm_grpcoll.lane import Lane, OwnRows, Round, Rounds
+from magi_comm_grpcoll.lane import Lane, OwnRows, Reduction, Round, Rounds
 from magi_comm_grpcoll.plans import gather_plans
 from magi_comm_grpcoll.puts import PutWires, link_everywhere
 from magi_comm_grpcoll.ring import Ring
@@ -186,22 +188,26 @@ class GroupContext:
         lane, parts = self._lanes[CAST], rounds.parts
         self._make_room(lane, rounds.slot_bytes)
         caller, arrive = current_stream(self._index), lane.wires.arrive
-        tensors = [tensor.contiguous() for tensor in tensors]
+        tensors = _contiguous(tensors)
         own = None if own_places is None else OwnRows(own_places, tensors)
         if lend and out is None and len(parts) == 1:
             (part,) = parts
-            started = part.start(tensors, caller, own)
-            lent = [*part.landed(started.slot)]
-            return part.work(started, caller, lent, (part, tensors, own), self._check, lends=True)
+            epoch, packed = part.start(tensors, caller, own)
+            lent = [*part.landed(epoch)]
+            return part.work(epoch, packed, caller, lent, (part, tensors, own), self._check, lends=True)
         received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
         for number, part in enumerate(parts):
-            started = part.start(tensors, caller, None if number else own, received)
-            arrive.wait_event(started.ready)
-            with lane.read(started, caller), torch.no_grad(), current_in_block(arrive, caller):
-                part.deliver(started.slot, received)
-        return part.work(started, caller, received, (parts, tensors, own, [*received]), self._check)
+            epoch, packed = part.start(tensors, caller, None if number else own, received)
+            arrive.wait_event(part.ready)
+            try:
+                with torch.no_grad(), current_in_block(arrive, caller):
+                    part.deliver(epoch, received)
+            except BaseException:
+                lane.abandon(epoch, caller)
+                raise
+            lane.release(epoch, arrive)
+        return part.work(epoch, packed, caller, received, (parts, tensors, own, [*received]), self._check)
 
-    @without_grad
     def reduce(
         self,
         partials: Sequence[Tensor],
@@ -222,41 +228,44 @@ class GroupContext:
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
         targets = [*into] if into_lse is None else [*into, into_lse]
 
-        def prepare() -> Rounds:
+        def prepare() -> Reduction:
             check_reduce(partials, into, op, partial_lse, into_lse)
             _check_rows("partials", sent, table.num_received, self.device)
             _check_rows("into", targets, table.num_source, self.device)
             check_combine(sent, targets, op)
-            return self._prepare(REDUCE, table, row_formats(sent))
+            rounds = self._prepare(REDUCE, table, row_formats(sent))
+            combine = partial(Combination, arrive, op, targets, [tensor.dtype for tensor in sent])
+            return Reduction(rounds, [combine(part.segments) for part in rounds.parts])
 
+        lane, arrive = self._lanes[REDUCE], self._lanes[REDUCE].wires.arrive
         kinds = *map(_kind, sent), len(sent) - len(partials), *map(_kind, targets), len(targets) - len(into)
-        rounds, lane = table.derived((self, REDUCE, op, *kinds), prepare), self._lanes[REDUCE]
+        rounds, combinations = table.derived((self, REDUCE, op, *kinds), prepare)
         self._make_room(lane, rounds.slot_bytes)
-        caller, arrive = current_stream(self._index), lane.wires.arrive
-        sent = [tensor.contiguous() for tensor in sent]
-        written = [tensor.contiguous() for tensor in targets]
-        old_lse = written[-1].clone() if op == "lse" else None
-        for number, part in enumerate(rounds.parts):
-            started = part.start(sent, caller)
-            with lane.read(started, caller):
+        caller = current_stream(self._index)
+        sent, written = _contiguous(sent), _contiguous(targets)
+        old_lse = [written[-1].detach().clone()] if op == "lse" else []
+        addresses = [tensor.data_ptr() for tensor in (*written, *old_lse)]
+        for number, (part, combination) in enumerate(zip(rounds.parts, combinations, strict=True)):
+            epoch, packed = part.start(sent, caller)
+            try:
                 if own_places is not None and not number:
-                    if started.packed is not None:
-                        caller.wait_event(started.packed)
-                    take_all_rows(written, own_places, sent)
-                    started.ready.record(caller)
-                arrive.wait_event(started.ready)
-                slots = part.landed(started.slot)
-                if old_lse is not None:
-                    merge_slots(arrive, written[0], written[1], old_lse, slots[0], slots[1], part.segments)
-                else:
-                    for target, rows in zip(written, slots, strict=True):
-                        add_slots(arrive, target, rows, part.segments, average=op == "avg")
-        if apart := [pair for pair in zip(targets, written, strict=True) if pair[0] is not pair[1]]:
-            with current_in_block(arrive, caller):
-                for target, result in apart:
-                    target.copy_(result)
+                    if packed is not None:
+                        caller.wait_event(packed)
+                    _take_own(written, own_places, sent)
+                    part.ready.record(caller)
+                arrive.wait_event(part.ready)
+                combination.enqueue(addresses, part.addresses(epoch))
+            except BaseException:
+                lane.abandon(epoch, caller)
+                raise
+            lane.release(epoch, arrive)
+        if any(map(is_not, targets, written)):
+            with torch.no_grad(), current_in_block(arrive, caller):
+                for target, result in zip(targets, written, strict=True):
+                    if target is not result:
+                        target.copy_(result)
         kept = rounds.parts, old_lse, sent, written, targets, own_places
-        return part.work(started, caller, None, kept, self._check)
+        return part.work(epoch, packed, caller, None, kept, self._check)
 
     def close(self) -> None:
         """Give the memory back. A collective of the host; waits until all that was enqueued is done."""
@@ -357,6 +366,15 @@ def check_combine(partials: Sequence[Tensor], into: Sequence[Tensor], op: str) -
     if not formats_combine(row_formats(partials), [*into], op):
         told = ", ".join(f"{x.dtype} onto {y.dtype}" for x, y in zip(partials, into, strict=True))
         raise TypeError(f"no kernel combines {told}: use bfloat16, float16 or float32, and a float32 log-sum-exp")
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor if tensor.is_contiguous() else tensor.detach().contiguous() for tensor in tensors]
+
+
+@without_grad
+def _take_own(targets: Sequence[Tensor], places: Rows, tensors: Sequence[Tensor]) -> None:
+    take_all_rows(targets, places, tensors)
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:

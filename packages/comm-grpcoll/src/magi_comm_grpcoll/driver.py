@@ -6,7 +6,9 @@ driver needs for all of them, and a launch through NVIDIA's Python objects as mu
 """
 
 import ctypes
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,37 +42,42 @@ _ATTRIBUTES = np.array([(_SOURCE_IN_STREAM_ORDER, [0] * 4, _BESIDE_KERNELS)], _C
 _FIRST_OF_ATTRIBUTE = np.zeros(1, np.uint64)
 _CUDA_13 = 13000
 
+_Pointer = ctypes.c_void_p
+Call = Callable[[], object]
+
 
 class Driver:
-    """The functions, bound once; :func:`driver` gives the only one."""
+    """The functions, bound once; :func:`driver` gives the only one.
+
+    What an exchange calls is prepared with its arguments as C has them, so that a call need not convert them. It reads
+    what they point to, and raises ``RuntimeError`` for what the driver refuses.
+    """
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
-        pointer, count = ctypes.c_void_p, ctypes.c_size_t
-        self._memory_operations = self._library.cuStreamBatchMemOp_v2
-        self._memory_operations.argtypes = [pointer, ctypes.c_uint, pointer, ctypes.c_uint]
-        self._launch = self._library.cuLaunchKernelEx
-        self._launch.argtypes = [pointer, pointer, pointer, pointer]
+        self._memory_operations = self._checked(self._library.cuStreamBatchMemOp_v2)
+        self._launch = self._checked(self._library.cuLaunchKernelEx)
+        copy_batch = ctypes.CFUNCTYPE(ctypes.c_int)(self._find("cuMemcpyBatchAsync", _CUDA_13))
+        self._copy_batch = self._checked(copy_batch)
         self._make_stream = self._library.cuStreamCreateWithPriority
-        self._make_stream.argtypes = [pointer, ctypes.c_uint, ctypes.c_int]
-        arguments = [pointer, pointer, pointer, count, pointer, pointer, count, pointer]
-        self._copy_batch = ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(self._find("cuMemcpyBatchAsync", _CUDA_13))
-        self._attributes = _ATTRIBUTES.ctypes.data, _FIRST_OF_ATTRIBUTE.ctypes.data
+        self._make_stream.argtypes = [_Pointer, ctypes.c_uint, ctypes.c_int]
 
-    def copy(self, targets: int, sources: int, sizes: int, count: int, stream: int) -> None:
-        """Copy ``count`` pieces; the arguments are the addresses of uint64 arrays on the host."""
-        if count and (status := self._copy_batch(targets, sources, sizes, count, *self._attributes, 1, stream)):
-            self._check(status)
+    def copies(self, targets: int, sources: int, sizes: int, count: int, stream: int) -> Call:
+        """Copies of ``count`` pieces; the arguments are the addresses of uint64 arrays on the host."""
+        if not count:  # the driver would refuse it
+            return lambda: None
+        arrays = _Pointer(targets), _Pointer(sources), _Pointer(sizes), ctypes.c_size_t(count)
+        attributes = _Pointer(_ATTRIBUTES.ctypes.data), _Pointer(_FIRST_OF_ATTRIBUTE.ctypes.data), ctypes.c_size_t(1)
+        return partial(self._copy_batch, *arrays, *attributes, _Pointer(stream))
 
-    def enqueue_memory_operations(self, operations: int, count: int, stream: int) -> None:
-        """Enqueue waits for and writes of words, given the address of ``count`` :data:`MEMORY_OPERATION`."""
-        if count and (status := self._memory_operations(stream, count, operations, 0)):
-            self._check(status)
+    def memory_operations(self, operations: int, count: int, stream: int) -> Call:
+        """Waits for and writes of words, given the address of ``count`` :data:`MEMORY_OPERATION`, at least one."""
+        table = ctypes.c_uint(count), _Pointer(operations)
+        return partial(self._memory_operations, _Pointer(stream), *table, ctypes.c_uint(0))
 
-    def launch(self, launch: int, kernel: int, parameters: int) -> None:
-        """Launch a kernel, given the addresses of a :data:`LAUNCH` and of the addresses of its parameters."""
-        if status := self._launch(launch, kernel, parameters, None):
-            self._check(status)
+    def launch(self, launch: int, kernel: int, parameters: int) -> Call:
+        """A launch of a kernel, given the addresses of a :data:`LAUNCH` and of the addresses of its parameters."""
+        return partial(self._launch, _Pointer(launch), _Pointer(kernel), _Pointer(parameters), _Pointer())
 
     def make_stream(self, priority: int) -> int:
         """The handle of a new stream of the thread's current context; lower numbers go first."""
@@ -88,7 +95,11 @@ class Driver:
             raise RuntimeError(f"the driver has no {name} of CUDA {version // 1000}: it needs release 580 or newer")
         return address.value
 
-    def _check(self, status: int) -> None:
+    def _checked(self, function: Any) -> Any:
+        function.errcheck = self._check
+        return function
+
+    def _check(self, status: int, *call: object) -> None:
         if status:
             name = ctypes.c_char_p()
             self._library.cuGetErrorName(status, ctypes.byref(name))

@@ -3,7 +3,7 @@
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Launch:
 
     Attributes:
         parameters: a word for each; a shorter one is in its low bytes.
+        enqueue: launches with the parameters as they are.
     """
 
     def __init__(
@@ -86,8 +87,4 @@ class Launch:
         first = ctypes.addressof(self.parameters)
         self._addresses = (ctypes.c_uint64 * len(parameters))(*range(first, first + 8 * len(parameters), 8))
         self._launch = np.array(((grid, 1, 1), (*block, 1), shared_bytes, stream.cuda_stream, 0, 0), LAUNCH)
-        self._call = partial(driver().launch, self._launch.ctypes.data, kernel, ctypes.addressof(self._addresses))
-
-    def __call__(self) -> None:
-        """Launch with the parameters as they are."""
-        self._call()
+        self.enqueue = driver().launch(self._launch.ctypes.data, kernel, ctypes.addressof(self._addresses))

@@ -14,7 +14,7 @@ from magi_attention.comm.packing import RowFormat, copy_rows, put_all_rows
 from magi_attention.comm.routes import Rows, routes_of
 from magi_attention.comm.streams import EventPool, current_in_block
 from magi_comm_grpcoll.arena import Arena, SharedMemory
-from magi_comm_grpcoll.combine import Segments
+from magi_comm_grpcoll.combine import Combination, Segments
 from magi_comm_grpcoll.exchange import Prepared, SlotExchange
 from magi_comm_grpcoll.plans import Plan
 from magi_comm_grpcoll.routes import Transport, make_route
@@ -51,14 +51,6 @@ class Lane:
         for each in self.rounds:
             each.let_go()
 
-    def read(self, started: "Started", caller: "torch.cuda.Stream") -> "Reading":
-        """Give a slot back behind what the block enqueues on the arriving stream, even if it fails on the way.
-
-        Otherwise the slot would be lost, and with the last one all further exchanges. After an error the caller waits
-        for what has been enqueued, which uses its tensors, since there will be no work to keep them.
-        """
-        return Reading(self, started, caller)
-
     def release(self, epoch: int, reader: "torch.cuda.Stream") -> None:
         """Give an epoch's slot back to the senders behind what a stream has been given."""
         is_read = self.events.take()
@@ -66,26 +58,12 @@ class Lane:
         self.exchange.release(epoch, is_read)
 
     def abandon(self, epoch: int, caller: "torch.cuda.Stream") -> None:
-        """The same after an error: the caller waits for what has arrived, or been sent, of tensors that may go now."""
+        """The same after an error, so that the slot is not lost, and with the last one all further exchanges.
+
+        The caller waits for what has been enqueued, which uses its tensors, since there will be no work to keep them.
+        """
         self.release(epoch, self.wires.arrive)
         self.events.let_wait(caller, self.wires.arrive)
-
-
-class Reading(NamedTuple):
-    """See :meth:`Lane.read`. A generator would cost the host another microsecond."""
-
-    lane: Lane
-    started: "Started"
-    caller: "torch.cuda.Stream"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is None:
-            self.lane.release(self.started.epoch, self.lane.wires.arrive)
-        else:
-            self.lane.abandon(self.started.epoch, self.caller)
 
 
 class OwnRows(NamedTuple):
@@ -112,20 +90,16 @@ class Rounds(NamedTuple):
     slot_bytes: int
 
 
-class Started(NamedTuple):
-    """An exchange that has been enqueued.
+class Reduction(NamedTuple):
+    """What reduces of tensors of given kinds need, made once.
 
     Attributes:
-        epoch: its number.
-        slot: where it arrives.
-        ready: recorded on the caller's stream before it; until the next one of the same plan.
-        packed: recorded when a kernel that sends could start; None for copy engines.
+        rounds: the exchanges.
+        combinations: of each, what combines its rows with those of the targets.
     """
 
-    epoch: int
-    slot: int
-    ready: "torch.cuda.Event"
-    packed: "torch.cuda.Event | None"
+    rounds: Rounds
+    combinations: Sequence[Combination]
 
 
 class Round:
@@ -143,6 +117,7 @@ class Round:
         plan: the plan.
         slot_bytes: what a slot must hold, the same on all ranks.
         segments: of a reduce, which rows of the slot belong together.
+        ready: recorded on the caller's stream before what is under way.
     """
 
     segments: Segments
@@ -152,7 +127,7 @@ class Round:
         self.slot_bytes = plan.slot_bytes
         self.let_go()
         lane.rounds.add(self)
-        self._ready = torch.cuda.Event()  # recorded anew each time
+        self.ready = torch.cuda.Event()  # recorded anew each time
         device = lane.control.local.device
         with torch.cuda.stream(lane.wires.arrive):  # which alone uses these, so that they may be dropped at any time
             self._landing = None if plan.landing is None else torch.from_numpy(plan.landing).to(device)
@@ -169,6 +144,7 @@ class Round:
         self._transport: Transport | None = None
         self._bound: Prepared | None = None
         self._views: list[tuple[Tensor, ...]] = []
+        self._addresses: list[list[int]] = []
 
     def start(
         self,
@@ -176,7 +152,7 @@ class Round:
         caller: "torch.cuda.Stream",
         own: OwnRows | None = None,
         received: Sequence[Tensor] | None = None,
-    ) -> Started:
+    ) -> "tuple[int, torch.cuda.Event | None]":
         """Enqueue what sends the tensors, and let the arriving stream wait for that and for what comes.
 
         Args:
@@ -184,11 +160,16 @@ class Round:
             caller: the stream, which is the current one.
             own: are copied to their places while the others travel.
             received: where these are, of the caller's stream; None for the slot.
+
+        Returns:
+            The epoch, and what was recorded when a kernel that sends could start; None for copy engines.
         """
-        lane, bound, packed = self._lane, self._bind(), None
+        lane, bound, packed = self._lane, self._bound, None
+        if bound is None or self._memory is not lane.arena.memory:
+            bound = self._bind()
         wires, exchange = lane.wires, lane.exchange
-        self._ready.record(caller)
-        wires.send.wait_event(self._ready)
+        self.ready.record(caller)
+        wires.send.wait_event(self.ready)
         epoch = exchange.begin()
         if self._transport != "copy_engine":
             # The kernel needs multiprocessors, and shall find some before the next one takes them all.
@@ -197,20 +178,21 @@ class Round:
         exchange.send(bound, epoch, [tensor.data_ptr() for tensor in tensors])
         try:
             if own is not None:
-                wires.arrive.wait_event(self._ready)
+                wires.arrive.wait_event(self.ready)
                 wires.await_own_credit(exchange.credit_needed(epoch))
                 with torch.no_grad(), current_in_block(wires.arrive, caller):
-                    put_all_rows(received or self.landed(epoch % lane.arena.num_slots), own.places, own.tensors)
+                    put_all_rows(received or self.landed(epoch), own.places, own.tensors)
         except BaseException:
             exchange.arrive(bound, epoch)
-            lane.abandon(epoch, caller)  # as in `Lane.read`
+            lane.abandon(epoch, caller)
             raise
         exchange.arrive(bound, epoch)
-        return Started(epoch, epoch % lane.arena.num_slots, self._ready, packed)
+        return epoch, packed
 
     def work(
         self,
-        started: "Started",
+        epoch: int,
+        packed: "torch.cuda.Event | None",
         caller: "torch.cuda.Stream",
         result: Result,
         buffers: Sequence[object],
@@ -219,16 +201,20 @@ class Round:
     ) -> NativeWork[Result]:
         """A work for what has been enqueued."""
         lane = self._lane
-        give_back = partial(lane.release, started.epoch) if lends else None
-        return NativeWork(lane.wires.arrive, caller, result, buffers, started.packed, check, give_back, lane.events)
+        give_back = partial(lane.release, epoch) if lends else None
+        return NativeWork(lane.wires.arrive, caller, result, buffers, packed, check, give_back, lane.events)
 
-    def landed(self, slot: int) -> tuple[Tensor, ...]:
+    def landed(self, epoch: int) -> tuple[Tensor, ...]:
         """``[num_rows, ...]``: what is in this rank's slot, tensor by tensor."""
-        return self._views[slot]
+        return self._views[epoch % len(self._views)]
 
-    def deliver(self, slot: int, received: Sequence[Tensor]) -> None:
+    def addresses(self, epoch: int) -> Sequence[int]:
+        """Where the tensors are in this rank's slot."""
+        return self._addresses[epoch % len(self._addresses)]
+
+    def deliver(self, epoch: int, received: Sequence[Tensor]) -> None:
         """Copy what a cast brought to the rows of the receive buffers that it belongs to, on the current stream."""
-        landed = self.landed(slot)
+        landed = self.landed(epoch)
         if self._landing is not None:
             put_all_rows(received, self._landing, landed)
         else:
@@ -237,12 +223,12 @@ class Round:
     def _bind(self) -> Prepared:
         lane, memory = self._lane, self._lane.arena.memory
         assert memory is not None
-        if self._bound is None or self._memory is not memory:
-            route, self._transport = make_route(
-                self.plan.copies, lane.rank, lane.arena, lane.wires, lane.control, lane.transport
-            )
-            self._memory, self._bound = memory, Prepared(route, self.plan.sources)
-            self._views = [self._views_of(lane.arena.slot(number)) for number in range(lane.arena.num_slots)]
+        route, self._transport = make_route(
+            self.plan.copies, lane.rank, lane.arena, lane.wires, lane.control, lane.transport
+        )
+        self._memory, self._bound = memory, Prepared(route, self.plan.sources)
+        self._views = [self._views_of(lane.arena.slot(number)) for number in range(lane.arena.num_slots)]
+        self._addresses = [[view.data_ptr() for view in views] for views in self._views]
         return self._bound
 
     def _views_of(self, slot: Tensor) -> tuple[Tensor, ...]:

@@ -99,13 +99,13 @@ class PutWires(DeviceWires):
             self._seeing[sources] = self._launch("see_arrived", self.arrive, parameters), uploaded
         launch, _ = self._seeing[sources]
         launch.parameters[2] = (epoch + 1) * self.unit
-        launch()
+        launch.enqueue()
 
     def tell_credit(self, credit: int, after: "torch.cuda.Event") -> None:
         """See :class:`~magi_comm_grpcoll.wires.Wires`."""
         self.credit.wait_event(after)
         self._telling.parameters[1] = credit
-        self._telling()
+        self._telling.enqueue()
 
 
 def stage(copies: ByteCopies, rank: int) -> tuple[ByteCopies, ByteCopies]:
@@ -162,4 +162,4 @@ class PutRoute:
         """See :class:`~magi_comm_grpcoll.routes.Route`."""
         self._launch.parameters[_SLOT] = self._slots[slot]
         self._launch.parameters[_VALUE] = (epoch + 1) * UNIT
-        self._launch()
+        self._launch.enqueue()

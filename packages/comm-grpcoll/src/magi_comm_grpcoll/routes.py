@@ -2,7 +2,6 @@
 """How the pieces of an exchange get to the peers: by copy engines, or by a kernel on a few multiprocessors."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
@@ -69,7 +68,7 @@ class CopyEngineRoute:
         base = arena.memory.addresses[copies.peer] + copies.target
         self._targets = [base + number * arena.slot_bytes for number in range(arena.num_slots)]
         fixed = self._sources.ctypes.data, self._sizes.ctypes.data, len(copies.size), wires.send.cuda_stream
-        self._copies = [partial(driver().copy, targets.ctypes.data, *fixed) for targets in self._targets]
+        self._copies = [driver().copies(targets.ctypes.data, *fixed) for targets in self._targets]
 
     def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
         """See :class:`Route`."""
@@ -120,7 +119,7 @@ class PushRoute:
         for launch in self._launches:
             launch.parameters[_SLOT_OFFSET] = self._slot_offsets[slot]
             launch.parameters[_VALUE] = epoch + 1
-            launch()
+            launch.enqueue()
 
     def _launches_for(self, bases: Sequence[int]) -> "list[kernels.Launch]":
         """The launches for tensors at these addresses."""

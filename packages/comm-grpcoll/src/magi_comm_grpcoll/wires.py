@@ -12,7 +12,6 @@ arrival writes a word too before anybody reads what arrived, so that a fence sta
 """
 
 import ctypes
-from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -81,11 +80,8 @@ class _Operations:
         places = iter(range(VALUE_OFFSET // WORD, len(self._words), size // WORD))
         self._places = [(next(places), part) for part, (_, words) in enumerate(parts) for _ in words]
         self._calls = [
-            partial(
-                driver().enqueue_memory_operations,
-                self._table.ctypes.data + first * size,
-                min(MOST_MEMORY_OPERATIONS, len(self._table) - first),
-                stream,
+            driver().memory_operations(
+                self._table.ctypes.data + first * size, min(MOST_MEMORY_OPERATIONS, len(self._table) - first), stream
             )
             for first in range(0, len(self._table), MOST_MEMORY_OPERATIONS)
         ]
@@ -107,7 +103,7 @@ class _Letter:
         self._sources = np.full(len(targets), outbox, np.uint64)
         self._sizes = np.full(len(targets), WORD, np.uint64)
         addresses = self._targets.ctypes.data, self._sources.ctypes.data, self._sizes.ctypes.data
-        self.enqueue = partial(driver().copy, *addresses, len(targets), stream)
+        self.enqueue = driver().copies(*addresses, len(targets), stream)
 
 
 class DeviceWires:
