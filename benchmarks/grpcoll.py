@@ -17,13 +17,16 @@ The second table repeats some rows beside attention (scaled_dot_product_attentio
 ``slower`` is by how much that is slowed down while it lasts.
 
 ``--host`` measures instead what the host spends on a call, by number of ranges; ranks may share a GPU then, so that one
-is enough. Each number is the median, and the least after a slash, of calls one after another.
+is enough. All rows are measured several times in turns. Each number is the median of calls one after another, on the
+rank and in the turn where it was least, and after a slash the least call of all.
 
 cast        the native cast of K and V rows that are lent, by either transport.
 release     wait for it, and give back what was lent.
 reduce      the native reduce of the same rows, summed in bfloat16 onto float32.
-torch       what the same ranges cost as copies by PyTorch, one ``copy_`` each, to memory of the same GPU.
+torch cast  what the same ranges cost as copies by PyTorch, one ``copy_`` each, to memory of the same GPU.
 torch/cast  that over the faster native cast.
+python      nanoseconds that Python takes for a turn of an empty loop, least and most beside the row's calls: where they
+            differ much, the host is not equally fast all the time, as virtual machines are not.
 """
 
 import argparse
@@ -32,9 +35,10 @@ import math
 import os
 import statistics
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +62,7 @@ if not (missing_kernels(LINKED_FATBINS) or reason_against_nvshmem()):
 METHODS = (*_TRANSPORTS, "a2a", "nccl")
 # Casts go on beside attention for so many of its kernels, if that is longer, and the host is so many of them ahead.
 LEAST_ATTENTIONS, AHEAD = 10, 4
+WARM_UP, LOOP_TURNS = 16, 2000
 _contexts: dict[str, GroupContext] = {}
 
 
@@ -182,8 +187,9 @@ def time_beside_attention(
     return peer_bytes * (num_ranks - 1) / seconds / 1e9, statistics.mean(meanwhile) / alone - 1
 
 
-def time_host(rank: int, num_ranks: int, method: str, ranges: int, times: int) -> dict[str, tuple[float, float]]:
-    """Microseconds of the host, median and least, of each part of an exchange of so many ranges per tensor and peer."""
+@cache
+def host_calls(rank: int, num_ranks: int, method: str, ranges: int) -> dict[str, Callable[[], Any]]:
+    """Exchanges of so many ranges per tensor and peer, by name."""
     device = torch.device("cuda", torch.cuda.current_device())
     table = exchange_in_turns(rank, num_ranks, 8, ranges)
     kv = [torch.zeros(table.num_source, ROW_BYTES // 2, dtype=torch.bfloat16, device=device) for _ in range(2)]
@@ -191,13 +197,34 @@ def time_host(rank: int, num_ranks: int, method: str, ranges: int, times: int) -
         landed = torch.empty(table.num_received, ROW_BYTES // 2, dtype=torch.bfloat16, device=device)
         firsts = [8 * number for number in range(ranges)] * (num_ranks - 1)
         copies = [(landed[i * 8 : i * 8 + 8], x[first : first + 8]) for x in kv for i, first in enumerate(firsts)]
-        return {"cast": timed(lambda: [target.copy_(source) for target, source in copies], times)[0]}
+        return {"cast": lambda: [target.copy_(source) for target, source in copies]}
     native = context(method)
     partials = [torch.zeros(table.num_received, *x.shape[1:], dtype=x.dtype, device=device) for x in kv]
     totals = [torch.zeros(x.shape, device=device) for x in kv]
-    cast, release = timed(lambda: native.cast(kv, table, lend=True), times, finish)
-    reduce, _ = timed(lambda: native.reduce(partials, table, totals), times, finish)
-    return {"cast": cast, "release": release, "reduce": reduce}
+    return {
+        "cast": lambda: native.cast(kv, table, lend=True),
+        "reduce": lambda: native.reduce(partials, table, totals),
+    }
+
+
+def time_host(rank: int, num_ranks: int, method: str, ranges: int, times: int) -> dict[str, tuple[float, float]]:
+    """Microseconds of the host, median and least, of each part of an exchange, and nanoseconds of Python's loop."""
+    calls, before = host_calls(rank, num_ranks, method, ranges), time_loop()
+    if method == "torch":
+        parts = {"cast": timed(calls["cast"], times)[0]}
+    else:
+        cast, release = timed(calls["cast"], times, finish)
+        parts = {"cast": cast, "release": release, "reduce": timed(calls["reduce"], times, finish)[0]}
+    after = time_loop()
+    return {**parts, "python": (min(before, after), max(before, after))}
+
+
+def time_loop() -> float:
+    """Nanoseconds that a turn of an empty loop takes Python."""
+    started = time.perf_counter()
+    for _ in range(LOOP_TURNS):
+        pass
+    return (time.perf_counter() - started) / LOOP_TURNS * 1e9
 
 
 def timed(
@@ -205,7 +232,7 @@ def timed(
 ) -> list[tuple[float, float]]:
     """Microseconds of a call, and of what comes after it: median and least of each."""
     seconds: list[tuple[float, float]] = []
-    for number in range(times + 16):
+    for number in range(times + WARM_UP):
         started = time.perf_counter()
         result = call()
         called = time.perf_counter()
@@ -213,28 +240,36 @@ def timed(
         done = time.perf_counter()
         if number % 8 == 7:  # GPUs fall behind, and would let the host wait at last
             torch.cuda.synchronize()
-        if number >= 16:
+        if number >= WARM_UP:
             seconds.append((called - started, done - called))
     return [(statistics.median(each) * 1e6, min(each) * 1e6) for each in zip(*seconds, strict=True)]
 
 
 def run_host_table(pool: RankPool, options: argparse.Namespace) -> dict[str, dict[str, tuple[float, float]]]:
     """Print the host's microseconds by number of ranges that a rank sends; returns the cells."""
-    cells = {}
-    columns = [f"{name} {part}" for name in _TRANSPORTS for part in ("cast", "release", "reduce")]
-    print(f"{'ranges':>7} {''.join(f'{name:>16}' for name in [*columns, 'torch'])}  torch/cast", flush=True)
-    for count in options.ranges:
+    seen: defaultdict[str, defaultdict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    turns = [*product(range(options.turns), options.ranges, (*_TRANSPORTS, "torch"))]
+    # NVSHMEM, once started, makes all of a process's calls a tenth slower.
+    for _, count, name in sorted(turns, key=lambda turn: turn[2] == "puts"):
         ranges = max(1, count // 2 // (options.ranks - 1))  # of each tensor to each peer
-        row = {
-            f"{name} {part}": number
-            for name in (*_TRANSPORTS, "torch")
-            for part, number in pool.run(time_host, name, ranges, options.times, timeout_s=120)[0].items()
-        }
-        cells[f"{count} ranges"] = row
-        text = "".join(f"{f'{median:.1f}/{least:.1f}':>16}" for median, least in row.values())
+        for parts in pool.run(time_host, name, ranges, options.times, timeout_s=120):
+            for part, numbers in parts.items():
+                seen[f"{count} ranges"][part if part == "python" else f"{name} {part}"].append(numbers)
+    cells = {row: {name: summed_up(name, numbers) for name, numbers in seen[row].items()} for row in seen}
+    columns = [f"{name} {part}" for name in _TRANSPORTS for part in ("cast", "release", "reduce")] + ["torch cast"]
+    print(f"{'ranges':>7} {''.join(f'{name:>16}' for name in [*columns, 'torch/cast', 'python'])}", flush=True)
+    for count in options.ranges:
+        row = cells[f"{count} ranges"]
+        text = "".join(f"{'{:.1f}/{:.1f}'.format(*row[name]):>16}" for name in columns)
         ratio = row["torch cast"][0] / min(row[f"{name} cast"][0] for name in _TRANSPORTS)
-        print(f"{count:7d} {text}  {ratio:10.1f}", flush=True)
+        print(f"{count:7d} {text}{ratio:16.1f}{'{:.1f}/{:.1f}'.format(*row['python']):>16}", flush=True)
     return cells
+
+
+def summed_up(column: str, numbers: list[tuple[float, float]]) -> tuple[float, float]:
+    """Of all turns and ranks, the least medians and the least calls; of Python's loops, the least and the most."""
+    firsts, seconds = zip(*numbers, strict=True)
+    return min(firsts), max(seconds) if column == "python" else min(seconds)
 
 
 def run_tables(pool: RankPool, options: argparse.Namespace) -> dict[str, dict[str, tuple[float, float]]]:
@@ -277,6 +312,7 @@ def main() -> None:
     parser.add_argument("--kib", type=int, nargs="*", default=[16, 32, 64, 256, 1024, 4096, 16384])
     parser.add_argument("--beside-kib", type=int, nargs="*", default=[32, 4096])
     parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--turns", type=int, default=8, help="how often --host measures everything")
     parser.add_argument("--host", action="store_true", help="measure the host's time alone; works with one GPU")
     parser.add_argument("--ranges", type=int, nargs="*", default=[2, 50, 500], help="that a rank sends, for --host")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
