@@ -126,7 +126,7 @@ def test_key_is_a_copy_of_what_it_is_made_of():
     q_ranges.append(k_ranges[0])
     assert key.q_ranges.to_naive_ranges() == [(0, 96)]
     assert key == key_for(total=96, q=[(0, 96)])
-    assert (hash(dataclasses.replace(key)), key.slices) == before
+    assert (hash(key.replaced()), key.slices) == before
 
 
 def test_caller_s_ranges_are_not_padded():
@@ -268,7 +268,7 @@ def test_flags_that_make_no_sense_are_refused_with_a_reason(mistake):
 
 def test_fields_of_a_key_of_two_sequences_need_chunks_of_keys():
     with pytest.raises(ValueError, match="chunk_size_k is 0"):
-        dataclasses.replace(cross_key_for(), chunk_size_k=0)
+        cross_key_for().replaced(chunk_size_k=0)
 
 
 def test_greedy_overlap_is_not_implemented():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands around an attention changes nothing: checkpoints, threads, several passes, some gradients only, DDP."""
+"""What stands around an attention changes nothing: checkpoints, threads, several passes, some gradients, DDP, FSDP."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -188,3 +189,29 @@ def test_replicas_by_ddp_train_as_one_process_does(pool):
         (expected,) = alone.run(train_replicas)
     for losses in pool.run(train_replicas):
         assert losses == pytest.approx(expected, rel=1e-12)
+
+
+def train_shards(rank, world_size):
+    """One step whose layers FSDP hands their arguments in another precision, and the keys that layers were given."""
+    model = Model().double()
+    given = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _, arguments, __: given.append(arguments[1]))
+        fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
+    key = magi_attn_varlen_key([0, 50, TOTAL], [0, 50, TOTAL], HEADS, KV_HEADS, DIM, 0, None, causal=True)
+    x = torch.randn(TOTAL, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss = model(dispatch(x, key), key).square().sum()
+    (world_size * loss).backward()  # it averages gradients, which are terms of a sum
+    loss = loss.detach()
+    torch.distributed.all_reduce(loss)
+    norm = sum(each.grad.square().sum() for each in model.parameters()).full_tensor().sqrt()
+    return [float(loss), float(norm)], [each is key for each in given]
+
+
+def test_shards_in_mixed_precision_train_as_one_process_does(pool):
+    with RankPool(1) as alone:
+        ((expected, _),) = alone.run(train_shards)
+    for numbers, are_the_key in pool.run(train_shards):
+        assert numbers == pytest.approx(expected, rel=1e-5)
+        assert are_the_key == [True, True]

@@ -60,7 +60,7 @@ def step_of_rank(rank, world_size):
     return step(init_device_mesh("cpu", (world_size,), mesh_dim_names=("cp",)))
 
 
-def step_of_torchtitan_s_own_sharding(rank, world_size):
+def step_of_torchtitan_s_own_sharding(rank, world_size, precision="float32"):
     dims = ParallelDims(
         dp_replicate=1, dp_shard=1, cp=world_size, tp=1, pp=1, ep=1, world_size=world_size, spmd_backend=SPMD_BACKEND
     )
@@ -71,7 +71,7 @@ def step_of_torchtitan_s_own_sharding(rank, world_size):
         model = parallelize.parallelize_llama(
             make_model(config),
             parallel_dims=dims,
-            training=TrainingConfig(mixed_precision_param="float32"),
+            training=TrainingConfig(mixed_precision_param=precision),
             parallelism=ParallelismConfig(context_parallel_degree=world_size, spmd_backend=SPMD_BACKEND),
             compile_config=CompileConfig(),
             ac_config=None,
@@ -90,6 +90,12 @@ def test_a_step_is_that_of_dense_attention(world_size, take_step):
     with RankPool(world_size) as pool:
         for answer in pool.run(take_step):
             assert answer == pytest.approx(dense_step(), rel=1e-4)
+
+
+def test_a_step_in_torchtitan_s_mixed_precision_is_about_that():
+    with RankPool(2) as pool:
+        for answer in pool.run(step_of_torchtitan_s_own_sharding, "bfloat16"):
+            assert answer == pytest.approx(dense_step(), rel=1e-2)
 
 
 def test_rows_of_the_batch_are_documents_even_without_positions():

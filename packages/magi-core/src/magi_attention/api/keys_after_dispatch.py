@@ -2,7 +2,6 @@
 """Keys of further masks over tensors that are already dispatched."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -82,8 +81,7 @@ def make_flex_key_for_new_mask_after_dispatch(
         )
         if old.pad_size:
             q_ranges, k_ranges, mask_types = apply_padding(q_ranges, k_ranges, mask_types, num_real, old.pad_size)
-        key = replace(
-            old,
+        key = old.replaced(
             q_ranges=q_ranges,
             k_ranges=k_ranges,
             attn_mask_type=tuple(mask_types),

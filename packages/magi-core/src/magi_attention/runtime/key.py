@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The key of one planned attention: mask, shape, process group and resolved configuration, as one value."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
 from itertools import count
 from typing import Any, ClassVar
@@ -26,7 +26,9 @@ _keys_by_handle: "WeakValueDictionary[int, DistAttnRuntimeKey]" = WeakValueDicti
 class DistAttnRuntimeKey:
     """What a planned attention is found by. Keys are made by ``magi_attn_flex_key`` and its relatives.
 
-    A key holds copies of the ranges that it is made of. All fields take part in equality and in the hash.
+    A key holds copies of the ranges that it is made of. All fields take part in equality and in the hash. It is frozen
+    as a dataclass is, but is none to others: FSDP's mixed precision, for one, would make every dataclass among the
+    arguments of a module anew.
 
     Attributes:
         q_ranges: query ranges of the slices, padding included.
@@ -114,7 +116,7 @@ class DistAttnRuntimeKey:
             derived |= {"pad_size_k": self.pad_size, "chunk_size_k": self.chunk_size}
         # A numpy integer would be equal, but not to a rank that compares digests.
         given = vars(self) | derived
-        derived |= {each.name: int(given[each.name]) for each in fields(self) if each.type in (int, "int")}
+        derived |= {each.name: int(given[each.name]) for each in _FIELDS if each.type in (int, "int")}
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         let_go_at_exit(self, "cp_group", "cp_mesh")
@@ -128,6 +130,10 @@ class DistAttnRuntimeKey:
             raise MagiValueError(
                 f"chunk_size_k is {self.chunk_size_k}; keys of another source need chunks of their own"
             )
+
+    def replaced(self, **changes: Any) -> "DistAttnRuntimeKey":
+        """A key with other values of some fields; nothing is planned for it."""
+        return DistAttnRuntimeKey(**{each.name: getattr(self, each.name) for each in _FIELDS if each.init} | changes)
 
     def _take_handle(self) -> None:
         """Give the key a number of its own, by which compiled programs name it: they hold no objects."""
@@ -151,7 +157,7 @@ class DistAttnRuntimeKey:
 
     @cached_property
     def _hash(self) -> int:
-        return hash(tuple(getattr(self, each.name) for each in fields(self)))
+        return hash(tuple(getattr(self, each.name) for each in _FIELDS))
 
     def __hash__(self) -> int:
         return self._hash
@@ -167,6 +173,11 @@ class DistAttnRuntimeKey:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._take_handle()
+
+
+_FIELDS: tuple[Field[Any], ...] = fields(DistAttnRuntimeKey)
+# By this attribute a dataclass is known; what __init__ and its like need of it they hold themselves.
+del DistAttnRuntimeKey.__dataclass_fields__
 
 
 def key_of_handle(handle: int) -> DistAttnRuntimeKey:
