@@ -186,6 +186,7 @@ def request(**changes: object) -> AttentionRequest:
     ("changes", "reason"),
     [
         ({"device": CPU}, "CPU"),
+        ({"device": torch.device("meta")}, "no values"),
         ({"dtype": torch.float64}, "float64"),
         ({"head_dim": 8}, "head dims"),
         ({"head_dim_v": 512}, "head dims"),

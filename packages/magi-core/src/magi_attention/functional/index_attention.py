@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.common.validation import check_scores, check_sm_margin
 from magi_attention.functional.single_device import check_tensors
-from magi_attention.kernels.autograd import owned, without_autocast
+from magi_attention.kernels.autograd import only_once_differentiable, owned, without_autocast
 from magi_attention.kernels.indexed import attend_to_indices, differentiate_by_indices
 from magi_attention.kernels.protocol import AttentionRequest, IndexCall, attend_to_nothing
 from magi_attention.kernels.registry import IndexBackends, choose_for_indices
@@ -138,7 +137,7 @@ class _IndexAttention(torch.autograd.Function):
         return out, lse, max_logits
 
     @staticmethod
-    @once_differentiable
+    @only_once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sink, _indices = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.common.slices import SliceTable, find_double_cover
 from magi_attention.common.validation import check_scores, check_sm_margin
 from magi_attention.env import general as environment
-from magi_attention.kernels.autograd import owned, without_autocast
+from magi_attention.kernels.autograd import only_once_differentiable, owned, without_autocast
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
 from magi_attention.kernels.registry import BackendPair, backends_for_slices
 from magi_attention.kernels.sink import fold_sink, sink_gradient
@@ -150,7 +149,7 @@ class _Attention(torch.autograd.Function):
         return out, lse, max_logits
 
     @staticmethod
-    @once_differentiable
+    @only_once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         *saved, sink = ctx.saved_tensors
         return *differentiate(tuple(saved), sink if ctx.needs_input_grad[3] else None, dout, dlse, ctx.job), None

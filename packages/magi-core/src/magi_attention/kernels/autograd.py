@@ -1,19 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
 """What autograd functions around kernels need."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from magi_attention.utils.torch_modes import without_grad
 
 _NOTHING = nullcontext()
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Keep autocast from changing the dtypes inside a kernel, which chose its precision by its inputs."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return _NOTHING
     return torch.autocast(x.device.type, enabled=False)
+
+
+def only_once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Decorate the backward pass of a function whose second derivative would be needed, but isn't there.
+
+    PyTorch's ``once_differentiable`` refuses to differentiate again only if the gradients that came in depend on
+    something; else what depends on the function's inputs would count as constant.
+    """
+    differentiate = without_grad(backward)
+
+    @wraps(backward)
+    def run(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        found = differentiate(ctx, *gradients)
+        if not torch.is_grad_enabled():  # nobody asked for a graph of the backward pass
+            return found
+        return tuple(_Last.apply(x.detach().requires_grad_()) if isinstance(x, Tensor) else x for x in found)
+
+    return run
+
+
+class _Last(torch.autograd.Function):
+    """The identity, which can't be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "attention has no second derivative: its gradients, taken with create_graph=True, can't be differentiated"
+        )
 
 
 def owned(x: Tensor) -> Tensor:

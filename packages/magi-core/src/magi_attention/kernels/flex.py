@@ -56,6 +56,8 @@ class FlexBackend:
         """See the protocol."""
         if request.device.type == "cpu":
             return Support(False, "FlexAttention has no backward pass on a CPU; use the backend 'reference'")
+        if request.device.type == "meta":
+            return Support(False, "a meta tensor has no values to compute with; use the backend 'reference'")
         if request.dtype not in DTYPES:
             return Support(False, f"Triton multiplies no {request.dtype} matrices; use the backend 'reference'")
         if request.head_dim not in HEAD_DIMS or request.head_dim_v not in HEAD_DIMS:

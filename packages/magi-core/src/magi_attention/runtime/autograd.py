@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from magi_attention.common.forward_meta import AttnForwardMeta
-from magi_attention.kernels.autograd import owned, without_autocast
+from magi_attention.kernels.autograd import only_once_differentiable, owned, without_autocast
 from magi_attention.kernels.sink import sink_gradient
 from magi_attention.runtime.backward import SavedAttention, differentiate
 from magi_attention.runtime.forward import attend
@@ -94,7 +93,7 @@ class _DistributedAttention(torch.autograd.Function):
         return out, lse, max_logits
 
     @staticmethod
-    @once_differentiable
+    @only_once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse, sink, *kept = ctx.saved_tensors
         saved = SavedAttention(q, k, v, out, lse, kept if ctx.keeps_received else None)
