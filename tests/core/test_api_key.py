@@ -171,6 +171,8 @@ MISTAKES = {
         {"q": [(0, 60), (60, 100), (40, 80)], "types": ["full", "causal", "causal"]},
         r"slice 0 \(q \[0, 60\), k \[0, 60\), full\) and slice 2 \(q \[40, 80\), k \[40, 80\), causal\) keep a common",
     ),
+    "heads that don't divide": ({"num_heads_q": 7}, "num_heads_q=7 must be a multiple of num_heads_kv=2"),
+    "no heads": ({"num_heads_kv": 0}, "num_heads_kv=0 and head_dim=64 must be at least 1"),
     "hierarchical without a mesh": (
         {"config": DistAttnConfig(runtime_config=RuntimeConfig(hierarchical_comm=True))},
         "needs a 2-D DeviceMesh",

@@ -67,6 +67,11 @@ def test_sliding_window_of_a_long_document():
     assert k_ranges.to_naive_ranges() == [(0, 1023), (0, 4096)]
 
 
+def test_sliding_window_is_one_of_ranges():
+    with pytest.raises(TypeError, match=r"k_range must be an AttnRange\(start, end\), not \(0, 4\)"):
+        infer_attn_mask_from_sliding_window(AttnRange(0, 4), (0, 4), (1, 0))
+
+
 @pytest.mark.parametrize("window", [(1,), (1, 2, 3), (-2, 0), (0, -5)])
 def test_sliding_window_refuses_what_is_no_window(window):
     with pytest.raises(ValueError, match="window_size") as error:

@@ -71,6 +71,20 @@ def test_labels_are_padded_with_integers(key):
     assert local.tolist() == [*range(TOTAL), *[-100] * 6]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "pad_value"),
+    [(torch.uint8, -100), (torch.int64, 0.5), (torch.int64, math.inf), (torch.int32, math.nan), (torch.bool, 2)],
+)
+def test_a_pad_value_that_integers_do_not_have_is_refused(key, dtype, pad_value):
+    with pytest.raises(ValueError, match=f"pad_value={pad_value} is no value of {dtype}"):
+        dispatch(torch.zeros(TOTAL, dtype=dtype), key, pad_value=pad_value)
+
+
+@pytest.mark.parametrize(("dtype", "pad_value"), [(torch.bool, True), (torch.int64, 2**53 + 1), (torch.uint8, 255.0)])
+def test_integers_are_padded_with_all_that_they_have(key, dtype, pad_value):
+    assert (dispatch(torch.zeros(TOTAL, dtype=dtype), key, pad_value=pad_value)[TOTAL:] == pad_value).all()
+
+
 @pytest.mark.parametrize("rows", [TOTAL - 1, TOTAL + 1, PADDED])
 def test_dispatch_checks_the_length(key, rows):
     with pytest.raises(ValueError, match=f"x has {rows} rows in dim 0, but the global sequence .* has {TOTAL}"):
@@ -288,6 +302,32 @@ def test_what_is_no_tensor_is_a_type_error(key, bad):
     for arguments in ((bad, k, v), (q, bad, v), (q, k, bad)):
         with pytest.raises(TypeError, match="must be a tensor, not"):
             calc_attn(*arguments, key)
+
+
+@pytest.mark.parametrize("depends", [False, True])
+def test_gradients_of_gradients_are_refused(key, depends):
+    q, k, v = (x.requires_grad_() for x in qkv(PADDED))
+    out, _ = calc_attn(q, k, v, key)
+    weight = torch.ones_like(out).requires_grad_(depends)
+    (gradient,) = torch.autograd.grad((weight * out).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention has no second derivative"):
+        (gradient.square().sum() + q.sum()).backward()
+
+
+def test_a_graph_of_the_backward_pass_changes_no_gradient(key):
+    found = []
+    for create_graph in (False, True):
+        q, k, v = (x.requires_grad_() for x in qkv(PADDED))
+        out, _ = calc_attn(q, k, v, key)
+        found.append(torch.autograd.grad(out.sum(), (q, k), create_graph=create_graph))
+    assert all(torch.equal(plain, with_graph) for plain, with_graph in zip(*found, strict=True))
+
+
+def test_tensors_without_values_have_shapes(key):
+    q, k, v = (x.to("meta").requires_grad_() for x in qkv(PADDED))
+    out, meta = calc_attn(q, k, v, key)
+    undispatch(out, key).sum().backward()
+    assert (out.shape, meta.lse.shape, k.grad.shape) == (q.shape, q.shape[:2], k.shape)
 
 
 def test_nested_and_sparse_tensors_are_refused(key):

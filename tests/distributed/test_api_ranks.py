@@ -86,6 +86,8 @@ def check_dispatch(rank, world_size, total, chunk_size, uneven):
     assert local.is_contiguous()
     whole = undispatch(local, key)
     assert torch.equal(whole, x)
+    for dtype in (torch.bool, torch.int16, torch.uint16, torch.float8_e4m3fn):
+        assert torch.equal(undispatch(dispatch(x.to(dtype), key), key).double(), x.to(dtype).double())
     assert torch.equal(dispatch(whole, key, pad_value=5.0), local)
 
     # Each rank's own local gradient: every rank gets them all, at their rows, with nothing summed.

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from magi_attention.common.enum import AttnMaskType
@@ -135,6 +136,23 @@ def resolve_chunk_size(total_seqlen: int, cp_size: int, limit: int | None, alg: 
     if total_seqlen < cp_size or -(-total_seqlen // chunk_size) < cp_size:
         raise MagiValueError(f"a sequence of {total_seqlen} rows cannot be shared by {cp_size} ranks")
     return chunk_size
+
+
+def check_heads(num_heads_q: int, num_heads_kv: int, head_dim: int) -> None:
+    """Raise unless there are heads, of a size, and as many query heads for each key head."""
+    if min(num_heads_q, num_heads_kv, head_dim) < 1:
+        raise MagiValueError(f"{num_heads_q=}, {num_heads_kv=} and {head_dim=} must be at least 1")
+    if num_heads_q % num_heads_kv:
+        raise MagiValueError(f"{num_heads_q=} must be a multiple of {num_heads_kv=}")
+
+
+def check_pad_value(x: Tensor, pad_value: float) -> None:
+    """Raise if ``x`` holds integers of which ``pad_value`` is none: -100 would become 156 among bytes."""
+    if x.is_floating_point() or x.is_complex():
+        return
+    least, most = (0, 1) if x.dtype is torch.bool else (torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max)
+    if not (least <= pad_value <= most and int(pad_value) == pad_value):
+        raise MagiValueError(f"pad_value={pad_value!r} is no value of {x.dtype}: pass x.long(), for one")
 
 
 def check_rows(name: str, x: Tensor, dim: int, num_rows: int, what: str) -> None:

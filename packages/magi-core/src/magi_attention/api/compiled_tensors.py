@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magi_attention.api.checks import check_rows
+from magi_attention.api.checks import check_pad_value, check_rows
 from magi_attention.common.enum import AttnRole
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey, key_of_handle
@@ -48,6 +48,7 @@ def _select(x: Tensor, handle: int, role: str, num_rows: int, pad_value: float) 
     manager = _planned(handle)
     layout = manager.layout_of(AttnRole(role))
     check_rows("x", x, 0, layout.num_real, "the global sequence without padding")
+    check_pad_value(x, pad_value)
     return select_rows(x, layout, manager.rank, pad_value).contiguous()
 
 

@@ -12,6 +12,7 @@ from typing_extensions import deprecated
 from magi_attention.api.checks import (
     GeneralAttnMaskType,
     as_integers,
+    check_heads,
     check_ranges,
     check_sources,
     resolve_chunk_size,
@@ -83,8 +84,9 @@ def magi_attn_flex_key(
 
     Raises:
         ValueError: Ranges outside of the sequence, lists of different lengths, an unknown type name, pairs that are
-            kept twice, an empty mask, fewer rows than ranks, contradictory settings or flags, neither group nor mesh.
-            Where older versions raised ``AssertionError``, the error is one as well.
+            kept twice, an empty mask, fewer rows than ranks, query heads that aren't a multiple of the key heads,
+            contradictory settings or flags, neither group nor mesh. Where older versions raised ``AssertionError``, the
+            error is one as well.
         TypeError: A mask type that is neither an ``AttnMaskType`` nor a name, or a count that is no integer.
         RuntimeError: The ranks passed different arguments; raised on every rank, naming the ranks.
 
@@ -103,6 +105,7 @@ def magi_attn_flex_key(
             num_heads_kv=num_heads_kv,
             head_dim=head_dim,
         )
+        check_heads(num_heads_q, num_heads_kv, head_dim)
         config = with_chunk_limit(config, chunk_size)
         check_sources(total_seqlen_q, total_seqlen_k, is_same_source, is_q_permutable, is_k_permutable)
         check_ranges(q_ranges, k_ranges, total_seqlen_q, total_seqlen_k)

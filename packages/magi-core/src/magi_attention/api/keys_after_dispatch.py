@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from magi_attention.api.checks import GeneralAttnMaskType, as_integers, check_ranges, resolve_mask_types
+from magi_attention.api.checks import GeneralAttnMaskType, as_integers, check_heads, check_ranges, resolve_mask_types
 from magi_attention.api.groups import resolve_group
 from magi_attention.api.keys import plan_if_new
 from magi_attention.api.masks import apply_padding, infer_attn_mask_from_cu_seqlens
@@ -73,6 +73,7 @@ def make_flex_key_for_new_mask_after_dispatch(
             num_heads_kv=old.num_heads_kv if num_heads_kv is None else num_heads_kv,
             head_dim=old.head_dim if head_dim is None else head_dim,
         )
+        check_heads(num_heads_q, num_heads_kv, head_dim)
         num_real = old.total_seqlen_q - old.pad_size
         check_ranges(q_ranges, k_ranges, num_real, old_k.total_seqlen_k - old_k.pad_size_k)
         mask_types: Sequence[AttnMaskType] = resolve_mask_types(attn_mask_type, len(q_ranges))

@@ -109,7 +109,14 @@ def infer_attn_mask_from_sliding_window(q_range: AttnRange, k_range: AttnRange, 
 
     Returns:
         Query ranges, key ranges and types of at most three disjoint slices, from top to bottom.
+
+    Raises:
+        TypeError: A range that is no :class:`AttnRange`, or a window that isn't two integers.
+        ValueError: A side of the window below -1, or another number of sides than two.
     """
+    for name, given in (("q_range", q_range), ("k_range", k_range)):
+        if not isinstance(given, AttnRange):
+            raise MagiTypeError(f"{name} must be an AttnRange(start, end), not {given!r}")
     return _window_slices(q_range, k_range, window_size, num_global_keys=0)
 
 

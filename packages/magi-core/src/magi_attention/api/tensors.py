@@ -7,7 +7,7 @@ In cross-attention there are two sequences, and ``attn_role`` tells to which of 
 import torch
 from torch import Tensor
 
-from magi_attention.api.checks import as_integers, check_rows
+from magi_attention.api.checks import as_integers, check_pad_value, check_rows
 from magi_attention.api.compiled_tensors import dispatch_compiled, roll_compiled, undispatch_compiled
 from magi_attention.common.enum import AttnRole
 from magi_attention.runtime.cache import find_manager
@@ -22,7 +22,7 @@ def dispatch(
     Args:
         x: ``[S, ...]`` of any dtype, the same on all ranks; ``S`` without padding.
         key: the key.
-        pad_value: what rows of padding are filled with.
+        pad_value: what rows of padding are filled with; a value of x's dtype.
         attn_role: whether ``x`` goes with the queries or with the keys and values; all the same in self-attention.
 
     Returns:
@@ -30,12 +30,14 @@ def dispatch(
         from the local gradients of all ranks.
 
     Raises:
-        ValueError: ``x`` doesn't have ``S`` rows, or the cache doesn't hold the key.
+        ValueError: ``x`` doesn't have ``S`` rows, its dtype doesn't have the ``pad_value``, or the cache doesn't hold
+            the key.
     """
     if torch.compiler.is_compiling():
         return dispatch_compiled(x, key, pad_value, attn_role)
     manager = find_manager(key)
     check_rows("x", x, 0, manager.layout_of(attn_role).num_real, "the global sequence without padding")
+    check_pad_value(x, pad_value)
     return manager.dispatch(x, pad_value, attn_role)
 
 

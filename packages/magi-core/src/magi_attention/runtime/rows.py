@@ -11,6 +11,10 @@ from magi_attention.plan.layout import Layout
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
+# What both gloo and NCCL gather. Rows of other data types travel as bytes.
+_GATHERED_DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16}
+_GATHERED_DTYPES |= {torch.float32, torch.float64, torch.complex64, torch.complex128}
+
 
 def select_rows(x: Tensor, layout: Layout, rank: int, pad_value: float) -> Tensor:
     """One rank's rows of the global ``x`` ``[num_real, ...]``, its padding filled with ``pad_value``; a copy."""
@@ -24,7 +28,10 @@ def gather_rows(x: Tensor, layout: Layout, group: dist.ProcessGroup | None) -> T
         return x[: layout.num_real].clone()
     longest = int(layout.rows_per_rank.max())
     gathered = x.new_empty(layout.num_ranks * longest, *x.shape[1:])
-    _all_gather(gathered, _join([x], x, longest, 0), group=group)
+    mine, all_rows = _join([x], x, longest, 0), gathered
+    if x.dtype not in _GATHERED_DTYPES:
+        mine, all_rows = mine.view(torch.uint8), gathered.view(torch.uint8)
+    _all_gather(all_rows, mine, group=group)
     runs = [(rank * longest + local, stop - start) for start, stop, rank, local in layout.real_runs.tolist()]
     return torch.cat([gathered.narrow(0, first, length) for first, length in runs])
 
