@@ -8,6 +8,7 @@ pytest.importorskip("transformers")
 
 from transformers import (
     AutoModelForCausalLM,
+    DataCollatorWithFlattening,
     Gemma2Config,
     GptOssConfig,
     Llama4TextConfig,
@@ -102,6 +103,25 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant):
     torch.testing.assert_close(logits_and_gradients(0, 1, "llama", use_reentrant), plain)
 
 
+def call_without_positions(rank, world_size):
+    register()
+    key, _ = keys()
+    with pytest.raises(ValueError, match=f"without position_ids, and took 0 to {len(get_position_ids(key)) - 1}"):
+        make_model("llama", "magi")(dispatch(tokens(), key)[None], use_cache=False, magi_key=key)
+
+
+def test_positions_that_a_model_makes_up_are_refused():
+    with RankPool(2) as pool:
+        pool.run(call_without_positions)
+
+
+def test_positions_that_a_model_makes_up_are_right_on_one_process():
+    register()
+    key, _ = keys()
+    logits = make_model("llama", "magi")(dispatch(tokens(), key)[None], use_cache=False, magi_key=key).logits[0]
+    torch.testing.assert_close(undispatch(logits, key), own_logits_and_gradients("llama")[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("shape", [(1, TOTAL), (1, 1, TOTAL, TOTAL)])
 def test_masks_given_to_a_model_are_refused(name, shape):
@@ -161,3 +181,12 @@ def test_what_would_be_ignored_is_refused():
     two = q.expand(2, -1, -1, -1)
     with pytest.raises(ValueError, match="pack the 2 sequences"):
         attend(module, two, two, two, None, magi_key=key, magi_window_key=window_key)
+
+
+def test_batches_of_flattened_documents():
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch = collate([{"input_ids": list(range(start, start + length))} for start, length in ((1, 12), (20, 7))])
+    assert batch["cu_seq_lens_q"].tolist() == [0, 12, 19]
+    labels = batch["labels"][0].roll(-1)
+    assert labels.tolist() == [*range(2, 13), -100, *range(21, 27), -100]
+    assert batch["position_ids"][0].tolist() == [*range(12), *range(7)]

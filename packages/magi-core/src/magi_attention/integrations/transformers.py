@@ -2,18 +2,19 @@
 """Hugging Face Transformers: an attention that models choose by name, ``attn_implementation="magi"``."""
 
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from magi_attention.api import DistAttnRuntimeKey, calc_attn
+from magi_attention.api import DistAttnRuntimeKey, calc_attn, get_position_ids
 from magi_attention.common.enum import AttnMaskType
 
 # "attention" is what "full_attention" was called before.
 SUPPORTED_LAYER_TYPES = ("attention", "full_attention", "sliding_attention")
+_LAYERS_WITH_POSITIONS: WeakSet[nn.Module] = WeakSet()
 _WIDEST_ROWS: WeakKeyDictionary[DistAttnRuntimeKey, int] = WeakKeyDictionary()
 
 
@@ -55,6 +56,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention of one layer, as Transformers calls it. Collective, as :func:`magi_attention.api.calc_attn` is.
@@ -72,15 +74,16 @@ def attend(
         sliding_window: the layer's window, or None for a layer without.
         softcap: bound of the scores, or None.
         s_aux: ``[hq]`` logits of a learnable sink, or None.
+        position_ids: ``[1, n_local]``, what the model has rotated by.
         others: further arguments of the model's call.
 
     Returns:
         ``[1, n_local, hq, dv]``, and None in place of attention weights.
 
     Raises:
-        ValueError: No key for this kind of layer, one whose window is wider than the layer's, a model with other layers
-            than those of full or sliding attention, several sequences in a batch, a mask, dropout, or something else
-            that would change the result and isn't supported.
+        ValueError: The model was called without ``position_ids``, no key for this kind of layer, one whose window is
+            wider than the layer's, a model with other layers than those of full or sliding attention, several sequences
+            in a batch, a mask, dropout, or something else that would change the result and isn't supported.
     """
     _check_layer_types(module)
     wanted, name = (magi_key, "magi_key") if sliding_window is None else (magi_window_key, "magi_window_key")
@@ -90,6 +93,8 @@ def attend(
     # A compiled program serves keys that it can't look into.
     if sliding_window is not None and getattr(module, "is_causal", False) and not torch.compiler.is_compiling():
         _check_window(wanted, sliding_window)
+    if position_ids is not None:
+        _check_positions(module, position_ids, wanted)
     unsupported = {
         "attention_mask": attention_mask is not None,
         "dropout": dropout > 0,
@@ -114,6 +119,25 @@ def _check_layer_types(module: nn.Module) -> None:
         raise ValueError(
             f"magi attention can't be used with a model that has layers of {', '.join(others)}: it supports "
             "full_attention and sliding_attention"
+        )
+
+
+def _check_positions(module: nn.Module, position_ids: Tensor, key: DistAttnRuntimeKey) -> None:
+    """Refuse 0, 1, 2 and so on, which the model takes where none are given, for rows that aren't one after another.
+
+    Looked at once for each layer, since the host waits for the answer, and not by a compiler.
+    """
+    if torch.compiler.is_compiling() or module in _LAYERS_WITH_POSITIONS:
+        return
+    _LAYERS_WITH_POSITIONS.add(module)
+    rows = get_position_ids(key, position_ids.device)
+    if not torch.equal(position_ids.flatten(), torch.arange(len(rows), device=rows.device)):
+        return
+    are_together = bool((rows.diff() <= 1).all())  # the last one is repeated for padding
+    if not (are_together and (rows[0] == 0 or any(int(rows[0]) == each.start for each in key.k_ranges))):
+        raise ValueError(
+            f"the model was called without position_ids, and took 0 to {len(rows) - 1}, but this rank's rows are not "
+            "one after another: pass position_ids=get_position_ids(magi_key)[None], or these from where documents start"
         )
 
 
