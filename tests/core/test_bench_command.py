@@ -39,7 +39,7 @@ def test_json_and_trace(tmp_path):
 def test_one_process_prints_a_table():
     result = run("--mask", "varlen-causal")
     assert result.exit_code == 0, result.output
-    assert "1 stages, rank 0 receives 0 key rows" in " ".join(result.output.split())
+    assert "1 stage, rank 0 receives 0 key rows" in " ".join(result.output.split())
     assert "backward" in result.output
 
 
@@ -53,6 +53,7 @@ def test_one_process_prints_a_table():
         (["--trace", "trace.txt"], "--trace trace.txt must end in one of .json, .gz"),
         (["--mask", "nothing"], "--mask nothing is none of full, causal, varlen_full,"),
         (["--backend", "nothing"], "There is no kernel backend 'nothing'; known are auto,"),
+        (["--overlap-degree", "65"], "--overlap-degree must be at most 64"),
         (["--overlap-degree", "many"], "--overlap-degree must be 0 or more, or auto, not many"),
     ],
 )

@@ -141,6 +141,8 @@ WHOLE = torch.tensor([[0, 8]])
         ({"attn_type_map": torch.tensor([4])}, ValueError, "0 to 3"),
         ({"attn_type_map": torch.tensor([[1]])}, ValueError, r"\[n\]"),
         ({"q": torch.zeros(8, 4)}, ValueError, r"q must have shape.*\[8, 4\]"),
+        ({"q": torch.zeros(1, 8, 4, 16)}, ValueError, r"q must have shape.*\[1, 8, 4, 16\]"),
+        ({"q": [1.0]}, TypeError, "q must be a tensor, not list"),
         ({"k": torch.zeros(8, 2, 16, dtype=torch.float64)}, ValueError, "float64"),
         ({"v": torch.zeros(7, 2, 16)}, ValueError, r"\[7, 2, 16\]"),
         ({"q": torch.zeros(8, 3, 16)}, ValueError, "multiple of the key heads, got 3 and 2"),

@@ -202,6 +202,7 @@ CAUSAL = ["--mask", "causal", "--tokens", "4096"]
         ([*CAUSAL, "--simulate", "12", "--nodes", "5"], "--nodes 5 must divide the 12 ranks"),
         ([*CAUSAL, "--link", "0"], "--link must be more than 0, not 0"),
         ([*CAUSAL, "--heads-kv", "5"], "--heads-q 32 must be a multiple of --heads-kv 5"),
+        ([*CAUSAL, "--overlap-degree", "999"], "--overlap-degree must be at most 64"),
         ([*CAUSAL, "--overlap-degree", "many"], "--overlap-degree must be 0 or more, or auto, not many"),
         ([*CAUSAL, "--algorithm", "odd"], "--algorithm odd is none of backtracking-pruning"),
         ([*CAUSAL, "--algorithm", "topp-heap", "--uneven"], "uneven_shard=True cannot have"),

@@ -379,6 +379,10 @@ def parse_degree(text: str) -> int | None:
         return None
     if not text.isdecimal():
         raise ValueError(f"--overlap-degree must be 0 or more, or auto, not {text}")
+    from magi_attention.config import OverlapConfig
+
+    if int(text) > (most := OverlapConfig().max_num_chunks):
+        raise ValueError(f"--overlap-degree must be at most {most}, the pieces that remote rows come in, not {text}")
     return int(text)
 
 

@@ -11,7 +11,12 @@ from magi_attention.common.errors import MagiValueError
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.functional.compiled import flex_flash_attn_compiled
 from magi_attention.functional.index_attention import attend_by_indices
-from magi_attention.functional.single_device import attend_on_one_device, configured_backends, slices_from_tensors
+from magi_attention.functional.single_device import (
+    attend_on_one_device,
+    check_tensors,
+    configured_backends,
+    slices_from_tensors,
+)
 from magi_attention.functional.utils import check_sink
 
 logger = logging.getLogger(__name__)
@@ -160,6 +165,7 @@ def flex_flash_attn_func(
     given = {name: value for name, value in hints.items() if value not in (None, False)}
     if given:
         logger.debug("flex_flash_attn_func: hints without effect on the result: %s", given)
+    check_tensors(q, k, v)  # before ranges and sink, which are held against their rows
     if sink is not None:
         check_sink(sink, q.shape[0], q.shape[1], sink_layout)
     backend, backward_backend = configured_backends()

@@ -75,9 +75,10 @@ def _print(options: BenchOptions, found: Measurement, overlap: Overlap | None, a
         print(json.dumps({"version": 1, "options": chosen, "measured": measured}))
         return
     heads = f"{options.heads_q}/{options.heads_kv} heads of {options.head_dim}, {options.precision.value}"
+    stages = "1 stage" if found.stages == 1 else f"{found.stages} stages with that of own rows"
     console.print(
         f"[bold]{options.mask}[/bold], {options.tokens:,} tokens, {heads}; {found.ranks} x {found.device}, kernel "
-        f"backend {found.backend}; {found.stages} stages, rank 0 receives {found.rows_received:,} key rows",
+        f"backend {found.backend}; {stages}, rank 0 receives {found.rows_received:,} key rows",
         highlight=False,
     )
     table = Table()

@@ -70,7 +70,7 @@ class Measurement:
         ranks: size of the group.
         pairs: (query, key) pairs that the mask keeps, over all ranks.
         rows_received: key rows that rank 0 receives in each pass.
-        stages: kernel calls of each rank in each pass.
+        stages: of each rank in each pass, that of its own rows included.
         times: of the passes.
         forward_tflops: per rank, of the pairs that the mask keeps: four floating-point operations per pair, query head
             and element of a head.
