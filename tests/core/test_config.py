@@ -273,6 +273,7 @@ def test_resolving_without_any_variable():
         check_plan=True,
         check_plan_timeout=30,
         skip_overlap_check=False,
+        sanity_check=False,
     )
     assert resolved.resolved() == resolved
 
@@ -296,6 +297,7 @@ FIELDS = [
     ("check_plan", "MAGI_ATTENTION_CHECK_PLAN", "0", False, True),
     ("check_plan_timeout", "MAGI_ATTENTION_CHECK_PLAN_TIMEOUT", "90", 90, 5),
     ("skip_overlap_check", "MAGI_ATTENTION_SKIP_OVERLAP_CHECK", "1", True, False),
+    ("sanity_check", "MAGI_ATTENTION_SANITY_CHECK", "1", True, False),
 ]
 
 

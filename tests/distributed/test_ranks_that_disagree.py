@@ -5,12 +5,14 @@ import contextlib
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from magi_attention.api import (
     AttnRanges,
     clear_cache,
+    dispatch,
     dist_attn_runtime_dict_mgr,
     magi_attn_flex_key,
     magi_attn_varlen_key,
@@ -133,3 +135,31 @@ def make_a_hierarchical_key(rank, world_size):
 
 def test_a_mesh_that_is_not_numbered_node_by_node_is_refused(pool):
     pool.run(make_a_hierarchical_key, timeout_s=60)
+
+
+def dispatch_what_differs(rank, world_size):
+    """The message of one rank's other tokens, of another data type, and of equal tensors of any kind."""
+    key = causal_key(64, sanity_check=True)
+    messages = []
+    tokens = torch.arange(64)
+    for x in (tokens + (rank == 2), tokens.int() if rank == 2 else tokens, tokens > 3, torch.ones(64, 2).T.mT):
+        try:
+            dispatch(x.requires_grad_(x.is_floating_point()), key)
+            messages.append(None)
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_ranks_that_dispatch_other_tensors_are_named_on_every_rank(pool):
+    for *different, same, same_too in pool.run(dispatch_what_differs):
+        assert all("another tensor on ranks [2] than on rank 0" in message for message in different), different
+        assert same is same_too is None
+
+
+def dispatch_unchecked(rank, world_size):
+    return dispatch(torch.full((64,), rank), causal_key(64)).unique().tolist()
+
+
+def test_tensors_are_compared_only_where_that_is_asked_for(pool):
+    assert pool.run(dispatch_unchecked) == [[rank] for rank in range(WORLD_SIZE)]

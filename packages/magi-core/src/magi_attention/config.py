@@ -243,6 +243,8 @@ class RuntimeConfig:
         check_plan: compare the ranks' plans once for every new key.
         check_plan_timeout: seconds to wait there for a rank that does not come, before all others raise.
         skip_overlap_check: don't check that no two slices keep a common pair.
+        sanity_check: compare what ``dispatch`` is given on all ranks, and raise where it differs; slow, to look for
+            mistakes of data loaders. Not inside ``torch.compile``.
     """
 
     kernel_backend: str | None = None
@@ -263,6 +265,7 @@ class RuntimeConfig:
     check_plan: bool | None = None
     check_plan_timeout: int | None = None
     skip_overlap_check: bool | None = None
+    sanity_check: bool | None = None
 
     def __post_init__(self) -> None:
         for name in _SWITCHES:
@@ -329,6 +332,7 @@ _ENVIRONMENT = {
     "check_plan": comm_env.is_plan_check_enable,
     "check_plan_timeout": comm_env.plan_check_timeout,
     "skip_overlap_check": general_env.is_overlap_check_skipped,
+    "sanity_check": general_env.is_sanity_check_enable,
 }
 
 _SM_MARGINS = {

@@ -32,6 +32,7 @@ def dispatch(
     Raises:
         ValueError: ``x`` doesn't have ``S`` rows, its dtype doesn't have the ``pad_value``, or the cache doesn't hold
             the key.
+        RuntimeError: With ``RuntimeConfig(sanity_check=True)``, on every rank, if they passed different tensors.
     """
     if torch.compiler.is_compiling():
         return dispatch_compiled(x, key, pad_value, attn_role)

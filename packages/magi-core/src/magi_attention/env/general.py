@@ -161,9 +161,9 @@ def log_level(text: str) -> str:
     return LOG_LEVELS[parse_choice(text, [level.lower() for level in LOG_LEVELS]).upper()]
 
 
-@variable("MAGI_ATTENTION_SANITY_CHECK", ignored=True)
+@variable("MAGI_ATTENTION_SANITY_CHECK")
 def is_sanity_check_enable(text: str) -> bool:
-    """Internal checks; those that this package makes are always on."""
+    """Compare what ``dispatch`` is given on all ranks, and raise where it differs; to look for wrong data loaders."""
     return parse_flag(text)
 
 

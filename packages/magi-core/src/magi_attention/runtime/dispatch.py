@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dispatch and undispatch as differentiable operations."""
 
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from magi_attention.comm.group import GroupHandle
+from magi_attention.comm.group import GroupHandle, group_size
 from magi_attention.plan.layout import Layout
 from magi_attention.runtime.rows import gather_rows, scatter_rows_sum, select_rows
 
@@ -28,6 +29,26 @@ def undispatch_rows(
     The gradient is this rank's rows of the global gradient, or with ``is_partial_grad`` of its sum over the ranks.
     """
     return _Undispatch.apply(x, layout, rank, group, is_partial_grad)
+
+
+def check_same_on_all_ranks(x: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Raise on every rank unless all ranks of ``group`` pass the same tensor. Collective; the host waits for ``x``.
+
+    Raises:
+        RuntimeError: some ranks passed another tensor; names them by their global ranks.
+    """
+    if group is None or group_size(group) == 1:
+        return
+    content = x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    digest = sha256(f"{tuple(x.shape)} {x.dtype} ".encode() + content).hexdigest()
+    digests: list[str] = [""] * group_size(group)
+    dist.all_gather_object(digests, digest, group=group)
+    ranks = dist.get_process_group_ranks(group)
+    if differing := [rank for rank, each in zip(ranks, digests, strict=True) if each != digests[0]]:
+        raise RuntimeError(
+            f"dispatch was given another tensor on ranks {differing} than on rank {ranks[0]}: all ranks of the key's "
+            f"group {ranks} pass the same sequence. Is that the context-parallel group, and do its data loaders agree?"
+        )
 
 
 class _Dispatch(torch.autograd.Function):

@@ -27,7 +27,7 @@ from magi_attention.plan.rates import Cluster, LayerShape, default_rates
 from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime.autograd import dist_attn_func
 from magi_attention.runtime.costs import PassCosts
-from magi_attention.runtime.dispatch import dispatch_rows, undispatch_rows
+from magi_attention.runtime.dispatch import check_same_on_all_ranks, dispatch_rows, undispatch_rows
 from magi_attention.runtime.dispatch_meta import DispatchMeta
 from magi_attention.runtime.job import DistAttnRuntime
 from magi_attention.runtime.key import DistAttnRuntimeKey
@@ -99,6 +99,8 @@ class DistAttnRuntimeMgr:
 
     def dispatch(self, x: Tensor, pad_value: float = 0.0, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
         """This rank's rows of the global ``x`` ``[S, ...]``."""
+        if self.dist_attn_config.runtime_config.sanity_check:
+            check_same_on_all_ranks(x, self.key.cp_group)
         return dispatch_rows(x, self.layout_of(attn_role), self.rank, self.key.cp_group, pad_value)
 
     def undispatch(self, x: Tensor, is_partial_grad: bool = False, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
