@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Megatron-Core model with our core attention has the gradients that it has with its own."""
 
+import warnings
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
@@ -289,6 +290,25 @@ def test_all_ranks_refuse_rows_that_megatron_cannot_pass_on():
     for message in first[1:]:
         assert "pipeline_model_parallel_size=2" in message
         assert "key.pad_size" in message
+
+
+def plan_with_means(rank, world_size):
+    parallel_state.initialize_model_parallel(context_parallel_size=world_size)
+    packed = PackedSeqParams(cu_seqlens_q=torch.tensor([0, 40, 64]))
+    sums, means = (TransformerConfig(**OPTIONS, calculate_per_token_loss=per_token) for per_token in (True, False))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plan_packed_sequence(packed, sums)
+        with pytest.warns(UserWarning, match="calculate_per_token_loss=True"):
+            plan_packed_sequence(packed, means)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_means_of_ranks_are_warned_of():
+    with RankPool(2) as pool:
+        pool.run(plan_with_means)
 
 
 @pytest.mark.parametrize(

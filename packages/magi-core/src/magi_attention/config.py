@@ -221,8 +221,9 @@ class RuntimeConfig:
     """What computes, in which precision, and what travels. None takes the environment variable's value.
 
     Attributes:
-        kernel_backend: ``"auto"`` (for each stage and pass the fastest that supports it), ffa, fa4, sdpa, sdpa_ol,
-            reference, flex, or the name of an installed plug-in.
+        kernel_backend: ``"auto"`` (for each stage and pass the fastest that supports it), hopper (also called ffa),
+            blackwell (also called fa4), cudnn_flex, flex, reference (also called sdpa and sdpa_ol), or the name of an
+            installed plug-in.
         kernel_backend_backward: the same for the backward pass alone, or ``"same"``.
         precision: the data type to compute in: bf16, fp16, fp32, fp64, or ``"input"`` for that of the tensors.
         deterministic: the same bits in every run.

@@ -8,6 +8,7 @@ rotary embeddings take the positions of the dealt rows (:func:`use_dispatched_po
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,8 @@ def plan_packed_sequence(
         dist_attn_config: as for :func:`magi_attention.api.magi_attn_flex_key`.
 
     Returns:
-        What the model is called with, as ``packed_seq_params``.
+        What the model is called with, as ``packed_seq_params``. A config without ``calculate_per_token_loss`` is warned
+        of.
 
     Raises:
         ValueError: No ``cu_seqlens_q``, a padded one that doesn't fit it, rows of a rank that sequence parallelism
@@ -93,6 +95,12 @@ def plan_packed_sequence(
         cu_seqlens, cu_seqlens, *heads, config.kv_channels, 0, cp_group, causal, dist_attn_config=dist_attn_config
     )
     _check_rows_of_ranks(key, config)
+    if len(key.group_ranks) > 1 and not config.calculate_per_token_loss:
+        warnings.warn(
+            "context-parallel ranks hold different numbers of targets, and Megatron averages the means of all: set "
+            "calculate_per_token_loss=True",
+            stacklevel=2,
+        )
     rows = get_position_ids(key)
     starts = starts.to(rows.device)
     positions = rows - starts[torch.searchsorted(starts, rows, right=True) - 1]
