@@ -252,6 +252,7 @@ def check_meshes(rank, world_size):
         (flat, {"hierarchical_comm": True}, "must be 2-D"),
         (dist.group.WORLD, {"hierarchical_comm": True}, "needs a 2-D DeviceMesh"),
         (DeviceMesh("cpu", torch.arange(4).view(2, 2)), {}, "mesh_dim_names"),
+        (init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp")), {}, r"\('dp', 'cp'\): pass mesh\[\"cp\"\]"),
     ):
         with pytest.raises(AssertionError, match=message) as error:
             causal_key(64, group=mesh, **options)

@@ -23,7 +23,8 @@ def resolve_group(
         The group (None for this process alone) and the mesh (None unless a mesh was given).
 
     Raises:
-        ValueError: Neither a group nor a mesh, a mesh of the wrong shape, or one that this process isn't part of.
+        ValueError: Neither a group nor a mesh, a mesh of the wrong shape, one that this process isn't part of, or one
+            with other kinds of parallelism in it.
     """
     if isinstance(cp_group_or_mesh, DeviceMesh):
         return _group_of_mesh(cp_group_or_mesh, is_hierarchical), cp_group_or_mesh
@@ -56,5 +57,10 @@ def _group_of_mesh(mesh: DeviceMesh, is_hierarchical: bool) -> dist.ProcessGroup
     if mesh.ndim == 2 and not mesh.mesh_dim_names:
         raise MagiValueError(
             'a 2-D mesh must be named to be flattened: pass mesh_dim_names=("inter", "intra"), for one'
+        )
+    if mesh.ndim == 2 and mesh.mesh_dim_names and "cp" in mesh.mesh_dim_names:
+        raise MagiValueError(
+            f"a 2-D mesh is a context-parallel group of nodes and their ranks, but the dimensions of this one are "
+            f'{mesh.mesh_dim_names}: pass mesh["cp"]'
         )
     return (mesh._flatten() if mesh.ndim == 2 else mesh).get_group()
