@@ -272,5 +272,6 @@ def _mismatch_message(by_digest: dict[str, list[int]]) -> bytes:
     differing = sorted(rank for ranks in by_digest.values() if ranks is not largest for rank in ranks)
     return (
         f"the ranks do not agree on the plan: ranks {differing} differ from ranks {largest}. Digests: "
-        f"{', '.join(parts)}. Mask, sizes and configuration must be the same on every rank of the group"
+        f"{', '.join(parts)}. Mask, sizes and configuration must be the same on every rank of the group: is that the "
+        "context-parallel group, and do its data loaders agree?"
     ).encode()
