@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deals whose cuts follow the documents: all ranks get equally many rows, areas stay even, few rows travel."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,8 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.config import LocalityDispatchAlg, MinHeapDispatchAlg
 from magi_attention.plan import deal as dealing
 from magi_attention.plan import dispatch, locality
-from magi_attention.plan.cells import cut_documents
+from magi_attention.plan.cells import Cells, cut_documents
+from magi_attention.plan.chunks import measure_chunks
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.layout import Layout
@@ -157,12 +160,14 @@ def test_cells_are_as_many_as_asked_for_and_about_equal(mean: int, num_cells: in
 def test_any_deal_of_cells_is_settled_exactly(seed: int, mean: int) -> None:
     random = np.random.default_rng(seed)
     num_ranks, num_cells, total = 7, 140, 10_007
-    cuts, document = cut_documents(packed(total, "causal", lengths(total, seed, mean)), total, num_cells)
+    slices = packed(total, "causal", lengths(total, seed, mean))
+    cuts, document = cut_documents(slices, total, num_cells)
     area = random.integers(0, 1000, num_cells)
     owner = random.permutation(np.repeat(np.arange(num_ranks), num_cells // num_ranks))
     each, more = divmod(total, num_ranks)
     wanted = each + (np.arange(num_ranks) < more)
-    settling = Settling(cuts, document, area, owner, wanted, int(1.05 * area.sum() / num_ranks))
+    cells = Cells(replace(measure_chunks(slices, cuts), area=area), document)
+    settling = Settling(cells, cuts, owner, wanted, np.full(num_ranks, int(1.05 * area.sum() / num_ranks)))
     begin, rank = settling.run()
     assert (begin[0], begin[-1]) == (0, total)
     assert (np.diff(begin) >= 0).all()
@@ -173,8 +178,10 @@ def test_any_deal_of_cells_is_settled_exactly(seed: int, mean: int) -> None:
 def test_a_long_document_is_given_to_one_rank_that_lacks_enough() -> None:
     """Whole documents leave two ranks with 10 rows too many; the one with a short document serves two others."""
     rows, owner = np.array([100, 910, 1010, 995, 985]), np.array([0, 0, 1, 2, 3])
-    cuts, document, wanted = np.append(0, np.cumsum(rows)), np.arange(5), np.full(4, 1000)
-    begin, rank = Settling(cuts, document, rows, owner, wanted, 2000).run()
+    cuts, wanted = np.append(0, np.cumsum(rows)), np.full(4, 1000)
+    slices = packed(4000, "causal", rows.tolist())
+    cells = Cells(replace(measure_chunks(slices, cuts), area=rows), np.arange(5))
+    begin, rank = Settling(cells, cuts, owner, wanted, np.full(4, 2000)).run()
     assert totals(rank, np.diff(begin), 4).tolist() == wanted.tolist()
     pieces = np.bincount(np.searchsorted(cuts, begin[:-1], side="right") - 1)
     assert pieces.tolist() == [3, 1, 2, 1, 1]

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cut a sequence where its documents start, in parts of about equal length that can be dealt like equal ones."""
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,6 +16,49 @@ Array = NDArray[np.int64]
 # First rows read far if they read so many times more rows than there are in their cells, and documents are graded if
 # the first rows of the one that reads most read at most this share of it.
 FAR, GRADED = 2, 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Parts of documents, and what their rows weigh and read.
+
+    Attributes:
+        work: their work.
+        document: ``(num_cells,)`` the document of each, from 0 on.
+    """
+
+    work: ChunkWork
+    document: Array
+
+    @property
+    def cuts(self) -> Array:
+        """``(num_cells + 1,)`` where cells start, and the end of the sequence."""
+        return self.work.cuts
+
+    @cached_property
+    def first(self) -> Array:
+        """``(num_documents,)`` the first cell of each document."""
+        return np.flatnonzero(np.diff(self.document, prepend=-1))
+
+    @cached_property
+    def area_before(self) -> Array:
+        """``(num_cells + 1,)`` the area before each cell, and of all."""
+        return np.append(0, np.cumsum(self.work.area))
+
+    @cached_property
+    def reach(self) -> Array:
+        """``(num_cells,)`` how many rows each cell reads, from its document's first one on."""
+        return key_hulls(self.work)[1] - self.cuts[self.first[self.document]]
+
+    def of_rows(self, rows: Array) -> Array:
+        """The cell of each row; of the end of the sequence, the last one."""
+        return np.minimum(np.searchsorted(self.cuts, rows, side="right") - 1, len(self.document) - 1)
+
+    def area_of_rows(self, stop: Array) -> Array:
+        """The area of all rows before each of ``stop``, as if all rows of a cell weighed the same."""
+        cell = self.of_rows(stop)
+        before, start = self.area_before[cell], self.cuts[cell]
+        return before + (self.area_before[cell + 1] - before) * (stop - start) // (self.cuts[cell + 1] - start)
 
 
 def cut_documents(slices: SliceTable, total: int, num_cells: int) -> tuple[Array, Array]:

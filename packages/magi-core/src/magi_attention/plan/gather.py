@@ -59,10 +59,10 @@ class ReceiverSwaps(Swaps):
         """
         return self.count_sends(self.find_runs())
 
-    def run(self) -> Owner:
+    def run(self, ranks_per_cycle: int = RANKS_PER_CYCLE) -> Owner:
         """Swap for some rounds; returns the rank of each place of the line after the best of them."""
         most = max(TOGETHER // self.num_ranks, LEAST_CYCLES)
-        num_cycles = min(max(self.num_ranks // RANKS_PER_CYCLE, LEAST_CYCLES), most)
+        num_cycles = min(max(self.num_ranks // ranks_per_cycle, LEAST_CYCLES), most)
         best, fewest = self.owner, np.iinfo(np.int64).max
         number = 0
         while number < num_cycles * CYCLE - SPARED:

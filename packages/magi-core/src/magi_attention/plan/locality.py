@@ -7,26 +7,24 @@ stay whole, and one that a single rank cannot compute should be spread over as f
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common.slices import SliceTable
-from magi_attention.plan.cells import cut_documents, first_rows_read_far
-from magi_attention.plan.chunks import ChunkWork, measure_areas, measure_chunks
+from magi_attention.plan.cells import Cells, cut_documents, first_rows_read_far
+from magi_attention.plan.chunks import ChunkWork, measure_chunks
 from magi_attention.plan.deal import SMALL_GROUP, Deal, most_beside_tile
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.documents import find_documents
 from magi_attention.plan.even_out import even_out
+from magi_attention.plan.exact_rows import Limits, hold_exact_rows
 from magi_attention.plan.filling import Prefixes, find_most_sent
-from magi_attention.plan.gather import ReceiverSwaps
+from magi_attention.plan.gather import RANKS_PER_CYCLE, ReceiverSwaps
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.light_ends import part_light_ends
-from magi_attention.plan.settle import Settling
-from magi_attention.plan.sharpen import sharpen
-from magi_attention.plan.spread import SenderSwaps
+from magi_attention.plan.spread import MOST_ROUNDS, SenderSwaps
 from magi_attention.plan.totals import totals
 
 Array = NDArray[np.int64]
@@ -63,6 +61,9 @@ CAREFUL = 10165
 # Deals of so many ranks may take longer, and try more fillings.
 MANY_RANKS, CHUNKS_OF_MANY = 128, Prefixes(1, 4, 0)
 CELLS_OF_MANY = Terms(0.45, CELLS.most, Prefixes(1, 4, 6, few=150, shorter=0.15))
+# Rounds of swaps for senders, and ranks for each cycle of those for receivers. Where all cuts are shifted afterwards,
+# that does part of what they do.
+ALL_SWAPS, FEWER_SWAPS = (MOST_ROUNDS, RANKS_PER_CYCLE), (1, 30)
 # A group of up to SMALL_GROUP ranks aims at more even areas.
 MOST_OF_SMALL_GROUP = 10030
 # Runs of documents with loads beyond this multiple of the mean are not taken.
@@ -124,32 +125,23 @@ def deal_documents(
         read far though they should, or the loads came out uneven.
     """
     num_cells = -(-total // (cell_size * num_ranks)) * num_ranks
+    if num_cells > total:
+        return None
     cuts, document = cut_documents(slices, total, num_cells)
-    work = measure_chunks(slices, cuts)
-    if only_far and not first_rows_read_far(work, document):
+    cells = Cells(measure_chunks(slices, cuts), document)
+    if only_far and not first_rows_read_far(cells.work, document):
         return None
     each, more = divmod(total, num_ranks)
     wanted = each + (np.arange(num_ranks) < more)
-    cells = CELLS_OF_MANY if num_ranks >= MANY_RANKS else CELLS
-    for terms in (cells, cells._replace(most=CAREFUL)):
-        dealt = _deal(slices, work, cell_size, num_ranks, terms, document)
-        settling = Settling(cuts, document, work.area, dealt.owner, wanted, dealt.limit * SHIFTED // terms.most)
-        begin, rank = settling.run()
-        load = settling.load
-        if not dealt.is_even:
-            cell = np.searchsorted(cuts[:-1], begin[:-1], side="right") - 1
-            limits = np.minimum(settling.limit, dealt.beside_tile)
-            begin, load = sharpen(
-                begin,
-                rank,
-                document[cell],
-                load,
-                limits,
-                settling.area_of_rows,
-                partial(measure_areas, work.bands),
-            )
-        if int(load.max()) * num_ranks <= MOST * int(work.area.sum()):
-            return begin, rank
+    is_many = num_ranks >= MANY_RANKS
+    first_terms = CELLS_OF_MANY if is_many else CELLS
+    for terms in (first_terms, first_terms._replace(most=CAREFUL)):
+        dealt = _deal(slices, cells.work, cell_size, num_ranks, terms, document)
+        limit = dealt.limit * SHIFTED // terms.most
+        limits = Limits(limit, None if dealt.is_even else np.minimum(limit, dealt.beside_tile), dealt.most_sent)
+        held = hold_exact_rows(cells, dealt.owner, wanted, limits, is_recut=is_many)
+        if int(held.load.max()) * num_ranks <= MOST * int(cells.area_before[-1]):
+            return held.begin, held.rank
     return None
 
 
@@ -160,12 +152,14 @@ class Dealt(NamedTuple):
         owner: ``(num_chunks,)`` the rank of each chunk.
         limit: the most area that a rank should have.
         beside_tile: ``(num_ranks,)`` the same for ranks whose runs part costly tiles.
+        most_sent: the most rows that a rank should send.
         is_even: whether ranks aim at more even areas than ``limit``.
     """
 
     owner: Owner
     limit: int
     beside_tile: Array
+    most_sent: float
     is_even: bool
 
 
@@ -193,11 +187,15 @@ def _deal(
     limits = np.minimum(limit, beside_tile)
     most_sent = find_most_sent(documents, num_ranks, chunk_size)
     spread = SenderSwaps(even, documents, num_ranks, chunk_size, limits, most_sent)
-    swapped = ReceiverSwaps(spread.run(), documents, num_ranks, chunk_size, limits, most_sent)
+    # Where all cuts are shifted afterwards, that does part of what swaps do.
+    is_recut = label is not None and num_ranks >= MANY_RANKS
+    swapped = ReceiverSwaps(
+        spread.run(1 if is_recut else MOST_ROUNDS), documents, num_ranks, chunk_size, limits, most_sent
+    )
     swapped.sends = spread.sends
     owner = np.empty(len(work.area), np.int64)
-    owner[documents.line] = swapped.run()
-    return Dealt(owner, limit, beside_tile, deal.is_even)
+    owner[documents.line] = swapped.run(30 if is_recut else RANKS_PER_CYCLE)
+    return Dealt(owner, limit, beside_tile, most_sent * chunk_size, deal.is_even)
 
 
 def _most_of(terms: Terms, num_ranks: int) -> int:

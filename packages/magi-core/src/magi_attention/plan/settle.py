@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from magi_attention.plan.cells import Cells
 from magi_attention.plan.totals import totals
 
 Array = NDArray[np.int64]
@@ -30,27 +31,23 @@ class Settling:
     """Dealt cells on the way to runs with exact numbers of rows.
 
     Args:
-        cuts: ``(num_cells + 1,)`` where the cells start, and the end of the sequence.
-        document: ``(num_cells,)`` the document of each, from 0 on.
-        area: ``(num_cells,)`` mask area of each.
-        owner: ``(num_cells,)`` rank of each.
+        cells: what was dealt.
+        begin: ``(n + 1,)`` where runs start, and the end of the sequence; a run has rows of one document.
+        rank: ``(n,)`` rank of each run.
         wanted: ``(num_ranks,)`` rows that each rank should have, the same in all.
-        limit: the most area that a rank should have.
+        limit: ``(num_ranks,)`` the most area that each rank should have.
     """
 
-    def __init__(self, cuts: Array, document: Array, area: Array, owner: Array, wanted: Array, limit: int) -> None:
-        self.cuts, self.cell_document, self.wanted, self.limit = cuts, document, wanted, limit
+    def __init__(self, cells: Cells, begin: Array, rank: Array, wanted: Array, limit: Array) -> None:
+        self.cells, self.wanted, self.limit = cells, wanted, limit.tolist()
         self.num_ranks = len(wanted)
-        self.area_before = np.append(0, np.cumsum(area))
-        is_first = np.append(True, (owner[1:] != owner[:-1]) | (document[1:] != document[:-1]))
-        first = np.flatnonzero(is_first)
-        self.rank, self.document = owner[first], document[first]
-        self.rows = np.diff(cuts[first], append=cuts[-1]).tolist()
-        self.weight = np.diff(self.area_before[first], append=self.area_before[-1]) // self.rows
+        self.rank, self.document = rank, cells.document[cells.of_rows(begin[:-1])]
+        self.rows = np.diff(begin).tolist()
+        self.weight = np.diff(cells.area_of_rows(begin)) // self.rows
         # (run, taker, rows): what runs have given away of their first rows.
         self.handed: list[tuple[int, int, int]] = []
         self.holdings = self._find_holdings()
-        most = LIGHT * int(self.area_before[-1]) / int(self.cuts[-1])
+        most = LIGHT * int(cells.area_before[-1]) / int(cells.cuts[-1])
         self.num_light = int(np.searchsorted(self.weight[self.holdings], most, side="right"))
         # About what rows weigh that a rank gets or gives along the tree.
         self.light = [0] * self.num_ranks
@@ -81,13 +78,7 @@ class Settling:
 
     def _measure(self, begin: Array, rank: Array) -> Array:
         """``(num_ranks,)`` the area of each rank."""
-        return totals(rank, np.diff(self.area_of_rows(begin)), self.num_ranks)
-
-    def area_of_rows(self, stop: Array) -> Array:
-        """The area of all rows before each of ``stop``, as if all rows of a cell weighed the same."""
-        cell = np.minimum(np.searchsorted(self.cuts, stop, side="right") - 1, len(self.cuts) - 2)
-        before, start = self.area_before[cell], self.cuts[cell]
-        return before + (self.area_before[cell + 1] - before) * (stop - start) // (self.cuts[cell + 1] - start)
+        return totals(rank, np.diff(self.cells.area_of_rows(begin)), self.num_ranks)
 
     def _table(self) -> tuple[Array, Array]:
         """Where runs start, and the end, and the rank of each; what is handed over lies before its run."""
@@ -172,12 +163,13 @@ class Settling:
         Returns by how many rows that changes all, but for those that are to be handed over, and whether any are given.
         """
         changed, is_any = [0] * self.num_ranks, False
-        too_heavy = [rank for rank, area in enumerate(load) if area > self.limit]
+        limit = self.limit
+        too_heavy = [rank for rank, area in enumerate(load) if area > limit[rank]]
         if not too_heavy:
             return changed, False
-        aim = self.limit - self.limit // BELOW
         rank_of, weights, rows = self.rank.tolist(), self.weight.tolist(), self.rows
         for rank in too_heavy:
+            aim = limit[rank] - limit[rank] // BELOW
             mine = np.flatnonzero((self.rank == rank) & (self.weight > 0))
             for run in mine[np.argsort(-self.weight[mine], kind="stable")][:TRIED].tolist():
                 # The rank gets light rows back along the tree if they are so light, or else of short documents.
@@ -186,7 +178,7 @@ class Settling:
                 others = np.flatnonzero((self.document == self.document[run]) & (self.rank != rank)).tolist()
                 for other in sorted(others, key=lambda each: load[rank_of[each]])[:TAKERS]:
                     taker = rank_of[other]
-                    room = max(self.limit - load[taker], 0) // max(weights[other], 1)
+                    room = max(limit[taker] - load[taker], 0) // max(weights[other], 1)
                     number = min(FURTHER * ((load[rank] - aim) // weight + 1) // 4, room, rows[run] - 1)
                     if number <= 0:
                         continue
@@ -197,7 +189,7 @@ class Settling:
                     changed[rank] -= number * is_routed
                     changed[taker] += number * is_routed
                     is_any = True
-                if load[rank] <= self.limit:
+                if load[rank] <= limit[rank]:
                     break
         return changed, is_any
 

@@ -40,9 +40,9 @@ class Pieces(NamedTuple):
 class SenderSwaps(Swaps):
     """Swaps that spare the ranks that send most."""
 
-    def run(self) -> Owner:
+    def run(self, most_rounds: int = MOST_ROUNDS) -> Owner:
         """Swap until no rank sends too much or nothing helps; returns the rank of each place of the line."""
-        for _ in range(min(max(self.num_ranks // RANKS_PER_ROUND, LEAST_ROUNDS), MOST_ROUNDS)):
+        for _ in range(min(max(self.num_ranks // RANKS_PER_ROUND, LEAST_ROUNDS), most_rounds)):
             runs = self.find_runs()
             sends_before = self.sends = self.count_sends(runs)
             sent = self.sent_by(runs, sends_before)
