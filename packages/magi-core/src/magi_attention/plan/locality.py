@@ -61,8 +61,8 @@ CAREFUL = 10165
 # Deals of so many ranks may take longer, and try more fillings.
 MANY_RANKS, CHUNKS_OF_MANY = 128, Prefixes(1, 4, 0)
 CELLS_OF_MANY = Terms(0.45, CELLS.most, Prefixes(1, 4, 6, few=150, shorter=0.15))
-# Rounds of swaps for senders, and ranks for each cycle of those for receivers. Where all cuts are shifted afterwards,
-# that does part of what they do.
+# Rounds of swaps for senders at most, and ranks for each cycle of those for receivers. Where all cuts are shifted
+# afterwards, that does part of what they do.
 ALL_SWAPS, FEWER_SWAPS = (MOST_ROUNDS, RANKS_PER_CYCLE), (1, 30)
 # A group of up to SMALL_GROUP ranks aims at more even areas.
 MOST_OF_SMALL_GROUP = 10030
@@ -187,14 +187,12 @@ def _deal(
     limits = np.minimum(limit, beside_tile)
     most_sent = find_most_sent(documents, num_ranks, chunk_size)
     spread = SenderSwaps(even, documents, num_ranks, chunk_size, limits, most_sent)
-    # Where all cuts are shifted afterwards, that does part of what swaps do.
     is_recut = label is not None and num_ranks >= MANY_RANKS
-    swapped = ReceiverSwaps(
-        spread.run(1 if is_recut else MOST_ROUNDS), documents, num_ranks, chunk_size, limits, most_sent
-    )
+    most_rounds, ranks_per_cycle = FEWER_SWAPS if is_recut else ALL_SWAPS
+    swapped = ReceiverSwaps(spread.run(most_rounds), documents, num_ranks, chunk_size, limits, most_sent)
     swapped.sends = spread.sends
     owner = np.empty(len(work.area), np.int64)
-    owner[documents.line] = swapped.run(30 if is_recut else RANKS_PER_CYCLE)
+    owner[documents.line] = swapped.run(ranks_per_cycle)
     return Dealt(owner, limit, beside_tile, most_sent * chunk_size, deal.is_even)
 
 
