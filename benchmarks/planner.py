@@ -109,7 +109,7 @@ def measure(row: dict[str, str], repeat: int, algorithm: DispatchAlg) -> None:
         plan = plan_for_one_rank(slices, num_queries, num_keys, num_ranks, algorithm)
         seconds.append(time.perf_counter() - start)
     demand = find_demand(slices, plan.layout, plan.key_layout)
-    received = int((demand.remote[:, 2] - demand.remote[:, 1]).sum())
+    received = demand.rows_received
     bound = lower_bound(row["mask"], slices, num_ranks, plan, num_keys)
     original_ms = float(row.get("plan_ms", "nan")) + float(row.get("exchange_ms", "nan"))
     limit_ms = 400.0 if num_ranks == 1024 else min(max(original_ms / 10, 10.0), 100.0)

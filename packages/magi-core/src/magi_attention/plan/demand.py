@@ -39,6 +39,11 @@ class Demand:
         """``(num_ranks,)`` all (query, key) pairs of each rank."""
         return totals(self.layout.runs[self.run, 2], band.area(self.bands), self.layout.num_ranks)
 
+    @property
+    def rows_received(self) -> int:
+        """The key rows that all ranks together need and do not own."""
+        return int((self.remote[:, 2] - self.remote[:, 1]).sum())
+
     @cached_property
     def area_own(self) -> NDArray[np.int64]:
         """``(num_ranks,)`` the (query, key) pairs of each rank whose key is the rank's own."""

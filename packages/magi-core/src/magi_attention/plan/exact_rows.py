@@ -7,7 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from magi_attention.plan.cells import Array, Cells
-from magi_attention.plan.chunks import measure_areas, measure_chunks
+from magi_attention.plan.chunks import measure_areas
+from magi_attention.plan.demand import find_demand
+from magi_attention.plan.layout import Layout
 from magi_attention.plan.recut import Recut, RowRuns
 from magi_attention.plan.settle import Settling
 from magi_attention.plan.sharpen import BEYOND, sharpen
@@ -75,15 +77,9 @@ def hold_exact_rows(cells: Cells, owner: Array, wanted: Array, limits: Limits, *
 
 def received(cells: Cells, held: Held) -> int:
     """The key rows that all ranks together need and do not own."""
-    work = measure_chunks(cells.work.slices, held.begin)
-    rank = np.concatenate([held.rank[work.chunk], held.rank])
-    beyond = rank * (work.total + 1)
-    start = np.concatenate([work.keys[:, 0], held.begin[:-1]]) + beyond
-    stop = np.concatenate([work.keys[:, 1], held.begin[1:]]) + beyond
-    order = np.argsort(start, kind="stable")
-    start, stop = start[order], stop[order]
-    reached = np.append(0, np.maximum.accumulate(stop)[:-1])
-    return int(np.maximum(stop - np.maximum(start, reached), 0).sum()) - work.total
+    total = cells.work.total
+    layout = Layout(total, total, 1, len(held.load), held.rank, held.begin)
+    return find_demand(cells.work.slices, layout).rows_received
 
 
 def _settle(cells: Cells, begin: Array, rank: Array, wanted: Array, limit: Array) -> Held:

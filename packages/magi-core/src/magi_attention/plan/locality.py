@@ -40,12 +40,14 @@ class Terms(NamedTuple):
         most: the most area of a rank, in ten-thousandths of the mean.
         prefixes: how many prefixes of the light documents are tried as fillings.
         most_joined: the most that ``joined_share`` is after that.
+        swaps: rounds of swaps for senders at most, and ranks for each cycle of those for receivers.
     """
 
     joined_share: float
     most: int
     prefixes: Prefixes
     most_joined: float = 1.0
+    swaps: tuple[int, int] = (MOST_ROUNDS, RANKS_PER_CYCLE)
 
 
 LESS_JOINED, MUCH_LESS = 1.2, 8.0
@@ -58,12 +60,10 @@ CHUNKS, CELLS, SHIFTED = (
 )
 # Where that was too much, they are dealt again.
 CAREFUL = 10165
-# Deals of so many ranks may take longer, and try more fillings.
+# Deals of so many ranks may take longer, and try more fillings. All cuts between their cells are shifted afterwards,
+# which does part of what swaps do.
 MANY_RANKS, CHUNKS_OF_MANY = 128, Prefixes(1, 4, 0)
-CELLS_OF_MANY = Terms(0.45, CELLS.most, Prefixes(1, 4, 6, few=150, shorter=0.15))
-# Rounds of swaps for senders at most, and ranks for each cycle of those for receivers. Where all cuts are shifted
-# afterwards, that does part of what they do.
-ALL_SWAPS, FEWER_SWAPS = (MOST_ROUNDS, RANKS_PER_CYCLE), (1, 30)
+CELLS_OF_MANY = Terms(0.45, CELLS.most, Prefixes(1, 4, 6, few=150, shorter=0.15), swaps=(1, 30))
 # A group of up to SMALL_GROUP ranks aims at more even areas.
 MOST_OF_SMALL_GROUP = 10030
 # Runs of documents with loads beyond this multiple of the mean are not taken.
@@ -187,8 +187,7 @@ def _deal(
     limits = np.minimum(limit, beside_tile)
     most_sent = find_most_sent(documents, num_ranks, chunk_size)
     spread = SenderSwaps(even, documents, num_ranks, chunk_size, limits, most_sent)
-    is_recut = label is not None and num_ranks >= MANY_RANKS
-    most_rounds, ranks_per_cycle = FEWER_SWAPS if is_recut else ALL_SWAPS
+    most_rounds, ranks_per_cycle = terms.swaps
     swapped = ReceiverSwaps(spread.run(most_rounds), documents, num_ranks, chunk_size, limits, most_sent)
     swapped.sends = spread.sends
     owner = np.empty(len(work.area), np.int64)
@@ -207,5 +206,4 @@ def _peak(owner: Owner, work: ChunkWork) -> int:
 def _received(work: ChunkWork, chunk_size: int, owner: Owner, num_ranks: int) -> int:
     """The key rows that all ranks together need and do not own."""
     layout = Layout(work.total, work.total, chunk_size, num_ranks, owner, work.cuts)
-    remote = find_demand(work.slices, layout, work.deal_keys(layout) if work.deal_keys else None).remote
-    return int((remote[:, 2] - remote[:, 1]).sum())
+    return find_demand(work.slices, layout, work.deal_keys(layout) if work.deal_keys else None).rows_received

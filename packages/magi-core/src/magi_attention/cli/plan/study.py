@@ -180,7 +180,7 @@ class PlanStudy:
     @property
     def rows_needed(self) -> int:
         """Key/value rows that all ranks read and do not own, in one layer's forward pass."""
-        return _num_rows(self.demand)
+        return self.demand.rows_received
 
     @cached_property
     def baselines(self) -> dict[str, Baseline]:
@@ -191,7 +191,7 @@ class PlanStudy:
         return {
             "all_gather": Baseline("all-gather, zigzag shards", everything, imbalance(zigzag.area)),
             "ring": Baseline("ring, zigzag shards", everything, imbalance(zigzag.area)),
-            "min_heap": Baseline("greedy heap (MinHeapDispatchAlg)", _num_rows(heap), imbalance(heap.area)),
+            "min_heap": Baseline("greedy heap (MinHeapDispatchAlg)", heap.rows_received, imbalance(heap.area)),
         }
 
 
@@ -239,7 +239,3 @@ def _find_demand_of_zigzag(mask: NamedMask, num_ranks: int) -> Demand:
     chunks = [-(-tokens // (2 * num_ranks)) for tokens in (mask.tokens, mask.num_keys)]
     layout, keys = (Layout(chunk * 2 * num_ranks, chunk * 2 * num_ranks, chunk, num_ranks, owner) for chunk in chunks)
     return find_demand(mask.slices, layout, keys)
-
-
-def _num_rows(demand: Demand) -> int:
-    return int((demand.remote[:, 2] - demand.remote[:, 1]).sum())
