@@ -68,7 +68,7 @@ def test_packed_documents_are_balanced_and_move_half_the_heaps_rows(kind: str, n
     balance, received = judge(slices, owner, total, chunk_size, num_ranks)
     _, received_by_heap = judge(slices, heap, total, total // num_ranks // 8, num_ranks)
     assert np.ptp(np.bincount(owner, minlength=num_ranks)) == 0
-    assert balance <= 1.02
+    assert balance <= (1.0031 if num_ranks == 8 else 1.02)
     assert received <= 0.6 * received_by_heap
     assert received >= received_lower_bound(slices, total, num_ranks)
 

@@ -32,8 +32,10 @@ from magi_attention.plan.filling_search import FillingSearch
 # What the first ranks take above the mean area saves pieces of long documents.
 # It saves too little to be worth the imbalance where there are fewer documents than FEW of the ranks, unless all chunks
 # are about equally heavy and runs of equal length almost balanced, or some are heavier than FINE of the mean area.
-# Nor is it worth it in groups of up to SMALL_GROUP ranks: few rows travel there, over fast links.
-AIM_OF_FEW, FEW, FINE, SMALL_GROUP = 1.002, 0.25, 0.05, 4
+AIM_OF_FEW, FEW, FINE = 1.002, 0.25, 0.05
+# Nor is it worth it in groups of up to SMALL_GROUP ranks, and of n ranks that have ENOUGH_ROWS * n² rows each: few rows
+# travel there for what is computed meanwhile, and those of 8 ranks over fast links.
+SMALL_GROUP, ENOUGH_ROWS = 4, 256
 # A rank's aim is at most this multiple of the mean of what is left, so that the last ranks are not left idle.
 LEAD = 1.1
 # Costs of a filling are in rows. A filling of a given number of tokens that falls short of the budget by a share of the
@@ -52,6 +54,11 @@ GRADED = 1.15
 TILED, WHOLE = 1.08, 0.985
 # The light documents are listed anew after so many ranks.
 RELIST = 16
+
+
+def hides_travel(num_ranks: int, total: int) -> bool:
+    """Whether ranks that share so many rows compute longer than rows travel, so that it is even areas that count."""
+    return num_ranks <= SMALL_GROUP or total >= ENOUGH_ROWS * num_ranks**3
 
 
 def most_beside_tile(documents: Documents, num_ranks: int, reach: Array | np.int64) -> Array:
@@ -76,7 +83,8 @@ class Deal(FillingSearch):
         heaviest = int(self.chunk_area.max())
         self.is_divided = is_divided and heaviest * num_ranks <= FINE * rest
         few = len(self.heaviness) <= FEW * num_ranks and 4 * rest < 3 * heaviest * len(self.owner)
-        self.is_even = num_ranks <= SMALL_GROUP or (few and heaviest * num_ranks <= FINE * rest)
+        hides = hides_travel(num_ranks, len(self.owner) * self.chunk_size)
+        self.is_even = hides or (few and heaviest * num_ranks <= FINE * rest)
         aim = int(rest * (AIM_OF_FEW if self.is_even else aim_of_many) / num_ranks)
         for rank, capacity in enumerate(self.capacities[:-1]):
             if rank % RELIST == 0:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.cells import Cells, cut_documents, first_rows_read_far
 from magi_attention.plan.chunks import ChunkWork, measure_chunks
-from magi_attention.plan.deal import SMALL_GROUP, Deal, most_beside_tile
+from magi_attention.plan.deal import Deal, hides_travel, most_beside_tile
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.documents import find_documents
 from magi_attention.plan.even_out import even_out
@@ -64,8 +64,8 @@ CAREFUL = 10165
 # which does part of what swaps do.
 MANY_RANKS, CHUNKS_OF_MANY = 128, Prefixes(1, 4, 0)
 CELLS_OF_MANY = Terms(0.45, CELLS.most, Prefixes(1, 4, 6, few=150, shorter=0.15), swaps=(1, 30))
-# A group of up to SMALL_GROUP ranks aims at more even areas.
-MOST_OF_SMALL_GROUP = 10030
+# Where travel is hidden, areas are to be more even.
+MOST_WHERE_HIDDEN = 10030
 # Runs of documents with loads beyond this multiple of the mean are not taken.
 MOST = 1.02
 # Up to so many chunks, the result is compared with the rival's.
@@ -99,7 +99,7 @@ def deal_by_locality(
     if peak <= limit and num_chunks > COMPARED_CHUNKS:
         return owner
     other = rival()
-    if peak > max(limit, _peak(other, work) * _most_of(CHUNKS, num_ranks) // 10000):
+    if peak > max(limit, _peak(other, work) * _most_of(CHUNKS, num_ranks, work.total) // 10000):
         return other
     if num_chunks <= COMPARED_CHUNKS:
         received, others = (_received(work, chunk_size, deal, num_ranks) for deal in (owner, other))
@@ -173,7 +173,8 @@ def _deal(
     documents = part_light_ends(documents, num_ranks, chunk_size)
     each, more = divmod(len(work.area), num_ranks)
     capacities = [each + (rank < more) for rank in range(num_ranks)]
-    limit = int(documents.area[-1]) * _most_of(terms, num_ranks) // (10000 * num_ranks)
+    most = _most_of(terms, num_ranks, work.total)
+    limit = int(documents.area[-1]) * most // (10000 * num_ranks)
     # With many rows per rank, one tile doesn't matter.
     parts_tiles = label is not None and bool(most_beside_tile(documents, num_ranks, documents.read.max()) < limit)
     deal = Deal(documents, capacities, chunk_size, terms.prefixes)
@@ -195,8 +196,8 @@ def _deal(
     return Dealt(owner, limit, beside_tile, most_sent * chunk_size, deal.is_even)
 
 
-def _most_of(terms: Terms, num_ranks: int) -> int:
-    return terms.most if num_ranks > SMALL_GROUP else MOST_OF_SMALL_GROUP
+def _most_of(terms: Terms, num_ranks: int, total: int) -> int:
+    return MOST_WHERE_HIDDEN if hides_travel(num_ranks, total) else terms.most
 
 
 def _peak(owner: Owner, work: ChunkWork) -> int:
