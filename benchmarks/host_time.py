@@ -73,14 +73,13 @@ class NoKernels:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
         """Allocate the results."""
-        return self.forward_into(None, q, k, v, call)
+        return AttentionResult(q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32))
 
     def forward_into(
-        self, target: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> AttentionResult:
-        """Allocate what is not given."""
-        lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32).T
-        return AttentionResult(q.new_empty(*q.shape[:2], v.shape[2]) if target is None else target, lse)
+        """Return what is given."""
+        return AttentionResult(out, lse)
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
         """Allocate the gradients."""

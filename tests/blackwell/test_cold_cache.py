@@ -103,7 +103,8 @@ def call_many_times(backend, rows: list[list[int]]) -> None:
             out, dq = torch.full_like(x.q, torch.nan), torch.full_like(x.q, torch.nan)
             poison = [torch.full_like(each, torch.nan) for each in (x.q, x.q, x.k, x.v, x.dlse)] * 2
             del poison
-            result = backend.forward_into(out, x.q, x.k, x.v, call)
+            lse = torch.full_like(x.dlse, torch.nan)
+            result = backend.forward_into(out, lse, x.q, x.k, x.v, call)
             gradients = backend.backward_into(dq, x.dout, x.q, x.k, x.v, result.out, result.lse, x.dlse, call)
             done = torch.cuda.current_stream().record_event()
         done.synchronize()

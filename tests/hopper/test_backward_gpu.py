@@ -130,6 +130,18 @@ def test_scales(scale, only):
     check(inputs(300), SliceTable([[0, 300, 0, 300, 1]]), scale=scale)
 
 
+def test_lse_is_read_in_place(only):
+    """Any layout gives the same bits; rows of another tensor lie between those that are read."""
+    x, call = inputs(700), AttentionCall(SliceTable(IRREGULAR), 0.1, deterministic=True)
+    out, lse, _ = BACKEND.forward(x.q, x.k, x.v, call)
+    expected = BACKEND.backward(x.dout, x.q, x.k, x.v, out, lse, x.dlse, call)
+    wide = lse.new_full((900, 7), torch.nan)
+    wide[100:800, 2:6] = lse
+    for same in (lse.T.contiguous().T, wide[100:800, 2:6], wide.T.contiguous().T[100:800, 2:6], lse.double()):
+        got = BACKEND.backward(x.dout, x.q, x.k, x.v, out, same, x.dlse, call)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_nothing_to_do():
     x = inputs(100)
     lse = x.q.new_full(x.q.shape[:2], -torch.inf, dtype=torch.float32)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.merge import merge_partials
-from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, WritesInPlace
 from magi_attention.testing.masks import MASK_FAMILIES, rectangular_masks
 from magi_attention.testing.metric import assert_within_pytorch_error
 from magi_attention.testing.oracle import dense_attention, dense_mask, masked_attention
@@ -230,6 +230,24 @@ def test_captured_in_a_graph(limit, monkeypatch):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(captured.out, expected.out)
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_runs_of_larger_tensors_are_written(limit, monkeypatch):
+    """The results are where they were wanted, in any layout of lse, and nothing beside them changes."""
+    monkeypatch.setattr(tables, "most_boxes", lambda *_: limit)
+    x, call = inputs(700), AttentionCall(SliceTable(IRREGULAR_ROWS), 0.1)
+    expected = BACKEND.forward(x.q, x.k, x.v, call)
+    assert isinstance(BACKEND, WritesInPlace)
+    for by_head in (False, True):
+        out, lse = x.q.new_full((900, 4, 128), 7.0), torch.full((900, 4), 7.0, device="cuda")
+        lse = lse.T.contiguous().T if by_head else lse
+        result = BACKEND.forward_into(out[100:800], lse[100:800], x.q, x.k, x.v, call)
+        for whole, target, got, right in zip((out, lse), (out[100:800], lse[100:800]), result, expected, strict=False):
+            assert got.data_ptr() == target.data_ptr()
+            assert torch.equal(target, right)
+            assert (whole[:100] == 7.0).all()
+            assert (whole[800:] == 7.0).all()
 
 
 @pytest.mark.parametrize("limit", [None, 2])

@@ -121,13 +121,18 @@ class WheelBackend(ABC):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
         """See the protocol."""
-        return self.forward_into(None, q, k, v, call)
+        return self._forward(None, q, k, v, call)
+
+    def forward_into(
+        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> AttentionResult:
+        """See :class:`magi_attention.kernels.protocol.WritesInPlace`; lse is always a tensor of its own."""
+        return self._forward(out, q, k, v, call)
 
     @without_grad
-    def forward_into(
+    def _forward(
         self, target: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> AttentionResult:
-        """See :class:`magi_attention.kernels.protocol.WritesInPlace`."""
         if not has_pairs(call.slices):
             return attend_to_nothing(q, v, call.max_logits)
         q, call = _with_positive_scale(q, call)

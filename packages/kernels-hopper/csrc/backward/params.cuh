@@ -68,8 +68,9 @@ static_assert(sizeof(Params) == 768, "backward_params.py pads its structure to t
 struct RowParams {
     void const* out;      // [num_q, heads, head dim of values]
     void const* dout;
-    float const* lse;     // [num_q, heads], natural logarithm
-    float const* dlse;    // or null
+    float const* lse;     // [num_q, heads], with strides; natural logarithm
+    int64_t lse_token, lse_head;  // elements from one to the next
+    float const* dlse;    // [num_q, heads] or null
     float* row_terms;     // these as in Params
     int *added, *complete, *items_done;
     int const* adders;

@@ -12,12 +12,13 @@ constexpr int kRowThreads = 256;
 
 // The row of queries that is row `row` of a tile: which token, and which row of [num_q, heads].
 struct QueryRow {
-    int token;
+    int token, head;
     int64_t index;
 
     __device__ __forceinline__ QueryRow(RowParams const& p, int pack, int tile, int tile_m, int row) {
         token = tile * (tile_m >> p.log2_pack) + (row >> p.log2_pack);
-        index = static_cast<int64_t>(token) * p.num_heads + (pack << p.log2_pack) + (row & ((1 << p.log2_pack) - 1));
+        head = (pack << p.log2_pack) + (row & ((1 << p.log2_pack) - 1));
+        index = static_cast<int64_t>(token) * p.num_heads + head;
     }
 };
 
@@ -55,7 +56,7 @@ __device__ __forceinline__ void prepare(RowParams const& p) {
         outs[i] = loads ? __ldg(static_cast<uint4 const*>(p.out) + place) : make_uint4(0, 0, 0, 0);
         douts[i] = loads ? __ldg(static_cast<uint4 const*>(p.dout) + place) : make_uint4(0, 0, 0, 0);
         // Rows that see no key, and those beyond the last token, have probabilities exp(-inf).
-        lses[i] = inside ? __ldg(p.lse + query.index) : -INFINITY;
+        lses[i] = inside ? __ldg(p.lse + query.token * p.lse_token + query.head * p.lse_head) : -INFINITY;
     }
 #pragma unroll
     for (int i = 0; i < kRounds; i++) {

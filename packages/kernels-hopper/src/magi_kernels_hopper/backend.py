@@ -45,18 +45,17 @@ class HopperBackend:
         Raises:
             RuntimeError: with the reason why not, if the tensors are not what :meth:`supports` would say yes to.
         """
-        return self.forward_into(None, q, k, v, call)  # which records no gradients
+        out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32)
+        return self.forward_into(out, lse, q, k, v, call)  # which records no gradients
 
     @without_grad
     def forward_into(
-        self, target: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> AttentionResult:
         """See :class:`magi_attention.kernels.protocol.WritesInPlace`."""
         self._check("forward", q, k, v, call)
         if not q.shape[0] or not k.shape[0]:
             return attend_to_nothing(q, v, call.max_logits)
-        out = q.new_empty(*q.shape[:2], v.shape[2]) if target is None else target
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         return AttentionResult(out, lse, _launch(q, k, v, call, out, lse, merge=False))
 
     @without_grad

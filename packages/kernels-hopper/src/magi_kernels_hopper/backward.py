@@ -157,11 +157,11 @@ class PreparedBackward:
             self._queries_kernel.launch_ready(self._queries.blocks, stream, *of_queries)
 
     def _readable(self, inputs: Inputs) -> Inputs:
-        """The inputs as the kernels read them: q, dout, k and v by the copy engine, the others contiguous."""
+        """The inputs as the kernels read them: q, dout, k and v by the copy engine, out and dlse contiguous."""
         q, dout, k, v, out, lse, dlse = inputs
         q = scored_upward(q, self._scale)  # masked scores are -inf, before they are scaled
         dout, out = (aligned(as_dtype(x, q.dtype).contiguous()) for x in (dout, out))
-        lse = as_dtype(lse, torch.float32).contiguous()
+        lse = as_dtype(lse, torch.float32)
         dlse = None if dlse is None else as_dtype(dlse, torch.float32).contiguous()
         return aligned(q), dout, aligned(k), aligned(v), out, lse, dlse
 
@@ -172,6 +172,7 @@ class PreparedBackward:
         dq, dk, dv = (gradient.data_ptr() for gradient in gradients)
         rows = RowParams.from_buffer_copy(self.row_template)
         rows.out, rows.dout, rows.lse, rows.dq = out.data_ptr(), dout.data_ptr(), lse.data_ptr(), dq
+        rows.lse_token, rows.lse_head = lse.stride()
         if dlse is not None:
             rows.dlse = dlse.data_ptr()
         params = Params.from_buffer_copy(self.template)

@@ -57,6 +57,8 @@ class RowParams(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("dout", ctypes.c_void_p),
         ("lse", ctypes.c_void_p),
+        ("lse_token", ctypes.c_int64),
+        ("lse_head", ctypes.c_int64),
         ("dlse", ctypes.c_void_p),
         ("row_terms", ctypes.c_void_p),
         ("added", ctypes.c_void_p),

@@ -176,15 +176,20 @@ class KernelBackend(Protocol):
 class WritesInPlace(Protocol):
     """The optional ability of a backend to write where its caller wants the results of some of a sequence's queries.
 
-    The targets are runs of rows of the caller's tensors, contiguous and of q's dtype. What is returned is as of
-    ``forward`` and ``backward``; where a result is not the given tensor, as kernels may not be able to write
-    everywhere, the caller copies it.
+    What is returned is as of ``forward`` and ``backward``; where a result is not the given tensor, as kernels may not
+    be able to write everywhere, the caller copies it.
     """
 
     def forward_into(
-        self, target: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> AttentionResult:
-        """:meth:`KernelBackend.forward` with ``out`` written to ``target``, if it is given."""
+        """:meth:`KernelBackend.forward`, written to the caller's tensors.
+
+        Args:
+            out: ``[tq, hq, dv]`` contiguous, of q's dtype.
+            lse: ``[tq, hq]`` float32, of any strides.
+            q, k, v, call: as of :meth:`KernelBackend.forward`.
+        """
 
     def backward_into(
         self,
@@ -198,7 +203,7 @@ class WritesInPlace(Protocol):
         dlse: Tensor | None,
         call: AttentionCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`KernelBackend.backward` with ``dq`` written to ``target``, if it is given."""
+        """:meth:`KernelBackend.backward` with ``dq`` written to ``target``, contiguous and of q's dtype, if given."""
 
 
 @runtime_checkable

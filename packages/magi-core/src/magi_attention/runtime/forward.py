@@ -126,15 +126,18 @@ class _Results:
             with named(launch.name):
                 self._add_max_logits(launch.run_onto(out, lse, q, k, v, call))
             return
-        with named(launch.name):
-            if run is None or launch.queries_known or launch.run_into is None or self._most > 2:
+        if run is None or launch.queries_known or launch.run_into is None or self._most > 2:
+            with named(launch.name):
                 partial = launch.run(q, k, v, call)
+            if launch.queries_known:
+                self.merge(run, partial)
             else:
-                partial = launch.run_into(self.allocate(q.dtype)[0][run], q, k, v, call)
-        if launch.queries_known:
-            self.merge(run, partial)
-        else:
-            self._put(run, partial)
+                self._put(run, partial)
+            return
+        out, lse = (x[run] for x in self.allocate(q.dtype))
+        with named(launch.name):
+            partial = launch.run_into(out, lse, q, k, v, call)
+        self._fill(out, lse, partial)
 
     def merge(self, run: slice | None, partial: AttentionResult) -> None:
         """Merge results of queries that have some; these must not be used afterwards."""
@@ -161,9 +164,15 @@ class _Results:
             out, lse = self.allocate(dtype)
             if run is not None:
                 out, lse = out[run], lse[run]
-            if out.data_ptr() != partial.out.data_ptr():
-                out.copy_(partial.out)
-            lse.copy_(partial.lse)
+            self._fill(out, lse, partial)
+            return
+        self._add_max_logits(partial.max_logits)
+
+    def _fill(self, out: Tensor, lse: Tensor, partial: AttentionResult) -> None:
+        """Copy what a kernel has not written there itself."""
+        for target, result in ((out, partial.out), (lse, partial.lse)):
+            if target.data_ptr() != result.data_ptr():
+                target.copy_(result)
         self._add_max_logits(partial.max_logits)
 
     def allocate(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
