@@ -93,13 +93,15 @@ def test_no_rank_sends_much_more_than_another_receives(kind: str, ratio: float) 
     total, chunk_size, num_ranks = 1 << 17, 64, 64
     slices = packed(total, kind)
     owner = deal(slices, total, chunk_size, num_ranks)
-    reader, start, stop = find_demand(slices, Layout(total, total, chunk_size, num_ranks, owner)).remote.T
+    demand = find_demand(slices, Layout(total, total, chunk_size, num_ranks, owner))
+    reader, start, stop = demand.remote.T
     received = np.bincount(reader, weights=stop - start, minlength=num_ranks)
     readers = np.zeros(total + 1, np.int64)
     np.add.at(readers, start, 1)
     np.add.at(readers, stop, -1)
     sent = np.bincount(owner.repeat(chunk_size), weights=np.cumsum(readers)[:-1], minlength=num_ranks)
-    assert sent.sum() == received.sum()
+    assert sent.sum() == received.sum() == demand.rows_received
+    assert max(sent.max(), received.max()) == demand.most_moved
     assert sent.max() <= ratio * received.max()
 
 
@@ -142,6 +144,29 @@ def test_random_masks_never_do_worse_than_the_heap(family: str) -> None:
         assert np.ptp(np.bincount(owner, minlength=num_ranks)) == 0
         assert balance <= max(1.02, 1.02 * heap_balance)
         assert received <= received_by_heap
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "prefix"])
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_of_few_chunks_several_deals_are_compared(kind: str, num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What travels and what the busiest rank moves become less in all, and never more."""
+    total, chunk_size, rng = num_ranks << 12, 64, np.random.default_rng(5)
+
+    def burden(slices: SliceTable) -> int:
+        layout = Layout(total, total, chunk_size, num_ranks, deal(slices, total, chunk_size, num_ranks))
+        demand = find_demand(slices, layout)
+        assert demand.area.max() <= 1.02 * demand.area.mean()
+        return demand.rows_received + num_ranks * demand.most_moved
+
+    masks = []
+    for _ in range(6):
+        ends = np.unique(np.append(rng.integers(1, total, 3 * num_ranks), total))
+        masks.append(packed(total, kind, np.diff(ends, prepend=0).tolist()))
+    compared = [burden(slices) for slices in masks]
+    monkeypatch.setattr(locality, "MORE_JOINED", ())
+    alone = [burden(slices) for slices in masks]
+    assert all(a <= b for a, b in zip(compared, alone, strict=True))
+    assert sum(compared) < sum(alone)
 
 
 @pytest.mark.parametrize("num_chunks", [9, 31, 200])

@@ -130,9 +130,7 @@ class WheelBackend(ABC):
         return self._forward(out, q, k, v, call)
 
     @without_grad
-    def _forward(
-        self, target: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
-    ) -> AttentionResult:
+    def _forward(self, target: Tensor | None, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
         if not has_pairs(call.slices):
             return attend_to_nothing(q, v, call.max_logits)
         q, call = _with_positive_scale(q, call)

@@ -45,6 +45,16 @@ class Demand:
         return int((self.remote[:, 2] - self.remote[:, 1]).sum())
 
     @cached_property
+    def most_moved(self) -> int:
+        """The most key rows that a rank receives, or sends, for which an exchange lasts."""
+        rows, num_ranks = self.remote, self.layout.num_ranks
+        received = totals(rows[:, 0], rows[:, 2] - rows[:, 1], num_ranks)
+        piece, run = overlaps(rows[:, 1:], self.key_layout.runs[:, :2])
+        start, stop, owner = self.key_layout.runs[run, :3].T
+        sent = totals(owner, np.minimum(rows[piece, 2], stop) - np.maximum(rows[piece, 1], start), num_ranks)
+        return int(max(received.max(), sent.max()))
+
+    @cached_property
     def area_own(self) -> NDArray[np.int64]:
         """``(num_ranks,)`` the (query, key) pairs of each rank whose key is the rank's own."""
         rank = self.layout.runs[self.run, 2]

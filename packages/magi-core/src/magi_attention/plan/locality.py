@@ -6,7 +6,8 @@ stay whole, and one that a single rank cannot compute should be spread over as f
 :mod:`magi_attention.plan.deal` says how. Here its result is evened out and judged.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -68,8 +69,9 @@ CELLS_OF_MANY = Terms(0.45, CELLS.most, Prefixes(1, 4, 6, few=150, shorter=0.15)
 MOST_WHERE_HIDDEN = 10030
 # Runs of documents with loads beyond this multiple of the mean are not taken.
 MOST = 1.02
-# Up to so many chunks, the result is compared with the rival's.
-COMPARED_CHUNKS = 1024
+# Up to so many chunks, the result is compared with the rival's, and with those that join more documents: up to these
+# shares of a rank. Of few ranks, each of which holds pieces of many documents, any may come out best.
+COMPARED_CHUNKS, MORE_JOINED = 1024, (0.5, 1.0)
 
 
 def deal_by_locality(
@@ -87,25 +89,23 @@ def deal_by_locality(
         chunk_size: rows of a chunk, on average.
         num_ranks: ranks of the group.
         rival: makes the deal of a simple algorithm, which is returned if it is better. It is asked for where the loads
-            came out uneven, and where there are so few chunks that a comparison of the rows received is cheap.
+            came out uneven, and where there are so few chunks that a comparison of the rows that travel is cheap.
 
     Returns:
         ``(num_chunks,)`` int64, the rank of each chunk.
     """
     chunks = CHUNKS._replace(prefixes=CHUNKS_OF_MANY) if num_ranks >= MANY_RANKS else CHUNKS
     owner, limit, *_ = _deal(slices, work, chunk_size, num_ranks, chunks)
-    peak = _peak(owner, work)
-    num_chunks = len(work.area)
-    if peak <= limit and num_chunks > COMPARED_CHUNKS:
+    is_compared = len(work.area) <= COMPARED_CHUNKS
+    if _peak(owner, work) <= limit and not is_compared:
         return owner
-    other = rival()
-    if peak > max(limit, _peak(other, work) * _most_of(CHUNKS, num_ranks, work.total) // 10000):
-        return other
-    if num_chunks <= COMPARED_CHUNKS:
-        received, others = (_received(work, chunk_size, deal, num_ranks) for deal in (owner, other))
-        if others < received:
-            return other
-    return owner
+    deals, other = [owner], rival()
+    if is_compared:
+        joining = [chunks._replace(joined_share=math.inf, most_joined=share) for share in MORE_JOINED]
+        deals += [_deal(slices, work, chunk_size, num_ranks, terms).owner for terms in joining]
+    limit = max(limit, _peak(other, work) * _most_of(CHUNKS, num_ranks, work.total) // 10000)
+    deals = [deal for deal in deals if _peak(deal, work) <= limit]
+    return _least_travel(deals, other, work, chunk_size) if is_compared else [*deals, other][0]
 
 
 def deal_documents(
@@ -204,7 +204,19 @@ def _peak(owner: Owner, work: ChunkWork) -> int:
     return int(totals(owner, work.area, int(owner.max()) + 1).max())
 
 
-def _received(work: ChunkWork, chunk_size: int, owner: Owner, num_ranks: int) -> int:
-    """The key rows that all ranks together need and do not own."""
-    layout = Layout(work.total, work.total, chunk_size, num_ranks, owner, work.cuts)
-    return find_demand(work.slices, layout, work.deal_keys(layout) if work.deal_keys else None).rows_received
+def _least_travel(deals: Sequence[Owner], other: Owner, work: ChunkWork, chunk_size: int) -> Owner:
+    """The deal with the fewest rows to travel and for the busiest rank to move; never more rows than of ``other``."""
+    num_ranks = int(other.max()) + 1
+
+    def travel(owner: Owner) -> tuple[int, int]:
+        layout = Layout(work.total, work.total, chunk_size, num_ranks, owner, work.cuts)
+        demand = find_demand(work.slices, layout, work.deal_keys(layout) if work.deal_keys else None)
+        return demand.rows_received, demand.most_moved
+
+    most, of_busiest = travel(other)
+    best, least = other, most + num_ranks * of_busiest
+    for deal in deals:
+        received, of_busiest = travel(deal)
+        if received <= most and received + num_ranks * of_busiest <= least:
+            best, least = deal, received + num_ranks * of_busiest
+    return best
