@@ -192,6 +192,22 @@ def test_few_queries_hide_the_travel_where_all_need_what_comes():
         assert all(call.slices.rows[:, 4].tolist() == [0] for call in schedule.calls)
 
 
+def test_half_of_the_queries_hide_a_travel_that_more_would_hide_safely():
+    tokens, num_ranks = 1 << 15, 4
+    rates = replace(default_rates("H200"), nvlink_gbs=70.0)
+    costs = PassCosts.of_layer(rates, LayerShape(64, 8, 128), ranks_share_node=True)
+    layout = Layout(tokens, tokens, tokens // num_ranks, num_ranks, np.arange(num_ranks))
+    slices = SliceTable([[0, tokens, 0, tokens, 0]])
+    for plan in build_plans(slices, layout, range(num_ranks), StageOptions(degree=1)):
+        first, second = make_schedule(plan, costs).forward.steps
+        (window,) = first.calls
+        num_early = window.queries.stop - window.queries.start
+        assert tokens // num_ranks // 2 - ROWS_OF_WAVE // 64 <= num_early <= tokens // num_ranks // 2
+        travel = tokens * 3 // 4 * costs.forward.fetched_row
+        assert window.slices.area() * costs.forward.pair < scheduling.WINDOW_SLACK * travel
+        assert [call.queries for call in second.calls if call.queries_known] == [window.queries]
+
+
 def test_who_sends_more_than_it_receives_hides_that():
     tokens = 1 << 16
     costs = PassCosts.of_layer(default_rates("H200"), LayerShape(64, 8, 128), ranks_share_node=True)

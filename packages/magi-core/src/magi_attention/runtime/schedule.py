@@ -11,11 +11,11 @@ least predicted overhead, unless the backward pass has all rows from the start:
 - *together*: one kernel over own and received rows, in their order in the sequence, as if the rank held them all;
 - *rest together*: the same, but long runs of queries that need no received rows go before, while these travel;
 - *window first*, forward: the same with just as many of the first or last queries, whatever they need, as hide the
-  travel; what the received rows add to these few is merged.
+  travel, or part of it; what the received rows add to these few is merged.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -124,9 +124,11 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs, with
     apart_later = 0.0 if with_rows is None else max(with_rows.regular - _travel(stage, with_rows), 0.0)
     own_bands = slices_in(plan.bands, plan.key_layout.runs_of(plan.rank)).bands()
 
+    def work(early: Intervals) -> float:
+        return int(band.area(_in_rows(own_bands, early)).sum()) * costs.pair
+
     def overhead(early: Intervals) -> float:
-        work = int(band.area(_in_rows(own_bands, early)).sum()) * costs.pair
-        exposed = max(fetch - work, 0.0)
+        exposed = max(fetch - work(early), 0.0)
         if early is everything:
             num_merged = int(in_need[-1, 1] - in_need[0, 0])
             return exposed + num_merged * costs.merged_row + 2 * costs.call + apart_later
@@ -138,7 +140,7 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs, with
         return exposed + merging + summed * costs.summed_row + num_calls * costs.call
 
     def overhead_of_window(early: Intervals) -> float:
-        return overhead(early) + LOSS_OF_WINDOW * WINDOW_SLACK * fetch
+        return overhead(early) + LOSS_OF_WINDOW * work(early)
 
     found = [(overhead(each), each) for each in (everything, nothing)]
     if not is_short:
@@ -161,22 +163,25 @@ def _travel(stage: Stage, costs: Costs) -> float:
 
 
 def _windows(bands: Bands, num_queries: int, step: int, pairs: float) -> list[Intervals]:
-    """The shortest runs of first queries and of last ones, in steps, whose bands have so many pairs."""
+    """Runs of first queries and of last ones, in steps.
+
+    These are the shortest whose bands have so many pairs, or the longest there may be, and others half as long.
+    """
     borders = np.arange(0, int(MOST_OF_WINDOW * num_queries) + 1, step)
-    first = _first_with(lambda rows: int(band.area_above(bands, np.array(rows)).sum()), borders, pairs)
     total = int(band.area(bands).sum())
-    last = _first_with(
-        lambda rows: total - int(band.area_above(bands, np.array(num_queries - rows)).sum()), borders, pairs
+
+    def pairs_of_first(rows: int) -> int:
+        return int(band.area_above(bands, np.array(rows)).sum())
+
+    def pairs_of_last(rows: int) -> int:
+        return total - pairs_of_first(num_queries - rows)
+
+    first, last = (
+        min(bisect_left(borders, pairs, key=pairs_of), len(borders) - 1) for pairs_of in (pairs_of_first, pairs_of_last)
     )
-    windows = [] if first is None else [(0, first)]
-    windows += [] if last is None else [(num_queries - last, num_queries)]
-    return [np.array([each]) for each in windows]
-
-
-def _first_with(pairs_of: Callable[[int], int], borders: NDArray[np.int64], pairs: float) -> int | None:
-    """The first of ascending borders up to which there are so many pairs, if any."""
-    found = bisect_left(borders, pairs, key=pairs_of)
-    return int(borders[found]) if found < len(borders) else None
+    windows = [(0, int(borders[steps])) for steps in {first, first // 2}]
+    windows += [(num_queries - int(borders[steps]), num_queries) for steps in {last, last // 2}]
+    return [np.array([each]) for each in windows if each[0] < each[1]]
 
 
 def _as_planned(number: int, stage: Stage, num_own: int, num_queries: int, costs: Costs) -> Step:
