@@ -5,10 +5,12 @@ A process group that sends nothing stands for NCCL. On a CPU, kernels that only 
 attention as well: what is left is our own Python and PyTorch's dispatch of small tensors.
 
 With ``--device cuda`` one GPU plays rank 0 of a group of any size. Its kernels, streams and events are real, and rows
-that others would send are whatever lies in memory, so that each pass takes the host and the GPU what it would take if
-rows traveled in no time. ``--backend none`` leaves the attention kernels out there too. With ``--exchange HOST GPU
-GBS`` every collective takes the host so many microseconds more, as NCCL does, and the stream it runs on so many and the
-time that the received bytes take at so many GB/s.
+that others would send are random, so that each pass takes the host and the GPU what it would take if rows traveled in
+no time. ``--backend none`` leaves the attention kernels out there too. With ``--exchange HOST GPU GBS`` every
+collective takes the host so many microseconds more, as NCCL does, and the stream it runs on so many and the time that
+the received bytes take at so many GB/s. With ``--every-rank`` it plays all ranks, one after the other, and a line tells
+how much longer than the mean the slowest takes, for which all would wait: a plan that is even may have uneven kernels,
+and travel that only some ranks can hide.
 
 Figures are microseconds per call in the steady state, the median of many calls that each begin with an idle GPU. On a
 GPU two more tell when it is idle again, and two how long a pass takes if eight are launched one after another, as
@@ -23,6 +25,7 @@ gather      the peer: two all-gathers and the kernel, a reduce-scatter of gradie
 
 import argparse
 import cProfile
+import math
 import pstats
 import statistics
 import time
@@ -212,7 +215,7 @@ def _run_all(backward: Callable[[Tensor], object], outs: Sequence[Tensor]) -> No
 
 
 class Exchanges:
-    """Lets collectives of the fake group take time.
+    """Lets collectives of the fake group bring random rows, since zeros take a GPU less power, and take time.
 
     Args:
         host_us: of the host, each.
@@ -220,8 +223,9 @@ class Exchanges:
         gbs: GB/s that its rank receives.
     """
 
-    def __init__(self, host_us: float, gpu_us: float, gbs: float) -> None:
+    def __init__(self, host_us: float = 0.0, gpu_us: float = 0.0, gbs: float = math.inf) -> None:
         self.host_us, self.gpu_us, self.gbs = host_us, gpu_us, gbs
+        self._filled: set[tuple[int, int]] = set()
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(2):
             start.record()
@@ -231,10 +235,19 @@ class Exchanges:
         self.cycles_per_us = 10_000_000 / (start.elapsed_time(stop) * 1e3)
         self.stream = torch.cuda.Stream(priority=-1)
 
+    def fill(self, received: Tensor) -> None:
+        """Let rows be random, the first time that some lie there: a steady state receives in the same memory again."""
+        place = received.data_ptr(), received.nbytes
+        if place not in self._filled:
+            self._filled.add(place)
+            received.view(torch.bfloat16).normal_()
+
     def take(self, num_bytes: int) -> None:
         """Spend the time of a collective that receives so many bytes, on the current stream."""
         until = time.perf_counter() + self.host_us * 1e-6
-        torch.cuda._sleep(int((self.gpu_us + num_bytes / self.gbs * 1e-3) * self.cycles_per_us))
+        cycles = int((self.gpu_us + num_bytes / self.gbs * 1e-3) * self.cycles_per_us)
+        if cycles:
+            torch.cuda._sleep(cycles)
         while time.perf_counter() < until:
             pass
 
@@ -244,7 +257,9 @@ class Exchanges:
 
         def send_slowly(collectives: Any, packed: Tensor, landed: Tensor, *rest: Any, **options: Any) -> Any:
             self.take(landed.nbytes)
-            return send(collectives, packed, landed, *rest, **options)
+            work = send(collectives, packed, landed, *rest, **options)
+            self.fill(landed)
+            return work
 
         mock.patch.object(AllToAllCollectives, "_send", send_slowly).start()
         for name in ("_all_gather", "_reduce_scatter"):
@@ -255,6 +270,7 @@ class Exchanges:
         with torch.cuda.stream(self.stream):
             share = (dist.get_world_size() - 1) / dist.get_world_size()
             self.take(int(max(received.nbytes, sent.nbytes) * share))
+            self.fill(received)
             done = self.stream.record_event()
         return SimpleNamespace(wait=lambda: torch.cuda.current_stream().wait_event(done))
 
@@ -271,10 +287,42 @@ def profile(passes: Passes, repeat: int, lines: int) -> None:
     pstats.Stats(profiler).sort_stats("tottime").print_stats(lines)
 
 
-def main() -> None:
-    """Print the table."""
+def compare(
+    setting: Setting, rank: int, methods: Sequence[str], options: argparse.Namespace, parts: Parts | None
+) -> dict[str, tuple[Times, Times]]:
+    """Measure all methods on one rank, whose group is there, and print a line for each."""
+    on_cpu, results = setting.device == "cpu", {}
+    for name in methods:
+        passes = magi(setting, *METHODS[name]) if name in METHODS else gather(setting)
+        forward, backward = results[name] = measure(passes, options.repeat, setting.device)
+        pairs = list(zip((forward, backward), results[methods[0]], strict=True))
+        cells = [f"{mine.host:10.0f}" for mine, _ in pairs] + [f"{a.host / b.host:10.2f}" for a, b in pairs]
+        if not on_cpu:
+            cells += [f"{mine.whole:10.0f}" for mine, _ in pairs] + [f"{mine.of_many:10.0f}" for mine, _ in pairs]
+        print(f"{rank:>4}/{setting.ranks:<4} {setting.mask:24}{name:14}", *cells, flush=True)
+        if parts is not None and name in METHODS:
+            parts.measure(passes, options.repeat, (lambda: None) if on_cpu else torch.cuda.synchronize)
+        if options.profile and name == methods[1]:
+            profile(passes, options.repeat, options.profile)
+    return results
+
+
+def tell_slowest(setting: Setting, ranks: Sequence[dict[str, tuple[Times, Times]]]) -> None:
+    """Print how much longer than the mean the slowest rank takes, with each method in either direction."""
+    for name in ranks[0]:
+        cells = []
+        for number, direction in enumerate(("forward", "backward")):
+            times = [each[name][number] for each in ranks]
+            of_many = [each.of_many or each.host for each in times]
+            cells.append(f"{direction} {max(of_many):.0f}, {max(of_many) / statistics.mean(of_many):.3f} of the mean")
+        print(f"{'all':>4}/{setting.ranks:<4} {setting.mask:24}{name:14} slowest: {'; '.join(cells)}", flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], help="sizes of the group; this is rank 0")
+    parser.add_argument("--every-rank", action="store_true", help="play all ranks of each group")
     parser.add_argument("--masks", nargs="+", choices=sorted(workloads.WORKLOADS), default=MASKS)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--repeat", type=int, default=300)
@@ -288,56 +336,49 @@ def main() -> None:
     )
     parser.add_argument("--parts", action="store_true", help="also tell which part of the code takes how long")
     parser.add_argument("--profile", type=int, default=0, metavar="LINES", help="profile the first method of each mask")
-    arguments = parser.parse_args()
-    on_cpu = arguments.device == "cpu"
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table."""
+    options = arguments()
+    on_cpu = options.device == "cpu"
     tokens, heads, head_dim, backend = (512, (8, 2), 16, "none") if on_cpu else (8192, (64, 8), 128, "auto")
-    backend = arguments.backend or backend
+    backend = options.backend or backend
     torch.set_num_threads(1)
     if backend == "none":
         installed_backends()["reference"] = NoKernels()
     print("microseconds of the host per call" + ("" if on_cpu else f", {torch.cuda.get_device_name()}, {backend}"))
-    if arguments.exchange:
-        Exchanges(*arguments.exchange).install()
+    if not on_cpu:
+        Exchanges(*(options.exchange or ())).install()
+    if options.exchange:
         print(
-            "a collective takes the host {:.0f} us more, and the GPU {:.0f} us at {:.0f} GB/s".format(
-                *arguments.exchange
-            )
+            "a collective takes the host {:.0f} us more, and the GPU {:.0f} us at {:.0f} GB/s".format(*options.exchange)
         )
-    parts = Parts() if arguments.parts else None  # behind what stands in for collectives, which is no part of ours
+    parts = Parts() if options.parts else None  # behind what stands in for collectives, which is no part of ours
     gpu_columns = ("GPU fwd", "GPU bwd", "of many", "of many")
     columns = ("forward", "backward", "/ gather", "/ gather", *(() if on_cpu else gpu_columns))
-    print(f"{'ranks':>5}  {'mask':24}{'method':14}", *(f"{column:>10}" for column in columns))
-    for ranks in arguments.ranks:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-        for mask in arguments.masks:
+    print(f"{'rank':>9} {'mask':24}{'method':14}", *(f"{column:>10}" for column in columns))
+    for ranks in options.ranks:
+        for mask in options.masks:
             setting = Setting(
                 ranks,
                 mask,
-                arguments.tokens or tokens,
-                tuple(arguments.heads or heads),
-                arguments.head_dim or head_dim,
+                options.tokens or tokens,
+                tuple(options.heads or heads),
+                options.head_dim or head_dim,
                 64 if on_cpu else None,
                 backend,
-                arguments.device,
+                options.device,
             )
-            peer = None
-            for name in ("gather", *arguments.methods):
-                passes = magi(setting, *METHODS[name]) if name in METHODS else gather(setting)
-                forward, backward = measure(passes, arguments.repeat, arguments.device)
-                peer = peer or (forward, backward)
-                pairs = list(zip((forward, backward), peer, strict=True))
-                cells = [f"{mine.host:10.0f}" for mine, _ in pairs] + [f"{a.host / b.host:10.2f}" for a, b in pairs]
-                if not on_cpu:
-                    cells += [f"{mine.whole:10.0f}" for mine, _ in pairs] + [
-                        f"{mine.of_many:10.0f}" for mine, _ in pairs
-                    ]
-                print(f"{ranks:>5}  {mask:24}{name:14}", *cells, flush=True)
-                if parts is not None and name in METHODS:
-                    parts.measure(passes, arguments.repeat, (lambda: None) if on_cpu else torch.cuda.synchronize)
-                if arguments.profile and name == arguments.methods[0]:
-                    profile(passes, arguments.repeat, arguments.profile)
-        dist_attn_runtime_dict_mgr.clear()
-        dist.destroy_process_group()
+            results = []
+            for rank in range(ranks if options.every_rank else 1):
+                dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+                results.append(compare(setting, rank, ("gather", *options.methods), options, parts))
+                dist_attn_runtime_dict_mgr.clear()
+                dist.destroy_process_group()
+            if options.every_rank:
+                tell_slowest(setting, results)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,9 @@ def test_the_script_at_toy_sizes(tmp_path):
 
 
 def test_host_time_at_toy_sizes():
-    command = [sys.executable, str(HOST_TIME), "--ranks", "2", "--masks", "causal", "--repeat", "4"]
+    command = [sys.executable, str(HOST_TIME), "--ranks", "2", "--masks", "causal", "--repeat", "4", "--every-rank"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     for method in ("gather", "magi/0", "magi/1", "magi/1 kept", "magi/2"):
-        assert f" {method} " in run.stdout
+        lines = [line for line in run.stdout.splitlines() if line[34:48].strip() == method]
+        assert [line.split()[0] for line in lines] == ["0/2", "1/2", "all/2"], run.stdout
