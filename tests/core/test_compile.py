@@ -185,6 +185,12 @@ def test_mistakes_are_told_as_without_compiling():
     q, k = torch.randn(50, HEADS, DIM), torch.randn(50, KV_HEADS, DIM)
     with pytest.raises(ValueError, match="row"):
         compiled(q[:20], k[:20], k[:20], None, key)
+    whole = torch.tensor([[0, 50]])
+    one_call = torch.compile(flex_flash_attn_func, backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match="q must have shape"):
+        one_call(q[:, 0], k, k, whole, whole, sink=torch.zeros(1, HEADS))
+    with pytest.raises(ValueError, match="a sink of layout 'ssh' must have shape"):
+        one_call(q, k, k, whole, whole, sink=torch.zeros(1, HEADS), sink_layout="ssh")
     with pytest.raises(ValueError, match="x has 20 rows in dim 0"):
         torch.compile(dispatch, backend="aot_eager", fullgraph=True)(q[:20], key)
     clear_cache()
@@ -221,7 +227,7 @@ def test_operators_keep_their_promises():
     ops = torch.ops.magi_attention
     torch.library.opcheck(ops.calc_attn.default, (q, k, v, sink, key.handle, None, 0.0, True))
     ranges = torch.tensor([[0, 30], [30, 50]])
-    options = (0.3, 2.0, False, 0, False, None)
+    options = ("sh", 0.3, 2.0, False, 0, False, None)
     local, (num_local, _) = dispatch(q.detach(), key).requires_grad_(), key.local_rows
     torch.library.opcheck(ops.dispatch.default, (q, key.handle, "query", num_local, 1.0))
     torch.library.opcheck(ops.undispatch.default, (local, key.handle, "query", 50, False))

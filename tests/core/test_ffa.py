@@ -152,6 +152,7 @@ WHOLE = torch.tensor([[0, 8]])
         ({"sm_margin": -3}, ValueError, "sm_margin must be at least 0, not -3"),
         ({"sm_margin": 1.5}, TypeError, "sm_margin must be int, not 1.5"),
         ({"sink": torch.zeros(1, 3)}, ValueError, "sink"),
+        ({"sink": [0.0]}, TypeError, "sink must be a tensor, not list"),
         ({"deterministic": True, "swap_bwd_qk_loop": True}, ValueError, "swap_bwd_qk_loop"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -184,3 +185,5 @@ def test_ffa_fa4_func_asks_for_the_wheel_or_names_why_not():
     x = random_inputs(8, 8, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"fa4|blackwell"):
         ffa_fa4_func(x.q, x.k, x.v, WHOLE, WHOLE)
+    with pytest.raises(TypeError, match="q must be a tensor, not list"):
+        ffa_fa4_func([1.0], x.k, x.v, WHOLE, WHOLE)

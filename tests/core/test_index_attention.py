@@ -189,6 +189,8 @@ LISTS = torch.zeros(8, 2, 4, dtype=torch.int32)
         ({"sm_margin": -3}, ValueError, "sm_margin must be at least 0, not -3"),
         ({"sm_margin": 1.5}, TypeError, "sm_margin must be int, not 1.5"),
         ({"sink": torch.zeros(1, 3)}, ValueError, "sink"),
+        ({"sink": torch.zeros(1, 4), "sink_layout": "ssh"}, ValueError, "'ssh' must have shape"),
+        ({"sink": torch.zeros(1, 4), "q": torch.zeros(8)}, ValueError, r"q must have shape.*\[8\]"),
         ({"k": torch.zeros(9, 2, 8)}, ValueError, "shapes must be"),
     ],
 )

@@ -15,6 +15,7 @@ from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.functional.single_device import (
     Job,
     attend,
+    check_tensors,
     configured_backends,
     differentiate,
     make_job,
@@ -41,10 +42,8 @@ def flex_flash_attn_compiled(
     skip_overlap_check: bool | None,
 ) -> tuple[Tensor, AttnForwardMeta]:
     """:func:`magi_attention.functional.flex_flash_attn_func` while a compiler traces."""
-    if sink is not None:
-        check_sink(sink, q.shape[0], q.shape[1], sink_layout)
     options = softmax_scale, softcap, deterministic, sm_margin, return_max_logits, skip_overlap_check
-    out, lse, max_logits = _attend(q, k, v, q_ranges, k_ranges, attn_type_map, sink, *options)
+    out, lse, max_logits = _attend(q, k, v, q_ranges, k_ranges, attn_type_map, sink, sink_layout, *options)
     return out, AttnForwardMeta(lse=lse, max_logits=max_logits if return_max_logits else None)
 
 
@@ -57,6 +56,7 @@ def _attend(
     k_ranges: Tensor,
     attn_type_map: Tensor | None,
     sink: Tensor | None,
+    sink_layout: str,
     softmax_scale: float | None,
     softcap: float,
     deterministic: bool,
@@ -64,6 +64,9 @@ def _attend(
     return_max_logits: bool,
     skip_overlap_check: bool | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_tensors(q, k, v)
+    if sink is not None:
+        check_sink(sink, q.shape[0], q.shape[1], sink_layout)
     options = softmax_scale, softcap, deterministic, sm_margin, return_max_logits, skip_overlap_check
     job = _job(q, k, v, q_ranges, k_ranges, attn_type_map, *options)
     return operator_result(*attend(q, k, v, sink, job))
@@ -93,7 +96,7 @@ def _differentiate(
     deterministic: bool,
     sm_margin: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # The mask was checked in the forward pass.
+    # Tensors and mask were checked in the forward pass.
     options = softmax_scale, softcap, deterministic, sm_margin, False, True
     job = _job(q, k, v, q_ranges, k_ranges, attn_type_map, *options)
     return operator_gradients(*differentiate((q, k, v, out, lse), sink, dout, dlse, job))
@@ -106,7 +109,7 @@ def _(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *other
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, q_ranges, k_ranges, attn_type_map, sink, *ctx.options = inputs
+    q, k, v, q_ranges, k_ranges, attn_type_map, sink, _sink_layout, *ctx.options = inputs
     out, lse, max_logits = output
     ctx.mark_non_differentiable(max_logits)
     ctx.set_materialize_grads(False)
@@ -118,7 +121,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | No
     dout = torch.zeros_like(saved[3]) if dout is None else dout
     sink = sink if ctx.needs_input_grad[6] else None
     dq, dk, dv, dsink = _differentiate(dout, dlse, *saved, sink, *ctx.options[:4])
-    return dq, dk, dv, None, None, None, None if sink is None else dsink, *[None] * len(ctx.options)
+    return dq, dk, dv, None, None, None, None if sink is None else dsink, None, *[None] * len(ctx.options)
 
 
 _attend.register_autograd(_backward, setup_context=_save)

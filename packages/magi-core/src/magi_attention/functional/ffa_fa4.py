@@ -3,7 +3,7 @@
 
 from torch import Tensor
 
-from magi_attention.functional.single_device import attend_on_one_device, slices_from_tensors
+from magi_attention.functional.single_device import attend_on_one_device, check_tensors, slices_from_tensors
 
 
 def ffa_fa4_func(
@@ -28,8 +28,11 @@ def ffa_fa4_func(
         out ``[tq, hq, dv]`` and lse ``[tq, hq]``.
 
     Raises:
+        ValueError: If tensors or ranges cannot be right.
+        TypeError: If an argument is not a tensor of the right kind.
         RuntimeError: If the backend is not installed, or cannot serve the call.
     """
+    check_tensors(q, k, v)
     slices = slices_from_tensors(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
     out, meta = attend_on_one_device(
         q, k, v, slices, softmax_scale=softmax_scale, softcap=softcap, deterministic=deterministic, backend="fa4"

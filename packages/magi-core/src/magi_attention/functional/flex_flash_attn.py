@@ -108,8 +108,6 @@ def flex_flash_attn_func(
     if index_attn_indices is not None:
         if k_ranges is not None or attn_type_map is not None:
             raise MagiValueError("k_ranges and attn_type_map belong to q_ranges, not to index_attn_indices")
-        if sink is not None:
-            check_sink(sink, q.shape[0], q.shape[1], sink_layout)
         backend, backward_backend = configured_backends()
         return attend_by_indices(
             q,
@@ -117,6 +115,7 @@ def flex_flash_attn_func(
             v,
             index_attn_indices,
             sink=sink,
+            sink_layout=sink_layout,
             softmax_scale=softmax_scale,
             softcap=softcap,
             deterministic=deterministic,

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from magi_attention.common.enum import AttnSinkLayout
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.common.validation import check_scores, check_sm_margin
 from magi_attention.functional.single_device import check_tensors
+from magi_attention.functional.utils import check_sink
 from magi_attention.kernels.autograd import only_once_differentiable, owned, without_autocast
 from magi_attention.kernels.indexed import attend_to_indices, differentiate_by_indices
 from magi_attention.kernels.protocol import AttentionRequest, IndexCall, attend_to_nothing
@@ -29,6 +31,7 @@ def attend_by_indices(
     indices: Tensor,
     *,
     sink: Tensor | None = None,
+    sink_layout: AttnSinkLayout = "sh",
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     deterministic: bool = False,
@@ -47,7 +50,8 @@ def attend_by_indices(
         v: ``[tk, hk, dv]``.
         indices: ``[tq, hk, n]`` integers, rows of k and v; with one key head also ``[tq / m, m, n]``, the lists of m
             neighboring rows of q side by side. A list ends at its first negative entry.
-        sink: ``[s, hq]`` or ``[tq, s, hq]``.
+        sink: ``[s, hq]`` (layout "sh") or ``[tq, s, hq]`` ("ssh").
+        sink_layout: "sh" or "ssh".
         softmax_scale: ``d ** -0.5`` if None.
         softcap: of scores, 0 for none.
         deterministic: the same bits in every run, in the backward pass too; otherwise a kernel may add up what queries
@@ -65,6 +69,8 @@ def attend_by_indices(
         TypeError: If indices or sm_margin are not integers.
     """
     check_tensors(q, k, v)
+    if sink is not None:
+        check_sink(sink, q.shape[0], q.shape[1], sink_layout)
     check_scores(softmax_scale, softcap)
     check_sm_margin(sm_margin)
     request = AttentionRequest.of_tensors(q, k, v, softcap=softcap, max_logits=return_max_logits)

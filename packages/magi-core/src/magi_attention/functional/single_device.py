@@ -46,8 +46,8 @@ def attend_on_one_device(
 ) -> tuple[Tensor, AttnForwardMeta]:
     """Attend q ``[tq, hq, d]`` to k ``[tk, hk, d]`` and v ``[tk, hk, dv]`` over ``slices``.
 
-    Gradients flow from out and lse to q, k, v and sink. The names and their meaning are those of
-    :class:`magi_attention.kernels.protocol.AttentionCall`; ``backend`` and
+    Gradients flow from out and lse to q, k, v and sink, which :func:`check_tensors` and ``check_sink`` have passed. The
+    names and their meaning are those of :class:`magi_attention.kernels.protocol.AttentionCall`; ``backend`` and
     ``backward_backend`` are names as :func:`magi_attention.kernels.registry.choose_backends` takes them.
     """
     job = make_job(
@@ -89,8 +89,7 @@ def make_job(
     backend: str,
     backward_backend: str,
 ) -> Job:
-    """Check a call and choose its backends; arguments are those of :func:`attend_on_one_device`."""
-    check_tensors(q, k, v)
+    """Check a call's options and choose its backends; arguments are those of :func:`attend_on_one_device`."""
     check_scores(softmax_scale, softcap)
     check_sm_margin(sm_margin)
     request = AttentionRequest.of_tensors(

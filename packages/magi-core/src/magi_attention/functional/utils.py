@@ -8,6 +8,7 @@ from magi_attention.common.enum import AttnSinkLayout
 from magi_attention.common.errors import MagiValueError
 from magi_attention.common.logsumexp import rescale_weight
 from magi_attention.kernels.sink import sink_gradient, sink_lse
+from magi_attention.utils.tensors import check_plain_tensor
 
 
 def safe_subtract(a: Tensor, b: Tensor) -> Tensor:
@@ -81,6 +82,7 @@ def calc_lse_rescale_weight(lse_to_rescale: Tensor, rescaled_lse: Tensor) -> Ten
 
 def check_sink(sink: Tensor, num_q: int, num_heads_q: int, sink_layout: str) -> None:
     """Raise if ``sink`` is not shaped as its layout says for ``num_q`` queries of ``num_heads_q`` heads."""
+    check_plain_tensor("sink", sink)
     if sink_layout == "shd":
         raise NotImplementedError("sink_layout 'shd' is not implemented; use 'sh' or 'ssh'")
     if sink_layout not in ("sh", "ssh"):
