@@ -13,7 +13,7 @@ from magi_attention.comm import AllToAllCollectives
 from magi_attention.common.enum import AttnRole
 from magi_attention.config import OverlapConfig, RuntimeConfig
 from magi_attention.runtime.cache import find_manager
-from magi_attention.runtime.job import wants_room
+from magi_attention.runtime.launches import wants_room
 
 TOTAL = 4096
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from magi_attention.runtime.job import LaunchStep
+from magi_attention.runtime.launches import LaunchStep
 from magi_attention.runtime.streams import Returns, walk_steps
 
 

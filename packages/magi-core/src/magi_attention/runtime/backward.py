@@ -12,7 +12,8 @@ from torch import Tensor
 from magi_attention.comm.routes import Rows
 from magi_attention.comm.words import move_rows
 from magi_attention.common.logsumexp import accumulation_dtype
-from magi_attention.runtime.job import AttentionJob, Launch, LaunchStep
+from magi_attention.runtime.job import AttentionJob
+from magi_attention.runtime.launches import Launch, LaunchStep
 from magi_attention.runtime.streams import Returns, walk_steps
 from magi_attention.utils.dtypes import as_dtype
 from magi_attention.utils.profiling import named

@@ -12,7 +12,8 @@ from magi_attention.kernels.merge import merge_into
 from magi_attention.kernels.protocol import AttentionResult, attend_to_nothing
 from magi_attention.kernels.sink import fold_sink
 from magi_attention.runtime.beside import Beside
-from magi_attention.runtime.job import AttentionJob, Launch
+from magi_attention.runtime.job import AttentionJob
+from magi_attention.runtime.launches import Launch
 from magi_attention.runtime.steps import Step
 from magi_attention.runtime.streams import walk_steps
 from magi_attention.utils.dtypes import as_dtype

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from magi_attention.comm.protocol import GroupCollectives, Work
 from magi_attention.comm.routes import Rows
-from magi_attention.runtime.job import LaunchStep
+from magi_attention.runtime.launches import LaunchStep
 from magi_attention.runtime.steps import Step
 from magi_attention.utils.dtypes import as_dtype
 from magi_attention.utils.profiling import named
