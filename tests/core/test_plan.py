@@ -176,6 +176,19 @@ def check(slices: SliceTable, plans: list[Plan], per_node: int = 1) -> None:
     assert (count == dense_count(slices, layout.total, key_layout.total)).all()
 
 
+@given(layout_pairs())
+@settings(max_examples=50)
+def test_pairs_and_rows_in_need_are_counted_by_rank(case):
+    slices, layout, key_layout = case
+    demand = find_demand(slices, layout, key_layout)
+    count = dense_count(slices, layout.total, key_layout.total)
+    for rank, (queries, keys) in enumerate(zip(positions(layout), positions(key_layout), strict=True)):
+        assert demand.area[rank] == count[queries].sum()
+        assert demand.area_own[rank] == count[np.ix_(queries, keys)].sum()
+        read = np.flatnonzero(count[queries].any(axis=0))
+        np.testing.assert_array_equal(rows_of(demand.remote, rank), np.setdiff1d(read, keys))
+
+
 @given(layouts(), st.sampled_from([0, 1, 2, 4, None]), st.integers(1, 9))
 def test_plans_of_all_ranks_fit_together(case, degree, min_piece):
     slices, layout = case
