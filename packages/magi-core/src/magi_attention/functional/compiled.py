@@ -141,7 +141,6 @@ def _job(
     return_max_logits: bool,
     skip_overlap_check: bool | None,
 ) -> Job:
-    backend, backward_backend = configured_backends()
     return make_job(
         q,
         k,
@@ -152,6 +151,5 @@ def _job(
         deterministic=deterministic,
         sm_margin=sm_margin,
         return_max_logits=return_max_logits,
-        backend=backend,
-        backward_backend=backward_backend,
+        backends=configured_backends(),
     )

@@ -3,7 +3,7 @@
 
 from torch import Tensor
 
-from magi_attention.functional.single_device import attend_on_one_device, check_tensors, slices_from_tensors
+from magi_attention.functional.single_device import attend_on_one_device, check_tensors, make_job, slices_from_tensors
 
 
 def ffa_fa4_func(
@@ -34,8 +34,16 @@ def ffa_fa4_func(
     """
     check_tensors(q, k, v)
     slices = slices_from_tensors(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0])
-    out, meta = attend_on_one_device(
-        q, k, v, slices, softmax_scale=softmax_scale, softcap=softcap, deterministic=deterministic, backend="fa4"
+    job = make_job(
+        q,
+        k,
+        v,
+        slices,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        deterministic=deterministic,
+        backends=("fa4", "same"),
     )
+    out, meta = attend_on_one_device(q, k, v, None, job)
     assert meta.lse is not None
     return out, meta.lse

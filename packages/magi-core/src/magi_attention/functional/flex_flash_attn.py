@@ -15,6 +15,7 @@ from magi_attention.functional.single_device import (
     attend_on_one_device,
     check_tensors,
     configured_backends,
+    make_job,
     slices_from_tensors,
 )
 from magi_attention.functional.utils import check_sink
@@ -167,18 +168,16 @@ def flex_flash_attn_func(
     check_tensors(q, k, v)  # before ranges and sink, which are held against their rows
     if sink is not None:
         check_sink(sink, q.shape[0], q.shape[1], sink_layout)
-    backend, backward_backend = configured_backends()
-    return attend_on_one_device(
+    job = make_job(
         q,
         k,
         v,
         slices_from_tensors(q_ranges, k_ranges, attn_type_map, q.shape[0], k.shape[0], skip_overlap_check),
-        sink=sink,
         softmax_scale=softmax_scale,
         softcap=softcap,
         deterministic=deterministic,
         sm_margin=sm_margin,
         return_max_logits=return_max_logits,
-        backend=backend,
-        backward_backend=backward_backend,
+        backends=configured_backends(),
     )
+    return attend_on_one_device(q, k, v, sink, job)

@@ -29,44 +29,6 @@ from magi_attention.utils.torch_modes import outside_inference_mode
 NUM_CACHED_MASKS = 32
 
 
-def attend_on_one_device(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slices: SliceTable,
-    *,
-    sink: Tensor | None = None,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-    deterministic: bool = False,
-    sm_margin: int = 0,
-    return_max_logits: bool = False,
-    backend: str = "auto",
-    backward_backend: str = "same",
-) -> tuple[Tensor, AttnForwardMeta]:
-    """Attend q ``[tq, hq, d]`` to k ``[tk, hk, d]`` and v ``[tk, hk, dv]`` over ``slices``.
-
-    Gradients flow from out and lse to q, k, v and sink, which :func:`check_tensors` and ``check_sink`` have passed. The
-    names and their meaning are those of :class:`magi_attention.kernels.protocol.AttentionCall`; ``backend`` and
-    ``backward_backend`` are names as :func:`magi_attention.kernels.registry.choose_backends` takes them.
-    """
-    job = make_job(
-        q,
-        k,
-        v,
-        slices,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        deterministic=deterministic,
-        sm_margin=sm_margin,
-        return_max_logits=return_max_logits,
-        backend=backend,
-        backward_backend=backward_backend,
-    )
-    out, lse, max_logits = _Attention.apply(q, k, v, sink, job)
-    return out, AttnForwardMeta(lse=lse, max_logits=max_logits)
-
-
 @dataclass(frozen=True)
 class Job:
     """One call: what computes it, and what the backends are told."""
@@ -81,15 +43,19 @@ def make_job(
     v: Tensor,
     slices: SliceTable,
     *,
-    softmax_scale: float | None,
-    softcap: float,
-    deterministic: bool,
-    sm_margin: int,
-    return_max_logits: bool,
-    backend: str,
-    backward_backend: str,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_max_logits: bool = False,
+    backends: tuple[str, str],
 ) -> Job:
-    """Check a call's options and choose its backends; arguments are those of :func:`attend_on_one_device`."""
+    """Check a call's options and choose its backends.
+
+    q ``[tq, hq, d]``, k ``[tk, hk, d]`` and v ``[tk, hk, dv]`` are what :func:`check_tensors` has passed. The options
+    are those of :class:`magi_attention.kernels.protocol.AttentionCall`; ``backends`` are the two names that
+    :func:`magi_attention.kernels.registry.choose_backends` takes.
+    """
     check_scores(softmax_scale, softcap)
     check_sm_margin(sm_margin)
     request = AttentionRequest.of_tensors(
@@ -103,7 +69,15 @@ def make_job(
         max_logits=return_max_logits,
         sm_margin=sm_margin,
     )
-    return Job(backends_for_slices(slices, request, backend, backward_backend), call)
+    return Job(backends_for_slices(slices, request, *backends), call)
+
+
+def attend_on_one_device(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: Job
+) -> tuple[Tensor, AttnForwardMeta]:
+    """Attend as the job says, which is of tensors like these. Gradients flow from out and lse to q, k, v and sink."""
+    out, lse, max_logits = _Attention.apply(q, k, v, sink, job)
+    return out, AttnForwardMeta(lse=lse, max_logits=max_logits)
 
 
 @outside_inference_mode
