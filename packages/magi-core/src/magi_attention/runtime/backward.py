@@ -96,12 +96,13 @@ class _Sum:
 
     def add(self, run: slice | None, gradient: Tensor, is_known: bool) -> None:
         """Add the gradient of a run of rows, or of all, for which the sum ``is_known`` already or not."""
-        if self.is_new and run is None:
-            self._total = gradient if self._dtype is None else as_dtype(gradient, self._dtype)
-            return
-        if self.is_new and run is not None and self._is_blank and self._read is None:
-            self._part = run, gradient
-            return
+        if self.is_new:
+            if run is None:
+                self._total = gradient if self._dtype is None else as_dtype(gradient, self._dtype)
+                return
+            if self._is_blank and self._read is None:
+                self._part = run, gradient
+                return
         target = self.allocated(gradient.dtype)
         if run is not None:
             target = target[run]
