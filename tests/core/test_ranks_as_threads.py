@@ -8,6 +8,7 @@ the transfer itself is a copy.
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import product
 from threading import Barrier
 
 import numpy as np
@@ -19,6 +20,8 @@ from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.common import packed
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import LocalityDispatchAlg, RuntimeConfig
+from magi_attention.kernels.merge import merge_into
+from magi_attention.kernels.protocol import AttentionResult
 from magi_attention.kernels.registry import installed_backends
 from magi_attention.plan.build import build_plans
 from magi_attention.plan.dispatch import make_layout
@@ -194,3 +197,61 @@ def test_gradients_of_keys_go_home_before_those_of_queries_are_there(device, nam
     for ours, wanted in zip(actual, expected, strict=True):
         for x, y in zip(ours, wanted, strict=True):
             assert torch.equal(x, y)
+
+
+class WritesInPlace:
+    """The reference, which writes results where it is told to."""
+
+    def __init__(self) -> None:
+        self.reference = installed_backends()["reference"]
+        self.num_written = {"forward": 0, "backward": 0}
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.reference, name)
+
+    def _written(self, direction: str, target: Tensor, result: Tensor) -> Tensor:
+        assert (target.shape, target.dtype, target.is_contiguous()) == (result.shape, result.dtype, True)
+        self.num_written[direction] += 1
+        return target.copy_(result)
+
+    def forward_into(self, target, q, k, v, call) -> AttentionResult:
+        result = self.reference.forward(q, k, v, call)
+        return result._replace(out=self._written("forward", target, result.out.to(q.dtype)))
+
+    def backward_into(self, target, *tensors) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = self.reference.backward(*tensors)
+        return self._written("backward", target, dq.to(tensors[1].dtype)), dk, dv
+
+
+class MergesInPlace(WritesInPlace):
+    """The same, which also merges them where it is told to."""
+
+    def forward_onto(self, out, lse, q, k, v, call) -> Tensor | None:
+        result = self.reference.forward(q, k, v, call)
+        merge_into(out, lse, result.out, result.lse)
+        self.num_written["onto"] = 1
+        return result.max_logits
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_kernels_that_write_in_place_give_the_same(device, dtype, monkeypatch):
+    monkeypatch.setattr(scheduling, "LEAST_EARLY_ROWS", 1)
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((HEADS[0], DIM), (HEADS[1], DIM), (HEADS[1], DIM), (HEADS[0], DIM))
+    tensors = [torch.randn(TOKENS, *shape, generator=draw).to(device, dtype) for shape in shapes]
+    tensors.append(torch.randn(TOKENS, HEADS[0], generator=draw).to(device))
+    backends, tolerance = (WritesInPlace(), MergesInPlace()), 1e-9 if dtype == torch.float64 else 0.05
+    for name, (mask, degree) in product(COSTS, (("packed causal", 1), ("window", 2))):
+        slices, costs = MASKS[mask], in_both_passes(replace(COSTS[name], window=16))
+        layout = make_layout(
+            slices, num_real=TOKENS, total=TOKENS, chunk_size=16, num_ranks=2, algorithm=LocalityDispatchAlg()
+        )
+        expected = attend_on_all(slices, layout, degree, costs, tensors, keep=False)
+        for backend in backends:
+            with monkeypatch.context() as patch:
+                patch.setitem(installed_backends(), "reference", backend)
+                actual = attend_on_all(slices, layout, degree, costs, tensors, keep=False)
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    assert all(count for backend in backends for count in backend.num_written.values())
+    assert "onto" in backends[1].num_written
