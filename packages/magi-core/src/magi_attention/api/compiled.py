@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distributed attention inside ``torch.compile``: two opaque operators that name the key by its handle.
+"""Distributed attention inside ``torch.compile`` and selective checkpoints: operators that name the key by its handle.
 
 A compiled program holds tensors and numbers only. What the operators do is what :func:`dist_attn_func` does; the
 compiler knows of them nothing but the shapes and data types of the results.

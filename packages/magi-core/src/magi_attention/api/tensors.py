@@ -12,6 +12,7 @@ from magi_attention.api.compiled_tensors import dispatch_compiled, roll_compiled
 from magi_attention.common.enum import AttnRole
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
+from magi_attention.utils.torch_modes import sees_operators
 
 
 def dispatch(
@@ -34,7 +35,7 @@ def dispatch(
             the key.
         RuntimeError: With ``RuntimeConfig(sanity_check=True)``, on every rank, if they passed different tensors.
     """
-    if torch.compiler.is_compiling():
+    if sees_operators():
         return dispatch_compiled(x, key, pad_value, attn_role)
     manager = find_manager(key)
     check_rows("x", x, 0, manager.layout_of(attn_role).num_real, "the global sequence without padding")
@@ -60,7 +61,7 @@ def undispatch(
     Raises:
         ValueError: ``x`` doesn't have ``n_local`` rows, or the cache doesn't hold the key.
     """
-    if torch.compiler.is_compiling():
+    if sees_operators():
         return undispatch_compiled(x, key, is_partial_grad, attn_role)
     manager = find_manager(key)
     check_rows("x", x, 0, manager.num_local_rows(attn_role), "this rank's share")
@@ -83,7 +84,7 @@ def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, attn_role: At
         ValueError: ``x`` doesn't have ``n_local`` rows in ``dim``, or the cache doesn't hold the key.
         TypeError: ``shift`` or ``dim`` is no integer.
     """
-    if torch.compiler.is_compiling():
+    if sees_operators():
         return roll_compiled(x, shift, dim, key, attn_role)
     manager = find_manager(key)
     shift, dim = as_integers(shift=shift, dim=dim)

@@ -3,7 +3,6 @@
 
 import logging
 
-import torch
 from torch import Tensor
 
 from magi_attention.common.enum import AttnSinkLayout
@@ -19,6 +18,7 @@ from magi_attention.functional.single_device import (
     slices_from_tensors,
 )
 from magi_attention.functional.utils import check_sink
+from magi_attention.utils.torch_modes import sees_operators
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def flex_flash_attn_func(
         raise MagiValueError(
             "swap_bwd_qk_loop cannot be combined with deterministic or disable_bwd_dkv_atomic_reduction"
         )
-    if torch.compiler.is_compiling():
+    if sees_operators():
         return flex_flash_attn_compiled(
             q,
             k,

@@ -41,6 +41,15 @@ def outside_inference_mode(function: Callable[Params, Result]) -> Callable[Param
     return run
 
 
+def sees_operators() -> bool:
+    """Whether somebody looks at the operators that are called: a compiler, or a mode of torch's dispatcher.
+
+    Selective activation checkpoints are such a mode. They keep results of operators that a policy names, in place of
+    computing them again, which those inside of an attention are not made for: they write into buffers.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Make the GPU of a tensor the current one; nothing for a tensor on a CPU."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
