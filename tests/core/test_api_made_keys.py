@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from magi_attention.api import (
     AttnMaskType,
@@ -181,3 +182,26 @@ def test_new_mask_needs_a_living_key():
     clear_cache()
     with pytest.raises(ValueError, match="does not exist"):
         make_flex_key_for_new_mask_after_dispatch(ranges((0, 9)), ranges((0, 9)), "causal", old)
+
+
+def make_in_a_worker(maker):
+    """Make a key while the samples of a data loader are put together in another process."""
+
+    def collate(samples):
+        maker([0, 30, 100])
+        return samples
+
+    return list(DataLoader([0, 1], collate_fn=collate, num_workers=1, multiprocessing_context="fork", timeout=60))
+
+
+def test_workers_of_data_loaders_make_no_keys():
+    """A forked one would share the rank's store, and could not hand its key over."""
+    old = key_for()
+    for maker in (
+        lambda cu_seqlens: magi_attn_varlen_key(cu_seqlens, cu_seqlens, 4, 2, 64, 0, None),
+        lambda cu_seqlens: make_varlen_key_for_new_mask_after_dispatch(cu_seqlens, cu_seqlens, old),
+        lambda cu_seqlens: key_for(),  # found again, if it were not for the worker
+    ):
+        with pytest.raises(RuntimeError, match="a worker process of a data loader can't make keys"):
+            make_in_a_worker(maker)
+        maker([0, 30, 100])

@@ -1,12 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a caller passes as group or mesh to the context-parallel group."""
+"""Who makes keys: from what a caller passes as group or mesh to the context-parallel group."""
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.data import get_worker_info
 
 from magi_attention.common.errors import MagiValueError
 
 GroupOrMesh = dist.ProcessGroup | DeviceMesh | None
+
+
+def check_makes_keys() -> None:
+    """Raise if this process is a worker of a data loader: it is no rank, and if forked, shares the rank's store.
+
+    Raises:
+        RuntimeError: It is one.
+    """
+    if get_worker_info() is not None:
+        raise RuntimeError(
+            "a worker process of a data loader can't make keys, which belong to the process that attends: hand over "
+            "what the key is made of, cu_seqlens for one, and make it there, or choose num_workers=0"
+        )
 
 
 def resolve_group(

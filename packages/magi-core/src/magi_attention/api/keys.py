@@ -19,7 +19,7 @@ from magi_attention.api.checks import (
     resolve_mask_types,
     with_chunk_limit,
 )
-from magi_attention.api.groups import GroupOrMesh, resolve_group
+from magi_attention.api.groups import GroupOrMesh, check_makes_keys, resolve_group
 from magi_attention.api.masks import apply_padding, compute_pad_size, infer_attn_mask_from_cu_seqlens
 from magi_attention.api.tensors import dispatch
 from magi_attention.comm.agreement import failures_reported
@@ -88,7 +88,8 @@ def magi_attn_flex_key(
             contradictory settings or flags, neither group nor mesh. Where older versions raised ``AssertionError``, the
             error is one as well.
         TypeError: A mask type that is neither an ``AttnMaskType`` nor a name, or a count that is no integer.
-        RuntimeError: The ranks passed different arguments; raised on every rank, naming the ranks.
+        RuntimeError: The ranks passed different arguments; raised on every rank, naming the ranks. Or the process is a
+            worker of a data loader.
 
     Example:
         >>> ranges = AttnRanges.from_ranges([(0, 60), (60, 100)])
@@ -148,6 +149,7 @@ def _resolve(
     dist_attn_config: DistAttnConfig, cp_group_or_mesh: GroupOrMesh
 ) -> tuple[DistAttnConfig, dist.ProcessGroup | None, DeviceMesh | None]:
     """The config with every setting resolved, and group and mesh as :func:`resolve_group` finds them."""
+    check_makes_keys()
     if not isinstance(dist_attn_config, DistAttnConfig):
         raise TypeError(f"dist_attn_config must be a DistAttnConfig, not {dist_attn_config!r}")
     config = dist_attn_config.resolved()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from magi_attention.api.checks import GeneralAttnMaskType, as_integers, check_heads, check_ranges, resolve_mask_types
-from magi_attention.api.groups import resolve_group
+from magi_attention.api.groups import check_makes_keys, resolve_group
 from magi_attention.api.keys import plan_if_new
 from magi_attention.api.masks import apply_padding, infer_attn_mask_from_cu_seqlens
 from magi_attention.comm.agreement import failures_reported
@@ -52,7 +52,9 @@ def make_flex_key_for_new_mask_after_dispatch(
     Raises:
         ValueError: The cache doesn't hold one of the keys, they are of different groups, and all that
             :func:`magi_attn_flex_key` raises for masks.
+        RuntimeError: As there.
     """
+    check_makes_keys()
     old = key_for_dispatch
     old_k = old if key_for_kv_dispatch is None else key_for_kv_dispatch
     layout, key_layout = find_manager(old).layout, find_manager(old_k).key_layout
