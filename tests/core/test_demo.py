@@ -2,6 +2,7 @@
 """`magi demo` as a user runs it, its verdict, and what it says about bad input."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from torch.multiprocessing import ProcessRaisedException
 from typer.testing import CliRunner
 
 import magi_attention.cli as cli
+import magi_attention.cli.main as main
 from magi_attention.cli.demo.command import choose_device
 from magi_attention.cli.demo.launch import train_on_ranks
 from magi_attention.cli.demo.options import DemoOptions, Device
@@ -42,6 +44,7 @@ def test_two_steps_on_two_processes_agree(tmp_path):
         (["--overlap-degree", "-1"], "--overlap-degree must be 0 or more"),
         (["--out", "plan.gif"], "must end in one of .png"),
         (["--out", "nowhere/plan.png"], "make it first"),
+        (["--out", "/proc/plan.png"], "/proc/plan.png can't be written"),
         (["--backend", "nonsense"], "no kernel backend 'nonsense'"),
         (["--mask", "block-causal", "--tokens", "256"], "more --tokens"),
     ],
@@ -105,6 +108,29 @@ def test_a_rank_that_fails_ends_the_run_with_its_traceback():
 def test_missing_libraries_are_named_with_their_remedy(monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "rich" else object())
     with pytest.raises(SystemExit, match=r'missing rich; run: pip install "magi-attention\[cli\]"'):
+        cli.run()
+
+
+@pytest.mark.parametrize(
+    ("environment", "output"),
+    [({}, "/dev/full"), ({"PYTHONIOENCODING": "ascii"}, os.devnull)],
+    ids=["full disk", "ascii terminal"],
+)
+def test_an_output_that_takes_nothing_or_not_all_characters(environment, output):
+    plan = [sys.executable, "-m", "magi_attention.cli", "plan", "--mask", "causal", "--tokens", "300"]
+    with open(output, "w") as stdout:
+        done = subprocess.run(plan, stdout=stdout, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    is_full = output == "/dev/full"
+    assert done.returncode == is_full
+    assert done.stderr == ("magi: [Errno 28] No space left on device\n" if is_full else "")
+
+
+def test_too_little_memory_is_told_in_a_line(monkeypatch):
+    def app():
+        raise MemoryError("Unable to allocate 29.8 GiB")
+
+    monkeypatch.setattr(main, "app", app)
+    with pytest.raises(SystemExit, match=r"^magi: Unable to allocate 29.8 GiB$"):
         cli.run()
 
 

@@ -3,13 +3,20 @@
 
 import sys
 from importlib.util import find_spec
+from io import TextIOWrapper
 
 
 def run() -> None:
-    """Run the command line; where the libraries that it draws with are missing, say how to install them."""
+    """Run the command line; what the machine lacks, be it libraries, memory or room on a disk, is told in one line."""
     missing = [name for name in ("typer", "rich", "matplotlib") if find_spec(name) is None]
     if missing:
         sys.exit(f'magi: missing {", ".join(missing)}; run: pip install "magi-attention[cli]"')
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where a terminal can't show a character, a ? will do
     from magi_attention.cli.main import app
 
-    app()
+    try:
+        app()
+    except (MemoryError, OSError) as error:
+        sys.exit(f"magi: {error}")

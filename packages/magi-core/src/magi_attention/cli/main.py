@@ -9,6 +9,7 @@ import typer
 from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.demo.options import DemoOptions, Device, MaskFamily, Precision
 from magi_attention.cli.plan.options import PlanOptions
+from magi_attention.utils.folders import why_unwritable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -392,8 +393,13 @@ def check_output(flag: str, path: Path | None, suffixes: tuple[str, ...]) -> Non
         return
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{flag} {path} must end in one of {', '.join(suffixes)}")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"{flag} {path}: there is no folder {path.absolute().parent}; make it first")
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder; name a file")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {path}: there is no folder {folder}; make it first")
+    if reason := why_unwritable(folder):
+        raise ValueError(f"{flag} {path} can't be written: {reason}; take another folder")
 
 
 def fail(error: Exception) -> NoReturn:
