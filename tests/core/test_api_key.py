@@ -195,6 +195,7 @@ def test_mistakes_are_value_errors_and_assertion_errors(mistake):
         ({"q": []}, "q_ranges is empty"),
         ({"q": [(0, 100)], "k": []}, "k_ranges is empty"),
         ({"q": [(0, 100)], "k": [(5, 5)]}, "every slice of the mask is empty"),
+        ({"total": 2**31, "total_seqlen_k": 2**31}, "a sequence of 2147483648 rows is too long"),
         ({"group": "world"}, "cp_group_or_mesh must be a ProcessGroup.*'world'"),
         ({"group": -100}, "cp_group_or_mesh must be a ProcessGroup.*-100"),
         ({"is_k_permutable": False}, "is_k_permutable=False"),

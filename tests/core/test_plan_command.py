@@ -200,7 +200,10 @@ CAUSAL = ["--mask", "causal", "--tokens", "4096"]
         ([*CAUSAL, "--ranks", "16", "--simulate", "32"], "--simulate 32 and --ranks 16 differ"),
         ([*CAUSAL, "--ranks", "8", "--simulate", "32"], "--simulate 32 and --ranks 8 differ"),
         ([*CAUSAL, "--simulate", "12", "--nodes", "5"], "--nodes 5 must divide the 12 ranks"),
-        ([*CAUSAL, "--link", "0"], "--link must be more than 0, not 0"),
+        ([*CAUSAL, "--link", "0"], "--link must be a number above 0, not 0"),
+        ([*CAUSAL, "--link", "inf"], "--link must be a number above 0, not inf"),
+        (["--mask", "causal", "--tokens", "5000000000"], "--tokens must be at most 2147483647, not 5000000000"),
+        (["--cu-seqlens", "huge.txt"], "the mask huge.txt has 5000000000 rows; a sequence can have 2147483647 at most"),
         ([*CAUSAL, "--heads-kv", "5"], "--heads-q 32 must be a multiple of --heads-kv 5"),
         ([*CAUSAL, "--overlap-degree", "999"], "--overlap-degree must be at most 64"),
         ([*CAUSAL, "--overlap-degree", "many"], "--overlap-degree must be 0 or more, or auto, not many"),
@@ -216,6 +219,7 @@ def test_bad_flags_are_told(flags, words, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     (tmp_path / "ends.txt").write_text("0 64 128")
     (tmp_path / "more.txt").write_text("0 64 128 256")
+    (tmp_path / "huge.txt").write_text("0 64 5000000000")
     result = CliRunner().invoke(app, ["plan", *flags])
     assert result.exit_code == 2
     assert words in result.stderr

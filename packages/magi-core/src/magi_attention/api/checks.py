@@ -12,6 +12,7 @@ from torch import Tensor
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.ranges import AttnRanges
+from magi_attention.common.slices import MOST_ROWS
 from magi_attention.config import DispatchAlg, DistAttnConfig, LocalityDispatchAlg
 from magi_attention.env import general
 from magi_attention.plan.chunk_size import choose_chunk_size
@@ -74,6 +75,8 @@ def check_ranges(q_ranges: AttnRanges, k_ranges: AttnRanges, total_seqlen_q: int
             raise ValueError(f"{name} is empty: a mask needs at least one slice")
         if ranges.end > total_seqlen:
             raise MagiValueError(f"{name} end at {ranges.end}, after the last row of a sequence of {total_seqlen}")
+        if total_seqlen > MOST_ROWS:
+            raise ValueError(f"a sequence of {total_seqlen} rows is too long: it can have {MOST_ROWS} at most")
     if len(q_ranges) != len(k_ranges):
         raise MagiValueError(
             f"every slice has one range of each, but there are {len(q_ranges)} q_ranges and {len(k_ranges)} k_ranges"

@@ -18,5 +18,7 @@ def run() -> None:
 
     try:
         app()
+    except OverflowError as error:
+        sys.exit(f"magi: a number is too large: {error}")
     except (MemoryError, OSError) as error:
         sys.exit(f"magi: {error}")

@@ -11,6 +11,9 @@ from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
 from magi_attention.common.derived import KeepsDerived
 
+# The longest sequence: kernels count rows in 32 bits, and pairs of so many rows can be summed in 64.
+MOST_ROWS = 2**31 - 1
+
 
 class SliceTable(KeepsDerived):
     """An immutable table of attention slices: ``(n, 5)`` int64 rows ``(q0, q1, k0, k1, type)``.

@@ -15,7 +15,7 @@ from magi_attention.api.masks import infer_attn_mask_from_cu_seqlens
 from magi_attention.cli.plan.options import PlanOptions
 from magi_attention.common import packed, workloads
 from magi_attention.common.enum import AttnMaskType
-from magi_attention.common.slices import SliceTable, find_double_cover
+from magi_attention.common.slices import MOST_ROWS, SliceTable, find_double_cover
 
 SLICE_EXAMPLE = '[0, 4096, 0, 4096, "causal"] or {"q": [0, 4096], "k": [0, 4096], "type": "causal"}'
 TYPES = {kind.value: number for number, kind in enumerate(AttnMaskType)}
@@ -63,6 +63,8 @@ def read_mask(options: PlanOptions) -> NamedMask:
     else:
         assert options.slices is not None
         mask = _with_lengths(read_slices(options.slices), options.slices, options.tokens, options.tokens_k)
+    if (rows := max(mask.tokens, mask.num_keys)) > MOST_ROWS:
+        raise ValueError(f"the mask {mask.name} has {rows} rows; a sequence can have {MOST_ROWS} at most")
     if not mask.slices.area():
         raise ValueError(f"the mask {mask.name} keeps no pair: no query sees any key")
     return mask

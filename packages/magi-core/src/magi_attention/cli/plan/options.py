@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from magi_attention.common.slices import MOST_ROWS
+
 RANKS_PER_NODE = 8
 
 
@@ -71,10 +73,14 @@ class PlanOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{_flag(name)} must be at least 1, not {value}")
+        for name in ("tokens", "tokens_k"):
+            value = getattr(self, name)
+            if value is not None and value > MOST_ROWS:
+                raise ValueError(f"{_flag(name)} must be at most {MOST_ROWS}, not {value}")
         for name in ("link", "nvlink", "tflops"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{_flag(name)} must be more than 0, not {value:g}")
+                raise ValueError(f"{_flag(name)} must be a number above 0, not {value:g}")
         if self.heads_q % self.heads_kv:
             raise ValueError(f"--heads-q {self.heads_q} must be a multiple of --heads-kv {self.heads_kv}")
         if self.nodes is not None and self.ranks % self.nodes:
