@@ -24,7 +24,7 @@ from magi_comm_grpcoll import (
 from magi_comm_grpcoll.combine import Combination
 from magi_comm_grpcoll.driver import WRITE_VALUE
 from magi_comm_grpcoll.lane import Round
-from magi_comm_grpcoll.watchdog import Watchdog, Watched
+from magi_comm_grpcoll.watchdog import RELEASED, Watchdog, Watched
 from magi_comm_grpcoll.work import NativeWork
 from tests.comm.emulation import Driver, Stream, emulate, run_ranks
 from tests.comm.test_native import fragmented_table
@@ -282,6 +282,26 @@ def test_a_rank_that_stops_is_named_and_nobody_hangs(transport):
         assert late.value.ranks == (1,)
         with pytest.raises(PeerTimeoutError):
             native.reduce([rows.new_zeros(table.num_received, 4)], table, [rows])
+
+    run_ranks(3, run)
+
+
+def test_a_rank_that_gives_up_has_nothing_untrue_to_tell():
+    """Its own waits are over; but what it copies to the others from its outboxes is no more than what it has done."""
+
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport="copy_engine", timeout_s=0.5))
+        table = fragmented_table(rank, 3, 4, 2)
+        rows = torch.ones(table.num_source, 4)
+        native.cast([rows], table).wait_host()
+        if rank == 1:
+            return
+        with pytest.raises(PeerTimeoutError):
+            native.cast([rows], table).wait_host()
+        words = native._control.local.numpy().view(np.int64)
+        for of_ring in native._words:
+            assert words[of_ring.arrived // 8][1] == RELEASED
+            assert (words[of_ring.outboxes // 8] <= 2).all()
 
     run_ranks(3, run)
 

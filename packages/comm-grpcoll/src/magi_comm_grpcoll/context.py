@@ -347,9 +347,12 @@ class GroupContext:
         )
 
     def _free_streams(self) -> None:
-        freed = torch.full((len(self._control.local) // WORD,), RELEASED, dtype=torch.int64).pin_memory()
+        # Not what outboxes hold: copied to the others, it would let them take for arrived whatever never comes.
+        awaited = [self._control.local[words.awaited] for words in self._words]
+        freed = torch.full((len(awaited[0]) // WORD,), RELEASED, dtype=torch.int64).pin_memory()
         for _ in range(_MAX_ROUNDS_OF_RELEASE):  # a rank that comes late writes smaller numbers again
-            self._control.local.copy_(freed.view(torch.uint8), non_blocking=True)
+            for each in awaited:
+                each.copy_(freed.view(torch.uint8), non_blocking=True)
             self._streams.watch.synchronize()
             time.sleep(0.01)
             if all(stream.query() for stream in self._streams.all):

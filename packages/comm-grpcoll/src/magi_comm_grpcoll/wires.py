@@ -50,7 +50,8 @@ class Wires(Protocol):
 class Words:
     """Where one ring's words are in a rank's control block.
 
-    They are ``arrived`` and ``credit`` of each rank, and outboxes from which a number is copied to the others.
+    They are ``arrived`` and ``credit`` of each rank, which streams wait for, side by side in the bytes ``awaited``, and
+    outboxes from which a number is copied to the others.
 
     Args:
         num_ranks: ranks of the group.
@@ -61,6 +62,7 @@ class Words:
         first = ring * self.num_bytes(num_ranks)
         self.arrived = first + WORD * np.arange(num_ranks)
         self.credit = self.arrived + WORD * num_ranks
+        self.awaited = slice(first, first + WORD * 2 * num_ranks)
         self.outboxes = first + WORD * (2 * num_ranks + np.arange(2))
 
     @staticmethod
