@@ -124,7 +124,7 @@ class Placed(TorchDispatchMode):
         storage = self._take(num_bytes).untyped_storage()
         storage.copy_(tensor.untyped_storage())
         place = tensor.storage_offset(), tensor.shape, tensor.stride()
-        return torch.empty(0, dtype=tensor.dtype).set_(storage, *place)
+        return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, *place)
 
 
 def _address(tensor: Tensor) -> int:

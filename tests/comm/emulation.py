@@ -366,7 +366,7 @@ class Handshake:
 class SharedMemory:
     def __init__(self, num_bytes: int, group: Group, is_mapped: bool) -> None:
         with _machine.without_order():  # PyTorch waits for the GPU before it unmaps any; nothing shall rely on it
-            self.local = torch.zeros(num_bytes, dtype=torch.uint8)
+            self.local = torch.zeros(num_bytes, dtype=torch.uint8, device="cpu")
         self.parts = group.exchange(self.local)
         self.addresses = np.array([part.data_ptr() for part in self.parts])
         if not is_mapped:
@@ -445,6 +445,8 @@ def _take_all_rows(*arguments: Any) -> None:
 def _zeros(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
     if not pin_memory:
         return _torch_zeros(*size, **options)
+    if torch.device(options.get("device") or torch.get_default_device()).type != "cpu":
+        raise RuntimeError("only memory of the CPU can be pinned")
     with _machine.without_order():  # the allocator of pinned memory knows of no stream that uses it
         return _torch_zeros(*size, **options)
 

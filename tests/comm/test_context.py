@@ -306,6 +306,20 @@ def test_a_rank_that_gives_up_has_nothing_untrue_to_tell():
     run_ranks(3, run)
 
 
+def test_a_default_device_changes_nothing():
+    needs = RandomNeeds(5, 2, 0.8, max_rows=20)
+    sources = [random_tensor(rank, (rows, 8), torch.float32) for rank, rows in enumerate(needs.num_rows)]
+
+    def run(rank, group):
+        with torch.device("meta"):
+            native, table = GroupContext(group, ContextOptions(timeout_s=30)), needs.table(rank)
+            (received,) = native.cast([sources[rank]], table).wait_host()
+        assert torch.equal(received, needs.received(sources, rank))
+        native.close()
+
+    run_ranks(2, run)
+
+
 def test_a_context_may_go_with_all_its_exchanges_under_way():
     def run(rank, group):
         native, table = GroupContext(group, ContextOptions(timeout_s=30)), fragmented_table(rank, 2, 4, 2)

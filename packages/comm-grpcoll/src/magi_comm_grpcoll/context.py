@@ -153,7 +153,8 @@ class GroupContext:
         num_bytes = num_rings * Words.num_bytes(self.num_ranks)
         self._control = self._allocator.allocate(num_bytes)
         self._control.local.zero_()
-        self._progress = torch.zeros(num_rings, 2, dtype=torch.int64, pin_memory=True)
+        # On the CPU whatever PyTorch's default device is: no other memory can be pinned.
+        self._progress = torch.zeros(num_rings, 2, dtype=torch.int64, device="cpu", pin_memory=True)
         torch.cuda.synchronize(self.device)
         self._handshake.exchange(b"flags are zero")
         self._words = [Words(self.num_ranks, number) for number in range(num_rings)]
@@ -349,7 +350,7 @@ class GroupContext:
     def _free_streams(self) -> None:
         # Not what outboxes hold: copied to the others, it would let them take for arrived whatever never comes.
         awaited = [self._control.local[words.awaited] for words in self._words]
-        freed = torch.full((len(awaited[0]) // WORD,), RELEASED, dtype=torch.int64).pin_memory()
+        freed = torch.full((len(awaited[0]) // WORD,), RELEASED, dtype=torch.int64, device="cpu").pin_memory()
         for _ in range(_MAX_ROUNDS_OF_RELEASE):  # a rank that comes late writes smaller numbers again
             for each in awaited:
                 each.copy_(freed.view(torch.uint8), non_blocking=True)
