@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch's modes, entered only where they are not on yet: entering one costs microseconds, which launches count."""
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
@@ -13,6 +14,7 @@ Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 _NOTHING = nullcontext()
+_thread = threading.local()
 
 
 def without_grad(function: Callable[Params, Result]) -> Callable[Params, Result]:
@@ -51,7 +53,16 @@ def sees_operators() -> bool:
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Make the GPU of a tensor the current one; nothing for a tensor on a CPU."""
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+    """Make the GPU of a tensor the current one, for the driver too; nothing for a tensor on a CPU.
+
+    In a thread that has used no GPU yet, as that of a first backward pass, PyTorch knows a current GPU, but the driver
+    no context: it would refuse what is launched there.
+    """
+    if not x.is_cuda:
         return _NOTHING
-    return torch.cuda.device(x.device)
+    if x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    if not hasattr(_thread, "has_context"):
+        torch.cuda.current_stream().record_event()  # by the CUDA runtime, which makes the context this thread's
+        _thread.has_context = True
+    return _NOTHING
