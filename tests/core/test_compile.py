@@ -7,7 +7,9 @@ import pickle
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from magi_attention.api import (
@@ -235,6 +237,31 @@ def test_operators_keep_their_promises():
     torch.library.opcheck(ops.scatter_sum.default, (q.detach(), key.handle, "query", num_local))
     torch.library.opcheck(ops.roll.default, (local, key.handle, "key", 3, 0))
     torch.library.opcheck(ops.flex_flash_attn.default, (q, k, v, ranges, ranges, None, sink, *options))
+
+
+def test_no_operator_is_captured_in_a_graph():
+    """By modes of the compiler that capture CUDA graphs: what operators launch may be others in the next call."""
+
+    def step(x, q, k, v):
+        local = undispatch(roll(dispatch(x, key), -1, 0, key), key, is_partial_grad=True)
+        return local, calc_attn(q, k, v, key)[0], flex_flash_attn_func(q, k, v, ranges, ranges)[0]
+
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    key, ranges = make_key(30, 50), torch.tensor([[0, 30], [30, 50]])
+    x, q, k, v = (torch.randn(50, heads, DIM, requires_grad=True) for heads in (1, HEADS, KV_HEADS, KV_HEADS))
+    results = torch.compile(step, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(x, q, k, v)
+    torch.autograd.grad([each.sum() for each in results], (x, q, k, v))
+    called = {node.target for graph in graphs for node in graph.graph.nodes if "magi" in str(node.target)}
+    assert {each.name().removeprefix("magi_attention::") for each in called} == {
+        *("dispatch", "undispatch", "roll", "scatter_sum"),
+        *("calc_attn", "calc_attn_backward", "flex_flash_attn", "flex_flash_attn_backward"),
+    }
+    assert all(torch.Tag.cudagraph_unsafe in each.tags for each in called)
 
 
 def test_backward_after_the_key_left_the_cache():

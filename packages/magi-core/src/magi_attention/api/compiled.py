@@ -13,7 +13,7 @@ from torch import Tensor
 from magi_attention.api.attention_checks import check_attention_call
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.kernels.autograd import without_autocast
-from magi_attention.kernels.opaque import gradients_like, operator_gradients, operator_result, result_like
+from magi_attention.kernels.opaque import gradients_like, operator, operator_gradients, operator_result, result_like
 from magi_attention.runtime.autograd import compute_dtype, differentiate_with_sink
 from magi_attention.runtime.backward import SavedAttention
 from magi_attention.runtime.cache import find_manager
@@ -37,7 +37,7 @@ def calc_attn_compiled(
     return out.to(q.dtype), AttnForwardMeta(lse=lse, max_logits=max_logits if return_max_logits else None)
 
 
-@torch.library.custom_op("magi_attention::calc_attn", mutates_args=())
+@operator("magi_attention::calc_attn")
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -69,7 +69,7 @@ def _(
     return result_like(q, v, return_max_logits)
 
 
-@torch.library.custom_op("magi_attention::calc_attn_backward", mutates_args=())
+@operator("magi_attention::calc_attn_backward")
 def _differentiate(
     dout: Tensor,
     dlse: Tensor | None,

@@ -6,11 +6,11 @@ The compiler knows of them nothing but the shapes of the results, and so sees ne
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from magi_attention.api.checks import check_pad_value, check_rows
 from magi_attention.common.enum import AttnRole
+from magi_attention.kernels.opaque import operator
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey, key_of_handle
 from magi_attention.runtime.manager import DistAttnRuntimeMgr
@@ -42,7 +42,7 @@ def _planned(handle: int) -> DistAttnRuntimeMgr:
     return manager
 
 
-@torch.library.custom_op("magi_attention::dispatch", mutates_args=())
+@operator("magi_attention::dispatch")
 def _select(x: Tensor, handle: int, role: str, num_rows: int, pad_value: float) -> Tensor:
     """The ``num_rows`` local rows of a global tensor."""
     manager = _planned(handle)
@@ -52,7 +52,7 @@ def _select(x: Tensor, handle: int, role: str, num_rows: int, pad_value: float) 
     return select_rows(x, layout, manager.rank, pad_value).contiguous()
 
 
-@torch.library.custom_op("magi_attention::undispatch", mutates_args=())
+@operator("magi_attention::undispatch")
 def _gather(x: Tensor, handle: int, role: str, num_rows: int, is_partial_grad: bool) -> Tensor:
     """The ``num_rows`` global rows of local tensors."""
     manager = _planned(handle)
@@ -60,7 +60,7 @@ def _gather(x: Tensor, handle: int, role: str, num_rows: int, is_partial_grad: b
     return gather_rows(x, manager.layout_of(AttnRole(role)), manager.key.cp_group).contiguous()
 
 
-@torch.library.custom_op("magi_attention::scatter_sum", mutates_args=())
+@operator("magi_attention::scatter_sum")
 def _scatter_sum(x: Tensor, handle: int, role: str, num_rows: int) -> Tensor:
     """The ``num_rows`` local rows of the sum of all ranks' global tensors."""
     manager = _planned(handle)
@@ -68,7 +68,7 @@ def _scatter_sum(x: Tensor, handle: int, role: str, num_rows: int) -> Tensor:
     return scatter_rows_sum(x, layout, manager.rank, manager.key.cp_group).contiguous()
 
 
-@torch.library.custom_op("magi_attention::roll", mutates_args=())
+@operator("magi_attention::roll")
 def _roll(x: Tensor, handle: int, role: str, shift: int, dim: int) -> Tensor:
     manager = _planned(handle)
     check_rows("x", x, dim, manager.num_local_rows(AttnRole(role)), "this rank's share")

@@ -22,7 +22,7 @@ from magi_attention.functional.single_device import (
     slices_from_tensors,
 )
 from magi_attention.functional.utils import check_sink
-from magi_attention.kernels.opaque import gradients_like, operator_gradients, operator_result, result_like
+from magi_attention.kernels.opaque import gradients_like, operator, operator_gradients, operator_result, result_like
 
 
 def flex_flash_attn_compiled(
@@ -47,7 +47,7 @@ def flex_flash_attn_compiled(
     return out, AttnForwardMeta(lse=lse, max_logits=max_logits if return_max_logits else None)
 
 
-@torch.library.custom_op("magi_attention::flex_flash_attn", mutates_args=())
+@operator("magi_attention::flex_flash_attn")
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -78,7 +78,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Te
     return result_like(q, v, return_max_logits)
 
 
-@torch.library.custom_op("magi_attention::flex_flash_attn_backward", mutates_args=())
+@operator("magi_attention::flex_flash_attn_backward")
 def _differentiate(
     dout: Tensor,
     dlse: Tensor | None,

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of attention operators that a compiler does not look into, real ones and those that only have shapes.
+"""Operators that a compiler does not look into; results of those of attention, and tensors that only have their shapes.
 
 Such operators return tensors alone, never None, contiguous, and with the dtypes that the shapes' twins promise.
 """
 
+from functools import partial
+
+import torch
 from torch import Tensor
 
 from magi_attention.common.logsumexp import accumulation_dtype
+
+# Of which a compiler captures none in its CUDA graphs: what they launch is decided by masks, and by what is kept with
+# these, which may be others in the next call. Native collectives could not be captured at all.
+operator = partial(torch.library.custom_op, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 
 
 def operator_result(out: Tensor, lse: Tensor, max_logits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
