@@ -214,9 +214,11 @@ class WritesInPlace:
         self.num_written[direction] += 1
         return target.copy_(result)
 
-    def forward_into(self, target, q, k, v, call) -> AttentionResult:
+    def forward_into(self, out, lse, q, k, v, call) -> AttentionResult:
         result = self.reference.forward(q, k, v, call)
-        return result._replace(out=self._written("forward", target, result.out.to(q.dtype)))
+        assert (lse.shape, lse.dtype) == (result.lse.shape, result.lse.dtype)
+        out = self._written("forward", out, result.out.to(q.dtype))
+        return result._replace(out=out, lse=lse.copy_(result.lse))
 
     def backward_into(self, target, *tensors) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = self.reference.backward(*tensors)
