@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from magi_attention.api import calc_attn, dispatch, magi_attn_varlen_key, undispatch
 from magi_attention.common.slices import SliceTable
+from magi_attention.config import DistAttnConfig, RuntimeConfig
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, IndexCall
 from magi_attention.testing.lists import random_lists
 from magi_attention.testing.stages import Inputs, random_inputs
@@ -192,6 +194,31 @@ def test_tables_that_are_dropped_while_launches_wait():
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         del garbage
+
+
+def test_a_compiler_that_captures_graphs():
+    """What is launched follows the mask of each call, and tables outlive the graphs that are captured around it."""
+    config = DistAttnConfig(runtime_config=RuntimeConfig(kernel_backend="hopper"))
+    keys = [
+        magi_attn_varlen_key([0, end, 700], [0, end, 700], 8, 2, 128, 0, None, causal=True, dist_attn_config=config)
+        for end in (300, 500)
+    ]
+
+    def step(x: Tensor, key: object) -> Tensor:
+        q, k, v = (dispatch(x, key) * 2).split([8, 2, 2], dim=1)
+        return undispatch(calc_attn(q, k, v, key)[0], key) * 0.5  # exact, in whatever precision it is done
+
+    compiled = torch.compile(step, mode="reduce-overhead")
+    for _ in range(5):
+        for key in keys:
+            x = torch.randn(700, 12, 128, device="cuda").bfloat16().requires_grad_()
+            same, results = x.detach().clone().requires_grad_(), []
+            torch.compiler.cudagraph_mark_step_begin()
+            for run, leaf in ((compiled, x), (step, same)):
+                out = run(leaf, key)
+                out.float().square().sum().backward()
+                results.append((out.detach().clone(), leaf.grad.clone()))
+            torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
 
 
 def test_a_million_tokens_of_64_heads():
