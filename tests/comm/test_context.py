@@ -75,6 +75,28 @@ def test_casts_and_reduces(transport, num_ranks):
     run_ranks(num_ranks, run)
 
 
+@pytest.mark.parametrize("transport", ["copy_engine", "put"])
+def test_no_more_than_so_much_is_kept_for_sets_of_senders(transport, monkeypatch):
+    monkeypatch.setattr(wires, "MOST_KNOWN", 2)
+    all_needs = [RandomNeeds(seed, 3, 0.3, max_rows=6) for seed in range(12)]
+
+    def run(rank, group):
+        native, seen = GroupContext(group, ContextOptions(transport=transport, timeout_s=30)), set()
+        for needs in all_needs * 2:
+            sources = [random_tensor(r, (needs.num_rows[r], 4), torch.float32) for r in range(3)]
+            table = needs.table(rank)
+            (received,) = native.cast([sources[rank]], table).wait_host()
+            assert torch.equal(received, needs.received(sources, rank))
+            seen.add(tuple(np.flatnonzero(table.recv_counts).tolist()))
+        of_casts = native._lanes[0].wires
+        assert len(of_casts._before_reading) <= 2
+        assert transport != "put" or len(of_casts._seeing) <= 2
+        native.close()
+        return len(seen)
+
+    assert max(run_ranks(3, run)) > 2
+
+
 def test_what_is_told_goes_behind_a_fence_for_all_data(monkeypatch):
     """A copy tells the others; between it and any copy before, its word is written in order, with a fence."""
     calls = []

@@ -19,7 +19,7 @@ from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.heap import link, raise_everywhere
 from magi_comm_grpcoll.tables import TASK, ByteCopies, aligned
 from magi_comm_grpcoll.tasks import upload_tasks
-from magi_comm_grpcoll.wires import DeviceWires
+from magi_comm_grpcoll.wires import DeviceWires, forget_if_many
 
 # kUnit of csrc/put.cu.
 UNIT = 1 << 28
@@ -92,6 +92,7 @@ class PutWires(DeviceWires):
         if not sources:
             return
         if sources not in self._seeing:
+            forget_if_many(self._seeing)
             words = self.control.local.data_ptr() + self.words.arrived[list(sources)]
             with torch.cuda.stream(self.arrive):
                 uploaded = torch.from_numpy(words).pin_memory().to(self.control.local.device, non_blocking=True)

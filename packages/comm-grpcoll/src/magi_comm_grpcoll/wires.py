@@ -12,7 +12,7 @@ arrival writes a word too before anybody reads what arrived, so that a fence sta
 """
 
 import ctypes
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from magi_comm_grpcoll.driver import (
 )
 
 WORD = 8
+
+# Sets of ranks that send something, for which operations are kept: in large groups every mask may have its own.
+MOST_KNOWN = 512
 
 
 class Wires(Protocol):
@@ -171,6 +174,7 @@ class DeviceWires:
     def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
         """See :class:`Wires`; also marks the epoch as finished."""
         if sources not in self._before_reading:
+            forget_if_many(self._before_reading)
             awaited = sorted({*sources, self.rank})
             # The write is behind a fence, which also keeps what follows from being read before the waits are over.
             self._before_reading[sources] = _Operations(
@@ -183,6 +187,12 @@ class DeviceWires:
         self.credit.wait_event(after)
         self._before_crediting.enqueue(credit, credit)
         self._credit_letter.enqueue()
+
+
+def forget_if_many(known: dict[tuple[int, ...], Any]) -> None:
+    """Forget all that is kept for sets of ranks, if there is too much of it. What was enqueued needs none of it."""
+    if len(known) >= MOST_KNOWN:
+        known.clear()
 
 
 def _word(address: int) -> NDArray[np.int64]:
