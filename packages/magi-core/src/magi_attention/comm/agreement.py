@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from magi_attention.comm.group import group_rank, group_size
+from magi_attention.comm.group import group_rank, has_peers
 
 Result = TypeVar("Result")
 
@@ -76,13 +76,13 @@ def check_agreement(digest: bytes, group: dist.ProcessGroup | None, timeout_s: f
 
     Args:
         digest: what must be equal, some 32 bytes.
-        group: the process group; None for this process alone, which agrees at once.
+        group: the process group; None for this process alone, which agrees at once, as a rank of a fake group does.
         timeout_s: seconds that a rank waits for the others.
 
     Raises:
         RuntimeError: some ranks passed another digest, or came too late or never; names them by their global ranks.
     """
-    if group is None or group_size(group) == 1:
+    if group is None or not has_peers(group):
         return
     with _Check(group) as check:
         check.store.set(str(check.me), digest.hex())
@@ -99,7 +99,7 @@ def report_failure(reason: str, group: dist.ProcessGroup | None) -> None:
         reason: what went wrong on this rank.
         group: as for :func:`check_agreement`.
     """
-    if group is None or group_size(group) == 1:
+    if group is None or not has_peers(group):
         return
     with _Check(group) as check:
         _post(check.store, f"rank {check.ranks[check.me]} failed to make its key: {reason}".encode())

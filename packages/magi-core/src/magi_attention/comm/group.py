@@ -18,6 +18,11 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
     return dist.get_rank(group) if group is not None else 0
 
 
+def has_peers(group: dist.ProcessGroup | None) -> bool:
+    """Whether there are other ranks in a group. Of torch's backend "fake", for dry runs, there are only numbers."""
+    return group is not None and dist.get_world_size(group) > 1 and dist.get_backend(group) != "fake"
+
+
 _holders: WeakValueDictionary[tuple[int, str], object] = WeakValueDictionary()
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from magi_attention.comm.group import GroupHandle, group_size
+from magi_attention.comm.group import GroupHandle, group_size, has_peers
 from magi_attention.plan.layout import Layout
 from magi_attention.runtime.rows import gather_rows, scatter_rows_sum, select_rows
 
@@ -37,7 +37,7 @@ def check_same_on_all_ranks(x: Tensor, group: dist.ProcessGroup | None) -> None:
     Raises:
         RuntimeError: some ranks passed another tensor; names them by their global ranks.
     """
-    if group is None or group_size(group) == 1:
+    if not has_peers(group):
         return
     content = x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
     digest = sha256(f"{tuple(x.shape)} {x.dtype} ".encode() + content).hexdigest()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from magi_attention.comm.agreement import check_agreement, run_together
-from magi_attention.comm.group import group_rank, group_size
+from magi_attention.comm.group import group_rank, group_size, has_peers
 from magi_attention.comm.protocol import GroupCollectives
 from magi_attention.env import general
 from magi_attention.plan.rates import Cluster, Rates, default_rates
@@ -38,7 +38,7 @@ _agreed: dict[tuple[tuple[int, ...], Machine], Rates] = {}
 def agree_on_cluster(key: DistAttnRuntimeKey, layer: Layer, collectives: GroupCollectives) -> Cluster:
     """The rates for ``key`` and who shares a node, the same on all ranks of its group, which must all call this.
 
-    Nothing is measured, sent or kept while a CUDA graph is captured.
+    Nothing is measured, sent or kept while a CUDA graph is captured, or for a group of torch's backend "fake".
 
     Args:
         key: the key; of a group of several ranks.
@@ -51,7 +51,8 @@ def agree_on_cluster(key: DistAttnRuntimeKey, layer: Layer, collectives: GroupCo
     ranks_per_node = count_ranks_per_node(key.cp_group, key.cp_mesh)
     machine = machine_of(layer, key.cp_group, collectives.name, ranks_per_node)
     rates = _agreed.get((key.group_ranks, machine))
-    if rates is None and layer.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    is_capturing = layer.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if rates is None and (is_capturing or not has_peers(key.cp_group)):
         rates = default_rates(machine.device)
     elif rates is None:
         rates = _agreed[key.group_ranks, machine] = _agree(key, layer, machine, collectives)
