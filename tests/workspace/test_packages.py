@@ -159,6 +159,7 @@ def test_wheel_holds_the_package_and_its_license(package: str, wheels: dict[str,
         assert archive.read(license) == (ROOT / "LICENSE").read_bytes()
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("/py.typed") for name in names)
+    assert "Typing :: Typed" in PROJECTS[package]["classifiers"]
 
 
 @pytest.mark.parametrize("package", PROJECTS)
