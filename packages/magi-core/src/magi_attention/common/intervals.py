@@ -26,7 +26,7 @@ def overlaps(intervals: Intervals, tiles: Intervals) -> tuple[Indices, Indices]:
     first = np.searchsorted(tiles[:, 1], intervals[:, 0], side="right")
     last = np.searchsorted(tiles[:, 0], intervals[:, 1], side="left")
     nonempty = intervals[:, 1] > intervals[:, 0]
-    owner, step = expand_counts(np.where(nonempty, np.maximum(last - first, 0), 0))
+    owner, step = expand_counts(np.where(nonempty, last - first, 0))
     return owner, first[owner] + step
 
 
@@ -41,9 +41,8 @@ def subtract(intervals: Intervals, holes: Intervals) -> Intervals:
     """What is left of sorted, disjoint ``intervals`` without the sorted, disjoint ``holes``."""
     if not len(intervals):
         return intervals
-    low, high = intervals[0, 0], intervals[-1, 1]
-    starts = np.append(low, np.maximum(holes[:, 1], low))
-    stops = np.append(np.minimum(holes[:, 0], high), high)
+    starts = np.append(intervals[0, 0], holes[:, 1])
+    stops = np.append(holes[:, 0], intervals[-1, 1])
     gaps = np.column_stack([starts, stops])
     return intersect(intervals, gaps[stops > starts])[0]
 
