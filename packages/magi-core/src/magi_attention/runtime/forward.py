@@ -111,8 +111,7 @@ class _Results:
         self._schedule = job.forward.schedule
         self._most = self._schedule.most_results + sum(each.step.queries_travel for each in job.forward.steps)
         self._q, self._v = q, v
-        self._out: Tensor | None = None
-        self._lse: Tensor | None = None
+        self._held: tuple[Tensor, Tensor] | None = None  # out and lse of all queries
         self._max_logits: Tensor | None = None
 
     def compute(self, launch: Launch, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -122,8 +121,8 @@ class _Results:
             q = q[run]
         if keys is not None:
             k, v = k[keys], v[keys]
-        if launch.queries_known and launch.run_onto is not None and self._out is not None and self._lse is not None:
-            out, lse = (self._out, self._lse) if run is None else (self._out[run], self._lse[run])
+        if launch.queries_known and launch.run_onto is not None and self._held is not None:
+            out, lse = _rows(self._held, run)
             with named(launch.name):
                 self._add_max_logits(launch.run_onto(out, lse, q, k, v, call))
             return
@@ -135,63 +134,67 @@ class _Results:
             else:
                 self._put(run, partial)
             return
-        out, lse = (x[run] for x in self.allocate(q.dtype))
+        targets = _rows(self.allocate(q.dtype), run)
         with named(launch.name):
-            partial = launch.run_into(out, lse, q, k, v, call)
-        self._fill(out, lse, partial)
+            partial = launch.run_into(*targets, q, k, v, call)
+        self._fill(targets, partial)
 
     def merge(self, run: slice | None, partial: AttentionResult) -> None:
         """Merge results of queries that have some; these must not be used afterwards."""
-        if self._out is None or self._lse is None:
+        if self._held is None:
             self._put(run, partial)
             return
-        out, lse = (self._out, self._lse) if run is None else (self._out[run], self._lse[run])
+        out, lse = _rows(self._held, run)
         with named("magi: merge"):
             merge_into(out, lse, partial.out, partial.lse)
         self._add_max_logits(partial.max_logits)
 
     def finish(self) -> AttentionResult:
         """Everything together."""
-        if self._out is None or self._lse is None:
+        if self._held is None:
             return attend_to_nothing(self._q, self._v)
-        return AttentionResult(self._out, self._lse, self._max_logits)
+        return AttentionResult(*self._held, self._max_logits)
 
     def _put(self, run: slice | None, partial: AttentionResult) -> None:
         """Keep the first results of some queries."""
         dtype = accumulation_dtype(partial.out) if self._most > 2 else partial.out.dtype
-        if run is None and self._out is None:
-            self._out, self._lse = as_dtype(partial.out, dtype), partial.lse
+        if run is None and self._held is None:
+            self._held = as_dtype(partial.out, dtype), partial.lse
         else:
-            out, lse = self.allocate(dtype)
-            if run is not None:
-                out, lse = out[run], lse[run]
-            self._fill(out, lse, partial)
+            self._fill(_rows(self.allocate(dtype), run), partial)
             return
         self._add_max_logits(partial.max_logits)
 
-    def _fill(self, out: Tensor, lse: Tensor, partial: AttentionResult) -> None:
-        """Copy what a kernel has not written there itself."""
-        for target, result in ((out, partial.out), (lse, partial.lse)):
+    def _fill(self, targets: tuple[Tensor, Tensor], partial: AttentionResult) -> None:
+        """Copy to out and lse what a kernel has not written there itself."""
+        for target, result in zip(targets, partial[:2], strict=True):
             if target.data_ptr() != result.data_ptr():
                 target.copy_(result)
         self._add_max_logits(partial.max_logits)
 
     def allocate(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tensors for all queries."""
-        if self._out is None or self._lse is None:
+        """Out and lse of all queries, made now if there are none yet."""
+        if self._held is None:
             blank, q = self._schedule.blank_queries, self._q
-            self._out = (q.new_zeros if blank else q.new_empty)((*q.shape[:2], self._v.shape[2]), dtype=dtype)
+            out = (q.new_zeros if blank else q.new_empty)((*q.shape[:2], self._v.shape[2]), dtype=dtype)
             # By head, as kernels return it.
-            self._lse = q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q)).T
+            lse = q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q)).T
             if blank:
-                self._lse.fill_(float("-inf"))
-        return self._out, self._lse
+                lse.fill_(float("-inf"))
+            self._held = out, lse
+        return self._held
 
     def _add_max_logits(self, max_logits: Tensor | None) -> None:
         if self._max_logits is None:
             self._max_logits = max_logits
         elif max_logits is not None:
             self._max_logits = torch.maximum(self._max_logits, max_logits)
+
+
+def _rows(held: tuple[Tensor, Tensor], run: slice | None) -> tuple[Tensor, Tensor]:
+    """Out and lse of a run of queries, or of all."""
+    out, lse = held
+    return held if run is None else (out[run], lse[run])
 
 
 def _group_maximum(job: AttentionJob, max_logits: Tensor | None, lse: Tensor) -> Tensor:
