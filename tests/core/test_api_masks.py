@@ -179,6 +179,7 @@ def test_pad_size_needs_positive_sizes(sizes):
 def test_squash_batch_dim():
     x = torch.arange(24).reshape(2, 3, 4)
     assert torch.equal(squash_batch_dim(x), x.reshape(6, 4))
+    assert torch.equal(squash_batch_dim(x[..., 0]), x.reshape(6, 4)[:, 0])
     with pytest.raises(ValueError, match=r"\(3,\)"):
         squash_batch_dim(torch.zeros(3))
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from magi_attention.common import AttnRange, AttnRanges
@@ -164,6 +164,7 @@ def test_equality_and_hash_go_by_content():
 
 
 @given(st.lists(st.integers(0, 6), max_size=5), st.integers(-1, 8))
+@example([0, 2, 5], 5)
 def test_cumulative_lengths(cu_seqlens, seq_len):
     rises = all(a < b for a, b in pairwise(cu_seqlens))
     valid = bool(cu_seqlens) and rises and cu_seqlens[0] == 0 and cu_seqlens[-1] == seq_len
@@ -181,6 +182,8 @@ def test_cumulative_lengths(cu_seqlens, seq_len):
 
 
 @given(some_ranges, st.integers(0, 20))
+@example(AttnRanges.from_ranges([(0, 2), (2, 5)]), 5)
+@example(AttnRanges.from_ranges([(0, 2), (3, 5)]), 5)
 def test_only_gapless_ranges_from_zero_are_cumulative(ranges, seq_len):
     pairs = ranges.to_naive_ranges()
     starts, ends = [p[0] for p in pairs], [p[1] for p in pairs]

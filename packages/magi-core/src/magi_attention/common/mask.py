@@ -290,7 +290,7 @@ def _slices_of_runs(rows: NDArray[np.int64], first: NDArray[np.int64], last: NDA
             kind = band.INVCAUSAL * lower + band.CAUSAL * upper
             table.append((rows[start], rows[row] + 1, first[start], last[row], kind))
             start = row + 1
-    return SliceTable(np.array(table, np.int64).reshape(-1, 5))
+    return SliceTable(table)
 
 
 def _outlines(slices: SliceTable) -> NDArray[np.float64]:
