@@ -192,6 +192,7 @@ def test_a_list_of_rectangles_is_a_list():
     again = AttnRectangles()
     again.append(rects[0])
     again.extend(rects[1:])
+    assert rects[1:] == make_list([((4, 8), (0, 8), AttnMaskType.CAUSAL)])
     assert again == rects
     assert hash(again) == hash(rects)
     again[0] = rects[1]
