@@ -54,9 +54,7 @@ def stage_options(overlap: OverlapConfig) -> StageOptions:
     )
 
 
-def make_plan(
-    key: DistAttnRuntimeKey, overlap: StageOptions, layout: Layout | None, key_layout: Layout | None
-) -> Plan:
+def make_plan(key: DistAttnRuntimeKey, overlap: StageOptions, layout: Layout | None, key_layout: Layout | None) -> Plan:
     """This rank's plan.
 
     Args:
