@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from magi_comm_grpcoll import ContextOptions, GroupContext
+from magi_comm_grpcoll.errors import NotNativeError
 from tests.comm.ranks import Reference, device, make_pool
 from tests.comm.test_native import compare_casts, compare_reduces, fragmented_table, run_epochs
 from tests.distributed.exchanges import random_tensor
@@ -25,10 +26,9 @@ pytestmark = pytest.mark.gpu(1)
         {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},  # as Megatron-LM asks for: all streams in one queue
         {"CUDA_DEVICE_MAX_CONNECTIONS": "32"},
         {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
-        {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
         {"CUDA_LAUNCH_BLOCKING": "1"},
     ],
-    ids=["one_queue", "many_queues", "expandable_segments", "async_allocator", "blocking_launches"],
+    ids=["one_queue", "many_queues", "expandable_segments", "blocking_launches"],
 )
 def pool(request):
     with pytest.MonkeyPatch.context() as environment:
@@ -52,6 +52,18 @@ def test_bits_under_settings(pool):
 @pytest.mark.parametrize("transport", ["copy_engine", "push"])
 def test_many_epochs_under_settings(pool, transport):
     pool.run(run_epochs, transport, 300, timeout_s=100)
+
+
+def is_refused(rank: int, world_size: int) -> None:
+    torch.zeros(1, device=device())
+    with pytest.raises(NotNativeError, match="on rank 0 PyTorch's allocator cudaMallocAsync has no pools"):
+        GroupContext(dist.group.WORLD)
+
+
+def test_an_allocator_without_pools_is_refused(monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    with make_pool(2) as ranks:
+        ranks.run(is_refused)
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,13 @@ def test_missing_kernels_name_the_fix(monkeypatch, tmp_path) -> None:
     assert "it needs CUDA GPUs, not cpu" in reason_against(torch.device("cpu"))
 
 
+def test_an_allocator_without_pools_is_refused_before_anything_is_allocated(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    assert "leave backend:cudaMallocAsync out of" in reason_against(torch.device("cuda", 0))
+
+
 class Mirror:
     """Every rank of the group answers as this one does."""
 

@@ -47,6 +47,11 @@ def reason_against(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability {needed} (Hopper)"
     if find_spec("cuda") is None or find_spec("cuda.core") is None:
         return 'cuda.core is not installed: pip install "magi-comm-grpcoll"'
+    if torch.cuda.get_allocator_backend() != "native":
+        return (
+            f"PyTorch's allocator {torch.cuda.get_allocator_backend()} has no pools, which symmetric memory is of: "
+            "leave backend:cudaMallocAsync out of PYTORCH_CUDA_ALLOC_CONF"
+        )
     return missing_kernels() or _driver_reason(device)
 
 
