@@ -57,6 +57,14 @@ def test_alone_it_measures_kernels_and_memory_and_plans_can_use_that():
     assert changed["memory_gbs"] == rates.memory_gbs
 
 
+def test_rates_that_no_folder_keeps_are_an_error(monkeypatch):
+    monkeypatch.setenv("MAGI_ATTENTION_CACHE_DIR", "/proc/magi")
+    result = run("calibrate", *SMALL, "--device", "cpu")
+    assert result.exit_code == 2
+    assert "can't be kept in /proc/magi" in result.stderr
+    assert "Kept in" not in result.stdout
+
+
 def test_without_rates_plans_take_the_round_numbers():
     assert cluster_of() == {**Rates().to_json(), "ranks_per_node": 8}
 

@@ -2,6 +2,7 @@
 """Environment variables: each has a documented function, a default and a clear error."""
 
 import importlib
+import pwd
 import re
 from pathlib import Path
 
@@ -130,6 +131,14 @@ def test_values(monkeypatch, reader, name, text, value, default):
     assert reader() == default
     monkeypatch.setenv(name, text)
     assert reader() == value
+
+
+@pytest.mark.parametrize("reader", [general.cache_dir, build.user_cache_dir])
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, reader):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    with pytest.raises(ValueError, match=r"_CACHE_\w+=''.*no home folder for ~/.cache.*; set it to a folder"):
+        reader()
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ class PretendingBackend(ReferenceBackend):
             raise RuntimeError("no registers left [sad]")
         if case.head_dim == 512:
             os._exit(1)
-        path = Path(ffa_fa4_cache_dir()) / str(case).replace("/", "-")
+        path = ffa_fa4_cache_dir() / str(case).replace("/", "-")
         cached = path.exists()
         path.write_text(str(os.getpid()))
         return not cached

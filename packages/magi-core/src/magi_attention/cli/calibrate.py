@@ -14,7 +14,7 @@ from magi_attention.env import comm as comm_env
 from magi_attention.plan.rates import Rates, default_rates
 from magi_attention.runtime.machine import Machine, count_ranks_per_node, machine_of, make_layer
 from magi_attention.runtime.rates import measure_together
-from magi_attention.runtime.rates_file import rates_path
+from magi_attention.runtime.rates_file import load_rates, rates_path
 from magi_attention.utils.dist_env import clearup_dist_env, setup_dist_env
 
 UNITS = {"gbs": "GB/s", "tflops": "Tflop/s", "us": "µs"}
@@ -34,7 +34,7 @@ def run_calibrate(
 
     Raises:
         ValueError: the heads don't fit, there is no such backend, or there are too few GPUs.
-        RuntimeError: no kernel backend can compute this.
+        RuntimeError: no kernel backend can compute this, or the rates can't be kept.
     """
     launched = dist.is_torchelastic_launched()
     num_local = (comm_env.local_world_size() or 1) if launched else 1
@@ -76,6 +76,11 @@ def _measure(
         rates = measure_together(layer, machine, group, collectives, on_step=on_step)
     if group_rank(group) == 0:
         console.print(rates_sheet(machine, rates).for_terminal())
+        if load_rates(machine) != rates:
+            raise RuntimeError(
+                f"these rates can't be kept in {rates_path(machine)}; set MAGI_ATTENTION_CACHE_DIR to a folder that "
+                "can be written"
+            )
         console.print(f"Kept in [bold]{rates_path(machine)}[/bold]", highlight=False, soft_wrap=True)
 
 

@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from magi_attention.env.general import cache_dir
-from magi_attention.env.variables import is_set, parse_flag, parse_int, variable
+from magi_attention.env.variables import is_set, parse_flag, parse_folder, parse_int, variable
 
 
 @variable("MAGI_ATTENTION_NO_BUILD_CACHE", ignored=True)
@@ -98,24 +98,24 @@ def is_force_cxx11_abi_enable(text: str) -> bool:
 
 
 @variable("MAGI_ATTENTION_FFA_FA4_CACHE_DIR", "")
-def ffa_fa4_cache_dir(text: str) -> str:
+def ffa_fa4_cache_dir(text: str) -> Path | None:
     """The folder for kernels that backends compile, filled by ``magi precompile``.
 
     Unset, ``cute_kernels`` in ``MAGI_ATTENTION_CACHE_DIR``.
     """
-    return text
+    return parse_folder(text) if text else None
 
 
 @variable("XDG_CACHE_HOME", "~/.cache")
 def user_cache_dir(text: str) -> Path:
     """The folder of the user's caches; of this project, compiled kernels are in it if no other folder is named."""
-    return Path(text).expanduser()
+    return parse_folder(text)
 
 
 def kernel_cache_dir() -> Path:
     """The folder for kernels that backends compile; by default one in the user's cache."""
     if chosen := ffa_fa4_cache_dir():
-        return Path(chosen).expanduser()
+        return chosen
     named = is_set("MAGI_ATTENTION_CACHE_DIR")
     return (cache_dir() if named else user_cache_dir() / "magi_attention") / "cute_kernels"
 

@@ -5,7 +5,7 @@ from importlib import metadata
 from pathlib import Path
 
 from magi_attention.common.enum import MagiAttentionKernelBackend, MagiAttentionPrecision
-from magi_attention.env.variables import is_set, parse_choice, parse_flag, parse_int, variable
+from magi_attention.env.variables import is_set, parse_choice, parse_flag, parse_folder, parse_int, variable
 
 LOG_LEVELS = {"DEBUG": "DEBUG", "INFO": "INFO", "WARN": "WARNING", "WARNING": "WARNING", "ERROR": "ERROR"}
 LOG_LEVELS["CRITICAL"] = "CRITICAL"
@@ -143,7 +143,7 @@ def cuda_device_max_connections(text: str) -> int:
 @variable("MAGI_ATTENTION_CACHE_DIR", "~/.cache/magi_attention")
 def cache_dir(text: str) -> Path:
     """The folder of what is kept: machines' measured rates, native collectives' calibration, compiled kernels."""
-    return Path(text).expanduser()
+    return parse_folder(text)
 
 
 @variable("MAGI_ATTENTION_MEASURE_RATES", "1")

@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from magi_attention.common.errors import MagiValueError
@@ -84,6 +85,14 @@ def parse_choice(text: str, choices: Collection[str]) -> str:
     if text.lower() not in choices:
         raise ValueError(f"must be one of {', '.join(choices)}")
     return text.lower()
+
+
+def parse_folder(text: str) -> Path:
+    """Read a folder; ``~`` is the user's home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # as in containers that run under a number without a user
+        raise ValueError(f"there is no home folder for {text}; set it to a folder that can be written") from None
 
 
 def texts_set() -> dict[str, str]:
