@@ -55,7 +55,7 @@ def matched_ranges(draw):
     return inputs, outputs
 
 
-@given(matched_ranges(), st.sampled_from(["sum", "avg"]), st.booleans(), st.sampled_from([0, 1]))
+@given(matched_ranges(), st.sampled_from(["sum", "avg"]), st.booleans(), st.sampled_from([0, 1, 2]))
 def test_reduce_adds_or_averages_the_terms_in_order(matched, op, accumulate, dim):
     x, y = data(ROWS, ROWS, 2).movedim(0, dim), data(ROWS, ROWS, 2, seed=1).movedim(0, dim)
     before = y.clone()

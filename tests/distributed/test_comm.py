@@ -174,7 +174,7 @@ def reduce_lse_cases(rank: int, world_size: int, seeds: range, hops: int) -> Non
                 outs[r][hidden], lses[r][hidden] = torch.nan, -torch.inf
             n = needs.num_rows[rank]
             old, old_lse = random_tensor(5, (n, 3, 4), dtype), 10 * random_tensor(6, (n, 3), lse_dtype)
-            old[::2], old_lse[::2] = 0, -torch.inf
+            old[::2], old_lse[::2] = torch.nan, -torch.inf
             out, lse = old.to(device, copy=True), old_lse.to(device, copy=True)
             partial, partial_lse = outs[rank].to(device), lses[rank].to(device)
             collectives.reduce([partial], table, [out], "lse", partial_lse, lse).wait()
@@ -198,16 +198,18 @@ def test_reduce_by_lse_in_two_hops(pool):
     pool.run(reduce_lse_cases, range(3), 2)
 
 
-def sum_of_integers(rank: int, world_size: int) -> None:
-    collectives, needs, table = make_case(rank, world_size, 0, 1, 0.5)
+def sum_of_integers(rank: int, world_size: int, hops: int) -> None:
+    collectives, needs, table = make_case(rank, world_size, 0, hops, 0.5)
+    term = 2**24 + 1  # which float32 does not have
     total = torch.zeros(needs.num_rows[rank], 2, dtype=torch.int64, device=device_of_backend())
-    collectives.reduce([total.new_ones(len(needs.needs[rank]), 2)], table, [total]).wait()
+    collectives.reduce([total.new_full((len(needs.needs[rank]), 2), term)], table, [total]).wait()
     counts = [len(needs.partials_of(rank, row)) for row in range(needs.num_rows[rank])]
-    assert total[:, 1].tolist() == counts
+    assert total[:, 1].tolist() == [term * count for count in counts]
 
 
-def test_integers_are_summed_exactly(pool):
-    pool.run(sum_of_integers)
+@pytest.mark.parametrize("hops", [1, 2])
+def test_integers_are_summed_exactly(pool, hops):
+    pool.run(sum_of_integers, hops)
 
 
 def exchanges_under_way(rank: int, world_size: int) -> None:

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magi_attention.common import workloads
+from magi_attention.common.slices import SliceTable
 from magi_attention.testing.masks import rectangular_masks
+from magi_attention.testing.oracle import dense_mask
 from magi_kernels_hopper.backward_order import WorkSizes, clusters, drifts, order_work
 from magi_kernels_hopper.backward_plan import column_tables
 
@@ -23,22 +25,27 @@ from magi_kernels_hopper.backward_plan import column_tables
     st.sampled_from([1, 4, 7]),
     st.sampled_from([16, 128]),
     st.booleans(),
+    st.booleans(),
 )
-def test_every_item_is_taken_once(mask, group, num_kv_heads, blocks, tile_k, ordered):
+def test_every_item_is_taken_once(mask, group, num_kv_heads, blocks, tile_k, splits, ordered):
     (num_q, num_k), slices = mask
-    work = order_work(slices.bands(), num_q, num_k, WorkSizes(16, tile_k, num_kv_heads, group, blocks), ordered=ordered)
+    sizes = WorkSizes(16, tile_k, num_kv_heads, group, blocks, splits)
+    work = order_work(slices.bands(), num_q, num_k, sizes, ordered=ordered)
     packs = group // work.pack
     num_tiles = len(work.tables.tiles)
     assert work.pack * packs == group
+    queries = np.flatnonzero(dense_mask(slices, num_q, num_k).numpy().any(axis=1))
+    assert work.tables.runs[:, 1].max(initial=0) == (queries // (16 // work.pack)).max(initial=-1) + 1
     reached = dict.fromkeys(np.ndindex(num_tiles, num_kv_heads), 0)
-    sizes = defaultdict(set)
+    sizes_of_parts = defaultdict(set)
     for tile, head, first, size in work.items.tolist():  # parts of the same keys come in order
         assert reached[tile, head] == first
         reached[tile, head] += size
-        sizes[tile, head].add(size)
+        sizes_of_parts[tile, head].add(size)
     assert set(reached.values()) <= {packs}
-    assert all(len(each) == 1 for each in sizes.values())
-    assert work.split == any(each != {packs} for each in sizes.values())
+    assert all(len(each) == 1 for each in sizes_of_parts.values())
+    assert work.split == any(each != {packs} for each in sizes_of_parts.values())
+    assert splits or not work.split
     if ordered:
         for head, pack in np.ndindex(num_kv_heads, packs):
             first, size = work.items[:, 2], work.items[:, 3]
@@ -65,6 +72,12 @@ def test_heads_share_tiles(group, pack):
     assert order_work(bands, 1024, 1024, WorkSizes(64, 128, 2, group, 132)).pack == pack
 
 
+def test_heads_share_no_tiles_that_drift():
+    work = order_work(workloads.make("swa_causal_1024", 16384).bands(), 16384, 16384, WorkSizes(64, 128, 2, 8, 132))
+    assert work.pack == 1
+    assert work.tables.runs[:, 1].max() == 16384 // 64
+
+
 @pytest.mark.parametrize(
     ("name", "moves"),
     [("full", False), ("causal", False), ("varlen_full", False), ("varlen_causal", False), ("swa_causal_1024", True)],
@@ -82,3 +95,9 @@ def test_documents_stay_together_the_longest_first():
     changes = np.count_nonzero(np.diff(document))
     assert changes < 2 * len(ends)
     assert np.diff(ends)[document[0]] == np.diff(ends).max()
+
+
+@pytest.mark.parametrize("kind", [1, 2], ids=["causal", "inv_causal"])
+def test_tiles_of_a_document_come_from_its_longer_end(kind):
+    order = clusters(column_tables(SliceTable([[0, 1024, 0, 1024, kind]]).bands(), 1024, 1024, 32, 128))
+    assert order.tolist() == ([*range(8)] if kind == 1 else [*reversed(range(8))])
