@@ -297,6 +297,8 @@ def test_arguments_that_do_not_fit_are_refused():
         collectives.cast([], table)
     with pytest.raises(ValueError, match=f"partials must all have {table.num_received} rows"):
         collectives.reduce([received[1:]], table, [rows])
+    with pytest.raises(ValueError, match=f"into must all have {table.num_source} rows"):
+        collectives.reduce([received], table, [rows[1:]])
     with pytest.raises(ValueError, match="rows of shape"):
         collectives.reduce([received[..., :2]], table, [rows])
     with pytest.raises(ValueError, match="not 'max'"):
@@ -311,6 +313,18 @@ def test_arguments_that_do_not_fit_are_refused():
         collectives.cast([rows], RandomNeeds(seed=3, num_ranks=2).table(0))
     with pytest.raises(TypeError, match="HierarchicalCollectives"):
         collectives.cast([rows], two_hop(RandomNeeds(seed=3, num_ranks=4), 0, 2))
+
+
+def test_arguments_that_do_not_fit_are_refused_before_the_first_hop():
+    table = two_hop(RandomNeeds(seed=5, num_ranks=1), 0, 1)
+    collectives = HierarchicalCollectives(AllToAllCollectives(None), AllToAllCollectives(None))
+    rows, received = torch.zeros(table.inter.num_source, 2, 3), torch.zeros(table.num_received, 2, 3)
+    with pytest.raises(ValueError, match="not 'max'"):
+        collectives.reduce([received], table, [rows], "max")
+    with pytest.raises(ValueError, match="there are 1 own_places for rows"):
+        collectives.reduce([received], table, [rows], own_places=slice(0, 1))
+    with pytest.raises(TypeError, match="two-hop"):
+        collectives.cast([rows], table.inter)
 
 
 def test_transports_that_cannot_be_had_are_refused(monkeypatch):
