@@ -11,10 +11,11 @@ from magi_attention.config import LocalityDispatchAlg, MinHeapDispatchAlg
 from magi_attention.plan.build import Plan, Stage, build_plan, build_plans
 from magi_attention.plan.demand import find_demand
 from magi_attention.plan.dispatch import make_layout
-from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange, two_hop_exchange
 from magi_attention.plan.key_dispatch import make_key_layout
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.qo import RowCosts
+from magi_attention.plan.relays import two_hop_loads
 from magi_attention.plan.stages import StageOptions
 from magi_attention.testing.masks import random_masks, rectangular_masks
 
@@ -207,6 +208,27 @@ def test_two_hop_plans_fit_together(case, degree):
         shape = (layout.num_ranks // per_node, per_node)
         options = StageOptions(degree=degree, min_piece=2)
         check(slices, build_plans(slices, layout, range(layout.num_ranks), options, shape), per_node)
+
+
+@given(layouts(), st.sampled_from([1, 2]))
+@settings(max_examples=50)
+def test_loads_of_two_hops_are_those_of_the_exchanges(case, per_node):
+    slices, layout = case
+    if layout.num_ranks % per_node:
+        per_node = 1
+    wanted, ranks = find_demand(slices, layout).remote, range(layout.num_ranks)
+    expected = np.zeros((layout.num_ranks, layout.num_ranks), int)
+    for rank in ranks:
+        node, place = divmod(rank, per_node)
+        hops = two_hop_exchange(wanted, layout, rank, (layout.num_ranks // per_node, per_node))
+        expected[rank, place::per_node] += hops.inter.recv_counts
+        expected[rank, node * per_node : (node + 1) * per_node] += hops.intra.recv_counts
+    np.fill_diagonal(expected, 0)  # what a relay keeps does not travel
+    loads = two_hop_loads(wanted, layout, per_node)
+    np.testing.assert_array_equal(loads.traffic, expected)
+    links = loads.by_rank
+    np.testing.assert_array_equal(links.received_inter + links.received_intra, expected.sum(axis=1))
+    np.testing.assert_array_equal(links.sent_inter + links.sent_intra, expected.sum(axis=0))
 
 
 @given(layout_pairs(), st.sampled_from([0, 1, 2, None]), st.integers(1, 9))
