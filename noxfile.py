@@ -37,7 +37,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "hopper": ("-e", "packages/kernels-hopper[test]"),
     "blackwell": ("-e", "packages/kernels-blackwell[test]"),
     "comm": ("-e", "packages/comm-grpcoll[test]"),
-    "integrations": ("megatron-core>=0.16", "transformers>=5"),
+    "integrations": ("accelerate>=1.1", "megatron-core>=0.16", "transformers>=5"),
 }
 DEFAULT_SUITES = ("core", "distributed", "workspace")
 PLUGIN_SUITES = ("hopper", "blackwell", "comm")

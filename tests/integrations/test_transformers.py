@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of Transformers give the same logits and gradients with our attention as with their own."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 
@@ -14,6 +17,8 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     Qwen3Config,
+    Trainer,
+    TrainingArguments,
 )
 
 from magi_attention.api import (
@@ -190,3 +195,63 @@ def test_batches_of_flattened_documents():
     labels = batch["labels"][0].roll(-1)
     assert labels.tolist() == [*range(2, 13), -100, *range(21, 27), -100]
     assert batch["position_ids"][0].tolist() == [*range(12), *range(7)]
+
+
+def samples():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 30, (12,), generator=generator).tolist()
+    return [{"input_ids": torch.randint(1, 64, (length,), generator=generator).tolist()} for length in lengths]
+
+
+def collate_packed(samples):
+    """This rank's rows of the samples, as documents of one sequence."""
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(samples)
+    cu_seqlens = batch["cu_seq_lens_q"]
+    key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, 4, 2, 8, 0, None, causal=True)
+    labels = dispatch(batch["labels"][0].roll(-1), key, pad_value=-100)[None]
+    local = {name: dispatch(batch[name][0], key)[None] for name in ("input_ids", "position_ids")}
+    return local | {"labels": labels, "shift_labels": labels, "magi_key": key}
+
+
+def collate_padded(samples):
+    """The samples below each other."""
+    length = max(len(each["input_ids"]) for each in samples)
+    rows = [(each["input_ids"], length - len(each["input_ids"])) for each in samples]
+    return {
+        "input_ids": torch.tensor([ids + [0] * missing for ids, missing in rows]),
+        "labels": torch.tensor([ids + [-100] * missing for ids, missing in rows]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * missing for ids, missing in rows]),
+    }
+
+
+class SameForAll(Trainer):
+    """All processes are given all samples, in order."""
+
+    def get_train_dataloader(self):
+        return torch.utils.data.DataLoader(self.train_dataset, batch_size=3, collate_fn=self.data_collator)
+
+
+def train_by_trainer(rank, world_size, attention, collate, folder):
+    """The losses and norms of gradients of some steps of two batches each."""
+    register()
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in ranks.items()}):
+        arguments = TrainingArguments(
+            folder, per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=2, logging_steps=1,
+            learning_rate=0.01, use_cpu=True, remove_unused_columns=False, save_strategy="no", report_to=[],
+        )  # fmt: skip
+        model = make_model("llama", attention)
+        trainer = SameForAll(model, arguments, data_collator=collate, train_dataset=samples())
+        trainer.train()
+    return [(each["loss"], each["grad_norm"]) for each in trainer.state.log_history if "loss" in each]
+
+
+def test_trainer_counts_targets_that_are_shifted_already(tmp_path):
+    pytest.importorskip("accelerate")
+    with RankPool(1) as pool:
+        (expected,) = pool.run(train_by_trainer, "eager", collate_padded, str(tmp_path))
+    assert len(expected) == 2
+    with RankPool(2) as pool:
+        for numbers in pool.run(train_by_trainer, "magi", collate_packed, str(tmp_path)):
+            for step, wanted in zip(numbers, expected, strict=True):
+                assert step == pytest.approx(wanted, rel=1e-5)
