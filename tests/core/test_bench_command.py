@@ -65,8 +65,18 @@ def test_what_cannot_be_measured_is_refused(arguments, message):
 
 def test_native_collectives_are_refused_where_there_are_none():
     result = CliRunner().invoke(app, ["bench", "--device", "cpu", "-p", "2", "--tokens", "256", "--native"])
-    assert result.exit_code != 0
-    assert "native_grpcoll" in f"{result.output} {result.exception}"
+    assert result.exit_code == 2
+    assert result.stderr.startswith("magi: native_grpcoll ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_an_environment_without_sense_is_refused_before_ranks_start(monkeypatch, command):
+    monkeypatch.setenv("MAGI_ATTENTION_CHECK_PLAN_TIMEOUT", "soon")
+    result = CliRunner().invoke(app, [command, "--device", "cpu", "-p", "2", "--tokens", "256"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("magi: environment variable MAGI_ATTENTION_CHECK_PLAN_TIMEOUT='soon': ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_the_version_is_told():

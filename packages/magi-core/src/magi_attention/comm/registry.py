@@ -4,6 +4,7 @@
 Transports are found by entry points of the group ``magi_attention.comm``; those of the core are listed there too.
 """
 
+from collections.abc import Callable
 from importlib.metadata import entry_points
 
 import torch
@@ -35,7 +36,7 @@ def make_collectives(
     """
     asked = config.runtime_config.resolved()
     if asked.native_grpcoll:
-        return _make_native(group)
+        return find_native()(group)
     if asked.hierarchical_comm:
         if mesh is None or mesh.ndim != 2:
             shape = None if mesh is None else tuple(mesh.shape)
@@ -44,7 +45,12 @@ def make_collectives(
     return AllToAllCollectives(group)
 
 
-def _make_native(group: dist.ProcessGroup | None) -> GroupCollectives:
+def find_native() -> Callable[[dist.ProcessGroup | None], GroupCollectives]:
+    """Return what makes the native transport of a group.
+
+    Raises:
+        RuntimeError: none is installed, or it can't serve this machine.
+    """
     found = entry_points(group=ENTRY_POINT_GROUP, name=_NATIVE)
     if not found:
         raise RuntimeError(
@@ -55,4 +61,4 @@ def _make_native(group: dist.ProcessGroup | None) -> GroupCollectives:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if not (support := transport.supports(device)):
         raise RuntimeError(f"native_grpcoll can't be used on {device}: {support.reason}")
-    return transport(group)
+    return transport

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from magi_attention.cli.bench.measure import Measurement, measure
+from magi_attention.cli.bench.measure import Measurement, measure, runtime_config
 from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.bench.overlap import Overlap, read_overlap
 from magi_attention.cli.demo.command import DTYPES, choose_device
+from magi_attention.comm.registry import find_native
 from magi_attention.kernels.protocol import AttentionRequest
 from magi_attention.kernels.registry import choose_backend
 from magi_attention.testing.distributed import run_ranks
@@ -25,8 +26,9 @@ def run_bench(options: BenchOptions, as_json: bool, console: Console) -> None:
     """Measure on the ranks of torchrun, or on ranks of its own, and print what was found.
 
     Raises:
-        ValueError: ``--processes`` under torchrun, more processes than GPUs, or an unknown backend.
-        RuntimeError: the backend can't compute this, or a rank failed.
+        ValueError: ``--processes`` under torchrun, more processes than GPUs, an unknown backend, or an environment
+            variable without sense.
+        RuntimeError: the backend can't compute this, there are no native collectives, or a rank failed.
     """
     if dist.is_torchelastic_launched():
         if options.processes is not None:
@@ -35,7 +37,7 @@ def run_bench(options: BenchOptions, as_json: bool, console: Console) -> None:
     else:
         processes = options.processes or 1
         device = choose_device(options.device, processes, torch.cuda.device_count())
-        _check_backend(options, torch.device(device))
+        _check(options, torch.device(device))
         transport = "nccl" if device == "cuda" else "gloo"
         found = run_ranks(processes, _measure_on_rank, options, backend=transport, timeout_s=TIMEOUT_S)[0]
     if found is not None:
@@ -43,10 +45,12 @@ def run_bench(options: BenchOptions, as_json: bool, console: Console) -> None:
         _print(options, found, overlap, as_json, console)
 
 
-def _check_backend(options: BenchOptions, device: torch.device) -> None:
-    """Refuse a backend before any process is started."""
+def _check(options: BenchOptions, device: torch.device) -> None:
+    """Refuse a backend, a transport or an environment before any process is started."""
     sizes = options.heads_q, options.heads_kv, options.head_dim, options.head_dim
     choose_backend(AttentionRequest(device, DTYPES[options.precision], *sizes), options.backend)
+    if runtime_config(options).resolved().native_grpcoll:
+        find_native()
 
 
 def _measure_on_rank(rank: int, world_size: int, options: BenchOptions) -> Measurement:

@@ -93,18 +93,22 @@ def tflops(pairs: int, ranks: int, heads_q: int, head_dim: int, seconds: float) 
     return 4 * pairs * heads_q * head_dim / ranks / seconds / 1e12
 
 
+def runtime_config(options: BenchOptions) -> RuntimeConfig:
+    """What computes, and what moves rows; where the options don't say, the environment does."""
+    return RuntimeConfig(
+        kernel_backend=options.backend,
+        forward_sm_margin=options.sm_margin,
+        backward_sm_margin=options.sm_margin,
+        native_grpcoll=options.native_grpcoll,
+    )
+
+
 def make_key(options: BenchOptions, group: dist.ProcessGroup) -> DistAttnRuntimeKey:
     """Plan the options' mask for the ranks of a group."""
     slices = workloads.make(options.mask.replace("-", "_"), options.tokens)
     rows = slices.rows.tolist()
     is_auto = options.overlap_degree is None
     overlap = OverlapConfig(AttnOverlapMode.DYNAMIC if is_auto else AttnOverlapMode.STATIC, options.overlap_degree)
-    runtime = RuntimeConfig(
-        kernel_backend=options.backend,
-        forward_sm_margin=options.sm_margin,
-        backward_sm_margin=options.sm_margin,
-        native_grpcoll=options.native_grpcoll,
-    )
     return magi_attn_flex_key(
         q_ranges=AttnRanges.from_ranges([row[0:2] for row in rows]),
         k_ranges=AttnRanges.from_ranges([row[2:4] for row in rows]),
@@ -116,7 +120,7 @@ def make_key(options: BenchOptions, group: dist.ProcessGroup) -> DistAttnRuntime
         head_dim=options.head_dim,
         pad_size=0,
         cp_group_or_mesh=group,
-        dist_attn_config=DistAttnConfig(overlap_config=overlap, runtime_config=runtime),
+        dist_attn_config=DistAttnConfig(overlap_config=overlap, runtime_config=runtime_config(options)),
     )
 
 

@@ -14,10 +14,11 @@ from magi_attention.cli.demo.data import pack, read_documents
 from magi_attention.cli.demo.launch import train_on_ranks
 from magi_attention.cli.demo.options import DemoOptions, Device, Precision
 from magi_attention.cli.demo.report import Comparison, loss_table, time_table, verdict
-from magi_attention.cli.demo.train import StepResult, train
+from magi_attention.cli.demo.train import StepResult, attention_config, train
 from magi_attention.cli.figures import figures_of_plans
 from magi_attention.cli.picture import save_picture
 from magi_attention.cli.sheets import rank_sheet
+from magi_attention.comm.registry import find_native
 from magi_attention.kernels.protocol import AttentionRequest
 from magi_attention.kernels.registry import choose_backend
 from magi_attention.plan.rates import Cluster, LayerShape
@@ -49,8 +50,9 @@ def prepare(options: DemoOptions) -> Setup:
     """Find texts, device and kernel backend.
 
     Raises:
-        ValueError: if the texts are empty, the sequence too short, the GPUs too few or the backend unknown.
-        RuntimeError: if the backend is not installed or cannot compute this; it says why.
+        ValueError: if the texts are empty, the sequence too short, the GPUs too few, the backend unknown, or an
+            environment variable makes no sense.
+        RuntimeError: if the backend, or native collectives, are not installed or cannot serve this; it says why.
     """
     documents = read_documents(options.files)
     pack(documents, options.tokens, options.mask, options.seed, step=0)
@@ -63,7 +65,10 @@ def prepare(options: DemoOptions) -> Setup:
         head_dim=options.dim // options.heads,
         head_dim_v=options.dim // options.heads,
     )
-    return Setup(documents, device, choose_backend(request, options.backend).name)
+    backend = choose_backend(request, options.backend).name
+    if attention_config(options).runtime_config.resolved().native_grpcoll:
+        find_native()
+    return Setup(documents, device, backend)
 
 
 def choose_device(wish: Device, processes: int, num_gpus: int) -> str:
