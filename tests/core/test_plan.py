@@ -195,6 +195,8 @@ def test_plans_of_all_ranks_fit_together(case, degree, min_piece):
     slices, layout = case
     plans = build_plans(slices, layout, range(layout.num_ranks), StageOptions(degree=degree, min_piece=min_piece))
     check(slices, plans)
+    for stages in zip(*[plan.stages for plan in plans], strict=True):
+        assert {stage.most_received for stage in stages} == {max(stage.num_received for stage in stages)}
     expected = 1 if degree == 0 else 1 + (8 if degree is None else degree)
     assert len(plans[0].stages) <= expected
 

@@ -295,6 +295,8 @@ def test_arguments_that_do_not_fit_are_refused():
         collectives.cast([rows[1:]], table)
     with pytest.raises(ValueError, match="must not be empty"):
         collectives.cast([], table)
+    with pytest.raises(ValueError, match="out must hold a contiguous"):
+        collectives.cast([rows], table, out=[received.mT.contiguous().mT])
     with pytest.raises(ValueError, match=f"partials must all have {table.num_received} rows"):
         collectives.reduce([received[1:]], table, [rows])
     with pytest.raises(ValueError, match=f"into must all have {table.num_source} rows"):
@@ -307,6 +309,8 @@ def test_arguments_that_do_not_fit_are_refused():
         collectives.reduce([received], table, [rows, rows])
     with pytest.raises(ValueError, match="'lse' takes one partial"):
         collectives.reduce([received], table, [rows], "lse")
+    with pytest.raises(ValueError, match="'lse' takes one partial"):
+        collectives.reduce([received] * 2, table, [rows] * 2, "lse", received[..., 0], rows[..., 0])
     with pytest.raises(ValueError, match="only op 'lse'"):
         collectives.reduce([received], table, [rows], "sum", received[..., 0], rows[..., 0])
     with pytest.raises(ValueError, match="among 2 ranks can't run in a group of 1"):

@@ -36,7 +36,8 @@ class Stage:
         queries_travel: whether ``exchange`` is of queries rather than of keys.
         received: ``(n, 3)`` rows ``(start, stop, position)``: the key rows received, by their place in the sequence,
             ascending, and where they lie among all that are received. None where queries travel.
-        most_received: rows that the rank which receives the most does; equal on all ranks.
+        most_received: rows that the rank which receives the most does; equal on all ranks. 0 in a plan in which
+            queries may travel, of which nobody asks.
     """
 
     slices: SliceTable
