@@ -291,6 +291,8 @@ def test_arguments_that_do_not_fit_are_refused():
     table = RandomNeeds(seed=5, num_ranks=1).table(0)
     collectives = AllToAllCollectives(None)
     rows, received = torch.zeros(table.num_source, 2, 3), torch.zeros(table.num_received, 2, 3)
+    collectives.cast([rows], table).wait()  # what fits is remembered, and nothing else with it
+    collectives.reduce([received], table, [rows]).wait()
     with pytest.raises(ValueError, match=f"tensors must all have {table.num_source} rows"):
         collectives.cast([rows[1:]], table)
     with pytest.raises(ValueError, match="must not be empty"):
