@@ -195,9 +195,12 @@ def assert_right(case: Case, answer: Answer, on: str = "cpu") -> None:
         return
     plain = dense_answer(case, case.dtype, on)
     for name, tensor in answer.tensors().items():
-        # exp(sink - lse) inherits the rounding of lse, a number near 5, where plain PyTorch divides two sums. Other
-        # gradients average that over many rows, but the sink's is mostly that of the few rows with the fewest keys.
+        expected, granted = oracle.tensors()[name], 0.0
+        if name == "dsink" and case.dtype == torch.float32:
+            # exp(sink - lse) inherits the rounding of lse, a number near 5, where plain PyTorch divides two sums. Other
+            # gradients average that over many rows, but the sink's is mostly that of the few rows with the fewest keys.
+            lse = oracle.lse[oracle.lse.isfinite()]
+            granted = torch.finfo(case.dtype).eps * float(lse.abs().max() * expected.abs().max())
         # Triton's exponentials are approximations, which counts in float32 alone.
-        is_coarse = name == "dsink" or torch.cuda.is_available()
-        factor = 4.0 if is_coarse and case.dtype == torch.float32 else 2.0
-        assert_within_pytorch_error(tensor, oracle.tensors()[name], plain.tensors()[name], factor)
+        factor = 4.0 if torch.cuda.is_available() and case.dtype == torch.float32 else 2.0
+        assert_within_pytorch_error(tensor, expected, plain.tensors()[name], factor, name, granted)

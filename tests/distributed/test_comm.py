@@ -174,7 +174,7 @@ def reduce_lse_cases(rank: int, world_size: int, seeds: range, hops: int) -> Non
                 outs[r][hidden], lses[r][hidden] = torch.nan, -torch.inf
             n = needs.num_rows[rank]
             old, old_lse = random_tensor(5, (n, 3, 4), dtype), 10 * random_tensor(6, (n, 3), lse_dtype)
-            old[::2], old_lse[::2] = torch.nan, -torch.inf
+            old[::2], old_lse[::2] = 0, -torch.inf
             out, lse = old.to(device, copy=True), old_lse.to(device, copy=True)
             partial, partial_lse = outs[rank].to(device), lses[rank].to(device)
             collectives.reduce([partial], table, [out], "lse", partial_lse, lse).wait()

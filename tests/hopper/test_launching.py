@@ -178,10 +178,10 @@ PROGRESS = {"row_terms", "added", "complete", "items_done"}
         ("q", apart, set(), {"q"}),
         ("k", apart, set(), {"k"}),
         ("v", apart, set(), {"v"}),
+        ("lse", by_head, {"lse_token", "lse_head"}, set()),
         # Of these, copies are read.
         ("dout", apart, {"dout"}, {"dout"}),
         ("out", apart, {"out"}, set()),
-        ("lse", by_head, {"lse"}, set()),
         ("dout", half, {"dout"}, {"dout"}),
         ("out", half, {"out"}, set()),
     ],

@@ -25,7 +25,7 @@ LATENCIES_PER_CALL = {"forward": 3, "backward": 7}
 LATENCIES_PER_MERGE, LOSS_OF_WINDOW = 5, 0.1
 """A forward kernel that merges what the received rows add to early queries comes last, and is one of few blocks: of 415
 queries it took an H200 80 microseconds longer than its work. Few early queries leave much of a GPU idle, too: so much
-of their work's time is lost."""
+of their work's time is lost, as far as it is to hide the travel."""
 
 LATENCIES_PER_CUT = 200
 """So many latencies it costs in all to compute in two kernels backward what one can, regular masks or not: a quarter of

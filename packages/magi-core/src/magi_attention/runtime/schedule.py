@@ -140,7 +140,7 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs, with
         return exposed + merging + summed * costs.summed_row + num_calls * costs.call
 
     def overhead_of_window(early: Intervals) -> float:
-        return overhead(early) + LOSS_OF_WINDOW * work(early)
+        return overhead(early) + LOSS_OF_WINDOW * min(work(early), WINDOW_SLACK * fetch)
 
     found = [(overhead(each), each) for each in (everything, nothing)]
     if not is_short:
