@@ -321,7 +321,7 @@ def tell_slowest(setting: Setting, ranks: Sequence[dict[str, tuple[Times, Times]
 def arguments() -> argparse.Namespace:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], help="sizes of the group; this is rank 0")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], help="sizes of the group")
     parser.add_argument("--every-rank", action="store_true", help="play all ranks of each group")
     parser.add_argument("--masks", nargs="+", choices=sorted(workloads.WORKLOADS), default=MASKS)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))

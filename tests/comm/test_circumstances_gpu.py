@@ -4,8 +4,8 @@
 With fewer GPUs than ranks, all ranks share one.
 """
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -35,11 +35,11 @@ def pool(request):
         for name, value in request.param.items():
             environment.setenv(name, value)
         with make_pool(2) as ranks:
-            ranks.run(cast_nothing)  # spawns them
+            ranks.run(touch_gpu)  # spawns them
             yield ranks
 
 
-def cast_nothing(rank: int, world_size: int) -> None:
+def touch_gpu(rank: int, world_size: int) -> None:
     torch.zeros(1, device=device())
 
 
@@ -73,19 +73,8 @@ def plain():
 
 
 def on_a_new_thread(run: Callable[[], object]) -> None:
-    errors = []
-
-    def work() -> None:
-        try:
-            run()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(run).result()
 
 
 def call_on_other_threads(rank: int, world_size: int, transport: str) -> None:

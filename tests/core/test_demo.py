@@ -125,12 +125,17 @@ def test_an_output_that_takes_nothing_or_not_all_characters(environment, output)
     assert done.stderr == ("magi: [Errno 28] No space left on device\n" if is_full else "")
 
 
-def test_too_little_memory_is_told_in_a_line(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(MemoryError("Unable to allocate 29.8 GiB"), "Unable to allocate 29.8 GiB"), (MemoryError(), "MemoryError")],
+    ids=str,
+)
+def test_too_little_memory_is_told_in_a_line(error, line, monkeypatch):
     def app():
-        raise MemoryError("Unable to allocate 29.8 GiB")
+        raise error
 
     monkeypatch.setattr(main, "app", app)
-    with pytest.raises(SystemExit, match=r"^magi: Unable to allocate 29.8 GiB$"):
+    with pytest.raises(SystemExit, match=f"^magi: {line}$"):
         cli.run()
 
 

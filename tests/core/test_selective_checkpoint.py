@@ -6,10 +6,22 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from magi_attention.api import clear_cache, compiled
-from tests.core.test_compile import Attention, by_key, by_slices, make_key, run, tokens, whole_step
+from magi_attention.api import calc_attn, clear_cache, compiled, dispatch, roll
+from tests.core.test_compile import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    Attention,
+    by_key,
+    by_slices,
+    make_key,
+    run,
+    tokens,
+    whole_step,
+)
 
 MASKS = {
     by_key: lambda: (make_key(30, 50),),
@@ -63,3 +75,34 @@ def test_an_attention_that_is_kept_is_not_computed_again(kept, times):
     with mock.patch.object(compiled, "attend", wraps=compiled.attend) as attend:
         run(Checkpointed(model, KEPT[kept]), tokens(50), key)
     assert attend.call_count == times
+
+
+class Watching(TorchDispatchMode):
+    """As those that count operations do."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_other_modes_see_what_runs():
+    """They may be on on one rank alone, which must exchange what the others do."""
+    model, key = Attention(by_key, with_sink=False), make_key(30, 50)
+    with mock.patch.object(compiled, "attend", wraps=compiled.attend) as attend, Watching():
+        run(model, tokens(50), key)
+    assert not attend.call_count
+
+
+def test_arguments_are_checked_there_too():
+    key, x = make_key(30, 50), tokens(50)
+    heads = x[:, None, :DIM]
+    caching, _ = create_selective_checkpoint_contexts([])
+    scale = torch.tensor(0.5, requires_grad=True)
+    with caching:
+        with pytest.raises(TypeError, match="softmax_scale"):
+            calc_attn(heads.expand(-1, HEADS, -1), *2 * [heads.expand(-1, KV_HEADS, -1)], key, softmax_scale=scale)
+        with pytest.raises(TypeError, match="shift"):
+            roll(x, 1.5, 0, key)
+        with pytest.raises(ValueError, match="attn_role"):
+            dispatch(x, key, attn_role="key")
+        with pytest.raises(ValueError, match="pad_value"):
+            dispatch(x.long(), key, pad_value=2**53 + 1)

@@ -3,6 +3,7 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -61,18 +62,8 @@ def test_the_first_thing_that_a_thread_does(kind):
     run = passes()[kind]
     expected = [x.clone() for x in run()]
     torch.cuda.synchronize()
-    results, errors = [], []
-
-    def work() -> None:
-        try:
-            results.extend(run())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert not errors
+    with ThreadPoolExecutor(1) as thread:
+        results = thread.submit(run).result()
     torch.cuda.synchronize()
     assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
 

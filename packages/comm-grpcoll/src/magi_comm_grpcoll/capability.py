@@ -49,8 +49,8 @@ def reason_against(device: torch.device) -> str:
         return 'cuda.core is not installed: pip install "magi-comm-grpcoll"'
     if torch.cuda.get_allocator_backend() != "native":
         return (
-            f"PyTorch's allocator {torch.cuda.get_allocator_backend()} has no pools, which symmetric memory is of: "
-            "leave backend:cudaMallocAsync out of PYTORCH_CUDA_ALLOC_CONF"
+            f"PyTorch's allocator {torch.cuda.get_allocator_backend()} has no pools, which symmetric memory is of: use "
+            "its own, without backend:cudaMallocAsync in PYTORCH_CUDA_ALLOC_CONF"
         )
     return missing_kernels() or _driver_reason(device)
 

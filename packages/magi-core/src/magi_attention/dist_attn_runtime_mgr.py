@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from magi_attention.api.checks import check_ranges, check_sources
+from magi_attention.api.groups import check_makes_keys
 from magi_attention.comm.group import group_size
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiValueError
@@ -148,4 +149,5 @@ def init_dist_attn_runtime_mgr(
         is_k_permutable,
         chunk_size_k=chunk_size,
     )
+    check_makes_keys()
     return build_manager(key, *[None if meta is None else meta.layout for meta in (of_queries, of_keys)])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributed attention."""
 
+import torch
 from torch import Tensor
 
 from magi_attention.api.attention_checks import check_attention_call
@@ -8,7 +9,7 @@ from magi_attention.api.compiled import calc_attn_compiled
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
-from magi_attention.utils.torch_modes import sees_operators
+from magi_attention.utils.torch_modes import in_selective_checkpoint
 
 
 def calc_attn(
@@ -47,10 +48,12 @@ def calc_attn(
         TypeError: No floating-point tensors, or different dtypes. Where older versions raised ``AssertionError``, the
             error is one as well.
     """
-    if sees_operators():
+    if torch.compiler.is_compiling():
         return calc_attn_compiled(q, k, v, key, sink, softmax_scale, softcap, return_max_logits)
     manager = find_manager(key)
     check_attention_call(q, k, v, manager, sink, softmax_scale, softcap, return_max_logits)
+    if in_selective_checkpoint():
+        return calc_attn_compiled(q, k, v, key, sink, softmax_scale, softcap, return_max_logits)
     return manager.calc_attn(
         q,
         k,

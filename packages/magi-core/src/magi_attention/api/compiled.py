@@ -31,7 +31,7 @@ def calc_attn_compiled(
     softcap: float,
     return_max_logits: bool,
 ) -> tuple[Tensor, AttnForwardMeta]:
-    """:func:`magi_attention.runtime.autograd.dist_attn_func` while a compiler traces."""
+    """:func:`magi_attention.runtime.autograd.dist_attn_func` by opaque operators."""
     inputs = [x.to(compute_dtype(key.precision, x.dtype)) for x in (q, k, v)]
     out, lse, max_logits = _attend(*inputs, sink, key.handle, softmax_scale, softcap, return_max_logits)
     return out.to(q.dtype), AttnForwardMeta(lse=lse, max_logits=max_logits if return_max_logits else None)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dispatch, undispatch and roll inside ``torch.compile``: opaque operators that name the key by its handle.
+"""Dispatch, undispatch and roll inside ``torch.compile`` and selective checkpoints, by opaque operators.
 
-The compiler knows of them nothing but the shapes of the results, and so sees neither plans nor process groups.
+They name the key by its handle. The compiler knows of them nothing but the shapes of the results, and so sees neither
+plans nor process groups.
 """
 
 from typing import Any
@@ -18,22 +19,28 @@ from magi_attention.runtime.rows import gather_rows, scatter_rows_sum, select_ro
 
 
 def dispatch_compiled(x: Tensor, key: DistAttnRuntimeKey, pad_value: float, attn_role: AttnRole) -> Tensor:
-    """:func:`magi_attention.api.dispatch` while a compiler traces."""
+    """:func:`magi_attention.api.dispatch` by an opaque operator.
+
+    Raises:
+        ValueError: the key was never planned, or ``pad_value`` is no float, as which it is handed on.
+    """
     if key.local_rows is None:
         raise ValueError("the key was never planned: make it by magi_attn_flex_key")
+    if float(pad_value) != pad_value and pad_value == pad_value:
+        raise ValueError(f"pad_value={pad_value} is no float: dispatch outside of compiled functions and checkpoints")
     num_rows = key.local_rows[0 if attn_role is AttnRole.QUERY else 1]
     return _select(x, key.handle, attn_role.value, num_rows, pad_value)
 
 
 def undispatch_compiled(x: Tensor, key: DistAttnRuntimeKey, is_partial_grad: bool, attn_role: AttnRole) -> Tensor:
-    """:func:`magi_attention.api.undispatch` while a compiler traces."""
+    """:func:`magi_attention.api.undispatch` by an opaque operator."""
     is_query = attn_role is AttnRole.QUERY
     num_rows = key.total_seqlen_q - key.pad_size if is_query else key.total_seqlen_k - key.pad_size_k
     return _gather(x, key.handle, attn_role.value, num_rows, is_partial_grad)
 
 
 def roll_compiled(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, attn_role: AttnRole) -> Tensor:
-    """:func:`magi_attention.api.roll` while a compiler traces."""
+    """:func:`magi_attention.api.roll` by an opaque operator."""
     return _roll(x, key.handle, attn_role.value, shift, dim)
 
 

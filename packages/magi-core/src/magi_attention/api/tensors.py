@@ -12,7 +12,7 @@ from magi_attention.api.compiled_tensors import dispatch_compiled, roll_compiled
 from magi_attention.common.enum import AttnRole
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
-from magi_attention.utils.torch_modes import sees_operators
+from magi_attention.utils.torch_modes import in_selective_checkpoint
 
 
 def dispatch(
@@ -35,11 +35,14 @@ def dispatch(
             the key.
         RuntimeError: With ``RuntimeConfig(sanity_check=True)``, on every rank, if they passed different tensors.
     """
-    if sees_operators():
+    if torch.compiler.is_compiling():
         return dispatch_compiled(x, key, pad_value, attn_role)
     manager = find_manager(key)
     check_rows("x", x, 0, manager.layout_of(attn_role).num_real, "the global sequence without padding")
     check_pad_value(x, pad_value)
+    if in_selective_checkpoint():
+        manager.check_sanity(x)
+        return dispatch_compiled(x, key, pad_value, attn_role)
     return manager.dispatch(x, pad_value, attn_role)
 
 
@@ -61,10 +64,12 @@ def undispatch(
     Raises:
         ValueError: ``x`` doesn't have ``n_local`` rows, or the cache doesn't hold the key.
     """
-    if sees_operators():
+    if torch.compiler.is_compiling():
         return undispatch_compiled(x, key, is_partial_grad, attn_role)
     manager = find_manager(key)
     check_rows("x", x, 0, manager.num_local_rows(attn_role), "this rank's share")
+    if in_selective_checkpoint():
+        return undispatch_compiled(x, key, is_partial_grad, attn_role)
     return manager.undispatch(x, is_partial_grad, attn_role)
 
 
@@ -84,11 +89,13 @@ def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, attn_role: At
         ValueError: ``x`` doesn't have ``n_local`` rows in ``dim``, or the cache doesn't hold the key.
         TypeError: ``shift`` or ``dim`` is no integer.
     """
-    if sees_operators():
+    if torch.compiler.is_compiling():
         return roll_compiled(x, shift, dim, key, attn_role)
     manager = find_manager(key)
     shift, dim = as_integers(shift=shift, dim=dim)
     check_rows("x", x, dim, manager.num_local_rows(attn_role), "this rank's share")
+    if in_selective_checkpoint():
+        return roll_compiled(x, shift, dim, key, attn_role)
     return manager.roll(x, shift, dim, attn_role)
 
 

@@ -21,4 +21,4 @@ def run() -> None:
     except OverflowError as error:
         sys.exit(f"magi: a number is too large: {error}")
     except (MemoryError, OSError) as error:
-        sys.exit(f"magi: {error}")
+        sys.exit(f"magi: {str(error) or type(error).__name__}")

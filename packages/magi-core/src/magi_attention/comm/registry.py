@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.comm.hierarchical import HierarchicalCollectives
 from magi_attention.comm.protocol import GroupCollectives
-from magi_attention.config import DistAttnConfig
+from magi_attention.config import DistAttnConfig, RuntimeConfig
 
 ENTRY_POINT_GROUP = "magi_attention.comm"
 _NATIVE = "native"
@@ -36,7 +36,8 @@ def make_collectives(
     """
     asked = config.runtime_config.resolved()
     if asked.native_grpcoll:
-        return find_native()(group)
+        has_gpu = torch.cuda.is_available()
+        return find_native(torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu"))(group)
     if asked.hierarchical_comm:
         if mesh is None or mesh.ndim != 2:
             shape = None if mesh is None else tuple(mesh.shape)
@@ -45,7 +46,13 @@ def make_collectives(
     return AllToAllCollectives(group)
 
 
-def find_native() -> Callable[[dist.ProcessGroup | None], GroupCollectives]:
+def check_native(asked: RuntimeConfig, device: torch.device) -> None:
+    """Raise ``RuntimeError`` if native collectives are asked for, but can't be had for tensors of ``device``."""
+    if asked.resolved().native_grpcoll:
+        find_native(device)
+
+
+def find_native(device: torch.device) -> Callable[[dist.ProcessGroup | None], GroupCollectives]:
     """Return what makes the native transport of a group.
 
     Raises:
@@ -58,7 +65,6 @@ def find_native() -> Callable[[dist.ProcessGroup | None], GroupCollectives]:
             "or switch native_grpcoll off"
         )
     transport = next(iter(found)).load()
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if not (support := transport.supports(device)):
         raise RuntimeError(f"native_grpcoll can't be used on {device}: {support.reason}")
     return transport

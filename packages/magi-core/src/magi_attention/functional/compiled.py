@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention on one device inside ``torch.compile``: two opaque operators.
+"""Attention on one device inside ``torch.compile`` and selective checkpoints: two opaque operators.
 
 The slices are integer tensors, and stay so: a compiled program serves any mask. What the operators do is what
 :func:`magi_attention.functional.flex_flash_attn_func` does; the compiler knows of them nothing but the shapes and data
@@ -41,7 +41,7 @@ def flex_flash_attn_compiled(
     return_max_logits: bool,
     skip_overlap_check: bool | None,
 ) -> tuple[Tensor, AttnForwardMeta]:
-    """:func:`magi_attention.functional.flex_flash_attn_func` while a compiler traces."""
+    """:func:`magi_attention.functional.flex_flash_attn_func` by opaque operators."""
     options = softmax_scale, softcap, deterministic, sm_margin, return_max_logits, skip_overlap_check
     out, lse, max_logits = _attend(q, k, v, q_ranges, k_ranges, attn_type_map, sink, sink_layout, *options)
     return out, AttnForwardMeta(lse=lse, max_logits=max_logits if return_max_logits else None)

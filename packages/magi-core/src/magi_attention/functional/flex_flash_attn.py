@@ -3,6 +3,7 @@
 
 import logging
 
+import torch
 from torch import Tensor
 
 from magi_attention.common.enum import AttnSinkLayout
@@ -18,7 +19,7 @@ from magi_attention.functional.single_device import (
     slices_from_tensors,
 )
 from magi_attention.functional.utils import check_sink
-from magi_attention.utils.torch_modes import sees_operators
+from magi_attention.utils.torch_modes import in_selective_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,12 @@ def flex_flash_attn_func(
         raise MagiValueError(
             "swap_bwd_qk_loop cannot be combined with deterministic or disable_bwd_dkv_atomic_reduction"
         )
-    if sees_operators():
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling:
+        check_tensors(q, k, v)  # before ranges and sink, which are held against their rows
+        if sink is not None:
+            check_sink(sink, q.shape[0], q.shape[1], sink_layout)
+    if is_compiling or in_selective_checkpoint():
         return flex_flash_attn_compiled(
             q,
             k,
@@ -165,9 +171,6 @@ def flex_flash_attn_func(
     given = {name: value for name, value in hints.items() if value not in (None, False)}
     if given:
         logger.debug("flex_flash_attn_func: hints without effect on the result: %s", given)
-    check_tensors(q, k, v)  # before ranges and sink, which are held against their rows
-    if sink is not None:
-        check_sink(sink, q.shape[0], q.shape[1], sink_layout)
     job = make_job(
         q,
         k,

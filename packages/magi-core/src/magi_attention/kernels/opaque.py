@@ -11,8 +11,9 @@ from torch import Tensor
 
 from magi_attention.common.logsumexp import accumulation_dtype
 
-# Of which a compiler captures none in its CUDA graphs: what they launch is decided by masks, and by what is kept with
-# these, which may be others in the next call. Native collectives could not be captured at all.
+# Makes an operator of a function, which a compiler captures in none of its CUDA graphs: what it launches is decided by
+# the mask, and by what is kept with this, which may be another in the next call. Native collectives could not be
+# captured at all.
 operator = partial(torch.library.custom_op, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 
 

@@ -187,7 +187,7 @@ class WritesInPlace(Protocol):
 
         Args:
             out: ``[tq, hq, dv]`` contiguous, of q's dtype.
-            lse: ``[tq, hq]`` float32, of any strides.
+            lse: ``[tq, hq]`` float32 (float64 for float64 inputs), of any strides.
             q, k, v, call: as of :meth:`KernelBackend.forward`.
         """
 

@@ -70,11 +70,12 @@ def most_beside_tile(documents: Documents, num_ranks: int, reach: Array | np.int
 class Deal(FillingSearch):
     """Deals the chunks, rank after rank."""
 
-    def run(self, aim_of_many: float, *, parts_tiles: bool, is_divided: bool = False) -> Owner:
+    def run(self, aim_of_many: float, *, hides: bool, parts_tiles: bool, is_divided: bool = False) -> Owner:
         """Deal all chunks; returns the rank of each place of the line.
 
         Args:
             aim_of_many: where the first ranks may take more than the mean area, they take so many times as much.
+            hides: whether travel is hidden, so that they may not.
             parts_tiles: whether they take less where they read far, as their runs part tiles.
             is_divided: whether chunks are divided afterwards, so that areas that fall short by less than one of the
                 heavy end are not lost (:mod:`magi_attention.plan.sharpen`).
@@ -83,7 +84,6 @@ class Deal(FillingSearch):
         heaviest = int(self.chunk_area.max())
         self.is_divided = is_divided and heaviest * num_ranks <= FINE * rest
         few = len(self.heaviness) <= FEW * num_ranks and 4 * rest < 3 * heaviest * len(self.owner)
-        hides = hides_travel(num_ranks, len(self.owner) * self.chunk_size)
         self.is_even = hides or (few and heaviest * num_ranks <= FINE * rest)
         aim = int(rest * (AIM_OF_FEW if self.is_even else aim_of_many) / num_ranks)
         for rank, capacity in enumerate(self.capacities[:-1]):

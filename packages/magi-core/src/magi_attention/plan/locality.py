@@ -134,8 +134,10 @@ def deal_documents(
     each, more = divmod(total, num_ranks)
     wanted = each + (np.arange(num_ranks) < more)
     is_many = num_ranks >= MANY_RANKS
-    first_terms = CELLS_OF_MANY if is_many else CELLS
-    for terms in (first_terms, first_terms._replace(most=CAREFUL)):
+    tries = [CELLS_OF_MANY if is_many else CELLS]
+    if not hides_travel(num_ranks, total):  # else the first one was as careful
+        tries.append(tries[0]._replace(most=CAREFUL))
+    for terms in tries:
         dealt = _deal(slices, cells.work, cell_size, num_ranks, terms, document)
         limit = dealt.limit * SHIFTED // terms.most
         limits = Limits(limit, None if dealt.is_even else np.minimum(limit, dealt.beside_tile), dealt.most_sent)
@@ -173,12 +175,12 @@ def _deal(
     documents = part_light_ends(documents, num_ranks, chunk_size)
     each, more = divmod(len(work.area), num_ranks)
     capacities = [each + (rank < more) for rank in range(num_ranks)]
-    most = _most_of(terms, num_ranks, work.total)
-    limit = int(documents.area[-1]) * most // (10000 * num_ranks)
+    limit = int(documents.area[-1]) * _most_of(terms, num_ranks, work.total) // (10000 * num_ranks)
     # With many rows per rank, one tile doesn't matter.
     parts_tiles = label is not None and bool(most_beside_tile(documents, num_ranks, documents.read.max()) < limit)
     deal = Deal(documents, capacities, chunk_size, terms.prefixes)
-    dealt = deal.run(terms.most / 10000, parts_tiles=parts_tiles, is_divided=label is not None)
+    hides = hides_travel(num_ranks, work.total)
+    dealt = deal.run(terms.most / 10000, hides=hides, parts_tiles=parts_tiles, is_divided=label is not None)
     even = even_out(dealt, documents, num_ranks, limit)
     beside_tile = np.full(num_ranks, documents.area[-1])
     if parts_tiles:

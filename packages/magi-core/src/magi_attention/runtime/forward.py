@@ -160,10 +160,9 @@ class _Results:
         dtype = accumulation_dtype(partial.out) if self._most > 2 else partial.out.dtype
         if run is None and self._held is None:
             self._held = as_dtype(partial.out, dtype), partial.lse
+            self._add_max_logits(partial.max_logits)
         else:
             self._fill(_rows(self.allocate(dtype), run), partial)
-            return
-        self._add_max_logits(partial.max_logits)
 
     def _fill(self, targets: tuple[Tensor, Tensor], partial: AttentionResult) -> None:
         """Copy to out and lse what a kernel has not written there itself."""

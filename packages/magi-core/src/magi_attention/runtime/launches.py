@@ -31,7 +31,7 @@ class Launch(NamedTuple):
         keys: its run of the key buffer; None for all.
         call: mask and scores, as the backend wants them.
         run: the backend's method.
-        run_into: the same, which writes out or dq where it is told to; None if the backend can't.
+        run_into: the same, which writes out and lse, or dq, where it is told to; None if the backend can't.
         run_onto: a forward pass that is merged where it is written; None if the backend can't.
         run_keys_first: ``run_into`` that says when gradients of keys are there, for a last kernel whose gradients go
             home, in a pass that fetches nothing and so need not give rows back before; else, or if the backend can't,

@@ -90,9 +90,13 @@ class DistAttnRuntimeMgr:
 
     def dispatch(self, x: Tensor, pad_value: float = 0.0, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
         """This rank's rows of the global ``x`` ``[S, ...]``."""
+        self.check_sanity(x)
+        return dispatch_rows(x, self.layout_of(attn_role), self.rank, self.key.cp_group, pad_value)
+
+    def check_sanity(self, x: Tensor) -> None:
+        """Raise ``RuntimeError`` on every rank if they dispatch different ``x``, where the configuration asks that."""
         if self.dist_attn_config.runtime_config.sanity_check:
             check_same_on_all_ranks(x, self.key.cp_group)
-        return dispatch_rows(x, self.layout_of(attn_role), self.rank, self.key.cp_group, pad_value)
 
     def undispatch(self, x: Tensor, is_partial_grad: bool = False, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
         """The global tensor ``[S, ...]`` of all ranks' local ``x``."""

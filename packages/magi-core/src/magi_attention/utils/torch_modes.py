@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -43,13 +44,19 @@ def outside_inference_mode(function: Callable[Params, Result]) -> Callable[Param
     return run
 
 
-def sees_operators() -> bool:
-    """Whether somebody looks at the operators that are called: a compiler, or a mode of torch's dispatcher.
+def in_selective_checkpoint() -> bool:
+    """Whether a selective activation checkpoint looks at the operators that are called.
 
-    Selective activation checkpoints are such a mode. They keep results of operators that a policy names, in place of
-    computing them again, which those inside of an attention are not made for: they write into buffers.
+    It keeps results of operators that a policy names, in place of computing them again, which those inside of an
+    attention are not made for: they write into buffers. Other modes of torch's dispatcher, which may be on on one rank
+    alone, see those.
     """
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    from torch.utils import checkpoint  # which has been imported then, if it is one
+
+    modes = checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode
+    return any(isinstance(mode, modes) for mode in _get_current_dispatch_mode_stack())
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -14,7 +14,7 @@ from magi_attention.cli.bench.measure import Measurement, measure, runtime_confi
 from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.bench.overlap import Overlap, read_overlap
 from magi_attention.cli.demo.command import DTYPES, choose_device
-from magi_attention.comm.registry import find_native
+from magi_attention.comm.registry import check_native
 from magi_attention.kernels.protocol import AttentionRequest
 from magi_attention.kernels.registry import choose_backend
 from magi_attention.testing.distributed import run_ranks
@@ -49,8 +49,7 @@ def _check(options: BenchOptions, device: torch.device) -> None:
     """Refuse a backend, a transport or an environment before any process is started."""
     sizes = options.heads_q, options.heads_kv, options.head_dim, options.head_dim
     choose_backend(AttentionRequest(device, DTYPES[options.precision], *sizes), options.backend)
-    if runtime_config(options).resolved().native_grpcoll:
-        find_native()
+    check_native(runtime_config(options), device)
 
 
 def _measure_on_rank(rank: int, world_size: int, options: BenchOptions) -> Measurement:

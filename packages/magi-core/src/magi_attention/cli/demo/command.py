@@ -18,7 +18,7 @@ from magi_attention.cli.demo.train import StepResult, attention_config, train
 from magi_attention.cli.figures import figures_of_plans
 from magi_attention.cli.picture import save_picture
 from magi_attention.cli.sheets import rank_sheet
-from magi_attention.comm.registry import find_native
+from magi_attention.comm.registry import check_native
 from magi_attention.kernels.protocol import AttentionRequest
 from magi_attention.kernels.registry import choose_backend
 from magi_attention.plan.rates import Cluster, LayerShape
@@ -66,8 +66,7 @@ def prepare(options: DemoOptions) -> Setup:
         head_dim_v=options.dim // options.heads,
     )
     backend = choose_backend(request, options.backend).name
-    if attention_config(options).runtime_config.resolved().native_grpcoll:
-        find_native()
+    check_native(attention_config(options).runtime_config, request.device)
     return Setup(documents, device, backend)
 
 
