@@ -105,7 +105,7 @@ def test_both_ends_of_a_document_fill_ranks_where_other_documents_would_be_cut(l
     num_ranks = sum(lengths) // CHUNKS_PER_RANK
     documents = causal_documents(lengths, num_ranks)
     deal = Deal(documents, [CHUNKS_PER_RANK] * num_ranks, CHUNK, Prefixes(1, 2, 0))
-    parts = np.split(deal.run(1.0192, parts_tiles=False), documents.start[1:])
+    parts = np.split(deal.run(1.0192, hides=False, parts_tiles=False), documents.start[1:])
     for part, length in zip(parts, lengths, strict=True):
         assert len(np.unique(part)) <= -(-length // CHUNKS_PER_RANK) + 1
 
@@ -115,7 +115,7 @@ def test_ranks_that_read_far_get_less_area_where_runs_part_tiles() -> None:
     loads = []
     for parts_tiles in (False, True):
         deal = Deal(documents, [CHUNKS_PER_RANK] * NUM_RANKS, CHUNK, Prefixes(0, 2, 6))
-        owner = deal.run(1.0192, parts_tiles=parts_tiles)
+        owner = deal.run(1.0192, hides=False, parts_tiles=parts_tiles)
         loads.append(totals(owner, np.diff(documents.area), NUM_RANKS))
         assert (np.bincount(owner) == CHUNKS_PER_RANK).all()
     reach = documents.read.max()
@@ -139,5 +139,7 @@ def test_every_rank_of_many_is_filled(lengths: list[int], read: list[float], chu
     ]
     slices = SliceTable(rows).without_empty()
     line = find_documents(slices, measure_chunks(slices, even_cuts(ends[-1], CHUNK)), MANY_RANKS, 0.3)
-    owner = Deal(line, [chunks_per_rank] * MANY_RANKS, CHUNK, CELLS_OF_MANY.prefixes).run(1.0192, parts_tiles=True)
+    owner = Deal(line, [chunks_per_rank] * MANY_RANKS, CHUNK, CELLS_OF_MANY.prefixes).run(
+        1.0192, hides=False, parts_tiles=True
+    )
     assert (np.bincount(owner, minlength=MANY_RANKS) == chunks_per_rank).all()

@@ -105,7 +105,7 @@ def deal_by_locality(
         deals += [_deal(slices, work, chunk_size, num_ranks, terms).owner for terms in joining]
     limit = max(limit, _peak(other, work) * _most_of(CHUNKS, num_ranks, work.total) // 10000)
     deals = [deal for deal in deals if _peak(deal, work) <= limit]
-    return _least_travel(deals, other, work, chunk_size) if is_compared else [*deals, other][0]
+    return _least_travel(deals, other, work, chunk_size, num_ranks) if is_compared else [*deals, other][0]
 
 
 def deal_documents(
@@ -206,9 +206,8 @@ def _peak(owner: Owner, work: ChunkWork) -> int:
     return int(totals(owner, work.area, int(owner.max()) + 1).max())
 
 
-def _least_travel(deals: Sequence[Owner], other: Owner, work: ChunkWork, chunk_size: int) -> Owner:
+def _least_travel(deals: Sequence[Owner], other: Owner, work: ChunkWork, chunk_size: int, num_ranks: int) -> Owner:
     """The deal with the fewest rows to travel and for the busiest rank to move; never more rows than of ``other``."""
-    num_ranks = int(other.max()) + 1
 
     def travel(owner: Owner) -> tuple[int, int]:
         layout = Layout(work.total, work.total, chunk_size, num_ranks, owner, work.cuts)
