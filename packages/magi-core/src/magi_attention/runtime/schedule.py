@@ -124,11 +124,9 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs, with
     apart_later = 0.0 if with_rows is None else max(with_rows.regular - _travel(stage, with_rows), 0.0)
     own_bands = slices_in(plan.bands, plan.key_layout.runs_of(plan.rank)).bands()
 
-    def work(early: Intervals) -> float:
-        return int(band.area(_in_rows(own_bands, early)).sum()) * costs.pair
-
-    def overhead(early: Intervals) -> float:
-        exposed = max(fetch - work(early), 0.0)
+    def overhead(early: Intervals, *, is_window: bool = False) -> float:
+        work = int(band.area(_in_rows(own_bands, early)).sum()) * costs.pair
+        exposed = max(fetch - work, 0.0)
         if early is everything:
             num_merged = int(in_need[-1, 1] - in_need[0, 0])
             return exposed + num_merged * costs.merged_row + 2 * costs.call + apart_later
@@ -137,10 +135,8 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs, with
         num_merged = int((merged[:, 1] - merged[:, 0]).sum())
         summed = num_own if len(early) else 0
         merging = num_merged * costs.merged_row + (costs.merge if num_merged else 0.0)
-        return exposed + merging + summed * costs.summed_row + num_calls * costs.call
-
-    def overhead_of_window(early: Intervals) -> float:
-        return overhead(early) + LOSS_OF_WINDOW * min(work(early), WINDOW_SLACK * fetch)
+        lost = LOSS_OF_WINDOW * min(work, WINDOW_SLACK * fetch) if is_window else 0.0
+        return exposed + merging + summed * costs.summed_row + num_calls * costs.call + lost
 
     found = [(overhead(each), each) for each in (everything, nothing)]
     if not is_short:
@@ -151,7 +147,7 @@ def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs, with
         found += [(overhead(each), each) for each in (longest, independent)]
         if costs.window is not None:
             windows = _windows(own_bands, num_queries, costs.window, WINDOW_SLACK * fetch / costs.pair)
-            found += [(overhead_of_window(each), each) for each in windows]
+            found += [(overhead(each, is_window=True), each) for each in windows]
     return min(found, key=lambda each: each[0])[1]
 
 
