@@ -215,7 +215,7 @@ def _run_all(backward: Callable[[Tensor], object], outs: Sequence[Tensor]) -> No
 
 
 class Exchanges:
-    """Lets collectives of the fake group bring random rows, since zeros take a GPU less power, and take time.
+    """Lets collectives of the fake group bring random rows, since others take a GPU less power, and take time.
 
     Args:
         host_us: of the host, each.
@@ -225,7 +225,7 @@ class Exchanges:
 
     def __init__(self, host_us: float = 0.0, gpu_us: float = 0.0, gbs: float = math.inf) -> None:
         self.host_us, self.gpu_us, self.gbs = host_us, gpu_us, gbs
-        self._filled: set[tuple[int, int]] = set()
+        self._random = torch.empty(0, dtype=torch.bfloat16, device="cuda")
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(2):
             start.record()
@@ -236,11 +236,13 @@ class Exchanges:
         self.stream = torch.cuda.Stream(priority=-1)
 
     def fill(self, received: Tensor) -> None:
-        """Let rows be random, the first time that some lie there: a steady state receives in the same memory again."""
-        place = received.data_ptr(), received.nbytes
-        if place not in self._filled:
-            self._filled.add(place)
-            received.view(torch.bfloat16).normal_()
+        """Copy random rows there, as each exchange writes its own: what was there before may be anything."""
+        numbers = received.view(torch.bfloat16).view(-1)
+        if len(self._random) < len(numbers):
+            torch.cuda.synchronize()  # streams may still read the shorter one, and any will read this one
+            self._random = torch.randn(len(numbers), dtype=torch.bfloat16, device="cuda")
+            torch.cuda.synchronize()
+        numbers.copy_(self._random[: len(numbers)])
 
     def take(self, num_bytes: int) -> None:
         """Spend the time of a collective that receives so many bytes, on the current stream."""
