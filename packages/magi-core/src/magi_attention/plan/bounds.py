@@ -29,6 +29,7 @@ from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
 from magi_attention.common.slices import SliceTable, expand_counts
 from magi_attention.plan.documents import component_starts
+from magi_attention.plan.row_areas import LightestRows, RowAreas
 from magi_attention.plan.totals import totals
 from magi_attention.plan.two_sided import key_documents
 
@@ -58,14 +59,15 @@ def received_lower_bound(
     bands, _ = band.shrink(slices.bands())
     if not len(bands) or num_ranks == 1:
         return 0
-    ranks = Ranks.of(row_areas(bands, total), num_ranks, tolerance)
+    areas = RowAreas.of(slices, total)
+    ranks = Ranks.of(areas, num_ranks, tolerance)
     if total_keys is None:
         starts = component_starts(slices)
         component = np.arange(len(starts))
     else:
         starts, component = key_documents(slices)
     component = np.append(component, -1)  # of keys before the first start, which nobody reads
-    cuts, least_count, least_area = _readers(bands, ranks.area_before, starts, total_keys or total)
+    cuts, least_count, least_area = _readers(bands, areas, starts, total_keys or total)
     document = component[np.searchsorted(starts, cuts[:-1], side="right") - 1]
     # In each document from the key read most to the one read least.
     order = np.lexsort((-least_area, document))
@@ -83,30 +85,18 @@ def received_lower_bound(
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """What ranks can hold: ``rows`` each, an area of ``most`` each, and what the lightest x rows weigh."""
+    """What ranks can hold: ``rows`` each, an area of ``most`` each, and what the lightest rows weigh."""
 
     num: int
     rows: float
     most: float
-    area_before: Array
-    value: Array
-    rows_up_to: Array
-    area_up_to: Array
+    lightest: LightestRows
 
     @classmethod
-    def of(cls, row_area: Array, num_ranks: int, tolerance: float) -> "Ranks":
+    def of(cls, areas: RowAreas, num_ranks: int, tolerance: float) -> "Ranks":
         """Of rows with these areas."""
-        value, number = np.unique(row_area, return_counts=True)
-        area_before = np.append(0, np.cumsum(row_area))
-        most = int(area_before[-1]) * (1 + tolerance) / num_ranks
-        rows = len(row_area) / num_ranks
-        return cls(num_ranks, rows, most, area_before, value, np.cumsum(number), np.cumsum(number * value))
-
-    def lightest(self, rows: NDArray[np.floating]) -> NDArray[np.floating]:
-        """The area of so many of the lightest rows; a linear interpolation for parts of rows."""
-        rows = np.clip(rows, 0, float(self.rows_up_to[-1]))
-        last = np.searchsorted(self.rows_up_to, rows)
-        return self.area_up_to[last] - (self.rows_up_to[last] - rows) * self.value[last]
+        most = int(areas.area_up_to[-1]) * (1 + tolerance) / num_ranks
+        return cls(num_ranks, int(areas.cuts[-1]) / num_ranks, most, LightestRows.of(areas))
 
     def needed(self, fewest: Array, most: Array, area: Array) -> Array:
         """How many ranks at least hold so many rows, from ``fewest`` to ``most``, of at least ``area`` in all.
@@ -120,36 +110,14 @@ class Ranks:
             middle = (low + high) // 2
             held = middle * self.rows
             # A rounding error must not raise the bound.
-            enough = (held >= fewest - 1e-6) & (area + self.lightest(held - most) <= middle * self.most * (1 + 1e-12))
+            needed = area + self.lightest.area(held - most)
+            enough = (held >= fewest - 1e-6) & (needed <= middle * self.most * (1 + 1e-12))
             high = np.where(enough, middle, high)
             low = np.where(enough, low, np.minimum(middle + 1, high))
         return high
 
 
-def row_areas(bands: Bands, total: int) -> Array:
-    """``(total,)`` the keys that each row reads, by the second differences of the bands' widths."""
-    bends = np.zeros(total + 3, np.int64)
-
-    def ramp(start: Array, stop: Array, first: Array, slope: int) -> None:
-        """Add ``first + slope * (row - start)`` to the rows in ``[start, stop)``."""
-        some = stop > start
-        start, stop, first = start[some], stop[some], first[some]
-        after = first + slope * (stop - start)
-        np.add.at(bends, start, first)
-        np.add.at(bends, start + 1, slope - first)
-        np.add.at(bends, stop, -after)
-        np.add.at(bends, stop + 1, after - slope)
-
-    q0, q1, k0, k1, d0, d1 = bands.T
-    flat_from, flat_to = np.clip(k1 - d1, q0, q1), np.clip(k0 - d0, q0, q1)
-    ramp(q0, flat_from, q0 + d1 + 1, 1)
-    ramp(flat_from, q1, k1, 0)
-    ramp(q0, flat_to, -k0, 0)
-    ramp(flat_to, q1, -(flat_to + d0), -1)
-    return np.cumsum(np.cumsum(bends))[:total]
-
-
-def _readers(bands: Bands, area_before: Array, starts: Array, num_keys: int) -> tuple[Array, Array, Array]:
+def _readers(bands: Bands, areas: RowAreas, starts: Array, num_keys: int) -> tuple[Array, Array, Array]:
     """Cut the keys into pieces; for each, the number and area of the rows that read the whole piece."""
     grid = np.arange(0, num_keys, max(1, num_keys // GRID))
     cuts = np.unique(np.concatenate([grid, starts, bands[:, band.K0], bands[:, band.K1], [0, num_keys]]))
@@ -160,7 +128,7 @@ def _readers(bands: Bands, area_before: Array, starts: Array, num_keys: int) -> 
     low = np.maximum(q0, cuts[piece + 1] - 1 - d1)
     high = np.maximum(low, np.minimum(q1, cuts[piece] - d0 + 1))
     count = totals(piece, high - low, len(cuts) - 1)
-    return cuts, count, totals(piece, area_before[high] - area_before[low], len(cuts) - 1)
+    return cuts, count, totals(piece, areas.before(high) - areas.before(low), len(cuts) - 1)
 
 
 def _joint_bound(ranks: Ranks, documents: list[tuple[Array, Array, Array]]) -> int:

@@ -35,10 +35,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_attention.common import bands as band
 from magi_attention.common.slices import SliceTable
-from magi_attention.plan.bounds import Ranks, row_areas
+from magi_attention.plan.bounds import Ranks
 from magi_attention.plan.documents import component_starts
+from magi_attention.plan.row_areas import RowAreas
 
 Array = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -102,8 +102,7 @@ def priced_lower_bound(
 
 def locate_rows(slices: SliceTable, total: int) -> tuple[Array, Array]:
     """``(total,)`` the document of each row, from the one with the longest reach on, and how many keys it reads."""
-    bands, _ = band.shrink(slices.bands())
-    area = row_areas(bands, total)
+    area = RowAreas.of(slices, total).of_rows()
     starts = component_starts(slices)
     of_row = np.maximum(np.searchsorted(starts, np.arange(total), side="right") - 1, 0)
     longest = np.zeros(max(len(starts), 1), np.int64)
@@ -149,7 +148,7 @@ class RowProgram:
     def __init__(self, slices: SliceTable, total: int, num_ranks: int, tolerance: float) -> None:
         document, area = locate_rows(slices, total)
         self.total, self.num_ranks = total, num_ranks
-        self.ranks = Ranks.of(area, num_ranks, tolerance)
+        self.ranks = Ranks.of(RowAreas.of(slices, total), num_ranks, tolerance)
         self.most_rows, self.most_area = self.ranks.rows, self.ranks.most
         beyond = int(area.max(initial=0)) + 1
         document, area = np.divmod(np.sort(document * beyond + area), beyond)
