@@ -37,8 +37,10 @@ import torch
 from distributed_methods import OURS, Cell, Measured, run_cells
 
 from magi_attention.cli.bench.breakdown import Share
-from magi_attention.cli.bench.measure import PassTimes, tflops
+from magi_attention.cli.bench.measure import tflops
 from magi_attention.cli.bench.options import BenchOptions
+from magi_attention.cli.bench.status_line import StatusLine
+from magi_attention.cli.bench.timing import PassTimes
 from magi_attention.cli.demo.options import Precision
 from magi_attention.common import workloads
 from magi_attention.plan.simulate import BACKWARD_OVER_FORWARD_FLOP
@@ -76,15 +78,14 @@ def measure_row(
     where = f"{world_size} x {options.bench.tokens // world_size} {options.bench.mask}"
     rounds: dict[str, list[Measured]] = {method: [] for method in methods}
     reasons: dict[str, str] = {}
+    status = StatusLine()
     for number in range(options.rounds):
         is_last = number == options.rounds - 1
         for group in ([name for name in methods if name != "torch"], [name for name in methods if name == "torch"]):
-            if sys.stderr.isatty():
-                print(f"\r\033[K{where}, round {number + 1} ", end="", file=sys.stderr, flush=True)
+            status.show(f"{where}, round {number + 1} ")
             for method, measured in measure_together(pool, options, group, is_last, reasons).items():
                 rounds[method].append(measured)
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    status.show("")
     figures, records = {}, []
     for method in methods:
         record: dict[str, object] = {"ranks": world_size, "mask": options.bench.mask, "tokens": options.bench.tokens}

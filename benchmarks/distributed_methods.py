@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from magi_attention.api import calc_attn
 from magi_attention.cli.bench.breakdown import Share, break_down
-from magi_attention.cli.bench.measure import Passes, PassTimes, make_key, time_in_turns, trace_pass
+from magi_attention.cli.bench.measure import make_key, trace_pass
 from magi_attention.cli.bench.options import BenchOptions
+from magi_attention.cli.bench.timing import Passes, PassTimes, time_in_turns
 from magi_attention.cli.demo.command import DTYPES
 from magi_attention.common import workloads
 from magi_attention.common.enum import AttnRole

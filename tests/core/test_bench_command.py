@@ -3,6 +3,11 @@
 
 import gzip
 import json
+import os
+import pty
+import subprocess
+import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -34,6 +39,31 @@ def test_json_and_trace(tmp_path):
         assert measured[f"{name}_tflops"] == pytest.approx(rate * (2.5 if name == "backward" else 1))
     names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
     assert names >= {"magi: cast stage 1", "magi: attention stage 1", "magi: reduce stage 1"}
+
+
+def test_a_terminal_shows_what_is_done_and_the_output_stays_clean():
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "magi_attention.cli", "bench", *SMALL, "-p", "2", "--warmup", "2", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # how a terminal says that nobody writes to it any more
+            while part := os.read(ours, 4096):
+                shown += part
+        output = process.stdout.read()
+    os.close(ours)
+    assert process.returncode == 0
+    assert json.loads(output)["measured"]["ranks"] == 2
+    texts = [text.removeprefix("\x1b[K") for text in shown.decode().split("\r")[1:]]
+    begun = ["starting 2 ranks", "planning", "warming up: pass 1 of 2", "pass 1 of 2"]
+    assert [text for text in texts if text in begun] == begun
+    assert texts[-1] == ""
+
+
+def test_nothing_is_shown_where_there_is_no_terminal(capfd):
+    result = run("-p", "1")
+    assert result.exit_code == 0, result.output
+    assert "pass 1" not in result.stderr + capfd.readouterr().err
 
 
 def test_one_process_prints_a_table():

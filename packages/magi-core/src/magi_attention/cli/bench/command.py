@@ -13,6 +13,7 @@ from rich.table import Table
 from magi_attention.cli.bench.measure import Measurement, measure, runtime_config
 from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.bench.overlap import Overlap, read_overlap
+from magi_attention.cli.bench.status_line import StatusLine
 from magi_attention.cli.demo.command import DTYPES, choose_device
 from magi_attention.comm.registry import check_native
 from magi_attention.kernels.protocol import AttentionRequest
@@ -38,8 +39,7 @@ def run_bench(options: BenchOptions, as_json: bool, console: Console) -> None:
         processes = options.processes or 1
         device = choose_device(options.device, processes, torch.cuda.device_count())
         _check(options, torch.device(device))
-        transport = "nccl" if device == "cuda" else "gloo"
-        found = run_ranks(processes, _measure_on_rank, options, backend=transport, timeout_s=TIMEOUT_S)[0]
+        found = _measure_on_own_ranks(options, processes, "nccl" if device == "cuda" else "gloo")
     if found is not None:
         overlap = read_overlap(options.trace) if options.trace else None
         _print(options, found, overlap, as_json, console)
@@ -52,22 +52,37 @@ def _check(options: BenchOptions, device: torch.device) -> None:
     check_native(runtime_config(options), device)
 
 
+def _measure_on_own_ranks(options: BenchOptions, processes: int, transport: str) -> Measurement:
+    """What rank 0 found, which shows on the same terminal what it does."""
+    status = StatusLine()
+    status.show(f"starting {processes} rank{'s' * (processes > 1)}")
+    try:
+        found: list[Measurement] = run_ranks(
+            processes, _measure_on_rank, options, backend=transport, timeout_s=TIMEOUT_S
+        )
+    finally:
+        status.show("")
+    return found[0]
+
+
 def _measure_on_rank(rank: int, world_size: int, options: BenchOptions) -> Measurement:
     on_gpu = dist.get_backend() == "nccl"
-    return measure(options, torch.device("cuda", rank) if on_gpu else torch.device("cpu"))
+    return measure(options, torch.device("cuda", rank) if on_gpu else torch.device("cpu"), StatusLine(rank == 0))
 
 
 def _measure_under_torchrun(options: BenchOptions) -> Measurement | None:
     """What rank 0 found; None on other ranks."""
     device = torch.device(choose_device(options.device, 1, torch.cuda.device_count()))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    status = StatusLine(dist.get_rank() == 0)
     try:
         if device.type == "cuda":
             device = torch.device("cuda", dist.get_node_local_rank())
             torch.cuda.set_device(device)
-        found = measure(options, device)
+        found = measure(options, device, status)
         return found if dist.get_rank() == 0 else None
     finally:
+        status.show("")
         dist.destroy_process_group()
 
 

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time passes of attention on every rank of a group, of several methods in turns."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from magi_attention.cli.bench.status_line import StatusLine
+
+Passes = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
+"""What computes an output, and what computes its gradients."""
+
+MOST_OF_TURN = 4
+"""So many pairs of passes of a method are timed one after another, where several take turns."""
+
+ERROR_OF_MEDIAN = 0.929
+"""The standard error of a median of n normal numbers is so many times their interquartile range, over the root of n."""
+
+HOST_REPEATS, HOST_REPEATS_S = 5, 0.5
+"""How often each pass is called to find how long the host takes, and after how many seconds of passes no more."""
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """What passes took.
+
+    Attributes:
+        forward: median over the timed passes of the slowest rank's time, in seconds.
+        backward: the same for backward passes.
+        forward_error: standard error of ``forward``, in seconds, by the quartiles of the passes.
+        backward_error: the same for backward passes.
+        host_forward: until the call of a pass returns, on the slowest rank, with an idle device at the start.
+        host_backward: the same for backward passes.
+        peak_bytes: the most memory that any rank's tensors took; of several methods that were timed in turns, what a
+            pair of passes took besides all that these keep between passes. 0 on a CPU.
+    """
+
+    forward: float
+    backward: float
+    forward_error: float
+    backward_error: float
+    host_forward: float
+    host_backward: float
+    peak_bytes: int
+
+
+def time_in_turns(
+    methods: Sequence[Passes],
+    device: torch.device,
+    warmup: int,
+    repeat: int,
+    seconds: float = 0.0,
+    status: StatusLine | None = None,
+) -> list[PassTimes]:
+    """Time both passes of several methods, one pair after another without a pause, as layers of a model follow.
+
+    On a GPU, the host is then ahead of the device if it can be, and what it takes to launch a pass is hidden. What it
+    takes is measured afterwards, apart. All ranks begin a pass together, and the slowest one counts: else a rank that
+    is done early would wait for the others' rows in the next pass, at its expense. The methods take turns of some
+    passes, in another order each time, since a GPU's clock depends on what it did before: after a rest it is up to a
+    tenth faster. The first passes of a turn are not timed: what the method before still has under way, on streams of
+    its own, would delay theirs, and its kernels would hide the time that theirs take to be launched.
+
+    Args:
+        methods: the passes of each.
+        device: what they compute on.
+        warmup: pairs of passes of each method that are not timed.
+        repeat: pairs of passes that are, at least.
+        seconds: for how long to run more of them.
+        status: where to tell which pass runs; None for nowhere.
+    """
+    status = status or StatusLine(is_shown=False)
+    marks: list[list[list[torch.cuda.Event | float]]] = [[] for _ in methods]
+    peaks = [0] * len(methods)
+    dist.barrier()
+    _wait_for(device)
+    for number in range(warmup):
+        status.count("warming up: pass", number + 1, warmup)
+        for passes in methods:
+            _mark_passes(passes, device)
+    leading, timed_of_turn = int(len(methods) > 1), min(repeat, MOST_OF_TURN)
+    of_turn = leading + timed_of_turn
+    count = -(-repeat // timed_of_turn)
+    if seconds:
+        first = _slowest([_mark_passes(passes, device) for passes in methods], device)
+        count = max(count, int(seconds / (of_turn * first.sum().item())))  # on all ranks the same
+    counter = _PassCounter(status, count * len(methods) * of_turn)
+    orders = np.random.default_rng(0)
+    for _ in range(count):
+        for number in orders.permutation(len(methods)):
+            # Once, since the allocator's statistics take the host some tenths of a millisecond.
+            reads_memory = device.type == "cuda" and not marks[number]
+            held = 0
+            if reads_memory:
+                torch.cuda.reset_peak_memory_stats(device)
+                held = torch.cuda.memory_allocated(device) if len(methods) > 1 else 0
+            turn = []
+            for _ in range(of_turn):
+                turn.append(_mark_passes(methods[number], device))
+                counter.add(turn[-1][-1])
+            marks[number] += turn[leading:]
+            if reads_memory:
+                peaks[number] = torch.cuda.max_memory_allocated(device) - held
+    counter.wait()
+    return [_summarize(each, timed, peak, device) for each, timed, peak in zip(methods, marks, peaks, strict=True)]
+
+
+class _PassCounter:
+    """Tells which pair of passes a device is at; the host may be far ahead of it."""
+
+    def __init__(self, status: StatusLine, total: int) -> None:
+        self._status, self._total, self._done = status, total, 0
+        self._under_way: deque[torch.cuda.Event | float] = deque()
+        status.count("pass", 1, total)
+
+    def add(self, end: "torch.cuda.Event | float") -> None:
+        """Add the mark after another pair."""
+        self._under_way.append(end)
+        while self._under_way and _is_reached(self._under_way[0]):
+            self._pop()
+
+    def wait(self) -> None:
+        """Wait for the device, pair by pair."""
+        while self._under_way:
+            _wait_for_mark(self._under_way[0])
+            self._pop()
+
+    def _pop(self) -> None:
+        self._under_way.popleft()
+        self._done += 1
+        if self._done < self._total:
+            self._status.count("pass", self._done + 1, self._total)
+
+
+def _summarize(
+    passes: Passes, timed: "Sequence[list[torch.cuda.Event | float]]", peak: int, device: torch.device
+) -> PassTimes:
+    """What the group found of one method; also measures the host."""
+    seconds = _slowest(timed, device).cpu().numpy()
+    low, medians, high = np.quantile(seconds, [0.25, 0.5, 0.75], axis=0)
+    forward, backward = medians.tolist()
+    forward_error, backward_error = (ERROR_OF_MEDIAN / len(timed) ** 0.5 * (high - low)).tolist()
+    repeats = max(1, min(HOST_REPEATS, int(HOST_REPEATS_S / (forward + backward))))
+    host = torch.tensor(_host_seconds(*passes, device, repeats), dtype=torch.float64, device=device)
+    dist.all_reduce(host, dist.ReduceOp.MAX)
+    most = torch.tensor(peak, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    host_forward, host_backward = host.tolist()
+    return PassTimes(forward, backward, forward_error, backward_error, host_forward, host_backward, int(most))
+
+
+def _mark_passes(passes: Passes, device: torch.device) -> "list[torch.cuda.Event | float]":
+    """Run a pair of passes; returns marks before and after each."""
+    forward, backward = passes
+    _align(device)
+    marks = [_mark(device)]
+    out = forward()
+    marks.append(_mark(device))
+    _align(device)
+    marks.append(_mark(device))
+    backward(out)
+    return [*marks, _mark(device)]
+
+
+def _slowest(marks: "Sequence[list[torch.cuda.Event | float]]", device: torch.device) -> Tensor:
+    """``[pairs, 2]``: seconds of each pair of passes on the slowest rank."""
+    timed = [[_seconds(*each[:2]), _seconds(*each[2:])] for each in marks]
+    seconds = torch.tensor(timed, dtype=torch.float64, device=device)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return seconds
+
+
+def _host_seconds(
+    forward: Callable[[], Tensor], backward: Callable[[Tensor], object], device: torch.device, repeats: int
+) -> list[float]:
+    """The least time until the call of each pass returns."""
+    least = [float("inf")] * 2
+    for _ in range(repeats):
+        out = None
+        for number in range(2):
+            dist.barrier()
+            _wait_for(device)
+            start = time.perf_counter()
+            if out is None:
+                out = forward()
+            else:
+                backward(out)
+            least[number] = min(least[number], time.perf_counter() - start)
+    return least
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _align(device: torch.device) -> None:
+    """Let all ranks' devices go on together; on GPUs the hosts don't wait."""
+    if device.type == "cuda":
+        dist.all_reduce(torch.empty(1, device=device))
+    else:
+        dist.barrier()
+
+
+def _mark(device: torch.device) -> "torch.cuda.Event | float":
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(start: "torch.cuda.Event | float", stop: "torch.cuda.Event | float") -> float:
+    if isinstance(start, float) or isinstance(stop, float):
+        assert isinstance(start, float)
+        assert isinstance(stop, float)
+        return stop - start
+    _wait_for_mark(stop)
+    return float(start.elapsed_time(stop)) / 1e3
+
+
+def _is_reached(mark: "torch.cuda.Event | float") -> bool:
+    return isinstance(mark, float) or bool(mark.query())
+
+
+def _wait_for_mark(mark: "torch.cuda.Event | float") -> None:
+    if not isinstance(mark, float):
+        mark.synchronize()
