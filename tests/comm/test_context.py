@@ -26,7 +26,9 @@ from magi_comm_grpcoll.driver import WRITE_VALUE
 from magi_comm_grpcoll.lane import Round
 from magi_comm_grpcoll.watchdog import RELEASED, Watchdog, Watched
 from magi_comm_grpcoll.work import NativeWork
-from tests.comm.emulation import Driver, Stream, emulate, run_ranks
+from tests.comm.emulated_kernels import Driver
+from tests.comm.emulated_streams import Stream
+from tests.comm.emulation import emulate, run_ranks
 from tests.comm.test_native import fragmented_table
 from tests.distributed.exchanges import RandomNeeds, random_tensor
 
