@@ -20,13 +20,7 @@ from magi_attention.common.enum import AttnRole
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import RuntimeConfig
 from magi_attention.testing.oracle import dense_attention
-from tests.core.api_single import PADDED, SLICES, TOTAL, documents_key, qkv
-
-
-@pytest.fixture(scope="module")
-def key():
-    yield documents_key()
-    clear_cache()
+from tests.core.api_single import PADDED, SLICES, TOTAL, qkv
 
 
 @pytest.mark.parametrize("padded", [True, False])

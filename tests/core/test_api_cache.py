@@ -20,9 +20,9 @@ from magi_attention.api import (
     dist_attn_runtime_dict_mgr,
     get_most_recent_key,
     get_position_ids,
-    magi_attn_flex_key,
 )
 from magi_attention.dist_attn_runtime_mgr import DistAttnRuntimeDict, init_dist_attn_runtime_key
+from tests.core.api_keys import key_for
 
 
 def key_of(total: int, group: dist.ProcessGroup | None = None) -> DistAttnRuntimeKey:
@@ -34,8 +34,7 @@ def key_of(total: int, group: dist.ProcessGroup | None = None) -> DistAttnRuntim
 
 
 def planned(total: int, group: dist.ProcessGroup | None = None) -> DistAttnRuntimeKey:
-    ranges = AttnRanges.from_ranges([(0, total)])
-    return magi_attn_flex_key(ranges, ranges, "causal", total, total, 4, 2, 64, 0, group)
+    return key_for(total, [(0, total)], group=group)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from magi_attention.api import (
     MinHeapDispatchAlg,
     OverlapConfig,
     SequentialDispatchAlg,
-    clear_cache,
     dist_attn_runtime_dict_mgr,
 )
 from magi_attention.api.checks import resolve_chunk_size
@@ -25,12 +24,7 @@ from magi_attention.config import LocalityDispatchAlg, RuntimeConfig
 from magi_attention.plan.chunk_size import choose_chunk_size
 from tests.core.api_keys import chunks, key_for, ranges
 
-
-@pytest.fixture(autouse=True)
-def empty_cache():
-    clear_cache()
-    yield
-    clear_cache()
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def test_key_of_a_padded_sequence():

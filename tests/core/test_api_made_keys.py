@@ -21,12 +21,7 @@ from magi_attention.api import (
 from magi_attention.config import RuntimeConfig
 from tests.core.api_keys import chunks, key_for, ranges
 
-
-@pytest.fixture(autouse=True)
-def empty_cache():
-    clear_cache()
-    yield
-    clear_cache()
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.mark.parametrize("as_tensor", [True, False])

@@ -11,7 +11,6 @@ import torch
 from magi_attention.api import (
     AttnRanges,
     DispatchConfig,
-    clear_cache,
     dispatch,
     dist_attn_runtime_dict_mgr,
     magi_attn_flex_dispatch,
@@ -24,13 +23,7 @@ from magi_attention.functional import dispatch_func
 from magi_attention.meta import make_dispatch_meta_from_qk_ranges
 from magi_attention.runtime.manager import build_manager
 from magi_attention.testing.oracle import dense_attention
-from tests.core.api_single import SLICES, TOTAL, documents_key, qkv
-
-
-@pytest.fixture(scope="module")
-def key():
-    yield documents_key()
-    clear_cache()
+from tests.core.api_single import SLICES, TOTAL, qkv
 
 
 def test_deprecated_dispatch_returns_tensor_and_key(key):

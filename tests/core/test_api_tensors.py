@@ -8,7 +8,6 @@ import torch
 
 from magi_attention.api import (
     AttnRanges,
-    clear_cache,
     dispatch,
     get_position_ids,
     magi_attn_flex_key,
@@ -16,13 +15,7 @@ from magi_attention.api import (
     roll_simple,
     undispatch,
 )
-from tests.core.api_single import PADDED, TOTAL, documents_key
-
-
-@pytest.fixture(scope="module")
-def key():
-    yield documents_key()
-    clear_cache()
+from tests.core.api_single import PADDED, TOTAL
 
 
 def test_dispatch_pads_and_undispatch_drops_the_padding(key):

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from magi_attention.api import calc_attn, clear_cache, compiled, dispatch, roll
+from magi_attention.api import calc_attn, compiled, dispatch, roll
 from tests.core.test_compile import (
     DIM,
     HEADS,
@@ -30,12 +30,7 @@ MASKS = {
 }
 ATTENTIONS = ("magi_attention.calc_attn.default", "magi_attention.flex_flash_attn.default")
 
-
-@pytest.fixture(autouse=True)
-def empty_cache():
-    yield
-    clear_cache()
-
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 KEPT = {
     "all": lambda name: True,
