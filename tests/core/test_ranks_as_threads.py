@@ -27,8 +27,7 @@ from magi_attention.plan.build import build_plans
 from magi_attention.plan.dispatch import make_layout
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.stages import StageOptions
-from magi_attention.runtime import job
-from magi_attention.runtime import schedule as scheduling
+from magi_attention.runtime import early, job
 from magi_attention.runtime.autograd import dist_attn_func
 from magi_attention.runtime.costs import Costs
 from magi_attention.runtime.job import DistAttnRuntime
@@ -127,7 +126,7 @@ def any_rows_may_be_kept(monkeypatch):
 @pytest.mark.parametrize("name", [*sorted(COSTS), "short"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_arrangement_is_right(device, dtype, name, mask, monkeypatch):
-    monkeypatch.setattr(scheduling, "LEAST_EARLY_ROWS", 1)
+    monkeypatch.setattr(early, "LEAST_EARLY_ROWS", 1)
     slices, costs = MASKS[mask], in_both_passes(SHORT if name == "short" else replace(COSTS[name], window=16))
     draw = torch.Generator().manual_seed(0)
     shapes = ((HEADS[0], DIM), (HEADS[1], DIM), (HEADS[1], DIM), (HEADS[0], DIM))
@@ -238,7 +237,7 @@ class MergesInPlace(WritesInPlace):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_kernels_that_write_in_place_give_the_same(device, dtype, monkeypatch):
-    monkeypatch.setattr(scheduling, "LEAST_EARLY_ROWS", 1)
+    monkeypatch.setattr(early, "LEAST_EARLY_ROWS", 1)
     draw = torch.Generator().manual_seed(0)
     shapes = ((HEADS[0], DIM), (HEADS[1], DIM), (HEADS[1], DIM), (HEADS[0], DIM))
     tensors = [torch.randn(TOKENS, *shape, generator=draw).to(device, dtype) for shape in shapes]

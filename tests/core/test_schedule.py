@@ -17,7 +17,7 @@ from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.rates import LayerShape, default_rates
 from magi_attention.plan.stages import StageOptions
-from magi_attention.runtime import schedule as scheduling
+from magi_attention.runtime import early
 from magi_attention.runtime.costs import ROWS_OF_WAVE, Costs, PassCosts
 from magi_attention.runtime.regular import MOST_RUNS, regular_runs
 from magi_attention.runtime.schedule import make_schedule
@@ -41,8 +41,8 @@ def in_both_passes(costs: Costs, backward_regular: float = 0.0) -> PassCosts:
 
 @pytest.fixture(autouse=True)
 def short_runs_count(monkeypatch):
-    monkeypatch.setattr(scheduling, "LEAST_EARLY_ROWS", 1)
-    monkeypatch.setattr(scheduling, "LEAST_EARLY_SHARE", 1000)
+    monkeypatch.setattr(early, "LEAST_EARLY_ROWS", 1)
+    monkeypatch.setattr(early, "LEAST_EARLY_SHARE", 1000)
 
 
 def last_hop(step: Step) -> ExchangeTable:
@@ -204,7 +204,7 @@ def test_half_of_the_queries_hide_a_travel_that_more_would_hide_safely():
         num_early = window.queries.stop - window.queries.start
         assert tokens // num_ranks // 2 - ROWS_OF_WAVE // 64 <= num_early <= tokens // num_ranks // 2
         travel = tokens * 3 // 4 * costs.forward.fetched_row
-        assert window.slices.area() * costs.forward.pair < scheduling.WINDOW_SLACK * travel
+        assert window.slices.area() * costs.forward.pair < early.WINDOW_SLACK * travel
         assert [call.queries for call in second.calls if call.queries_known] == [window.queries]
 
 

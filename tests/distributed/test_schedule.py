@@ -12,7 +12,7 @@ from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.config import DistAttnConfig, OverlapConfig, RuntimeConfig
 from magi_attention.kernels.merge import merge_into
 from magi_attention.kernels.reference import ReferenceBackend
-from magi_attention.runtime import manager, schedule
+from magi_attention.runtime import early, manager
 from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr
 from magi_attention.testing.distributed import RankPool
 from magi_attention.testing.masks import MASK_FAMILIES
@@ -43,8 +43,8 @@ def attend_arranged(
     with pytest.MonkeyPatch.context() as patch:
         if both or rank % 2 == 0:
             patch.setattr(manager, "_costs", lambda *_: in_both_passes(replace(COSTS[name], window=8)))
-            patch.setattr(schedule, "LEAST_EARLY_ROWS", 8)
-            patch.setattr(schedule, "LEAST_EARLY_SHARE", 1000)
+            patch.setattr(early, "LEAST_EARLY_ROWS", 8)
+            patch.setattr(early, "LEAST_EARLY_SHARE", 1000)
         if eager:
             # On GPUs gradients come home while kernels run; on CPUs they would only at the end.
             patch.setattr(AllToAllCollectives, "reduce", reduce_at_once)

@@ -14,31 +14,23 @@ least predicted overhead, unless the backward pass has all rows from the start:
   travel, or part of it; what the received rows add to these few is merged.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_attention.common import bands as band
-from magi_attention.common.bands import Bands
-from magi_attention.common.intervals import Intervals, intersect, merge, subtract
+from magi_attention.common.intervals import Intervals, intersect, subtract
 from magi_attention.common.slices import SliceTable
 from magi_attention.plan.build import Plan, Stage, slices_in
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
-from magi_attention.runtime.costs import LOSS_OF_WINDOW, Costs, PassCosts
+from magi_attention.runtime.costs import Costs, PassCosts
+from magi_attention.runtime.early import choose_early, in_rows, travel_seconds
 from magi_attention.runtime.regular import regular_runs
 from magi_attention.runtime.steps import KernelCall, Runs, Schedule, Step, make_pass
 
-LEAST_EARLY_ROWS, LEAST_EARLY_SHARE = 1024, 8
-"""A run of queries that is computed early has so many rows, and at least one in so many of the rank's."""
-
 REGULAR_GAIN = 0.05
 """The share of a kernel's time that a regular mask saves."""
-
-WINDOW_SLACK, MOST_OF_WINDOW = 1.5, 0.5
-"""A window has so many times the work that hides the travel, with at most this share of the rank's queries."""
 
 
 def make_schedule(plan: Plan, costs: PassCosts) -> Schedule:
@@ -76,7 +68,7 @@ def _in_one(plan: Plan, own: Step, other: Step, num_queries: int, costs: Costs) 
         return None
     whole = _whole(plan, other, num_queries, costs)
     num_saved = len(own.calls) + len(other.calls) - len(whole.calls)
-    return whole if _travel(plan.stages[other.number], costs) < num_saved * costs.regular else None
+    return whole if travel_seconds(plan.stages[other.number], costs) < num_saved * costs.regular else None
 
 
 def _whole(plan: Plan, step: Step, num_queries: int, costs: Costs) -> Step:
@@ -99,85 +91,14 @@ def _arrange(plan: Plan, num_queries: int, costs: Costs, with_rows: Costs | None
     rest = [_as_planned(n, each, num_own, num_queries, costs) for n, each in enumerate(plan.stages) if n > first]
     if any(each.queries_travel for each in plan.stages) or stage.received is None:
         return [_as_planned(n, each, num_own, num_queries, costs) for n, each in enumerate(plan.stages)]
-    early = np.empty((0, 2), np.int64) if first == 0 else _choose_early(plan, stage, num_queries, costs, with_rows)
+    early = np.empty((0, 2), np.int64) if first == 0 else choose_early(plan, stage, num_queries, costs, with_rows)
     late = subtract(np.array(everything), early)
     if not len(late):
         return [_as_planned(n, each, num_own, num_queries, costs) for n, each in enumerate(plan.stages)]
     own = plan.key_layout.runs_of(plan.rank)
-    calls = _calls(slices_in(_in_rows(plan.bands, early), own), early.tolist(), costs) if len(early) else ()
+    calls = _calls(slices_in(in_rows(plan.bands, early), own), early.tolist(), costs) if len(early) else ()
     own_step = [Step(0, None, calls, num_own)] if calls else []
     return [*own_step, _together(plan, first, stage, early, late, costs), *rest]
-
-
-def _choose_early(plan: Plan, stage: Stage, num_queries: int, costs: Costs, with_rows: Costs | None) -> Intervals:
-    """The runs of queries to compute with own rows before the stage's rows have come.
-
-    Where these are kept apart from the own ones, the backward pass to come can't compute both in one kernel.
-    """
-    everything, nothing = np.array([(0, num_queries)]), np.empty((0, 2), np.int64)
-    if not len(stage.slices):
-        return everything
-    in_need = merge(stage.slices.rows[:, :2])
-    num_own = int(plan.key_layout.rows_per_rank[plan.rank])
-    is_short = costs.is_short(int(band.area(plan.bands).sum()))
-    fetch = _travel(stage, costs)
-    apart_later = 0.0 if with_rows is None else max(with_rows.regular - _travel(stage, with_rows), 0.0)
-    own_bands = slices_in(plan.bands, plan.key_layout.runs_of(plan.rank)).bands()
-
-    def overhead(early: Intervals, *, is_window: bool = False) -> float:
-        work = int(band.area(_in_rows(own_bands, early)).sum()) * costs.pair
-        exposed = max(fetch - work, 0.0)
-        if early is everything:
-            num_merged = int(in_need[-1, 1] - in_need[0, 0])
-            return exposed + num_merged * costs.merged_row + 2 * costs.call + apart_later
-        merged = intersect(early, in_need)[0]
-        num_calls = len(early) + len(subtract(everything, early)) + (len(merged) > 0)
-        num_merged = int((merged[:, 1] - merged[:, 0]).sum())
-        summed = num_own if len(early) else 0
-        merging = num_merged * costs.merged_row + (costs.merge if num_merged else 0.0)
-        lost = LOSS_OF_WINDOW * min(work, WINDOW_SLACK * fetch) if is_window else 0.0
-        return exposed + merging + summed * costs.summed_row + num_calls * costs.call + lost
-
-    found = [(overhead(each), each) for each in (everything, nothing)]
-    if not is_short:
-        long = max(LEAST_EARLY_ROWS, num_queries // LEAST_EARLY_SHARE)
-        independent = subtract(everything, in_need)
-        independent = independent[independent[:, 1] - independent[:, 0] >= long]
-        longest = independent[np.argsort(independent[:, 0] - independent[:, 1], kind="stable")[:1]]
-        found += [(overhead(each), each) for each in (longest, independent)]
-        if costs.window is not None:
-            windows = _windows(own_bands, num_queries, costs.window, WINDOW_SLACK * fetch / costs.pair)
-            found += [(overhead(each, is_window=True), each) for each in windows]
-    return min(found, key=lambda each: each[0])[1]
-
-
-def _travel(stage: Stage, costs: Costs) -> float:
-    """Seconds of a stage's exchange. It ends when all that it brings has come, and all that it takes has gone."""
-    assert stage.exchange is not None
-    num_moved = max(stage.num_received, *(sum(table.send_counts) for table in stage.exchange.tables))
-    return costs.exchange + num_moved * costs.fetched_row
-
-
-def _windows(bands: Bands, num_queries: int, step: int, pairs: float) -> list[Intervals]:
-    """Runs of first queries and of last ones, in steps.
-
-    These are the shortest whose bands have so many pairs, or the longest there may be, and others half as long.
-    """
-    borders = np.arange(0, int(MOST_OF_WINDOW * num_queries) + 1, step)
-    total = int(band.area(bands).sum())
-
-    def pairs_of_first(rows: int) -> int:
-        return int(band.area_above(bands, np.array(rows)).sum())
-
-    def pairs_of_last(rows: int) -> int:
-        return total - pairs_of_first(num_queries - rows)
-
-    first, last = (
-        min(bisect_left(borders, pairs, key=pairs_of), len(borders) - 1) for pairs_of in (pairs_of_first, pairs_of_last)
-    )
-    windows = [(0, int(borders[steps])) for steps in {first, first // 2}]
-    windows += [(num_queries - int(borders[steps]), num_queries) for steps in {last, last // 2}]
-    return [np.array([each]) for each in windows if each[0] < each[1]]
 
 
 def _as_planned(number: int, stage: Stage, num_own: int, num_queries: int, costs: Costs) -> Step:
@@ -213,9 +134,9 @@ def _together(plan: Plan, number: int, stage: Stage, early: Intervals, late: Int
     place = start[len(own) :]
     buffer = _joined(np.column_stack([both[order, :2], start[order]]))
     exchange = _received_at(stage.exchange, stage.received, place, int(length.sum()))
-    calls = _calls(slices_in(_in_rows(plan.bands, late), buffer), late.tolist(), costs)
+    calls = _calls(slices_in(in_rows(plan.bands, late), buffer), late.tolist(), costs)
     received = np.column_stack([stage.received[:, :2], place])
-    calls += _calls(slices_in(_in_rows(plan.bands, early), received), early.tolist(), costs)
+    calls += _calls(slices_in(in_rows(plan.bands, early), received), early.tolist(), costs)
     return Step(number, exchange, calls, int(length.sum()), own_places[np.argsort(own_places[:, 0])])
 
 
@@ -238,12 +159,6 @@ def _received_at(
     recv = np.column_stack([last_hop.recv[owner, 0], moved])
     last_hop = replace(last_hop, recv=recv, num_received=num_keys)
     return replace(exchange, intra=last_hop) if isinstance(exchange, TwoHopExchange) else last_hop
-
-
-def _in_rows(bands: Bands, rows: Intervals) -> Bands:
-    """The bands, cut to some runs of rows."""
-    cuts = [band.shrink(band.clip(bands, band.Q0, start, stop))[0] for start, stop in rows.tolist()]
-    return np.concatenate([band.empty_bands(), *cuts])
 
 
 def _calls(slices: SliceTable, runs: Iterable[Sequence[int]], costs: Costs) -> tuple[KernelCall, ...]:
