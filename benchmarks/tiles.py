@@ -23,7 +23,8 @@ from magi_attention.common import bands as band
 from magi_attention.common import workloads
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.device_tiles import DeviceIntervals, DeviceLists, device_row_intervals, padded_lists
-from magi_attention.kernels.tiles import IndexLists, RowIntervals, TileRuns, row_intervals, tile_runs
+from magi_attention.kernels.tiles import RowIntervals, TileRuns, row_intervals, tile_runs
+from magi_attention.testing.tiles import IndexLists
 from magi_kernels_blackwell.fa4 import tables as fa4
 from magi_kernels_blackwell.masks import packed_mask
 
@@ -67,7 +68,7 @@ def measure(name: str, tokens: int, device: torch.device, repeat: int) -> None:
     lists = [runs for tiles in plan() for runs in (tiles.full, tiles.partial)]
 
     def host_lists() -> list[IndexLists]:
-        return [each.expanded() for each in lists]
+        return [IndexLists.from_intervals(each) for each in lists]
 
     def device_lists() -> list[DeviceLists]:
         return [padded_lists(each, device) for each in lists]

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magi_attention.common.slices import SliceTable, expand_counts
-from magi_attention.kernels.tiles import IndexLists, classify_tiles
 from magi_attention.testing.masks import MASK_FAMILIES, random_masks, rectangular_masks
 from magi_attention.testing.oracle import dense_mask
+from magi_attention.testing.tiles import IndexLists, classify_tiles
 from magi_kernels_blackwell.cudnn_flex import tables as cudnn_tables
 from magi_kernels_blackwell.cudnn_flex.tables import row_functions
 from magi_kernels_blackwell.fa4.tables import (

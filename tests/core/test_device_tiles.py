@@ -22,6 +22,7 @@ from magi_attention.kernels.device_tiles import (
 )
 from magi_attention.kernels.tiles import RowIntervals, row_intervals, tile_runs
 from magi_attention.testing.masks import random_masks
+from magi_attention.testing.tiles import IndexLists
 
 CPU = torch.device("cpu")
 
@@ -36,7 +37,7 @@ def assert_equal(on_device: Tensor, on_host: np.ndarray) -> None:
 
 
 def assert_lists_are_equal(runs: RowIntervals, device: torch.device, more_width: int, more_rows: int) -> None:
-    lists = runs.expanded()
+    lists = IndexLists.from_intervals(runs)
     width = int(lists.counts.max(initial=0))
     padded = padded_lists(runs, device)
     assert_equal(padded.counts, lists.counts)

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from magi_attention.common import bands as band
 from magi_attention.common.slices import SliceTable
-from magi_attention.kernels.tiles import IndexLists, bands_from_intervals, classify_tiles, row_intervals, tile_runs
+from magi_attention.kernels.tiles import bands_from_intervals, row_intervals, tile_runs
 from magi_attention.testing.masks import random_masks
 from magi_attention.testing.oracle import dense_mask
+from magi_attention.testing.tiles import IndexLists, classify_tiles
 
 
 def lists_of(lists: IndexLists) -> list[list[int]]:
@@ -137,10 +138,10 @@ def test_runs_of_tiles_in_both_directions(mask, block_q, block_k, more_q, more_k
     tiles = classify_tiles(slices.bands(), num_q, num_k, block_q, block_k)
     runs = tile_runs(band.transpose(slices.bands()), num_k, num_q, block_k, block_q)
     for by_query, by_key in ((tiles.full, runs.full), (tiles.partial, runs.partial)):
-        assert lists_of(by_key.expanded()) == lists_of(by_query.transposed(-(-num_k // block_k)))
+        assert lists_of(IndexLists.from_intervals(by_key)) == lists_of(by_query.transposed(-(-num_k // block_k)))
         same_row = np.diff(np.repeat(np.arange(len(by_key.counts)), by_key.counts)) == 0
         assert (by_key.starts[1:] > by_key.stops[:-1])[same_row].all()
-        assert by_key.sizes.tolist() == by_key.expanded().counts.tolist()
+        assert by_key.sizes.tolist() == IndexLists.from_intervals(by_key).counts.tolist()
 
 
 def test_rows_cut_finer_than_tiles_cost_no_more_for_many_keys():

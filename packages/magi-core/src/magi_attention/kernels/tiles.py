@@ -9,7 +9,6 @@ transposed bands.
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,42 +18,6 @@ from magi_attention.common.bands import Bands
 from magi_attention.common.slices import expand_counts
 
 Indices = NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class IndexLists:
-    """One ascending list of indices per row, in compressed form.
-
-    Attributes:
-        offsets: ``(num_rows + 1,)``; row i's list is ``indices[offsets[i]:offsets[i + 1]]``.
-        indices: all lists, one after another.
-    """
-
-    offsets: Indices
-    indices: Indices
-
-    @classmethod
-    def from_pairs(cls, rows: Indices, indices: Indices, num_rows: int) -> Self:
-        """Collect pairs (row, index), in any order, none of them twice."""
-        width = int(indices.max(initial=0)) + 1
-        ordered = np.sort(rows * width + indices)  # much faster than sorting by two keys
-        return cls(_offsets(np.bincount(rows, minlength=num_rows)), ordered % width)
-
-    @property
-    def counts(self) -> Indices:
-        """The lists' lengths."""
-        return np.diff(self.offsets)
-
-    def transposed(self, num_columns: int) -> Self:
-        """List the rows of each index instead of the indices of each row."""
-        rows, _ = expand_counts(self.counts)
-        return self.from_pairs(self.indices, rows, num_columns)
-
-    def padded(self, width: int) -> Indices:
-        """Return the lists as a matrix ``(num_rows, width)``, zero after each list's end."""
-        matrix = np.zeros((len(self.counts), width), np.int64)
-        matrix[expand_counts(self.counts)] = self.indices
-        return matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +43,6 @@ class RowIntervals:
         """How many indices the intervals of each row hold together."""
         return np.diff(_offsets(self.stops - self.starts)[self.offsets])
 
-    def expanded(self) -> IndexLists:
-        """List the indices one by one."""
-        interval, step = expand_counts(self.stops - self.starts)
-        return IndexLists(_offsets(self.sizes), self.starts[interval] + step)
-
 
 @dataclass(frozen=True, eq=False)
 class TileRuns:
@@ -97,25 +55,6 @@ class TileRuns:
 
     full: RowIntervals
     partial: RowIntervals
-
-
-@dataclass(frozen=True, eq=False)
-class Tiles:
-    """The tiles that a mask touches: for each block of queries, blocks of keys.
-
-    Attributes:
-        full: tiles of which every pair that lies inside the tensors is kept, by one slice or by several together.
-        partial: tiles of which some pairs are kept, but not all.
-    """
-
-    full: IndexLists
-    partial: IndexLists
-
-
-def classify_tiles(bands: Bands, num_q: int, num_k: int, block_q: int, block_k: int) -> Tiles:
-    """Sort the tiles that ``bands`` touch into full and partial ones, listed one by one; see :func:`tile_runs`."""
-    runs = tile_runs(bands, num_q, num_k, block_q, block_k)
-    return Tiles(runs.full.expanded(), runs.partial.expanded())
 
 
 def tile_runs(bands: Bands, num_q: int, num_k: int, block_q: int, block_k: int) -> TileRuns:
