@@ -8,6 +8,7 @@ import typer
 
 from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.demo.options import DemoOptions, Device, MaskFamily, Precision
+from magi_attention.cli.logs import log_to_stderr
 from magi_attention.cli.plan.options import PlanOptions
 from magi_attention.utils.folders import why_unwritable
 
@@ -33,11 +34,17 @@ def print_version(is_asked: bool) -> None:
 
 @app.callback()
 def magi(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Context-parallel attention for ultra-long, packed, irregularly masked sequences."""
+    try:
+        log_to_stderr()
+    except ValueError as error:
+        if context.invoked_subcommand != "doctor":  # which shows all that is wrong
+            fail(error)
 
 
 @app.command()

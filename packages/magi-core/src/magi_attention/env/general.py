@@ -157,7 +157,7 @@ def is_rate_measurement_enable(text: str) -> bool:
 
 @variable("MAGI_ATTENTION_LOG_LEVEL", "WARN")
 def log_level(text: str) -> str:
-    """The level of the command-line tools' log: DEBUG, INFO, WARN, ERROR or CRITICAL; imports configure no logging."""
+    """The level of what ``magi`` logs to stderr: DEBUG, INFO, WARN, ERROR or CRITICAL; imports configure no logging."""
     return LOG_LEVELS[parse_choice(text, [level.lower() for level in LOG_LEVELS]).upper()]
 
 

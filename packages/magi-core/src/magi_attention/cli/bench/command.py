@@ -15,6 +15,7 @@ from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.bench.overlap import Overlap, read_overlap
 from magi_attention.cli.bench.status_line import StatusLine
 from magi_attention.cli.demo.command import DTYPES, choose_device
+from magi_attention.cli.logs import log_to_stderr
 from magi_attention.comm.registry import check_native
 from magi_attention.kernels.protocol import AttentionRequest
 from magi_attention.kernels.registry import choose_backend
@@ -66,6 +67,7 @@ def _measure_on_own_ranks(options: BenchOptions, processes: int, transport: str)
 
 
 def _measure_on_rank(rank: int, world_size: int, options: BenchOptions) -> Measurement:
+    log_to_stderr()
     on_gpu = dist.get_backend() == "nccl"
     return measure(options, torch.device("cuda", rank) if on_gpu else torch.device("cpu"), StatusLine(rank == 0))
 

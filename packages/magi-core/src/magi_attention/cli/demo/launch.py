@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 from magi_attention.cli.demo.options import DemoOptions
 from magi_attention.cli.demo.train import StepResult, train
+from magi_attention.cli.logs import log_to_stderr
 from magi_attention.plan.build import Plan
 
 POLL_SECONDS = 0.05
@@ -56,6 +57,7 @@ def _run_rank(
     device: str,
     events: "SimpleQueue[StepResult | Plan]",
 ) -> None:
+    log_to_stderr()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine, whatever its name resolves to
     place = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":

@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from typing import Literal
 from unittest import mock
 
+from magi_attention.cli.logs import log_to_stderr
 from magi_attention.kernels.protocol import KernelSelection, PrecompileCase, Precompiles
 from magi_attention.kernels.registry import installed_backends
 
@@ -73,7 +74,7 @@ def find_tasks(selections: Sequence[KernelSelection], names: Sequence[str]) -> l
 def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
     """Compile in ``jobs`` processes, which are never shared by two architectures; outcomes come as they finish."""
     for _, group in groupby(tasks, key=lambda task: task.case.arch):
-        with _quiet_children(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        with _quiet_children(), ProcessPoolExecutor(jobs, get_context("spawn"), log_to_stderr) as pool:
             running = {pool.submit(compile_one, task): task for task in group}
             for future in as_completed(running):
                 yield _outcome_of(future, running[future])
