@@ -44,9 +44,14 @@ def test_each_stream_is_told_once_of_every_table(recorded, monkeypatch):
     assert all(table is tables[number % 4] for number, (table, _) in enumerate(recorded))
 
 
-def test_tables_on_the_host_need_no_streams():
+def test_tables_on_the_host_need_no_streams(monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *args: told.append(args))
+    run_on(monkeypatch, 3)
     streams = StreamsOfTables((torch.zeros(1),))
     streams.add_current()
+    streams.add(SimpleNamespace(cuda_stream=7))
+    assert not told
 
 
 def test_layers_of_flex_are_told_of_streams_whenever_they_are_read(recorded, monkeypatch):
