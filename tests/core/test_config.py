@@ -192,6 +192,7 @@ CONTRADICTIONS = [
     (lambda: RuntimeConfig(hierarchical_comm=True, qo_comm=True), "hierarchical_comm and qo_comm"),
     (lambda: RuntimeConfig(hierarchical_comm=True, native_grpcoll=True), "hierarchical_comm and native_grpcoll"),
     (lambda: RuntimeConfig(native_grpcoll=True, deterministic=True), "native_grpcoll and deterministic"),
+    (lambda: RuntimeConfig(check_plan_timeout=0), "check_plan_timeout must be positive, not 0"),
     (lambda: RuntimeConfig(kernel_backend="fa4", deterministic=True), "fa4 and deterministic"),
     (lambda: RuntimeConfig(kernel_backend="fa4", forward_high_precision_reduce=True), "fa4 and forward"),
     (lambda: RuntimeConfig(kernel_backend="fa4", backward_high_precision_reduce=True), "fa4 and backward"),
@@ -224,6 +225,7 @@ def test_contradictions_raise_when_built(make, words):
         (lambda: DistAttnConfig(runtime_config={}), "runtime_config"),
         (lambda: RuntimeConfig(deterministic=1), "deterministic"),
         (lambda: RuntimeConfig(kernel_backend=1), "kernel_backend"),
+        (lambda: RuntimeConfig(check_plan_timeout="soon"), "check_plan_timeout must be int or None, not 'soon'"),
     ],
 )
 def test_wrong_types(make, words):

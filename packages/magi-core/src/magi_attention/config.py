@@ -275,6 +275,7 @@ class RuntimeConfig:
             margin = check_type(self, name, int, type(None))
             if margin is not None and margin < 0:
                 raise MagiValueError(f"RuntimeConfig.{name} must be at least 0, not {margin}")
+        check_positive(self, ["check_plan_timeout"], int, type(None))
         self._check_choice("precision", ["input", *MagiAttentionPrecision])
         self._check_choice("sink_grad_reduce", ["none", "sum", "avg"])
         self._check_backend("kernel_backend")
