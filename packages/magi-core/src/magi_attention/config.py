@@ -162,7 +162,9 @@ class OverlapConfig:
 
 @dataclass(frozen=True)
 class GrpCollConfig:
-    """Resources of the native group collectives; used with ``MAGI_ATTENTION_NATIVE_GRPCOLL=1`` only.
+    """Resources of the native group collectives of MagiAttention v1.1.1; accepted for compatibility, without effect.
+
+    Those of the ``magi-comm-grpcoll`` wheel size their buffers and choose what carries rows themselves.
 
     Attributes:
         num_sms: multiprocessors that a collective may occupy.
