@@ -242,7 +242,7 @@ class RuntimeConfig:
             begin to travel beside a kernel by means that need any, and none elsewhere; a number holds for every kernel.
         backward_sm_margin: the same for backward kernels.
         flatten_head_groups: accepted for compatibility; all heads share one plan.
-        auto_range_merge: let kernels process slices with equal ranges together.
+        auto_range_merge: accepted for compatibility; kernels here merge slices as suits them.
         check_plan: compare the ranks' plans once for every new key.
         check_plan_timeout: seconds to wait there for a rank that does not come, before all others raise.
         skip_overlap_check: don't check that no two slices keep a common pair.

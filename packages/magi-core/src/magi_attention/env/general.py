@@ -101,13 +101,13 @@ def is_overlap_check_skipped(text: str) -> bool:
 
 @variable("MAGI_ATTENTION_FLATTEN_HEAD_GROUPS")
 def is_flatten_head_groups_enable(text: str) -> bool:
-    """Plan for each key-value head's group of query heads on its own; without sink and max_logits."""
+    """Recorded in the key, and excludes sink and max_logits; all heads share one plan nevertheless."""
     return parse_flag(text)
 
 
 @variable("MAGI_ATTENTION_AUTO_RANGE_MERGE")
 def is_auto_range_merge_enable(text: str) -> bool:
-    """Let kernels process slices with equal ranges together; a hint that changes no result."""
+    """Recorded in the key for compatibility; kernels here merge slices as suits them, whatever it says."""
     return parse_flag(text)
 
 
