@@ -78,6 +78,7 @@ def test_one_process_prints_a_table():
     [
         (["--repeat", "0"], "--repeat must be at least 1, not 0"),
         (["--tokens", "200"], "--tokens 200 is too few for masks of several documents; take 256 or more"),
+        (["--tokens", "5000000000"], "--tokens must be at most 2147483647, not 5000000000"),
         (["--sm-margin", "-1"], "--sm-margin must be at least 0, not -1"),
         (["--heads-q", "3"], "--heads-q 3 must be a multiple of --heads-kv 2"),
         (["--trace", "trace.txt"], "--trace trace.txt must end in one of .json, .gz"),

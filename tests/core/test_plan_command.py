@@ -195,6 +195,7 @@ CAUSAL = ["--mask", "causal", "--tokens", "4096"]
         ([*CAUSAL, "--simulate", "20", "--hierarchical"], "20 ranks in nodes of 8; give --nodes"),
         ([*CAUSAL, "--nodes", "2", "--hierarchical", "--qo"], "--hierarchical and --qo cannot be combined"),
         ([*CAUSAL, "--qo", "--overlap-degree", "2"], "leave --overlap-degree 2 away"),
+        ([*CAUSAL, "--simulate", "0"], "--simulate must be at least 1, not 0"),
         ([*CAUSAL, "--ranks", "0"], "--ranks must be at least 1, not 0"),
         ([*CAUSAL, "--ranks", "5000"], "cannot be shared by 5000 ranks"),
         ([*CAUSAL, "--ranks", "16", "--simulate", "32"], "--simulate 32 and --ranks 16 differ"),

@@ -182,6 +182,8 @@ def plan(
     try:
         if simulate is not None and ranks not in (simulate, None):
             raise ValueError(f"--simulate {simulate} and --ranks {ranks} differ; give one of them")
+        if simulate is not None and simulate < 1:
+            raise ValueError(f"--simulate must be at least 1, not {simulate}")
         options = PlanOptions(
             mask=mask,
             tokens=tokens,

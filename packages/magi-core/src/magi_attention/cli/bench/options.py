@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from magi_attention.cli.demo.options import Device, Precision
+from magi_attention.common.slices import MOST_ROWS
 from magi_attention.common.workloads import LEAST_TOKENS, WORKLOADS
 
 
@@ -59,6 +60,8 @@ class BenchOptions:
             raise ValueError(
                 f"--tokens {self.tokens} is too few for masks of several documents; take {LEAST_TOKENS} or more"
             )
+        if self.tokens > MOST_ROWS:
+            raise ValueError(f"--tokens must be at most {MOST_ROWS}, not {self.tokens}")
         for name in ("sm_margin", "warmup"):
             value = getattr(self, name)
             if value is not None and value < 0:
