@@ -2,15 +2,15 @@
 """The ``magi`` command's subcommands and flags. Bodies import what they need, so that help and errors come at once."""
 
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
+from magi_attention.cli.arguments import check_output, fail, parse_degree
 from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.demo.options import DemoOptions, Device, MaskFamily, Precision
 from magi_attention.cli.logs import log_to_stderr
 from magi_attention.cli.plan.options import PlanOptions
-from magi_attention.utils.folders import why_unwritable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -381,37 +381,3 @@ def bench(
         run_bench(options, as_json, Console())
     except (ValueError, RuntimeError, TimeoutError) as error:
         fail(error)
-
-
-def parse_degree(text: str) -> int | None:
-    """Return the overlap degree, None for ``auto``."""
-    if text == "auto":
-        return None
-    if not text.isdecimal():
-        raise ValueError(f"--overlap-degree must be 0 or more, or auto, not {text}")
-    from magi_attention.config import OverlapConfig
-
-    if int(text) > (most := OverlapConfig().max_num_chunks):
-        raise ValueError(f"--overlap-degree must be at most {most}, the pieces that remote rows come in, not {text}")
-    return int(text)
-
-
-def check_output(flag: str, path: Path | None, suffixes: tuple[str, ...]) -> None:
-    """Refuse a path that nothing can be written to, or another kind of file, before anything is computed."""
-    if path is None:
-        return
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{flag} {path} must end in one of {', '.join(suffixes)}")
-    if path.is_dir():
-        raise ValueError(f"{flag} {path} is a folder; name a file")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ValueError(f"{flag} {path}: there is no folder {folder}; make it first")
-    if reason := why_unwritable(folder):
-        raise ValueError(f"{flag} {path} can't be written: {reason}; take another folder")
-
-
-def fail(error: Exception) -> NoReturn:
-    """Say what is wrong and how to put it right, without a traceback."""
-    typer.echo(f"magi: {error}", err=True)
-    raise typer.Exit(2)
