@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -156,26 +157,32 @@ def _home_keys(steps: Sequence[Step], num_keys: int) -> tuple[slice, ...] | None
 
 
 class _Coverage:
-    """Which of some rows have been written."""
+    """Which of some rows have been written, by runs that were written equally often: start, stop and how often."""
 
     def __init__(self, num_rows: int) -> None:
-        self._times = np.zeros(num_rows, np.int32)
+        self._runs = [(0, num_rows, 0)] if num_rows else []
         self._is_exact = True
 
     def add(self, run: slice) -> bool:
         """Write a run; returns whether any of its rows had been written before."""
-        before = self._times[run]
-        known = bool(before.any())
-        self._is_exact &= not known or bool(before.all())
-        before += 1
+        pieces = [
+            (start, stop, times)
+            for first, last, times in self._runs
+            for start, stop in pairwise(sorted({first, last, *(x for x in (run.start, run.stop) if first < x < last)}))
+        ]
+        is_inside = [run.start <= start and stop <= run.stop for start, stop, _ in pieces]
+        before = [times for (_, _, times), inside in zip(pieces, is_inside, strict=True) if inside]
+        self._runs = [(*rows, times + inside) for (*rows, times), inside in zip(pieces, is_inside, strict=True)]
+        known = any(before)
+        self._is_exact &= not known or all(before)
         return known
 
     @property
     def is_exact(self) -> bool:
         """Whether all rows were written, and each run was either new or known as a whole."""
-        return self._is_exact and bool(self._times.all())
+        return self._is_exact and all(times for _, _, times in self._runs)
 
     @property
     def most(self) -> int:
         """How often a row was written, at most."""
-        return int(self._times.max(initial=0))
+        return max((times for _, _, times in self._runs), default=0)
