@@ -30,8 +30,8 @@ from magi_kernels_hopper.launching import (
 )
 from magi_kernels_hopper.results import LOG2_E, scored_upward
 from magi_kernels_hopper.support import ELEMENT_OF
-from magi_kernels_hopper.tables import device_column_tables
-from magi_kernels_hopper.variants import BackwardVariant, ForwardSizes, ForwardVariant, backward_variants
+from magi_kernels_hopper.tables import DeviceColumnTables, device_column_tables
+from magi_kernels_hopper.variants import BackwardSizes, BackwardVariant, ForwardSizes, ForwardVariant, backward_variants
 
 GAP = 16
 """Terms of a tile are this many more than its rows, ``Traits::kTerms`` in csrc/backward/traits.cuh."""
@@ -65,7 +65,7 @@ class PreparedBackward:
     def __init__(self, candidates: Sequence[BackwardVariant], call: AttentionCall, q: Tensor, k: Tensor) -> None:
         self._known = ByAddresses[tuple[Ready, ...]]()
         (num_q, num_heads, head_dim), (num_k, num_kv_heads, _) = q.shape, k.shape
-        group, available = num_heads // num_kv_heads, max(multiprocessors(q.device) - call.sm_margin, 1)
+        available = max(multiprocessors(q.device) - call.sm_margin, 1)
         self.tables = tables = device_column_tables(
             call.slices,
             num_q,
@@ -88,30 +88,7 @@ class PreparedBackward:
         rows_of_boxes = 2 * [(pack, tile_q)] + 2 * [(1, sizes.tile_n)]
         self.boxes = [((swizzle_bytes // 2, *each), swizzle_bytes) for each in rows_of_boxes]
         self._scale = call.softmax_scale
-        scale = abs(call.softmax_scale) or 1.0
-        capped = call.softcap > 0
-        self.template = Params(
-            tiles=tables.tiles.data_ptr(),
-            runs=tables.runs.data_ptr(),
-            pieces=tables.pieces.data_ptr(),
-            items=tables.items.data_ptr(),
-            ranks=None if tables.ranks is None else tables.ranks.data_ptr(),
-            keys=tables.keys.data_ptr(),
-            num_kv_heads=num_kv_heads,
-            log2_pack=pack.bit_length() - 1,
-            packs_per_kv_head=group // pack,
-            num_tiles_q=tiles_q,
-            num_items=len(tables.items),
-            scale=scale,
-            to_log2=LOG2_E * scale,
-            cap_slope=2 * LOG2_E * scale / call.softcap if capped else 0.0,
-            cap=LOG2_E * call.softcap,
-            adders=tables.adders.data_ptr(),
-            num_q=num_q,
-            num_packs=num_heads // pack,
-            dq_scale=call.softmax_scale,
-            num_complete=tables.num_met * (num_heads // pack) * sizes.dq_parts,
-        )
+        self.template = _template(tables, sizes, call, num_q, num_heads, num_kv_heads)
         self.row_template = RowParams(
             num_q=num_q,
             num_heads=num_heads,
@@ -125,7 +102,11 @@ class PreparedBackward:
             cut = _cut_of_queries(variant, num_heads, num_kv_heads, num_k)
             self._queries = PreparedQueries(tables.queries, cut, call, num_q, self.template, available)
             self._queries_kernel = self.kernels.queries[number_of_kernel(cut)]
-        # Of the workspace: sums of gradients, terms of rows, sums of items, and how far all of these have come.
+        self._lay_out_workspace(variant, head_dim)
+
+    def _lay_out_workspace(self, variant: BackwardVariant, head_dim: int) -> None:
+        """Sums of gradients, terms of rows, sums of items, and how far all of these have come."""
+        sizes = variant.sizes
         rows = self.num_tiles * sizes.tile_m
         of_items = self.num_shared * 2 * sizes.tile_n // 2 * head_dim
         of_queries, parts = (0, 0) if variant.fine else (rows * head_dim, self.num_tiles * sizes.dq_parts)
@@ -189,6 +170,36 @@ class PreparedBackward:
         q, dout, k, v = tensors
         of_queries = self._queries.fill(maps, (q, k, v, dout), dq, terms, zeros.data_ptr())
         return Ready.of(rows), Ready.of(params), Ready.of(of_queries)
+
+
+def _template(
+    tables: DeviceColumnTables, sizes: BackwardSizes, call: AttentionCall, num_q: int, num_heads: int, num_kv_heads: int
+) -> Params:
+    """The parameters without the addresses of tensors."""
+    pack = tables.pack
+    scale, capped = abs(call.softmax_scale) or 1.0, call.softcap > 0
+    return Params(
+        tiles=tables.tiles.data_ptr(),
+        runs=tables.runs.data_ptr(),
+        pieces=tables.pieces.data_ptr(),
+        items=tables.items.data_ptr(),
+        ranks=None if tables.ranks is None else tables.ranks.data_ptr(),
+        keys=tables.keys.data_ptr(),
+        num_kv_heads=num_kv_heads,
+        log2_pack=pack.bit_length() - 1,
+        packs_per_kv_head=num_heads // num_kv_heads // pack,
+        num_tiles_q=-(-num_q // (sizes.tile_m // pack)),
+        num_items=len(tables.items),
+        scale=scale,
+        to_log2=LOG2_E * scale,
+        cap_slope=2 * LOG2_E * scale / call.softcap if capped else 0.0,
+        cap=LOG2_E * call.softcap,
+        adders=tables.adders.data_ptr(),
+        num_q=num_q,
+        num_packs=num_heads // pack,
+        dq_scale=call.softmax_scale,
+        num_complete=tables.num_met * (num_heads // pack) * sizes.dq_parts,
+    )
 
 
 def launch_backward(
