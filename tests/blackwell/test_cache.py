@@ -3,6 +3,7 @@
 
 import logging
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from magi_kernels_blackwell import cache
 
 ENABLED, DIRECTORY = "PROJECT_CUTE_DSL_CACHE_ENABLED", "PROJECT_CUTE_DSL_CACHE_DIR"
 VARIABLE = "MAGI_ATTENTION_FFA_FA4_CACHE_DIR"
+HOPPER_HERE, BLACKWELL_HERE = (f"project/{arch}_{platform.machine()}" for arch in ("sm_90", "sm_100"))
 
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
     monkeypatch.setattr(cache, "_folders", {})
+    monkeypatch.setattr(cache, "_unkept", [])
     yield
     cache._warn_of.cache_clear()
     cache._linked.cache_clear()
@@ -45,8 +48,9 @@ def test_folder_by_environment_variables(monkeypatch, tmp_path):
 def test_projects_read_the_folder_while_they_are_imported(monkeypatch, tmp_path):
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     monkeypatch.setenv(DIRECTORY, "before")
-    assert folder_inside() == tmp_path / "project/sm_90"
-    assert (tmp_path / "project/sm_90").is_dir()
+    assert folder_inside() == tmp_path / HOPPER_HERE
+    assert (tmp_path / HOPPER_HERE).is_dir()
+    assert not cache.why_unkept()
     assert os.environ[DIRECTORY] == "before"
     assert ENABLED not in os.environ
 
@@ -56,7 +60,7 @@ def test_an_import_that_fails_leaves_no_trace(monkeypatch, tmp_path):
     with pytest.raises(ImportError), cache.kept_in("project/sm_90", "PROJECT"):
         raise ImportError
     assert ENABLED not in os.environ
-    assert folder_inside("project/sm_100") == tmp_path / "project/sm_100"
+    assert folder_inside("project/sm_100") == tmp_path / BLACKWELL_HERE
     with pytest.raises(RuntimeError, match="has loaded project/sm_100"):
         folder_inside("project/sm_90")
 
@@ -68,12 +72,13 @@ def test_a_users_own_setting_stays(monkeypatch, tmp_path):
         assert os.environ[ENABLED] == "0"
         assert DIRECTORY not in os.environ
     assert not list(tmp_path.iterdir())
+    assert f"{ENABLED} is '0'" in cache.why_unkept()
 
 
 def test_a_process_has_one_folder_for_each_project(monkeypatch, tmp_path):
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     assert folder_inside() == folder_inside()
-    assert folder_inside("other/sm_100", "OTHER") == tmp_path / "other/sm_100"
+    assert folder_inside("other/sm_100", "OTHER") == tmp_path / f"other/sm_100_{platform.machine()}"
     with pytest.raises(RuntimeError, match="has loaded project/sm_90, and cannot load project/sm_100"):
         folder_inside("project/sm_100")
     monkeypatch.setenv(ENABLED, "0")
@@ -91,10 +96,18 @@ def test_a_folder_that_cannot_be_made_is_told_once(monkeypatch, caplog):
     assert len(caplog.records) == 1
     assert VARIABLE in caplog.text
     assert "/proc/nothere" in caplog.text
+    assert cache.why_unkept().startswith("kernels cannot be kept in /proc/nothere: ")
+
+
+def test_kernels_of_hosts_of_another_kind_are_kept_apart(monkeypatch, tmp_path):
+    """A kernel holds code for the processor that launches it: an x86-64's is of no use to Grace."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert folder_inside() == tmp_path / "project/sm_90_aarch64"
 
 
 def test_kernels_in_a_folder_that_cannot_be_written_are_found(monkeypatch, tmp_path, caplog):
-    kernel = tmp_path / "project/sm_90/fingerprint/fwd/1234.o"
+    kernel = tmp_path / HOPPER_HERE / "fingerprint/fwd/1234.o"
     kernel.parent.mkdir(parents=True)
     kernel.write_text("compiled ahead of time")
     monkeypatch.setenv(VARIABLE, str(tmp_path))

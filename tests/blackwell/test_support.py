@@ -21,9 +21,9 @@ from magi_attention.kernels.protocol import (
 )
 from magi_attention.kernels.registry import choose_backend, installed_backends
 from magi_attention.testing.stages import random_inputs
-from magi_kernels_blackwell import CUDNN_FLEX_BACKEND, FLASH_ATTENTION_4_BACKEND, support, wheels
+from magi_kernels_blackwell import CUDNN_FLEX_BACKEND, FLASH_ATTENTION_4_BACKEND, cache, support, wheels
 from magi_kernels_blackwell.cases import NATIVE_MASKS, SHORT_LENGTH, call_of, request_of
-from magi_kernels_blackwell.compiling import multiprocessors_of
+from magi_kernels_blackwell.compiling import Compiler, multiprocessors_of
 from magi_kernels_blackwell.fa4.library import folder_of
 from magi_kernels_blackwell.masks import packed_mask
 
@@ -265,6 +265,23 @@ def test_cases_are_of_the_multiprocessors_that_were_asked_for():
         assert multiprocessors_of(100, count) == expected
     assert folder_of(100, 148) != folder_of(100, 152)
     assert folder_of(90, 114) == folder_of(90, 132)
+
+
+@of_each_backend
+def test_a_kernel_that_was_compiled_but_is_not_kept_is_an_error(machine, monkeypatch, backend):
+    machine(0)
+    case = PrecompileCase("sm_90", torch.bfloat16, 8, 8, 64, 64, "forward")
+    monkeypatch.setattr(cache, "_unkept", [])
+    for was_compiled in (True, False):
+        monkeypatch.setattr(type(backend), "compile_case", lambda self, case, answer=was_compiled: answer)
+        assert backend.precompile(case) is was_compiled
+    cache.cannot_keep("No space left on device")
+    assert backend.precompile(case) is False
+    monkeypatch.setattr(type(backend), "compile_case", lambda self, case: True)
+    with pytest.raises(RuntimeError, match=r"kernels cannot be kept in .*: No space left on device"):
+        backend.precompile(case)
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        Compiler(print)("nothing is compiled in vain")
 
 
 def test_cases_launch_the_kernels_that_they_name():

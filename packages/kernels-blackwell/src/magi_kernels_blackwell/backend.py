@@ -23,6 +23,7 @@ from magi_attention.kernels.protocol import (
 )
 from magi_attention.utils.dtypes import as_dtype
 from magi_attention.utils.torch_modes import on_device_of, without_grad
+from magi_kernels_blackwell.cache import why_unkept
 from magi_kernels_blackwell.cases import arch_number, combinations, request_of
 from magi_kernels_blackwell.masks import has_pairs
 from magi_kernels_blackwell.measured import tflops
@@ -113,11 +114,14 @@ class WheelBackend(ABC):
         """See :class:`magi_attention.kernels.protocol.Precompiles`.
 
         Raises:
-            RuntimeError: If a wheel is missing.
+            RuntimeError: If a wheel is missing, or kernels cannot be kept on disk.
         """
         if missing := missing_wheels(tuple(self.wheels.items())):
             raise RuntimeError(missing)
-        return self.compile_case(case)
+        compiled = self.compile_case(case)
+        if compiled and (unkept := why_unkept()):
+            raise RuntimeError(unkept)
+        return compiled
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionResult:
         """See the protocol."""

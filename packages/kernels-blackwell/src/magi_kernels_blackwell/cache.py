@@ -7,6 +7,7 @@ these projects' own variables keep what they set.
 
 import logging
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,6 +19,7 @@ from magi_attention.utils.folders import why_unwritable
 
 logger = logging.getLogger(__name__)
 _folders: dict[str, str] = {}
+_unkept: list[str] = []
 
 
 @contextmanager
@@ -28,8 +30,9 @@ def kept_in(folder: str, variable_prefix: str) -> Iterator[None]:
     same, but new ones are kept for this process alone, of which a warning tells.
 
     Args:
-        folder: a folder below :func:`magi_attention.env.build.kernel_cache_dir`. Kernels of different architectures
-            need different ones: neither project tells all of them apart.
+        folder: a folder below :func:`magi_attention.env.build.kernel_cache_dir`; the host's kind of processor is added
+            to its name, since kernels have a part that runs there. Kernels of different architectures need different
+            ones: neither project tells all of them apart.
         variable_prefix: what the project's own environment variables begin with.
 
     Raises:
@@ -42,11 +45,13 @@ def kept_in(folder: str, variable_prefix: str) -> Iterator[None]:
         )
     enabled, directory = f"{variable_prefix}_CUTE_DSL_CACHE_ENABLED", f"{variable_prefix}_CUTE_DSL_CACHE_DIR"
     if enabled in os.environ:
+        if os.environ[enabled] != "1":
+            _unkept.append(f"{enabled} is {os.environ[enabled]!r}, with which none are: unset it")
         yield
         _folders[variable_prefix] = folder
         return
     before = os.environ.get(directory)
-    os.environ |= {enabled: "1", directory: str(_writable(kernel_cache_dir() / folder))}
+    os.environ |= {enabled: "1", directory: str(_writable(_of_this_host(folder)))}
     try:
         yield
         _folders[variable_prefix] = folder
@@ -56,11 +61,26 @@ def kept_in(folder: str, variable_prefix: str) -> Iterator[None]:
             os.environ[directory] = before
 
 
+def why_unkept() -> str:
+    """Say why kernels that this process compiles are not all kept on disk; empty if they are."""
+    return f"kernels cannot be kept in {kernel_cache_dir()}: {_unkept[0]}" if _unkept else ""
+
+
+def cannot_keep(reason: str) -> None:
+    """Remember that a kernel cannot be kept on disk, and warn of it once for each reason."""
+    _unkept.append(reason)
+    _warn_of(kernel_cache_dir(), reason)
+
+
+def _of_this_host(folder: str) -> Path:
+    return kernel_cache_dir() / f"{folder}_{platform.machine()}"
+
+
 def _writable(folder: Path) -> Path:
     """Return the folder, or if it cannot be written one of this process that shows what it holds."""
     if not (reason := why_unwritable(folder)):
         return folder
-    _warn_of(kernel_cache_dir(), reason)
+    cannot_keep(reason)
     return Path(_linked(folder).name)
 
 

@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 
+from magi_kernels_blackwell.cache import why_unkept
 from magi_kernels_blackwell.wheels import ARCHITECTURES, HOPPER, capability_of, num_multiprocessors
 
 MULTIPROCESSORS = {90: 132, 100: 148, 103: 148}
@@ -21,7 +22,7 @@ MULTIPROCESSORS = {90: 132, 100: 148, 103: 148}
 
 
 class Compiler:
-    """Stands for ``cutlass.cute.compile``, and counts.
+    """Stands for ``cutlass.cute.compile``, counts, and compiles nothing that would not be kept.
 
     Attributes:
         count: how often something was compiled.
@@ -32,7 +33,13 @@ class Compiler:
         self.count = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compile."""
+        """Compile.
+
+        Raises:
+            RuntimeError: If compiled kernels cannot be kept on disk.
+        """
+        if unkept := why_unkept():
+            raise RuntimeError(unkept)
         self.count += 1
         return self._compiler(*args, **kwargs)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from magi_kernels_blackwell.cache import kept_in
+from magi_kernels_blackwell.objects import share_objects
 from magi_kernels_blackwell.wheels import capability_of
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,10 @@ def load_for(arch: int) -> Library:
     with kept_in(f"cudnn_flex/sm_{arch}", "FLEX_ATTENTION"):
         from cudnn.flex_attention import create_mask_plan, dispatch
         from cudnn.flex_attention.plan import builder
+        from cudnn.flex_attention.runtime import compile_cache
         from cudnn.flex_attention.runtime.dsl_utils import maybe_contiguous
 
+    share_objects(compile_cache.JITPersistentCache)
     return Library(create_mask_plan, maybe_contiguous, dispatch, builder)
 
 

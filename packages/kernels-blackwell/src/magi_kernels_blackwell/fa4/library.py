@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from magi_kernels_blackwell.cache import kept_in
+from magi_kernels_blackwell.objects import share_objects
 from magi_kernels_blackwell.wheels import HOPPER, capability_of, num_multiprocessors
 
 
@@ -43,11 +44,12 @@ def load(device: torch.device) -> Library:
 def load_for(arch: int, num_sms: int) -> Library:
     """Import FlashAttention-4, whose kernels are kept in :func:`folder_of` the architecture."""
     with kept_in(folder_of(arch, num_sms), "FLASH_ATTENTION"):
-        from flash_attn.cute import interface
+        from flash_attn.cute import cache_utils, interface
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
         from magi_kernels_blackwell.fa4 import grouped_kernel, masks
 
+    share_objects(cache_utils.JITPersistentCache)
     return Library(
         interface._flash_attn_fwd,
         interface._flash_attn_bwd,

@@ -12,4 +12,4 @@ def why_unwritable(folder: Path) -> str:
         with tempfile.TemporaryFile(dir=folder):
             return ""
     except OSError as error:
-        return str(error)
+        return error.strerror or str(error)
