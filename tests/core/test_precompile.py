@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`magi precompile` with a backend that pretends to compile, found by its entry point in the compiling processes."""
 
+import os
+import subprocess
+import sys
+import time
 from importlib.metadata import entry_points
+from multiprocessing import active_children
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +15,14 @@ from typer.testing import CliRunner
 
 from magi_attention.cli.main import app
 from magi_attention.cli.precompile.options import read_selections
-from magi_attention.cli.precompile.worker import Task, compile_one, find_tasks
+from magi_attention.cli.precompile.worker import Task, compile_all, compile_one, find_tasks
 from magi_attention.kernels import registry
 from magi_attention.kernels.protocol import KernelSelection, PrecompileCase, Precompiles
 from magi_attention.kernels.reference import BACKEND as REFERENCE
 
 SOURCE = """
 import os
+import time
 import warnings
 from itertools import product
 from pathlib import Path
@@ -48,6 +55,9 @@ class PretendingBackend(ReferenceBackend):
         if case.head_dim == 512:
             os._exit(1)
         path = ffa_fa4_cache_dir() / str(case).replace("/", "-")
+        if case.head_dim == 1024:
+            path.with_suffix(".begun").write_text(str(os.getpid()))
+            time.sleep(100)
         cached = path.exists()
         path.write_text(str(os.getpid()))
         return not cached
@@ -157,13 +167,60 @@ def test_compiling_caching_and_failing(pretending, capfd):
     second = run("--arch", "sm_90", "--heads", "4/2", "--jobs", 1, "--head-dim", 64, "--head-dim", 256)
     assert second.exit_code == 1
     assert ["pretending", "sm_90", "2", "2", "4"] in [line[:5] for line in words(second)]
-    assert "dim 256 backward softcap: RuntimeError: no registers left [sad]" in " ".join(second.stdout.split())
+    lines = second.stdout.splitlines()
+    assert lines.count("failed RuntimeError: no registers left [sad]") == 1
+    assert "  pretending, sm_90 bfloat16 4/2 heads dim 256 backward softcap" in lines
+    assert str(pretending) in second.stdout.replace("\n", "")
 
 
 def test_a_compiler_that_dies(pretending):
     result = run("--arch", "sm_90", "--heads", "4/2", "--jobs", 1, "--head-dim", 512, "--direction", "forward")
     assert result.exit_code == 1
-    assert "a compiling process died" in " ".join(result.stdout.split())
+    assert "a compiling process died, maybe for lack of memory" in " ".join(result.stdout.split())
+    assert "are kept" not in result.stdout
+
+
+def test_logs_show_every_case_as_it_finishes(pretending):
+    result = run("--arch", "sm_90", "--heads", "4/2", "--head-dim", 64, "--head-dim", 256, "--jobs", 1)
+    told = [line.rpartition(", ")[0].split(" ", 1) for line in result.stdout.splitlines() if line[1:3] == "/8"]
+    assert [number for number, _ in told] == [f"{count}/8" for count in range(1, 9)]
+    assert "compiled pretending, sm_90 bfloat16 4/2 heads dim 64 backward softcap" in [text for _, text in told]
+    assert "failed pretending, sm_90 bfloat16 4/2 heads dim 256 forward" in [text for _, text in told]
+
+
+def test_who_stops_early_waits_for_no_compiler(pretending):
+    selections = read_selections(["sm_90"], [], ["4/2"], ["64", "1024"], "forward")
+    outcomes = compile_all(find_tasks(selections, []), 1)
+    assert [next(outcomes).status for _ in range(2)] == ["compiled", "compiled"]
+    wait_for(lambda: list(pretending.glob("*.begun")))
+    outcomes.close()
+    assert not active_children()
+    assert len(list(pretending.iterdir())) == 3
+
+
+def test_compilers_end_with_a_process_that_is_killed(pretending):
+    command = [sys.executable, "-m", "magi_attention.cli", "precompile", "--arch", "sm_90", "--head-dim", "1024"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([*command, "--jobs", "1"], env=environment, stdout=subprocess.DEVNULL) as process:
+        (begun,) = wait_for(lambda: [path for path in pretending.glob("*.begun") if path.read_text()])
+        process.kill()
+    wait_for(lambda: has_ended(int(begun.read_text())))
+
+
+def wait_for(look):
+    """Look until there is something."""
+    for _ in range(600):
+        if found := look():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("waited for a minute in vain")
+
+
+def has_ended(pid):
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def test_one_case_in_this_process(pretending):

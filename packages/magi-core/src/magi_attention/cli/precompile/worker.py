@@ -3,21 +3,25 @@
 
 import io
 import os
+import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
 from itertools import groupby
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
+from threading import Thread
 from typing import Literal
 from unittest import mock
 
 from magi_attention.cli.logs import log_to_stderr
 from magi_attention.kernels.protocol import KernelSelection, PrecompileCase, Precompiles
 from magi_attention.kernels.registry import installed_backends
+
+DIED = "a compiling process died, maybe for lack of memory: try again with fewer --jobs, with 1 to see which case it is"
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,35 @@ def find_tasks(selections: Sequence[KernelSelection], names: Sequence[str]) -> l
     ]
 
 
-def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
-    """Compile in ``jobs`` processes, which are never shared by two architectures; outcomes come as they finish."""
+def compile_all(tasks: Sequence[Task], jobs: int) -> Generator[Outcome]:
+    """Compile in ``jobs`` processes, which are never shared by two architectures; outcomes come as they finish.
+
+    The processes end with this one, and when the iterator is closed or interrupted.
+    """
     for _, group in groupby(tasks, key=lambda task: task.case.arch):
-        with _quiet_children(), ProcessPoolExecutor(jobs, get_context("spawn"), log_to_stderr) as pool:
-            running = {pool.submit(compile_one, task): task for task in group}
-            for future in as_completed(running):
-                yield _outcome_of(future, running[future])
+        with _quiet_children(), ProcessPoolExecutor(jobs, get_context("spawn"), _begin) as pool:
+            try:
+                running = {pool.submit(compile_one, task): task for task in group}
+                for future in as_completed(running):
+                    yield _outcome_of(future, running[future])
+            except BaseException:
+                for child in active_children():  # else the pool would wait until they have compiled all
+                    child.terminate()
+                raise
+
+
+def _begin() -> None:
+    """Log as the parent does, leave it to it what an interrupt from the terminal means, and end when it does."""
+    log_to_stderr()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _quiet_children() -> AbstractContextManager[object]:
@@ -105,4 +131,4 @@ def _outcome_of(future: "Future[Outcome]", task: Task) -> Outcome:
     try:
         return future.result()
     except BrokenProcessPool:
-        return Outcome(task, "failed", reason="a compiling process died; try again with --jobs 1 to see which")
+        return Outcome(task, "failed", reason=DIED)
