@@ -2,6 +2,7 @@
 """The native transport as the core finds and asks it, without a GPU."""
 
 import json
+import sys
 from importlib.metadata import entry_points
 
 import pytest
@@ -58,6 +59,18 @@ def test_an_allocator_without_pools_is_refused_before_anything_is_allocated(monk
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
     assert "without backend:cudaMallocAsync in" in reason_against(torch.device("cuda", 0))
+
+
+def test_another_module_named_cuda_is_told(monkeypatch, tmp_path):
+    (tmp_path / "cuda.py").touch()
+    for name in [each for each in sys.modules if each.split(".")[0] == "cuda"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    reason = reason_against(torch.device("cuda", 0))
+    assert reason.startswith("cuda.core cannot be imported")
+    assert reason.endswith('pip install "magi-comm-grpcoll"')
 
 
 class Mirror:

@@ -2,6 +2,7 @@
 """What the backend answers where it cannot compute; needs no GPU."""
 
 import ctypes
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,16 @@ import torch
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, KernelBackend
 from magi_attention.kernels.registry import choose_backend, installed_backends
-from magi_kernels_hopper import BACKEND, backward_params, backward_queries, driver, index, index_backward, index_lists
+from magi_kernels_hopper import (
+    BACKEND,
+    backward_params,
+    backward_queries,
+    driver,
+    index,
+    index_backward,
+    index_lists,
+    support,
+)
 from magi_kernels_hopper.forward import Params, geometry
 from magi_kernels_hopper.variants import (
     BACKWARD_SIZES,
@@ -46,6 +56,33 @@ def test_backend_is_found_by_its_entry_point():
 def test_refusals_say_why(changes, reason):
     with pytest.raises(RuntimeError, match=reason):
         choose_backend(replace(REQUEST, **changes), "hopper")
+
+
+@pytest.mark.parametrize("there", ["nothing", "a module of that name", "another package of that name"])
+def test_without_cuda_bindings_it_refuses_whatever_else_is_named_cuda(there, monkeypatch, tmp_path):
+    """As where a script's folder has a ``cuda.py``; a GPU and all kernels are pretended."""
+    for name in [each for each in sys.modules if each.split(".")[0] == "cuda"]:
+        monkeypatch.delitem(sys.modules, name)
+    if there == "nothing":
+        monkeypatch.setitem(sys.modules, "cuda", None)
+    else:
+        path = tmp_path / ("cuda.py" if there == "a module of that name" else "cuda/__init__.py")
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        monkeypatch.syspath_prepend(str(tmp_path))
+    driver._driver.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    support._support_of.cache_clear()
+    try:
+        answer = BACKEND.supports(replace(REQUEST, device=torch.device("cuda", 0)))
+    finally:
+        driver._driver.cache_clear()
+        support._support_of.cache_clear()
+    assert not answer
+    assert "cuda-bindings cannot be imported" in answer.reason
+    assert "pip install 'cuda-bindings>=13,<14'" in answer.reason
 
 
 def test_its_other_name():

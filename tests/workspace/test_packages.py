@@ -109,6 +109,13 @@ def test_plugin_requires_the_core_within_bounds(project: Project) -> None:
     assert "<" in {bound.operator for bound in core.specifier}
 
 
+@pytest.mark.parametrize("project", PLUGINS.values(), ids=PLUGINS)
+def test_cuda_projects_are_required_within_bounds(project: Project) -> None:
+    """Their calls take other arguments with a new major version of CUDA."""
+    needs = [need for need in map(Requirement, project["dependencies"]) if need.name.startswith("cuda-")]
+    assert all("<" in {bound.operator for bound in need.specifier} for need in needs)
+
+
 def test_core_names_plugins_only_in_their_extras() -> None:
     own = {project["name"] for project in PROJECTS.values()}
     assert not {Requirement(need).name for need in CORE["dependencies"]} & own

@@ -3,7 +3,6 @@
 
 import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,8 +44,10 @@ def reason_against(device: torch.device) -> str:
     if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         needed = ".".join(map(str, LEAST_CAPABILITY))
         return f"{torch.cuda.get_device_name(device)} is older than compute capability {needed} (Hopper)"
-    if find_spec("cuda") is None or find_spec("cuda.core") is None:
-        return 'cuda.core is not installed: pip install "magi-comm-grpcoll"'
+    try:
+        import cuda.core  # noqa: F401
+    except ImportError as error:  # also where something else goes by the name of cuda
+        return f'cuda.core cannot be imported ({error}): pip install "magi-comm-grpcoll"'
     if torch.cuda.get_allocator_backend() != "native":
         return (
             f"PyTorch's allocator {torch.cuda.get_allocator_backend()} has no pools, which symmetric memory is of: use "

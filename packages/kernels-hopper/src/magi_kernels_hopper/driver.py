@@ -175,6 +175,15 @@ def check(answer: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
+def why_no_bindings() -> str:
+    """Say why cuda-bindings cannot be imported, whatever else goes by the name of ``cuda``; empty if it can."""
+    try:
+        _driver()
+    except ImportError as error:
+        return f"cuda-bindings cannot be imported ({error}): pip install 'cuda-bindings>=13,<14'"
+    return ""
+
+
 @cache
 def _driver() -> Any:
     from cuda.bindings import driver

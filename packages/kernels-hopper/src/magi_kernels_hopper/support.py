@@ -3,13 +3,12 @@
 
 from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
 from typing import Final
 
 import torch
 
 from magi_attention.kernels.protocol import AttentionRequest, Support
-from magi_kernels_hopper.driver import CUBINS
+from magi_kernels_hopper.driver import CUBINS, why_no_bindings
 from magi_kernels_hopper.variants import (
     HEAD_DIMS,
     Element,
@@ -69,8 +68,8 @@ def _support_of(request: AttentionRequest, by_indices: bool = False) -> Support:
                 f"this installation of magi-kernels-hopper has no kernel {variant.name}: it was built without the "
                 "CUDA compiler; install a published wheel, or build it again where nvcc is"
             )
-    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        return _refuse("cuda-bindings is not installed: pip install 'cuda-bindings>=13'")
+    if missing := why_no_bindings():
+        return _refuse(missing)
     return Support(True)
 
 
