@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from magi_attention.cli.doctor import command
 from magi_attention.cli.doctor.backends import allowed_error, capabilities, check_backends, choices
 from magi_attention.cli.doctor.communication import check_communication, communication_facts, peer_access
-from magi_attention.cli.doctor.findings import Capability
+from magi_attention.cli.doctor.findings import Capability, Check
 from magi_attention.cli.doctor.machine import machine_facts, package_versions
+from magi_attention.cli.doctor.requirements import check_requirements
 from magi_attention.cli.doctor.settings import check_kernel_folder, check_planner, check_variables, variables_set
 from magi_attention.cli.main import app
 from magi_attention.kernels import registry
@@ -172,7 +173,42 @@ def test_variables(monkeypatch, tmp_path):
     assert "misspelled" in checks["MAGI_ATTENTION_KERNEL_BACKENDS"].detail
 
 
-def test_the_command_prints_everything_and_exits_with_0():
+@pytest.fixture
+def distribution(tmp_path, monkeypatch):
+    """Add a distribution to those that are installed."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def add(name: str, version: str, *requires: str, group: str = "magi_attention.kernels") -> None:
+        info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {each}" for each in requires)]) + "\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = nowhere:X\n")
+
+    return add
+
+
+def test_plugins_must_have_the_versions_that_they_require(distribution):
+    distribution("some-wheel", "1.3rc1", group="other")
+    distribution("fits", "1.0", "some-wheel>=1.2,<2", "some-wheel==9; extra == 'test'", "numpy")
+    distribution("old", "0.1", "some-wheel==1.2", "magi-attention>=0.0.1,<0.0.2", group="magi_attention.comm")
+    distribution("alone", "2.0", "magi-attention", "not-there[cu13]==1.0")
+    checks = {check.name: check for check in check_requirements()}
+    assert checks["fits 1.0"].status == "ok"
+    assert [checks[name].status for name in ("old 0.1", "alone 2.0")] == ["failed", "failed"]
+    assert "requires some-wheel==1.2, installed is 1.3rc1; magi-attention<0.0.2,>=0.0.1, in" in checks["old 0.1"].detail
+    assert checks["alone 2.0"].detail.endswith("it requires not-there[cu13]==1.0, which is not installed")
+    assert not any(name.startswith(("magi-attention", "some-wheel")) for name in checks)
+
+
+def test_the_core_may_run_with_a_torch_that_counts_as_older(distribution):
+    """Of NVIDIA's containers: 2.9.0a0 comes before 2.9."""
+    distribution("torch", "2.9.0a0+nv25.09", group="other")
+    assert not [check for check in check_requirements() if "torch" in check.detail]
+
+
+def test_the_command_prints_everything_and_exits_with_0(monkeypatch):
+    monkeypatch.setattr(command, "check_requirements", list)  # of whatever plug-ins are here
     result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     for text in ("Machine", "Packages", "Kernel backends", "reference backward", "What would be chosen", "gloo"):
@@ -180,7 +216,8 @@ def test_the_command_prints_everything_and_exits_with_0():
     assert "Nothing is wrong" in result.stdout
 
 
-def test_json_and_exit_status_of_a_failure(install):
+def test_json_and_exit_status_of_a_failure(install, monkeypatch):
+    monkeypatch.setattr(command, "check_requirements", lambda: [Check("plug-in 0.1", "failed", "old")])
     install(reference=REFERENCE, wrong=WrongBackend())
     result = CliRunner().invoke(app, ["doctor", "--json"])
     assert result.exit_code == 1
@@ -189,6 +226,7 @@ def test_json_and_exit_status_of_a_failure(install):
     assert {check["name"] for check in found["checks"] if check["status"] == "failed"} == {
         "wrong forward",
         "wrong backward",
+        "plug-in 0.1",
     }
     assert set(found["choices"]["causal"]["forward"]) == {"reference", "wrong"}
 

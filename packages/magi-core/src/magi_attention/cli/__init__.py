@@ -8,7 +8,7 @@ from io import TextIOWrapper
 
 def run() -> None:
     """Run the command line; what the machine lacks, be it libraries, memory or room on a disk, is told in one line."""
-    missing = [name for name in ("typer", "rich", "matplotlib") if find_spec(name) is None]
+    missing = [name for name in ("typer", "rich", "matplotlib", "packaging") if find_spec(name) is None]
     if missing:
         sys.exit(f'magi: missing {", ".join(missing)}; run: pip install "magi-attention[cli]"')
     for stream in (sys.stdout, sys.stderr):

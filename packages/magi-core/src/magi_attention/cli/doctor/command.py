@@ -13,6 +13,7 @@ from magi_attention.cli.doctor.backends import capabilities, check_backends, cho
 from magi_attention.cli.doctor.communication import check_communication, communication_facts, peer_access
 from magi_attention.cli.doctor.findings import Capability, Check, Findings, attempt
 from magi_attention.cli.doctor.machine import gpu_facts, machine_facts, package_versions
+from magi_attention.cli.doctor.requirements import check_requirements
 from magi_attention.cli.doctor.settings import check_kernel_folder, check_planner, check_variables, variables_set
 
 MARKS = {"ok": "[green]ok[/green]", "failed": "[bold red]failed[/bold red]", "skipped": "[dim]skipped[/dim]"}
@@ -34,7 +35,7 @@ def run_doctor(as_json: bool) -> int:
 def examine(progress: Console) -> Findings:
     """Collect all findings; what takes long is told to ``progress``."""
     device = default_device()
-    checks = [*check_variables(), check_kernel_folder(), check_planner(), *check_communication()]
+    checks = [*check_variables(), *check_requirements(), check_kernel_folder(), check_planner(), *check_communication()]
     found: dict[str, dict[str, dict[str, float]]] = {}
 
     def choose() -> str:
