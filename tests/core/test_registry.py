@@ -44,7 +44,7 @@ def install(monkeypatch):
     """Pretend that exactly these backends are installed; an exception stands for one that cannot be imported."""
 
     def load(backend):
-        if isinstance(backend, Exception):
+        if isinstance(backend, BaseException):
             raise backend
         return backend
 
@@ -213,8 +213,9 @@ def test_without_any_backend_that_is_said(install):
         choose_backend(REQUEST)
 
 
-def test_a_backend_that_cannot_be_imported_does_not_hide_the_others(install, caplog):
-    install(broken=ImportError("libcuda.so.1"), reference=FakeBackend("reference", 0))
+@pytest.mark.parametrize("error", [ImportError("libcuda.so.1"), SystemExit("no libcuda.so.1")], ids=repr)
+def test_a_backend_that_cannot_be_imported_does_not_hide_the_others(install, caplog, error):
+    install(broken=error, reference=FakeBackend("reference", 0))
     assert choose_backend(REQUEST).name == "reference"
     assert "libcuda.so.1" in caplog.text
     with pytest.raises(RuntimeError, match=r"cannot be loaded.*libcuda"):

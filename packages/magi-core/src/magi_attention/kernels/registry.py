@@ -38,7 +38,7 @@ class UnloadableBackend:
         reason: why it cannot be loaded.
     """
 
-    def __init__(self, name: str, error: Exception) -> None:
+    def __init__(self, name: str, error: BaseException) -> None:
         self.name = name
         self.reason = f"its package is installed but cannot be loaded: {error!r}"
 
@@ -64,7 +64,7 @@ def installed_backends() -> dict[str, KernelBackend]:
     for point in entry_points(group=ENTRY_POINT_GROUP):
         try:
             backends[point.name] = point.load()
-        except Exception as error:  # a plug-in's import may fail in any way
+        except (Exception, SystemExit) as error:  # a plug-in's import may fail in any way
             logger.warning("The kernel backend %r cannot be loaded: %r", point.name, error)
             backends[point.name] = UnloadableBackend(point.name, error)
     return dict(sorted(backends.items()))
