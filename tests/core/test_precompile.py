@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from magi_attention.cli.main import app
 from magi_attention.cli.precompile.options import read_selections
-from magi_attention.cli.precompile.worker import Task, compile_all, compile_one, find_tasks
+from magi_attention.cli.precompile.worker import Task, compile_all, compile_one, find_tasks, without_kernels
 from magi_attention.kernels import registry
 from magi_attention.kernels.protocol import KernelSelection, PrecompileCase, Precompiles
 from magi_attention.kernels.reference import BACKEND as REFERENCE
@@ -221,6 +221,38 @@ def has_ended(pid):
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+def test_what_no_backend_has_kernels_for_is_told(pretending):
+    flags = ("--head-dim", 96, "--head-dim", 64, "--dtype", "fp16", "--heads", "4/2", "--direction", "forward")
+    result = run("--arch", "sm_90", *flags)
+    assert result.exit_code == 0
+    assert result.stderr == "magi: no backend has kernels for --head-dim 96/96 on sm_90; nothing is compiled for it\n"
+    assert without_kernels(read_selections(["sm_80"], [], [], [], "both"), []) == ["sm_80"]
+
+
+def test_backends_that_cannot_be_loaded_say_why(pretending):
+    (pretending.parent / "code" / "pretending.py").write_text("raise ImportError('built for another core')")
+    sys.modules.pop("pretending", None)
+    for flags in ((), ("--backend", "pretending")):
+        result = run("--arch", "sm_90", *flags)
+        assert result.exit_code == 2
+        assert "built for another core" in result.stderr
+        assert "pip install" not in result.stderr
+
+
+def test_other_names_of_backends_will_do(monkeypatch):
+    class Compiling(type(REFERENCE)):
+        def precompile_cases(self, selection):
+            return [PrecompileCase(selection.arch, torch.bfloat16, 8, 8, 64, 64, "forward")]
+
+        def precompile(self, case):
+            return True
+
+    backends = {"blackwell": Compiling(), "other": Compiling()}
+    monkeypatch.setattr("magi_attention.cli.precompile.worker.installed_backends", lambda: backends)
+    tasks = find_tasks(read_selections(["sm_90"], [], [], [], "both"), ["fa4"])
+    assert [task.backend for task in tasks] == ["blackwell"]
 
 
 def test_one_case_in_this_process(pretending):

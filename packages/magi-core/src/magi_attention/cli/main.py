@@ -297,7 +297,7 @@ def precompile(
 
     from magi_attention.cli.precompile.command import run_precompile
     from magi_attention.cli.precompile.options import read_selections
-    from magi_attention.cli.precompile.worker import find_tasks
+    from magi_attention.cli.precompile.worker import find_tasks, without_kernels
 
     try:
         selections = read_selections(arch or [], dtype or [], heads or [], head_dim or [], direction, multiprocessors)
@@ -306,6 +306,8 @@ def precompile(
             raise ValueError("no backend supports any of these combinations; there is nothing to compile")
     except ValueError as error:
         fail(error)
+    for missing in without_kernels(selections, tasks):
+        typer.echo(f"magi: no backend has kernels for {missing}; nothing is compiled for it", err=True)
     raise typer.Exit(run_precompile(tasks, jobs, Console()))
 
 

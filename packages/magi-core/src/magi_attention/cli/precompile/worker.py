@@ -6,7 +6,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, redirect_stdout
@@ -19,7 +19,8 @@ from unittest import mock
 
 from magi_attention.cli.logs import log_to_stderr
 from magi_attention.kernels.protocol import KernelSelection, PrecompileCase, Precompiles
-from magi_attention.kernels.registry import installed_backends
+from magi_attention.kernels.registry import UnloadableBackend, installed_backends
+from magi_attention.kernels.speeds import ALIASES
 
 DIED = "a compiling process died, maybe for lack of memory: try again with fewer --jobs, with 1 to see which case it is"
 
@@ -54,25 +55,64 @@ def find_tasks(selections: Sequence[KernelSelection], names: Sequence[str]) -> l
 
     Args:
         selections: what to compile.
-        names: the backends to ask; empty for all that can compile ahead of time.
+        names: the backends to ask, their aliases will do; empty for all that can compile ahead of time.
 
     Raises:
         ValueError: if a backend is not installed or compiles nothing ahead of time.
     """
-    able = {name: each for name, each in installed_backends().items() if isinstance(each, Precompiles)}
-    for name in names:
+    installed = installed_backends()
+    able = {name: each for name, each in installed.items() if isinstance(each, Precompiles)}
+    broken = _unloadable(installed.values())
+    wanted = [name if name in installed else ALIASES.get(name, name) for name in names]
+    for name in wanted:
+        if name in broken:
+            raise ValueError(f"backend {name!r}: {broken[name]}")
         if name not in able:
             known = ", ".join(able) or "none: pip install 'magi-attention[blackwell]'"
             raise ValueError(f"backend {name!r} compiles nothing ahead of time; those that do: {known}")
     if not able:
-        raise ValueError("no installed kernel backend compiles ahead of time: pip install 'magi-attention[blackwell]'")
-    chosen = {name: each for name, each in able.items() if not names or name in names}
+        reasons = "".join(f"; {name}: {reason}" for name, reason in broken.items())
+        todo = reasons or ": pip install 'magi-attention[blackwell]'"
+        raise ValueError(f"no installed kernel backend compiles ahead of time{todo}")
+    chosen = {name: each for name, each in able.items() if not wanted or name in wanted}
     return [
         Task(name, case)
         for selection in selections
         for name, backend in chosen.items()
         for case in backend.precompile_cases(selection)
     ]
+
+
+def _unloadable(backends: Iterable[object]) -> dict[str, str]:
+    """Why backends cannot be loaded, by name."""
+    return {each.name: each.reason for each in backends if isinstance(each, UnloadableBackend)}
+
+
+def without_kernels(selections: Sequence[KernelSelection], tasks: Sequence[Task]) -> list[str]:
+    """What was selected and none of the tasks is for, such as ``"sm_80"`` or ``"--head-dim 512 on sm_90"``."""
+    missing = []
+    for selection in selections:
+        cases = [task.case for task in tasks if task.case.arch == selection.arch]
+        if not cases:
+            missing.append(selection.arch)
+            continue
+        found: dict[str, tuple[Iterable[object], set[object]]] = {
+            "--dtype": (selection.dtypes, {case.dtype for case in cases}),
+            "--heads": (selection.heads, {(case.num_heads_q, case.num_heads_kv) for case in cases}),
+            "--head-dim": (selection.head_dims, {(case.head_dim, case.head_dim_v) for case in cases}),
+            "--direction": (selection.directions, {case.direction for case in cases}),
+        }
+        missing += [
+            f"{option} {_text_of(each)} on {selection.arch}"
+            for option, (selected, served) in found.items()
+            for each in selected
+            if each not in served
+        ]
+    return missing
+
+
+def _text_of(value: object) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
 
 
 def compile_all(tasks: Sequence[Task], jobs: int) -> Generator[Outcome]:
