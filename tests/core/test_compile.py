@@ -231,7 +231,7 @@ def test_operators_keep_their_promises():
     ranges = torch.tensor([[0, 30], [30, 50]])
     options = ("sh", 0.3, 2.0, False, 0, False, None)
     local, (num_local, _) = dispatch(q.detach(), key).requires_grad_(), key.local_rows
-    torch.library.opcheck(ops.dispatch.default, (q, key.handle, "query", num_local, 1.0))
+    torch.library.opcheck(ops.dispatch.default, (q, key.handle, "query", num_local, True, 1.0))
     torch.library.opcheck(ops.undispatch.default, (local, key.handle, "query", 50, False))
     torch.library.opcheck(ops.undispatch.default, (local, key.handle, "query", 50, True))
     torch.library.opcheck(ops.scatter_sum.default, (q.detach(), key.handle, "query", num_local))

@@ -3,11 +3,13 @@
 
 import contextlib
 import time
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from magi_attention.api import (
     AttnRanges,
@@ -18,6 +20,7 @@ from magi_attention.api import (
     magi_attn_varlen_key,
     make_flex_key_for_new_mask_after_dispatch,
     make_varlen_key_for_new_mask_after_dispatch,
+    undispatch,
 )
 from magi_attention.testing.distributed import RankPool
 from tests.distributed.test_api_ranks import SHARDS, WORLD_SIZE, causal_key, check_dispatch
@@ -137,24 +140,50 @@ def test_a_mesh_that_is_not_numbered_node_by_node_is_refused(pool):
     pool.run(make_a_hierarchical_key, timeout_s=60)
 
 
-def dispatch_what_differs(rank, world_size):
+def dispatch_in_a_checkpoint(x, key):
+    contexts = partial(create_selective_checkpoint_contexts, [])
+    return checkpoint(dispatch, x, key, use_reentrant=False, context_fn=contexts)
+
+
+WAYS_TO_DISPATCH = {
+    "plain": dispatch,
+    "compiled": torch.compile(dispatch, backend="aot_eager", fullgraph=True),
+    "in a selective checkpoint": dispatch_in_a_checkpoint,
+}
+
+
+def dispatch_what_differs(rank, world_size, way):
     """The message of one rank's other tokens, of another data type, and of equal tensors of any kind."""
+    torch._dynamo.reset()
     key = causal_key(64, sanity_check=True)
     messages = []
     tokens = torch.arange(64)
     for x in (tokens + (rank == 2), tokens.int() if rank == 2 else tokens, tokens > 3, torch.ones(64, 2).T.mT):
         try:
-            dispatch(x.requires_grad_(x.is_floating_point()), key)
+            WAYS_TO_DISPATCH[way](x.requires_grad_(x.is_floating_point()), key)
             messages.append(None)
         except RuntimeError as error:
             messages.append(str(error))
     return messages
 
 
-def test_ranks_that_dispatch_other_tensors_are_named_on_every_rank(pool):
-    for *different, same, same_too in pool.run(dispatch_what_differs):
+@pytest.mark.parametrize("way", WAYS_TO_DISPATCH)
+def test_ranks_that_dispatch_other_tensors_are_named_on_every_rank(pool, way):
+    for *different, same, same_too in pool.run(dispatch_what_differs, way):
         assert all("another tensor on ranks [2] than on rank 0" in message for message in different), different
         assert same is same_too is None
+
+
+def undispatch_for_losses_that_differ(rank, world_size):
+    key = causal_key(64, sanity_check=True)
+    compiled = torch.compile(undispatch, backend="aot_eager", fullgraph=True)
+    local = torch.zeros(key.local_rows[0], requires_grad=True)
+    (compiled(local, key) * rank).sum().backward()
+    return local.grad.unique().tolist()
+
+
+def test_gradients_may_differ_where_tensors_are_compared(pool):
+    assert pool.run(undispatch_for_losses_that_differ) == [[rank] for rank in range(WORLD_SIZE)]
 
 
 def dispatch_unchecked(rank, world_size):

@@ -29,7 +29,7 @@ def dispatch_compiled(x: Tensor, key: DistAttnRuntimeKey, pad_value: float, attn
     if float(pad_value) != pad_value and pad_value == pad_value:
         raise ValueError(f"pad_value={pad_value} is no float: dispatch outside of compiled functions and checkpoints")
     num_rows = key.local_rows[0 if attn_role is AttnRole.QUERY else 1]
-    return _select(x, key.handle, attn_role.value, num_rows, pad_value)
+    return _select(x, key.handle, attn_role.value, num_rows, True, pad_value)
 
 
 def undispatch_compiled(x: Tensor, key: DistAttnRuntimeKey, is_partial_grad: bool, attn_role: AttnRole) -> Tensor:
@@ -50,12 +50,14 @@ def _planned(handle: int) -> DistAttnRuntimeMgr:
 
 
 @operator("magi_attention::dispatch")
-def _select(x: Tensor, handle: int, role: str, num_rows: int, pad_value: float) -> Tensor:
-    """The ``num_rows`` local rows of a global tensor."""
+def _select(x: Tensor, handle: int, role: str, num_rows: int, is_input: bool, pad_value: float) -> Tensor:
+    """The ``num_rows`` local rows of a global tensor; of one that is no gradient, ranks may be asked to compare it."""
     manager = _planned(handle)
     layout = manager.layout_of(AttnRole(role))
     check_rows("x", x, 0, layout.num_real, "the global sequence without padding")
     check_pad_value(x, pad_value)
+    if is_input:
+        manager.check_sanity(x)
     return select_rows(x, layout, manager.rank, pad_value).contiguous()
 
 
@@ -94,18 +96,23 @@ def _(x: Tensor, handle: int, role: str, shift: int, dim: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *ctx.where, _, ctx.option = inputs
+def _save_select(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.where, _num_rows, _is_input, _pad_value = inputs
     ctx.num_rows = x.shape[0]
 
 
 def _select_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return _gather(grad, *ctx.where, ctx.num_rows, False), None, None, None, None
+    return _gather(grad, *ctx.where, ctx.num_rows, False), None, None, None, None, None
+
+
+def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.where, _num_rows, ctx.is_partial_grad = inputs
+    ctx.num_rows = x.shape[0]
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     where = *ctx.where, ctx.num_rows
-    local = _scatter_sum(grad, *where) if ctx.option else _select(grad, *where, 0.0)
+    local = _scatter_sum(grad, *where) if ctx.is_partial_grad else _select(grad, *where, False, 0.0)
     return local, None, None, None, None
 
 
@@ -117,6 +124,6 @@ def _roll_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _roll(grad, *ctx.where, -ctx.shift, ctx.dim), None, None, None, None
 
 
-_select.register_autograd(_select_backward, setup_context=_save)
-_gather.register_autograd(_gather_backward, setup_context=_save)
+_select.register_autograd(_select_backward, setup_context=_save_select)
+_gather.register_autograd(_gather_backward, setup_context=_save_gather)
 _roll.register_autograd(_roll_backward, setup_context=_save_roll)

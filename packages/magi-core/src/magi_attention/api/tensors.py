@@ -41,7 +41,6 @@ def dispatch(
     check_rows("x", x, 0, manager.layout_of(attn_role).num_real, "the global sequence without padding")
     check_pad_value(x, pad_value)
     if in_selective_checkpoint():
-        manager.check_sanity(x)
         return dispatch_compiled(x, key, pad_value, attn_role)
     return manager.dispatch(x, pad_value, attn_role)
 
