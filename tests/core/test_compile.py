@@ -237,6 +237,8 @@ def test_operators_keep_their_promises():
     torch.library.opcheck(ops.scatter_sum.default, (q.detach(), key.handle, "query", num_local))
     torch.library.opcheck(ops.roll.default, (local, key.handle, "key", 3, 0))
     torch.library.opcheck(ops.flex_flash_attn.default, (q, k, v, ranges, ranges, None, sink, *options))
+    lists, options = torch.arange(50)[:, None, None] - torch.arange(2 * 7).view(2, 7), (0.3, 2.0, False, 0)
+    torch.library.opcheck(ops.index_attention.default, (q, k, v, lists, sink, "sh", True, *options, "auto", "same"))
 
 
 def test_no_operator_is_captured_in_a_graph():

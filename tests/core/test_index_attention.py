@@ -2,13 +2,16 @@
 """Index attention on a CPU: every query's own keys, against the dense oracle with the mask that they make."""
 
 import math
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from magi_attention.functional import flex_flash_attn_func
+from magi_attention.functional import flex_flash_attn_func, index_job
 from magi_attention.kernels import indexed, registry
 from magi_attention.kernels.protocol import AttentionRequest, IndexCall, Support
 from magi_attention.testing.lists import dense_index_attention, random_lists
@@ -159,14 +162,58 @@ def test_backends_that_have_kernels_are_asked(names, called, deterministic, monk
     assert all(call.deterministic == deterministic for _, _, call in calls)
 
 
-def test_in_a_compiled_function():
-    x = random_inputs(10, 10, dtype=torch.float32)
-    lists = random_lists(10, 2, 10, 5)
+def keeping(*, attention: bool):
+    """A selective checkpoint that keeps the results of index attention, or computes them again."""
+    index_attention = torch.ops.magi_attention.index_attention.default
 
-    def attend(q):
-        return flex_flash_attn_func(q, x.k, x.v, index_attn_indices=lists)[0] * 2
+    def policy(ctx, operator, *args, **kwargs):
+        keeps = attention and operator is index_attention
+        return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
-    torch.testing.assert_close(torch.compile(attend, backend="eager")(x.q), attend(x.q))
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    return lambda attend: partial(checkpoint, attend, use_reentrant=False, context_fn=contexts)
+
+
+WAYS_AROUND = {
+    "compiled": lambda attend: torch.compile(attend, backend="aot_eager", fullgraph=True),
+    "kept": keeping(attention=True),
+    "computed again": keeping(attention=False),
+}
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+@pytest.mark.parametrize("way", WAYS_AROUND)
+def test_compiled_or_in_a_selective_checkpoint_it_is_an_operator(way, with_sink, monkeypatch):
+    calls = []
+    compute = index_job.attend_to_indices
+    monkeypatch.setattr(index_job, "attend_to_indices", lambda *args: calls.append(args) or compute(*args))
+    x = random_inputs(10, 12)
+    lists = random_lists(10, 2, 12, 5)
+    leaves = [each.requires_grad_() for each in (*x[:3], *[torch.randn(2, 4, dtype=torch.float64)] * with_sink)]
+
+    def attend(q, k, v, sink=None):
+        out, meta = flex_flash_attn_func(
+            q.sin(), k, v, index_attn_indices=lists, sink=sink, softcap=2.0, return_max_logits=True
+        )
+        return out * 2, meta.lse, meta.max_logits
+
+    results = []
+    for function in (attend, WAYS_AROUND[way](attend)):
+        calls.clear()
+        out, lse, largest = function(*leaves)
+        objective = (out * x.dout).sum() + lse.where(lse.isfinite(), 0.0).square().sum()
+        results.append((out, lse, largest, *torch.autograd.grad(objective, leaves)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+    assert len(calls) == (2 if way == "computed again" else 1)
+
+
+def test_compiled_functions_read_the_environment_in_each_call(monkeypatch):
+    x, lists = random_inputs(8, 8), torch.zeros(8, 2, 4, dtype=torch.int32)
+    attend = torch.compile(flex_flash_attn_func, backend="aot_eager", fullgraph=True)
+    attend(x.q, x.k, x.v, index_attn_indices=lists)
+    monkeypatch.setenv("MAGI_ATTENTION_KERNEL_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="nonsense"):
+        attend(x.q, x.k, x.v, index_attn_indices=lists)
 
 
 LISTS = torch.zeros(8, 2, 4, dtype=torch.int32)
@@ -201,5 +248,7 @@ def test_errors_say_what_is_wrong(changes, error, message):
         "v": torch.zeros(9, 2, 16),
         "index_attn_indices": LISTS,
     }
-    with pytest.raises(error, match=message):
-        flex_flash_attn_func(**{**arguments, **changes})
+    caching, _ = create_selective_checkpoint_contexts([])
+    for around in (nullcontext(), caching):
+        with around, pytest.raises(error, match=message):
+            flex_flash_attn_func(**{**arguments, **changes})

@@ -110,7 +110,6 @@ def flex_flash_attn_func(
     if index_attn_indices is not None:
         if k_ranges is not None or attn_type_map is not None:
             raise MagiValueError("k_ranges and attn_type_map belong to q_ranges, not to index_attn_indices")
-        backend, backward_backend = configured_backends()
         return attend_by_indices(
             q,
             k,
@@ -123,8 +122,8 @@ def flex_flash_attn_func(
             deterministic=deterministic,
             sm_margin=sm_margin,
             return_max_logits=return_max_logits,
-            backend=backend,
-            backward_backend=backward_backend,
+            backend=None,
+            backward_backend=None,
         )
     if index_attn:
         raise MagiValueError("index_attn says that keys are given by index_attn_indices, which are missing")
