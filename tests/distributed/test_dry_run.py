@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from magi_attention.api import (
@@ -47,3 +48,22 @@ def test_one_rank_of_a_fake_group_runs_alone(degree, sanity_check):
     ((num_local, num_positions, total, *shapes),) = run_ranks(1, run_dry, degree, sanity_check)
     assert num_local == num_positions == total // 8
     assert shapes == [(100, 4, 8), (100, 4, 8)]
+
+
+def plan_and_send_nothing(rank, world_size):
+    """A key of measured rates and a step of fake tensors, which only rank 0 takes; then all ranks send rows."""
+    config = DistAttnConfig(overlap_config=OverlapConfig(degree="auto"))
+    with FakeTensorMode():
+        key = magi_attn_varlen_key([0, 30, 100], [0, 30, 100], 4, 2, 8, 0, None, causal=True, dist_attn_config=config)
+        if rank == 0:
+            x = torch.randn(100, 4, 8, requires_grad=True)
+            local = dispatch(x, key)
+            out, _ = calc_attn(local, local[:, :2], local[:, 2:], key)
+            undispatch(roll(out, 1, 0, key), key).sum().backward()
+            assert x.grad.shape == x.shape
+    rows = torch.arange(100)
+    return undispatch(roll(dispatch(rows, key), 1, 0, key), key).equal(rows.roll(1))
+
+
+def test_fake_tensors_are_not_sent():
+    assert run_ranks(2, plan_and_send_nothing, timeout_s=60) == [True, True]

@@ -9,7 +9,7 @@ from magi_attention.api.compiled import calc_attn_compiled
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
-from magi_attention.utils.torch_modes import in_selective_checkpoint
+from magi_attention.utils.torch_modes import is_one_operator
 
 
 def calc_attn(
@@ -52,7 +52,7 @@ def calc_attn(
         return calc_attn_compiled(q, k, v, key, sink, softmax_scale, softcap, return_max_logits)
     manager = find_manager(key)
     check_attention_call(q, k, v, manager, sink, softmax_scale, softcap, return_max_logits)
-    if in_selective_checkpoint():
+    if is_one_operator(q):
         return calc_attn_compiled(q, k, v, key, sink, softmax_scale, softcap, return_max_logits)
     return manager.calc_attn(
         q,

@@ -12,7 +12,7 @@ from magi_attention.api.compiled_tensors import dispatch_compiled, roll_compiled
 from magi_attention.common.enum import AttnRole
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
-from magi_attention.utils.torch_modes import in_selective_checkpoint
+from magi_attention.utils.torch_modes import is_one_operator
 
 
 def dispatch(
@@ -40,7 +40,7 @@ def dispatch(
     manager = find_manager(key)
     check_rows("x", x, 0, manager.layout_of(attn_role).num_real, "the global sequence without padding")
     check_pad_value(x, pad_value)
-    if in_selective_checkpoint():
+    if is_one_operator(x):
         return dispatch_compiled(x, key, pad_value, attn_role)
     return manager.dispatch(x, pad_value, attn_role)
 
@@ -67,7 +67,7 @@ def undispatch(
         return undispatch_compiled(x, key, is_partial_grad, attn_role)
     manager = find_manager(key)
     check_rows("x", x, 0, manager.num_local_rows(attn_role), "this rank's share")
-    if in_selective_checkpoint():
+    if is_one_operator(x):
         return undispatch_compiled(x, key, is_partial_grad, attn_role)
     return manager.undispatch(x, is_partial_grad, attn_role)
 
@@ -93,7 +93,7 @@ def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, attn_role: At
     manager = find_manager(key)
     shift, dim = as_integers(shift=shift, dim=dim)
     check_rows("x", x, dim, manager.num_local_rows(attn_role), "this rank's share")
-    if in_selective_checkpoint():
+    if is_one_operator(x):
         return roll_compiled(x, shift, dim, key, attn_role)
     return manager.roll(x, shift, dim, attn_role)
 

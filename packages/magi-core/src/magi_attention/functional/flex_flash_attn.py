@@ -19,7 +19,7 @@ from magi_attention.functional.single_device import (
     slices_from_tensors,
 )
 from magi_attention.functional.utils import check_sink
-from magi_attention.utils.torch_modes import in_selective_checkpoint
+from magi_attention.utils.torch_modes import is_one_operator
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def flex_flash_attn_func(
         check_tensors(q, k, v)  # before ranges and sink, which are held against their rows
         if sink is not None:
             check_sink(sink, q.shape[0], q.shape[1], sink_layout)
-    if is_compiling or in_selective_checkpoint():
+    if is_compiling or is_one_operator(q):
         return flex_flash_attn_compiled(
             q,
             k,

@@ -14,7 +14,7 @@ from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.functional.compiled_indices import attend_by_indices_compiled
 from magi_attention.functional.index_job import IndexJob, attend, check_index_call, differentiate, make_index_job
 from magi_attention.kernels.autograd import only_once_differentiable, owned
-from magi_attention.utils.torch_modes import in_selective_checkpoint
+from magi_attention.utils.torch_modes import is_one_operator
 
 
 def attend_by_indices(
@@ -66,7 +66,7 @@ def attend_by_indices(
     is_compiling = torch.compiler.is_compiling()
     if not is_compiling:
         check_index_call(q, k, v, indices, sink, sink_layout, softmax_scale, softcap, sm_margin)
-    if is_compiling or in_selective_checkpoint():
+    if is_compiling or is_one_operator(q):
         options = softmax_scale, softcap, deterministic, sm_margin, return_max_logits, backends
         return attend_by_indices_compiled(q, k, v, indices, sink, sink_layout, *options)
     job = make_index_job(

@@ -25,7 +25,7 @@ from magi_attention.runtime.machine import count_ranks_per_node, device_name, gr
 from magi_attention.runtime.planning import check_plannable, make_plan, stage_options
 from magi_attention.runtime.rates import agree_on_cluster
 from magi_attention.runtime.roll import roll_rows
-from magi_attention.utils.torch_modes import outside_inference_mode
+from magi_attention.utils.torch_modes import in_fake_tensor_mode, outside_fake_tensor_mode, outside_inference_mode
 
 
 class DistAttnRuntimeMgr:
@@ -144,11 +144,13 @@ class DistAttnRuntimeMgr:
     ) -> Tensor:
         """``[n_local]`` int64: the global position of each local row; padding repeats the last real position.
 
-        The same tensor object is returned each time. By default it lies on the CPU for a gloo group or without GPU,
-        else on the current CUDA device.
+        The same tensor object is returned each time, except of fake tensors. By default it lies on the CPU for a gloo
+        group or without GPU, else on the current CUDA device.
         """
         layout, rank = self.layout_of(attn_role), self.rank
         where = group_device(self.key.cp_group) if device is None else torch.device(device)
+        if not torch.compiler.is_compiling() and in_fake_tensor_mode():
+            return _positions(layout, rank).to(where)
         return layout.derived(("position ids", rank, where), lambda: _positions(layout, rank).to(where))
 
     def release_tables(self) -> None:
@@ -159,6 +161,7 @@ class DistAttnRuntimeMgr:
 
 
 @outside_inference_mode
+@outside_fake_tensor_mode
 def build_manager(
     key: DistAttnRuntimeKey, layout: Layout | None = None, key_layout: Layout | None = None
 ) -> DistAttnRuntimeMgr:

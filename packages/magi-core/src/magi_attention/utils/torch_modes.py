@@ -9,7 +9,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -44,18 +45,39 @@ def outside_inference_mode(function: Callable[Params, Result]) -> Callable[Param
     return run
 
 
-def in_selective_checkpoint() -> bool:
-    """Whether a selective activation checkpoint looks at the operators that are called.
+def in_fake_tensor_mode() -> bool:
+    """Whether new tensors have shapes alone, so that none of them may be kept for calls outside of the mode."""
+    return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
 
-    It keeps results of operators that a policy names, in place of computing them again, which those inside of an
-    attention are not made for: they write into buffers. Other modes of torch's dispatcher, which may be on on one rank
-    alone, see those.
+
+def outside_fake_tensor_mode(function: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Decorate a function that tells other ranks something by tensors, which those without values can't."""
+
+    @wraps(function)
+    def run(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        if not in_fake_tensor_mode():
+            return function(*args, **kwargs)
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def is_one_operator(x: Tensor) -> bool:
+    """Whether a call of an attention, or of what goes with one, with ``x`` is to be one operator of PyTorch.
+
+    A selective activation checkpoint keeps results of operators that a policy names, in place of computing them again,
+    which those inside of an attention are not made for: they write into buffers. Fake tensors have no rows to send, and
+    no place where a kernel could read. Other modes of torch's dispatcher, which may be on on one rank alone, see what
+    runs.
     """
+    if isinstance(x, FakeTensor):
+        return True
     if not torch._C._len_torch_dispatch_stack():
         return False
     from torch.utils import checkpoint  # which has been imported then, if it is one
 
-    modes = checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode
+    modes = FakeTensorMode, checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode
     return any(isinstance(mode, modes) for mode in _get_current_dispatch_mode_stack())
 
 
