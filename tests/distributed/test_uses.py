@@ -2,11 +2,13 @@
 """What stands around an attention changes nothing: checkpoints, threads, several passes, some gradients, DDP, FSDP."""
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed import _functional_collectives as functional
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -16,13 +18,18 @@ from magi_attention.api import (
     AttnRanges,
     DistAttnConfig,
     calc_attn,
+    clear_cache,
     dispatch,
+    flex_flash_attn_func,
     magi_attn_flex_key,
     magi_attn_varlen_key,
+    roll,
     undispatch,
 )
+from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import OverlapConfig, RuntimeConfig
+from magi_attention.kernels.reference import BACKEND as REFERENCE
 from magi_attention.testing.distributed import RankPool
 from magi_attention.testing.oracle import dense_attention
 
@@ -215,3 +222,62 @@ def test_shards_in_mixed_precision_train_as_one_process_does(pool):
     for numbers, are_the_key in pool.run(train_shards):
         assert numbers == pytest.approx(expected, rel=1e-5)
         assert are_the_key == [True, True]
+
+
+def coming(x):
+    """``x`` as functional collectives return it: a tensor without memory, until somebody waits for it."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    # torch 2.13 renamed it.
+    gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+    return gather(x.detach(), 0, world)[rank * len(x) : (rank + 1) * len(x)]
+
+
+class WithGradientThatComes(torch.autograd.Function):
+    """The identity, with a gradient as layers of tensor parallelism return it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return coming(gradient)
+
+
+def attend_to_what_comes(rank, world_size):
+    """Outputs and gradients with and without waiting, and the types of tensors whose memory was read."""
+    key = magi_attn_varlen_key([0, TOTAL], [0, TOTAL], HEADS, KV_HEADS, DIM, 0, None, causal=True)
+    ranges = torch.tensor([[0, key.local_rows[0]]])
+    (*qkv, _), dout = inputs()
+    qkv, dout = [dispatch(x.detach(), key) for x in qkv], dispatch(dout, key)
+    types = set()
+
+    def watched(function):
+        def run(self, *args, **kwargs):
+            tensors = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
+            types.update(type(x).__name__ for x in tensors if isinstance(x, torch.Tensor))
+            return function(self, *args, **kwargs)
+
+        return run
+
+    def run(given, returned):
+        local = [given(x).requires_grad_() for x in qkv]
+        out = returned(calc_attn(*local, key)[0]) + returned(flex_flash_attn_func(*local, ranges, ranges)[0])
+        out = out + returned(roll(local[0], 1, 0, key)) + returned(dispatch(undispatch(local[0], key), key))
+        return [x.detach() for x in (out, *torch.autograd.grad(out, local, dout))]
+
+    expected = run(lambda x: x.clone(), lambda x: x)
+    with ExitStack() as patches:
+        for kind, names in ((type(REFERENCE), ("forward", "backward")), (AllToAllCollectives, ("cast", "reduce"))):
+            for name in names:
+                patches.enter_context(mock.patch.object(kind, name, watched(getattr(kind, name))))
+        clear_cache()  # whose plans hold the methods
+        key = magi_attn_varlen_key([0, TOTAL], [0, TOTAL], HEADS, KV_HEADS, DIM, 0, None, causal=True)
+        found = run(coming, WithGradientThatComes.apply)
+    return found, expected, types
+
+
+def test_what_is_still_coming_is_waited_for(pool):
+    for found, expected, types in pool.run(attend_to_what_comes):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert types == {"Tensor"}

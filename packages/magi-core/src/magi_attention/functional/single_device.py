@@ -18,7 +18,12 @@ from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.common.slices import SliceTable, find_double_cover
 from magi_attention.common.validation import check_scores, check_sm_margin
 from magi_attention.env import general as environment
-from magi_attention.kernels.autograd import only_once_differentiable, owned, without_autocast
+from magi_attention.kernels.autograd import (
+    only_once_differentiable,
+    owned,
+    with_arguments_arrived,
+    without_autocast,
+)
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
 from magi_attention.kernels.registry import BackendPair, backends_for_slices
 from magi_attention.kernels.sink import fold_sink, sink_gradient
@@ -109,6 +114,7 @@ def differentiate(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
+    @with_arguments_arrived
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: Job
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -123,6 +129,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @only_once_differentiable
+    @with_arguments_arrived
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         *saved, sink = ctx.saved_tensors
         return *differentiate(tuple(saved), sink if ctx.needs_input_grad[3] else None, dout, dlse, ctx.job), None

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What autograd functions around kernels need."""
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from magi_attention.utils.torch_modes import without_grad
+
+Result = TypeVar("Result")
 
 _NOTHING = nullcontext()
 
@@ -51,6 +54,23 @@ class _Last(torch.autograd.Function):
         raise RuntimeError(
             "attention has no second derivative: its gradients, taken with create_graph=True, can't be differentiated"
         )
+
+
+def with_arguments_arrived(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorate a pass of an autograd function that hands its tensors' memory to kernels or collectives.
+
+    What a functional collective returned, and nobody has waited for, has no memory of its own: it stands for a tensor
+    that is still coming. Tensor parallelism makes such inputs, and such gradients.
+    """
+
+    @wraps(function)
+    def run(ctx: Any, *args: Any) -> Result:
+        functional = sys.modules.get("torch.distributed._functional_collectives")  # without it there are none
+        if functional is not None and any(isinstance(x, functional.AsyncCollectiveTensor) for x in args):
+            args = tuple(x.wait() if isinstance(x, functional.AsyncCollectiveTensor) else x for x in args)
+        return function(ctx, *args)
+
+    return run
 
 
 def owned(x: Tensor) -> Tensor:

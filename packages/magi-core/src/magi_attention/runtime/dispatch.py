@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from magi_attention.comm.group import GroupHandle, group_size, has_peers
+from magi_attention.kernels.autograd import with_arguments_arrived
 from magi_attention.plan.layout import Layout
 from magi_attention.runtime.rows import gather_rows, scatter_rows_sum, select_rows
 
@@ -53,6 +54,7 @@ def check_same_on_all_ranks(x: Tensor, group: dist.ProcessGroup | None) -> None:
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
+    @with_arguments_arrived
     def forward(
         ctx: Any, x: Tensor, layout: Layout, rank: int, group: dist.ProcessGroup | None, pad_value: float
     ) -> Tensor:
@@ -60,6 +62,7 @@ class _Dispatch(torch.autograd.Function):
         return select_rows(x, layout, rank, pad_value)
 
     @staticmethod
+    @with_arguments_arrived
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return gather_rows(grad, ctx.layout, ctx.handle.group), None, None, None, None
@@ -67,6 +70,7 @@ class _Dispatch(torch.autograd.Function):
 
 class _Undispatch(torch.autograd.Function):
     @staticmethod
+    @with_arguments_arrived
     def forward(
         ctx: Any, x: Tensor, layout: Layout, rank: int, group: dist.ProcessGroup | None, is_partial_grad: bool
     ) -> Tensor:
@@ -75,6 +79,7 @@ class _Undispatch(torch.autograd.Function):
         return gather_rows(x, layout, group)
 
     @staticmethod
+    @with_arguments_arrived
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.is_partial_grad:
