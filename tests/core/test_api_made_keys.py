@@ -172,6 +172,16 @@ def test_new_mask_is_checked(q, types, error, message):
         make_flex_key_for_new_mask_after_dispatch(ranges(*q), ranges(*q), types, old)
 
 
+def test_the_config_of_a_key_is_no_part_of_one():
+    old, part, message = key_for(), OverlapConfig(degree=2), "dist_attn_config must be a DistAttnConfig, not OverlapC"
+    with pytest.raises(TypeError, match=message):
+        key_for(dist_attn_config=part)
+    with pytest.raises(TypeError, match=message):
+        make_flex_key_for_new_mask_after_dispatch(ranges((0, 9)), ranges((0, 9)), "full", old, dist_attn_config=part)
+    with pytest.raises(TypeError, match=message):
+        make_varlen_key_for_new_mask_after_dispatch([0, 100], [0, 100], old, dist_attn_config=part)
+
+
 def test_new_mask_needs_a_living_key():
     old = key_for()
     clear_cache()

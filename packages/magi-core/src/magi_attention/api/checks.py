@@ -107,6 +107,12 @@ def check_sources(
         )
 
 
+def check_config(config: object) -> None:
+    """Raise unless it is a :class:`DistAttnConfig`, of which the other configs are parts."""
+    if not isinstance(config, DistAttnConfig):
+        raise TypeError(f"dist_attn_config must be a DistAttnConfig, not {config!r}")
+
+
 def with_chunk_limit(config: DistAttnConfig, chunk_size: int | None) -> DistAttnConfig:
     """The config with the most rows of a chunk, if the deprecated argument gives them."""
     limit = config.dispatch_config.chunk_size

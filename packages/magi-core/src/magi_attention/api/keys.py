@@ -12,6 +12,7 @@ from typing_extensions import deprecated
 from magi_attention.api.checks import (
     GeneralAttnMaskType,
     as_integers,
+    check_config,
     check_heads,
     check_ranges,
     check_sources,
@@ -150,8 +151,7 @@ def _resolve(
 ) -> tuple[DistAttnConfig, dist.ProcessGroup | None, DeviceMesh | None]:
     """The config with every setting resolved, and group and mesh as :func:`resolve_group` finds them."""
     check_makes_keys()
-    if not isinstance(dist_attn_config, DistAttnConfig):
-        raise TypeError(f"dist_attn_config must be a DistAttnConfig, not {dist_attn_config!r}")
+    check_config(dist_attn_config)
     config = dist_attn_config.resolved()
     return config, *resolve_group(cp_group_or_mesh, bool(config.runtime_config.hierarchical_comm))
 

@@ -5,7 +5,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from magi_attention.api.checks import GeneralAttnMaskType, as_integers, check_heads, check_ranges, resolve_mask_types
+from magi_attention.api.checks import (
+    GeneralAttnMaskType,
+    as_integers,
+    check_config,
+    check_heads,
+    check_ranges,
+    resolve_mask_types,
+)
 from magi_attention.api.groups import check_makes_keys, resolve_group
 from magi_attention.api.keys import plan_if_new
 from magi_attention.api.masks import apply_padding, infer_attn_mask_from_cu_seqlens
@@ -52,6 +59,7 @@ def make_flex_key_for_new_mask_after_dispatch(
     Raises:
         ValueError: The cache doesn't hold one of the keys, they are of different groups, and all that
             :func:`magi_attn_flex_key` raises for masks.
+        TypeError: A key that is none, a config that is no ``DistAttnConfig``, and as there.
         RuntimeError: As there.
     """
     check_makes_keys()
@@ -63,7 +71,7 @@ def make_flex_key_for_new_mask_after_dispatch(
             f"key_for_dispatch is of the ranks {list(old.group_ranks)} and key_for_kv_dispatch of "
             f"{list(old_k.group_ranks)}; both must be made with the same group"
         )
-    source = dist_attn_config or old.dist_attn_config
+    source = _config_or_that_of(old, dist_attn_config)
     config = DistAttnConfig(
         dispatch_config=old.dist_attn_config.dispatch_config,
         overlap_config=source.overlap_config,
@@ -103,6 +111,13 @@ def make_flex_key_for_new_mask_after_dispatch(
     return plan_if_new(key, layout, key_layout)
 
 
+def _config_or_that_of(key: DistAttnRuntimeKey, dist_attn_config: DistAttnConfig | None) -> DistAttnConfig:
+    if dist_attn_config is None:
+        return key.dist_attn_config
+    check_config(dist_attn_config)
+    return dist_attn_config
+
+
 def _key_of_key_layout(old: DistAttnRuntimeKey, old_k: DistAttnRuntimeKey) -> DistAttnRuntimeKey | None:
     """The key that the layout of keys of ``old_k`` was first made for; None if the layout of queries of ``old`` was."""
     queries, keys = old.layout_key or old, old_k.layout_key_k or old_k.layout_key or old_k
@@ -120,7 +135,7 @@ def make_varlen_key_for_new_mask_after_dispatch(
 ) -> DistAttnRuntimeKey:
     """As :func:`make_flex_key_for_new_mask_after_dispatch`, for packed documents as in :func:`magi_attn_varlen_key`."""
     find_manager(key_for_dispatch)
-    config = (dist_attn_config or key_for_dispatch.dist_attn_config).resolved()
+    config = _config_or_that_of(key_for_dispatch, dist_attn_config).resolved()
     with failures_reported(key_for_dispatch.cp_group, bool(config.runtime_config.check_plan)):
         q_ranges, k_ranges, mask_types, _, _ = infer_attn_mask_from_cu_seqlens(
             cu_seqlens_q, cu_seqlens_k, causal, window_size
