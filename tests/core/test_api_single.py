@@ -48,6 +48,16 @@ def test_runtime_manager_without_padding_or_cache():
     assert (manager.key.chunk_size, manager.key.pad_size) == (16, 0)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((4, 2, 8, 0), "chunk_size is 0; it must be positive"), ((3, 2, 8, 4), "num_heads_q=3 must be a multiple of")],
+)
+def test_runtime_manager_refuses_sizes_that_cannot_be(sizes, message):
+    ranges = AttnRanges.from_ranges([(0, 48)])
+    with pytest.raises(ValueError, match=message):
+        init_dist_attn_runtime_mgr(ranges, ranges, [AttnMaskType.CAUSAL], 48, 48, *sizes, None)
+
+
 def test_dispatch_meta_lists_each_rank_s_chunks():
     ranges = AttnRanges.from_ranges([(0, 100)])
     meta, of_keys = make_dispatch_meta_from_qk_ranges(

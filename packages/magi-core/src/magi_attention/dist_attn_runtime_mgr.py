@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_attention.api.checks import check_ranges, check_sources
+from magi_attention.api.checks import check_heads, check_ranges, check_sources
 from magi_attention.api.groups import check_makes_keys
 from magi_attention.comm.group import group_size
 from magi_attention.common.enum import AttnMaskType
@@ -111,9 +111,12 @@ def init_dist_attn_runtime_mgr(
         ref_dispatch_meta_k: the same for keys; in self-attention either stands for both.
 
     Raises:
-        ValueError: A sequence doesn't consist of equally many whole chunks per rank although the shard is even, or
-            is of another length than the layout to keep; and all that ``magi_attn_flex_key`` raises.
+        ValueError: Chunks have no rows, a sequence doesn't consist of equally many whole chunks per rank although the
+            shard is even, or is of another length than the layout to keep; and all that ``magi_attn_flex_key`` raises.
     """
+    check_heads(num_heads_q, num_heads_kv, head_dim)
+    if chunk_size < 1:
+        raise MagiValueError(f"chunk_size is {chunk_size}; it must be positive")
     check_sources(total_seqlen_q, total_seqlen_k, is_same_source, is_q_permutable, is_k_permutable)
     check_ranges(q_ranges, k_ranges, total_seqlen_q, total_seqlen_k)
     cp_size = group_size(cp_group)
