@@ -88,3 +88,9 @@ def test_a_million_tokens_of_sixteen_heads():
     assert grouped._heads_at_once(8, 2**20 * 128) == 8
     assert grouped._heads_at_once(16, 2**20 * 128) == 8
     assert grouped._heads_at_once(7, 2**22 * 128) == 1
+
+
+def test_more_than_a_single_head_can_have_is_refused_before_anything_is_launched():
+    assert grouped._heads_at_once(2, 2**31 - 1) == 1
+    with pytest.raises(RuntimeError, match="2,147,483,648 are too many: use more GPUs, or the backend 'hopper'"):
+        grouped._heads_at_once(2, 2**24 * 128)

@@ -70,9 +70,17 @@ def launch_grouped_backward(
 
 
 def _heads_at_once(group: int, elements: int) -> int:
-    """The most heads that divide a group and whose sums of dq, of so many elements each, are not too large."""
-    fitting = (each for each in range(group, 0, -1) if group % each == 0 and each * elements <= MOST_ELEMENTS)
-    return next(fitting, 1)
+    """The most heads that divide a group and whose sums of dq, of so many elements each, are not too large.
+
+    Raises:
+        RuntimeError: If those of a single head are.
+    """
+    if elements > MOST_ELEMENTS:
+        raise RuntimeError(
+            "backend 'blackwell': its backward pass on Hopper counts elements of a head's gradient of q in 32 bits, "
+            f"{elements:,} are too many: use more GPUs, or the backend 'hopper'"
+        )
+    return next(each for each in range(group, 0, -1) if group % each == 0 and each * elements <= MOST_ELEMENTS)
 
 
 def _launch_in_parts(
