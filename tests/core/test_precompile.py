@@ -223,6 +223,13 @@ def has_ended(pid):
         return True
 
 
+def test_the_folder_is_shown_in_full(pretending, monkeypatch):
+    monkeypatch.chdir(pretending.parent)
+    monkeypatch.setenv("MAGI_ATTENTION_FFA_FA4_CACHE_DIR", pretending.name)
+    result = run("--arch", "sm_90", "--heads", "4/2", "--head-dim", 64, "--jobs", 1)
+    assert f"Kernels are kept in {pretending}." in result.stdout
+
+
 def test_what_no_backend_has_kernels_for_is_told(pretending):
     flags = ("--head-dim", 96, "--head-dim", 64, "--dtype", "fp16", "--heads", "4/2", "--direction", "forward")
     result = run("--arch", "sm_90", *flags)

@@ -32,7 +32,8 @@ def run_precompile(tasks: Sequence[Task], jobs: int, console: Console) -> int:
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     _tell_failures(failed, console)
     if len(failed) < len(outcomes):
-        console.print(f"Kernels are kept in {escape(str(kernel_cache_dir()))}.", highlight=False, soft_wrap=True)
+        folder = escape(str(kernel_cache_dir().absolute()))
+        console.print(f"Kernels are kept in {folder}.", highlight=False, soft_wrap=True)
     return int(bool(failed))
 
 
