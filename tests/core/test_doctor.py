@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from magi_attention.cli.doctor import command
+from magi_attention.cli.doctor import command, machine
 from magi_attention.cli.doctor.backends import allowed_error, capabilities, check_backends, choices
 from magi_attention.cli.doctor.communication import check_communication, communication_facts, peer_access
 from magi_attention.cli.doctor.findings import Capability, Check
@@ -214,6 +214,19 @@ def test_the_command_prints_everything_and_exits_with_0(monkeypatch):
     for text in ("Machine", "Packages", "Kernel backends", "reference backward", "What would be chosen", "gloo"):
         assert text in result.stdout
     assert "Nothing is wrong" in result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
+def test_a_driver_without_a_visible_gpu_is_told(install, monkeypatch, tmp_path, capsys):
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX Open Kernel Module  580.65.06  Release Build\n")
+    monkeypatch.setattr(machine, "DRIVER_FILE", tmp_path / "version")
+    install(reference=REFERENCE)
+    command.run_doctor(as_json=False)
+    told = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"No GPU is visible to torch, though there is NVIDIA's driver 580.65.06; this torch, {torch.__version__}"
+        in told
+    )
 
 
 def test_json_and_exit_status_of_a_failure(install, monkeypatch):

@@ -12,7 +12,7 @@ from rich.table import Table
 from magi_attention.cli.doctor.backends import capabilities, check_backends, choices, default_device
 from magi_attention.cli.doctor.communication import check_communication, communication_facts, peer_access
 from magi_attention.cli.doctor.findings import Capability, Check, Findings, attempt
-from magi_attention.cli.doctor.machine import gpu_facts, machine_facts, package_versions
+from magi_attention.cli.doctor.machine import driver_version, gpu_facts, machine_facts, package_versions
 from magi_attention.cli.doctor.requirements import check_requirements
 from magi_attention.cli.doctor.settings import check_kernel_folder, check_planner, check_variables, variables_set
 
@@ -65,7 +65,9 @@ def print_findings(findings: Findings, console: Console) -> None:
     for number, gpu in enumerate(findings.gpus):
         console.print(_facts(f"GPU {number}", gpu))
     if not findings.gpus:
-        console.print("[bold]No GPU[/bold] is visible to torch: kernels run on the CPU.", highlight=False)
+        console.print(
+            f"[bold]No GPU[/bold] is visible to torch{_though_driver()}: kernels run on the CPU.", highlight=False
+        )
     console.print(_facts("Packages", findings.packages))
     console.print(_capability_table(findings.backends))
     for line in _refusals(findings.backends):
@@ -83,6 +85,14 @@ def print_findings(findings: Findings, console: Console) -> None:
         f"[bold red]{len(findings.failed)} checks failed." if findings.failed else "[bold green]Nothing is wrong.",
         highlight=False,
     )
+
+
+def _though_driver() -> str:
+    """What may be wrong where there is a GPU's driver; empty without one."""
+    if (driver := driver_version()) is None:
+        return ""
+    cause = "is a build without CUDA" if torch.version.cuda is None else "does not get at one"
+    return f", though there is NVIDIA's driver {driver}; this torch, {torch.__version__}, {cause}"
 
 
 def _facts(title: str, facts: dict[str, str]) -> Table:
