@@ -363,6 +363,27 @@ def test_a_compiled_step(pool):
     pool.run(compile_a_step)
 
 
+def compile_the_backward_pass(rank, world_size):
+    """Of a step that was not compiled itself: the compiler leaves attention and its exchanges out."""
+    torch._dynamo.reset()
+    key, x, weight = causal_key(101), draw(101, 4, 8).requires_grad_(), draw(101, 4, 8, seed=1)
+
+    def loss():
+        local = dispatch(x, key)
+        out, _ = calc_attn(local, local[:, :2], local[:, 2:], key)
+        return (undispatch(roll(out, 5, 0, key), key) * weight).sum()
+
+    (expected,) = torch.autograd.grad(loss(), x)
+    compiled = loss()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        compiled.backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_a_compiled_backward_pass(pool):
+    pool.run(compile_the_backward_pass)
+
+
 def evaluate_then_train(rank, world_size):
     """What is kept for later calls must not be of inference mode, which training could not use."""
     config = DistAttnConfig(overlap_config=OverlapConfig(degree=2, min_chunk_size=8))

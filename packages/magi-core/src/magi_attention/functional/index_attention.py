@@ -13,7 +13,7 @@ from magi_attention.common.enum import AttnSinkLayout
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.functional.compiled_indices import attend_by_indices_compiled
 from magi_attention.functional.index_job import IndexJob, attend, check_index_call, differentiate, make_index_job
-from magi_attention.kernels.autograd import only_once_differentiable, owned, with_arguments_arrived
+from magi_attention.kernels.autograd import on_real_memory, only_once_differentiable, owned
 from magi_attention.utils.torch_modes import is_one_operator
 
 
@@ -87,7 +87,7 @@ def attend_by_indices(
 
 class _IndexAttention(torch.autograd.Function):
     @staticmethod
-    @with_arguments_arrived
+    @on_real_memory
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: IndexJob
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -103,7 +103,7 @@ class _IndexAttention(torch.autograd.Function):
 
     @staticmethod
     @only_once_differentiable
-    @with_arguments_arrived
+    @on_real_memory
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         *saved, sink, _indices = ctx.saved_tensors
         return *differentiate(tuple(saved), sink if ctx.needs_input_grad[3] else None, dout, dlse, ctx.job), None

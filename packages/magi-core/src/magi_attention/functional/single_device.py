@@ -19,9 +19,9 @@ from magi_attention.common.slices import SliceTable, find_double_cover
 from magi_attention.common.validation import check_scores, check_sm_margin
 from magi_attention.env import general as environment
 from magi_attention.kernels.autograd import (
+    on_real_memory,
     only_once_differentiable,
     owned,
-    with_arguments_arrived,
     without_autocast,
 )
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
@@ -114,7 +114,7 @@ def differentiate(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    @with_arguments_arrived
+    @on_real_memory
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: Job
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -129,7 +129,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @only_once_differentiable
-    @with_arguments_arrived
+    @on_real_memory
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         *saved, sink = ctx.saved_tensors
         return *differentiate(tuple(saved), sink if ctx.needs_input_grad[3] else None, dout, dlse, ctx.job), None

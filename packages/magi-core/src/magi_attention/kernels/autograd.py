@@ -56,15 +56,19 @@ class _Last(torch.autograd.Function):
         )
 
 
-def with_arguments_arrived(function: Callable[..., Result]) -> Callable[..., Result]:
+def on_real_memory(function: Callable[..., Result]) -> Callable[..., Result]:
     """Decorate a pass of an autograd function that hands its tensors' memory to kernels or collectives.
 
     What a functional collective returned, and nobody has waited for, has no memory of its own: it stands for a tensor
-    that is still coming. Tensor parallelism makes such inputs, and such gradients.
+    that is still coming. Tensor parallelism makes such inputs, and such gradients. Neither have tensors that a compiler
+    traces, as compiled autograd does with backward passes: it must leave this one out.
     """
+    untraced = torch._disable_dynamo(function)  # which imports the compiler when it is called
 
     @wraps(function)
     def run(ctx: Any, *args: Any) -> Result:
+        if torch.compiler.is_compiling():
+            return untraced(ctx, *args)
         functional = sys.modules.get("torch.distributed._functional_collectives")  # without it there are none
         if functional is not None and any(isinstance(x, functional.AsyncCollectiveTensor) for x in args):
             args = tuple(x.wait() if isinstance(x, functional.AsyncCollectiveTensor) else x for x in args)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.kernels.autograd import (
+    on_real_memory,
     only_once_differentiable,
     owned,
-    with_arguments_arrived,
     without_autocast,
 )
 from magi_attention.kernels.sink import sink_gradient
@@ -82,7 +82,7 @@ def differentiate_with_sink(
 
 class _DistributedAttention(torch.autograd.Function):
     @staticmethod
-    @with_arguments_arrived
+    @on_real_memory
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, job: AttentionJob, keeps_received: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -100,7 +100,7 @@ class _DistributedAttention(torch.autograd.Function):
 
     @staticmethod
     @only_once_differentiable
-    @with_arguments_arrived
+    @on_real_memory
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse, sink, *kept = ctx.saved_tensors
         saved = SavedAttention(q, k, v, out, lse, kept if ctx.keeps_received else None)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from magi_attention.comm.group import GroupHandle, group_size, has_peers
-from magi_attention.kernels.autograd import with_arguments_arrived
+from magi_attention.kernels.autograd import on_real_memory
 from magi_attention.plan.layout import Layout
 from magi_attention.runtime.rows import gather_rows, scatter_rows_sum, select_rows
 
@@ -54,7 +54,7 @@ def check_same_on_all_ranks(x: Tensor, group: dist.ProcessGroup | None) -> None:
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    @with_arguments_arrived
+    @on_real_memory
     def forward(
         ctx: Any, x: Tensor, layout: Layout, rank: int, group: dist.ProcessGroup | None, pad_value: float
     ) -> Tensor:
@@ -62,7 +62,7 @@ class _Dispatch(torch.autograd.Function):
         return select_rows(x, layout, rank, pad_value)
 
     @staticmethod
-    @with_arguments_arrived
+    @on_real_memory
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return gather_rows(grad, ctx.layout, ctx.handle.group), None, None, None, None
@@ -70,7 +70,7 @@ class _Dispatch(torch.autograd.Function):
 
 class _Undispatch(torch.autograd.Function):
     @staticmethod
-    @with_arguments_arrived
+    @on_real_memory
     def forward(
         ctx: Any, x: Tensor, layout: Layout, rank: int, group: dist.ProcessGroup | None, is_partial_grad: bool
     ) -> Tensor:
@@ -79,7 +79,7 @@ class _Undispatch(torch.autograd.Function):
         return gather_rows(x, layout, group)
 
     @staticmethod
-    @with_arguments_arrived
+    @on_real_memory
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.is_partial_grad:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from magi_attention.comm.protocol import GroupCollectives
-from magi_attention.kernels.autograd import with_arguments_arrived
+from magi_attention.kernels.autograd import on_real_memory
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.roll import roll_exchange
 from magi_attention.utils.torch_modes import outside_inference_mode
@@ -31,13 +31,13 @@ def _rolled(x: Tensor, shift: int, layout: Layout, rank: int, collectives: Group
 
 class _Roll(torch.autograd.Function):
     @staticmethod
-    @with_arguments_arrived
+    @on_real_memory
     def forward(ctx: Any, x: Tensor, shift: int, layout: Layout, rank: int, collectives: GroupCollectives) -> Tensor:
         ctx.shift, ctx.where = shift, (layout, rank, collectives)
         return _rolled(x, shift, *ctx.where)
 
     @staticmethod
-    @with_arguments_arrived
+    @on_real_memory
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return _rolled(grad, -ctx.shift, *ctx.where), None, None, None, None
