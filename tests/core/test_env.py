@@ -95,6 +95,15 @@ def test_each_variable_has_a_documented_function_of_its_own(name):
     assert reader() == reader()  # the default is valid
 
 
+def test_variables_are_listed_as_in_effect_where_something_reads_them():
+    packages = Path(__file__).parents[2] / "packages"
+    code = "".join(path.read_text() for path in packages.glob("*/src/**/*.py"))
+    for variable in VARIABLES.values():
+        function = variable.reader.split(".")[1]
+        is_read = bool(re.search(rf"(?<!def )\b{function}\b", code))
+        assert is_read or variable.ignored, f"nothing reads {variable.name}"
+
+
 FLAGS = [name for name in PUBLIC if VARIABLES[name].default in ("0", "1") and reader_of(VARIABLES[name])() in (0, 1)]
 
 
