@@ -41,6 +41,7 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 DEFAULT_SUITES = ("core", "distributed", "workspace")
 PLUGIN_SUITES = ("hopper", "blackwell", "comm")
+PARALLEL = ("--numprocesses=2", "--dist=loadfile")  # few: tests start ranks; a file's tests share what they prepare
 
 
 def install(session: nox.Session, *requirements: str) -> None:
@@ -56,7 +57,7 @@ def run_suites(session: nox.Session, suites: Sequence[str]) -> None:
     if unknown := sorted(set(suites) - set(SUITES)):
         session.error(f"unknown test suites {unknown}; known are {sorted(SUITES)}")
     install(session, "-e", "packages/magi-core[test]", *(need for suite in suites for need in SUITES[suite]))
-    session.run("pytest", *(f"tests/{suite}" for suite in suites))
+    session.run("pytest", *PARALLEL, *(f"tests/{suite}" for suite in suites))
 
 
 @nox.session
