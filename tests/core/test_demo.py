@@ -8,14 +8,15 @@ import sys
 
 import matplotlib.image
 import pytest
+import torch
 from torch.multiprocessing import ProcessRaisedException
 from typer.testing import CliRunner
 
 import magi_attention.cli as cli
 import magi_attention.cli.main as main
-from magi_attention.cli.demo.command import choose_device
+from magi_attention.cli.demo.command import choose_device, fit_to_device
 from magi_attention.cli.demo.launch import train_on_ranks
-from magi_attention.cli.demo.options import DemoOptions, Device
+from magi_attention.cli.demo.options import DemoOptions, Device, Precision
 from magi_attention.cli.demo.report import Comparison, verdict
 from magi_attention.cli.demo.train import StepResult
 from magi_attention.cli.main import app
@@ -97,6 +98,19 @@ def test_a_disagreement_is_the_exit_code(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["demo", *flags, "--out", str(tmp_path / "plan.png")])
     assert result.exit_code == 1
     assert "The losses differ by more than 1e-05" in result.stdout
+
+
+def test_on_gpus_what_is_left_open_is_what_fast_kernels_compute(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    options = DemoOptions(processes=2, heads=6, dim=144)
+    fitted = fit_to_device(options, any_precision=True, any_dim=True)
+    assert (fitted.device, fitted.precision, fitted.dim) == (Device.CUDA, Precision.BF16, 6 * 64)
+    asked = fit_to_device(options, any_precision=False, any_dim=False)
+    assert (asked.device, asked.precision, asked.dim) == (Device.CUDA, options.precision, options.dim)
+    on_cpu = fit_to_device(DemoOptions(processes=4), any_precision=True, any_dim=True)
+    assert (on_cpu.device, on_cpu.precision, on_cpu.dim) == (Device.CPU, Precision.FP32, 128)
+    with pytest.raises(ValueError, match="take --processes 2"):
+        fit_to_device(DemoOptions(processes=4, device=Device.CUDA), any_precision=True, any_dim=True)
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_traceback():

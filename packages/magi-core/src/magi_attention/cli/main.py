@@ -65,8 +65,12 @@ def demo(
     backend: Annotated[str, typer.Option(help="Kernel backend, by its name; auto takes the best.")] = DEFAULT.backend,
     device: Annotated[Device, typer.Option(help="auto takes GPUs if each process can have one.")] = DEFAULT.device,
     precision: Annotated[
-        Precision, typer.Option(help="Numbers to compute with; bf16 and fp16 for the attention alone.")
-    ] = DEFAULT.precision,
+        Precision | None,
+        typer.Option(
+            help="Numbers to compute with; bf16 and fp16 for the attention alone. By default bf16 on GPUs, else fp32.",
+            show_default=False,
+        ),
+    ] = None,
     overlap_degree: Annotated[
         str, typer.Option(metavar="N|auto", help="Stages in which remote rows are fetched; 0 for no overlap.")
     ] = str(DEFAULT.overlap_degree),
@@ -78,7 +82,10 @@ def demo(
     layers: Annotated[int, typer.Option(help="Blocks of the model.")] = DEFAULT.layers,
     heads: Annotated[int, typer.Option(help="Query heads.")] = DEFAULT.heads,
     kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = DEFAULT.kv_heads,
-    dim: Annotated[int, typer.Option(help="Width of the model.")] = DEFAULT.dim,
+    dim: Annotated[
+        int | None,
+        typer.Option(help="Width of the model. By default 64 for each head on GPUs, else 128.", show_default=False),
+    ] = None,
 ) -> None:
     """Train a small model on one process and on several with context parallelism, and compare.
 
@@ -93,14 +100,14 @@ def demo(
             tokens=tokens,
             backend=backend,
             device=device,
-            precision=precision,
+            precision=precision or DEFAULT.precision,
             overlap_degree=parse_degree(overlap_degree),
             uneven=uneven,
             seed=seed,
             layers=layers,
             heads=heads,
             kv_heads=kv_heads,
-            dim=dim,
+            dim=DEFAULT.dim if dim is None else dim,
             files=tuple(files or ()),
         )
         check_output("--out", out, PICTURE_SUFFIXES)
@@ -108,9 +115,10 @@ def demo(
         fail(error)
     from rich.console import Console
 
-    from magi_attention.cli.demo.command import prepare, run_demo
+    from magi_attention.cli.demo.command import fit_to_device, prepare, run_demo
 
     try:
+        options = fit_to_device(options, any_precision=precision is None, any_dim=dim is None)
         setup = prepare(options)
     except (ValueError, RuntimeError) as error:
         fail(error)

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,8 @@ DTYPES = {
     Precision.BF16: torch.bfloat16,
     Precision.FP16: torch.float16,
 }
+GPU_HEAD_DIM = 64
+"""The smallest head that the kernels of the plug-ins have."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,25 @@ class Setup:
     documents: list[bytes]
     device: str
     backend: str
+
+
+def fit_to_device(options: DemoOptions, *, any_precision: bool, any_dim: bool) -> DemoOptions:
+    """Choose the device, and on GPUs what their fast kernels can compute, where the user left that open.
+
+    Args:
+        options: whose precision and width are those for a CPU where they are open.
+        any_precision: whether the precision is open.
+        any_dim: whether the width is.
+
+    Raises:
+        ValueError: if the GPUs are too few.
+    """
+    device = Device(choose_device(options.device, options.processes, torch.cuda.device_count()))
+    if device is Device.CPU:
+        return replace(options, device=device)
+    precision = Precision.BF16 if any_precision else options.precision
+    dim = options.heads * GPU_HEAD_DIM if any_dim else options.dim
+    return replace(options, device=device, precision=precision, dim=dim)
 
 
 def prepare(options: DemoOptions) -> Setup:
