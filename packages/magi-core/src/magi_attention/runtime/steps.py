@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a rank does in each pass, step by step: which kernels run once which rows are there, and what they add to."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -157,32 +157,36 @@ def _home_keys(steps: Sequence[Step], num_keys: int) -> tuple[slice, ...] | None
 
 
 class _Coverage:
-    """Which of some rows have been written, by runs that were written equally often: start, stop and how often."""
+    """Which of some rows have been written, by runs that were written equally often: their borders, and how often."""
 
     def __init__(self, num_rows: int) -> None:
-        self._runs = [(0, num_rows, 0)] if num_rows else []
+        self._borders = [0, num_rows]
+        self._times = [0] if num_rows else []
         self._is_exact = True
 
     def add(self, run: slice) -> bool:
         """Write a run; returns whether any of its rows had been written before."""
-        pieces = [
-            (start, stop, times)
-            for first, last, times in self._runs
-            for start, stop in pairwise(sorted({first, last, *(x for x in (run.start, run.stop) if first < x < last)}))
-        ]
-        is_inside = [run.start <= start and stop <= run.stop for start, stop, _ in pieces]
-        before = [times for (_, _, times), inside in zip(pieces, is_inside, strict=True) if inside]
-        self._runs = [(*rows, times + inside) for (*rows, times), inside in zip(pieces, is_inside, strict=True)]
+        first, end = self._cut(run.start), self._cut(run.stop)
+        before = self._times[first:end]
+        self._times[first:end] = [times + 1 for times in before]
         known = any(before)
         self._is_exact &= not known or all(before)
         return known
 
+    def _cut(self, row: int) -> int:
+        """The number of the run that begins with a row; one that begins before it is cut there."""
+        number = bisect_left(self._borders, row)
+        if self._borders[number] != row:
+            self._borders.insert(number, row)
+            self._times.insert(number, self._times[number - 1])
+        return number
+
     @property
     def is_exact(self) -> bool:
         """Whether all rows were written, and each run was either new or known as a whole."""
-        return self._is_exact and all(times for _, _, times in self._runs)
+        return self._is_exact and all(self._times)
 
     @property
     def most(self) -> int:
         """How often a row was written, at most."""
-        return max((times for _, _, times in self._runs), default=0)
+        return max(self._times, default=0)
