@@ -3,6 +3,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -30,6 +31,8 @@ from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import OverlapConfig, RuntimeConfig
 from magi_attention.kernels.reference import BACKEND as REFERENCE
+from magi_attention.runtime import dispatch as exchange
+from magi_attention.runtime import roll as rolling
 from magi_attention.testing.distributed import RankPool
 from magi_attention.testing.oracle import dense_attention
 
@@ -281,3 +284,73 @@ def test_what_is_still_coming_is_waited_for(pool):
     for found, expected, types in pool.run(attend_to_what_comes):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         assert types == {"Tensor"}
+
+
+class WithGradientThatNoCompilerSees(WithGradientThatComes):
+    """The same, in the midst of a backward pass that is compiled."""
+
+    @staticmethod
+    @torch.compiler.disable
+    def backward(ctx, gradient):
+        return coming(gradient)
+
+
+def exchanges_of(key):
+    return [partial(dispatch, key=key), partial(undispatch, key=key), lambda x: roll(x, 1, 0, key)]
+
+
+def compile_what_comes(rank, world_size):
+    """Gradients of exchanges with and without waiting, in a compiled backward pass, and what is read there."""
+    torch._dynamo.reset()
+    key = magi_attn_varlen_key([0, TOTAL], [0, TOTAL], HEADS, KV_HEADS, DIM, 0, None, causal=True)
+    rows = TOTAL, *key.local_rows[:1] * 2
+    types, results = set(), []
+
+    def watched(function):
+        def run(x, *args):
+            types.add(type(x).__name__)
+            return function(x, *args)
+
+        return run
+
+    with ExitStack() as patches:
+        for module, name in ((exchange, "gather_rows"), (exchange, "select_rows"), (rolling, "_rolled")):
+            patches.enter_context(mock.patch.object(module, name, watched(getattr(module, name))))
+        for number, function in zip(rows, exchanges_of(key), strict=True):
+            x, y = (torch.arange(float(number)).requires_grad_() for _ in range(2))
+            function(x).square().sum().backward()
+            loss = WithGradientThatNoCompilerSees.apply(function(y)).square().sum()
+            with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+                loss.backward()
+            results.append((y.grad, x.grad))
+    return results, types
+
+
+def test_what_a_compiled_backward_pass_brings_is_waited_for(pool):
+    for results, types in pool.run(compile_what_comes):
+        for found, expected in results:
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert types == {"Tensor"}
+
+
+def differentiate_what_comes_twice(rank, world_size):
+    """For each exchange, the error of a second derivative by a gradient that comes."""
+    key = magi_attn_varlen_key([0, TOTAL], [0, TOTAL], HEADS, KV_HEADS, DIM, 0, None, causal=True)
+    errors = []
+    for number, function in zip((TOTAL, *key.local_rows[:1] * 2), exchanges_of(key), strict=True):
+        x = torch.arange(float(number)).requires_grad_()
+        out = function(x)
+        dout = coming(torch.ones_like(out)).requires_grad_()
+        (gradient,) = torch.autograd.grad(out, x, dout, create_graph=True)
+        try:
+            gradient.sum().backward()
+            errors.append("")
+        except RuntimeError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_exchanges_of_what_comes_have_no_second_derivative_either(pool):
+    for errors in pool.run(differentiate_what_comes_twice):
+        assert len(errors) == 3
+        assert all("differentiate twice" in error for error in errors), errors

@@ -5,14 +5,14 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from magi_attention.utils.torch_modes import without_grad
 
-Result = TypeVar("Result")
+Pass = TypeVar("Pass", bound=Callable[..., Any])
 
 _NOTHING = nullcontext()
 
@@ -56,25 +56,28 @@ class _Last(torch.autograd.Function):
         )
 
 
-def on_real_memory(function: Callable[..., Result]) -> Callable[..., Result]:
+def on_real_memory(function: Pass) -> Pass:
     """Decorate a pass of an autograd function that hands its tensors' memory to kernels or collectives.
 
     What a functional collective returned, and nobody has waited for, has no memory of its own: it stands for a tensor
     that is still coming. Tensor parallelism makes such inputs, and such gradients. Neither have tensors that a compiler
     traces, as compiled autograd does with backward passes: it must leave this one out.
     """
-    untraced = torch._disable_dynamo(function)  # which imports the compiler when it is called
 
     @wraps(function)
-    def run(ctx: Any, *args: Any) -> Result:
-        if torch.compiler.is_compiling():
-            return untraced(ctx, *args)
+    def run(ctx: Any, *args: Any) -> Any:
         functional = sys.modules.get("torch.distributed._functional_collectives")  # without it there are none
         if functional is not None and any(isinstance(x, functional.AsyncCollectiveTensor) for x in args):
             args = tuple(x.wait() if isinstance(x, functional.AsyncCollectiveTensor) else x for x in args)
         return function(ctx, *args)
 
-    return run
+    untraced = torch._disable_dynamo(run)  # which imports the compiler when it is called
+
+    @wraps(function)
+    def leave_out(ctx: Any, *args: Any) -> Any:
+        return untraced(ctx, *args) if torch.compiler.is_compiling() else run(ctx, *args)
+
+    return cast(Pass, leave_out)
 
 
 def owned(x: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ class _Dispatch(torch.autograd.Function):
         return select_rows(x, layout, rank, pad_value)
 
     @staticmethod
-    @on_real_memory
     @once_differentiable
+    @on_real_memory
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return gather_rows(grad, ctx.layout, ctx.handle.group), None, None, None, None
 
@@ -79,8 +79,8 @@ class _Undispatch(torch.autograd.Function):
         return gather_rows(x, layout, group)
 
     @staticmethod
-    @on_real_memory
     @once_differentiable
+    @on_real_memory
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.is_partial_grad:
             local = scatter_rows_sum(grad, ctx.layout, ctx.rank, ctx.handle.group)

@@ -37,7 +37,7 @@ class _Roll(torch.autograd.Function):
         return _rolled(x, shift, *ctx.where)
 
     @staticmethod
-    @on_real_memory
     @once_differentiable
+    @on_real_memory
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return _rolled(grad, -ctx.shift, *ctx.where), None, None, None, None
