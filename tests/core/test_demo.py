@@ -47,6 +47,7 @@ def test_two_steps_on_two_processes_agree(tmp_path):
         (["--out", "nowhere/plan.png"], "make it first"),
         (["--out", "/proc/plan.png"], "/proc/plan.png can't be written"),
         (["--backend", "nonsense"], "no kernel backend 'nonsense'"),
+        (["--backend", "nonsense", "--heads", "6"], "no kernel backend 'nonsense'"),
         (["--mask", "block-causal", "--tokens", "256"], "more --tokens"),
     ],
 )

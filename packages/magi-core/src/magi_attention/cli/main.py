@@ -8,7 +8,7 @@ import typer
 
 from magi_attention.cli.arguments import check_output, fail, parse_degree
 from magi_attention.cli.bench.options import BenchOptions
-from magi_attention.cli.demo.options import DemoOptions, Device, MaskFamily, Precision
+from magi_attention.cli.demo.options import HEAD_DIM, DemoOptions, Device, MaskFamily, Precision
 from magi_attention.cli.logs import log_to_stderr
 from magi_attention.cli.plan.options import PlanOptions
 
@@ -84,7 +84,7 @@ def demo(
     kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = DEFAULT.kv_heads,
     dim: Annotated[
         int | None,
-        typer.Option(help="Width of the model. By default 64 for each head on GPUs, else 128.", show_default=False),
+        typer.Option(help="Width of the model. By default 64 for each head on GPUs, else 32.", show_default=False),
     ] = None,
 ) -> None:
     """Train a small model on one process and on several with context parallelism, and compare.
@@ -107,7 +107,7 @@ def demo(
             layers=layers,
             heads=heads,
             kv_heads=kv_heads,
-            dim=DEFAULT.dim if dim is None else dim,
+            dim=heads * HEAD_DIM if dim is None else dim,
             files=tuple(files or ()),
         )
         check_output("--out", out, PICTURE_SUFFIXES)

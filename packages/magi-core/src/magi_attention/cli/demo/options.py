@@ -39,6 +39,10 @@ class Precision(StrEnum):
         return {"fp64": 1e-10, "fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}[self.value]
 
 
+HEAD_DIM = 32
+"""A head's share of the model's width, where that is open; small, for CPUs."""
+
+
 @dataclass(frozen=True)
 class DemoOptions:
     """All choices of one demo, checked.
@@ -74,7 +78,7 @@ class DemoOptions:
     layers: int = 2
     heads: int = 4
     kv_heads: int = 2
-    dim: int = 128
+    dim: int = 4 * HEAD_DIM
     files: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
