@@ -72,7 +72,10 @@ def test_a_users_own_setting_stays(monkeypatch, tmp_path):
         assert os.environ[ENABLED] == "0"
         assert DIRECTORY not in os.environ
     assert not list(tmp_path.iterdir())
-    assert f"{ENABLED} is '0'" in cache.why_unkept()
+    assert f"{ENABLED} is '0'" in cache.why_switched_off("PROJECT")
+    assert not cache.why_unkept()  # of other projects
+    monkeypatch.setenv(ENABLED, "1")
+    assert not cache.why_switched_off("PROJECT")
 
 
 def test_a_process_has_one_folder_for_each_project(monkeypatch, tmp_path):

@@ -284,6 +284,21 @@ def test_a_kernel_that_was_compiled_but_is_not_kept_is_an_error(machine, monkeyp
         Compiler(print)("nothing is compiled in vain")
 
 
+@of_each_backend
+def test_kernels_that_its_project_does_not_keep_are_an_error_of_one_backend(machine, monkeypatch, backend):
+    machine(0)
+    case = PrecompileCase("sm_90", torch.bfloat16, 8, 8, 64, 64, "forward")
+    monkeypatch.setattr(cache, "_unkept", [])
+    monkeypatch.setattr(type(backend), "compile_case", lambda self, case: True)
+    own = f"{backend.variable_prefix}_CUTE_DSL_CACHE_ENABLED"
+    for each in (FA4, CUDNN):
+        monkeypatch.setenv(f"{each.variable_prefix}_CUTE_DSL_CACHE_ENABLED", "0")
+    with pytest.raises(RuntimeError, match=f"{own} is '0': unset it"):
+        backend.precompile(case)
+    monkeypatch.delenv(own)
+    assert backend.precompile(case)
+
+
 def test_cases_launch_the_kernels_that_they_name():
     def call(variant: str) -> AttentionCall:
         return call_of(PrecompileCase("sm_90", torch.bfloat16, 8, 2, 128, 128, "forward", variant))

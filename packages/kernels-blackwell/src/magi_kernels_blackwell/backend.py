@@ -23,7 +23,7 @@ from magi_attention.kernels.protocol import (
 )
 from magi_attention.utils.dtypes import as_dtype
 from magi_attention.utils.torch_modes import on_device_of, without_grad
-from magi_kernels_blackwell.cache import why_unkept
+from magi_kernels_blackwell.cache import why_switched_off, why_unkept
 from magi_kernels_blackwell.cases import arch_number, combinations, request_of
 from magi_kernels_blackwell.masks import has_pairs
 from magi_kernels_blackwell.measured import tflops
@@ -43,12 +43,14 @@ class WheelBackend(ABC):
     Attributes:
         name: of the backend.
         wheels: the projects that it needs, with their exact versions.
+        variable_prefix: what the environment variables of the project with its kernels begin with.
         measured_as: its name in :mod:`magi_kernels_blackwell.measured`.
         variants: of kernels to compile ahead of time, as :mod:`magi_kernels_blackwell.cases` names them.
     """
 
     name: str
     wheels: ClassVar[dict[str, str]]
+    variable_prefix: ClassVar[str]
     measured_as: ClassVar[str]
     variants: ClassVar[Sequence[str]]
 
@@ -116,8 +118,8 @@ class WheelBackend(ABC):
         Raises:
             RuntimeError: If a wheel is missing, or kernels cannot be kept on disk.
         """
-        if missing := missing_wheels(tuple(self.wheels.items())):
-            raise RuntimeError(missing)
+        if reason := missing_wheels(tuple(self.wheels.items())) or why_switched_off(self.variable_prefix):
+            raise RuntimeError(reason)
         compiled = self.compile_case(case)
         if compiled and (unkept := why_unkept()):
             raise RuntimeError(unkept)

@@ -45,8 +45,6 @@ def kept_in(folder: str, variable_prefix: str) -> Iterator[None]:
         )
     enabled, directory = f"{variable_prefix}_CUTE_DSL_CACHE_ENABLED", f"{variable_prefix}_CUTE_DSL_CACHE_DIR"
     if enabled in os.environ:
-        if os.environ[enabled] != "1":
-            _unkept.append(f"{enabled} is {os.environ[enabled]!r}, with which none are: unset it")
         yield
         _folders[variable_prefix] = folder
         return
@@ -61,8 +59,14 @@ def kept_in(folder: str, variable_prefix: str) -> Iterator[None]:
             os.environ[directory] = before
 
 
+def why_switched_off(variable_prefix: str) -> str:
+    """Say by which of its own variables a project keeps no kernels on disk; empty if it does."""
+    setting = os.environ.get(enabled := f"{variable_prefix}_CUTE_DSL_CACHE_ENABLED", "1")
+    return "" if setting == "1" else f"kernels are not kept on disk while {enabled} is {setting!r}: unset it"
+
+
 def why_unkept() -> str:
-    """Say why kernels that this process compiles are not all kept on disk; empty if they are."""
+    """Say why kernels that this process compiles cannot all be written to disk; empty if they can."""
     return f"kernels cannot be kept in {kernel_cache_dir()}: {_unkept[0]}" if _unkept else ""
 
 

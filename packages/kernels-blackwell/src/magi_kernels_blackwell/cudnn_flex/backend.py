@@ -29,6 +29,7 @@ class CudnnFlexBackend(WheelBackend):
 
     name = "cudnn_flex"
     wheels = CUDNN_FRONTEND
+    variable_prefix = library.VARIABLE_PREFIX
     measured_as = "cudnn_flex"
     variants = precompile.VARIANTS
 

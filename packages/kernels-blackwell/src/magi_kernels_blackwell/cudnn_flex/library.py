@@ -15,6 +15,9 @@ from magi_kernels_blackwell.cache import kept_in
 from magi_kernels_blackwell.objects import share_objects
 from magi_kernels_blackwell.wheels import capability_of
 
+VARIABLE_PREFIX = "FLEX_ATTENTION"
+"""Of the environment variables of ``cudnn.flex_attention``."""
+
 logger = logging.getLogger(__name__)
 _silencing = RLock()
 
@@ -43,7 +46,7 @@ def load(device: torch.device) -> Library:
 @cache
 def load_for(arch: int) -> Library:
     """Import cudnn.flex_attention. Each architecture has its folder: small kernels' names on disk don't tell it."""
-    with kept_in(f"cudnn_flex/sm_{arch}", "FLEX_ATTENTION"):
+    with kept_in(f"cudnn_flex/sm_{arch}", VARIABLE_PREFIX):
         from cudnn.flex_attention import create_mask_plan, dispatch
         from cudnn.flex_attention.plan import builder
         from cudnn.flex_attention.runtime import compile_cache

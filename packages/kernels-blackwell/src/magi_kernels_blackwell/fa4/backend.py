@@ -24,6 +24,7 @@ class FlashAttention4Backend(WheelBackend):
 
     name = "blackwell"
     wheels = FLASH_ATTENTION
+    variable_prefix = library.VARIABLE_PREFIX
     measured_as = "fa4"
     variants = precompile.VARIANTS
 

@@ -11,6 +11,9 @@ from magi_kernels_blackwell.cache import kept_in
 from magi_kernels_blackwell.objects import share_objects
 from magi_kernels_blackwell.wheels import HOPPER, capability_of, num_multiprocessors
 
+VARIABLE_PREFIX = "FLASH_ATTENTION"
+"""Of FlashAttention-4's own environment variables."""
+
 
 class Library(NamedTuple):
     """What the backend uses.
@@ -43,7 +46,7 @@ def load(device: torch.device) -> Library:
 @cache
 def load_for(arch: int, num_sms: int) -> Library:
     """Import FlashAttention-4, whose kernels are kept in :func:`folder_of` the architecture."""
-    with kept_in(folder_of(arch, num_sms), "FLASH_ATTENTION"):
+    with kept_in(folder_of(arch, num_sms), VARIABLE_PREFIX):
         from flash_attn.cute import cache_utils, interface
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
