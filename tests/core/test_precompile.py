@@ -236,6 +236,16 @@ def test_what_no_backend_has_kernels_for_is_told(pretending):
     assert result.exit_code == 0
     assert result.stderr == "magi: no backend has kernels for --head-dim 96/96 on sm_90; nothing is compiled for it\n"
     assert without_kernels(read_selections(["sm_80"], [], [], [], "both"), []) == ["sm_80"]
+    tasks = [Task("pretending", PrecompileCase("sm_90", torch.bfloat16, 8, 8, 64, 64, "forward"))]
+    selections = read_selections(["sm_90"], ["bf16", "fp32"], ["8"], ["64"], "forward")
+    assert without_kernels(selections, tasks) == ["--dtype fp32 on sm_90"]
+
+
+def test_backends_that_were_asked_for_speak_for_no_others(pretending):
+    flags = ("--arch", "sm_90", "--backend", "pretending", "--head-dim", 96)
+    assert "magi: none of pretending supports any of these combinations" in run(*flags).stderr
+    result = run(*flags, "--head-dim", 64, "--heads", "4/2", "--direction", "forward")
+    assert "magi: none of pretending has kernels for --head-dim 96/96 on sm_90; " in result.stderr
 
 
 def test_backends_that_cannot_be_loaded_say_why(pretending):

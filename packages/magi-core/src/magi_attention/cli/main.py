@@ -307,15 +307,16 @@ def precompile(
     from magi_attention.cli.precompile.options import read_selections
     from magi_attention.cli.precompile.worker import find_tasks, without_kernels
 
+    asked = f"none of {', '.join(backend)}" if backend else "no backend"
     try:
         selections = read_selections(arch or [], dtype or [], heads or [], head_dim or [], direction, multiprocessors)
         tasks = find_tasks(selections, backend or [])
         if not tasks:
-            raise ValueError("no backend supports any of these combinations; there is nothing to compile")
+            raise ValueError(f"{asked} supports any of these combinations; there is nothing to compile")
     except ValueError as error:
         fail(error)
     for missing in without_kernels(selections, tasks):
-        typer.echo(f"magi: no backend has kernels for {missing}; nothing is compiled for it", err=True)
+        typer.echo(f"magi: {asked} has kernels for {missing}; nothing is compiled for it", err=True)
     raise typer.Exit(run_precompile(tasks, jobs, Console()))
 
 

@@ -17,7 +17,10 @@ from threading import Thread
 from typing import Literal
 from unittest import mock
 
+import torch
+
 from magi_attention.cli.logs import log_to_stderr
+from magi_attention.cli.precompile.options import DTYPES
 from magi_attention.kernels.protocol import KernelSelection, PrecompileCase, Precompiles
 from magi_attention.kernels.registry import UnloadableBackend, installed_backends
 from magi_attention.kernels.speeds import ALIASES
@@ -112,7 +115,10 @@ def without_kernels(selections: Sequence[KernelSelection], tasks: Sequence[Task]
 
 
 def _text_of(value: object) -> str:
-    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+    """A value as the command line takes it."""
+    if isinstance(value, torch.dtype):
+        return next(name for name, dtype in DTYPES.items() if dtype == value)
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def compile_all(tasks: Sequence[Task], jobs: int) -> Generator[Outcome]:
