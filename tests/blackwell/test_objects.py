@@ -4,6 +4,7 @@
 import errno
 import fcntl
 import re
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
@@ -14,8 +15,10 @@ from unittest import mock
 
 import pytest
 
+from magi_attention.kernels.protocol import PrecompileCase
 from magi_kernels_blackwell import cache, objects
 from magi_kernels_blackwell.wheels import CUDNN_FRONTEND, FLASH_ATTENTION, missing_wheels
+from tests.blackwell.matrix import keep_in
 
 MISSING = missing_wheels(tuple((FLASH_ATTENTION | CUDNN_FRONTEND).items()))
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -146,3 +149,21 @@ def _look_at_target(storage: Any, kernel: Any, folder: Path) -> None:
     assert len(defined) == text.count("\ndefine ") > 0
     for each in defined:
         assert re.search(r'"target-cpu"="(x86-64|generic)" "target-features"(?!=)', attributes[each]), attributes[each]
+
+
+def test_flash_attention_compiles_without_warnings_that_nobody_can_heed(tmp_path):
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        assert pool.submit(_warnings_of_a_backward_kernel, tmp_path).result() == []
+
+
+def _warnings_of_a_backward_kernel(folder: Path) -> list[str]:
+    import torch
+
+    from magi_kernels_blackwell import FLASH_ATTENTION_4_BACKEND
+
+    keep_in(folder)
+    case = PrecompileCase("sm_90", torch.bfloat16, 8, 1, 128, 128, "backward", "full")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always", UserWarning)
+        assert FLASH_ATTENTION_4_BACKEND.precompile(case)
+    return [str(each.message) for each in shown if each.category is UserWarning]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only door to FlashAttention-4: imports it when a kernel is first needed, with the cache on disk set up."""
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -53,6 +54,8 @@ def load_for(arch: int, num_sms: int) -> Library:
         from magi_kernels_blackwell.fa4 import grouped_kernel, masks
 
     share_objects(cache_utils.JITPersistentCache)
+    # Its kernels take a structure that the compiler cannot describe, and need not: of which that tells at each kernel.
+    warnings.filterwarnings("ignore", "Argument aux_data .* cannot be converted to a JitArgument", UserWarning)
     return Library(
         interface._flash_attn_fwd,
         interface._flash_attn_bwd,

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from magi_attention.cli.demo.data import pack, read_documents
 from magi_attention.cli.demo.launch import train_on_ranks
 from magi_attention.cli.demo.options import DemoOptions, Device, Precision
-from magi_attention.cli.demo.report import Comparison, loss_table, time_table, verdict
+from magi_attention.cli.demo.report import Comparison, count_processes, loss_table, time_table, verdict
 from magi_attention.cli.demo.train import StepResult, attention_config, train
 from magi_attention.cli.figures import figures_of_plans
 from magi_attention.cli.picture import save_picture
@@ -110,7 +110,7 @@ def run_demo(options: DemoOptions, setup: Setup, out: Path, console: Console) ->
     several: list[StepResult] = []
     with _progress(console) as track:
         train(setup.documents, options, torch.device(setup.device), None, track("1 process", options.steps, single))
-        report_step = track(f"{options.processes} processes", options.steps, several)
+        report_step = track(count_processes(options.processes), options.steps, several)
         plans = train_on_ranks(setup.documents, options, setup.device, report_step)
     comparison = Comparison(single, several, options.precision.tolerance)
     mask = pack(setup.documents, options.tokens, options.mask, options.seed, options.steps - 1).mask

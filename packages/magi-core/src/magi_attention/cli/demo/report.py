@@ -35,6 +35,11 @@ class Comparison:
         return [step for step, difference in enumerate(self.differences, 1) if not difference <= self.tolerance]
 
 
+def count_processes(number: int) -> str:
+    """What the second run is called."""
+    return f"{number} processes" if number > 1 else "1 process, as a rank"
+
+
 def loss_table(comparison: Comparison, processes: int) -> Table:
     """Show both runs' losses, step by step."""
     table = Table(
@@ -42,7 +47,7 @@ def loss_table(comparison: Comparison, processes: int) -> Table:
         caption="Mean cross-entropy, nats per byte. Every step packs other documents: "
         "its mask is new, and is planned anew by every rank. The time includes their check that all planned the same.",
     )
-    for name in ("step", "1 process", f"{processes} processes", "relative difference", "planned in"):
+    for name in ("step", "1 process", count_processes(processes), "relative difference", "planned in"):
         table.add_column(name, justify="right")
     disagreeing = set(comparison.disagreeing_steps)
     rows = zip(comparison.single, comparison.several, comparison.differences, strict=True)
@@ -67,7 +72,7 @@ def time_table(comparison: Comparison, processes: int) -> Table:
     )
     for name in ("", "training", "median step", "median planning"):
         table.add_column(name, justify="right")
-    for name, steps in (("1 process", comparison.single), (f"{processes} processes", comparison.several)):
+    for name, steps in (("1 process", comparison.single), (count_processes(processes), comparison.several)):
         table.add_row(
             name,
             f"{sum(step.seconds for step in steps):.1f} s",
