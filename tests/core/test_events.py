@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Events of exchanges, which are recorded anew for later ones: never while somebody may still wait for them."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import ClassVar
 
 import pytest
 import torch
 
+from magi_attention.comm import streams as stream_module
 from magi_attention.comm import work as module
 from magi_attention.comm.streams import EventPool, events_of
 from magi_attention.comm.work import StreamWork
@@ -105,3 +108,17 @@ def test_a_stream_waits_for_what_another_was_given_before(streams, events):
 def test_each_gpu_has_events_of_its_own():
     assert events_of(0) is events_of(0)
     assert events_of(0) is not events_of(1)
+
+
+def test_threads_that_come_together_get_one_stream(monkeypatch):
+    both_make_one = Barrier(2, timeout=60)
+
+    def make_stream(device: torch.device, priority: int) -> object:
+        both_make_one.wait()
+        return object()
+
+    monkeypatch.setattr(stream_module, "_streams", {})
+    monkeypatch.setattr(torch.cuda, "Stream", make_stream)
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(stream_module.communication_stream, None, torch.device("cuda", 0)) for _ in range(2)]
+    assert found[0].result() is found[1].result()

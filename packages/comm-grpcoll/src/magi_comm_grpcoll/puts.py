@@ -25,6 +25,8 @@ from magi_comm_grpcoll.wires import DeviceWires, forget_if_many
 UNIT = 1 << 28
 # One for each multiprocessor that it takes.
 PUT_BLOCKS = 16
+# Of a piece, each of which costs a put by all threads of a block.
+PUT_BYTES = 1 << 18
 _PUT_THREADS, _FLAG_THREADS = 512, 128
 # Places among the parameters of a put.
 _SLOT, _VALUE = 1, 8
@@ -148,7 +150,7 @@ class PutRoute:
         self._memory, device = arena.memory, arena.memory.local.device
         base = self._memory.local.data_ptr()
         self._slots = [base + number * arena.slot_bytes for number in range(arena.num_slots)]
-        pieces, (part,) = upload_tasks(copies, PUT_BLOCKS, wires.send, device)
+        pieces, (part,) = upload_tasks(copies, PUT_BLOCKS, PUT_BYTES, wires.send, device)
         counts = np.bincount(pieces.peer, minlength=wires.num_ranks).astype(np.uint32)
         with torch.cuda.stream(wires.send):
             num_done = torch.zeros(1, dtype=torch.int32, device=device)

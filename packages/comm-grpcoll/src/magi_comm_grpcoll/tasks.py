@@ -11,7 +11,7 @@ import torch
 from magi_comm_grpcoll.tables import ByteCopies, cut, tasks_of
 
 MOST_TENSORS = 4  # of one launch: the struct Sources of csrc/memory.cuh
-_LEAST_BYTES, _MOST_BYTES, _PER_BLOCK = 1 << 15, 1 << 18, 8
+_LEAST_BYTES, _PER_BLOCK = 1 << 15, 8
 
 
 class LaunchPart(NamedTuple):
@@ -33,14 +33,14 @@ class LaunchPart(NamedTuple):
 
 
 def upload_tasks(
-    copies: ByteCopies, num_blocks: int, stream: "torch.cuda.Stream", device: torch.device
+    copies: ByteCopies, num_blocks: int, most_bytes: int, stream: "torch.cuda.Stream", device: torch.device
 ) -> tuple[ByteCopies, list[LaunchPart]]:
-    """Cut pieces so that all blocks get their share, and bring them to the GPU on a stream, which alone may use them.
+    """Cut pieces to at most so many bytes, of which all blocks get their share, and bring them to the GPU on a stream.
 
-    Returns the cut pieces too.
+    Nothing else may use them. Returns the cut pieces too.
     """
     share = int(copies.size.sum()) // (num_blocks * _PER_BLOCK)
-    most = min(max(share, _LEAST_BYTES), _MOST_BYTES) // 16384 * 16384
+    most = min(max(share, _LEAST_BYTES), most_bytes) // 16384 * 16384
     pieces = cut(copies, most)
     num_tensors = int(pieces.tensor.max(initial=0)) + 1
     parts = []

@@ -8,17 +8,12 @@ belongs to, the communication stream. So memory is never used too early, and the
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 import torch.distributed as dist
 
 _HIGHEST_PRIORITY = -1
-
-
-@cache
-def _stream_of(group_name: str, device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=_HIGHEST_PRIORITY)
+_streams: dict[tuple[str, torch.device], torch.cuda.Stream] = {}
 
 
 def communication_stream(group: dist.ProcessGroup | None, device: torch.device) -> "torch.cuda.Stream | None":
@@ -29,7 +24,12 @@ def communication_stream(group: dist.ProcessGroup | None, device: torch.device) 
     """
     if device.type != "cuda":
         return None
-    return _stream_of("" if group is None else group.group_name, device)
+    key = "" if group is None else group.group_name, device
+    stream = _streams.get(key)
+    if stream is None:
+        # Of threads that come first together, all take the same one.
+        stream = _streams.setdefault(key, torch.cuda.Stream(device, priority=_HIGHEST_PRIORITY))
+    return stream
 
 
 _handle_of_current = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # builds without CUDA have none
