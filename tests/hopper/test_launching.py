@@ -2,6 +2,7 @@
 """Parameters of launches that are kept by the addresses of their tensors; needs no GPU."""
 
 import ctypes
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,10 @@ class Kernel:
         self.launches.append(ready)
 
 
+def kernels_of_all_kinds(variant: BackwardVariant, device: torch.device) -> SimpleNamespace:
+    return SimpleNamespace(prepare=Kernel(), backward=Kernel(), queries=(Kernel(), Kernel()))
+
+
 class Maps:
     """Of a tensor's address and strides."""
 
@@ -47,8 +52,7 @@ def no_gpu(monkeypatch):
         monkeypatch.setattr(module, "counters", lambda device, stream: ZEROS)
         monkeypatch.setattr(module, "tensor_maps", lambda device: Maps())
     monkeypatch.setattr(forward, "_kernel", lambda variant, device: Kernel())
-    kernels = lambda variant, device: SimpleNamespace(prepare=Kernel(), backward=Kernel())  # noqa: E731
-    monkeypatch.setattr(backward, "_kernels", kernels)
+    monkeypatch.setattr(backward, "_kernels", kernels_of_all_kinds)
 
 
 def tensors(*heads: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -115,17 +119,19 @@ class Backward:
 
     INPUTS = ("q", "dout", "k", "v", "out", "lse", "dlse")
 
-    def __init__(self) -> None:
+    def __init__(self, *, fine: bool = False) -> None:
         self.q, self.dout, self.k, self.v, self.out = tensors(HEADS[0], HEADS[0], HEADS[1], HEADS[1], HEADS[0])
         self.lse, self.dlse = by_token(), None
         self.dq, self.dk, self.dv = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
-        self.prepared = backward.PreparedBackward([BackwardVariant(DIM, DIM, "bf16", False)], CALL, self.q, self.k)
+        self.prepared = backward.PreparedBackward(
+            [BackwardVariant(DIM, DIM, "bf16", False, fine)], CALL, self.q, self.k
+        )
         self.workspace = self.prepared.workspace(torch.device("cpu"))
 
-    def launch(self, **others: Tensor | None) -> tuple[Ready, Ready]:
+    def launch(self, call: AttentionCall = CALL, **others: Tensor | None) -> tuple[Ready, Ready]:
         given = {name: others.get(name, getattr(self, name)) for name in (*self.INPUTS, "dq", "dk", "dv", "workspace")}
         gradients = given["dq"], given["dk"], given["dv"]
-        self.prepared.launch(tuple(given[name] for name in self.INPUTS), gradients, given["workspace"], 1)
+        self.prepared.launch(call, tuple(given[name] for name in self.INPUTS), gradients, given["workspace"], 1)
         kernels = self.prepared.kernels
         return kernels.prepare.launches[-1], kernels.backward.launches[-1]
 
@@ -238,8 +244,8 @@ def test_forward_parameters_are_kept_for_the_same_tensors_alone():
     prepared = forward.PreparedForward(ForwardVariant(DIM, DIM, "bf16", False), CALL, q, k)
     assert prepared.tables.num_parts == 1
     for query in (q, q, torch.zeros_like(q)):
-        prepared.launch((query, k, v), (out, lse, None), False, 1)
-    prepared.launch((q, k, v), (out, lse, None), True, 1)
+        prepared.launch(CALL, (query, k, v), (out, lse, None), False, 1)
+    prepared.launch(CALL, (q, k, v), (out, lse, None), True, 1)
     first, again, other, merging = prepared._kernel.launches
     assert again is first
     assert address_of(other.params.q) != address_of(first.params.q) == q.data_ptr()
@@ -247,7 +253,7 @@ def test_forward_parameters_are_kept_for_the_same_tensors_alone():
     assert all(each.params.counters == ZEROS.data_ptr() for each in (first, other, merging))
     odd = torch.zeros(TOKENS * HEADS[0] * DIM + 1, dtype=torch.bfloat16)[1:].view(q.shape)
     for _ in range(2):
-        prepared.launch((odd, k, v), (out, lse, None), False, 1)
+        prepared.launch(CALL, (odd, k, v), (out, lse, None), False, 1)
     *_, copied, copied_again = prepared._kernel.launches
     assert copied is not copied_again
     assert odd.data_ptr() not in (address_of(copied.params.q), address_of(copied_again.params.q))
@@ -261,9 +267,9 @@ class Forward:
         self.given = {"q": q, "k": k, "v": v, "out": out, "lse": by_token(), "max_logits": None, "merge": False}
         self.prepared = forward.PreparedForward(ForwardVariant(DIM, DIM, "bf16", False), CALL, q, k)
 
-    def launch(self, **others: object) -> Ready:
+    def launch(self, call: AttentionCall = CALL, **others: object) -> Ready:
         q, k, v, *results, merge = (self.given | others).values()
-        self.prepared.launch((q, k, v), tuple(results), merge, 1)
+        self.prepared.launch(call, (q, k, v), tuple(results), merge, 1)
         return self.prepared._kernel.launches[-1]
 
 
@@ -300,6 +306,53 @@ def test_forward_parameters_follow_the_largest_scores_and_the_counters(monkeypat
     first, others = case.launch(), torch.zeros_like(ZEROS)
     monkeypatch.setattr(forward, "counters", lambda device, stream: others)
     assert changed(first, case.launch()) == {"counters"}
+
+
+# How to score, and the parameters that say it, of the forward kernel and of those of the backward pass.
+SCORES = [
+    ({"softmax_scale": 0.5}, {"scale", "to_log2"}, {"tolerance"}, {"dq_scale"}),
+    ({"softmax_scale": -0.5}, {"scale", "to_log2"}, {"tolerance", "q"}, {"dq_scale", "q"}),  # which reads -q
+    ({"softcap": 30.0}, {"cap_slope"}, {"scoring.softcap", "scoring.to_log2"}, {"cap"}),
+]
+
+
+@pytest.mark.parametrize(("others", "both", "of_forward", "of_backward"), SCORES)
+def test_parameters_follow_scales_and_softcaps(others, both, of_forward, of_backward):
+    """Nothing else about a launch depends on them, so that it is prepared once for all."""
+    call, forward_case, backward_case = replace(CALL, **others), Forward(), Backward()
+    first, second = forward_case.launch(), forward_case.launch(call)
+    assert changed(first, second) == {f"scoring.{name}" for name in both} | of_forward
+    assert forward_case.launch() is first
+    (rows, params), (other_rows, other_params) = backward_case.launch(), backward_case.launch(call)
+    assert not changed(rows, other_rows)
+    assert changed(params, other_params) == both | of_backward
+    assert backward_case.launch()[1] is params
+
+
+@pytest.mark.parametrize("softmax_scale", [0.5, -0.25])
+def test_gradients_of_queries_apart_follow_scales(softmax_scale):
+    case = Backward(fine=True)
+    for call in (CALL, replace(CALL, softmax_scale=softmax_scale)):
+        case.launch(call)
+    first, second = case.prepared._queries_kernel.launches
+    of_signs = {"work.q"} if softmax_scale < 0 else set()
+    assert changed(first, second) == {"work.scoring.scale", "work.scoring.to_log2", "dq_scale"} | of_signs
+    assert second.params.dq_scale == softmax_scale
+    assert second.params.work.scoring.scale == abs(softmax_scale)
+
+
+def test_a_mask_keeps_nothing_for_each_scale_and_softcap(monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1, raising=False)
+    q, k, v, out = tensors(HEADS[0], HEADS[1], HEADS[1], HEADS[0])
+    lse, slices = by_token(), packed.varlen([0, 100, TOKENS])
+    kept = []
+    for softmax_scale in (0.125, 0.25, 0.5):
+        for softcap in (0.0, 20 * softmax_scale):
+            call = AttentionCall(slices, softmax_scale, softcap)
+            forward.launch_forward(q, k, v, call, out, lse, merge=False)
+            backward.launch_backward(torch.zeros_like(out), q, k, v, out, lse, None, call)
+        kept.append(len(slices.__dict__["_derived"]))
+    assert kept[0] == kept[1] == kept[2]
 
 
 @pytest.fixture

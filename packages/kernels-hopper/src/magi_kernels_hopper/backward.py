@@ -28,7 +28,7 @@ from magi_kernels_hopper.launching import (
     put_maps,
     tensor_maps,
 )
-from magi_kernels_hopper.results import LOG2_E, scored_upward
+from magi_kernels_hopper.results import scored_upward
 from magi_kernels_hopper.support import ELEMENT_OF
 from magi_kernels_hopper.tables import DeviceColumnTables, device_column_tables
 from magi_kernels_hopper.variants import BackwardSizes, BackwardVariant, ForwardSizes, ForwardVariant, backward_variants
@@ -55,9 +55,11 @@ class _Kernels(NamedTuple):
 class PreparedBackward:
     """All of a launch that does not change from call to call: made once for each mask and geometry, kept with the mask.
 
+    Calls may score by other scales and softcaps, if none or all of them have a softcap.
+
     Args:
         candidates: the kernels, or two of which the mask decides, as :func:`.variants.backward_variants` gives them.
-        call: the mask, and how to score.
+        call: the mask, and whether gradients are to be added up in a fixed order.
         q: ``[tq, hq, d]``.
         k: ``[tk, hk, d]``.
     """
@@ -87,8 +89,7 @@ class PreparedBackward:
         swizzle_bytes = 128 if head_dim % 64 == 0 else 64
         rows_of_boxes = 2 * [(pack, tile_q)] + 2 * [(1, sizes.tile_n)]
         self.boxes = [((swizzle_bytes // 2, *each), swizzle_bytes) for each in rows_of_boxes]
-        self._scale = call.softmax_scale
-        self.template = _template(tables, sizes, call, num_q, num_heads, num_kv_heads)
+        self.template = _template(tables, sizes, num_q, num_heads, num_kv_heads)
         self.row_template = RowParams(
             num_q=num_q,
             num_heads=num_heads,
@@ -100,7 +101,7 @@ class PreparedBackward:
         self._queries = None
         if tables.queries is not None:
             cut = _cut_of_queries(variant, num_heads, num_kv_heads, num_k)
-            self._queries = PreparedQueries(tables.queries, cut, call, num_q, self.template, available)
+            self._queries = PreparedQueries(tables.queries, cut, num_q, self.template, available)
             self._queries_kernel = self.kernels.queries[number_of_kernel(cut)]
         self._lay_out_workspace(variant, head_dim)
 
@@ -119,16 +120,17 @@ class PreparedBackward:
         """What the kernels hand on, in one piece; :meth:`_fill` says what lies where."""
         return torch.empty(self._num_bytes, dtype=torch.uint8, device=device)
 
-    def launch(self, inputs: Inputs, gradients: Gradients, workspace: Tensor, stream: int) -> None:
+    def launch(self, call: AttentionCall, inputs: Inputs, gradients: Gradients, workspace: Tensor, stream: int) -> None:
         """Launch on a stream, which is the current one."""
         zeros = counters(workspace.device, stream)
         given = [x for x in inputs if x is not None]
         addresses = [x.data_ptr() for x in (*given, *gradients, workspace, zeros)]
-        key = (*addresses, *[x.stride() for x in given], *[x.dtype for x in given])
+        layout = (*[x.stride() for x in given], *[x.dtype for x in given])
+        key = (*addresses, *layout, call.softmax_scale, call.softcap)
         ready = self._known.find(key)
         if ready is None:
-            readable = self._readable(inputs)
-            ready = self._fill(readable, gradients, workspace, zeros)
+            readable = self._readable(call, inputs)
+            ready = self._fill(call, readable, gradients, workspace, zeros)
             if all(mine is theirs for mine, theirs in zip(readable, inputs, strict=True)):
                 self._known.keep(key, ready)
         rows, params, *of_queries = ready
@@ -137,16 +139,18 @@ class PreparedBackward:
         if self._queries is not None:
             self._queries_kernel.launch_ready(self._queries.blocks, stream, *of_queries)
 
-    def _readable(self, inputs: Inputs) -> Inputs:
+    def _readable(self, call: AttentionCall, inputs: Inputs) -> Inputs:
         """The inputs as the kernels read them: q, dout, k and v by the copy engine, out and dlse contiguous."""
         q, dout, k, v, out, lse, dlse = inputs
-        q = scored_upward(q, self._scale)  # masked scores are -inf, before they are scaled
+        q = scored_upward(q, call.softmax_scale)  # masked scores are -inf, before they are scaled
         dout, out = (aligned(as_dtype(x, q.dtype).contiguous()) for x in (dout, out))
         lse = as_dtype(lse, torch.float32)
         dlse = None if dlse is None else as_dtype(dlse, torch.float32).contiguous()
         return aligned(q), dout, aligned(k), aligned(v), out, lse, dlse
 
-    def _fill(self, inputs: Inputs, gradients: Gradients, workspace: Tensor, zeros: Tensor) -> tuple[Ready, ...]:
+    def _fill(
+        self, call: AttentionCall, inputs: Inputs, gradients: Gradients, workspace: Tensor, zeros: Tensor
+    ) -> tuple[Ready, ...]:
         """The parameters of all kernels."""
         *tensors, out, lse, dlse = inputs
         q, dout, *_ = tensors
@@ -157,6 +161,7 @@ class PreparedBackward:
         if dlse is not None:
             rows.dlse = dlse.data_ptr()
         params = Params.from_buffer_copy(self.template)
+        params.set_scores(call.softmax_scale, call.softcap)
         maps = tensor_maps(q.device)
         put_maps(params, maps, tensors, self.boxes)
         params.dq, params.dk, params.dv, params.counters = dq, dk, dv, zeros.data_ptr()
@@ -168,16 +173,15 @@ class PreparedBackward:
         if self._queries is None:
             return Ready.of(rows), Ready.of(params)
         q, dout, k, v = tensors
-        of_queries = self._queries.fill(maps, (q, k, v, dout), dq, terms, zeros.data_ptr())
+        of_queries = self._queries.fill(call, maps, (q, k, v, dout), dq, terms, zeros.data_ptr())
         return Ready.of(rows), Ready.of(params), Ready.of(of_queries)
 
 
 def _template(
-    tables: DeviceColumnTables, sizes: BackwardSizes, call: AttentionCall, num_q: int, num_heads: int, num_kv_heads: int
+    tables: DeviceColumnTables, sizes: BackwardSizes, num_q: int, num_heads: int, num_kv_heads: int
 ) -> Params:
-    """The parameters without the addresses of tensors."""
+    """The parameters without the addresses of tensors, and without how to score."""
     pack = tables.pack
-    scale, capped = abs(call.softmax_scale) or 1.0, call.softcap > 0
     return Params(
         tiles=tables.tiles.data_ptr(),
         runs=tables.runs.data_ptr(),
@@ -190,14 +194,9 @@ def _template(
         packs_per_kv_head=num_heads // num_kv_heads // pack,
         num_tiles_q=-(-num_q // (sizes.tile_m // pack)),
         num_items=len(tables.items),
-        scale=scale,
-        to_log2=LOG2_E * scale,
-        cap_slope=2 * LOG2_E * scale / call.softcap if capped else 0.0,
-        cap=LOG2_E * call.softcap,
         adders=tables.adders.data_ptr(),
         num_q=num_q,
         num_packs=num_heads // pack,
-        dq_scale=call.softmax_scale,
         num_complete=tables.num_met * (num_heads // pack) * sizes.dq_parts,
     )
 
@@ -217,7 +216,7 @@ def launch_backward(
     q ``[tq, hq, d]``, k ``[tk, hk, d]`` and v ``[tk, hk, dv]`` are not empty; gradients are contiguous, of their dtype.
     """
     device, dtype, head_dim, head_dim_v = q.device, q.dtype, q.shape[2], v.shape[2]
-    key = ("hopper backward", device, dtype, q.shape, k.shape, head_dim_v, call.softmax_scale, call.softcap)
+    key = ("hopper backward", device, dtype, q.shape, k.shape, head_dim_v, call.softcap > 0)
     prepared = call.slices.derived(
         (*key, call.deterministic, call.sm_margin),
         lambda: PreparedBackward(
@@ -228,7 +227,7 @@ def launch_backward(
     workspace = prepared.workspace(device)
     prepared.streams.add_current()
     stream = torch._C._cuda_getCurrentRawStream(q.get_device())  # a Stream object costs microseconds
-    prepared.launch((q, dout, k, v, out, lse, dlse), (dq, dk, dv), workspace, stream)
+    prepared.launch(call, (q, dout, k, v, out, lse, dlse), (dq, dk, dv), workspace, stream)
     return dq, dk, dv
 
 

@@ -4,6 +4,7 @@
 import ctypes
 
 from magi_kernels_hopper.driver import TensorMap
+from magi_kernels_hopper.results import LOG2_E
 
 
 class Params(ctypes.Structure):
@@ -48,6 +49,14 @@ class Params(ctypes.Structure):
         ("items_done", ctypes.c_void_p),
         ("padding", ctypes.c_int * 14),
     )
+
+    def set_scores(self, softmax_scale: float, softcap: float) -> None:
+        """Set how to score queries of :func:`.results.scored_upward`; without a cap ``softcap`` is 0."""
+        self.scale = scale = abs(softmax_scale) or 1.0
+        self.to_log2 = LOG2_E * scale
+        self.cap_slope = 2 * LOG2_E * scale / softcap if softcap > 0 else 0.0
+        self.cap = LOG2_E * softcap
+        self.dq_scale = softmax_scale
 
 
 class RowParams(ctypes.Structure):

@@ -40,7 +40,6 @@ class PreparedQueries:
     Args:
         tables: the mask.
         cut: how work is cut.
-        call: how to score.
         num_q: rows of the query tensor.
         of_keys: the parameters of the kernel that computes the other gradients.
         blocks: multiprocessors that may be used.
@@ -50,7 +49,6 @@ class PreparedQueries:
         self,
         tables: DeviceRowTables,
         cut: Geometry,
-        call: AttentionCall,
         num_q: int,
         of_keys: KeysParams,
         blocks: int,
@@ -62,7 +60,6 @@ class PreparedQueries:
             runs=tables.runs.data_ptr(),
             pieces=tables.pieces.data_ptr(),
             order=tables.order.data_ptr(),
-            scoring=Scoring.of(call.softmax_scale, call.softcap),
             results=Results(num_q=num_q, num_heads=cut.num_packs * cut.pack),
             pack=cut.pack,
             share_q=cut.share_q,
@@ -72,17 +69,22 @@ class PreparedQueries:
             num_packs=cut.num_packs,
             packs_per_section=cut.packs_per_section,
         )
-        self._template = Params(
-            work=work, log2_pack=of_keys.log2_pack, num_tiles_q=of_keys.num_tiles_q, dq_scale=call.softmax_scale
-        )
+        self._template = Params(work=work, log2_pack=of_keys.log2_pack, num_tiles_q=of_keys.num_tiles_q)
         self._cut = cut
 
     def fill(
-        self, maps: TensorMaps, tensors: tuple[Tensor, Tensor, Tensor, Tensor], dq: int, row_terms: int, zeros: int
+        self,
+        call: AttentionCall,
+        maps: TensorMaps,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+        dq: int,
+        row_terms: int,
+        zeros: int,
     ) -> Params:
         """The parameters of a launch.
 
         Args:
+            call: how to score.
             maps: of tensors on the device.
             tensors: q, k, v and the gradients of outputs, which the copy engine can read.
             dq: the address of the gradients.
@@ -95,5 +97,7 @@ class PreparedQueries:
         boxes: list[Box] = [((swizzle_bytes // 2, *each), swizzle_bytes) for each in (rows, box, box, rows)]
         params = Params.from_buffer_copy(self._template)
         put_maps(params, maps, tensors, boxes)
+        params.work.scoring = Scoring.of(call.softmax_scale, call.softcap)
+        params.dq_scale = call.softmax_scale
         params.work.results.out, params.work.counters, params.row_terms = dq, zeros, row_terms
         return params

@@ -110,16 +110,17 @@ def geometry(variant: ForwardVariant, num_heads_q: int, num_heads_kv: int, num_k
 class PreparedForward:
     """All of a launch that does not change from call to call: made once for each mask and geometry, kept with the mask.
 
+    Calls may score by other scales and softcaps, if none or all of them have a softcap.
+
     Args:
         variant: the kernel; the tall one is taken instead where it is faster.
-        call: the mask, and how to score.
+        call: the mask.
         q: ``[tq, hq, d]``.
         k: ``[tk, hk, d]``.
     """
 
     def __init__(self, variant: ForwardVariant, call: AttentionCall, q: Tensor, k: Tensor) -> None:
         self._known = ByAddresses[Ready]()
-        self._scale = call.softmax_scale
         cut = geometry(variant, q.shape[1], k.shape[1], k.shape[0])
         blocks = max(multiprocessors(q.device) - call.sm_margin, 1)
         sizes = (q.shape[0], k.shape[0], cut.share_q)
@@ -139,7 +140,6 @@ class PreparedForward:
             runs=self.tables.runs.data_ptr(),
             pieces=self.tables.pieces.data_ptr(),
             order=self.tables.order.data_ptr(),
-            scoring=Scoring.of(call.softmax_scale, call.softcap),
             pack=cut.pack,
             share_q=cut.share_q,
             packs_per_kv_head=cut.packs_per_kv_head,
@@ -147,40 +147,41 @@ class PreparedForward:
             num_tiles_q=len(self.tables.parts),
             num_packs=cut.num_packs,
             packs_per_section=cut.packs_per_section,
-            tolerance=TOLERANCE / (LOG2_E * (abs(call.softmax_scale) or 1.0)),
         )
 
-    def launch(self, tensors: Inputs, results: Outputs, merge: bool, stream: int) -> None:
+    def launch(self, call: AttentionCall, tensors: Inputs, results: Outputs, merge: bool, stream: int) -> None:
         """Launch on a stream, which is the current one."""
         if self._combination is None:
-            self._launch(tensors, results, merge, stream)
+            self._launch(call, tensors, results, merge, stream)
             return
         out, lse, max_logits = results
         parts = self._combination.parts_of(out)
-        self._launch(tensors, (*parts, max_logits), False, stream)
+        self._launch(call, tensors, (*parts, max_logits), False, stream)
         self._combination.launch(parts, out, lse, stream, merge=merge)
 
-    def _launch(self, tensors: Inputs, results: Outputs, merge: bool, stream: int) -> None:
+    def _launch(self, call: AttentionCall, tensors: Inputs, results: Outputs, merge: bool, stream: int) -> None:
         out, lse, max_logits = results
         zeros = counters(out.device, stream)
         addresses = [x.data_ptr() for x in (*tensors, out, lse, zeros)]
         strides = [x.stride() for x in (*tensors, lse)]
-        key = (*addresses, *strides, out.dtype, None if max_logits is None else max_logits.data_ptr(), merge)
+        largest = None if max_logits is None else max_logits.data_ptr()
+        key = (*addresses, *strides, out.dtype, largest, merge, call.softmax_scale, call.softcap)
         ready = self._known.find(key)
         if ready is None:
             q, k, v = tensors
-            readable = aligned(scored_upward(q, self._scale)), aligned(k), aligned(v)
-            ready = self._fill(readable, results, merge, zeros)
+            readable = aligned(scored_upward(q, call.softmax_scale)), aligned(k), aligned(v)
+            ready = self._fill(call, readable, results, merge, zeros)
             if all(mine is theirs for mine, theirs in zip(readable, tensors, strict=True)):
                 self._known.keep(key, ready)
         self._kernel.launch_ready(self._blocks, stream, ready)
 
-    def _fill(self, tensors: Inputs, results: Outputs, merge: bool, zeros: Tensor) -> Ready:
+    def _fill(self, call: AttentionCall, tensors: Inputs, results: Outputs, merge: bool, zeros: Tensor) -> Ready:
         """The parameters of a launch, for tensors that the copy engine can read."""
         params = Params.from_buffer_copy(self._template)
         params.results = Results.of(*results, merge=merge)
-        if results[2] is not None:
-            params.tolerance = 0.0  # the largest scores themselves
+        params.scoring = Scoring.of(call.softmax_scale, call.softcap)
+        if results[2] is None:  # else the largest scores themselves are wanted
+            params.tolerance = TOLERANCE / (LOG2_E * (abs(call.softmax_scale) or 1.0))
         staged = results[0] if results[0].dtype == tensors[0].dtype else tensors[0]  # else the map is not used
         put_maps(params, tensor_maps(staged.device), (*tensors, staged), self._boxes)
         params.counters = zeros.data_ptr()
@@ -206,9 +207,8 @@ def launch_forward(
         max_logits ``[hq]`` if the call asks for it.
     """
     device = q.device
-    key = ("hopper forward", device, q.dtype, q.shape, k.shape, v.shape[2], call.softmax_scale, call.softcap)
     prepared = call.slices.derived(
-        (*key, call.sm_margin),
+        ("hopper forward", device, q.dtype, q.shape, k.shape, v.shape[2], call.softcap > 0, call.sm_margin),
         lambda: PreparedForward(
             ForwardVariant(q.shape[2], v.shape[2], ELEMENT_OF[q.dtype], call.softcap > 0), call, q, k
         ),
@@ -216,7 +216,7 @@ def launch_forward(
     max_logits = lse.new_full(lse.shape[1:], -torch.inf) if call.max_logits else None
     prepared.streams.add_current()
     stream = torch._C._cuda_getCurrentRawStream(q.get_device())  # a Stream object costs microseconds
-    prepared.launch((q, k, v), (out, lse, max_logits), merge, stream)
+    prepared.launch(call, (q, k, v), (out, lse, max_logits), merge, stream)
     return max_logits
 
 
