@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is resolved once for a distributed attention's shapes, before anything is launched."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,14 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from magi_attention.api import DispatchConfig, DistAttnConfig, clear_cache, magi_attn_varlen_key
+from magi_attention.api.attention_checks import check_attention_call
 from magi_attention.comm import AllToAllCollectives
 from magi_attention.common.enum import AttnRole
 from magi_attention.config import OverlapConfig, RuntimeConfig
 from magi_attention.runtime.cache import find_manager
-from magi_attention.runtime.launches import wants_room
+from magi_attention.runtime.job import MOST_JOBS, AttentionJob
+from magi_attention.runtime.launches import LaunchPass, wants_room
+from magi_attention.runtime.manager import DistAttnRuntimeMgr
 
 TOTAL = 4096
 
@@ -29,8 +33,8 @@ def num_ranks(request):
         dist.destroy_process_group()
 
 
-def margins(num_ranks: int, **options: object) -> dict[str, list[int]]:
-    """What the kernels of each pass leave to communication, in their order."""
+def make_manager(num_ranks: int, **options: object) -> DistAttnRuntimeMgr:
+    """Of a causal mask."""
     config = DistAttnConfig(
         dispatch_config=DispatchConfig(chunk_size=256),
         overlap_config=OverlapConfig(degree=2, min_chunk_size=256),
@@ -39,7 +43,12 @@ def margins(num_ranks: int, **options: object) -> dict[str, list[int]]:
     group = dist.group.WORLD if num_ranks > 1 else None
     ends = [0, TOTAL]
     key = magi_attn_varlen_key(ends, ends, 8, 8, 64, 0, group, causal=True, dist_attn_config=config)
-    manager = find_manager(key)
+    return find_manager(key)
+
+
+def margins(num_ranks: int, **options: object) -> dict[str, list[int]]:
+    """What the kernels of each pass leave to communication, in their order."""
+    manager = make_manager(num_ranks, **options)
     q, k, v = (torch.empty(manager.num_local_rows(AttnRole.QUERY), 8, 64) for _ in range(3))
     job = manager.dist_attn_runtime.job_for(q, k, v, None, 0.0, False)
     return {
@@ -70,6 +79,45 @@ def test_a_margin_that_was_chosen_holds_for_all_kernels(num_ranks, monkeypatch):
     found = margins(num_ranks, forward_sm_margin=5)
     assert set(found["forward"]) == {5}
     assert set(found["backward"]) == {7}
+
+
+def test_scores_that_change_from_step_to_step_leave_nothing_behind(num_ranks):
+    manager = make_manager(num_ranks)
+    runtime, tensors = manager.dist_attn_runtime, [torch.empty(manager.num_local_rows(AttnRole.QUERY), 8, 64)] * 3
+    check_attention_call(*tensors, manager, None, None, 0.0, False)
+    num_checked = len(manager.checked_calls)
+    first = runtime.job_for(*tensors, None, 0.0, False)
+    assert runtime.job_for(*tensors, None, 0.0, False) is first
+    for step in range(2 * MOST_JOBS):
+        scale = 0.1 + step / 1000
+        check_attention_call(*tensors, manager, None, scale, 0.0, False)
+        job = runtime.job_for(*tensors, scale, 0.0, False)
+        assert len(runtime.jobs) <= MOST_JOBS
+    assert len(manager.checked_calls) == num_checked
+    for before, after in zip(passes_of(first), passes_of(job), strict=True):
+        for one, other in zip(before.steps, after.steps, strict=True):
+            assert other.own_places is one.own_places
+            for launch, scored in zip(one.launches, other.launches, strict=True):
+                assert (launch.call.softmax_scale, scored.call.softmax_scale) == (0.125, scale)
+                assert scored == launch._replace(call=replace(launch.call, softmax_scale=scale))
+
+
+def test_calls_with_and_without_a_softcap_have_jobs_of_their_own(num_ranks):
+    manager = make_manager(num_ranks)
+    runtime, tensors = manager.dist_attn_runtime, [torch.empty(manager.num_local_rows(AttnRole.QUERY), 8, 64)] * 3
+    plain, capped, other = (runtime.job_for(*tensors, 0.5, softcap, False) for softcap in (0.0, 15.0, 30.0))
+    for job, softcap in ((plain, 0.0), (capped, 15.0), (other, 30.0)):
+        scores = {
+            (launch.call.softmax_scale, launch.call.softcap)
+            for of in passes_of(job)
+            for step in of.steps
+            for launch in step.launches
+        }
+        assert scores == {(0.5, softcap)}
+
+
+def passes_of(job: AttentionJob) -> tuple[LaunchPass, ...]:
+    return job.forward, job.backward, job.backward_with_rows
 
 
 def test_rows_travel_ahead_of_their_step_and_gradients_behind():

@@ -26,20 +26,20 @@ def check_attention_call(
 ) -> None:
     """Raise what :func:`magi_attention.api.calc_attn` says about its arguments; what passed once passes at once."""
     asked: tuple[object, ...] | None = None
+    check_scores(softmax_scale, softcap)  # each time, so that nothing is kept for each scale
     try:
         asked = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
-        asked += q.__class__, k.__class__, v.__class__, softmax_scale, softcap, return_max_logits
+        asked += q.__class__, k.__class__, v.__class__, return_max_logits
         if sink is not None:
             asked += sink.shape, sink.dtype, sink.device, sink.__class__
         if asked in manager.checked_calls:
             return
-    except (AttributeError, TypeError):  # no tensors, or no numbers, of which the checks will tell
+    except (AttributeError, TypeError):  # no tensors, of which the checks will tell
         asked = None
     key = manager.key
     _check_tensors(q, k, v, sink, key.is_same_source)
     _check_rows("q has", q, manager, AttnRole.QUERY)
     _check_rows("k and v have", k, manager, AttnRole.KEY)
-    check_scores(softmax_scale, softcap)
     if key.is_flatten_head_groups_enable and (sink is not None or return_max_logits):
         raise MagiValueError("flattened head groups exclude a sink and max_logits: switch off flatten_head_groups")
     if asked is not None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the forward and the backward pass of one distributed attention have in common, resolved once for its shapes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch.distributed as dist
@@ -17,6 +17,9 @@ from magi_attention.runtime.launches import Kernels, LaunchPass
 from magi_attention.runtime.schedule import make_schedule
 from magi_attention.runtime.steps import Schedule
 from magi_attention.utils.torch_modes import outside_inference_mode
+
+MOST_JOBS = 256
+"""Of a key: where scales or softcaps change from step to step, ever more are asked for."""
 
 MOST_KEPT = 0.5
 """Received rows, with own ones among them, are kept for the backward pass if they take so much of what q and out do."""
@@ -40,6 +43,7 @@ class DistAttnRuntime:
     options: RuntimeConfig
     costs: PassCosts
     _jobs: dict[object, "AttentionJob"] = field(default_factory=dict, repr=False)
+    _first_jobs: dict[object, "AttentionJob"] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         let_go_at_exit(self, "group")
@@ -68,17 +72,27 @@ class DistAttnRuntime:
         asked = (q.shape, k.shape, v.shape, q.dtype, q.device, softmax_scale, softcap, max_logits)
         job = self._jobs.get(asked)
         if job is None:
-            job = self._jobs[asked] = _make_job(self, q, k, v, softmax_scale, softcap, max_logits)
+            scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+            alike = (*asked[:5], softcap > 0, max_logits)
+            first = self._first_jobs.get(alike)
+            job = (
+                _make_job(self, q, k, v, scale, softcap, max_logits) if first is None else first.scored(scale, softcap)
+            )
+            self._first_jobs.setdefault(alike, job)
+            if len(self._jobs) >= MOST_JOBS:
+                self._jobs.clear()
+            self._jobs[asked] = job
         return job
 
     @property
     def jobs(self) -> list["AttentionJob"]:
-        """What was asked for so far."""
+        """What was asked for so far, of late if it was much."""
         return list(self._jobs.values())
 
     def forget_tables(self) -> None:
         """Drop what takes memory on devices and can be derived again."""
         self._jobs.clear()
+        self._first_jobs.clear()
         if "schedule" in self.__dict__:
             for of in (self.schedule.forward, self.schedule.backward, self.schedule.backward_with_rows):
                 for step in of.steps:
@@ -122,6 +136,14 @@ class AttentionJob:
         """Whether any queries are exchanged."""
         return any(each.step.queries_travel for each in self.forward.steps)
 
+    def scored(self, softmax_scale: float, softcap: float) -> "AttentionJob":
+        """The same of other scores: nothing else, of what is on devices least of all, is made anew."""
+        passes = {
+            name: getattr(self, name).scored(softmax_scale, softcap)
+            for name in ("forward", "backward", "backward_with_rows")
+        }
+        return replace(self, **passes)
+
 
 @outside_inference_mode
 def _make_job(
@@ -129,7 +151,7 @@ def _make_job(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    softmax_scale: float | None,
+    softmax_scale: float,
     softcap: float,
     max_logits: bool,
 ) -> AttentionJob:
@@ -140,7 +162,7 @@ def _make_job(
         request=AttentionRequest.of_tensors(
             q, k, v, softcap=softcap, max_logits=max_logits, deterministic=bool(options.deterministic)
         ),
-        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        softmax_scale=softmax_scale,
         softcap=softcap,
         num_queries=len(q),
         num_keys=len(k),

@@ -2,7 +2,7 @@
 """The kernels of each pass, ready to be launched: whose they are, on which rows, and what they leave to others."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +54,10 @@ class Launch(NamedTuple):
     is_main: bool
     name: str
 
+    def scored(self, softmax_scale: float, softcap: float) -> "Launch":
+        """The same with other scores; there is a softcap, as before, or there is none."""
+        return self._replace(call=replace(self.call, softmax_scale=softmax_scale, softcap=softcap))
+
 
 class LaunchStep(NamedTuple):
     """A step with its kernels.
@@ -79,6 +83,14 @@ class LaunchPass(NamedTuple):
 
     schedule: Pass
     steps: tuple[LaunchStep, ...]
+
+    def scored(self, softmax_scale: float, softcap: float) -> "LaunchPass":
+        """The same launches with other scores."""
+        steps = (
+            each._replace(launches=tuple(launch.scored(softmax_scale, softcap) for launch in each.launches))
+            for each in self.steps
+        )
+        return self._replace(steps=tuple(steps))
 
 
 @dataclass(frozen=True)
