@@ -4,7 +4,10 @@
 import logging
 import os
 import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -51,6 +54,26 @@ def test_projects_read_the_folder_while_they_are_imported(monkeypatch, tmp_path)
     assert folder_inside() == tmp_path / HOPPER_HERE
     assert (tmp_path / HOPPER_HERE).is_dir()
     assert not cache.why_unkept()
+    assert os.environ[DIRECTORY] == "before"
+    assert ENABLED not in os.environ
+
+
+def test_threads_that_begin_at_the_same_time_import_one_after_another(monkeypatch, tmp_path):
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setenv(DIRECTORY, "before")
+    num_threads = 4
+    together, inside = Barrier(num_threads), []
+
+    def import_it(number: int) -> Path:
+        together.wait()
+        with cache.kept_in("project/sm_90", "PROJECT"):
+            inside.append(number)
+            time.sleep(0.01)  # so that the others come meanwhile
+            assert inside[-1] == number
+            return Path(os.environ[DIRECTORY])
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        assert set(pool.map(import_it, range(num_threads))) == {tmp_path / HOPPER_HERE}
     assert os.environ[DIRECTORY] == "before"
     assert ENABLED not in os.environ
 

@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import RLock
 
 from magi_attention.env.build import kernel_cache_dir
 from magi_attention.utils.folders import why_unwritable
 
 logger = logging.getLogger(__name__)
+_loading = RLock()
 _folders: dict[str, str] = {}
 _unkept: list[str] = []
 
@@ -26,8 +28,9 @@ _unkept: list[str] = []
 def kept_in(folder: str, variable_prefix: str) -> Iterator[None]:
     """Import a project inside, to have it keep compiled kernels in a folder; it reads its settings while imported.
 
-    If it was imported before, this changes nothing. If the folder cannot be written, kernels are found there all the
-    same, but new ones are kept for this process alone, of which a warning tells.
+    One thread at a time is inside. If the project was imported before, this changes nothing. If the folder cannot be
+    written, kernels are found there all the same, but new ones are kept for this process alone, of which a warning
+    tells.
 
     Args:
         folder: a folder below :func:`magi_attention.env.build.kernel_cache_dir`; the host's kind of processor is added
@@ -38,6 +41,11 @@ def kept_in(folder: str, variable_prefix: str) -> Iterator[None]:
     Raises:
         RuntimeError: If this process has loaded the project for kernels of another folder already.
     """
+    with _loading:  # variables are the process's, and threads that drive a GPU each begin at the same time
+        yield from _kept_in(folder, variable_prefix)
+
+
+def _kept_in(folder: str, variable_prefix: str) -> Iterator[None]:
     if (first := _folders.get(variable_prefix, folder)) != folder:
         raise RuntimeError(
             f"this process has loaded {first}, and cannot load {folder} as well: GPUs of different architectures, or on"
