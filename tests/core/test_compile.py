@@ -24,6 +24,7 @@ from magi_attention.api import (
 )
 from magi_attention.common.enum import AttnRole
 from magi_attention.config import DistAttnConfig, RuntimeConfig
+from magi_attention.kernels.reference import BACKEND as REFERENCE
 from magi_attention.runtime.key import key_of_handle
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -115,6 +116,23 @@ def test_flex_flash_attn_func(with_sink):
     ranges = torch.tensor([[0, 30], [30, 50]])
     assert_compiles(by_slices, with_sink, ranges, torch.tensor([1, 3]))
     assert_compiles(by_slices_of_one_type, with_sink, ranges)
+
+
+def test_both_passes_of_flex_flash_attn_func_read_the_tables_of_one_mask(monkeypatch):
+    """Which the backward pass, that checks nothing again, would otherwise make a second time, also on the device."""
+    seen = []
+    for name in ("forward", "backward"):
+        run_pass = getattr(REFERENCE, name)
+
+        def note(*args, run_pass=run_pass):
+            seen.append(args[-1].slices)
+            return run_pass(*args)
+
+        monkeypatch.setattr(REFERENCE, name, note)
+    compiled = torch.compile(Attention(by_slices_of_one_type, False), backend="aot_eager")
+    run(compiled, tokens(50), torch.tensor([[0, 20], [20, 50]]))
+    forward, backward = seen
+    assert backward is forward
 
 
 def whole_step(q, k, v, sink, key):

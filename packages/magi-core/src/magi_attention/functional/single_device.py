@@ -182,20 +182,26 @@ def slices_from_tensors(
         raise MagiValueError(f"attn_type_map must hold integers from 0 to 3, got {kind.min()} to {kind.max()}")
     if skip_overlap_check is None:
         skip_overlap_check = environment.is_overlap_check_skipped()
-    return _cached_table(np.column_stack([*ranges, kind]).tobytes(), not skip_overlap_check)
+    table = _cached_table(np.column_stack([*ranges, kind]).tobytes())
+    if not skip_overlap_check:
+        _check_cover(table)
+    return table
 
 
 @lru_cache(maxsize=NUM_CACHED_MASKS)
-def _cached_table(rows: bytes, check: bool) -> SliceTable:
-    table = SliceTable(np.frombuffer(rows, np.int64).reshape(-1, 5))
-    doubled = find_double_cover(table) if check else None
+def _cached_table(rows: bytes) -> SliceTable:
+    return SliceTable(np.frombuffer(rows, np.int64).reshape(-1, 5))
+
+
+def _check_cover(table: SliceTable) -> None:
+    """Raise if two slices keep a common pair; looked for once, and kept with the table."""
+    doubled = table.derived("double cover", lambda: find_double_cover(table))
     if doubled is not None:
         first, second = (f"{slot} {table.rows[slot].tolist()}" for slot in doubled)
         raise MagiValueError(
             f"the slices {first} and {second} (q start, q end, k start, k end, type) keep a common (query, key) pair; "
             "every pair may be covered by one slice only"
         )
-    return table
 
 
 def _host_integers(name: str, tensor: Tensor, ndim: int) -> NDArray[np.int64]:
