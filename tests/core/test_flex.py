@@ -158,6 +158,20 @@ def test_flex_attention_itself_run_eagerly(family, softcap):
     torch.testing.assert_close(result.lse, lse.float(), rtol=1e-4, atol=1e-5)
 
 
+def test_too_many_scales_say_what_to_do(monkeypatch):
+    run = torch.compile(attend_layer, fullgraph=True, backend="eager")
+    monkeypatch.setattr(flex_layer, "_compiled", lambda: run)
+    monkeypatch.setattr(flex_layer, "MAX_COMPILATIONS", 2)
+    q, slices = torch.randn(40, 2, 16), SliceTable([[0, 40, 0, 40, 1]])
+    try:
+        for softmax_scale in (0.1, 0.2, 0.1):
+            BACKEND.forward(q, q, q, AttentionCall(slices, softmax_scale))
+        with pytest.raises(RuntimeError, match=r"compiled 2 kinds of calls.* Multiply q by a factor"):
+            BACKEND.forward(q, q, q, AttentionCall(slices, 0.3))
+    finally:
+        torch._dynamo.reset()
+
+
 def test_one_compilation_serves_all_lengths_and_masks(monkeypatch):
     compiled = []
 

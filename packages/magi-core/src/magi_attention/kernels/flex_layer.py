@@ -102,13 +102,23 @@ def _compiled() -> AttendLayer:
 def attend_compiled(
     q: Tensor, k: Tensor, v: Tensor, layer: LayerTables, softmax_scale: float, softcap: float, max_scores: bool
 ) -> LayerResult:
-    """Compute :func:`attend_layer`, compiled at the first call of each kind."""
-    import torch._dynamo  # costly, and only needed where something is compiled
+    """Compute :func:`attend_layer`, compiled at the first call of each kind.
+
+    Raises:
+        RuntimeError: If there are too many kinds.
+    """
+    import torch._dynamo.exc  # costly, and only needed where something is compiled
 
     for x in (q, k, v):
         torch._dynamo.maybe_mark_dynamic(x, 1)
     for table in layer[:-1]:
         torch._dynamo.maybe_mark_dynamic(table, list(range(2, table.ndim)))
     torch._dynamo.maybe_mark_dynamic(layer.bounds, 1)
-    with torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS, automatic_dynamic_shapes=False):
-        return _compiled()(q, k, v, layer, softmax_scale, softcap, max_scores)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS, automatic_dynamic_shapes=False):
+            return _compiled()(q, k, v, layer, softmax_scale, softcap, max_scores)
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise RuntimeError(
+            f"backend 'flex' has compiled {MAX_COMPILATIONS} kinds of calls, and compiles no more: every softmax_scale "
+            "and softcap is one. Multiply q by a factor that changes from step to step, and keep softmax_scale"
+        ) from error
