@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tile lists and interval tables against the dense mask."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 
 from magi_attention.common import bands as band
 from magi_attention.common.slices import SliceTable
-from magi_attention.kernels.tiles import bands_from_intervals, row_intervals, tile_runs
+from magi_attention.kernels import tiles as tiles_module
+from magi_attention.kernels.tiles import bands_from_intervals, join_side_by_side, row_intervals, tile_runs
 from magi_attention.testing.masks import random_masks
 from magi_attention.testing.oracle import dense_mask
 from magi_attention.testing.tiles import IndexLists, classify_tiles
@@ -81,6 +84,58 @@ def test_intervals_become_bands_again(mask, width):
     parts = [bands_from_intervals(intervals, i, min(i + width, most)) for i in range(0, most, width)]
     counted = sum((count_pairs(part, seen.shape) for part in parts), np.zeros(seen.shape, int))
     assert np.array_equal(counted, seen)
+
+
+always_joining = mock.patch.multiple(tiles_module, BANDS_OF_A_ROW=0, ROWS_OF_A_PIECE=0)
+
+
+def cut_up(bands: np.ndarray, step: int) -> np.ndarray:
+    """Bands of the same pairs: cut between some columns, and along some diagonals."""
+    parts = [band.clip(bands, band.K0, start, start + step) for start in range(0, 70, step)]
+    lower, upper = (part.copy() for part in (np.concatenate(parts), np.concatenate(parts)))
+    middle = lower[:, band.K0] - lower[:, band.Q0]
+    lower[:, band.D1] = np.minimum(lower[:, band.D1], middle)
+    upper[:, band.D0] = np.maximum(upper[:, band.D0], middle + 1)
+    return np.concatenate([lower, upper])
+
+
+@settings(max_examples=150)
+@given(random_masks(70), st.integers(3, 30))
+def test_bands_that_are_joined_keep_every_pair_once(mask, step):
+    total, slices = mask
+    bands, _ = band.shrink(cut_up(slices.bands(), step))
+    mask = dense_mask(slices, total, total).numpy()
+    with always_joining:
+        for each, seen in ((bands, mask), (band.transpose(bands), mask.T)):
+            assert np.array_equal(count_pairs(join_side_by_side(each), seen.shape), seen)
+            assert np.array_equal(dense_intervals(row_intervals(each, total), seen.shape), seen)
+
+
+def test_what_touches_along_a_straight_line_or_a_diagonal_is_joined():
+    staircase = SliceTable([[4 * i, 4 * i + 4, 0, 4 * i + 4, i % 2] for i in range(6)])
+    window = SliceTable([[0, 20, 10, 30, 3]]).bands()
+    halves = np.concatenate([window, window])
+    halves[0, band.K1], halves[0, band.D1], halves[1, band.D0] = 25, 14, 15
+    with always_joining:
+        assert np.array_equal(join_side_by_side(band.shrink(cut_up(window, 70))[0]), band.shrink(window)[0])
+        by_key = join_side_by_side(band.transpose(staircase.bands()))
+        assert by_key[:, : band.K0].tolist() == [[4 * i, 4 * i + 4] for i in range(6)]
+        assert (by_key[:, band.K1] == 24).all()
+
+
+def test_a_staircase_of_many_steps_takes_no_more_rows_than_it_has():
+    """As block-causal masks are by keys: every key is in up to 1024 slices, of one interval."""
+    total, step = 1 << 18, 256
+    slices = SliceTable([[start, start + step, 0, start + step, 0] for start in range(0, total, step)])
+    by_key = band.transpose(slices.bands())
+    joined = join_side_by_side(by_key)
+    assert (joined[:, band.Q1] - joined[:, band.Q0]).sum() == total
+    intervals = row_intervals(by_key, total)
+    assert np.array_equal(intervals.starts, np.arange(total) // step * step)
+    assert (intervals.stops == total).all()
+    runs = tile_runs(by_key, total, total, 128, 128)
+    assert not len(runs.partial.starts)
+    assert np.array_equal(runs.full.starts, np.arange(total // 128) // 2 * 2)
 
 
 def test_slices_complete_a_tile_together():

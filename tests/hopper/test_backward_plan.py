@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward kernel's tables, walked as the kernel walks them."""
 
+from contextlib import nullcontext
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magi_attention.common.slices import SliceTable
+from magi_attention.kernels import tiles
 from magi_attention.testing.masks import rectangular_masks
 from magi_attention.testing.oracle import dense_mask
 from magi_kernels_hopper.backward_order import WorkSizes, clusters
@@ -16,13 +20,18 @@ from magi_kernels_hopper.plan import FULL
 from magi_kernels_hopper.tables import device_column_tables
 from tests.hopper.backward_walk import pair_counts, walk
 
+always_joining = mock.patch.multiple(tiles, BANDS_OF_A_ROW=0, ROWS_OF_A_PIECE=0)
+
 
 @settings(max_examples=400, deadline=None)
-@given(rectangular_masks(150), st.sampled_from([1, 4, 10, 24]), st.sampled_from([8, 16, 32]), st.booleans())
-def test_every_pair_counts_once(mask, tile_q, tile_k, at_changes):
+@given(
+    rectangular_masks(150), st.sampled_from([1, 4, 10, 24]), st.sampled_from([8, 16, 32]), st.booleans(), st.booleans()
+)
+def test_every_pair_counts_once(mask, tile_q, tile_k, at_changes, joins):
     (num_q, num_k), slices = mask
     starts = starts_at_changes(slices.bands(), num_k, tile_k) if at_changes else None
-    tables = column_tables(slices.bands(), num_q, num_k, tile_q, tile_k, starts)
+    with always_joining if joins else nullcontext():
+        tables = column_tables(slices.bands(), num_q, num_k, tile_q, tile_k, starts)
     counts = pair_counts(tables, num_q, num_k, tile_q, tile_k)
     np.testing.assert_array_equal(counts, dense_mask(slices, num_q, num_k).numpy())
     tiles_q = -(-num_q // tile_q)
@@ -105,6 +114,17 @@ def test_tiles_of_keys_begin_where_it_saves_steps(rows, starts):
 def test_halves_of_tiles_rest(rows, first, second):
     tables = column_tables(SliceTable(rows).bands(), 256, 256, 16, 32)
     assert tables.keys[0, 2:].tolist() == [first, second]
+
+
+def test_staircases_have_few_pieces():
+    """As block-causal masks, of which a key is in up to 1024 slices."""
+    total, step = 1 << 18, 256
+    bands = SliceTable([[start, start + step, 0, start + step, 0] for start in range(0, total, step)]).bands()
+    tables = column_tables(bands, total, total, 40, 128)
+    num_tiles = total // 128
+    assert len(tables.pieces) <= num_tiles
+    assert len(tables.runs) <= 2 * num_tiles
+    np.testing.assert_array_equal(tables.tiles[:, 2], -(-total // 40) - np.arange(num_tiles) // 2 * step // 40)
 
 
 def test_masks_too_large_for_an_order_are_refused():

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward kernel's tables, walked as the kernel walks them."""
 
+from contextlib import nullcontext
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 
 from magi_attention.common import workloads
 from magi_attention.common.slices import SliceTable
+from magi_attention.kernels import tiles
 from magi_attention.testing.masks import rectangular_masks
 from magi_attention.testing.oracle import dense_mask
 from magi_kernels_hopper.plan import FULL, row_tables
@@ -17,12 +21,15 @@ from magi_kernels_hopper.tables import device_row_tables
 from magi_kernels_hopper.variants import ForwardVariant
 from tests.hopper.walk import pair_counts, walk
 
+always_joining = mock.patch.multiple(tiles, BANDS_OF_A_ROW=0, ROWS_OF_A_PIECE=0)
+
 
 @settings(max_examples=400, deadline=None)
-@given(rectangular_masks(150), st.sampled_from([1, 4, 16, 24]), st.sampled_from([8, 10, 16]))
-def test_every_pair_counts_once(mask, tile_q, box_k):
+@given(rectangular_masks(150), st.sampled_from([1, 4, 16, 24]), st.sampled_from([8, 10, 16]), st.booleans())
+def test_every_pair_counts_once(mask, tile_q, box_k, joins):
     (num_q, num_k), slices = mask
-    tables = row_tables(slices.bands(), num_q, num_k, tile_q, box_k)
+    with always_joining if joins else nullcontext():
+        tables = row_tables(slices.bands(), num_q, num_k, tile_q, box_k)
     counts = pair_counts(tables, num_q, num_k, tile_q, box_k)
     np.testing.assert_array_equal(counts, dense_mask(slices, num_q, num_k).numpy())
     assert sorted(tables.order.tolist()) == list(range(-(-num_q // tile_q)))

@@ -14,7 +14,7 @@ import numpy as np
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
 from magi_attention.common.slices import expand_counts
-from magi_attention.kernels.tiles import cut_rows, tile_runs
+from magi_attention.kernels.tiles import cut_rows, join_side_by_side, tile_runs
 from magi_kernels_hopper.plan import FULL, PARTIAL, WHOLE, Indices, Runs, cut_at_pieces, pieces_of_runs
 
 LEAST_KEYS = 16
@@ -85,7 +85,7 @@ def column_tables(
         starts = np.append(np.arange(0, num_k, tile_k), num_k)
     num_tiles = len(starts) - 1
     span = -(-num_q // tile_q) * tile_q  # queries, up to the end of the last tile
-    by_key = _as_if_full(band.transpose(bands), starts, tile_k)
+    by_key = _as_if_full(join_side_by_side(band.transpose(bands)), starts, tile_k)
     pieces = cut_rows(band.shrink(by_key)[0], tile_k)
     owner = pieces[:, band.Q0] // tile_k
     both = tile_runs(by_key, num_tiles * tile_k, num_q, tile_k, tile_q)

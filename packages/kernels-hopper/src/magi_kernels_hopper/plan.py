@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
 from magi_attention.common.slices import expand_counts
-from magi_attention.kernels.tiles import cut_rows
+from magi_attention.kernels.tiles import cut_rows, join_side_by_side
 
 Indices = NDArray[np.int64]
 
@@ -83,7 +83,7 @@ def row_tables(
         most_boxes: of a part of a tile of queries, or one more; without it tiles are not cut.
     """
     num_tiles = -(-num_q // tile_q)
-    pieces = cut_rows(band.shrink(bands)[0], tile_q)
+    pieces = cut_rows(join_side_by_side(bands), tile_q)
     owner = pieces[:, band.Q0] // tile_q
     runs = cut_at_pieces(_runs_of_boxes(pieces, owner, num_q, num_k, tile_q, box_k), pieces, owner, num_k, box_k)
     first_piece, num_pieces, piece = pieces_of_runs(runs, pieces, owner, num_k)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
-from magi_attention.kernels.tiles import RowIntervals, row_intervals
+from magi_attention.kernels.tiles import RowIntervals, join_side_by_side, row_intervals
 
 MOST_HOST_ROWS = 1 << 16
 """How many rows the host finds the intervals of; the device does so for more."""
@@ -90,7 +90,7 @@ def interval_table(bands: Bands, num_rows: int, device: torch.device) -> DeviceI
 
 def device_row_intervals(bands: Bands, num_rows: int, device: torch.device) -> DeviceIntervals:
     """:func:`magi_attention.kernels.tiles.row_intervals` in torch operations. Waits for the device."""
-    bands, _ = band.shrink(bands)
+    bands = join_side_by_side(bands)
     table = torch.from_numpy(bands).to(device)
     heights = bands[:, band.Q1] - bands[:, band.Q0]
     total, span = int(heights.sum()), int(bands[:, band.K1].max(initial=0)) + 1

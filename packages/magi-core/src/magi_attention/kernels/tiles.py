@@ -15,9 +15,15 @@ from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
-from magi_attention.common.slices import expand_counts
+from magi_attention.common.slices import count_slab_pieces, cut_into_slabs, expand_counts
 
 Indices = NDArray[np.int64]
+
+BANDS_OF_A_ROW = 8
+"""Where rows are in more bands than that on average, bands that lie side by side are joined."""
+
+ROWS_OF_A_PIECE = 64
+"""The fewest rows, on average, of the pieces that are joined: many small ones are better left as they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +78,7 @@ def tile_runs(bands: Bands, num_q: int, num_k: int, block_q: int, block_k: int) 
         block_k: keys of a tile.
     """
     num_q_blocks, num_k_blocks = -(-num_q // block_q), -(-num_k // block_k)
-    pieces = cut_rows(band.shrink(bands)[0], block_q)
+    pieces = cut_rows(join_side_by_side(bands), block_q)
     inner_from, inner_to = _blocks_that_all_rows_see(pieces, block_k)
     row = pieces[:, band.Q0] // block_q
 
@@ -108,12 +114,41 @@ def tile_runs(bands: Bands, num_q: int, num_k: int, block_q: int, block_k: int) 
     return TileRuns(full, partial)
 
 
+def join_side_by_side(bands: Bands) -> Bands:
+    """Trim bands and, where many hold the same rows, cut them where any of them begins or ends and join what touches.
+
+    Of a staircase of boxes, such as a block-causal mask of keys, every row is in up to all of them, though it has one
+    interval. What follows takes time and memory for each row of each band.
+    """
+    bands, _ = band.shrink(bands)
+    rows = int((bands[:, band.Q1] - bands[:, band.Q0]).sum())
+    height = int(np.ptp(bands[:, : band.K0])) if len(bands) else 0
+    if rows <= BANDS_OF_A_ROW * height or count_slab_pieces(bands) * ROWS_OF_A_PIECE > rows:
+        return bands
+    pieces, _, slab = cut_into_slabs(bands)
+    before, after = pieces[:-1], pieces[1:]
+    alike = (slab[1:] == slab[:-1]) & (before[:, : band.K0] == after[:, : band.K0]).all(axis=1)
+    straight = ~band.right_moves(before) & ~band.left_moves(after) & (before[:, band.K1] == after[:, band.K0])
+    # Along a diagonal that neither of them leaves in any row.
+    diagonal = before[:, band.D1] + 1
+    slanting = (
+        (after[:, band.D0] == diagonal)
+        & (before[:, band.K1] == before[:, band.Q1] - 1 + diagonal)
+        & (after[:, band.K0] == after[:, band.Q0] + diagonal)
+    )
+    head = np.flatnonzero(np.append(True, ~(alike & (straight | slanting))))
+    joined = pieces[head]
+    tail = np.append(head[1:], len(pieces)) - 1
+    joined[:, [band.K1, band.D1]] = pieces[tail][:, [band.K1, band.D1]]
+    return joined
+
+
 def row_intervals(bands: Bands, num_rows: int) -> RowIntervals:
     """List the key intervals of every query; of every key its query intervals, if given the transposed bands.
 
     Pairs that are covered twice count once.
     """
-    bands, _ = band.shrink(bands)
+    bands = join_side_by_side(bands)
     owner, step = expand_counts(bands[:, band.Q1] - bands[:, band.Q0])
     row = bands[owner, band.Q0] + step
     start = np.maximum(bands[owner, band.K0], row + bands[owner, band.D0])
