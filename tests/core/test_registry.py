@@ -17,6 +17,7 @@ from magi_attention.kernels.registry import (
     backends_for_slices,
     choose_backend,
     choose_backends,
+    choose_for_indices,
     explain_choice,
     installed_backends,
 )
@@ -220,6 +221,40 @@ def test_a_backend_that_cannot_be_imported_does_not_hide_the_others(install, cap
     assert "libcuda.so.1" in caplog.text
     with pytest.raises(RuntimeError, match=r"cannot be loaded.*libcuda"):
         choose_backend(REQUEST, "broken")
+
+
+class FakeIndexBackend(FakeBackend):
+    """With kernels for index attention that serve what the others do."""
+
+    supports_indices = FakeBackend.supports
+
+    def forward_indices(self, *args: object) -> None:
+        """Never called, as is the next."""
+
+    backward_indices = forward_indices
+
+
+@pytest.mark.parametrize(
+    ("reason", "name", "expected"),
+    [
+        ("", "auto", "forward 'b', backward 'b'"),
+        (
+            "no such GPU",
+            "auto",
+            "forward plain PyTorch (not b: no such GPU), backward plain PyTorch (not b: no such GPU)",
+        ),
+        ("", "a", "forward plain PyTorch (no backend in question has a kernel), backward plain PyTorch (no backend"),
+    ],
+)
+def test_what_computes_index_attention_is_logged_once_with_the_reason(install, caplog, reason, name, expected):
+    backend = FakeIndexBackend("b", 1, reason=reason)
+    install(a=FakeBackend("a", 1), b=backend)
+    with caplog.at_level(logging.INFO, logger="magi_attention"):
+        for _ in range(2):
+            chosen = choose_for_indices(REQUEST, name)
+    assert set(chosen) == {backend if "'b'" in expected else None}
+    assert len(caplog.records) == 1
+    assert expected in caplog.text
 
 
 def test_each_new_choice_is_logged_once_with_what_was_passed_over(install, caplog):

@@ -5,6 +5,7 @@ Backends are found by entry points of the group ``magi_attention.kernels``; thos
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
@@ -158,7 +159,7 @@ class IndexBackends(NamedTuple):
 
 
 def choose_for_indices(request: AttentionRequest, name: str = "auto", backward_name: str = "same") -> IndexBackends:
-    """Choose the backends that have kernels for index attention and serve ``request``.
+    """Choose the backends that have kernels for index attention and serve ``request``; each new choice is logged.
 
     Args:
         request: the forward pass.
@@ -172,11 +173,26 @@ def choose_for_indices(request: AttentionRequest, name: str = "auto", backward_n
     forward, backward = request.toward("forward"), request.toward("backward")
     candidates = _candidates(name)
     others = candidates if backward_name.lower() == "same" else _candidates(backward_name)
-    attends = (x for x in candidates.values() if isinstance(x, AttendsToIndices) and x.supports_indices(forward))
-    differentiates = (
-        x for x in others.values() if isinstance(x, DifferentiatesByIndices) and x.supports_indices(backward)
+    attends = {label: x for label, x in candidates.items() if isinstance(x, AttendsToIndices)}
+    differentiates = {label: x for label, x in others.items() if isinstance(x, DifferentiatesByIndices)}
+    chosen = IndexBackends(
+        next((x for x in attends.values() if x.supports_indices(forward)), None),
+        next((x for x in differentiates.values() if x.supports_indices(backward)), None),
     )
-    return IndexBackends(next(attends, None), next(differentiates, None))
+    if (request, name, backward_name, IndexBackends) not in _logged:
+        _logged.add((request, name, backward_name, IndexBackends))
+        told = _told(chosen.forward, attends, forward), _told(chosen.backward, differentiates, backward)
+        logger.info("Index attention for %s: forward %s, backward %s", request, *told)
+    return chosen
+
+
+def _told(chosen: AttendsToIndices | None, able: Mapping[str, AttendsToIndices], request: AttentionRequest) -> str:
+    """What computes a pass of index attention; if it is no kernel, why not."""
+    for label, backend in able.items():
+        if backend is chosen:
+            return repr(label)
+    refusals = (f"not {label}: {backend.supports_indices(request).reason}" for label, backend in able.items())
+    return f"plain PyTorch ({'; '.join(refusals) or 'no backend in question has a kernel'})"
 
 
 def explain_choice(request: AttentionRequest, name: str = "auto") -> Choice:
