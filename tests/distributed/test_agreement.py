@@ -140,3 +140,22 @@ def test_groups_after_torch_was_initialized_anew(tmp_path):
         assert ["differ from" in each for each in messages[:5]] == [False, True, False, True, False]
         assert [each == "agreed" for each in messages[5:]] == [True, False, True] * ((len(messages) - 5) // 3)
     assert [len(messages) for messages in answers] == [11, 11, 8]
+
+
+def lose_the_store(rank: int, world_size: int) -> list[str]:
+    """Two checks, each in a thread of its own, when the process with the store has gone."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    left = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+    del server
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "_get_default_store", lambda: left)
+        with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+            checks = [each.submit(outcome, b"any", dist.group.WORLD) for each in (first, second)]
+            return [check.result(20) for check in checks]
+
+
+def test_a_lost_store_is_named_by_every_check(pool):
+    pool.run(agree_and_differ)  # the group has a history
+    ranks = [*range(pool.world_size)]
+    lost = f"the process that keeps the store of the process group is gone: did a rank of {ranks} fail?"
+    assert pool.run(lose_the_store, timeout_s=60) == [[lost] * 2] * pool.world_size

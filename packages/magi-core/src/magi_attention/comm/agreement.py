@@ -84,7 +84,7 @@ def check_agreement(digest: bytes, group: dist.ProcessGroup | None, timeout_s: f
     """
     if group is None or not has_peers(group):
         return
-    with _Check(group) as check:
+    with _next_check(group) as check:
         check.store.set(str(check.me), digest.hex())
         verdict = _compare(check, timeout_s) if check.me == 0 else _await_verdict(check, timeout_s)
         check.conclude(verdict == _AGREED)
@@ -101,7 +101,7 @@ def report_failure(reason: str, group: dist.ProcessGroup | None) -> None:
     """
     if group is None or not has_peers(group):
         return
-    with _Check(group) as check:
+    with _next_check(group) as check:
         _post(check.store, f"rank {check.ranks[check.me]} failed to make its key: {reason}".encode())
         check.store.set(str(check.me), "failed")
         check.conclude(agreed=False)
@@ -150,7 +150,7 @@ def run_together(call: Callable[[], Result], what: str, group: dist.ProcessGroup
         except Exception as error:
             errors.append(error)
 
-    with _Check(group) as check:
+    with _next_check(group) as check:
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         while thread.is_alive() and not check.store.check(["verdict"]):
@@ -166,23 +166,30 @@ def run_together(call: Callable[[], Result], what: str, group: dist.ProcessGroup
     return results[0]
 
 
+@contextmanager
+def _next_check(group: dist.ProcessGroup) -> "Iterator[_Check]":
+    """Take part in the group's next check in the block; other threads of the process come after it."""
+    ranks, me = dist.get_process_group_ranks(group), group_rank(group)
+    try:
+        history = _history_of(group, ranks, me)
+        with history.lock:
+            yield _Check(history, ranks, me)
+    except dist.DistNetworkError as error:
+        raise RuntimeError(
+            f"the process that keeps the store of the process group is gone: did a rank of {ranks} fail?"
+        ) from error
+
+
 class _Check:
     """This rank's part of the group's next check, in a part of the store of its own."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.ranks, self.me = dist.get_process_group_ranks(group), group_rank(group)
-        self._history = _history_of(group, self.ranks, self.me)
-
-    def __enter__(self) -> "_Check":
-        self._history.lock.acquire()
+    def __init__(self, history: _History, ranks: Sequence[int], me: int) -> None:
+        self._history, self.ranks, self.me = history, ranks, me
         self._open()
         while self._ended_without_me():
-            logger.warning(
-                "ranks of %s gave up a check that this rank did not come to; going on with the next", self.ranks
-            )
+            logger.warning("ranks of %s gave up a check that this rank did not come to; going on with the next", ranks)
             self.conclude(agreed=False)
             self._open()
-        return self
 
     def _open(self) -> None:
         self._name = f"{self._history.num_failed}/{self._history.num_checks}"
@@ -191,13 +198,6 @@ class _Check:
     def _ended_without_me(self) -> bool:
         """Whether the others gave up waiting: this rank found the key in its cache, or is that late."""
         return self.store.check(["absent"]) and str(self.me) in self.store.get("absent").decode().split()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._history.lock.release()
-        if isinstance(error, dist.DistNetworkError):
-            raise RuntimeError(
-                f"the process that keeps the store of the process group is gone: did a rank of {self.ranks} fail?"
-            ) from error
 
     def conclude(self, agreed: bool) -> None:
         """Move on to the next check; the leader deletes what earlier ones left, which all who came have read."""
