@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from magi_attention.comm import AllToAllCollectives
 from magi_attention.comm.packing import row_formats
@@ -36,6 +37,37 @@ def talk(rank: int, world_size: int) -> None:
 
 def test_every_rank_sees_what_all_say(pool):
     pool.run(talk)
+
+
+def talk_long(rank: int, world_size: int) -> int:
+    """Messages longer than a store of torch takes at a time, as tables of many ranges are; returns the keys kept."""
+    talking, before = Handshake(dist.group.WORLD, 30), _get_default_store().num_keys()
+    for turn in range(3):
+        expected = [bytes([turn, member]) * (9 << 19) * member for member in range(world_size)]
+        assert talking.exchange(expected[rank]) == expected
+    talking.exchange(b"")
+    dist.barrier()
+    return _get_default_store().num_keys() - before
+
+
+def test_messages_may_be_long(pool):
+    assert max(pool.run(talk_long)) < 8  # none of a message but the last
+
+
+def initialize_again(rank: int, world_size: int, folder: str) -> None:
+    """Of groups of other ranks, but with the same name."""
+    for number, ranks in enumerate(([0, 1], [1, 2], [0, 1])):
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=world_size)
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            assert Handshake(group, 5).exchange(bytes([rank])) == [bytes([member]) for member in ranks]
+        dist.barrier()
+
+
+def test_groups_with_a_name_that_other_ranks_had(tmp_path):
+    with RankPool(3) as pool:
+        pool.run(initialize_again, str(tmp_path))
 
 
 def stay_away(rank: int, world_size: int) -> None:

@@ -3,6 +3,7 @@
 
 import time
 from collections import defaultdict
+from hashlib import sha256
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -10,7 +11,10 @@ from torch.distributed.distributed_c10d import _get_default_store
 from magi_attention.comm.group import group_rank
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.02
-# How many conversations each group has begun in this process: all ranks begin them in the same order.
+# A store of torch takes less than 8 MiB at a time, and closes the connection to whoever sends more.
+PART_BYTES = 1 << 22
+# How many conversations each group has begun in this process: all ranks begin them in the same order. Groups that
+# torch.distributed makes once it was initialized anew have the same names, and may have other ranks.
 _num_begun: defaultdict[str, int] = defaultdict(int)
 
 
@@ -25,9 +29,11 @@ class Handshake:
     def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
         self._ranks, self._me = dist.get_process_group_ranks(group), group_rank(group)
         self._timeout_s, self._num_done = timeout_s, 0
-        number = _num_begun[group.group_name]
-        _num_begun[group.group_name] += 1
-        self._store = dist.PrefixStore(f"magi_grpcoll/{group.group_name}/{number}", _get_default_store())
+        name = f"{group.group_name}/{sha256(repr(self._ranks).encode()).hexdigest()[:16]}"
+        number = _num_begun[name]
+        _num_begun[name] += 1
+        self._store = dist.PrefixStore(f"magi_grpcoll/{name}/{number}", _get_default_store())
+        self._own_keys: list[str] = []  # of the last time
 
     def exchange(self, message: bytes) -> list[bytes]:
         """Show a message to all ranks; returns theirs, by rank of the group.
@@ -37,15 +43,31 @@ class Handshake:
         """
         keys = [f"{self._num_done}/{rank}" for rank in range(len(self._ranks))]
         try:
-            self._store.set(keys[self._me], message)  # type: ignore[arg-type]  # takes bytes too
+            own_keys = self._post(keys[self._me], message)
             self._await(keys)
-            answers = [bytes(answer) for answer in self._store.multi_get(keys)]
+            answers = self._read(keys)
         except dist.DistNetworkError as error:
             raise RuntimeError(f"the store of the process group is gone: did a rank of {self._ranks} fail?") from error
-        if self._num_done:  # who sees all messages of this time knows that all have read those of the last
-            self._store.delete_key(f"{self._num_done - 1}/{self._me}")
-        self._num_done += 1
+        for key in self._own_keys:  # who sees all messages of this time knows that all have read those of the last
+            self._store.delete_key(key)
+        self._own_keys, self._num_done = own_keys, self._num_done + 1
         return answers
+
+    def _post(self, key: str, message: bytes) -> list[str]:
+        """Set a key to how many parts of a message are under keys of their own; returns all keys."""
+        parts = [message[first : first + PART_BYTES] for first in range(0, len(message), PART_BYTES)]
+        keys = _part_keys(key, len(parts))
+        for part_key, part in zip(keys, parts, strict=True):
+            self._store.set(part_key, part)  # type: ignore[arg-type]  # takes bytes too
+        self._store.set(key, str(len(parts)))
+        return [key, *keys]
+
+    def _read(self, keys: list[str]) -> list[bytes]:
+        """The messages under these keys."""
+        counts = [int(count) for count in self._store.multi_get(keys)]
+        part_keys = [part for key, count in zip(keys, counts, strict=True) for part in _part_keys(key, count)]
+        parts = iter(self._store.multi_get(part_keys) if part_keys else [])
+        return [b"".join(bytes(next(parts)) for _ in range(count)) for count in counts]
 
     def settle(self, proposal: str) -> str:
         """What the first rank to propose something proposed, the same for all; once in a conversation.
@@ -71,3 +93,7 @@ class Handshake:
                 )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def _part_keys(key: str, count: int) -> list[str]:
+    return [f"{key}/{number}" for number in range(count)]
