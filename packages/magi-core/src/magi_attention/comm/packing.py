@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.routes import Rows
-from magi_attention.comm.words import WORD_BYTES, BufferRows, as_words, move_rows, move_same_rows
+from magi_attention.comm.words import WORD_BYTES, BufferRows, as_integers, as_words, move_rows, move_same_rows
 
 # Kernels read columns where they arrive, and want rows of them aligned so.
 _COLUMN_WORDS = 2
@@ -120,8 +120,10 @@ def pack(tensors: Sequence[Tensor], rows: Rows, num_rows: int, layout: RowLayout
         return buffer
     for number, tensor in enumerate(tensors):
         words = as_words(tensor)
-        source = tensor if words is None else words
-        target = layout.column(buffer, number) if words is None else layout.words(buffer, number)
+        if words is None:
+            source, target = as_integers(tensor), as_integers(layout.column(buffer, number))
+        else:
+            source, target = words, layout.words(buffer, number)
         if isinstance(rows, slice):
             target.copy_(source[rows])
         else:
@@ -170,6 +172,8 @@ def put_rows(target: Tensor, places: Rows, rows: Tensor) -> None:
     target_words, words = as_words(target), as_words(rows)
     if target_words is not None and words is not None:
         target, rows = target_words, words
+    else:
+        target, rows = as_integers(target), as_integers(rows)
     if isinstance(places, slice):
         target[places].copy_(rows)
     else:

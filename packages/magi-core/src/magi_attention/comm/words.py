@@ -13,6 +13,9 @@ from magi_attention.utils.triton import has_triton, relaunch
 
 WORD_BYTES = 8
 
+# What PyTorch takes rows of by number, of every size; of some dtypes, as those of 8 bits, it does not.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 Side = Literal["targets", "sources", "both"]
 """Which tensors' rows are given by number, in a copy of rows."""
 
@@ -84,6 +87,12 @@ def as_words(tensor: Tensor) -> Tensor | None:
     if rows is None or tensor.storage_offset() * tensor.itemsize % WORD_BYTES:
         return None
     return tensor.view(tensor.shape[0], tensor.shape[1:].numel()).view(torch.int64)
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """The same elements as integers of their size, if there are such."""
+    dtype = _INTEGERS.get(tensor.itemsize)
+    return tensor if dtype is None else tensor.view(dtype)
 
 
 def move_rows(targets: Sources, sources: Sources, rows: Rows, num_rows: int, *, scatter: bool) -> bool:
