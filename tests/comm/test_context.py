@@ -283,6 +283,12 @@ def test_lent_rows_must_come_back():
             native.cast([rows[1:]], table)
         with pytest.raises(TypeError, match=r"no kernel combines torch\.float64"):
             native.reduce([torch.zeros(table.num_received, 4).double()], table, [rows])
+        out, lse = torch.zeros(table.num_source, 2, 4), torch.zeros(table.num_source, 2)
+        partial, partial_lse = torch.zeros(table.num_received, 2, 4), torch.zeros(table.num_received, 2)
+        with pytest.raises(TypeError, match=r"torch\.float32 onto torch\.bfloat16: use .* float32 log"):
+            native.reduce([partial], table, [out], "lse", partial_lse, lse.bfloat16())
+        with pytest.raises(ValueError, match=r"op 'lse' takes tensors"):
+            native.reduce([partial], table, [out], "lse", partial_lse[:, :1].contiguous(), lse)
         native.close()
         with pytest.raises(RuntimeError, match="closed"):
             native.cast([rows], table)

@@ -322,6 +322,14 @@ def test_arguments_that_do_not_fit_are_refused():
         collectives.reduce([received], table, [rows], "lse")
     with pytest.raises(ValueError, match="'lse' takes one partial"):
         collectives.reduce([received] * 2, table, [rows] * 2, "lse", received[..., 0], rows[..., 0])
+    outs, lses = [rows, received], [rows[..., 0], received[..., 0]]
+    for lse in (lses[0][:, :1], lses[0][1:], rows):
+        with pytest.raises(ValueError, match=r"takes tensors \[rows, heads, dim\] with an lse \[rows, heads\]"):
+            collectives.reduce([outs[1]], table, [outs[0]], "lse", lses[1], lse)
+    with pytest.raises(ValueError, match=r"op 'lse' takes tensors"):
+        collectives.reduce([outs[1]], table, [outs[0]], "lse", lses[1][:, :1], lses[0])
+    with pytest.raises(ValueError, match=r"op 'lse' takes tensors"):
+        collectives.reduce([outs[1].flatten(1)], table, [outs[0].flatten(1)], "lse", lses[1], lses[0])
     with pytest.raises(ValueError, match="only op 'lse'"):
         collectives.reduce([received], table, [rows], "sum", received[..., 0], rows[..., 0])
     with pytest.raises(ValueError, match="among 2 ranks can't run in a group of 1"):

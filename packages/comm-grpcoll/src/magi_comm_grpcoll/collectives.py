@@ -93,9 +93,10 @@ class NativeCollectives:
         """
         arguments: tuple[Any, ...] = (partials, table, into, op, partial_lse, into_lse, own_places)
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
+        targets = [*into] if into_lse is None else [*into, into_lse]
         if self.context is None:
             return self.fallback.reduce(*arguments)
-        if isinstance(self.context, GroupContext) and not formats_combine(row_formats(sent), [*into], op):
+        if isinstance(self.context, GroupContext) and not formats_combine(row_formats(sent), targets, op):
             return self.fallback.reduce(*arguments)
         return self.context.reduce(partials, _one_hop(table), into, op, partial_lse, into_lse, own_places)
 

@@ -132,6 +132,6 @@ class _Combiner:
 
 def formats_combine(partials: tuple[RowFormat, ...], into: list[Tensor], op: str) -> bool:
     """Whether kernels can combine partial results of these formats onto ``into``; for "lse" the last are the lse."""
-    if op == "lse" and partials[-1].dtype != torch.float32:
+    if op == "lse" and not partials[-1].dtype == into[-1].dtype == torch.float32:
         return False
     return all(can_combine(row.dtype, target.dtype) for row, target in zip(partials, into, strict=False))

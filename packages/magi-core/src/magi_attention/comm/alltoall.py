@@ -107,14 +107,15 @@ class AllToAllCollectives:
     ) -> PendingWork[None] | StreamWork[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
+        targets = [*into] if into_lse is None else [*into, into_lse]
         check_own_places(own_places, into, op)
 
         def check(checked: ExchangeTable) -> None:
             check_reduce(partials, into, op, partial_lse, into_lse)
             _check_rows("partials", sent, checked.num_received)
-            _check_rows("into", into, checked.num_source)
+            _check_rows("into", targets, checked.num_source)
 
-        asked = op, into_lse is None, len(partials), *[(each.dtype, each.shape, each.device) for each in into]
+        asked = op, into_lse is None, len(partials), *[(each.dtype, each.shape, each.device) for each in targets]
         routes, layout = self._prepared(table, asked, sent, check)
         landed = sent[0].new_empty((routes.num_sent, layout.num_words), dtype=torch.int64)
 
@@ -127,7 +128,6 @@ class AllToAllCollectives:
             else:
                 add_partials(into, landed, layout, routes, average=op == "avg")
 
-        targets = [*into] if into_lse is None else [*into, into_lse]
         counts = routes.recv_counts, routes.send_counts
         meanwhile = None if own_places is None else lambda: take_all_rows(into, own_places, partials)
         return self._exchange(gather, landed, counts, combine, [routes, *sent, *targets], meanwhile)
@@ -246,8 +246,15 @@ def check_reduce(
     for partial, target in zip(partials, into, strict=True):
         if partial.shape[1:] != target.shape[1:]:
             raise ValueError(f"rows of shape {tuple(partial.shape[1:])} can't be reduced into {tuple(target.shape)}")
-    if op == "lse" and (len(partials) != 1 or partial_lse is None or into_lse is None):
-        raise ValueError("op 'lse' takes one partial, partial_lse and into_lse")
+    if op == "lse":
+        if len(partials) != 1 or partial_lse is None or into_lse is None:
+            raise ValueError("op 'lse' takes one partial, partial_lse and into_lse")
+        for out, lse in ((partials[0], partial_lse), (into[0], into_lse)):
+            if out.dim() != 3 or lse.shape != out.shape[:2]:
+                raise ValueError(
+                    f"op 'lse' takes tensors [rows, heads, dim] with an lse [rows, heads] each, not {tuple(out.shape)} "
+                    f"with {tuple(lse.shape)}"
+                )
     if op != "lse" and not (partial_lse is None and into_lse is None):
         raise ValueError(f"only op 'lse' takes partial_lse and into_lse, not {op!r}")
 
