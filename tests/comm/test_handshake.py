@@ -9,11 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from magi_attention.comm import AllToAllCollectives
 from magi_attention.comm.packing import row_formats
 from magi_attention.testing.distributed import RankPool
-from magi_comm_grpcoll import CapacityError, GroupContext, NativeCollectives, NotNativeError, PlanMismatchError, heap
+from magi_comm_grpcoll import (
+    CapacityError,
+    GroupContext,
+    NativeCollectives,
+    NotNativeError,
+    PlanMismatchError,
+    heap,
+)
 from magi_comm_grpcoll.capability import reason_against
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.heap import Heap
@@ -161,3 +169,18 @@ def test_without_gpus_all_ranks_go_by_all_to_all_and_one_says_why(pool):
     if torch.cuda.is_available():
         pytest.skip("there are GPUs")
     pool.run(fall_back)
+
+
+def run_dry(rank: int, world_size: int) -> str:
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=8)
+    native = NativeCollectives(dist.group.WORLD)
+    needs = RandomNeeds(3, 8, 0.5)
+    (received,) = native.cast([torch.zeros(int(needs.num_rows[2]), 4)], needs.table(2)).wait()
+    assert received.shape == (len(needs.needs[2]), 4)
+    return repr(native.context)
+
+
+def test_a_rank_of_a_fake_group_asks_nobody():
+    with RankPool(1) as pool:
+        assert pool.run(run_dry) == ["None"]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.alltoall import AllToAllCollectives
-from magi_attention.comm.group import GroupHandle, group_rank, group_size
+from magi_attention.comm.group import GroupHandle, group_rank, has_peers
 from magi_attention.comm.packing import row_formats
 from magi_attention.comm.protocol import ReduceOp, Work
 from magi_attention.comm.routes import Rows
@@ -45,7 +45,7 @@ class NativeCollectives:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.fallback = AllToAllCollectives(group)
-        self.context = None if group is None or group_size(group) == 1 else context_of(group)
+        self.context = context_of(group) if group is not None and has_peers(group) else None
         self.needs_multiprocessors = self.context is None or self.context.needs_multiprocessors
 
     @property
