@@ -20,6 +20,7 @@ from magi_comm_grpcoll import (
     NativeCollectives,
     NotNativeError,
     PlanMismatchError,
+    collectives,
     heap,
 )
 from magi_comm_grpcoll.capability import reason_against
@@ -169,6 +170,22 @@ def test_without_gpus_all_ranks_go_by_all_to_all_and_one_says_why(pool):
     if torch.cuda.is_available():
         pytest.skip("there are GPUs")
     pool.run(fall_back)
+
+
+def forget(rank: int, world_size: int, folder: str) -> tuple[int, int]:
+    """How many groups have contexts, before and after torch was initialized anew."""
+    for name in ("WORLD", "pair"):
+        NativeCollectives(dist.group.WORLD if name == "WORLD" else dist.new_group([0, 1], group_desc=name))
+    before = len(collectives._contexts)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=world_size)
+    NativeCollectives(dist.group.WORLD)
+    return before, len(collectives._contexts)
+
+
+def test_contexts_of_destroyed_groups_are_forgotten(tmp_path):
+    with RankPool(2) as pool:
+        assert pool.run(forget, str(tmp_path)) == [(2, 1)] * 2
 
 
 def run_dry(rank: int, world_size: int) -> str:

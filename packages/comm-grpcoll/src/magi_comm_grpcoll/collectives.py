@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.alltoall import AllToAllCollectives
-from magi_attention.comm.group import GroupHandle, group_rank, has_peers
+from magi_attention.comm.group import GroupHandle, group_rank, has_peers, is_destroyed
 from magi_attention.comm.packing import row_formats
 from magi_attention.comm.protocol import ReduceOp, Work
 from magi_attention.comm.routes import Rows
@@ -106,6 +106,8 @@ def context_of(group: dist.ProcessGroup) -> GroupContext | RelayedCollectives | 
     known = _contexts.get(group.group_name)
     if known is not None and known[0].group is group:
         return known[1]
+    for name in [name for name, (handle, _) in _contexts.items() if handle.group and is_destroyed(handle.group)]:
+        del _contexts[name]  # gives its memory back
     context = _make_context(group)
     _contexts[group.group_name] = GroupHandle(group), context
     return context

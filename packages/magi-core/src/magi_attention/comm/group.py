@@ -23,6 +23,11 @@ def has_peers(group: dist.ProcessGroup | None) -> bool:
     return group is not None and dist.get_world_size(group) > 1 and dist.get_backend(group) != "fake"
 
 
+def is_destroyed(group: dist.ProcessGroup) -> bool:
+    """Whether ``torch.distributed.destroy_process_group`` has been called for a group."""
+    return group not in dist.distributed_c10d._world.pg_map
+
+
 _holders: WeakValueDictionary[tuple[int, str], object] = WeakValueDictionary()
 
 
