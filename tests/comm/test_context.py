@@ -169,6 +169,28 @@ def test_rounds_and_capacity(transport, capacity):
     run_ranks(2, run)
 
 
+def test_a_cast_in_rounds_sends_nothing_while_too_much_is_lent():
+    needs = RandomNeeds(1, 2, 0.9, max_rows=2000)
+
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(capacity_bytes=8 << 20, timeout_s=30))
+        table, num_rows = needs.table(rank), needs.num_rows
+        sources = [random_tensor(r, (num_rows[r], 1024), torch.float32) for r in range(2)]
+        native.cast([sources[rank]], table).wait_host()
+        ring = native._lanes[0].exchange._ring
+        lent = native.cast([sources[rank][:, :4]], table, lend=True)
+        num_begun = ring._num_begun
+        with pytest.raises(SlotLentError, match=r"hold 1 of 2 slots, and \d+ more are needed: release the oldest"):
+            native.cast([sources[rank]], table)
+        assert ring._num_begun == num_begun
+        lent.release()
+        (received,) = native.cast([sources[rank]], table).wait_host()
+        assert torch.equal(received, needs.received(sources, rank))
+        native.close()
+
+    run_ranks(2, run)
+
+
 class Grudging:
     """An emulated allocator that gives no more than ``most`` bytes at a time, and knows what still lives."""
 

@@ -38,7 +38,7 @@ def test_without_a_wait_it_is_noticed(broken, by_puts):
 def test_a_slot_that_is_still_lent_is_refused():
     ring = Ring(2)
     assert [ring.begin(), ring.begin()] == [0, 1]
-    with pytest.raises(SlotLentError, match="2 exchanges hold rows"):
+    with pytest.raises(SlotLentError, match="hold 2 of 2 slots, and 1 more are needed"):
         ring.begin()
     assert ring.release(1) == 0  # the older one is still lent
     with pytest.raises(SlotLentError):

@@ -54,11 +54,12 @@ class ContextOptions:
     Attributes:
         transport: ``"copy_engine"``, ``"push"``, or None for the faster one for each exchange: to ranks of the same
             host. ``"put"``, by NVSHMEM, reaches other hosts too.
-        num_slots: how many casts, and how many reduces, may hold rows at a time.
+        num_slots: how many casts, and how many reduces, may hold rows at a time. Slots are used in turns, so those
+            that come after a cast whose rows are still lent count too.
         timeout_s: seconds until a rank that does not do its part of an exchange is an error; None for the process
             group's own timeout, which always holds where the ranks talk on the host: here, and at first uses.
         capacity_bytes: the most memory that the slots may take, half for casts and half for reduces; None for no limit.
-            An exchange that needs more goes in several rounds.
+            An exchange that needs more goes in several rounds, each of which takes a slot while rows are lent.
         allocator: ``"torch"`` for PyTorch's symmetric memory, ``"nvshmem"`` for NVSHMEM's; None for the former unless
             the transport is ``"put"``, which needs the latter.
     """
@@ -188,6 +189,7 @@ class GroupContext:
         rounds = table.derived((self, CAST, *map(_kind, tensors)), prepare)
         lane, parts = self._lanes[CAST], rounds.parts
         self._make_room(lane, rounds.slot_bytes)
+        lane.exchange.check_room(len(parts))
         caller, arrive = current_stream(self._index), lane.wires.arrive
         tensors = _contiguous(tensors)
         own = None if own_places is None else OwnRows(own_places, tensors)

@@ -39,6 +39,10 @@ class SlotExchange:
         self._released = deque[tuple[int, Any]]()
         self._lock, self._is_telling = threading.RLock(), False
 
+    def check_room(self, count: int) -> None:
+        """Raise ``SlotLentError`` if lent rows would stop so many exchanges, each released at once."""
+        self._ring.check_room(count)
+
     def begin(self) -> int:
         """Take the next epoch, and enqueue the wait until its slot is free on all ranks; returns the epoch."""
         epoch = self._ring.begin()

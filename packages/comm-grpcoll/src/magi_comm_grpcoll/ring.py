@@ -33,13 +33,18 @@ class Ring:
         Raises:
             SlotLentError: its slot is still lent out by the exchange ``num_slots`` before.
         """
-        if self._num_begun - self._num_credited >= self.num_slots:
-            raise SlotLentError(
-                f"{self.num_slots} exchanges hold rows that were lent and not released: release the oldest before the "
-                "next exchange"
-            )
+        self.check_room(1)
         self._num_begun += 1
         return self._num_begun - 1
+
+    def check_room(self, count: int) -> None:
+        """Raise :class:`SlotLentError` if so many epochs more, each released at once, can't begin now."""
+        num_taken = self._num_begun - self._num_credited
+        if num_taken and num_taken + count > self.num_slots:
+            raise SlotLentError(
+                f"rows that were lent and not released, and exchanges after them, hold {num_taken} of {self.num_slots} "
+                f"slots, and {count} more are needed: release the oldest before the next exchange"
+            )
 
     def credit_needed(self, epoch: int) -> int:
         """What every peer's credit must be before the epoch may be written."""

@@ -61,7 +61,7 @@ class GroupCollectives(Protocol):
         own side of the same plan.
 
         With ``lend`` and without ``out`` they may lie in memory of the collectives, which saves a copy. They are then
-        the caller's until the work's ``release``, which must come before two more casts that lend.
+        the caller's until the work's ``release``, which must come before the second cast after it, lending or not.
         """
 
     def reduce(
