@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from magi_comm_grpcoll import (
     ContextOptions,
     GroupContext,
     PeerTimeoutError,
+    PlanMismatchError,
     SlotLentError,
     routes,
     wires,
@@ -284,6 +286,22 @@ def test_a_gpu_that_fails_while_a_rank_is_late_keeps_the_error():
             native.cast([torch.ones(table.num_source, 4)], table)
         with pytest.raises(PeerTimeoutError):
             native.close()
+
+    run_ranks(2, run)
+
+
+def test_a_context_that_others_go_on_with_is_not_closed():
+    needs = RandomNeeds(2, 2, 0.9, max_rows=9)
+
+    def run(rank, group):
+        native, table = GroupContext(group, ContextOptions(timeout_s=30)), needs.table(rank)
+        rows = torch.ones(table.num_source, 4)
+        call = native.close if rank == 0 else partial(native.cast, [rows], table)
+        with pytest.raises(PlanMismatchError, match=r"ranks \[\d\] of the group don't do what this one does"):
+            call()
+        (received,) = native.cast([rows], table).wait_host()
+        assert torch.equal(received, torch.ones(table.num_received, 4))
+        native.close()
 
     run_ranks(2, run)
 

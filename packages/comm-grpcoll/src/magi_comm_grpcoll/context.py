@@ -31,7 +31,7 @@ from magi_comm_grpcoll.exchange import SlotExchange
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.heap import FAREWELL_S, HeapAllocator, heap_of
 from magi_comm_grpcoll.lane import Lane, OwnRows, Reduction, Round, Rounds
-from magi_comm_grpcoll.plans import gather_plans
+from magi_comm_grpcoll.plans import check_same_kind, gather_plans
 from magi_comm_grpcoll.puts import PutWires, link_everywhere
 from magi_comm_grpcoll.ring import Ring
 from magi_comm_grpcoll.routes import Transport
@@ -308,7 +308,7 @@ class GroupContext:
         for stream in self._streams.all:
             stream.synchronize()
         self._check()
-        self._handshake.exchange(why)
+        check_same_kind(self._handshake.exchange(why), why)
 
     def _check(self) -> None:
         if self._error is not None:

@@ -25,6 +25,8 @@ from magi_comm_grpcoll.tables import (
     reduce_copies,
 )
 
+_TABLE_MARK = b"table "
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -106,9 +108,21 @@ def gather_tables(
     handshake: Handshake, operation: str, table: ExchangeTable, formats: Sequence[RowFormat] = ()
 ) -> list[ExchangeTable]:
     """Show this rank's table to the others; returns those of all ranks. See :func:`gather_plans`."""
-    answers = [_parse(answer) for answer in handshake.exchange(_message(operation, table, formats))]
+    messages = handshake.exchange(_message(operation, table, formats))
+    check_same_kind(messages, _TABLE_MARK)
+    answers = [_parse(message) for message in messages]
     _check_same_call([header for header, _ in answers])
     return [_table(header, ranges) for header, ranges in answers]
+
+
+def check_same_kind(messages: Sequence[bytes], mark: bytes) -> None:
+    """Raise :class:`PlanMismatchError`, as on every rank, unless all ranks' messages begin with this one's mark."""
+    differing = [rank for rank, message in enumerate(messages) if not message.startswith(mark)]
+    if differing:
+        raise PlanMismatchError(
+            f"ranks {differing} of the group don't do what this one does: some ranks come to the first use of an "
+            "exchange table, others to the growth of the slots or the end of the context"
+        )
 
 
 def make_plans(
@@ -156,11 +170,11 @@ def _message(operation: str, table: ExchangeTable, formats: Sequence[RowFormat])
         "table": [table.num_ranks, table.num_source, table.num_received, len(table.send)],
     }
     ranges = np.concatenate([table.send, table.recv]).astype("<i8")
-    return json.dumps(header).encode() + b"\n" + ranges.tobytes()
+    return _TABLE_MARK + json.dumps(header).encode() + b"\n" + ranges.tobytes()
 
 
 def _parse(message: bytes) -> tuple[dict[str, Any], bytes]:
-    header, _, ranges = message.partition(b"\n")
+    header, _, ranges = message.removeprefix(_TABLE_MARK).partition(b"\n")
     return json.loads(header), ranges
 
 
