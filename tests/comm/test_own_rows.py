@@ -40,6 +40,8 @@ def test_own_rows_lie_among_received_ones():
             native.cast([rows], table, out=[out]).wait_host()
             expected[places] = -1.0
             assert torch.equal(out, expected)
+            with pytest.raises(ValueError, match="there are 3 own_places for rows of"):
+                native.cast([rows], table, own_places=slice(0, 3))
 
     run_ranks(2, run)
 

@@ -308,6 +308,9 @@ def test_arguments_that_do_not_fit_are_refused():
         collectives.cast([], table)
     with pytest.raises(ValueError, match="out must hold a contiguous"):
         collectives.cast([rows], table, out=[received.mT.contiguous().mT])
+    for own_places in (slice(0, table.num_source - 1), torch.arange(table.num_source - 1)):
+        with pytest.raises(ValueError, match=rf"there are {table.num_source - 1} own_places for rows of"):
+            collectives.cast([rows], table, own_places=own_places)
     with pytest.raises(ValueError, match=f"partials must all have {table.num_received} rows"):
         collectives.reduce([received[1:]], table, [rows])
     with pytest.raises(ValueError, match=f"into must all have {table.num_source} rows"):

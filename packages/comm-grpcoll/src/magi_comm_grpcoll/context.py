@@ -178,6 +178,7 @@ class GroupContext:
     ) -> NativeWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         self._check_call()
+        check_own_places(own_places, tensors)
         if out is not None:
             check_out(out, tensors, table.num_received)
 

@@ -58,6 +58,7 @@ class AllToAllCollectives:
         lend: bool = False,
     ) -> PendingWork[list[Tensor]] | StreamWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
+        check_own_places(own_places, tensors)
         routes, layout = self._prepared(
             table, ("cast",), tensors, lambda checked: _check_rows("tensors", tensors, checked.num_source)
         )
@@ -259,15 +260,15 @@ def check_reduce(
         raise ValueError(f"only op 'lse' takes partial_lse and into_lse, not {op!r}")
 
 
-def check_own_places(own_places: Rows | None, into: Sequence[Tensor], op: ReduceOp) -> None:
-    """Raise ``ValueError`` unless there is a place for each row that partials are reduced into."""
+def check_own_places(own_places: Rows | None, own: Sequence[Tensor], op: ReduceOp | None = None) -> None:
+    """Raise ``ValueError`` unless there is a place for each row of this rank's own, which a reduce is ``into``."""
     if own_places is None:
         return
     if op == "lse":
         raise ValueError("op 'lse' takes no own_places: into and into_lse hold the rank's own results")
     num_places = own_places.stop - own_places.start if isinstance(own_places, slice) else own_places.shape[0]
-    if any(target.shape[0] != num_places for target in into):
-        raise ValueError(f"there are {num_places} own_places for rows of {[tuple(target.shape) for target in into]}")
+    if any(tensor.shape[0] != num_places for tensor in own):
+        raise ValueError(f"there are {num_places} own_places for rows of {[tuple(tensor.shape) for tensor in own]}")
 
 
 def check_out(out: Sequence[Tensor], tensors: Sequence[Tensor], num_rows: int) -> None:

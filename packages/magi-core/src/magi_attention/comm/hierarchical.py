@@ -140,6 +140,7 @@ def receive_buffers(
     if out is not None:
         check_out(out, tensors, num_received)
     received = [*(out or (x.new_empty((num_received, *x.shape[1:])) for x in tensors))]
+    check_own_places(own_places, tensors)
     if own_places is not None:
         put_all_rows(received, own_places, tensors)
     return received
