@@ -9,7 +9,7 @@ import torch
 
 from magi_attention.comm import segments, words
 from magi_attention.comm.packing import RowFormat, lay_out
-from magi_attention.comm.segments import add_segments
+from magi_attention.comm.segments import add_segments, can_add_segments
 from magi_attention.comm.words import BufferRows, Side, move_rows, move_same_rows
 from magi_attention.kernels import merge
 from magi_attention.kernels.merge import merge_into
@@ -100,6 +100,15 @@ def adding(targets: list[Format], formats: list[RowFormat], num_segments: int, r
     tables = (torch.zeros(num_segments, dtype=torch.int32), *torch.zeros(2, num_segments + 1, dtype=torch.int32))
     buffer = torch.zeros(6, row_words, dtype=torch.int64)
     add_segments([x.tensor() for x in targets], buffer, lay_out(tuple(formats)), SimpleNamespace(segments=tables))
+
+
+def test_rows_too_long_for_a_grid_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(words, "relaunch", lambda *launch: False)
+    rows = [OnGpu(torch.empty(2, words.MOST_WORDS + 1, dtype=torch.int64, device="meta"))]
+    for length, can in ((1 << 24, True), ((1 << 24) + 1, False)):
+        sums = [OnGpu(torch.empty(2, length, device="meta")) for _ in range(2)]
+        assert can_add_segments(sums, lay_out(tuple(RowFormat(FP32, x.shape[1:]) for x in sums))) == can
+    assert not move_rows(rows, rows, slice(0, 2), 2, scatter=True)
 
 
 def test_keys_of_adding_segments(launches):

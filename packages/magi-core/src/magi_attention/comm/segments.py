@@ -12,11 +12,13 @@ from magi_attention.comm.words import WORD_BYTES
 from magi_attention.utils.triton import has_triton, relaunch
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Of a row of each of two tensors: CUDA launches no more than 65535 blocks along that side, of 1024 columns each.
+_MOST_COLUMNS = 1 << 24
 
 
 def can_add_segments(into: Sequence[Tensor], layout: RowLayout) -> bool:
     """Whether :func:`add_segments` can do it."""
-    if not into[0].is_cuda:
+    if not into[0].is_cuda or max(target.shape[1:].numel() for target in into) > _MOST_COLUMNS:
         return False
     for target, column in zip(into, layout.columns, strict=True):
         if not (target.dtype in _DTYPES and column.dtype in _DTYPES and target.is_contiguous()):

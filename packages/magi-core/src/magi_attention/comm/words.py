@@ -12,6 +12,9 @@ from magi_attention.comm.routes import Rows
 from magi_attention.utils.triton import has_triton, relaunch
 
 WORD_BYTES = 8
+# Of a row that a kernel moves, of two tensors at most: CUDA launches no more than 65535 blocks along that side, of 256
+# words each. PyTorch copies longer ones as fast.
+MOST_WORDS = 1 << 22
 
 # What PyTorch takes rows of by number, of every size; of some dtypes, as those of 8 bits, it does not.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -122,7 +125,7 @@ def _move(targets: Sources, sources: Sources, rows: Rows, num_rows: int, side: S
     if relaunch(key, target.get_device(), addresses, (num_rows, start)):
         return True
     written, read = _words_of_all(targets), _words_of_all(sources)
-    if written is None or read is None:
+    if written is None or read is None or max(each.words for each in read) > MOST_WORDS:
         return False
     from magi_attention.comm.triton_rows import launch_move_rows
 
