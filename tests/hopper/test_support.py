@@ -85,6 +85,30 @@ def test_without_cuda_bindings_it_refuses_whatever_else_is_named_cuda(there, mon
     assert "pip install 'cuda-bindings>=13,<14'" in answer.reason
 
 
+@pytest.mark.parametrize(
+    ("direction", "compiled", "missing"),
+    [
+        ("forward", [], "forward_d128_bf16"),
+        ("forward", ["forward_d128_bf16"], "forward_d128_bf16_tall"),
+        ("backward", ["backward_d128_bf16"], "backward_d128_bf16_fine"),
+    ],
+)
+def test_a_kernel_that_was_not_compiled_is_named(direction, compiled, missing, monkeypatch, tmp_path):
+    """A GPU is pretended."""
+    for name in compiled:
+        (tmp_path / f"{name}.cubin").touch()
+    monkeypatch.setattr(support, "CUBINS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    support._support_of.cache_clear()
+    try:
+        answer = BACKEND.supports(replace(REQUEST, device=torch.device("cuda", 0), direction=direction))
+    finally:
+        support._support_of.cache_clear()
+    assert not answer
+    assert f"has no kernel {missing}: it was not compiled" in answer.reason
+
+
 def test_its_other_name():
     with pytest.raises(RuntimeError, match="NVIDIA GPUs only"):
         choose_backend(REQUEST, "ffa")

@@ -65,8 +65,9 @@ def _support_of(request: AttentionRequest, by_indices: bool = False) -> Support:
     for variant in needed:
         if not (CUBINS / f"{variant.name}.cubin").exists():
             return _refuse(
-                f"this installation of magi-kernels-hopper has no kernel {variant.name}: it was built without the "
-                "CUDA compiler; install a published wheel, or build it again where nvcc is"
+                f"this installation of magi-kernels-hopper has no kernel {variant.name}: it was not compiled, since "
+                "nothing was built or because of MAGI_HOPPER_NO_KERNELS or MAGI_HOPPER_VARIANTS; install a published "
+                "wheel, or build one without these variables"
             )
     if missing := why_no_bindings():
         return _refuse(missing)
