@@ -52,6 +52,7 @@ def machine(monkeypatch):
             return known[project]
 
         monkeypatch.setattr(wheels, "version", version)
+        monkeypatch.setattr(wheels, "find_spec", lambda module: object())
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability > 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
         clear()
@@ -109,6 +110,17 @@ def test_what_no_gpu_can_help(machine, backend):
     machine(0)
     assert backend.supports(PLAIN).reason == "no CUDA device is available"
     assert choose_backend(replace(PLAIN, device=torch.device("cpu"))).name == "reference"
+
+
+@of_each_backend
+def test_a_wheel_whose_path_python_does_not_read_is_named(machine, backend, monkeypatch):
+    """As in a folder of ``pip install --target`` that PYTHONPATH names."""
+    machine(90)
+    monkeypatch.setattr(wheels, "find_spec", lambda module: None if module == "cutlass" else object())
+    answer = backend.supports(PLAIN)
+    assert not answer
+    assert answer.reason.startswith("nvidia-cutlass-dsl is installed, but Python finds no module cutlass")
+    assert answer.reason.endswith("install it there: pip install 'nvidia-cutlass-dsl==4.8.1'")
 
 
 @of_each_backend
