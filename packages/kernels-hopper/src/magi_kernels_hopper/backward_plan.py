@@ -10,6 +10,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
@@ -150,20 +151,20 @@ def _rests(by_key: Bands, runs: Runs, num_tiles: int, num_q: int, tile_q: int, t
     return np.column_stack(numbers)
 
 
-def ranks(tables: ColumnTables, order: Indices) -> Indices:
+def ranks(tables: ColumnTables, order: Indices) -> NDArray[np.int32]:
     """For each tile of keys and each tile of queries that it meets, how many earlier tiles of keys meet it.
 
     Earlier in ``order``, in which gradients of queries are added up so that they are the same bits in every run.
     """
-    run, step = expand_counts(tables.runs[:, 1] - tables.runs[:, 0])
-    tile_q = tables.runs[run, 0] + step
-    tile_k = np.repeat(np.arange(len(tables.tiles)), tables.tiles[:, 2])
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    by_query = np.lexsort((place[tile_k], tile_q))
-    counts = np.bincount(tile_q)
-    result = np.empty_like(tile_q)
-    result[by_query] = expand_counts(counts)[1]
+    result = np.empty(tables.tiles[:, 2].sum(), np.int32)  # there may be hundreds of millions
+    met = np.zeros(tables.runs[:, 1].max(initial=0), np.int32)  # each tile of queries, so far
+    starts, stops = tables.runs[:, 0].tolist(), tables.runs[:, 1].tolist()
+    for first_run, num_runs, _, place in tables.tiles[order].tolist():
+        for run in range(first_run, first_run + num_runs):
+            of_run = met[starts[run] : stops[run]]
+            result[place : place + len(of_run)] = of_run
+            of_run += 1
+            place += len(of_run)
     return result
 
 

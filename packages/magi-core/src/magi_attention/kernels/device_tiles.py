@@ -41,7 +41,7 @@ class DeviceIntervals(NamedTuple):
         return self.offsets.diff()
 
 
-def upload(table: NDArray[np.int64], device: torch.device) -> Tensor:
+def upload(table: NDArray[np.int64] | NDArray[np.int32], device: torch.device) -> Tensor:
     """Copy integers to the device as int32, the dtype of all tables that kernels read."""
     return torch.from_numpy(table.astype(np.int32)).to(device)
 
