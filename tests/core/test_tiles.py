@@ -138,6 +138,14 @@ def test_a_staircase_of_many_steps_takes_no_more_rows_than_it_has():
     assert np.array_equal(runs.full.starts, np.arange(total // 128) // 2 * 2)
 
 
+def test_scattered_blocks_are_left_as_they_are():
+    """Though rows are in many of them: to search for neighbors takes longer than it saves."""
+    rng = np.random.default_rng(0)
+    rows = [[64 * i, 64 * i + 64, 64 * j, 64 * j + 64, 0] for i in range(64) for j in rng.choice(64, 16, replace=False)]
+    bands = SliceTable(rows).bands()
+    assert np.array_equal(join_side_by_side(bands), band.shrink(bands)[0])
+
+
 def test_slices_complete_a_tile_together():
     slices = SliceTable([[0, 4, 0, 4, 1], [0, 3, 1, 4, 2]])  # a lower triangle, and the upper one beside it
     tiles = classify_tiles(slices.bands(), 4, 4, 4, 4)

@@ -22,8 +22,8 @@ Indices = NDArray[np.int64]
 BANDS_OF_A_ROW = 8
 """Where rows are in more bands than that on average, bands that lie side by side are joined."""
 
-ROWS_OF_A_PIECE = 64
-"""The fewest rows, on average, of the pieces that are joined: many small ones are better left as they are."""
+ROWS_OF_A_PIECE = 128
+"""The fewest rows, on average, of the pieces that are joined: scattered blocks of 64 are better left as they are."""
 
 
 @dataclass(frozen=True, eq=False)
