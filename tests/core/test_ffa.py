@@ -3,6 +3,7 @@
 
 import logging
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magi_attention.common.slices import SliceTable
-from magi_attention.functional import ffa_fa4_func, flex_flash_attn_func
+from magi_attention.functional import ffa_fa4_func, flex_flash_attn_func, index_job
+from magi_attention.kernels.reference import BACKEND as REFERENCE
 from magi_attention.testing.masks import random_masks
 from magi_attention.testing.metric import assert_within_pytorch_error
 from magi_attention.testing.oracle import dense_attention, dense_mask, masked_attention
@@ -119,6 +121,22 @@ def test_pairs_covered_twice_are_refused_by_name_unless_trusted(monkeypatch):
     flex_flash_attn_func(x.q, x.k, x.v, q_ranges, k_ranges)
     with pytest.raises(ValueError, match="common"):
         flex_flash_attn_func(x.q, x.k, x.v, q_ranges, k_ranges, skip_overlap_check=False)
+
+
+@pytest.mark.parametrize("number", [1, np.float32(0.5), np.float64(0.5), Fraction(1, 2)], ids=repr)
+@pytest.mark.parametrize("by_indices", [False, True])
+def test_every_kind_of_number_becomes_a_float(monkeypatch, number, by_indices):
+    """As of ``1 / np.sqrt(d)``: compilers take numpy's numbers for tensors, and kernels not every kind."""
+    x, calls = random_inputs(8, 8), []
+    module, name = (index_job, "attend_to_indices") if by_indices else (REFERENCE, "forward")
+    attend = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: calls.append(args[-1]) or attend(*args))
+    mask = (None,) * 2 if by_indices else (WHOLE, WHOLE)
+    indices = torch.zeros(8, x.k.shape[1], 1, dtype=torch.int32) if by_indices else None
+    flex_flash_attn_func(x.q, x.k, x.v, *mask, index_attn_indices=indices, softmax_scale=number, softcap=number)
+    (call,) = calls
+    assert type(call.softmax_scale) is type(call.softcap) is float
+    assert call.softmax_scale == call.softcap == float(number)
 
 
 WHOLE = torch.tensor([[0, 8]])

@@ -4,6 +4,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -114,6 +115,16 @@ def test_calls_with_and_without_a_softcap_have_jobs_of_their_own(num_ranks):
             for launch in step.launches
         }
         assert scores == {(0.5, softcap)}
+
+
+def test_every_kind_of_number_becomes_a_float(num_ranks):
+    manager = make_manager(num_ranks)
+    runtime, tensors = manager.dist_attn_runtime, [torch.empty(manager.num_local_rows(AttnRole.QUERY), 8, 64)] * 3
+    for number in (1, np.float32(0.5)):
+        job = runtime.job_for(*tensors, number, number, False)
+        call = job.forward.steps[0].launches[0].call
+        assert type(call.softmax_scale) is type(call.softcap) is float
+        assert call.softmax_scale == call.softcap == float(number)
 
 
 def passes_of(job: AttentionJob) -> tuple[LaunchPass, ...]:

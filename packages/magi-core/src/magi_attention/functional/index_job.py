@@ -91,8 +91,8 @@ def make_index_job(
         indices = indices.clamp(-1, 2**31 - 1)
     call = IndexCall(
         indices=indices.to(torch.int32).reshape(q.shape[0], k.shape[1], indices.shape[2]).contiguous(),
-        softmax_scale=q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale,
-        softcap=softcap,
+        softmax_scale=q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale),
+        softcap=float(softcap),
         max_logits=return_max_logits,
         sm_margin=sm_margin,
         deterministic=deterministic,

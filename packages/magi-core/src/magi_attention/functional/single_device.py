@@ -68,8 +68,8 @@ def make_job(
     )
     call = AttentionCall(
         slices=slices,
-        softmax_scale=q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale,
-        softcap=softcap,
+        softmax_scale=q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale),
+        softcap=float(softcap),
         deterministic=deterministic,
         max_logits=return_max_logits,
         sm_margin=sm_margin,

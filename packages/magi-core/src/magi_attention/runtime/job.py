@@ -72,7 +72,7 @@ class DistAttnRuntime:
         asked = (q.shape, k.shape, v.shape, q.dtype, q.device, softmax_scale, softcap, max_logits)
         job = self._jobs.get(asked)
         if job is None:
-            scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+            scale, softcap = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale), float(softcap)
             alike = (*asked[:5], softcap > 0, max_logits)
             first = self._first_jobs.get(alike)
             job = (
