@@ -35,6 +35,7 @@ from magi_kernels_hopper.variants import (
     all_variants,
 )
 
+GPU = torch.device("cuda", 0)
 REQUEST = AttentionRequest(torch.device("cpu"), torch.bfloat16, 8, 2, 128, 128)
 
 
@@ -48,9 +49,11 @@ def test_backend_is_found_by_its_entry_point():
     [
         ({}, "NVIDIA GPUs only"),
         ({"direction": "backward"}, "NVIDIA GPUs only"),
-        ({"dtype": torch.float32}, "not in torch.float32"),
-        ({"head_dim": 80, "head_dim_v": 80}, "head dims are 80/80"),
-        ({"head_dim": 64, "head_dim_v": 128}, "kernels are for 64, 96, 128, 192/128, 192, 256"),
+        ({"dtype": torch.float32}, "NVIDIA GPUs only"),
+        ({"device": GPU, "dtype": torch.float32}, "not in torch.float32; use the backend 'flex'"),
+        ({"device": GPU, "dtype": torch.float64}, "not in torch.float64; use the backend 'reference'"),
+        ({"device": GPU, "head_dim": 80, "head_dim_v": 80}, "head dims are 80/80"),
+        ({"device": GPU, "head_dim": 64, "head_dim_v": 128}, "kernels are for 64, 96, 128, 192/128, 192, 256"),
     ],
 )
 def test_refusals_say_why(changes, reason):

@@ -16,10 +16,11 @@ def refuse(reason: str) -> Support:
 
 def gpu_support(request: AttentionRequest, wheels: dict[str, str]) -> Support | None:
     """Return why no kernel of these wheels can run on the request's device and dtype; None if some may."""
-    if request.dtype not in DTYPES:
-        return refuse(f"the kernels compute in bfloat16 or float16, not in {request.dtype}; use the backend 'flex'")
     if request.device.type != "cuda" or torch.version.hip is not None:
         return refuse(f"the kernels run on NVIDIA GPUs only, the tensors are on {request.device}")
+    if request.dtype not in DTYPES:
+        other = "reference" if request.dtype == torch.float64 else "flex"
+        return refuse(f"the kernels compute in bfloat16 or float16, not in {request.dtype}; use the backend {other!r}")
     if missing := missing_wheels(tuple(wheels.items())):
         return refuse(missing)
     if not torch.cuda.is_available():

@@ -41,14 +41,15 @@ def _with_index(request: AttentionRequest) -> AttentionRequest:
 
 @cache
 def _support_of(request: AttentionRequest, by_indices: bool = False) -> Support:
+    if request.device.type != "cuda" or torch.version.hip is not None:
+        return _refuse(f"the kernels run on NVIDIA GPUs only, the tensors are on {request.device}")
     if request.dtype not in ELEMENT_OF:
-        return _refuse(f"the kernels compute in bfloat16 or float16, not in {request.dtype}; use the backend 'flex'")
+        other = "reference" if request.dtype == torch.float64 else "flex"
+        return _refuse(f"the kernels compute in bfloat16 or float16, not in {request.dtype}; use the backend {other!r}")
     dims = (request.head_dim, request.head_dim_v)
     if dims not in HEAD_DIMS:
         known = ", ".join(f"{d}/{d_v}" if d != d_v else f"{d}" for d, d_v in HEAD_DIMS)
         return _refuse(f"head dims are {dims[0]}/{dims[1]}, kernels are for {known}; use the backend 'flex'")
-    if request.device.type != "cuda" or torch.version.hip is not None:
-        return _refuse(f"the kernels run on NVIDIA GPUs only, the tensors are on {request.device}")
     if not torch.cuda.is_available():
         return _refuse("no CUDA device is available")
     if (capability := torch.cuda.get_device_capability(request.device)) != (9, 0):
