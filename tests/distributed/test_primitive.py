@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The collectives that are described by lists of splits."""
 
+import json
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from magi_attention.comm.primitive import all2all_v, all_gather_v, group_cast, group_reduce, scatter_v
+from magi_attention.comm.primitive import (
+    all2all_v,
+    all_gather_v,
+    exchange_of_splits,
+    group_cast,
+    group_reduce,
+    scatter_v,
+)
 from magi_attention.testing.distributed import RankPool
 from tests.distributed.exchanges import random_tensor
 
@@ -163,6 +172,15 @@ def test_lists_that_do_not_fit_are_refused(changes, message):
     group_cast(**fitting)
     with pytest.raises(ValueError, match=message):
         group_cast(**fitting | changes)
+
+
+def test_splits_are_ordered_by_rank_and_may_be_of_numpy():
+    lists = [2, 0, 1], [[2, 0], [1], [0]], [1, 1], [1, 0]
+    sizes, ranks, received, origins = (np.array(each) if i != 1 else each for i, each in enumerate(lists))
+    for exchange in (exchange_of_splits(*lists, 3), exchange_of_splits(sizes, ranks, received, origins, 3)):
+        assert exchange.send.tolist() == [[0, 0, 2], [0, 2, 3], [1, 2, 2], [2, 0, 2]]
+        assert exchange.recv.tolist() == [[0, 1, 2], [1, 0, 1]]
+        assert json.dumps([exchange.num_source, exchange.num_received]) == "[3, 2]"  # as other ranks are shown it
 
 
 def uneven(rank: int, world_size: int) -> None:

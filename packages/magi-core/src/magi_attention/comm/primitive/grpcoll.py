@@ -2,7 +2,7 @@
 """Group cast and group reduce of one tensor, described by lists of splits."""
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import chain
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.comm.group import group_size
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.common.logsumexp import accumulation_dtype
+from magi_attention.common.slices import expand_counts
 from magi_attention.plan.exchange import ExchangeTable
 
 
@@ -207,32 +208,35 @@ def exchange_of_splits(
     Raises:
         ValueError: the lists don't fit each other or the group.
     """
-    source_sizes, destinations, received_sizes, origins = input_split_sizes, dst_indices, output_split_sizes, src_index
-    for name, ranks_of_splits, sizes in (
-        (names[0], destinations, source_sizes),
-        (names[1], [[rank] for rank in origins], received_sizes),
-    ):
-        if len(ranks_of_splits) != len(sizes):
-            raise ValueError(f"{name} has {len(ranks_of_splits)} entries for {len(sizes)} splits")
-        if any(size < 0 for size in sizes):
-            raise ValueError(f"split sizes must not be negative: {list(sizes)}")
-        for ranks in ranks_of_splits:
-            if len(set(ranks)) < len(ranks) or not set(ranks) <= set(range(num_ranks)):
-                raise ValueError(f"{name} must hold different ranks of a group of {num_ranks}, not {list(ranks)}")
-    starts, arrivals = [0, *accumulate(source_sizes)], [0, *accumulate(received_sizes)]
-    sent = [(rank, starts[i], starts[i + 1]) for i, ranks in enumerate(destinations) for rank in ranks]
-    received = [(rank, arrivals[j], arrivals[j + 1]) for j, rank in enumerate(origins)]
     return ExchangeTable(
-        send=_by_peer(sent),
-        recv=_by_peer(received),
+        send=_ranges_by_rank(names[0], dst_indices, input_split_sizes, num_ranks),
+        recv=_ranges_by_rank(names[1], [(rank,) for rank in src_index], output_split_sizes, num_ranks),
         num_ranks=num_ranks,
-        num_source=starts[-1],
-        num_received=arrivals[-1],
+        num_source=int(sum(input_split_sizes)),
+        num_received=int(sum(output_split_sizes)),
     )
 
 
-def _by_peer(ranges: list[tuple[int, int, int]]) -> NDArray[np.int64]:
-    return np.array(sorted(ranges), dtype=np.int64).reshape(-1, 3)
+def _ranges_by_rank(
+    name: str, ranks_of_splits: Sequence[Sequence[int]], split_sizes: Sequence[int], num_ranks: int
+) -> NDArray[np.int64]:
+    """The rows ``(rank, start, stop)`` of all splits; there may be one for each token, and new ones in each step."""
+    if len(ranks_of_splits) != len(split_sizes):
+        raise ValueError(f"{name} has {len(ranks_of_splits)} entries for {len(split_sizes)} splits")
+    sizes = np.fromiter(split_sizes, np.int64, len(split_sizes))
+    if (sizes < 0).any():
+        raise ValueError(f"split sizes must not be negative: {list(split_sizes)}")
+    split, _ = expand_counts(np.fromiter(map(len, ranks_of_splits), np.int64, len(ranks_of_splits)))
+    rank = np.fromiter(chain.from_iterable(ranks_of_splits), np.int64, len(split))
+    order = np.lexsort((split, rank))
+    split, rank = split[order], rank[order]
+    is_wrong = (rank < 0) | (rank >= num_ranks)
+    is_wrong[1:] |= (rank[1:] == rank[:-1]) & (split[1:] == split[:-1])
+    if is_wrong.any():
+        ranks = list(ranks_of_splits[split[is_wrong.argmax()]])
+        raise ValueError(f"{name} must hold different ranks of a group of {num_ranks}, not {ranks}")
+    stop = np.cumsum(sizes)
+    return np.column_stack([rank, (stop - sizes)[split], stop[split]])
 
 
 def _with_lse(
