@@ -3,7 +3,7 @@
 
 A group cast sends each row to any number of ranks, once to each; the group reduce of the same exchange brings one
 result per row back from each of them, and adds them up in a fixed order. On GPUs that reach each other directly the
-native transport carries both, if magi-comm-grpcoll is installed; anywhere else all-to-all does.
+native transport carries both, if magi-comm-grpcoll is installed and supports them; anywhere else all-to-all does.
 
     torchrun --nproc-per-node 4 examples/sparse_all_to_all.py
 """
@@ -55,6 +55,15 @@ def step(collectives: GroupCollectives, exchange: ExchangeTable, tokens: Tensor,
     return combined
 
 
+def has_native(device: torch.device) -> bool:
+    """Whether rows on ``device`` could travel natively; to ask for that on another one is an error."""
+    if find_spec("magi_comm_grpcoll") is None:
+        return False
+    from magi_comm_grpcoll import NativeCollectives
+
+    return bool(NativeCollectives.supports(device))
+
+
 def main() -> None:
     """Run a few steps and compare with every expert computed here."""
     if "WORLD_SIZE" not in os.environ:
@@ -65,8 +74,7 @@ def main() -> None:
     device = torch.device("cuda", rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    native = on_gpu and find_spec("magi_comm_grpcoll") is not None
-    config = DistAttnConfig(runtime_config=RuntimeConfig(native_grpcoll=native))
+    config = DistAttnConfig(runtime_config=RuntimeConfig(native_grpcoll=has_native(device)))
     collectives = make_collectives(dist.group.WORLD, None, config)
 
     chosen = choose_experts(num_ranks)
