@@ -290,6 +290,21 @@ def test_a_gpu_that_fails_while_a_rank_is_late_keeps_the_error():
     run_ranks(2, run)
 
 
+def test_conjugations_and_negations_that_are_only_noted_travel():
+    needs = RandomNeeds(2, 2, 0.9, max_rows=9)
+    draw = torch.Generator().manual_seed(0)
+    sources = [torch.randn(rows, 4, dtype=torch.complex64, generator=draw).conj() for rows in needs.num_rows]
+
+    def run(rank, group):
+        native, table = GroupContext(group, ContextOptions(timeout_s=30)), needs.table(rank)
+        received = native.cast([sources[rank], sources[rank].imag], table).wait_host()
+        for number, of_all in enumerate((sources, [source.imag for source in sources])):
+            assert torch.equal(received[number], needs.received([x.resolve_conj().resolve_neg() for x in of_all], rank))
+        native.close()
+
+    run_ranks(2, run)
+
+
 def test_a_context_that_others_go_on_with_is_not_closed():
     needs = RandomNeeds(2, 2, 0.9, max_rows=9)
 

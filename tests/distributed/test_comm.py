@@ -296,6 +296,19 @@ def test_a_process_alone_needs_no_group():
     assert torch.equal(total[~sent], source[~sent])
 
 
+def test_conjugations_and_negations_that_are_only_noted_travel():
+    table = RandomNeeds(seed=5, num_ranks=1).table(0)
+    collectives = AllToAllCollectives(None)
+    rows = torch.randn(table.num_source, 4, dtype=torch.complex64).conj()
+    (received,) = collectives.cast([rows], table).wait()
+    (imaginary,) = collectives.cast([rows.imag], table).wait()
+    assert torch.equal(received.imag, imaginary)
+    assert torch.equal(received, collectives.cast([rows.resolve_conj()], table).wait()[0])
+    total = torch.zeros(table.num_source, 4)
+    collectives.reduce([received.conj().imag], table, [total]).wait()
+    assert torch.equal(total != 0, total == -rows.imag)
+
+
 def test_arguments_that_do_not_fit_are_refused():
     table = RandomNeeds(seed=5, num_ranks=1).table(0)
     collectives = AllToAllCollectives(None)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from magi_attention.comm.alltoall import check_out, check_own_places, check_reduce
 from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
-from magi_attention.comm.packing import RowFormat, row_formats, take_all_rows
+from magi_attention.comm.packing import RowFormat, as_in_memory, row_formats, take_all_rows
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.routes import Rows
 from magi_attention.comm.streams import EventPool, current_in_block, current_stream
@@ -376,7 +376,7 @@ def check_combine(partials: Sequence[Tensor], into: Sequence[Tensor], op: str) -
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor if tensor.is_contiguous() else tensor.detach().contiguous() for tensor in tensors]
+    return [x if x.is_contiguous() else x.detach().contiguous() for x in as_in_memory(tensors)]
 
 
 @without_grad

@@ -8,7 +8,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.group import group_size, let_go_at_exit
-from magi_attention.comm.packing import RowLayout, deliver, lay_out, pack, put_all_rows, row_formats, take_all_rows
+from magi_attention.comm.packing import (
+    RowLayout,
+    as_in_memory,
+    deliver,
+    lay_out,
+    pack,
+    put_all_rows,
+    row_formats,
+    take_all_rows,
+)
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
 from magi_attention.comm.routes import Routes, Rows, routes_of
@@ -59,6 +68,7 @@ class AllToAllCollectives:
     ) -> PendingWork[list[Tensor]] | StreamWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         check_own_places(own_places, tensors)
+        tensors = as_in_memory(tensors)
         routes, layout = self._prepared(
             table, ("cast",), tensors, lambda checked: _check_rows("tensors", tensors, checked.num_source)
         )
@@ -107,7 +117,8 @@ class AllToAllCollectives:
         own_places: Rows | None = None,
     ) -> PendingWork[None] | StreamWork[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        sent = [*partials] if partial_lse is None else [*partials, partial_lse]
+        partials = as_in_memory(partials)
+        sent = partials if partial_lse is None else [*partials, partial_lse]
         targets = [*into] if into_lse is None else [*into, into_lse]
         check_own_places(own_places, into, op)
 
