@@ -133,6 +133,27 @@ def test_exchanges_one_after_another(pool):
     pool.run(repeat, "cpu")
 
 
+def join_others(rank: int, world_size: int) -> str:
+    """Some ranks are in a group more than others."""
+    collectives.host = lambda: f"host {rank // PER_NODE}"
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("magi_comm_grpcoll.collectives").addHandler(handler)
+    dist.new_group([0, 1])
+    native, table = NativeCollectives(dist.group.WORLD), fragmented_table(rank, world_size, 2, 3)
+    (received,) = native.cast([torch.ones(table.num_source, 8)], table).wait()
+    assert torch.equal(received, torch.ones(table.num_received, 8))
+    return "".join(messages)
+
+
+def test_where_groups_of_hosts_could_not_be_made_all_to_all_is_used():
+    with RankPool(4) as pool:
+        of_first, *of_others = pool.run(join_others, timeout_s=60)
+    assert "replaced by all-to-all: its ranks are in 2, 2, 1, 1 process groups" in of_first
+    assert of_others == [""] * 3
+
+
 ACROSS = pytest.mark.parametrize(
     "puts",
     [

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.alltoall import AllToAllCollectives
-from magi_attention.comm.group import GroupHandle, group_rank, has_peers, is_destroyed
+from magi_attention.comm.group import GroupHandle, group_rank, has_peers, is_destroyed, num_groups
 from magi_attention.comm.packing import row_formats
 from magi_attention.comm.protocol import ReduceOp, Work
 from magi_attention.comm.routes import Rows
@@ -117,11 +117,17 @@ def _make_context(group: dist.ProcessGroup) -> GroupContext | RelayedCollectives
     rank, device = group_rank(group), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timeout_s = group_timeout_s(group, device)
     handshake = Handshake(group, timeout_s)
-    hosts = [answer.decode() for answer in handshake.exchange(host().encode())]
+    answers = handshake.exchange(f"{num_groups()} {host()}".encode())
+    counts, hosts = zip(*(answer.decode().split(" ", 1) for answer in answers), strict=True)
     per_node, reason = ranks_per_node(hosts), "its ranks are not numbered host by host, with equally many on each"
     if 1 < per_node < len(hosts):
-        return relayed_over(group, per_node, timeout_s)
-    if per_node:
+        if len({*counts}) == 1:
+            return relayed_over(group, per_node, timeout_s)
+        reason = (
+            f"its ranks are in {', '.join(counts)} process groups, and PyTorch makes groups of those of a host only "
+            "where all are in equally many"
+        )
+    elif per_node:
         try:
             return GroupContext(group, ContextOptions(transport="put" if per_node == 1 else None))
         except (NotNativeError, CapacityError) as error:

@@ -28,6 +28,11 @@ def is_destroyed(group: dist.ProcessGroup) -> bool:
     return group not in dist.distributed_c10d._world.pg_map
 
 
+def num_groups() -> int:
+    """How many groups this process is in; PyTorch names those after it that ranks make without the others."""
+    return len(dist.distributed_c10d._world.pg_names)
+
+
 _holders: WeakValueDictionary[tuple[int, str], object] = WeakValueDictionary()
 
 
