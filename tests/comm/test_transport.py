@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
+from cuda.bindings import driver
 
 from magi_attention.comm import GroupCollectives
 from magi_attention.comm.registry import make_collectives
@@ -71,6 +72,24 @@ def test_another_module_named_cuda_is_told(monkeypatch, tmp_path):
     reason = reason_against(torch.device("cuda", 0))
     assert reason.startswith("cuda.core cannot be imported")
     assert reason.endswith('pip install "magi-comm-grpcoll"')
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch) -> None:
+    asked = []
+
+    def attribute_of(attribute: object, device: driver.CUdevice) -> tuple[driver.CUresult, int]:
+        asked.append(int(device))
+        return driver.CUresult.CUDA_SUCCESS, 1
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr("magi_comm_grpcoll.capability.missing_kernels", lambda: "")
+    monkeypatch.setattr("magi_comm_grpcoll.driver.driver", lambda: None)
+    monkeypatch.setattr(driver, "cuDeviceGetAttribute", attribute_of)
+    assert all(NativeCollectives.supports(torch.device(name)) for name in ("cuda", "cuda:1"))
+    assert asked == [3, 1]
 
 
 class Mirror:

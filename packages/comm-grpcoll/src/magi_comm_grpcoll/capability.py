@@ -66,7 +66,8 @@ def _driver_reason(device: torch.device) -> str:
     except (OSError, RuntimeError, AttributeError) as error:
         return f"the CUDA driver can't do it: {error}"
     attribute = cuda.CUdevice_attribute(_MEMORY_OPERATIONS)
-    status, able = cuda.cuDeviceGetAttribute(attribute, cuda.CUdevice(device.index))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    status, able = cuda.cuDeviceGetAttribute(attribute, cuda.CUdevice(index))
     if status != cuda.CUresult.CUDA_SUCCESS or not able:
         return f"the driver does not let streams of {device} wait for words of memory"
     return ""
