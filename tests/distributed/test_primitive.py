@@ -138,7 +138,7 @@ def reduce(rank: int, world_size: int, op: str, accumulate: bool, comm_dtype: to
 
 @pytest.mark.parametrize("op", ["sum", "avg", "lse"])
 @pytest.mark.parametrize("accumulate", [True, False])
-@pytest.mark.parametrize("comm_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("comm_dtype", [None, torch.bfloat16, torch.float8_e4m3fn])
 def test_group_reduce(pool, op, accumulate, comm_dtype):
     pool.run(reduce, op, accumulate, comm_dtype)
 

@@ -83,10 +83,11 @@ def _accumulator(into: Tensor, partial_dtype: torch.dtype) -> Tensor:
 
 def _add_rows(total: Tensor, rows: Rows, terms: Tensor) -> None:
     """Add terms to rows that are all different, so that the order of the additions within a call doesn't matter."""
+    terms = terms.to(total.dtype)  # not of every dtype would PyTorch add elements to others
     if isinstance(rows, slice):
         total[rows].add_(terms)
     else:
-        total.index_add_(0, rows, terms.to(total.dtype))
+        total.index_add_(0, rows, terms)
 
 
 def _weigh(out: Tensor, lse: Tensor, final_lse: Tensor) -> None:
