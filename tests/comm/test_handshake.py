@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import _symmetric_memory
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -23,6 +24,7 @@ from magi_comm_grpcoll import (
     collectives,
     heap,
 )
+from magi_comm_grpcoll.arena import MappedAllocator
 from magi_comm_grpcoll.capability import reason_against
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.heap import Heap
@@ -186,6 +188,26 @@ def forget(rank: int, world_size: int, folder: str) -> tuple[int, int]:
 def test_contexts_of_destroyed_groups_are_forgotten(tmp_path):
     with RankPool(2) as pool:
         assert pool.run(forget, str(tmp_path)) == [(2, 1)] * 2
+
+
+def map_in_vain(rank: int, world_size: int) -> None:
+    """The memory of other ranks can't be mapped on one of them."""
+
+    def rendezvous(memory: torch.Tensor, group: dist.ProcessGroup) -> SimpleNamespace:
+        if rank == 1:
+            raise RuntimeError("CUDA driver error: invalid device ordinal\nwhere it happened")
+        return SimpleNamespace(buffer_ptrs=[memory.data_ptr()] * world_size)
+
+    allocator = MappedAllocator(torch.device("cpu"), dist.group.WORLD, Handshake(dist.group.WORLD, 10))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_symmetric_memory, "empty", lambda num_bytes, dtype, device: torch.empty(num_bytes, dtype=dtype))
+        patch.setattr(_symmetric_memory, "rendezvous", rendezvous)
+        with pytest.raises(NotNativeError, match=r"on rank 1 memory .* can't be mapped: .* invalid device ordinal$"):
+            allocator.allocate(64)
+
+
+def test_where_memory_can_not_be_mapped_all_ranks_hear_of_it(pool):
+    pool.run(map_in_vain)
 
 
 def run_dry(rank: int, world_size: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from magi_attention.comm.group import let_go_at_exit
 from magi_comm_grpcoll.errors import CapacityError, first_line
-from magi_comm_grpcoll.handshake import Handshake
+from magi_comm_grpcoll.handshake import Handshake, raise_everywhere
 
 
 class SharedMemory(Protocol):
@@ -38,6 +38,7 @@ class Allocator(Protocol):
 
         Raises:
             CapacityError: a rank has not so much memory left; on every rank.
+            NotNativeError: a rank can't have that of the others; on every rank.
         """
 
     def free_unused(self) -> None:
@@ -77,7 +78,12 @@ class _Mapped:
             return ""
 
         allocate_everywhere(handshake, attempt, num_bytes)
-        self._mapping = symmetric_memory.rendezvous(self.local, group)
+        failure = ""
+        try:
+            self._mapping = symmetric_memory.rendezvous(self.local, group)
+        except RuntimeError as error:  # such as a process that may not see the others' GPUs
+            failure = first_line(error)
+        raise_everywhere(handshake, failure and f"memory of the others can't be mapped: {failure}")
         self.addresses: NDArray[np.int64] = np.array(self._mapping.buffer_ptrs, np.int64)
         self.device_addresses = torch.from_numpy(self.addresses).to(device)
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from magi_attention.comm.group import group_rank
+from magi_comm_grpcoll.errors import NotNativeError
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.02
 # A store of torch takes less than 8 MiB at a time, and closes the connection to whoever sends more.
@@ -93,6 +94,13 @@ class Handshake:
                 )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def raise_everywhere(handshake: Handshake, failure: str) -> None:
+    """Raise :class:`NotNativeError` on every rank if one of them has a failure to tell."""
+    for rank, answer in enumerate(handshake.exchange(failure.encode())):
+        if answer:
+            raise NotNativeError(f"on rank {rank} {answer.decode()}")
 
 
 def _part_keys(key: str, count: int) -> list[str]:

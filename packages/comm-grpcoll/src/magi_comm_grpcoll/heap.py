@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from magi_comm_grpcoll.arena import allocate_everywhere
-from magi_comm_grpcoll.errors import CapacityError, NotNativeError, first_line
-from magi_comm_grpcoll.handshake import Handshake
+from magi_comm_grpcoll.errors import CapacityError, first_line
+from magi_comm_grpcoll.handshake import Handshake, raise_everywhere
 
 SWITCH_OFF = "MAGI_GRPCOLL_NO_NVSHMEM"
 INSTALL = 'pip install "magi-comm-grpcoll[nvshmem]"'
@@ -248,13 +248,6 @@ def _all_are_done(heap: Heap, farewell: Handshake) -> bool:
         return not any(farewell.exchange(b"busy" if is_busy else b""))
     except RuntimeError:  # of a GPU too
         return False
-
-
-def raise_everywhere(handshake: Handshake, failure: str) -> None:
-    """Raise :class:`NotNativeError` on every rank if one of them has a failure to tell."""
-    for rank, answer in enumerate(handshake.exchange(failure.encode())):
-        if answer:
-            raise NotNativeError(f"on rank {rank} {answer.decode()}")
 
 
 def link(library: Any) -> None:

@@ -15,8 +15,8 @@ from magi_attention.common.intervals import merge
 from magi_comm_grpcoll import kernels
 from magi_comm_grpcoll.arena import Arena
 from magi_comm_grpcoll.errors import first_line
-from magi_comm_grpcoll.handshake import Handshake
-from magi_comm_grpcoll.heap import link, raise_everywhere
+from magi_comm_grpcoll.handshake import Handshake, raise_everywhere
+from magi_comm_grpcoll.heap import link
 from magi_comm_grpcoll.tables import TASK, ByteCopies, aligned
 from magi_comm_grpcoll.tasks import upload_tasks
 from magi_comm_grpcoll.wires import DeviceWires, forget_if_many
