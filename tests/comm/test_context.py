@@ -336,6 +336,8 @@ def test_lent_rows_must_come_back():
             native.cast([rows], table).wait_host()
         with pytest.raises(ValueError, match="rows on cpu"):
             native.cast([rows[1:]], table)
+        with pytest.raises(ValueError, match=r"but one of them is \(\) on cpu"):
+            native.cast([rows, rows.sum()], table)
         with pytest.raises(TypeError, match=r"no kernel combines torch\.float64"):
             native.reduce([torch.zeros(table.num_received, 4).double()], table, [rows])
         out, lse = torch.zeros(table.num_source, 2, 4), torch.zeros(table.num_source, 2)

@@ -317,6 +317,8 @@ def test_arguments_that_do_not_fit_are_refused():
     collectives.reduce([received], table, [rows]).wait()
     with pytest.raises(ValueError, match=f"tensors must all have {table.num_source} rows"):
         collectives.cast([rows[1:]], table)
+    with pytest.raises(ValueError, match=r"but one of them is \(\) on cpu"):
+        collectives.cast([rows, rows.sum()], table)
     with pytest.raises(ValueError, match="must not be empty"):
         collectives.cast([], table)
     with pytest.raises(ValueError, match="out must hold a contiguous"):

@@ -393,7 +393,7 @@ def _check_rows(name: str, tensors: Sequence[Tensor], num_rows: int, device: tor
     if not tensors:
         raise ValueError(f"{name} must not be empty")
     for tensor in tensors:
-        if tensor.shape[0] != num_rows or tensor.device != device:
+        if tensor.shape[:1] != (num_rows,) or tensor.device != device:
             raise ValueError(
                 f"{name} must all have {num_rows} rows on {device}, "
                 f"but one of them is {tuple(tensor.shape)} on {tensor.device}"

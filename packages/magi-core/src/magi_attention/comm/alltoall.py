@@ -297,7 +297,7 @@ def _check_rows(name: str, tensors: Sequence[Tensor], num_rows: int) -> None:
     if not tensors:
         raise ValueError(f"{name} must not be empty")
     for tensor in tensors:
-        if tensor.shape[0] != num_rows or tensor.device != tensors[0].device:
+        if tensor.shape[:1] != (num_rows,) or tensor.device != tensors[0].device:
             raise ValueError(
                 f"{name} must all have {num_rows} rows on {tensors[0].device}, "
                 f"but one of them is {tuple(tensor.shape)} on {tensor.device}"
