@@ -273,7 +273,7 @@ def test_resolving_without_any_variable():
         flatten_head_groups=False,
         auto_range_merge=False,
         check_plan=True,
-        check_plan_timeout=30,
+        check_plan_timeout=600,
         skip_overlap_check=False,
         sanity_check=False,
     )

@@ -2,12 +2,14 @@
 """Ranks that disagree, or don't come, get an error that names them; nobody hangs."""
 
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from magi_attention.comm import agreement, check_agreement
+from magi_attention.config import RuntimeConfig
 from magi_attention.testing.distributed import RankPool
 
 
@@ -69,6 +71,32 @@ def test_a_rank_that_never_comes_keeps_nobody_waiting(pool):
     assert all("ranks [1] of the group" in message for of_rank in messages for message in of_rank)
     # Nor is the group lost: rank 1 missed two checks, and comes to the third.
     assert all(before == "agreed" for before, *_ in pool.run(agree_and_differ))
+
+
+def make_the_others_wait(rank: int, world_size: int, late: int) -> tuple[str, list[str]]:
+    """What the check says, and what is logged meanwhile; one rank comes once the others are waiting for it."""
+    done = dist.PrefixStore(f"test/late/{late}", _get_default_store())
+    with mock.patch.object(agreement, "_SILENCE_S", 0.1), mock.patch.object(agreement.logger, "warning") as warning:
+        if rank == late:
+            done.wait(["told"])
+        else:
+            warning.side_effect = lambda *message: done.set("told", "")
+        said = outcome(b"same", dist.group.WORLD)
+    return said, [call.args[0] % call.args[1:] for call in warning.call_args_list]
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_is_late_is_told_of_and_waited_for(pool, late):
+    messages = []
+    for said, logged in pool.run(make_the_others_wait, late, timeout_s=60):
+        assert said == "agreed"
+        messages += logged
+    assert len(messages) == 1
+    assert messages[0].startswith(f"waiting for ranks [{late}] of the group {list(range(pool.world_size))} to make")
+
+
+def test_by_default_a_rank_may_take_the_time_to_save_a_checkpoint():
+    assert RuntimeConfig().resolved().check_plan_timeout >= 600
 
 
 def agree_in_threads(rank: int, world_size: int) -> list[str]:

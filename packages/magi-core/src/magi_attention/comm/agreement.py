@@ -25,6 +25,8 @@ _AGREED = b"agreed"
 # How much longer than the leader the others wait, so that they hear its verdict rather than reach their own.
 _VERDICT_SLACK_S = 2.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.05
+# After which somebody tells who keeps all others waiting: a rank that saves a checkpoint alone may well take longer.
+_SILENCE_S = 30.0
 
 
 @dataclass
@@ -68,11 +70,12 @@ def _history_of(group: dist.ProcessGroup, ranks: Sequence[int], me: int) -> _His
         return history
 
 
-def check_agreement(digest: bytes, group: dist.ProcessGroup | None, timeout_s: float = 30.0) -> None:
+def check_agreement(digest: bytes, group: dist.ProcessGroup | None, timeout_s: float = 600.0) -> None:
     """Raise on every rank unless all ranks of ``group`` pass the same digest.
 
     The group's first rank compares the digests and posts a verdict; if it never comes, the others reach one. Whoever
-    posts first wins, so all ranks that take part return, or raise, alike. Runs no GPU work and no collective.
+    posts first wins, so all ranks that take part return, or raise, alike. Runs no GPU work and no collective. The first
+    of the ranks that wait longer than half a minute logs a warning with those that they wait for.
 
     Args:
         digest: what must be equal, some 32 bytes.
@@ -220,7 +223,7 @@ class _Check:
 def _compare(check: _Check, timeout_s: float) -> bytes:
     """The leader's part: gather the digests and post the verdict."""
     keys = [str(member) for member in range(len(check.ranks))]
-    if not _wait(check.store, keys, timeout_s):
+    if not _wait(check, keys, timeout_s):
         return _post(check.store, _missing_message(check, timeout_s))
     by_digest: defaultdict[str, list[int]] = defaultdict(list)
     for rank, digest in zip(check.ranks, check.store.multi_get(keys), strict=True):
@@ -231,10 +234,10 @@ def _compare(check: _Check, timeout_s: float) -> bytes:
 def _await_verdict(check: _Check, timeout_s: float) -> bytes:
     """The others' part: wait for the verdict; without one, say who is missing."""
     store = check.store
-    if _wait(store, ["verdict"], timeout_s + _VERDICT_SLACK_S):
+    if _wait(check, ["verdict"], timeout_s + _VERDICT_SLACK_S):
         return bytes(store.get("verdict"))
     if store.check([str(member) for member in range(len(check.ranks))]):  # all have come; the leader is about to judge
-        _wait(store, ["verdict"], _VERDICT_SLACK_S)
+        _wait(check, ["verdict"], _VERDICT_SLACK_S)
     return _post(store, _missing_message(check, timeout_s))
 
 
@@ -243,20 +246,42 @@ def _post(store: dist.Store, verdict: bytes) -> bytes:
     return bytes(store.compare_set("verdict", "", verdict.decode()))
 
 
-def _wait(store: dist.Store, keys: list[str], timeout_s: float) -> bool:
+def _wait(check: _Check, keys: list[str], timeout_s: float) -> bool:
     """Wait until all keys are set. Asks again and again, since a store that waits is closed to all other threads."""
-    deadline = time.monotonic() + timeout_s
-    pause = _FIRST_PAUSE_S
-    while not store.check(keys):
-        if time.monotonic() > deadline:
+    began = time.monotonic()
+    pause, is_silent = _FIRST_PAUSE_S, True
+    while not check.store.check(keys):
+        waited = time.monotonic() - began
+        if waited > timeout_s:
             return False
+        if is_silent and waited > _SILENCE_S:
+            _tell_who_is_missing(check, waited, timeout_s)
+            is_silent = False
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
     return True
 
 
+def _tell_who_is_missing(check: _Check, waited_s: float, timeout_s: float) -> None:
+    """Log it, if this is the first of the ranks that have come."""
+    if any(check.store.check([str(member)]) for member in range(check.me)):
+        return
+    missing = [check.ranks[member] for member in _missing_members(check)]
+    logger.warning(
+        "waiting for ranks %s of the group %s to make the same key, since %.0f s and for %.0f s at most",
+        missing,
+        check.ranks,
+        waited_s,
+        timeout_s,
+    )
+
+
+def _missing_members(check: _Check) -> list[int]:
+    return [member for member in range(len(check.ranks)) if not check.store.check([str(member)])]
+
+
 def _missing_message(check: _Check, timeout_s: float) -> bytes:
-    missing = [member for member in range(len(check.ranks)) if not check.store.check([str(member)])]
+    missing = _missing_members(check)
     check.store.set("absent", " ".join(map(str, missing)))
     # If all came, it is the leader that left without a verdict.
     absent = [check.ranks[member] for member in missing or [0]]

@@ -46,7 +46,7 @@ def is_plan_check_enable(text: str) -> bool:
     return parse_flag(text)
 
 
-@variable("MAGI_ATTENTION_CHECK_PLAN_TIMEOUT", "30")
+@variable("MAGI_ATTENTION_CHECK_PLAN_TIMEOUT", "600")
 def plan_check_timeout(text: str) -> int:
     """Seconds after which a rank that does not come to the comparison of plans is an error on the others."""
     return parse_int(text, minimum=1)
