@@ -173,6 +173,33 @@ def test_new_masks_of_one_shape_compile_twice():
     assert counter.frame_count == 2
 
 
+class HoldsItsKey(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return calc_attn(q, k, v, self.key)[0]
+
+
+def test_new_masks_of_keys_that_a_module_holds_compile_twice_if_the_compiler_is_told_so():
+    counter = CompileCounterWithBackend("aot_eager")
+    model = HoldsItsKey()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    q, k, v = (torch.randn(50, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+        for cut in (10, 20, 30, 40):
+            model.key = make_key(cut, 50)
+            torch.testing.assert_close(compiled(q, k, v), model(q, k, v))
+    assert counter.frame_count == 2
+
+
+def test_new_masks_of_keys_among_other_arguments_compile_twice():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda q, k, v, batch: calc_attn(q, k, v, batch["key"])[0], backend=counter)
+    q, k, v = (torch.randn(50, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    for cut in (10, 20, 30, 40):
+        key = make_key(cut, 50)
+        torch.testing.assert_close(compiled(q, k, v, {"key": key}), calc_attn(q, k, v, key)[0])
+    assert counter.frame_count == 2
+
+
 def test_new_masks_and_shares_compile_few_times():
     """Keys that share rows out otherwise must not get the shapes of the first."""
     counter = CompileCounterWithBackend("aot_eager")
