@@ -226,6 +226,31 @@ def test_new_masks_and_lengths_do_not_compile_again_and_again():
     assert counter.frame_count <= 2
 
 
+def test_position_ids_that_nobody_asked_for_before():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(get_position_ids, backend=counter, fullgraph=True)
+    for length in (40, 47, 53, 61):
+        key = make_key(9, length)
+        found = compiled(key)
+        assert found.dtype == torch.int64
+        assert torch.equal(found, get_position_ids(key))
+        assert torch.equal(compiled(key, device="cpu", attn_role=AttnRole.KEY), found)
+    assert counter.frame_count <= 4
+
+
+def test_position_ids_may_be_changed_in_place():
+    key = make_key(20, 50)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def relative(key) -> Tensor:
+        ids = get_position_ids(key)
+        ids -= 20
+        return ids
+
+    for _ in range(2):
+        assert torch.equal(relative(key), get_position_ids(key) - 20)
+
+
 def test_mistakes_are_told_as_without_compiling():
     key = make_key(30, 50)
     compiled = torch.compile(by_key, backend="aot_eager", fullgraph=True)
@@ -281,6 +306,7 @@ def test_operators_keep_their_promises():
     torch.library.opcheck(ops.undispatch.default, (local, key.handle, "query", 50, True))
     torch.library.opcheck(ops.scatter_sum.default, (q.detach(), key.handle, "query", num_local))
     torch.library.opcheck(ops.roll.default, (local, key.handle, "key", 3, 0))
+    torch.library.opcheck(ops.position_ids.default, (key.handle, "query", num_local, torch.device("cpu")))
     torch.library.opcheck(ops.flex_flash_attn.default, (q, k, v, ranges, ranges, None, sink, *options))
     lists, options = torch.arange(50)[:, None, None] - torch.arange(2 * 7).view(2, 7), (0.3, 2.0, False, 0)
     torch.library.opcheck(ops.index_attention.default, (q, k, v, lists, sink, "sh", True, *options, "auto", "same"))

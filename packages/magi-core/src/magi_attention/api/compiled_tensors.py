@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dispatch, undispatch and roll inside ``torch.compile`` and selective checkpoints, by opaque operators.
+"""Dispatch, undispatch, roll and position ids inside ``torch.compile`` and selective checkpoints, by opaque operators.
 
 They name the key by its handle. The compiler knows of them nothing but the shapes of the results, and so sees neither
 plans nor process groups.
@@ -7,6 +7,7 @@ plans nor process groups.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from magi_attention.api.checks import check_pad_value, check_rows
@@ -14,6 +15,7 @@ from magi_attention.common.enum import AttnRole
 from magi_attention.kernels.opaque import operator
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey, key_of_handle
+from magi_attention.runtime.machine import group_device
 from magi_attention.runtime.manager import DistAttnRuntimeMgr
 from magi_attention.runtime.rows import gather_rows, scatter_rows_sum, select_rows
 
@@ -24,11 +26,9 @@ def dispatch_compiled(x: Tensor, key: DistAttnRuntimeKey, pad_value: float, attn
     Raises:
         ValueError: the key was never planned, or ``pad_value`` is no float, as which it is handed on.
     """
-    if key.local_rows is None:
-        raise ValueError("the key was never planned: make it by magi_attn_flex_key")
+    num_rows = _num_local_rows(key, attn_role)
     if float(pad_value) != pad_value and pad_value == pad_value:
         raise ValueError(f"pad_value={pad_value} is no float: dispatch outside of compiled functions and checkpoints")
-    num_rows = key.local_rows[0 if attn_role is AttnRole.QUERY else 1]
     return _select(x, key.handle, attn_role.value, num_rows, True, pad_value)
 
 
@@ -42,6 +42,22 @@ def undispatch_compiled(x: Tensor, key: DistAttnRuntimeKey, is_partial_grad: boo
 def roll_compiled(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, attn_role: AttnRole) -> Tensor:
     """:func:`magi_attention.api.roll` by an opaque operator."""
     return _roll(x, key.handle, attn_role.value, shift, dim)
+
+
+def position_ids_compiled(key: DistAttnRuntimeKey, device: torch.device | str | None, attn_role: AttnRole) -> Tensor:
+    """:func:`magi_attention.api.get_position_ids` by an opaque operator, and hence a copy.
+
+    Raises:
+        ValueError: the key was never planned.
+    """
+    where = group_device(key.cp_group) if device is None else torch.device(device)
+    return _position_ids(key.handle, attn_role.value, _num_local_rows(key, attn_role), where)
+
+
+def _num_local_rows(key: DistAttnRuntimeKey, attn_role: AttnRole) -> int:
+    if key.local_rows is None:
+        raise ValueError("the key was never planned: make it by magi_attn_flex_key")
+    return key.local_rows[0 if attn_role is AttnRole.QUERY else 1]
 
 
 def _planned(handle: int) -> DistAttnRuntimeMgr:
@@ -82,6 +98,17 @@ def _roll(x: Tensor, handle: int, role: str, shift: int, dim: int) -> Tensor:
     manager = _planned(handle)
     check_rows("x", x, dim, manager.num_local_rows(AttnRole(role)), "this rank's share")
     return manager.roll(x, shift, dim, AttnRole(role)).contiguous()
+
+
+@operator("magi_attention::position_ids")
+def _position_ids(handle: int, role: str, num_rows: int, device: torch.device) -> Tensor:
+    """The global positions of the ``num_rows`` local rows."""
+    return _planned(handle).get_position_ids(AttnRole(role), device).clone()
+
+
+@_position_ids.register_fake
+def _(handle: int, role: str, num_rows: int, device: torch.device) -> Tensor:
+    return torch.empty(num_rows, dtype=torch.int64, device=device)
 
 
 @_select.register_fake

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from magi_attention.api.checks import as_integers, check_pad_value, check_rows
-from magi_attention.api.compiled_tensors import dispatch_compiled, roll_compiled, undispatch_compiled
+from magi_attention.api.compiled_tensors import (
+    dispatch_compiled,
+    position_ids_compiled,
+    roll_compiled,
+    undispatch_compiled,
+)
 from magi_attention.common.enum import AttnRole
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
@@ -110,7 +115,7 @@ def get_position_ids(
 ) -> Tensor:
     """The global position of each of this rank's rows, ``[n_local]`` int64; padding repeats the last real position.
 
-    The same tensor is returned each time.
+    The same tensor is returned each time, until somebody changes it in place; in compiled functions, a copy.
 
     Args:
         key: the key.
@@ -121,4 +126,6 @@ def get_position_ids(
     Raises:
         ValueError: The cache doesn't hold the key.
     """
+    if torch.compiler.is_compiling():
+        return position_ids_compiled(key, device, attn_role)
     return find_manager(key).get_position_ids(attn_role, device)
