@@ -2,6 +2,7 @@
 """``dispatch``, ``undispatch``, ``roll`` and position ids in one process, without torch.distributed: a group of one."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -106,6 +107,17 @@ def test_position_ids(key):
     assert ids.dtype == torch.int64
     assert ids.tolist() == [*range(TOTAL), *[TOTAL - 1] * 6]
     assert get_position_ids(key) is ids
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_position_ids_that_somebody_changed_are_made_again(key, mode):
+    expected = get_position_ids(key).clone()
+    for _ in range(2):
+        with mode():
+            ids = get_position_ids(key)
+            ids -= 50  # where the document starts
+        assert torch.equal(ids, expected - 50)
+    assert torch.equal(get_position_ids(key), expected)
 
 
 def test_real_rows_without_slices_keep_their_position():

@@ -20,6 +20,10 @@ class KeepsDerived:
         known[name] = build()
         return known[name]
 
+    def forget(self, name: object) -> None:
+        """Drop one derived value, if it is there; it is built again when it is asked for."""
+        self.__dict__.get("_derived", {}).pop(name, None)
+
     def forget_derived(self) -> None:
         """Drop all derived values; they are built again when they are asked for."""
         self.__dict__.pop("_derived", None)

@@ -144,14 +144,19 @@ class DistAttnRuntimeMgr:
     ) -> Tensor:
         """``[n_local]`` int64: the global position of each local row; padding repeats the last real position.
 
-        The same tensor object is returned each time, except of fake tensors. By default it lies on the CPU for a gloo
-        group or without GPU, else on the current CUDA device.
+        The same tensor object is returned each time, until somebody changes it in place, except of fake tensors. By
+        default it lies on the CPU for a gloo group or without GPU, else on the current CUDA device.
         """
         layout, rank = self.layout_of(attn_role), self.rank
         where = group_device(self.key.cp_group) if device is None else torch.device(device)
-        if not torch.compiler.is_compiling() and in_fake_tensor_mode():
+        if in_fake_tensor_mode():
             return _positions(layout, rank).to(where)
-        return layout.derived(("position ids", rank, where), lambda: _positions(layout, rank).to(where))
+        name, make = ("position ids", rank, where), lambda: _positions(layout, rank).to(where)
+        ids = layout.derived(name, make)
+        if ids._version:  # changed in place, by somebody whose own it is from now on
+            layout.forget(name)
+            ids = layout.derived(name, make)
+        return ids
 
     def release_tables(self) -> None:
         """Drop what takes memory on the device and can be derived again: tile lists, index tensors, position ids."""
@@ -208,4 +213,4 @@ def _costs(key: DistAttnRuntimeKey, cluster: Cluster | None) -> PassCosts:
 
 
 def _positions(layout: Layout, rank: int) -> Tensor:
-    return torch.from_numpy(layout.positions(rank)).clamp_(max=layout.num_real - 1)
+    return torch.from_numpy(layout.positions(rank)).clamp(max=layout.num_real - 1)
