@@ -120,6 +120,31 @@ def test_a_rank_whose_arguments_are_wrong_is_named_at_once(pool):
     assert time.monotonic() - started < 25
 
 
+def make_a_second_key_without_the_first(rank, world_size):
+    """One rank's cache has lost the key whose layout a new mask takes over."""
+    makers = (
+        lambda key: make_flex_key_for_new_mask_after_dispatch(key.q_ranges, key.k_ranges, "full", key),
+        lambda key: make_varlen_key_for_new_mask_after_dispatch([0, 40, 64], [0, 40, 64], key),
+    )
+    for make in makers:
+        key = causal_key(64)
+        if rank == 1:
+            clear_cache()
+        with pytest.raises(
+            ValueError if rank == 1 else RuntimeError,
+            match="^The dist attn runtime key does not exist" if rank == 1 else "rank 1 failed to make its key: ValueE",
+        ):
+            make(key)
+        clear_cache()
+    causal_key(64)  # and the group is still good
+
+
+def test_a_rank_without_the_key_for_dispatch_is_named_at_once(pool):
+    started = time.monotonic()
+    pool.run(make_a_second_key_without_the_first, timeout_s=60)
+    assert time.monotonic() - started < 25
+
+
 def make_a_native_key(rank, world_size):
     with pytest.raises(RuntimeError, match="native_grpcoll"):
         causal_key(64, native_grpcoll=True)

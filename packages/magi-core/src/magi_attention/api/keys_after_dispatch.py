@@ -23,6 +23,7 @@ from magi_attention.common.ranges import AttnRanges
 from magi_attention.config import DistAttnConfig
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
+from magi_attention.runtime.manager import DistAttnRuntimeMgr
 
 
 def make_flex_key_for_new_mask_after_dispatch(
@@ -65,7 +66,7 @@ def make_flex_key_for_new_mask_after_dispatch(
     check_makes_keys()
     old = key_for_dispatch
     old_k = old if key_for_kv_dispatch is None else key_for_kv_dispatch
-    layout, key_layout = find_manager(old).layout, find_manager(old_k).key_layout
+    layout, key_layout = _manager_of(old).layout, _manager_of(old_k).key_layout
     if old_k.group_ranks != old.group_ranks:
         raise MagiValueError(
             f"key_for_dispatch is of the ranks {list(old.group_ranks)} and key_for_kv_dispatch of "
@@ -111,6 +112,16 @@ def make_flex_key_for_new_mask_after_dispatch(
     return plan_if_new(key, layout, key_layout)
 
 
+def _manager_of(key: DistAttnRuntimeKey) -> DistAttnRuntimeMgr:
+    """The manager of a key; if it is gone, the other ranks of its group hear of that too."""
+    try:
+        manager: DistAttnRuntimeMgr = find_manager(key)
+    except ValueError:
+        with failures_reported(key.cp_group, bool(key.dist_attn_config.runtime_config.check_plan)):
+            raise
+    return manager
+
+
 def _config_or_that_of(key: DistAttnRuntimeKey, dist_attn_config: DistAttnConfig | None) -> DistAttnConfig:
     if dist_attn_config is None:
         return key.dist_attn_config
@@ -134,7 +145,7 @@ def make_varlen_key_for_new_mask_after_dispatch(
     key_for_kv_dispatch: DistAttnRuntimeKey | None = None,
 ) -> DistAttnRuntimeKey:
     """As :func:`make_flex_key_for_new_mask_after_dispatch`, for packed documents as in :func:`magi_attn_varlen_key`."""
-    find_manager(key_for_dispatch)
+    _manager_of(key_for_dispatch)
     config = _config_or_that_of(key_for_dispatch, dist_attn_config).resolved()
     with failures_reported(key_for_dispatch.cp_group, bool(config.runtime_config.check_plan)):
         q_ranges, k_ranges, mask_types, _, _ = infer_attn_mask_from_cu_seqlens(
