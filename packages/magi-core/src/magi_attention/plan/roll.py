@@ -7,15 +7,24 @@ from magi_attention.common.intervals import intersect
 from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.plan.layout import Layout
 
+# Shifts whose tables a layout keeps: many more than a model predicts tokens ahead.
+MOST_SHIFTS = 64
+
 
 def roll_exchange(layout: Layout, rank: int, shift: int) -> ExchangeTable:
     """One rank's exchange after which its local row at global position g holds row ``(g - shift) mod num_real``.
 
     Padding takes no part: the receive buffer holds the rank's real rows only, which are its first. The table is kept
-    with the layout, since the same few shifts come back in every step.
+    with the layout, since the same few shifts come back in every step; shifts that are drawn anew fill no memory.
     """
     shift %= layout.num_real
-    return layout.derived(("roll", rank, shift), lambda: _build_exchange(layout, rank, shift))
+    tables: dict[int, ExchangeTable] = layout.derived(("rolls", rank), dict)
+    table = tables.get(shift)
+    if table is None:
+        if len(tables) >= MOST_SHIFTS:
+            tables.clear()
+        table = tables[shift] = _build_exchange(layout, rank, shift)
+    return table
 
 
 def _build_exchange(layout: Layout, rank: int, shift: int) -> ExchangeTable:
