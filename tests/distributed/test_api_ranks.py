@@ -24,6 +24,7 @@ from magi_attention.api import (
     flex_flash_attn_func,
     get_most_recent_key,
     get_position_ids,
+    magi_attn_flex_key,
     magi_attn_varlen_key,
     make_flex_key_for_new_mask_after_dispatch,
     make_varlen_key_for_new_mask_after_dispatch,
@@ -261,8 +262,28 @@ def check_meshes(rank, world_size):
     if rank == 1:
         with pytest.raises(ValueError, match="that this process is part of"):
             causal_key(64, group=outside)
-    with pytest.raises(ValueError, match="3 rows cannot be shared by 4 ranks"):
+    with pytest.raises(ValueError, match="3 rows cannot be shared by 4 ranks: pad it to 4 rows"):
         causal_key(3)
+
+
+def attend_to_fewer_rows_than_ranks(rank, world_size, num_rows):
+    """As the error says that others get: padded to as many rows as there are ranks."""
+    rows = AttnRanges.from_ranges([(0, num_rows)])
+    key = magi_attn_flex_key(rows, rows, "causal", world_size, world_size, 4, 2, 8, 0, None)
+    shapes = [(world_size, heads, 8) for heads in (4, 2, 2)]
+    generator = torch.Generator().manual_seed(num_rows)
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    out = undispatch(calc_attn(*(dispatch(x, key) for x in inputs), key)[0], key)
+    slices = SliceTable.from_lists([(0, num_rows)], [(0, num_rows)], [1])
+    expected, *_ = dense_attention(*inputs, slices)
+    torch.testing.assert_close(out, expected)
+    found, wanted = (torch.autograd.grad(each.square().sum(), inputs) for each in (out, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_fewer_rows_than_ranks_can_be_padded(pool, num_rows):
+    pool.run(attend_to_fewer_rows_than_ranks, num_rows)
 
 
 def test_meshes(pool):

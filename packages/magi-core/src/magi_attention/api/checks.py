@@ -143,7 +143,10 @@ def resolve_chunk_size(total_seqlen: int, cp_size: int, limit: int | None, alg: 
     auto = -(-total_seqlen // (general.min_chunks_per_rank() * cp_size))
     chunk_size = auto if limit is None else min(auto, limit)
     if total_seqlen < cp_size or -(-total_seqlen // chunk_size) < cp_size:
-        raise MagiValueError(f"a sequence of {total_seqlen} rows cannot be shared by {cp_size} ranks")
+        raise MagiValueError(
+            f"a sequence of {total_seqlen} rows cannot be shared by {cp_size} ranks: pad it to {cp_size} rows, the "
+            "last of which no slice names, or join it with others"
+        )
     return chunk_size
 
 
