@@ -478,6 +478,34 @@ def test_what_is_lent_goes_back_behind_its_readers_whoever_drops_it():
     is_read.synchronize()
 
 
+@pytest.mark.parametrize("transport", ["copy_engine", "push", "put"])
+def test_a_rank_that_could_not_send_may_try_again(transport):
+    """As after it ran out of memory for a kernel, and has freed some; the others know nothing of it."""
+    needs = RandomNeeds(3, 2, 0.8, max_rows=20)
+    sources = [random_tensor(rank, (rows, 8), torch.float32) for rank, rows in enumerate(needs.num_rows)]
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    def run(rank, group):
+        native, table = GroupContext(group, ContextOptions(transport=transport, timeout_s=30)), needs.table(rank)
+        for turn in range(4):
+            (received,) = native.cast([sources[rank]], table).wait_host()
+            if rank == turn % 2:
+                whole = native._lanes[0].rounds.copy().pop()._bound.route
+                route = getattr(whole, "_routes", [whole])[-1]  # what comes before has been enqueued
+                send, route.send = route.send, fail
+                for _ in range(3):
+                    with pytest.raises(torch.OutOfMemoryError):
+                        native.cast([sources[rank] + 1], table)
+                route.send = send
+            (received,) = native.cast([sources[rank] + turn], table).wait_host()
+            assert torch.equal(received, needs.received([source + turn for source in sources], rank))
+        native.close()
+
+    run_ranks(2, run)
+
+
 def test_a_failure_while_rows_are_taken_loses_no_slot():
     needs = RandomNeeds(3, 2, 0.8, max_rows=20)
     sources = [random_tensor(rank, (rows, 8), torch.float32) for rank, rows in enumerate(needs.num_rows)]

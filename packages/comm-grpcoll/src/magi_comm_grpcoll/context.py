@@ -264,10 +264,14 @@ class GroupContext:
                 raise
             lane.release(epoch, arrive)
         if any(map(is_not, targets, written)):
-            with torch.no_grad(), current_in_block(arrive, caller):
-                for target, result in zip(targets, written, strict=True):
-                    if target is not result:
-                        target.copy_(result)
+            try:
+                with torch.no_grad(), current_in_block(arrive, caller):
+                    for target, result in zip(targets, written, strict=True):
+                        if target is not result:
+                            target.copy_(result)
+            except BaseException:  # such as of a target whose rows share memory
+                lane.let_finish(caller)
+                raise
         kept = rounds.parts, old_lse, sent, written, targets, own_places
         return part.work(epoch, packed, caller, None, kept, self._check)
 

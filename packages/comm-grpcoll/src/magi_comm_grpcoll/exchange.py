@@ -50,8 +50,12 @@ class SlotExchange:
         return epoch
 
     def send(self, prepared: Prepared, epoch: int, bases: Sequence[int]) -> None:
-        """Enqueue the sending of the tensors at ``bases``."""
-        prepared.route.send(bases, epoch % self._ring.num_slots, epoch)
+        """Enqueue the sending of the tensors at ``bases``. After an error the epoch has not begun, and may again."""
+        try:
+            prepared.route.send(bases, epoch % self._ring.num_slots, epoch)
+        except BaseException:
+            self._ring.take_back()
+            raise
 
     def arrive(self, prepared: Prepared, epoch: int) -> None:
         """Enqueue the wait for what comes, and until this rank's own tensors have been sent."""

@@ -58,11 +58,16 @@ class Lane:
         self.exchange.release(epoch, is_read)
 
     def abandon(self, epoch: int, caller: "torch.cuda.Stream") -> None:
-        """The same after an error, so that the slot is not lost, and with the last one all further exchanges.
-
-        The caller waits for what has been enqueued, which uses its tensors, since there will be no work to keep them.
-        """
+        """The same after an error, so that the slot is not lost, and with the last one all further exchanges."""
         self.release(epoch, self.wires.arrive)
+        self.let_finish(caller)
+
+    def let_finish(self, caller: "torch.cuda.Stream") -> None:
+        """Let the caller wait, after an error, for all that has been enqueued.
+
+        It uses the caller's tensors, and there will be no work to keep them.
+        """
+        self.events.let_wait(caller, self.wires.send)
         self.events.let_wait(caller, self.wires.arrive)
 
 
@@ -164,6 +169,19 @@ class Round:
         Returns:
             The epoch, and what was recorded when a kernel that sends could start; None for copy engines.
         """
+        try:
+            return self._start(tensors, caller, own, received)
+        except BaseException:
+            self._lane.let_finish(caller)
+            raise
+
+    def _start(
+        self,
+        tensors: Sequence[Tensor],
+        caller: "torch.cuda.Stream",
+        own: OwnRows | None,
+        received: Sequence[Tensor] | None,
+    ) -> "tuple[int, torch.cuda.Event | None]":
         lane, bound, packed = self._lane, self._bound, None
         if bound is None or self._memory is not lane.arena.memory:
             bound = self._bind()
@@ -184,7 +202,7 @@ class Round:
                     put_all_rows(received or self.landed(epoch), own.places, own.tensors)
         except BaseException:
             exchange.arrive(bound, epoch)
-            lane.abandon(epoch, caller)
+            lane.release(epoch, wires.arrive)
             raise
         exchange.arrive(bound, epoch)
         return epoch, packed

@@ -46,6 +46,10 @@ class Ring:
                 f"slots, and {count} more are needed: release the oldest before the next exchange"
             )
 
+    def take_back(self) -> None:
+        """Forget that the last epoch began, of which nobody has been told: the next one to begin has its number."""
+        self._num_begun -= 1
+
     def credit_needed(self, epoch: int) -> int:
         """What every peer's credit must be before the epoch may be written."""
         return max(0, epoch - self.num_slots + 1)
