@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from magi_attention.comm.packing import RowFormat
+from magi_attention.comm.packing import RowFormat, row_formats
 from magi_attention.comm.protocol import ReduceOp
 from magi_comm_grpcoll import kernels
 
@@ -135,3 +135,10 @@ def formats_combine(partials: tuple[RowFormat, ...], into: list[Tensor], op: str
     if op == "lse" and not partials[-1].dtype == into[-1].dtype == torch.float32:
         return False
     return all(can_combine(row.dtype, target.dtype) for row, target in zip(partials, into, strict=False))
+
+
+def check_combine(partials: Sequence[Tensor], into: Sequence[Tensor], op: str) -> None:
+    """Raise ``TypeError`` unless a kernel combines partial results with results of these dtypes."""
+    if not formats_combine(row_formats(partials), [*into], op):
+        told = ", ".join(f"{x.dtype} onto {y.dtype}" for x, y in zip(partials, into, strict=True))
+        raise TypeError(f"no kernel combines {told}: use bfloat16, float16 or float32, and a float32 log-sum-exp")

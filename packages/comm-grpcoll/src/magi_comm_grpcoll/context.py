@@ -25,7 +25,7 @@ from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.utils.torch_modes import without_grad
 from magi_comm_grpcoll.arena import Allocator, Arena, MappedAllocator
 from magi_comm_grpcoll.capability import Needs, agree
-from magi_comm_grpcoll.combine import Combination, formats_combine
+from magi_comm_grpcoll.combine import Combination, check_combine
 from magi_comm_grpcoll.errors import NotNativeError, PeerTimeoutError, first_line
 from magi_comm_grpcoll.exchange import SlotExchange
 from magi_comm_grpcoll.handshake import Handshake
@@ -370,13 +370,6 @@ class GroupContext:
 def group_timeout_s(group: dist.ProcessGroup, device: torch.device) -> float:
     """How long the collectives of a process group wait."""
     return float(group._get_backend(device).options._timeout.total_seconds())
-
-
-def check_combine(partials: Sequence[Tensor], into: Sequence[Tensor], op: str) -> None:
-    """Raise ``TypeError`` unless a kernel combines partial results with results of these dtypes."""
-    if not formats_combine(row_formats(partials), [*into], op):
-        told = ", ".join(f"{x.dtype} onto {y.dtype}" for x, y in zip(partials, into, strict=True))
-        raise TypeError(f"no kernel combines {told}: use bfloat16, float16 or float32, and a float32 log-sum-exp")
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
