@@ -6,7 +6,6 @@ All of a context's own Python code runs as it is; only the driver, the kernels a
 
 import itertools
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +38,7 @@ class Group:
         self.num_ranks, self.barrier = num_ranks, threading.Barrier(num_ranks)
         self.members = [*range(num_ranks)] if members is None else [*members]
         self._turns = [itertools.count() for _ in range(num_ranks)]
-        self._shown: defaultdict[int, list[Any]] = defaultdict(lambda: [None] * num_ranks)
+        self._shown: dict[int, list[Any]] = {}
 
     @property
     def rank(self) -> int:
@@ -50,7 +49,7 @@ class Group:
         """What all ranks show each other; nothing of it is kept."""
         rank = self.rank
         turn = next(self._turns[rank])
-        self._shown[turn][rank] = value
+        self._shown.setdefault(turn, [None] * self.num_ranks)[rank] = value  # whichever rank comes first
         self.barrier.wait(30)
         answers = [*self._shown[turn]]
         self.barrier.wait(30)
