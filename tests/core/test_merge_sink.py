@@ -143,6 +143,29 @@ def test_corrections_by_a_sink():
         torch.testing.assert_close(utils.calc_lse_sink(given_sink, 5, layout), sink.logsumexp(0).expand(5, 4), **TIGHT)
 
 
+def test_gradients_flow_through_corrections_to_parts_and_sink():
+    x = random_inputs(12, 12)
+    slices = SliceTable([[1, 12, 0, 11, 1]])  # row 0 has no keys, the first rows none in the second part
+    leaves = [tensor.clone().requires_grad_() for tensor in (x.q, x.k, x.v)]
+    part, part2 = (dense_attention(*leaves, slices.clip_columns(*cut))[:2] for cut in ((0, 6), (6, 12)))
+    whole = dense_attention(*leaves, slices)[:2]
+    dlse = x.dlse.clone()
+    dlse[0] = 0  # that of a row without keys
+    corrected = functional.correct_attn_out_lse(*part, *part2)
+    torch.testing.assert_close(gradients(corrected, leaves, x.dout, dlse), gradients(whole, leaves, x.dout, dlse))
+    corrected_lse = functional.correct_attn_lse(part[1], part2[1])
+    corrected_out = functional.correct_attn_out(*part, *part2, corrected_lse)
+    assert torch.equal(corrected_out, corrected[0])
+    leaves.append(torch.randn(2, 4, dtype=torch.float64, requires_grad=True))
+    corrected = functional.correct_attn_out_lse_with_sink(corrected_out, corrected_lse, leaves[-1])
+    whole = dense_attention(*leaves[:3], slices, sink=leaves[-1])[:2]
+    torch.testing.assert_close(gradients(corrected, leaves, x.dout, x.dlse), gradients(whole, leaves, x.dout, x.dlse))
+
+
+def gradients(outputs, leaves, *grad_outputs):
+    return torch.autograd.grad(outputs, leaves, grad_outputs, retain_graph=True)
+
+
 @pytest.mark.parametrize(
     ("sink", "layout", "error", "message"),
     [

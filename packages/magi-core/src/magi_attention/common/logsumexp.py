@@ -8,12 +8,17 @@ from torch import Tensor
 def merge_lse(lse: Tensor, lse2: Tensor) -> Tensor:
     """Return ``logaddexp(lse, lse2)`` in at least float32; -inf with -inf stays -inf."""
     dtype = accumulation_dtype(lse, lse2)
-    return torch.logaddexp(lse.to(dtype), lse2.to(dtype))
+    lse, lse2 = lse.to(dtype), lse2.to(dtype)
+    if not torch.is_grad_enabled():
+        return torch.logaddexp(lse, lse2)
+    neither = (lse == -torch.inf) & (lse2 == -torch.inf)  # where the gradient of logaddexp would be NaN
+    return torch.logaddexp(lse.masked_fill(neither, 0.0), lse2).masked_fill(neither, -torch.inf)
 
 
 def rescale_weight(lse: Tensor, final_lse: Tensor) -> Tensor:
     """Return ``exp(lse - final_lse)``: the share of a part in the whole; 0 where either is -inf."""
-    return torch.exp(lse - final_lse).masked_fill_((lse == -torch.inf) | (final_lse == -torch.inf), 0.0)
+    empty = (lse == -torch.inf) | (final_lse == -torch.inf)
+    return (lse - final_lse).masked_fill_(empty, -torch.inf).exp_()  # masked before exp, so that no gradient is NaN
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

@@ -2,7 +2,7 @@
 """Correcting finished attention results by more keys or by a sink.
 
 Everything is computed in at least float32 and returned in the dtype of the first argument of its kind, or, with
-``inplace=True``, written into that argument. Nothing here is differentiable in place.
+``inplace=True``, written into that argument. Gradients flow to all arguments, unless it is in place.
 """
 
 from torch import Tensor
