@@ -94,6 +94,20 @@ def test_sink_of_minus_infinity_changes_nothing():
     assert not sink_gradient(sink, actual, torch.ones(2, 1, 3), lse, torch.ones(2, 1)).any()
 
 
+@pytest.mark.parametrize("sink_dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sink_of_any_precision_joins_in_that_of_the_lse(dtype, sink_dtype):
+    x = random_inputs(5, 5, dtype=dtype)
+    slices = SliceTable([[0, 4, 0, 5, 0]])
+    sink = torch.randn(3, 4, dtype=torch.float64).to(sink_dtype)
+    expected = dense_attention(x.q, x.k, x.v, slices, sink=sink)[:2]
+    ranges = torch.tensor([[0, 4]]), torch.tensor([[0, 5]])
+    out, meta = functional.flex_flash_attn_func(x.q, x.k, x.v, *ranges, sink=sink)
+    assert (out.dtype, meta.lse.dtype) == (dtype, dtype)
+    tolerance = TIGHT if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close((out.double(), meta.lse.double()), expected, **tolerance)
+
+
 def test_sink_gradient_is_not_rounded_before_ranks_add_up():
     sink = torch.zeros(1, 2, dtype=torch.bfloat16)
     out = torch.ones(3, 2, 4)

@@ -12,7 +12,7 @@ from magi_attention.common.errors import MagiValueError
 from magi_attention.common.logsumexp import merge_lse
 from magi_attention.functional.utils import check_sink
 from magi_attention.kernels.merge import merge_partials, rescale
-from magi_attention.kernels.sink import apply_sink, sink_lse
+from magi_attention.kernels.sink import apply_sink, lse_with_sink
 
 
 def correct_attn_lse(lse1: Tensor, lse2: Tensor, inplace: bool = False) -> Tensor:
@@ -51,7 +51,7 @@ def correct_attn_lse_with_sink(
 ) -> Tensor:
     """Return ``logaddexp(lse, logsumexp(sink))``, for lse ``[tq, hq]`` and a sink ``[s, hq]`` or ``[tq, s, hq]``."""
     check_sink(sink, lse.shape[0], lse.shape[1], sink_layout)
-    return _deliver(merge_lse(lse, sink_lse(sink, lse.shape[0])), lse, inplace)
+    return _deliver(lse_with_sink(lse, sink), lse, inplace)
 
 
 def correct_attn_out_with_sink(
@@ -67,8 +67,8 @@ def correct_attn_out_lse_with_sink(
 ) -> tuple[Tensor, Tensor]:
     """Return out and lse with the sink folded in."""
     check_sink(sink, lse.shape[0], lse.shape[1], sink_layout)
-    with_sink, lse_with_sink = apply_sink(out, lse, sink)
-    return _deliver(with_sink, out, inplace), _deliver(lse_with_sink, lse, inplace)
+    final_out, final_lse = apply_sink(out, lse, sink)
+    return _deliver(final_out, out, inplace), _deliver(final_lse, lse, inplace)
 
 
 def _deliver(result: Tensor, target: Tensor, inplace: bool) -> Tensor:

@@ -17,6 +17,12 @@ def sink_lse(sink: Tensor, num_q: int) -> Tensor:
     return torch.logsumexp(sink.to(accumulation_dtype(sink)), dim=-2).expand(num_q, -1)
 
 
+def lse_with_sink(lse: Tensor, sink: Tensor) -> Tensor:
+    """Return ``logaddexp(lse, logsumexp(sink))`` for lse ``[tq, hq]``, in its own precision, at least float32."""
+    lse = lse.to(accumulation_dtype(lse))
+    return merge_lse(lse, sink_lse(sink.to(lse.dtype), lse.shape[0]))
+
+
 def apply_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
     """Fold ``sink`` into the final ``out`` ``[tq, hq, dv]`` and ``lse`` ``[tq, hq]`` of an attention without it.
 
@@ -26,7 +32,7 @@ def apply_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         out and lse in at least float32. The arguments are not changed.
     """
-    with_sink = merge_lse(lse, sink_lse(sink, lse.shape[0]))
+    with_sink = lse_with_sink(lse, sink)
     return rescale(out, lse, with_sink), with_sink
 
 
@@ -34,9 +40,9 @@ def fold_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     """:func:`apply_sink` in place of ``out``, rounded once to its dtype: out is read and written once.
 
     Returns:
-        the lse with the sink, in at least float32; the argument is not changed.
+        the lse with the sink, as :func:`lse_with_sink` makes it; the argument is not changed.
     """
-    with_sink = merge_lse(lse, sink_lse(sink, lse.shape[0]))
+    with_sink = lse_with_sink(lse, sink)
     out.mul_(rescale_weight(lse.to(with_sink.dtype), with_sink)[..., None])
     return with_sink
 
