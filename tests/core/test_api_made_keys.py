@@ -19,6 +19,7 @@ from magi_attention.api import (
     make_varlen_key_for_new_mask_after_dispatch,
 )
 from magi_attention.config import RuntimeConfig
+from magi_attention.dist_attn_runtime_mgr import init_dist_attn_runtime_mgr
 from tests.core.api_keys import chunks, key_for, ranges
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
@@ -187,6 +188,22 @@ def test_new_mask_needs_a_living_key():
     clear_cache()
     with pytest.raises(ValueError, match="does not exist"):
         make_flex_key_for_new_mask_after_dispatch(ranges((0, 9)), ranges((0, 9)), "causal", old)
+
+
+@pytest.mark.parametrize("types", [AttnMaskType.CAUSAL, "causal", ["causal", AttnMaskType.CAUSAL]])
+def test_managers_take_mask_types_as_keys_do(types):
+    mask = ranges((0, 30), (30, 100)), ranges((0, 30), (30, 100))
+    manager = init_dist_attn_runtime_mgr(*mask, types, 100, 100, 4, 2, 64, 10, None)
+    assert manager.key.attn_mask_type == (AttnMaskType.CAUSAL, AttnMaskType.CAUSAL)
+
+
+@pytest.mark.parametrize(
+    ("types", "message"), [("casual", "known are full"), ([1, 1], "or its name"), (["full"], "1 ")]
+)
+def test_managers_refuse_what_are_no_mask_types(types, message):
+    mask = ranges((0, 30), (30, 100)), ranges((0, 30), (30, 100))
+    with pytest.raises((ValueError, TypeError), match=message):
+        init_dist_attn_runtime_mgr(*mask, types, 100, 100, 4, 2, 64, 10, None)
 
 
 def make_in_a_worker(maker):

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys and managers without padding, choice of chunks or cache, by the path that older code imports them from."""
 
-from collections.abc import Sequence
-
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_attention.api.checks import check_heads, check_ranges, check_sources
+from magi_attention.api.checks import GeneralAttnMaskType, check_heads, check_ranges, check_sources, resolve_mask_types
 from magi_attention.api.groups import check_makes_keys
 from magi_attention.comm.group import group_size
-from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiValueError
 from magi_attention.common.ranges import AttnRanges
 from magi_attention.config import DistAttnConfig
@@ -30,7 +27,7 @@ __all__ = [
 def init_dist_attn_runtime_key(
     q_ranges: AttnRanges,
     k_ranges: AttnRanges,
-    attn_mask_type: Sequence[AttnMaskType],
+    attn_mask_type: GeneralAttnMaskType,
     total_seqlen_q: int,
     total_seqlen_k: int,
     num_heads_q: int,
@@ -51,7 +48,7 @@ def init_dist_attn_runtime_key(
     return DistAttnRuntimeKey(
         q_ranges=q_ranges,
         k_ranges=k_ranges,
-        attn_mask_type=tuple(attn_mask_type),
+        attn_mask_type=tuple(resolve_mask_types(attn_mask_type, len(q_ranges))),
         total_seqlen_q=total_seqlen_q,
         total_seqlen_k=total_seqlen_k,
         num_heads_q=num_heads_q,
@@ -73,7 +70,7 @@ def init_dist_attn_runtime_key(
 def init_dist_attn_runtime_mgr(
     q_ranges: AttnRanges,
     k_ranges: AttnRanges,
-    attn_mask_type: Sequence[AttnMaskType],
+    attn_mask_type: GeneralAttnMaskType,
     total_seqlen_q: int,
     total_seqlen_k: int,
     num_heads_q: int,
@@ -94,7 +91,7 @@ def init_dist_attn_runtime_mgr(
     Args:
         q_ranges: query rows of the mask's slices.
         k_ranges: key rows of the slices.
-        attn_mask_type: the slices' types.
+        attn_mask_type: the slices' types or their names, or one for all.
         total_seqlen_q: rows of the sequence of queries.
         total_seqlen_k: rows of the sequence of keys.
         num_heads_q: query heads.
