@@ -55,6 +55,15 @@ def test_oracle_agrees_with_pytorch_attention(mask):
     assert (largest <= lse.amax(0)).all()
 
 
+@pytest.mark.parametrize(("num_q", "num_k"), [(0, 3), (3, 0), (0, 0)])
+def test_oracle_without_queries_or_keys(num_q, num_k):
+    x = random_inputs(num_q, num_k)
+    out, lse, largest = dense_attention(*x[:3], SliceTable([]), sink=torch.zeros(1, 4))
+    assert torch.equal(out, torch.zeros_like(x.dout))
+    assert torch.equal(lse, torch.zeros(num_q, 4, dtype=torch.float64))
+    assert largest.tolist() == [-torch.inf] * 4
+
+
 def test_oracle_gradients_by_finite_differences():
     slices = SliceTable([[0, 4, 0, 3, 1], [4, 5, 0, 0, 0]])
     x = random_inputs(5, 3, heads=(2, 1), dims=(3, 2))

@@ -57,7 +57,7 @@ def masked_attention(
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     masked = scores.masked_fill(~mask, -torch.inf)
     no_pair = scores.new_full((num_heads, num_q, 1), -torch.inf)
-    max_logits = torch.cat([masked, no_pair], -1).detach().amax((1, 2))
+    max_logits = torch.cat([masked.flatten(1), scores.new_full((num_heads, 1), -torch.inf)], 1).detach().amax(1)
     if softcap > 0:
         masked = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
     if sink is not None:
