@@ -97,6 +97,16 @@ def test_reduce_by_lse_merges_attention_outputs(matched, accumulate, without_key
         torch.testing.assert_close(y[row], out, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "reduce_dtype"), [(torch.float32, None), (torch.float64, torch.bfloat16)])
+def test_reduce_by_lse_of_another_precision(dtype, reduce_dtype):
+    x, y = torch.full((1, 1, 2), 1.0, dtype=dtype), torch.full((1, 1, 2), 3.0, dtype=dtype)
+    x_lse, y_lse = (torch.zeros(1, 1, dtype=torch.float64) for _ in range(2))
+    rows = [(0, 1)]
+    range_reduce(x, y, rows, rows, reduce_op="lse", reduce_dtype=reduce_dtype, input_lse=x_lse, output_lse=y_lse)
+    torch.testing.assert_close(y, torch.full_like(y, 2.0))
+    torch.testing.assert_close(y_lse, torch.full_like(y_lse, 2.0).log())
+
+
 def test_low_precision_is_added_in_float32_and_rounded_once():
     x = torch.full((256, 1), 1.0, dtype=torch.bfloat16)
     y = torch.full((1, 1), 256.0, dtype=torch.bfloat16)

@@ -136,4 +136,4 @@ def _merge(out: Tensor, lse: Tensor, term: Tensor, term_lse: Tensor) -> tuple[Te
 
     merged = merge_lse(lse, term_lse)
     weight, term_weight = rescale_weight(lse, merged), rescale_weight(term_lse, merged)
-    return out * weight.unsqueeze(-1) + term * term_weight.unsqueeze(-1), merged
+    return (out * weight.unsqueeze(-1) + term * term_weight.unsqueeze(-1)).to(out.dtype), merged
