@@ -290,11 +290,12 @@ def test_a_handle_does_not_keep_its_key():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_operators_keep_their_promises():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_operators_keep_their_promises(dtype):
     """Schema, fake results, autograd registration and tracing, as torch.library checks them."""
     key = make_key(30, 50)
-    q = torch.randn(50, HEADS, DIM, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(50, KV_HEADS, DIM, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    q = torch.randn(50, HEADS, DIM, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(50, KV_HEADS, DIM, dtype=dtype, requires_grad=True) for _ in range(2))
     sink = torch.randn(1, HEADS, dtype=torch.float64, requires_grad=True)
     ops = torch.ops.magi_attention
     torch.library.opcheck(ops.calc_attn.default, (q, k, v, sink, key.handle, None, 0.0, True))
