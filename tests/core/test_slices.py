@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magi_attention.common.slices import SliceTable, expand_counts, find_double_cover
+from magi_attention.common.slices import SliceTable, distinct, expand_counts, find_double_cover
 
 SIZE = 16
 row = st.tuples(st.integers(0, 9), st.integers(0, 6), st.integers(0, 9), st.integers(0, 6), st.integers(0, 3)).map(
@@ -132,3 +132,11 @@ def test_expand_counts():
     owner, step = expand_counts(np.array([2, 0, 3]))
     assert owner.tolist() == [0, 0, 2, 2, 2]
     assert step.tolist() == [0, 1, 0, 1, 2]
+
+
+def test_distinct():
+    assert distinct(np.array([[7, 2], [2, -3], [7, 7]])).tolist() == [-3, 2, 7]
+    assert distinct(np.array([5])).tolist() == [5]
+    nothing = distinct(np.empty((0, 2), np.int64))
+    assert nothing.shape == (0,)
+    assert nothing.dtype == np.int64

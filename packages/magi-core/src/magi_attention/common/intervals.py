@@ -4,7 +4,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_attention.common.slices import expand_counts
+from magi_attention.common.slices import distinct, expand_counts
 
 Intervals = NDArray[np.int64]
 Indices = NDArray[np.int64]
@@ -55,7 +55,7 @@ def split_at(intervals: Intervals, cuts: NDArray[np.int64]) -> tuple[Intervals, 
     length = intervals[:, 1] - intervals[:, 0]
     before = np.cumsum(length) - length
     total = int(length.sum())
-    begin = np.unique(np.concatenate([before[length > 0], cuts[(cuts > 0) & (cuts < total)]]))
+    begin = distinct(np.concatenate([before[length > 0], cuts[(cuts > 0) & (cuts < total)]]))
     size = np.diff(begin, append=total)
     source = np.searchsorted(before, begin, side="right") - 1
     start = intervals[source, 0] + begin - before[source]

@@ -123,7 +123,7 @@ def find_double_cover(table: SliceTable) -> tuple[int, int] | None:
 
 def _slabs_of(bands: Bands) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """All ends of rows, and the first slab between them and the one after the last that each band spans."""
-    ends = np.unique(bands[:, : band.K0])
+    ends = distinct(bands[:, : band.K0])
     return ends, np.searchsorted(ends, bands[:, band.Q0]), np.searchsorted(ends, bands[:, band.Q1])
 
 
@@ -154,3 +154,13 @@ def expand_counts(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray
     step = np.arange(len(owner))
     step -= (np.cumsum(counts) - counts).take(owner)
     return owner, step
+
+
+def distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The different values of an array of any shape, ascending; several times as fast as ``np.unique``, which hashes.
+
+    >>> distinct(np.array([[4, 2], [2, 7]]))
+    array([2, 4, 7])
+    """
+    ordered = np.sort(values, axis=None)
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
-from magi_attention.common.slices import SliceTable, expand_counts
+from magi_attention.common.slices import SliceTable, distinct, expand_counts
 from magi_attention.plan.documents import component_starts
 from magi_attention.plan.row_areas import LightestRows, RowAreas
 from magi_attention.plan.totals import totals
@@ -120,7 +120,7 @@ class Ranks:
 def _readers(bands: Bands, areas: RowAreas, starts: Array, num_keys: int) -> tuple[Array, Array, Array]:
     """Cut the keys into pieces; for each, the number and area of the rows that read the whole piece."""
     grid = np.arange(0, num_keys, max(1, num_keys // GRID))
-    cuts = np.unique(np.concatenate([grid, starts, bands[:, band.K0], bands[:, band.K1], [0, num_keys]]))
+    cuts = distinct(np.concatenate([grid, starts, bands[:, band.K0], bands[:, band.K1], [0, num_keys]]))
     first = np.searchsorted(cuts, bands[:, band.K0])
     owner, step = expand_counts(np.searchsorted(cuts, bands[:, band.K1]) - first)
     piece = first[owner] + step

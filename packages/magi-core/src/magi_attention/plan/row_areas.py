@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
-from magi_attention.common.slices import SliceTable, expand_counts
+from magi_attention.common.slices import SliceTable, distinct, expand_counts
 from magi_attention.plan.totals import totals
 
 Array = NDArray[np.int64]
@@ -43,7 +43,7 @@ class RowAreas:
         flat_from, flat_to = np.clip(k1 - d1, q0, q1), np.clip(k0 - d0, q0, q1)
         start, stop = np.concatenate([q0, flat_from, q0, flat_to]), np.concatenate([flat_from, q1, flat_to, q1])
         constant, slope = np.concatenate([d1 + 1, k1, -k0, -d0]), np.repeat([1, 0, 0, -1], len(bands))
-        cuts = np.unique(np.concatenate([start, stop, [0, total]]))
+        cuts = distinct(np.concatenate([start, stop, [0, total]]))
         step, at_row_zero = (_sum_over(cuts, start, stop, each) for each in (slope, constant))
         first = at_row_zero + step * cuts
         rows = np.diff(cuts)
@@ -90,7 +90,7 @@ class LightestRows:
         start = np.concatenate([low[even], low[steep][run] + np.abs(step[steep])[run] * begin])
         stop = start + np.concatenate([np.where(step == 0, 1, rows)[even], np.ones_like(run)])
         number = np.concatenate([np.where(step == 0, rows, 1)[even], end - begin])
-        cuts = np.unique(np.concatenate([start, stop]))
+        cuts = distinct(np.concatenate([start, stop]))
         density = _sum_over(cuts, start, stop, number)
         levels = np.diff(cuts)
         rows_between = density[:-1] * levels

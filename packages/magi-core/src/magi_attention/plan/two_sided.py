@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
 from magi_attention.common.intervals import Intervals
-from magi_attention.common.slices import SliceTable
+from magi_attention.common.slices import SliceTable, distinct
 from magi_attention.plan.chunks import ChunkWork
 
 Array = NDArray[np.int64]
@@ -70,7 +70,7 @@ def cut_costs(work: ChunkWork, line: Array) -> Array:
     """``(num_chunks + 1,)`` how many key rows are read both before and after each place of the line."""
     place = np.empty_like(line)
     place[line] = np.arange(len(line))
-    ends = np.unique(work.keys)
+    ends = distinct(work.keys)
     first, last = _extreme_readers(np.searchsorted(ends, work.keys), place[work.chunk], max(len(ends) - 1, 0))
     length = np.diff(ends)
     read = np.flatnonzero(last > first)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
-from magi_attention.common.slices import SliceTable, count_slab_pieces, cut_into_slabs
+from magi_attention.common.slices import SliceTable, count_slab_pieces, cut_into_slabs, distinct
 
 MOST_RUNS = 4
 """Masks that would be cut into more runs stay whole."""
@@ -31,7 +31,7 @@ def regular_runs(slices: SliceTable, start: int, stop: int) -> list[tuple[int, i
     cuts = np.flatnonzero(~slabs.goes_on) + 1
     heads = np.append(0, cuts)
     ends = np.append(cuts, len(slabs.first)) - 1
-    borders = np.unique(np.concatenate([[start, stop], slabs.first[heads], slabs.last[ends]]))
+    borders = distinct(np.concatenate([[start, stop], slabs.first[heads], slabs.last[ends]]))
     runs = [(int(first), int(last)) for first, last in pairwise(borders)]
     return runs if len(runs) <= MOST_RUNS else whole
 
