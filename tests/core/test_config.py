@@ -2,6 +2,7 @@
 """Config classes: defaults, equality, contradictions, and what the environment fills in."""
 
 import dataclasses
+import math
 import pickle
 
 import pytest
@@ -175,6 +176,9 @@ CONTRADICTIONS = [
     (lambda: OverlapConfig(degree="automatic"), "a number, 'auto' or None, not 'automatic'"),
     (lambda: OverlapConfig(calc_cost_factor=0.0), "calc_cost_factor"),
     (lambda: OverlapConfig(comm_cost_factor=-1.0), "comm_cost_factor"),
+    (lambda: OverlapConfig(comm_cost_factor=math.inf), "comm_cost_factor must be finite, not inf"),
+    (lambda: OverlapConfig(calc_cost_factor=math.nan), "calc_cost_factor must be positive, not nan"),
+    (lambda: UniformOverlapAlg(random_costs=True, random_seed=-1), "random_seed must be at least 0, not -1"),
     (lambda: DispatchConfig(chunk_size=0), "chunk_size.*not 0"),
     (lambda: ToppHeapDispatchAlg(top_p=1.5), "top_p"),
     (lambda: SortedSequentialSelectAlg(allocation_ratio=0.0), "allocation_ratio"),
@@ -218,6 +222,8 @@ def test_contradictions_raise_when_built(make, words):
         (lambda: OverlapConfig(degree=1.0), "degree"),
         (lambda: OverlapConfig(degree=True), "degree"),
         (lambda: OverlapConfig(alg=OverlapAlg()), "subclass"),
+        (lambda: UniformOverlapAlg(random_costs=1), "random_costs must be bool, not 1"),
+        (lambda: UniformOverlapAlg(random_costs=True, random_seed=0.5), "random_seed must be int or None, not 0.5"),
         (lambda: DispatchConfig(alg=DispatchAlg()), "subclass"),
         (lambda: DispatchConfig(alg="min_heap"), "alg"),
         (lambda: DispatchConfig(chunk_size=1.5), "chunk_size"),

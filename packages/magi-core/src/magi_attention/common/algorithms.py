@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from magi_attention.common.enum import DispatchAlgType, OverlapAlgType
-from magi_attention.common.validation import check_positive, check_share
+from magi_attention.common.errors import MagiValueError
+from magi_attention.common.validation import check_positive, check_share, check_type
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,18 @@ class UniformOverlapAlg(OverlapAlg):
 
     Attributes:
         random_costs: deal by random weights instead, for tests.
-        random_seed: the seed of these weights.
+        random_seed: the seed of these weights, at least 0; None for 0.
     """
 
     type = OverlapAlgType.UNIFORM
     random_costs: bool = False
     random_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_type(self, "random_costs", bool)
+        seed = check_type(self, "random_seed", int, type(None))
+        if seed is not None and seed < 0:
+            raise MagiValueError(f"UniformOverlapAlg.random_seed must be at least 0, not {seed}")
 
 
 @dataclass(frozen=True)

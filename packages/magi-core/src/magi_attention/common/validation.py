@@ -19,11 +19,12 @@ def check_type(config: object, name: str, *types: type) -> Any:
 
 
 def check_positive(config: object, names: Sequence[str], *types: type) -> None:
-    """Refuse fields that aren't of one of ``types`` and positive; None passes where its type is allowed."""
+    """Refuse fields that aren't of one of ``types``, positive and finite; None passes where its type is allowed."""
     for name in names:
         value = check_type(config, name, *types)
-        if value is not None and not value > 0:
-            raise MagiValueError(f"{type(config).__name__}.{name} must be positive, not {value!r}")
+        if value is not None and not 0 < value < math.inf:
+            wanted = "finite" if value == math.inf else "positive"
+            raise MagiValueError(f"{type(config).__name__}.{name} must be {wanted}, not {value!r}")
 
 
 def check_share(config: object, name: str) -> None:
