@@ -22,6 +22,7 @@ from magi_attention.api import (
     make_varlen_key_for_new_mask_after_dispatch,
     undispatch,
 )
+from magi_attention.config import DistAttnConfig, RuntimeConfig
 from magi_attention.testing.distributed import RankPool
 from tests.distributed.test_api_ranks import SHARDS, WORLD_SIZE, causal_key, check_dispatch
 
@@ -117,6 +118,39 @@ def fail_by_arguments(rank, world_size):
 def test_a_rank_whose_arguments_are_wrong_is_named_at_once(pool):
     started = time.monotonic()
     pool.run(fail_by_arguments, timeout_s=60)
+    assert time.monotonic() - started < 25
+
+
+def fail_by_config(rank, world_size):
+    """What is no config on one rank, or one that contradicts the environment or the group there."""
+    key = causal_key(64)
+    ranges = AttnRanges.from_ranges([(0, 64)])
+    in_two_hops = DistAttnConfig(runtime_config=RuntimeConfig(hierarchical_comm=True))
+    makers = (
+        (TypeError, lambda: magi_attn_flex_key(ranges, ranges, "full", 64, 64, 4, 2, 8, 0, None, {"degree": 2})),
+        (TypeError, lambda: magi_attn_varlen_key([0, 64], [0, 64], 4, 2, 8, 0, None, dist_attn_config={})),
+        (ValueError, lambda: causal_key(64, hierarchical_comm=True)),
+        (TypeError, lambda: make_flex_key_for_new_mask_after_dispatch(ranges, ranges, "full", key, dist_attn_config=3)),
+        (
+            ValueError,
+            lambda: make_varlen_key_for_new_mask_after_dispatch([0, 64], [0, 64], key, False, (-1, -1), in_two_hops),
+        ),
+    )
+    for number, (error, make) in enumerate(makers):
+        culprit = number % world_size
+        message = "must be a DistAttnConfig|needs a 2-D DeviceMesh"
+        if rank == culprit:
+            with pytest.raises(error, match=message):
+                make()
+        else:
+            with pytest.raises(RuntimeError, match=rf"rank {culprit} failed to make its key: .*({message})"):
+                causal_key(60)
+        causal_key(32 + number)  # and the group is still good
+
+
+def test_a_rank_whose_config_is_wrong_is_named_at_once(pool):
+    started = time.monotonic()
+    pool.run(fail_by_config, timeout_s=60)
     assert time.monotonic() - started < 25
 
 

@@ -15,6 +15,7 @@ from magi_attention.common.ranges import AttnRanges
 from magi_attention.common.slices import MOST_ROWS
 from magi_attention.config import DispatchAlg, DistAttnConfig, LocalityDispatchAlg
 from magi_attention.env import general
+from magi_attention.env.comm import is_plan_check_enable
 from magi_attention.plan.chunk_size import choose_chunk_size
 from magi_attention.utils.tensors import check_plain_tensor
 
@@ -111,6 +112,12 @@ def check_config(config: object) -> None:
     """Raise unless it is a :class:`DistAttnConfig`, of which the other configs are parts."""
     if not isinstance(config, DistAttnConfig):
         raise TypeError(f"dist_attn_config must be a DistAttnConfig, not {config!r}")
+
+
+def checks_plan(config: object) -> bool:
+    """Whether the ranks compare their plans, by what was passed as config; by the environment if that is none."""
+    asked = config.runtime_config.check_plan if isinstance(config, DistAttnConfig) else None
+    return is_plan_check_enable() if asked is None else asked
 
 
 def with_chunk_limit(config: DistAttnConfig, chunk_size: int | None) -> DistAttnConfig:

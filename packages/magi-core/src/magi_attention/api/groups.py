@@ -23,15 +23,12 @@ def check_makes_keys() -> None:
         )
 
 
-def resolve_group(
-    cp_group_or_mesh: GroupOrMesh, is_hierarchical: bool
-) -> tuple[dist.ProcessGroup | None, DeviceMesh | None]:
+def resolve_group(cp_group_or_mesh: GroupOrMesh) -> tuple[dist.ProcessGroup | None, DeviceMesh | None]:
     """Find the context-parallel group.
 
     Args:
         cp_group_or_mesh: a group, a 1-D mesh, a 2-D mesh (nodes, ranks of a node), or None for the default group or,
             where torch.distributed isn't initialized, for this process alone.
-        is_hierarchical: whether rows travel in two hops, which takes a 2-D mesh.
 
     Returns:
         The group (None for this process alone) and the mesh (None unless a mesh was given).
@@ -41,11 +38,7 @@ def resolve_group(
             with other kinds of parallelism in it.
     """
     if isinstance(cp_group_or_mesh, DeviceMesh):
-        return _group_of_mesh(cp_group_or_mesh, is_hierarchical), cp_group_or_mesh
-    if is_hierarchical:
-        raise MagiValueError(
-            f"hierarchical communication needs a 2-D DeviceMesh (nodes, ranks of a node), not {cp_group_or_mesh!r}"
-        )
+        return _group_of_mesh(cp_group_or_mesh), cp_group_or_mesh
     if cp_group_or_mesh is None:
         return (dist.group.WORLD if dist.is_initialized() else None), None
     if not isinstance(cp_group_or_mesh, dist.ProcessGroup):
@@ -56,18 +49,30 @@ def resolve_group(
     return cp_group_or_mesh, None
 
 
-def _group_of_mesh(mesh: DeviceMesh, is_hierarchical: bool) -> dist.ProcessGroup:
-    if mesh.ndim not in (1, 2) or (is_hierarchical and mesh.ndim != 2):
-        wanted = "2-D (nodes, ranks of a node) for hierarchical communication" if is_hierarchical else "1-D or 2-D"
-        raise MagiValueError(f"cp_group_or_mesh is a mesh of shape {tuple(mesh.shape)}; it must be {wanted}")
-    if mesh.get_coordinate() is None:
-        raise MagiValueError(f"global rank {dist.get_rank()} is not part of the mesh {mesh}")
-    members = mesh.mesh.flatten().tolist()
-    if is_hierarchical and members != sorted(members):
+def check_takes_two_hops(cp_group_or_mesh: GroupOrMesh) -> None:
+    """Raise unless rows can travel in two hops: by a 2-D mesh, its ranks numbered node by node."""
+    if not isinstance(cp_group_or_mesh, DeviceMesh):
+        raise MagiValueError(
+            f"hierarchical communication needs a 2-D DeviceMesh (nodes, ranks of a node), not {cp_group_or_mesh!r}"
+        )
+    if cp_group_or_mesh.ndim != 2:
+        raise MagiValueError(
+            f"cp_group_or_mesh is a mesh of shape {tuple(cp_group_or_mesh.shape)}; it must be 2-D (nodes, ranks of a "
+            "node) for hierarchical communication"
+        )
+    members = cp_group_or_mesh.mesh.flatten().tolist()
+    if members != sorted(members):
         raise MagiValueError(
             "hierarchical communication numbers the ranks node by node: the mesh's ranks must ascend row by row, "
-            f"unlike {mesh.mesh.tolist()}"
+            f"unlike {cp_group_or_mesh.mesh.tolist()}"
         )
+
+
+def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
+    if mesh.ndim not in (1, 2):
+        raise MagiValueError(f"cp_group_or_mesh is a mesh of shape {tuple(mesh.shape)}; it must be 1-D or 2-D")
+    if mesh.get_coordinate() is None:
+        raise MagiValueError(f"global rank {dist.get_rank()} is not part of the mesh {mesh}")
     if mesh.ndim == 2 and not mesh.mesh_dim_names:
         raise MagiValueError(
             'a 2-D mesh must be named to be flattened: pass mesh_dim_names=("inter", "intra"), for one'

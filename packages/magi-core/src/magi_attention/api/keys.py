@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import deprecated
 
 from magi_attention.api.checks import (
@@ -16,11 +15,12 @@ from magi_attention.api.checks import (
     check_heads,
     check_ranges,
     check_sources,
+    checks_plan,
     resolve_chunk_size,
     resolve_mask_types,
     with_chunk_limit,
 )
-from magi_attention.api.groups import GroupOrMesh, check_makes_keys, resolve_group
+from magi_attention.api.groups import GroupOrMesh, check_makes_keys, check_takes_two_hops, resolve_group
 from magi_attention.api.masks import apply_padding, compute_pad_size, infer_attn_mask_from_cu_seqlens
 from magi_attention.api.tensors import dispatch
 from magi_attention.comm.agreement import failures_reported
@@ -98,8 +98,13 @@ def magi_attn_flex_key(
         >>> key.chunk_size, key.pad_size
         (13, 4)
     """
-    config, cp_group, cp_mesh = _resolve(dist_attn_config, cp_group_or_mesh)
-    with failures_reported(cp_group, bool(config.runtime_config.check_plan)):
+    check_makes_keys()
+    cp_group, cp_mesh = resolve_group(cp_group_or_mesh)
+    with failures_reported(cp_group, checks_plan(dist_attn_config)):
+        check_config(dist_attn_config)
+        config = dist_attn_config.resolved()
+        if config.runtime_config.hierarchical_comm:
+            check_takes_two_hops(cp_group_or_mesh)
         total_seqlen_q, total_seqlen_k, num_heads_q, num_heads_kv, head_dim = as_integers(
             total_seqlen_q=total_seqlen_q,
             total_seqlen_k=total_seqlen_k,
@@ -146,16 +151,6 @@ def magi_attn_flex_key(
     return plan_if_new(key)
 
 
-def _resolve(
-    dist_attn_config: DistAttnConfig, cp_group_or_mesh: GroupOrMesh
-) -> tuple[DistAttnConfig, dist.ProcessGroup | None, DeviceMesh | None]:
-    """The config with every setting resolved, and group and mesh as :func:`resolve_group` finds them."""
-    check_makes_keys()
-    check_config(dist_attn_config)
-    config = dist_attn_config.resolved()
-    return config, *resolve_group(cp_group_or_mesh, bool(config.runtime_config.hierarchical_comm))
-
-
 def magi_attn_varlen_key(
     cu_seqlens_q: Tensor | Sequence[int],
     cu_seqlens_k: Tensor | Sequence[int],
@@ -195,8 +190,9 @@ def magi_attn_varlen_key(
     Raises:
         ValueError: ``causal`` with a window, lengths that shrink, and all that :func:`magi_attn_flex_key` raises.
     """
-    config, cp_group, _ = _resolve(dist_attn_config, cp_group_or_mesh)
-    with failures_reported(cp_group, bool(config.runtime_config.check_plan)):
+    check_makes_keys()
+    cp_group, _ = resolve_group(cp_group_or_mesh)
+    with failures_reported(cp_group, checks_plan(dist_attn_config)):
         q_ranges, k_ranges, mask_types, total_q, total_k = infer_attn_mask_from_cu_seqlens(
             cu_seqlens_q, cu_seqlens_k, causal, window_size
         )

@@ -11,9 +11,10 @@ from magi_attention.api.checks import (
     check_config,
     check_heads,
     check_ranges,
+    checks_plan,
     resolve_mask_types,
 )
-from magi_attention.api.groups import check_makes_keys, resolve_group
+from magi_attention.api.groups import check_makes_keys, check_takes_two_hops
 from magi_attention.api.keys import plan_if_new
 from magi_attention.api.masks import apply_padding, infer_attn_mask_from_cu_seqlens
 from magi_attention.comm.agreement import failures_reported
@@ -72,13 +73,14 @@ def make_flex_key_for_new_mask_after_dispatch(
             f"key_for_dispatch is of the ranks {list(old.group_ranks)} and key_for_kv_dispatch of "
             f"{list(old_k.group_ranks)}; both must be made with the same group"
         )
-    source = _config_or_that_of(old, dist_attn_config)
-    config = DistAttnConfig(
-        dispatch_config=old.dist_attn_config.dispatch_config,
-        overlap_config=source.overlap_config,
-        runtime_config=source.runtime_config,
-    ).resolved()
-    with failures_reported(old.cp_group, bool(config.runtime_config.check_plan)):
+    source = old.dist_attn_config if dist_attn_config is None else dist_attn_config
+    with failures_reported(old.cp_group, checks_plan(source)):
+        check_config(source)
+        config = DistAttnConfig(
+            dispatch_config=old.dist_attn_config.dispatch_config,
+            overlap_config=source.overlap_config,
+            runtime_config=source.runtime_config,
+        ).resolved()
         num_heads_q, num_heads_kv, head_dim = as_integers(
             num_heads_q=old.num_heads_q if num_heads_q is None else num_heads_q,
             num_heads_kv=old.num_heads_kv if num_heads_kv is None else num_heads_kv,
@@ -88,9 +90,8 @@ def make_flex_key_for_new_mask_after_dispatch(
         num_real = old.total_seqlen_q - old.pad_size
         check_ranges(q_ranges, k_ranges, num_real, old_k.total_seqlen_k - old_k.pad_size_k)
         mask_types: Sequence[AttnMaskType] = resolve_mask_types(attn_mask_type, len(q_ranges))
-        resolve_group(
-            old.cp_group if old.cp_mesh is None else old.cp_mesh, bool(config.runtime_config.hierarchical_comm)
-        )
+        if config.runtime_config.hierarchical_comm:
+            check_takes_two_hops(old.cp_group if old.cp_mesh is None else old.cp_mesh)
         if old.pad_size:
             q_ranges, k_ranges, mask_types = apply_padding(q_ranges, k_ranges, mask_types, num_real, old.pad_size)
         key = old.replaced(
@@ -122,13 +123,6 @@ def _manager_of(key: DistAttnRuntimeKey) -> DistAttnRuntimeMgr:
     return manager
 
 
-def _config_or_that_of(key: DistAttnRuntimeKey, dist_attn_config: DistAttnConfig | None) -> DistAttnConfig:
-    if dist_attn_config is None:
-        return key.dist_attn_config
-    check_config(dist_attn_config)
-    return dist_attn_config
-
-
 def _key_of_key_layout(old: DistAttnRuntimeKey, old_k: DistAttnRuntimeKey) -> DistAttnRuntimeKey | None:
     """The key that the layout of keys of ``old_k`` was first made for; None if the layout of queries of ``old`` was."""
     queries, keys = old.layout_key or old, old_k.layout_key_k or old_k.layout_key or old_k
@@ -146,8 +140,8 @@ def make_varlen_key_for_new_mask_after_dispatch(
 ) -> DistAttnRuntimeKey:
     """As :func:`make_flex_key_for_new_mask_after_dispatch`, for packed documents as in :func:`magi_attn_varlen_key`."""
     _manager_of(key_for_dispatch)
-    config = _config_or_that_of(key_for_dispatch, dist_attn_config).resolved()
-    with failures_reported(key_for_dispatch.cp_group, bool(config.runtime_config.check_plan)):
+    source = key_for_dispatch.dist_attn_config if dist_attn_config is None else dist_attn_config
+    with failures_reported(key_for_dispatch.cp_group, checks_plan(source)):
         q_ranges, k_ranges, mask_types, _, _ = infer_attn_mask_from_cu_seqlens(
             cu_seqlens_q, cu_seqlens_k, causal, window_size
         )
