@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache of keys: what is kept, what gives way, and which key counts as the most recent."""
 
+import gc
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -100,6 +102,19 @@ def test_groups_over_the_same_ranks_share_a_dictionary_but_no_keys(group):
     cache[key_of(8, group)], cache[key_of(8, other)] = "default", "other"
     assert [cache[key] for key in cache.keys(group)] == ["default", "other"]
     assert cache.keys(other) == cache.keys(group)
+
+
+def test_a_new_key_takes_the_place_of_those_of_destroyed_groups(group):
+    other = dist.new_group([0])
+    kept, gone = planned(64, group), planned(64, other)
+    dist.destroy_process_group(other)
+    alive, other = weakref.ref(other), None
+    assert gone in dist_attn_runtime_dict_mgr
+    new = planned(80, group)
+    assert dist_attn_runtime_dict_mgr.keys() == [kept, new]
+    del gone
+    gc.collect()
+    assert alive() is None
 
 
 def test_most_recent_key_is_the_one_made_asked_for_or_used_last(group):

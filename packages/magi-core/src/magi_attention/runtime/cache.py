@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from magi_attention.comm.group import is_destroyed
 from magi_attention.env import general
 from magi_attention.runtime.key import DistAttnRuntimeKey, sorted_global_ranks
 
@@ -56,6 +57,16 @@ class DistAttnRuntimeDict:
         with self._lock:
             return next(reversed(self._managers), None)
 
+    def forget_destroyed_groups(self) -> None:
+        """Forget the keys of process groups that have been destroyed, which would keep these alive."""
+        with self._lock:
+            for key in list(self._managers):
+                if key.cp_group is not None and is_destroyed(key.cp_group):
+                    del self._managers[key]
+                    self._with_tables.pop(key, None)
+                    if self._most_recent is key:
+                        self._most_recent = None
+
     def clear(self) -> None:
         """Forget all keys."""
         with self._lock:
@@ -94,7 +105,10 @@ class DistAttnRuntimeDict:
 
 
 class DistAttnRuntimeDictManager:
-    """A :class:`DistAttnRuntimeDict` of ``max_size_per_group`` for every group, told apart by its global ranks."""
+    """A :class:`DistAttnRuntimeDict` of ``max_size_per_group`` for every group, told apart by its global ranks.
+
+    Groups that ``torch.distributed.destroy_process_group`` has ended lose their keys once another key is inserted.
+    """
 
     def __init__(self, max_size_per_group: int) -> None:
         self.max_size_per_group = max_size_per_group
@@ -136,6 +150,8 @@ class DistAttnRuntimeDictManager:
         return self._dict_of(key.group_ranks)[key]
 
     def __setitem__(self, key: DistAttnRuntimeKey, manager: Any) -> None:
+        for each in list(self._dicts.values()):
+            each.forget_destroyed_groups()
         self._dict_of(key.group_ranks)[key] = manager
 
     def _dict_of(self, ranks: tuple[int, ...]) -> DistAttnRuntimeDict:
