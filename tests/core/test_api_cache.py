@@ -2,6 +2,7 @@
 """The cache of keys: what is kept, what gives way, and which key counts as the most recent."""
 
 import gc
+import io
 import sys
 import time
 import weakref
@@ -115,6 +116,33 @@ def test_a_new_key_takes_the_place_of_those_of_destroyed_groups(group):
     del gone
     gc.collect()
     assert alive() is None
+
+
+def test_a_module_that_holds_a_key_is_saved_and_loaded_with_it(group):
+    other = dist.new_group([0])
+    module = torch.nn.Linear(2, 2)
+    module.key, module.other = planned(64, group), planned(64, other)
+    file = io.BytesIO()
+    torch.save(module, file)
+
+    def load() -> torch.nn.Module:
+        file.seek(0)
+        return torch.load(file, weights_only=False)
+
+    loaded = load()
+    assert (loaded.key, loaded.other) == (module.key, module.other)
+    assert (hash(loaded.key), hash(loaded.other)) == (hash(module.key), hash(module.other))
+    assert loaded.other.cp_group is other
+    assert loaded.key.local_rows == (64, 64)
+    assert dispatch(torch.zeros(64), loaded.other).shape == (64,)
+    # As another rank does, or a process without the group.
+    dist.destroy_process_group(other)
+    loaded = load()
+    assert loaded.key == module.key
+    assert loaded.other != module.other
+    assert (loaded.other.cp_group, loaded.other.local_rows) == (None, None)
+    with pytest.raises(ValueError, match="make it again"):
+        dispatch(torch.zeros(64), loaded.other)
 
 
 def test_most_recent_key_is_the_one_made_asked_for_or_used_last(group):

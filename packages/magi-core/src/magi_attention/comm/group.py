@@ -3,6 +3,7 @@
 
 import atexit
 import sys
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import torch.distributed as dist
@@ -26,6 +27,33 @@ def has_peers(group: dist.ProcessGroup | None) -> bool:
 def is_destroyed(group: dist.ProcessGroup) -> bool:
     """Whether ``torch.distributed.destroy_process_group`` has been called for a group."""
     return group not in dist.distributed_c10d._world.pg_map
+
+
+class GroupName(NamedTuple):
+    """What stands for a process group where it is pickled: the group itself can't be.
+
+    Attributes:
+        name: PyTorch's for the group.
+        ranks: the global ranks of its members, in their order.
+        rank: this process's rank in it.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    rank: int
+
+
+def name_group(group: dist.ProcessGroup | None) -> GroupName | None:
+    """What a group can be found by again; None for this process alone, and for groups that have been destroyed."""
+    if group is None or is_destroyed(group):
+        return None
+    return GroupName(group.group_name, tuple(dist.get_process_group_ranks(group)), group_rank(group))
+
+
+def find_named_group(named: GroupName | None) -> dist.ProcessGroup | None:
+    """The group of this process that :func:`name_group` makes the same of; None if there is none."""
+    groups = list(dist.distributed_c10d._world.pg_map) if named is not None else []
+    return next((group for group in groups if name_group(group) == named), None)
 
 
 def num_groups() -> int:

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_attention.comm.group import let_go_at_exit
+from magi_attention.comm.group import find_named_group, let_go_at_exit, name_group
 from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiValueError
 from magi_attention.common.range import InvalidRangeError
@@ -28,7 +28,8 @@ class DistAttnRuntimeKey:
 
     A key holds copies of the ranges that it is made of. All fields take part in equality and in the hash. It is frozen
     as a dataclass is, but is none to others: FSDP's mixed precision, for one, would make every dataclass among the
-    arguments of a module anew.
+    arguments of a module anew. It can be pickled, as with a module that holds it, and is of the same group once it is
+    loaded by the same rank of that; elsewhere it is of none, and must be made again.
 
     Attributes:
         q_ranges: query ranges of the slices, padding included.
@@ -167,11 +168,18 @@ class DistAttnRuntimeKey:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # The memoized hash and the handle hold in this process only, and the handle for this object only.
-        return {name: value for name, value in vars(self).items() if name not in ("_hash", "handle")}
+        # What is memoized and the handle hold in this process only, and the handle for this object only.
+        memoized = ("_hash", "group_ranks", "handle")
+        state = {name: value for name, value in vars(self).items() if name not in memoized}
+        return state | {"cp_group": name_group(self.cp_group)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        named = state["cp_group"]
+        group = find_named_group(named)
+        if group is None and named is not None:  # saved by another rank, say, whose rows are not this one's
+            state = {name: value for name, value in state.items() if name != "local_rows"} | {"cp_mesh": None}
+        self.__dict__.update(state | {"cp_group": group})
+        let_go_at_exit(self, "cp_group", "cp_mesh")
         self._take_handle()
 
 
