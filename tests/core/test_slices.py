@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from magi_attention.common import slices
 from magi_attention.common.slices import SliceTable, distinct, expand_counts, find_double_cover
 
 SIZE = 16
@@ -126,6 +127,16 @@ def test_double_cover_is_found_along_the_axis_with_fewer_pieces():
     assert find_double_cover(SliceTable([*rows, [6399, 6400, 128, 129, 0]])) == (2, 100)
     transposed = [[k0, k1, q0, q1, kind] for q0, q1, k0, k1, kind in rows]
     assert find_double_cover(SliceTable([*transposed, [128, 129, 6399, 6400, 0]])) == (2, 100)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_slices_that_share_no_queries_or_no_keys_are_not_cut_up(monkeypatch, swapped):
+    monkeypatch.setattr(slices, "cut_into_slabs", None)
+    # Neighbors that touch, in no order, over the same keys.
+    rows = np.array([[64, 96, 0, 96, 1], [0, 64, 0, 96, 2], [96, 100, 0, 96, 3], [70, 70, 0, 96, 0]])
+    table = SliceTable(rows[:, [2, 3, 0, 1, 4]] if swapped else rows)
+    assert find_double_cover(table) is None
+    assert find_double_cover(SliceTable([])) is None
 
 
 def test_expand_counts():

@@ -93,12 +93,13 @@ class SliceTable(KeepsDerived):
 def find_double_cover(table: SliceTable) -> tuple[int, int] | None:
     """Find two slices that keep a common (query, key) pair; None if there are none.
 
-    Rows are cut at every slice's ends, so that within a slab all slices span the same rows and their column extents
+    Slices of which no two share a query, or no two a key, as those of packed documents, are seen at once. Else rows are
+    cut at every slice's ends, so that within a slab all slices span the same rows and their column extents
     are tight; only extents that overlap inside a slab need the exact count of common pairs. Queries and keys change
     places where that leaves fewer pieces.
     """
     bands, source = band.shrink(table.bands())
-    if len(bands) < 2:
+    if any(_are_apart(bands[:, axis : axis + 2]) for axis in (band.Q0, band.K0)):
         return None
     transposed = band.transpose(bands)
     if count_slab_pieces(transposed) < count_slab_pieces(bands):
@@ -119,6 +120,12 @@ def find_double_cover(table: SliceTable) -> tuple[int, int] | None:
         return None
     a, b = sorted(int(source[owner[side[doubled[0]]]]) for side in (left, right))
     return a, b
+
+
+def _are_apart(intervals: NDArray[np.int64]) -> bool:
+    """Whether no two of some intervals, none of them empty, overlap."""
+    start, stop = intervals[np.argsort(intervals[:, 0], kind="stable")].T
+    return bool((start[1:] >= stop[:-1]).all())
 
 
 def _slabs_of(bands: Bands) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
