@@ -127,6 +127,17 @@ def test_search_of_many_chunks_ends_and_is_no_worse_than_the_heap():
     assert loads(slices, layout_of(slices, 512, 1, 64, BSDispatchAlg())).max() <= heap
 
 
+def test_search_ends_where_areas_are_more_than_a_float_can_count():
+    rows, keys = 2**27 + 1, 2**26 + 3
+    area = rows * keys
+    assert int(float(area)) > area
+    slices = SliceTable([[0, rows, 0, keys, 0], [rows, 2 * rows, 0, keys, 0]])
+    layout = make_layout(
+        slices, num_real=2 * rows, total=2 * rows, chunk_size=rows, num_ranks=2, algorithm=BSDispatchAlg()
+    )
+    assert sorted(layout.owner.tolist()) == [0, 1]
+
+
 def test_fewer_chunks_than_ranks_is_refused():
     with pytest.raises(ValueError, match="4 chunks, fewer than the 8 ranks: choose chunks of at most 8 tokens"):
         layout_of(CAUSAL, 64, 16, 8)

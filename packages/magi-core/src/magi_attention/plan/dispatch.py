@@ -184,7 +184,7 @@ def smallest_maximum(work: ChunkWork, num_ranks: int, capacity: int, algorithm: 
     :func:`min_heap`.
     """
     best = min_heap(work, num_ranks, capacity, algorithm)
-    high = int(np.bincount(best, weights=work.area).max())
+    high = int(totals(best, work.area, num_ranks).max())
     low = max(-(-int(work.area.sum()) // num_ranks), int(work.area.max(initial=0)))
     while low < high:
         bound = (low + high) // 2
@@ -192,7 +192,7 @@ def smallest_maximum(work: ChunkWork, num_ranks: int, capacity: int, algorithm: 
         if found is None:
             low = bound + 1
         else:
-            best, high = found, int(np.bincount(found, weights=work.area).max())
+            best, high = found, int(totals(found, work.area, num_ranks).max())
     return best
 
 
