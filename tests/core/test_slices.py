@@ -120,6 +120,16 @@ def test_derived_values_are_built_once():
     assert built == ["area", "area"]
 
 
+def test_derived_values_are_returned_though_another_thread_drops_them_at_once():
+    class Dropping(dict):
+        def __setitem__(self, name, value):
+            pass
+
+    table = SliceTable([[0, 4, 0, 4, 1]])
+    table._derived = Dropping()
+    assert table.derived("area", table.area) == 10
+
+
 def test_double_cover_is_found_along_the_axis_with_fewer_pieces():
     # Nested queries over neighboring keys: cut along the queries, n slices would be n * n / 2 pieces.
     rows = [[64 * i, 6400, 64 * i, 64 * i + 64, 0] for i in range(100)]

@@ -17,8 +17,8 @@ class KeepsDerived:
             return known[name]  # the name, which may be long, is hashed once
         except KeyError:
             pass
-        known[name] = build()
-        return known[name]
+        value = known[name] = build()  # which another thread may drop at once
+        return value
 
     def forget(self, name: object) -> None:
         """Drop one derived value, if it is there; it is built again when it is asked for."""
