@@ -20,6 +20,7 @@ from magi_attention.api.functools import (
     unpad_at_dim,
 )
 from magi_attention.common import AttnMaskType, AttnRange, AttnRanges
+from magi_attention.common import bands as band
 
 FULL, CAUSAL, INVCAUSAL, BICAUSAL = AttnMaskType
 
@@ -233,3 +234,24 @@ def test_apply_padding_leaves_its_arguments_alone():
     assert (len(q_ranges), len(k_ranges), types) == (1, 1, [CAUSAL])
     padded[0][0].end = 5
     assert q_ranges[0].end == 10
+
+
+def test_windows_of_many_documents_are_made_at_once(monkeypatch):
+    calls, whole = [], band.slices_from_bands
+
+    def counted(bands):
+        calls.append(len(bands))
+        return whole(bands)
+
+    monkeypatch.setattr(band, "slices_from_bands", counted)
+    lengths = [3, 0, 1, 40, 7, 2] * 20
+    ends = [0, *itertools.accumulate(lengths)]
+    *mask, total_q, total_k = infer_attn_mask_from_cu_seqlens(ends, ends, window_size=(4, 10**30))
+    assert calls == [2 * len(lengths)]
+    assert (total_q, total_k) == (ends[-1], ends[-1])
+    alone = [
+        infer_attn_mask_from_sliding_window(AttnRange(*document), AttnRange(*document), (4, 10**30))
+        for document in itertools.pairwise(ends)
+    ]
+    for of_all, of_each in zip(mask, zip(*alone, strict=True), strict=True):
+        assert list(of_all) == list(itertools.chain.from_iterable(of_each))

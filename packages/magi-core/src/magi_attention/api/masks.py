@@ -117,7 +117,8 @@ def infer_attn_mask_from_sliding_window(q_range: AttnRange, k_range: AttnRange, 
     for name, given in (("q_range", q_range), ("k_range", k_range)):
         if not isinstance(given, AttnRange):
             raise MagiTypeError(f"{name} must be an AttnRange(start, end), not {given!r}")
-    return _window_slices(q_range, k_range, window_size, num_global_keys=0)
+    documents_q, documents_k = [(q_range.start, q_range.end)], [(k_range.start, k_range.end)]
+    return _window_slices(documents_q, documents_k, window_size, num_global_keys=0)
 
 
 def infer_attn_mask_from_cu_seqlens(
@@ -154,35 +155,32 @@ def infer_attn_mask_from_cu_seqlens(
     has_window = _checked_window(window_size) != (UNLIMITED, UNLIMITED)
     if causal and has_window:
         raise MagiValueError(f"causal=True excludes window_size={window_size}; a causal window is (left, 0)")
-    q_ranges, k_ranges, types = AttnRanges(), AttnRanges(), []
-    for (q0, q1), (k0, k1) in zip(pairwise(ends_q), pairwise(ends_k), strict=True):
-        q_range, k_range = AttnRange(q0, q1), AttnRange(k0, k1)
-        if has_window:
-            parts = _window_slices(q_range, k_range, window_size, global_window_size)
-            q_ranges.extend(parts[0])
-            k_ranges.extend(parts[1])
-            types += parts[2]
-        else:
-            q_ranges.append(q_range)
-            k_ranges.append(k_range)
-            types.append(AttnMaskType.CAUSAL if causal else AttnMaskType.FULL)
+    documents_q, documents_k = list(pairwise(ends_q)), list(pairwise(ends_k))
+    if has_window:
+        q_ranges, k_ranges, types = _window_slices(documents_q, documents_k, window_size, global_window_size)
+    else:
+        q_ranges, k_ranges = AttnRanges.from_ranges(documents_q), AttnRanges.from_ranges(documents_k)
+        types = [AttnMaskType.CAUSAL if causal else AttnMaskType.FULL] * len(documents_q)
     return q_ranges, k_ranges, types, ends_q[-1], ends_k[-1]
 
 
-def _window_slices(q_range: AttnRange, k_range: AttnRange, window_size: tuple[int, int], num_global_keys: int) -> Mask:
-    """A document's first ``num_global_keys`` keys without the left limit, and the window over its other keys."""
-    left, right = _checked_window(window_size)
-    offset, widest = k_range.end - q_range.end, k_range.seqlen - 1
-    lower = -band.UNBOUNDED if left == UNLIMITED or left >= widest else offset - left
-    upper = band.UNBOUNDED if right == UNLIMITED or right >= widest else offset + right
-    split = min(k_range.start + num_global_keys, k_range.end)
-    bands = np.array(
-        [
-            [q_range.start, q_range.end, k_range.start, split, -band.UNBOUNDED, upper],
-            [q_range.start, q_range.end, split, k_range.end, lower, upper],
-        ]
-    )
-    rows = band.slices_from_bands(bands)[0].tolist()
+def _window_slices(
+    documents_q: Sequence[tuple[int, int]],
+    documents_k: Sequence[tuple[int, int]],
+    window_size: tuple[int, int],
+    num_global_keys: int,
+) -> Mask:
+    """Each document's first ``num_global_keys`` keys without the left limit, and the window over its other keys."""
+    (q0, q1), (k0, k1) = np.array(documents_q).T, np.array(documents_k).T
+    offset, widest = k1 - q1, k1 - k0 - 1
+    longest = int(widest.max()) + 1  # numbers beyond it, which NumPy may not hold, mean the same
+    left, right = (min(side, longest) for side in _checked_window(window_size))
+    lower = np.where((left == UNLIMITED) | (left >= widest), -band.UNBOUNDED, offset - left)
+    upper = np.where((right == UNLIMITED) | (right >= widest), band.UNBOUNDED, offset + right)
+    split = np.minimum(k0 + min(num_global_keys, longest), k1)
+    first = np.column_stack([q0, q1, k0, split, np.full_like(lower, -band.UNBOUNDED), upper])
+    others = np.column_stack([q0, q1, split, k1, lower, upper])
+    rows = band.slices_from_bands(np.stack([first, others], axis=1).reshape(-1, 6))[0].tolist()
     q_ranges = AttnRanges.from_ranges([(q0, q1) for q0, q1, _, _, _ in rows])
     k_ranges = AttnRanges.from_ranges([(k0, k1) for _, _, k0, k1, _ in rows])
     return q_ranges, k_ranges, [AttnMaskType.from_int_type(kind) for *_, kind in rows]
