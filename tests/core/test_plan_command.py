@@ -4,6 +4,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -263,6 +264,22 @@ def test_json_holds_the_documented_figures():
     assert predicted["efficiency"] == pytest.approx(
         predicted["ideal_seconds"] / (predicted["forward_seconds"] + predicted["backward_seconds"])
     )
+
+
+def test_the_page_shows_what_the_example_prints():
+    page = (Path(__file__).parents[2] / "docs" / "plan-command.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^magi plan (.* --json)$", page, re.MULTILINE)
+    (shown,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    figures = json.loads(run(*command.split()))
+
+    def check(shown, printed):
+        for name, value in shown.items():
+            if isinstance(value, dict):
+                check(value, printed[name])
+            else:
+                assert printed[name] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), name
+
+    check(json.loads(shown), figures)
 
 
 def test_uneven_shards_are_not_padded():
