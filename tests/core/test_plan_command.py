@@ -48,6 +48,7 @@ def study(tmp_path, name, text, **options):
     [
         ("ends.txt", "0 300 300\n1000, 1024\n"),
         ("ends.csv", "0,300,300,1000,1024"),
+        ("ends.csv", "\ufeff0,300,300,1000,1024"),
         ("ends.json", "[0, 300, 300, 1000, 1024]"),
     ],
 )
@@ -105,6 +106,7 @@ FILES = [
     ("ends.txt", "0 12\n30 twelve\n", "ends.txt, line 2: 'twelve' is not an integer"),
     ("ends.txt", "10 20 30", "ends.txt, entry 1: the first number must be 0, not 10"),
     ("ends.txt", "0 20 10 30", "ends.txt, entry 3: 10 is less than 20 before it"),
+    ("ends.txt", "0 4 99999999999999999999", "ends.txt, entry 3: 99999999999999999999 is too large"),
     ("ends.txt", "", "holds 0 numbers; it needs 0 and the end of at least one document"),
     ("ends.txt", "0 0", "keeps no pair"),
     ("ends.json", "[0, 10,]", "ends.json, line 1, column"),
@@ -118,6 +120,7 @@ FILES = [
     ("slices.json", "[[0, 4, 0, 4, 4]]", "slice 1: 4 is not a type of slice"),
     ("slices.json", "[[0, 4, 0, 4.5]]", "slice 1: 4.5 is not a row; rows are integers from 0 on"),
     ("slices.json", "[[-1, 4, 0, 4]]", "slice 1: -1 is not a row"),
+    ("slices.json", "[[0, 4, 0, 99999999999999999999]]", "slice 1: 99999999999999999999 is too large"),
     ("slices.json", "[[0, 4, 8, 4]]", "slice 1: the keys [8, 4) end before they start"),
     ("slices.json", '[{"q": [0, 4], "kk": [0, 4]}]', "slice 1: unknown kk; a slice is"),
     ("slices.json", '[{"q": [0, 4], "k": 4}]', "slice 1: q and k must each be [start, stop]"),

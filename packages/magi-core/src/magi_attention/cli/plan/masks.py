@@ -101,6 +101,7 @@ def read_cu_seqlens(path: Path) -> NDArray[np.int64]:
                 f"{path}, entry {entry}: {end} is less than {before} before it; the numbers must be the running sum of "
                 "the documents' lengths"
             )
+        _check_row(end, f"{path}, entry {entry}")
     return np.array(numbers, np.int64)
 
 
@@ -162,10 +163,16 @@ def _parse_slice(entry: Any, place: str) -> list[int]:
     for bound in bounds:
         if type(bound) is not int or bound < 0:
             raise ValueError(f"{place}: {json.dumps(bound)} is not a row; rows are integers from 0 on")
+        _check_row(bound, place)
     for side, start, stop in (("queries", *bounds[:2]), ("keys", *bounds[2:])):
         if stop < start:
             raise ValueError(f"{place}: the {side} [{start}, {stop}) end before they start")
     return [*bounds, _parse_type(kind, place)]
+
+
+def _check_row(row: int, place: str) -> None:
+    if row > MOST_ROWS:
+        raise ValueError(f"{place}: {row} is too large; a sequence can have {MOST_ROWS} rows at most")
 
 
 def _parse_type(kind: Any, place: str) -> int:
@@ -203,6 +210,6 @@ def _read_json_list(path: Path, of_what: str) -> list[Any]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors put a byte-order mark in front
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text file; binary arrays must be .npy files") from None
