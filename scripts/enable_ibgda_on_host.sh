@@ -45,14 +45,14 @@ in_container() {
 # Other files that set the same options: the module would take one of them, and not necessarily ours.
 others() {
     grep -lE '^[[:space:]]*options[[:space:]]+nvidia[[:space:]].*NVreg_(EnableStreamMemOPs|RegistryDwords)' \
-        "$folder"/*.conf 2> /dev/null | grep -vxF "$file" || true
+        "$root"/{etc,run,usr/local/lib,usr/lib}/modprobe.d/*.conf 2> /dev/null | grep -vxF "$file" || true
 }
 
 is_written() { [ -f "$file" ] && [ "$(grep -v '^#' "$file")" = "$OPTIONS" ]; }
 
 show() {
     echo "$file: $(is_written && echo 'written' || echo 'not written')"
-    for other in $(others); do echo "$other sets the same options"; done
+    others | sed 's/$/ sets the same options/'
     [ -z "$root" ] || return 0
     local parameters=/proc/driver/nvidia/params
     if [ -r $parameters ]; then
@@ -66,13 +66,17 @@ show() {
         echo "nvidia_peermem: not loaded (needed where the kernel has no DMA-BUF support)"
 }
 
+rebuild_by() {
+    "$@" || fail "the initramfs is still the old one: put right what stands above, then run $*"
+}
+
 rebuild_initramfs() {
     if [ -n "$root" ]; then
         echo "rebuild the initramfs of $root yourself"
     elif command -v update-initramfs > /dev/null; then
-        update-initramfs -u
+        rebuild_by update-initramfs -u
     elif command -v dracut > /dev/null; then
-        dracut --force
+        rebuild_by dracut --force
     else
         echo "neither update-initramfs nor dracut is here: rebuild the initramfs yourself"
     fi
@@ -88,7 +92,11 @@ check_may_change() {
 case $mode in
     show)
         show
-        is_written || printf 'would write to it: %s\n(with --apply, as root)\n' "$OPTIONS"
+        if [ -n "$(others)" ]; then
+            echo "--apply would refuse: join them by hand, one line for the module"
+        elif ! is_written; then
+            printf 'would write to it: %s\n(with --apply, as root)\n' "$OPTIONS"
+        fi
         ;;
     apply)
         check_may_change

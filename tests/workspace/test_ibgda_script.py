@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The script that prepares hosts for IBGDA changes nothing unless asked, and the same thing only once."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -54,6 +55,34 @@ def test_it_leaves_other_settings_alone(image):
     assert done.returncode == 1
     assert "nvidia.conf sets the same options: join them by hand" in done.stderr
     assert not settings(image).exists()
+
+
+@pytest.mark.parametrize("place", ["etc", "run", "usr/local/lib", "usr/lib"])
+def test_it_sees_other_settings_wherever_modprobe_reads_them(tmp_path, place):
+    image = tmp_path / "an image"
+    for folder in ("etc", place):
+        (image / folder / "modprobe.d").mkdir(parents=True, exist_ok=True)
+    other = image / place / "modprobe.d" / "nvidia.conf"
+    other.write_text('options nvidia NVreg_RegistryDwords="Other=1;"\n')
+    shown = run("--root", image).stdout
+    assert f"{other} sets the same options\n--apply would refuse: join them by hand" in shown
+    assert "would write" not in shown
+    assert run("--apply", "--root", image).returncode == 1
+    assert not settings(image).exists()
+
+
+def test_it_says_how_to_go_on_where_the_initramfs_is_not_rebuilt(tmp_path):
+    tool = tmp_path / "update-initramfs"
+    tool.write_text("#!/bin/sh\necho no space left >&2\nexit 1\n")
+    tool.chmod(0o755)
+    functions = re.findall(r"^(?:fail|rebuild_\w+)\(\) \{\n.*?^\}\n", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)
+    program = "set -euo pipefail\nroot=\n" + "".join(functions) + "rebuild_initramfs\n"
+    path = {"PATH": f"{tmp_path}:/usr/sbin:/usr/bin:/sbin:/bin"}
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, env=path)
+    assert done.returncode == 1
+    assert "no space left\nerror: the initramfs is still the old one" in done.stderr
+    assert "then run update-initramfs -u" in done.stderr
+    assert "reboot" not in done.stdout
 
 
 def test_it_refuses_containers_and_unknown_arguments():
