@@ -43,6 +43,7 @@ def test_two_steps_on_two_processes_agree(tmp_path):
         (["--heads", "3"], "--heads 3 must be a multiple of --kv-heads 2"),
         (["--dim", "40"], "--dim 40 must be a multiple of 8 * heads = 32"),
         (["--overlap-degree", "-1"], "--overlap-degree must be 0 or more"),
+        (["--seed", str(2**63)], "--seed must be less than 2**63"),
         (["--out", "plan.gif"], "must end in one of .png"),
         (["--out", "nowhere/plan.png"], "make it first"),
         (["--out", "/proc/plan.png"], "/proc/plan.png can't be written"),

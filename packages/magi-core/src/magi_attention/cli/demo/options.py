@@ -86,6 +86,8 @@ class DemoOptions:
         for name in ("processes", "steps", "layers", "heads", "kv_heads", "dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed must be less than 2**63, not {self.seed}")
         if self.tokens < 16 * self.processes:
             raise ValueError(
                 f"--tokens {self.tokens} is too few for {self.processes} processes; take {16 * self.processes} or more"
