@@ -34,6 +34,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -317,6 +318,8 @@ def main() -> None:
     parser.add_argument("--ranges", type=int, nargs="*", default=[2, 50, 500], help="that a rank sends, for --host")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/grpcoll.py needs a GPU")
     is_shared = torch.cuda.device_count() < options.ranks
     if is_shared and not options.host:
         parser.error(f"{options.ranks} ranks need as many GPUs; only --host does with fewer")
