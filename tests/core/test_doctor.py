@@ -216,6 +216,14 @@ def test_the_command_prints_everything_and_exits_with_0(monkeypatch):
     assert "Nothing is wrong" in result.stdout
 
 
+def test_narrow_terminals_cut_no_path(monkeypatch):
+    monkeypatch.setenv("MAGI_ATTENTION_CACHE_DIR", "/tmp/a-folder-whose-name-is-longer-than-the-column-is-wide")
+    monkeypatch.setattr(command, "check_requirements", list)
+    printed = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "80"}).stdout
+    assert "Checks" in printed
+    assert "…" not in printed
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
 def test_a_driver_without_a_visible_gpu_is_told(install, monkeypatch, tmp_path, capsys):
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX Open Kernel Module  580.65.06  Release Build\n")

@@ -301,6 +301,11 @@ def test_tables_name_what_they_show(monkeypatch):
         assert words in many, words
 
 
+def test_narrow_terminals_lose_no_digit(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert "…" not in run("--mask", "causal", "--tokens", 4096, "--simulate", 4)
+
+
 class Links(HTMLParser):
     """Collects everything that a page refers to, and checks that elements are closed in order."""
 

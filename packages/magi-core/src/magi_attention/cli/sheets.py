@@ -39,7 +39,14 @@ class Sheet:
         if self.summary:
             table.add_section()
             table.add_row(*self.summary, style="bold")
-        return table
+        return folding(table)
+
+
+def folding(table: Table) -> Table:
+    """Break what is too long for a narrow terminal into lines, where rich would cut it off."""
+    for column in table.columns:
+        column.overflow = "fold"
+    return table
 
 
 def rank_sheet(figures: PlanFigures, title: str) -> Sheet:

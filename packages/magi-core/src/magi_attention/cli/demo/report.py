@@ -8,6 +8,7 @@ from statistics import median
 from rich.table import Table
 
 from magi_attention.cli.demo.train import StepResult
+from magi_attention.cli.sheets import folding
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def loss_table(comparison: Comparison, processes: int) -> Table:
             f"{several.planning_seconds * 1e3:.1f} ms",
             style="bold red" if step in disagreeing else None,
         )
-    return table
+    return folding(table)
 
 
 def time_table(comparison: Comparison, processes: int) -> Table:
@@ -79,7 +80,7 @@ def time_table(comparison: Comparison, processes: int) -> Table:
             f"{median(step.seconds for step in steps):.2f} s",
             f"{median(step.planning_seconds for step in steps) * 1e3:.1f} ms",
         )
-    return table
+    return folding(table)
 
 
 def verdict(comparison: Comparison) -> str:

@@ -15,6 +15,7 @@ from magi_attention.cli.doctor.findings import Capability, Check, Findings, atte
 from magi_attention.cli.doctor.machine import driver_version, gpu_facts, machine_facts, package_versions
 from magi_attention.cli.doctor.requirements import check_requirements
 from magi_attention.cli.doctor.settings import check_kernel_folder, check_planner, check_variables, variables_set
+from magi_attention.cli.sheets import folding
 
 MARKS = {"ok": "[green]ok[/green]", "failed": "[bold red]failed[/bold red]", "skipped": "[dim]skipped[/dim]"}
 
@@ -99,7 +100,7 @@ def _facts(title: str, facts: dict[str, str]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in facts.items():
         table.add_row(escape(name), escape(value))
-    return table
+    return folding(table)
 
 
 def _capability_table(backends: list[Capability]) -> Table:
@@ -111,7 +112,7 @@ def _capability_table(backends: list[Capability]) -> Table:
         cells = (", ".join(each.dtypes), ", ".join(each.head_dims), ", ".join(each.features), expected)
         table.add_row(escape(each.backend), each.direction, *(cell or "[dim]none[/dim]" for cell in cells))
     table.caption = "TFLOP/s is what the backend expects of itself for 8 heads of 128, over the classes of masks."
-    return table
+    return folding(table)
 
 
 def _refusals(backends: list[Capability]) -> list[str]:
@@ -135,11 +136,11 @@ def _choice_table(choices: dict[str, dict[str, dict[str, float]]]) -> Table:
         cells = [", ".join(f"{name} {speed:g}" for name, speed in speeds.items()) for speeds in each.values()]
         table.add_row(mask_class, *map(escape, cells))
     table.caption = "The fastest first, with the TFLOP/s that are expected of each."
-    return table
+    return folding(table)
 
 
 def _check_table(checks: list[Check]) -> Table:
     table = Table("check", "", "seen", title="Checks", title_justify="left")
     for each in checks:
         table.add_row(escape(each.name), MARKS[each.status], escape(each.detail))
-    return table
+    return folding(table)
