@@ -114,6 +114,14 @@ def test_the_version_is_told():
     assert CliRunner().invoke(app, ["--version"]).output.strip() == f"magi-attention {magi_attention.__version__}"
 
 
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_a_variable_without_sense_is_told_before_ranks_start(command, monkeypatch):
+    monkeypatch.setenv("MAGI_ATTENTION_MIN_CHUNKS_PER_RANK", "0")
+    result = CliRunner().invoke(app, [command])
+    assert result.exit_code == 2
+    assert result.output.startswith("magi: environment variable MAGI_ATTENTION_MIN_CHUNKS_PER_RANK='0': must be")
+
+
 def test_more_processes_than_gpus_are_refused():
     too_many = torch.cuda.device_count() + 1
     result = CliRunner().invoke(app, ["bench", "--device", "cuda", "-p", str(too_many)])

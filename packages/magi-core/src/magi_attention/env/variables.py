@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TypeVar
 
@@ -99,6 +100,28 @@ def texts_set() -> dict[str, str]:
     """The texts of all variables in the table that are set, and of others whose names look as if they belonged."""
     ours = [name for name in os.environ if name in VARIABLES or name.startswith("MAGI_ATTENTION_")]
     return {name: os.environ[name] for name in sorted(ours) if os.environ[name].strip()}
+
+
+def read_variable(name: str) -> object:
+    """Return the value of a variable of the table.
+
+    Raises:
+        ValueError: its text makes no sense.
+    """
+    module, function = VARIABLES[name].reader.split(".")
+    value: object = getattr(import_module(f"magi_attention.env.{module}"), function)()
+    return value
+
+
+def check_texts() -> None:
+    """Read all variables that are set, but for those that are ignored.
+
+    Raises:
+        ValueError: the text of one makes no sense.
+    """
+    for name in texts_set():
+        if name in VARIABLES and not VARIABLES[name].ignored:
+            read_variable(name)
 
 
 def is_set(name: str) -> bool:

@@ -17,6 +17,7 @@ from magi_attention.cli.bench.status_line import StatusLine
 from magi_attention.cli.demo.command import DTYPES, choose_device
 from magi_attention.cli.logs import log_to_stderr
 from magi_attention.comm.registry import check_native
+from magi_attention.env.variables import check_texts
 from magi_attention.kernels.protocol import AttentionRequest
 from magi_attention.kernels.registry import choose_backend
 from magi_attention.testing.distributed import run_ranks
@@ -48,6 +49,7 @@ def run_bench(options: BenchOptions, as_json: bool, console: Console) -> None:
 
 def _check(options: BenchOptions, device: torch.device) -> None:
     """Refuse a backend, a transport or an environment before any process is started."""
+    check_texts()
     sizes = options.heads_q, options.heads_kv, options.head_dim, options.head_dim
     choose_backend(AttentionRequest(device, DTYPES[options.precision], *sizes), options.backend)
     check_native(runtime_config(options), device)

@@ -19,6 +19,7 @@ from magi_attention.cli.figures import figures_of_plans
 from magi_attention.cli.picture import save_picture
 from magi_attention.cli.sheets import rank_sheet
 from magi_attention.comm.registry import check_native
+from magi_attention.env.variables import check_texts
 from magi_attention.kernels.protocol import AttentionRequest
 from magi_attention.kernels.registry import choose_backend
 from magi_attention.plan.rates import Cluster, LayerShape
@@ -75,6 +76,7 @@ def prepare(options: DemoOptions) -> Setup:
             environment variable makes no sense.
         RuntimeError: if the backend, or native collectives, are not installed or cannot serve this; it says why.
     """
+    check_texts()
     documents = read_documents(options.files)
     pack(documents, options.tokens, options.mask, options.seed, step=0)
     device = choose_device(options.device, options.processes, torch.cuda.device_count())

@@ -3,16 +3,15 @@
 
 import time
 from functools import partial
-from importlib import import_module
 
 import numpy as np
 
 from magi_attention.cli.doctor.findings import Check, attempt
 from magi_attention.common import workloads
 from magi_attention.config import DistAttnConfig, LocalityDispatchAlg
-from magi_attention.env import VARIABLES
+from magi_attention.env import VARIABLES, general
 from magi_attention.env.build import kernel_cache_dir
-from magi_attention.env.variables import texts_set
+from magi_attention.env.variables import read_variable, texts_set
 from magi_attention.kernels.protocol import Precompiles
 from magi_attention.kernels.registry import installed_backends
 from magi_attention.kernels.speeds import read_speeds
@@ -40,7 +39,7 @@ def check_variables() -> list[Check]:
     checks = []
     for name in texts_set():
         if name in VARIABLES:
-            checks.append(attempt(name, partial(_read, VARIABLES[name].reader)))
+            checks.append(attempt(name, partial(_read, name)))
         else:
             checks.append(Check(name, "failed", "there is no such variable; is it misspelled?"))
     return [*checks, attempt("configuration", _resolve)]
@@ -58,11 +57,10 @@ def check_planner() -> Check:
     return attempt("planner", _plan)
 
 
-def _read(reader: str) -> str:
-    module, name = reader.split(".")
-    value = getattr(import_module(f"magi_attention.env.{module}"), name)()
-    if name == "kernel_speeds":
-        return f"{len(read_speeds(value))} measured figures"
+def _read(name: str) -> str:
+    value = read_variable(name)
+    if name == "MAGI_ATTENTION_KERNEL_SPEEDS":
+        return f"{len(read_speeds(general.kernel_speeds()))} measured figures"
     return f"read as {value!r}"
 
 
