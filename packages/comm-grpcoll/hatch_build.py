@@ -51,7 +51,7 @@ class FatbinHook(BuildHookInterface):
 
 def is_switched_off() -> bool:
     """Whether the environment asks for a package without kernels."""
-    return os.environ.get(SETTING, "0") not in ("", "0")
+    return os.environ.get(SETTING, "").strip() == "1"
 
 
 def compile_fatbin(source: Path, fatbin: Path) -> None:

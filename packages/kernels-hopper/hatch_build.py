@@ -46,7 +46,7 @@ class KernelBuildHook(BuildHookInterface):
 
 def is_switched_off() -> bool:
     """Whether the environment asks for a package without kernels."""
-    return os.environ.get("MAGI_HOPPER_NO_KERNELS", "0") not in ("", "0")
+    return os.environ.get("MAGI_HOPPER_NO_KERNELS", "").strip() == "1"
 
 
 def compile_all(target: Path, say: Any) -> None:

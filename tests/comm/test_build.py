@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from magi_comm_grpcoll.heap import SWITCH_OFF, reason_against_nvshmem
+
 HOOK = Path(__file__).parents[2] / "packages" / "comm-grpcoll" / "hatch_build.py"
 
 
@@ -18,6 +20,14 @@ def build():
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize(("text", "is_on"), [("1", True), ("0", False), ("", False), ("false", False)])
+def test_switches_are_on_where_they_are_1(build, monkeypatch, text, is_on):
+    monkeypatch.setenv(build.SETTING, text)
+    monkeypatch.setenv(SWITCH_OFF, text)
+    assert build.is_switched_off() == is_on
+    assert ("switched off" in reason_against_nvshmem()) == is_on
 
 
 @pytest.mark.parametrize("changed", ["csrc/put.cu", "csrc/memory.cuh", "hatch_build.py"])

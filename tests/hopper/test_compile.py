@@ -31,6 +31,12 @@ def test_without_a_compiler_the_message_says_what_to_do(monkeypatch):
         build.find_nvcc()
 
 
+@pytest.mark.parametrize(("text", "is_on"), [("1", True), ("0", False), ("", False), ("false", False)])
+def test_kernels_are_left_out_where_the_switch_is_1(monkeypatch, text, is_on):
+    monkeypatch.setenv("MAGI_HOPPER_NO_KERNELS", text)
+    assert build_hook().is_switched_off() == is_on
+
+
 def test_without_a_compiler_the_build_asks_for_that_of_pypi(monkeypatch, tmp_path):
     build = build_hook()
     asked = build.KernelBuildHook.dependencies

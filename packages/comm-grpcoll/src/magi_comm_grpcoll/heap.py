@@ -35,7 +35,7 @@ FAREWELL_S = 5.0
 
 def reason_against_nvshmem() -> str:
     """Why this process can't use NVSHMEM, whoever the others are; empty if it can."""
-    if os.environ.get(SWITCH_OFF, "0") not in ("", "0"):
+    if os.environ.get(SWITCH_OFF, "").strip() == "1":
         return f"NVSHMEM is switched off by {SWITCH_OFF}"
     if find_spec("nvshmem") is None:
         return f"nvshmem4py is not installed: {INSTALL}"
