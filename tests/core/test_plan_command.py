@@ -208,7 +208,7 @@ CAUSAL = ["--mask", "causal", "--tokens", "4096"]
         ([*CAUSAL, "--link", "0"], "--link must be a number above 0, not 0"),
         ([*CAUSAL, "--link", "inf"], "--link must be a number above 0, not inf"),
         (["--mask", "causal", "--tokens", "5000000000"], "--tokens must be at most 2147483647, not 5000000000"),
-        (["--cu-seqlens", "huge.txt"], "the mask huge.txt has 5000000000 rows; a sequence can have 2147483647 at most"),
+        (["--cu-seqlens", "huge.txt"], "huge.txt, entry 3: 5000000000 is too large; a sequence can have 2147483647"),
         ([*CAUSAL, "--heads-kv", "5"], "--heads-q 32 must be a multiple of --heads-kv 5"),
         ([*CAUSAL, "--overlap-degree", "999"], "--overlap-degree must be at most 64"),
         ([*CAUSAL, "--overlap-degree", "many"], "--overlap-degree must be 0 or more, or auto, not many"),

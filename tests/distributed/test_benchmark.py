@@ -2,7 +2,6 @@
 """``benchmarks/distributed.py``: its baselines against the oracle, and the script at toy sizes on the CPU."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,10 +102,3 @@ def test_host_time_at_toy_sizes():
     for method in ("gather", "magi/0", "magi/1", "magi/1 kept", "magi/2"):
         lines = [line for line in run.stdout.splitlines() if line[34:48].strip() == method]
         assert [line.split()[0] for line in lines] == ["0/2", "1/2", "all/2"], run.stdout
-
-
-def test_the_script_of_native_collectives_says_that_it_needs_a_gpu():
-    command = [sys.executable, str(SCRIPT.with_name("grpcoll.py")), "--host"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
-    assert (run.returncode, run.stderr) == (1, "benchmarks/grpcoll.py needs a GPU\n")
