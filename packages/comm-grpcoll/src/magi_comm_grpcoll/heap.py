@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from magi_attention.env.variables import parse_flag
 from magi_comm_grpcoll.arena import allocate_everywhere
 from magi_comm_grpcoll.errors import CapacityError, first_line
 from magi_comm_grpcoll.handshake import Handshake, raise_everywhere
@@ -35,7 +36,7 @@ FAREWELL_S = 5.0
 
 def reason_against_nvshmem() -> str:
     """Why this process can't use NVSHMEM, whoever the others are; empty if it can."""
-    if os.environ.get(SWITCH_OFF, "").strip() == "1":
+    if parse_flag(os.environ.get(SWITCH_OFF, "").strip()):
         return f"NVSHMEM is switched off by {SWITCH_OFF}"
     if find_spec("nvshmem") is None:
         return f"nvshmem4py is not installed: {INSTALL}"

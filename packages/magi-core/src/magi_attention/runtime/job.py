@@ -75,10 +75,10 @@ class DistAttnRuntime:
             scale, softcap = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale), float(softcap)
             alike = (*asked[:5], softcap > 0, max_logits)
             first = self._first_jobs.get(alike)
-            job = (
-                _make_job(self, q, k, v, scale, softcap, max_logits) if first is None else first.scored(scale, softcap)
-            )
-            self._first_jobs.setdefault(alike, job)
+            if first is None:
+                job = self._first_jobs[alike] = _make_job(self, q, k, v, scale, softcap, max_logits)
+            else:
+                job = first.scored(scale, softcap)
             if len(self._jobs) >= MOST_JOBS:
                 self._jobs.clear()
             self._jobs[asked] = job
@@ -138,11 +138,12 @@ class AttentionJob:
 
     def scored(self, softmax_scale: float, softcap: float) -> "AttentionJob":
         """The same of other scores: nothing else, of what is on devices least of all, is made anew."""
-        passes = {
-            name: getattr(self, name).scored(softmax_scale, softcap)
-            for name in ("forward", "backward", "backward_with_rows")
-        }
-        return replace(self, **passes)
+        return replace(
+            self,
+            forward=self.forward.scored(softmax_scale, softcap),
+            backward=self.backward.scored(softmax_scale, softcap),
+            backward_with_rows=self.backward_with_rows.scored(softmax_scale, softcap),
+        )
 
 
 @outside_inference_mode
