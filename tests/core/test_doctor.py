@@ -216,8 +216,9 @@ def test_the_command_prints_everything_and_exits_with_0(monkeypatch):
     assert "Nothing is wrong" in result.stdout
 
 
-def test_narrow_terminals_cut_no_path(monkeypatch):
-    monkeypatch.setenv("MAGI_ATTENTION_CACHE_DIR", "/tmp/a-folder-whose-name-is-longer-than-the-column-is-wide")
+def test_narrow_terminals_cut_no_path(monkeypatch, tmp_path):
+    folder = tmp_path / "a-folder-whose-name-is-longer-than-the-column-is-wide"
+    monkeypatch.setenv("MAGI_ATTENTION_CACHE_DIR", str(folder))
     monkeypatch.setattr(command, "check_requirements", list)
     printed = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "80"}).stdout
     assert "Checks" in printed

@@ -94,6 +94,16 @@ def test_a_rank_that_fails_while_planning_is_named_at_once(pool):
     assert time.monotonic() - started < 25
 
 
+def fail_here_or_hear_of_it(rank, culprits, make, error, message, told):
+    """Make a wrong key on some ranks, of which all others hear of the first, and what it raised."""
+    if rank in culprits:
+        with pytest.raises(error, match=message):
+            make()
+    else:
+        with pytest.raises(RuntimeError, match=rf"rank {min(culprits)} failed to make its key: {told}"):
+            causal_key(60)
+
+
 def fail_by_arguments(rank, world_size):
     """A mistake in the arguments of one rank, then of all ranks, and each way to make a key."""
     key = causal_key(64)
@@ -106,12 +116,7 @@ def fail_by_arguments(rank, world_size):
     )
     for number, make in enumerate(makers):
         for culprits in ({number}, {0, 1, 2, 3}):
-            if rank in culprits:
-                with pytest.raises(ValueError, match=r"65|entries"):
-                    make()
-            else:
-                with pytest.raises(RuntimeError, match=rf"rank {number} failed to make its key: MagiValueError: "):
-                    causal_key(60)
+            fail_here_or_hear_of_it(rank, culprits, make, ValueError, r"65|entries", "MagiValueError: ")
         causal_key(32 + number)  # and the group is still good
 
 
@@ -137,14 +142,8 @@ def fail_by_config(rank, world_size):
         ),
     )
     for number, (error, make) in enumerate(makers):
-        culprit = number % world_size
         message = "must be a DistAttnConfig|needs a 2-D DeviceMesh"
-        if rank == culprit:
-            with pytest.raises(error, match=message):
-                make()
-        else:
-            with pytest.raises(RuntimeError, match=rf"rank {culprit} failed to make its key: .*({message})"):
-                causal_key(60)
+        fail_here_or_hear_of_it(rank, {number % world_size}, make, error, message, f".*({message})")
         causal_key(32 + number)  # and the group is still good
 
 
