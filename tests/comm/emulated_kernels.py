@@ -12,7 +12,7 @@ import numpy as np
 from magi_comm_grpcoll import puts
 from magi_comm_grpcoll.driver import MEMORY_OPERATION, WAIT_VALUE
 from magi_comm_grpcoll.tables import TASK
-from tests.comm.emulated_streams import Copies, Stream, array, copy, machine
+from tests.comm.emulated_streams import Copies, Event, Stream, array, copy, machine
 
 
 class Driver:
@@ -48,11 +48,17 @@ class Launch:
         self, stream: Stream, kernel: tuple[str, str], grid: int, block: object, parameters: list[int], shared: int = 0
     ) -> None:
         self._stream, self.parameters = stream, [*parameters]
+        self._begun: Event | None = None
         runs = {"push": _push, "add_": _add, "put_": _put, "tell": _tell_all, "see_": _see_arrived}
         self._run = runs[kernel[1][:4]]
 
+    def tell_begun(self, event: Event | None) -> None:
+        self._begun = event
+
     def enqueue(self) -> None:
         now = [*self.parameters]
+        if self._begun is not None:
+            self._begun.record(self._stream)
         self._stream.enqueue(lambda: self._run(*now))
 
 

@@ -133,7 +133,7 @@ class SimulatedPuts:
     def __init__(self, wires: SimulatedPutWires, targets: Sequence[int], waits: bool = True) -> None:
         self.wires, self.targets, self.waits = wires, targets, waits
 
-    def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
+    def send(self, bases: Sequence[int], slot: int, epoch: int, begun: object = None) -> None:
         me, ranks = self.wires.me, self.wires.ranks
 
         def fly(*steps: Callable[[], None]) -> None:
@@ -175,7 +175,7 @@ class SimulatedRoute:
     def __init__(self, wires: SimulatedWires, targets: Sequence[int]) -> None:
         self.wires, self.targets = wires, targets
 
-    def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
+    def send(self, bases: Sequence[int], slot: int, epoch: int, begun: object = None) -> None:
         me, cells = self.wires.me, [self.wires.ranks[target].slots[slot] for target in self.targets]
         me.copy("send", *(partial(cell.__setitem__, me.number, epoch) for cell in cells))
         self.wires.tell_arrival(epoch)

@@ -2,12 +2,14 @@
 """Prepared calls of the driver, with a function of Python's in place of its own."""
 
 import ctypes
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from magi_comm_grpcoll.driver import Driver
+from magi_comm_grpcoll import kernels
+from magi_comm_grpcoll.driver import LAUNCH, Driver
 
 _WORD = ctypes.c_uint64
 
@@ -52,3 +54,24 @@ def test_what_the_driver_refuses_is_an_error():
     driver.status = 700
     with pytest.raises(RuntimeError, match=r"CUDA_ERROR \(700\)"):
         copy()
+
+
+def test_a_launch_tells_that_it_has_begun_if_it_is_asked_to(monkeypatch):
+    launched = []
+
+    def launch(launch_: int, kernel: int, parameters: int) -> Callable[[], None]:
+        return lambda: launched.append(np.frombuffer(ctypes.string_at(launch_, LAUNCH.itemsize), LAUNCH)[0])
+
+    monkeypatch.setattr(kernels, "driver", lambda: SimpleNamespace(launch=launch))
+    made = kernels.Launch(SimpleNamespace(cuda_stream=7), 5, 16, (64, 1), [1, 2], 1000)
+    for event in (None, 1 << 40, 3, None):
+        made.tell_begun(None if event is None else SimpleNamespace(cuda_event=event))
+        made.enqueue()
+        told = launched.pop()
+        assert told["num_attributes"] == (event is not None)
+        if event is not None:  # an id and 64 bytes of which an event and its flags are the first
+            attribute = np.frombuffer(ctypes.string_at(int(told["attributes"]), 72), np.uint64)
+            assert attribute.tolist() == [12, event, *[0] * 7]
+        assert told["grid"].tolist() == [16, 1, 1]
+        assert told["block"].tolist() == [64, 1, 1]
+        assert (told["shared_bytes"], told["stream"]) == (1000, 7)

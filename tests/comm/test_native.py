@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from magi_attention.comm.routes import places_of
 from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll import (
     CapacityError,
@@ -274,7 +275,7 @@ def put_own_rows(rank: int, world_size: int) -> None:
     table = ExchangeTable(np.array([[peer, 0, half]]), recv, world_size, half, 2 * half)
     rows = [random_tensor(r, (half, 8, 128), torch.bfloat16).to(device()) for r in range(world_size)]
     expected = torch.stack([rows[source], rows[rank]], dim=1).flatten(0, 1)
-    places = torch.arange(half, device=device()) * 2 + 1
+    places = places_of((np.arange(half) * 2 + 1)[:, None] + [0, 1], device())
     for transport in TRANSPORTS:
         for lend in (True, False):
             for _ in range(3):
@@ -289,6 +290,38 @@ def put_own_rows(rank: int, world_size: int) -> None:
 
 def test_own_rows_lie_among_received_ones(pool):
     pool.run(put_own_rows, timeout_s=60)
+
+
+def put_long_runs(rank: int, world_size: int) -> None:
+    """Every second run of the receive buffers is the rank's own: long enough to be copied by few multiprocessors."""
+    peer, source, of_run = (rank + 1) % world_size, (rank - 1) % world_size, 37
+    first = np.arange(12) * 2 * of_run
+    recv = np.column_stack([np.full(12, source), first, first + of_run])
+    table = ExchangeTable(np.array([[peer, 0, 12 * of_run]]), recv, world_size, 12 * of_run, 24 * of_run)
+    places = places_of(np.column_stack([first, first + of_run])[::-1] + of_run, device())
+    for shapes in ([(8, 128), (8, 64)], [(512, 5)]):
+        for turn in range(20):
+            seeds = [
+                [
+                    random_tensor(100 * turn + 10 * i + r, (12 * of_run, *each), torch.bfloat16)
+                    for i, each in enumerate(shapes)
+                ]
+                for r in (source, rank)
+            ]
+            theirs, own = ([x.to(device()) for x in tensors] for tensors in seeds)
+            for transport in TRANSPORTS:
+                for lend in (True, False):
+                    work = context(transport).cast(own, table, own_places=places, lend=lend)
+                    work.wait_packed()
+                    for received, mine, other in zip(work.wait(), own, theirs, strict=True):
+                        runs = received.view(12, 2, of_run, *received.shape[1:])
+                        assert torch.equal(runs[:, 0].flatten(0, 1), other)
+                        assert torch.equal(runs.flip(0)[:, 1].flatten(0, 1), mine)
+                    work.release()
+
+
+def test_long_runs_of_own_rows_lie_among_received_ones(pool):
+    pool.run(put_long_runs, timeout_s=120)
 
 
 def use_the_entry_point(rank: int, world_size: int) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from magi_attention.comm import AllToAllCollectives, HierarchicalCollectives, make_collectives
+from magi_attention.comm.routes import Places, places_of
 from magi_attention.config import DistAttnConfig, RuntimeConfig
 from magi_attention.kernels.protocol import Support
 from magi_attention.plan.exchange import ExchangeTable
@@ -138,6 +139,11 @@ def test_reduce_in_two_hops(pool, op):
     pool.run(reduce_cases, range(3), 2, op)
 
 
+def single_rows(rows: torch.Tensor) -> np.ndarray:
+    """Rows as runs of one each."""
+    return rows.numpy()[:, None] + [0, 1]
+
+
 def reduce_onto_own_rows(rank: int, world_size: int, seeds: range, hops: int, op: str) -> None:
     device = device_of_backend()
     for seed in seeds:
@@ -145,14 +151,16 @@ def reduce_onto_own_rows(rank: int, world_size: int, seeds: range, hops: int, op
         num_rows, num_received = int(needs.num_rows[rank]), len(needs.needs[rank])
         choose = torch.Generator().manual_seed(seed)
         if num_received < num_rows:  # there are always as many calls, on all ranks
-            places = [torch.randint(0, max(num_received, 1), (num_rows if num_received else 0,), generator=choose)] * 2
+            some = torch.randint(0, max(num_received, 1), (num_rows if num_received else 0,), generator=choose)
+            places = [single_rows(some)] * 2
         else:
-            places = [torch.randperm(num_received, generator=choose)[:num_rows], slice(0, num_rows)]
+            some = torch.randperm(num_received, generator=choose)[:num_rows]
+            places = [single_rows(some), np.array([[0, num_rows]])]
         for into_dtype in (torch.bfloat16, torch.float32):
             partials = [random_tensor(31 * rank + i, (num_received, 3, 4), torch.bfloat16).to(device) for i in range(2)]
             for chosen in places:
-                own_places = chosen if isinstance(chosen, slice) else chosen.to(device)
-                expected = [x[own_places].to(into_dtype) for x in partials]
+                own_places: Places | None = places_of(chosen, device)
+                expected = [x[own_places.rows].to(into_dtype) for x in partials]
                 if not num_received:
                     own_places, expected = None, [torch.ones(num_rows, 3, 4, dtype=into_dtype, device=device)] * 2
                 into = [torch.full_like(x, torch.nan) if num_received else x.clone() for x in expected]
@@ -323,9 +331,10 @@ def test_arguments_that_do_not_fit_are_refused():
         collectives.cast([], table)
     with pytest.raises(ValueError, match="out must hold a contiguous"):
         collectives.cast([rows], table, out=[received.mT.contiguous().mT])
-    for own_places in (slice(0, table.num_source - 1), torch.arange(table.num_source - 1)):
+    cpu = torch.device("cpu")
+    for runs in (np.array([[0, table.num_source - 1]]), single_rows(torch.arange(table.num_source - 1))):
         with pytest.raises(ValueError, match=rf"there are {table.num_source - 1} own_places for rows of"):
-            collectives.cast([rows], table, own_places=own_places)
+            collectives.cast([rows], table, own_places=places_of(runs, cpu))
     with pytest.raises(ValueError, match=f"partials must all have {table.num_received} rows"):
         collectives.reduce([received[1:]], table, [rows])
     with pytest.raises(ValueError, match=f"into must all have {table.num_source} rows"):
@@ -363,7 +372,7 @@ def test_arguments_that_do_not_fit_are_refused_before_the_first_hop():
     with pytest.raises(ValueError, match="not 'max'"):
         collectives.reduce([received], table, [rows], "max")
     with pytest.raises(ValueError, match="there are 1 own_places for rows"):
-        collectives.reduce([received], table, [rows], own_places=slice(0, 1))
+        collectives.reduce([received], table, [rows], own_places=places_of(np.array([[0, 1]]), torch.device("cpu")))
     with pytest.raises(TypeError, match="two-hop"):
         collectives.cast([rows], table.inter)
 

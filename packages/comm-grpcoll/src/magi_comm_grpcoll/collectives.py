@@ -13,7 +13,7 @@ from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.comm.group import GroupHandle, group_rank, has_peers, is_destroyed, num_groups
 from magi_attention.comm.packing import row_formats
 from magi_attention.comm.protocol import ReduceOp, Work
-from magi_attention.comm.routes import Rows
+from magi_attention.comm.routes import Places
 from magi_attention.kernels.protocol import Support
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_comm_grpcoll.capability import host, reason_against
@@ -69,7 +69,7 @@ class NativeCollectives:
         tensors: Sequence[Tensor],
         table: ExchangeTable | TwoHopExchange,
         out: Sequence[Tensor] | None = None,
-        own_places: Rows | None = None,
+        own_places: Places | None = None,
         lend: bool = False,
     ) -> Work[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
@@ -85,7 +85,7 @@ class NativeCollectives:
         op: ReduceOp = "sum",
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
-        own_places: Rows | None = None,
+        own_places: Places | None = None,
     ) -> Work[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`.
 

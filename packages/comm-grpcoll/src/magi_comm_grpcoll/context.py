@@ -19,7 +19,7 @@ from magi_attention.comm.alltoall import check_out, check_own_places, check_redu
 from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
 from magi_attention.comm.packing import RowFormat, as_in_memory, row_formats, take_all_rows
 from magi_attention.comm.protocol import ReduceOp
-from magi_attention.comm.routes import Rows
+from magi_attention.comm.routes import Places, Rows
 from magi_attention.comm.streams import EventPool, current_in_block, current_stream
 from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.utils.torch_modes import without_grad
@@ -30,7 +30,8 @@ from magi_comm_grpcoll.errors import NotNativeError, PeerTimeoutError, first_lin
 from magi_comm_grpcoll.exchange import SlotExchange
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.heap import FAREWELL_S, HeapAllocator, heap_of
-from magi_comm_grpcoll.lane import Lane, OwnRows, Reduction, Round, Rounds
+from magi_comm_grpcoll.lane import Lane, Reduction, Round, Rounds
+from magi_comm_grpcoll.own import own_rows
 from magi_comm_grpcoll.plans import check_same_kind, gather_plans
 from magi_comm_grpcoll.puts import PutWires, link_everywhere
 from magi_comm_grpcoll.ring import Ring
@@ -173,12 +174,12 @@ class GroupContext:
         tensors: Sequence[Tensor],
         table: ExchangeTable,
         out: Sequence[Tensor] | None = None,
-        own_places: Rows | None = None,
+        own_places: Places | None = None,
         lend: bool = False,
     ) -> NativeWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         self._check_call()
-        check_own_places(own_places, tensors)
+        check_own_places(own_places, tensors, table.num_received)
         if out is not None:
             check_out(out, tensors, table.num_received)
 
@@ -193,13 +194,17 @@ class GroupContext:
         lane.exchange.check_room(len(parts))
         caller, arrive = current_stream(self._index), lane.wires.arrive
         tensors = _contiguous(tensors)
-        own = None if own_places is None else OwnRows(own_places, tensors)
+        own = None if own_places is None else own_rows(own_places, tensors, table.num_received, arrive, self.device)
         if lend and out is None and len(parts) == 1:
             (part,) = parts
             epoch, packed = part.start(tensors, caller, own)
             lent = [*part.landed(epoch)]
             return part.work(epoch, packed, caller, lent, (part, tensors, own), self._check, lends=True)
-        received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
+        if out is None and own is not None and own.copies is not None:
+            received = own.copies.new_buffers()
+        else:
+            own = None if own is None else own._replace(copies=None)  # which copies to one block of memory
+            received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
         for number, part in enumerate(parts):
             epoch, packed = part.start(tensors, caller, None if number else own, received)
             arrive.wait_event(part.ready)
@@ -220,7 +225,7 @@ class GroupContext:
         op: ReduceOp = "sum",
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
-        own_places: Rows | None = None,
+        own_places: Places | None = None,
     ) -> NativeWork[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`.
 
@@ -228,7 +233,7 @@ class GroupContext:
             TypeError: no kernel combines these dtypes; see :func:`~magi_comm_grpcoll.combine.can_combine`.
         """
         self._check_call()
-        check_own_places(own_places, into, op)
+        check_own_places(own_places, into, table.num_received, op)
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
         targets = [*into] if into_lse is None else [*into, into_lse]
 
@@ -255,7 +260,7 @@ class GroupContext:
                 if own_places is not None and not number:
                     if packed is not None:
                         caller.wait_event(packed)
-                    _take_own(written, own_places, sent)
+                    _take_own(written, own_places.rows, sent)
                     part.ready.record(caller)
                 arrive.wait_event(part.ready)
                 combination.enqueue(addresses, part.addresses(epoch))

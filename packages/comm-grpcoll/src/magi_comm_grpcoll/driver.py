@@ -32,6 +32,9 @@ LAUNCH = np.dtype(
         "itemsize": 56,
     }
 )
+# CUlaunchAttribute, of which this one records an event once every block has begun.
+LAUNCH_ATTRIBUTE = np.dtype({"names": ["name", "event"], "formats": ["u4", "u8"], "offsets": [0, 8], "itemsize": 72})
+ALL_BLOCKS_BEGUN = 12  # CU_LAUNCH_ATTRIBUTE_LAUNCH_COMPLETION_EVENT
 WAIT_VALUE, WRITE_VALUE = 4, 5  # CU_STREAM_MEM_OP_{WAIT,WRITE}_VALUE_64
 # More would be refused.
 MOST_MEMORY_OPERATIONS = 256

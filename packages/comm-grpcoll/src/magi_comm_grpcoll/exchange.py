@@ -49,10 +49,13 @@ class SlotExchange:
         self._wires.await_credit(self._ring.credit_needed(epoch), epoch)
         return epoch
 
-    def send(self, prepared: Prepared, epoch: int, bases: Sequence[int]) -> None:
-        """Enqueue the sending of the tensors at ``bases``. After an error the epoch has not begun, and may again."""
+    def send(self, prepared: Prepared, epoch: int, bases: Sequence[int], begun: Any = None) -> None:
+        """Enqueue the sending of the tensors at ``bases``. After an error the epoch has not begun, and may again.
+
+        ``begun`` is an event, or None; see :class:`~magi_comm_grpcoll.routes.Route`.
+        """
         try:
-            prepared.route.send(bases, epoch % self._ring.num_slots, epoch)
+            prepared.route.send(bases, epoch % self._ring.num_slots, epoch, begun)
         except BaseException:
             self._ring.take_back()
             raise

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from magi_comm_grpcoll.driver import LAUNCH, driver
+from magi_comm_grpcoll.driver import ALL_BLOCKS_BEGUN, LAUNCH, LAUNCH_ATTRIBUTE, driver
 
 FOLDER = Path(__file__).parent / "_kernels"
 FATBINS = ("push_bulk", "push_words", "reduce")
@@ -86,5 +86,14 @@ class Launch:
         self.parameters = (ctypes.c_uint64 * len(parameters))(*parameters)
         first = ctypes.addressof(self.parameters)
         self._addresses = (ctypes.c_uint64 * len(parameters))(*range(first, first + 8 * len(parameters), 8))
-        self._launch = np.array(((grid, 1, 1), (*block, 1), shared_bytes, stream.cuda_stream, 0, 0), LAUNCH)
+        self._attribute = np.zeros((), LAUNCH_ATTRIBUTE)  # and what lies between its fields, such as flags
+        self._attribute["name"] = ALL_BLOCKS_BEGUN
+        how = (grid, 1, 1), (*block, 1), shared_bytes, stream.cuda_stream, self._attribute.ctypes.data, 0
+        self._launch = np.array(how, LAUNCH)
         self.enqueue = driver().launch(self._launch.ctypes.data, kernel, ctypes.addressof(self._addresses))
+
+    def tell_begun(self, event: "torch.cuda.Event | None") -> None:
+        """Let the next launches record an event once all their blocks have begun; it must have been recorded before."""
+        self._launch["num_attributes"] = event is not None
+        if event is not None:
+            self._attribute["event"] = event.cuda_event

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.packing import RowFormat, copy_rows, put_all_rows
-from magi_attention.comm.routes import Rows, routes_of
+from magi_attention.comm.routes import routes_of
 from magi_attention.comm.streams import EventPool, current_in_block
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.combine import Combination, Segments
 from magi_comm_grpcoll.exchange import Prepared, SlotExchange
+from magi_comm_grpcoll.own import OwnRows, rows_at
 from magi_comm_grpcoll.plans import Plan
 from magi_comm_grpcoll.routes import Transport, make_route
 from magi_comm_grpcoll.wires import DeviceWires
@@ -69,18 +70,6 @@ class Lane:
         """
         self.events.let_wait(caller, self.wires.send)
         self.events.let_wait(caller, self.wires.arrive)
-
-
-class OwnRows(NamedTuple):
-    """A rank's own rows among those that it receives.
-
-    Attributes:
-        places: rows of the receive buffers.
-        tensors: what belongs there.
-    """
-
-    places: Rows
-    tensors: Sequence[Tensor]
 
 
 class Rounds(NamedTuple):
@@ -167,7 +156,7 @@ class Round:
             received: where these are, of the caller's stream; None for the slot.
 
         Returns:
-            The epoch, and what was recorded when a kernel that sends could start; None for copy engines.
+            The epoch, and what is recorded when all kernels beside which others run have begun; None if there are none.
         """
         try:
             return self._start(tensors, caller, own, received)
@@ -190,22 +179,39 @@ class Round:
         wires.send.wait_event(self.ready)
         epoch = exchange.begin()
         if self._transport != "copy_engine":
-            # The kernel needs multiprocessors, and shall find some before the next one takes them all.
+            # The kernel needs multiprocessors, and shall have some before the next one takes them all.
             packed = lane.events.take()
             packed.record(wires.send)
-        exchange.send(bound, epoch, [tensor.data_ptr() for tensor in tensors])
+        exchange.send(bound, epoch, [tensor.data_ptr() for tensor in tensors], packed)
         try:
             if own is not None:
                 wires.arrive.wait_event(self.ready)
-                wires.await_own_credit(exchange.credit_needed(epoch))
-                with torch.no_grad(), current_in_block(wires.arrive, caller):
-                    put_all_rows(received or self.landed(epoch), own.places, own.tensors)
+                if received is None:
+                    wires.await_own_credit(exchange.credit_needed(epoch))
+                packed = self._put_own(own, received or self.landed(epoch), caller, packed)
         except BaseException:
             exchange.arrive(bound, epoch)
             lane.release(epoch, wires.arrive)
             raise
         exchange.arrive(bound, epoch)
         return epoch, packed
+
+    def _put_own(
+        self, own: OwnRows, targets: Sequence[Tensor], caller: "torch.cuda.Stream", packed: "torch.cuda.Event | None"
+    ) -> "torch.cuda.Event | None":
+        """Copy them on the arriving stream; returns what is recorded when all kernels have begun."""
+        lane = self._lane
+        if own.copies is None:
+            with torch.no_grad(), current_in_block(lane.wires.arrive, caller):
+                put_all_rows(targets, own.places.rows, own.tensors)
+            return packed
+        if packed is None:
+            packed = lane.events.take()
+        else:
+            lane.wires.arrive.wait_event(packed)
+        packed.record(lane.wires.arrive)
+        own.copies.enqueue([tensor.data_ptr() for tensor in own.tensors], targets[0].data_ptr(), packed)
+        return packed
 
     def work(
         self,
@@ -252,10 +258,5 @@ class Round:
     def _views_of(self, slot: Tensor) -> tuple[Tensor, ...]:
         starts = self.plan.layout.starts[self._lane.rank].tolist()
         return tuple(
-            _rows_at(slot, start, row, self.plan.num_rows) for start, row in zip(starts, self._formats, strict=True)
+            rows_at(slot, start, row, self.plan.num_rows) for start, row in zip(starts, self._formats, strict=True)
         )
-
-
-def _rows_at(slot: Tensor, start: int, row: RowFormat, num_rows: int) -> Tensor:
-    num_bytes = num_rows * row.num_elements * row.dtype.itemsize
-    return slot[start : start + num_bytes].view(row.dtype).view(num_rows, *row.shape)

@@ -10,7 +10,7 @@ from torch import Tensor
 from magi_attention.comm.group import group_rank
 from magi_attention.comm.hierarchical import GroupCollectivesOfHop, HierarchicalCollectives, receive_buffers, then
 from magi_attention.comm.protocol import ReduceOp, Work
-from magi_attention.comm.routes import Rows
+from magi_attention.comm.routes import Places
 from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.utils.torch_modes import without_grad
 from magi_comm_grpcoll.handshake import Handshake
@@ -54,7 +54,7 @@ class RelayedCollectives:
         tensors: Sequence[Tensor],
         table: ExchangeTable,
         out: Sequence[Tensor] | None = None,
-        own_places: Rows | None = None,
+        own_places: Places | None = None,
         lend: bool = False,
     ) -> Work[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`. Nothing is lent.
@@ -81,7 +81,7 @@ class RelayedCollectives:
         op: ReduceOp = "sum",
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
-        own_places: Rows | None = None,
+        own_places: Places | None = None,
     ) -> Work[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         return self._hops.reduce(partials, self._relayed(table).hops, into, op, partial_lse, into_lse, own_places)

@@ -161,8 +161,9 @@ class PutRoute:
         kernel = put_kernel("put_signal", device.index)
         self._launch = kernels.Launch(wires.send, kernel, PUT_BLOCKS, (_PUT_THREADS, 1), parameters)
 
-    def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
+    def send(self, bases: Sequence[int], slot: int, epoch: int, begun: "torch.cuda.Event | None" = None) -> None:
         """See :class:`~magi_comm_grpcoll.routes.Route`."""
         self._launch.parameters[_SLOT] = self._slots[slot]
         self._launch.parameters[_VALUE] = (epoch + 1) * UNIT
+        self._launch.tell_begun(begun)
         self._launch.enqueue()

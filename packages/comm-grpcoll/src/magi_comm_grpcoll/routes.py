@@ -26,7 +26,7 @@ PUSH_BYTES = 1 << 16
 # So many take a copy engine about as long as it takes a kernel to start, which needs multiprocessors for them.
 FEW_PIECES = 16
 # Places among the parameters of a push: see csrc/push_bulk.cu.
-_SLOT_OFFSET, _VALUE = MOST_TENSORS + 1, MOST_TENSORS + 7
+SLOT_OFFSET, _VALUE = MOST_TENSORS + 1, MOST_TENSORS + 7
 
 
 def choose_transport(copies: ByteCopies, device_name: str) -> Transport:
@@ -43,13 +43,15 @@ def device_name(device: torch.device) -> str:
 class Route(Protocol):
     """The pieces of one exchange, ready to be sent."""
 
-    def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
+    def send(self, bases: Sequence[int], slot: int, epoch: int, begun: "torch.cuda.Event | None" = None) -> None:
         """Enqueue the pieces of the tensors at these addresses, to that slot of every peer, and what tells them.
 
         Args:
             bases: the first byte of each tensor.
             slot: number of the slot.
             epoch: what arrives.
+            begun: has been recorded before, and is anew once kernels that send have their multiprocessors. Others that
+                wait for it cannot take these, as they do if they start when the kernels are but enqueued.
         """
 
 
@@ -72,7 +74,7 @@ class CopyEngineRoute:
         fixed = self._sources.ctypes.data, self._sizes.ctypes.data, len(copies.size), wires.send.cuda_stream
         self._copies = [driver().copies(targets.ctypes.data, *fixed) for targets in self._targets]
 
-    def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
+    def send(self, bases: Sequence[int], slot: int, epoch: int, begun: "torch.cuda.Event | None" = None) -> None:
         """See :class:`Route`."""
         if bases != self._bases:
             self._bases = [*bases]
@@ -113,14 +115,15 @@ class PushRoute:
         with torch.cuda.stream(wires.send):  # which alone uses it, so that it may be dropped at any time
             self._num_done = torch.zeros(1, dtype=torch.int32, device=arena.memory.local.device)
 
-    def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
+    def send(self, bases: Sequence[int], slot: int, epoch: int, begun: "torch.cuda.Event | None" = None) -> None:
         """See :class:`Route`."""
         if bases != self._bases:
             self._bases = [*bases]
             self._launches = self._launches_for(bases)
         for launch in self._launches:
-            launch.parameters[_SLOT_OFFSET] = self._slot_offsets[slot]
+            launch.parameters[SLOT_OFFSET] = self._slot_offsets[slot]
             launch.parameters[_VALUE] = epoch + 1
+            launch.tell_begun(begun if launch is self._launches[-1] else None)
             launch.enqueue()
 
     def _launches_for(self, bases: Sequence[int]) -> "list[kernels.Launch]":
@@ -138,16 +141,40 @@ class PushRoute:
         return launches
 
     def _launch(self, granule: int, part: LaunchPart) -> kernels.Launch:
-        """A launch for pieces whose addresses and sizes are multiples of ``granule``."""
-        index, is_bulk, num_told = part.tasks.device.index, granule >= 16, self._num_told if part.is_last else 0
-        shared = kernels.BULK_SHARED_BYTES if is_bulk else 0
-        name = ("push_bulk", "push_bulk") if is_bulk else ("push_words", f"push_words_{granule}")
-        parameters = [*[0] * MOST_TENSORS, self._memory.device_addresses.data_ptr(), 0, part.tasks.data_ptr()]
-        parameters += [len(part.tasks) // TASK.itemsize, self._control.device_addresses.data_ptr(), num_told]
-        parameters += [self._wires.flag_offset, 0, self._num_done.data_ptr()]
-        block = (64 if is_bulk else 512), 1
-        kernel = kernels.kernel(*name, index, shared)
-        return kernels.Launch(self._wires.send, kernel, PUSH_BLOCKS, block, parameters, shared)
+        told = self._control.device_addresses.data_ptr(), self._num_told if part.is_last else 0, self._wires.flag_offset
+        arenas = self._memory.device_addresses.data_ptr()
+        return push_launch(self._wires.send, PUSH_BLOCKS, part, granule, arenas, told, self._num_done.data_ptr())
+
+
+def push_launch(
+    stream: "torch.cuda.Stream",
+    num_blocks: int,
+    part: LaunchPart,
+    granule: int,
+    arenas: int,
+    told: tuple[int, int, int],
+    num_done: int,
+) -> kernels.Launch:
+    """A launch for pieces whose addresses and sizes are multiples of ``granule``.
+
+    The addresses of the tensors and :data:`SLOT_OFFSET` are to be set, and with anybody to tell the value.
+
+    Args:
+        stream: where.
+        num_blocks: one for each multiprocessor that it takes.
+        part: the pieces.
+        granule: 1, 2, 4, 8 or 16 bytes.
+        arenas: where on the GPU the address is of each peer's slots.
+        told: where the addresses are of the peers' control blocks, how many are told, and where there.
+        num_done: where the kernel counts blocks, zero before and after.
+    """
+    is_bulk = granule >= 16
+    shared = kernels.BULK_SHARED_BYTES if is_bulk else 0
+    name = ("push_bulk", "push_bulk") if is_bulk else ("push_words", f"push_words_{granule}")
+    parameters = [*[0] * MOST_TENSORS, arenas, 0, part.tasks.data_ptr(), len(part.tasks) // TASK.itemsize]
+    kernel = kernels.kernel(*name, part.tasks.device.index, shared)
+    block = (64 if is_bulk else 512), 1
+    return kernels.Launch(stream, kernel, num_blocks, block, [*parameters, *told, 0, num_done], shared)
 
 
 class RouteInTurns:
@@ -156,10 +183,10 @@ class RouteInTurns:
     def __init__(self, *routes: Route) -> None:
         self._routes = routes
 
-    def send(self, bases: Sequence[int], slot: int, epoch: int) -> None:
+    def send(self, bases: Sequence[int], slot: int, epoch: int, begun: "torch.cuda.Event | None" = None) -> None:
         """See :class:`Route`."""
         for route in self._routes:
-            route.send(bases, slot, epoch)
+            route.send(bases, slot, epoch, begun if route is self._routes[-1] else None)
 
 
 def make_route(

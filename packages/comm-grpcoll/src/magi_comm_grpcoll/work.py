@@ -20,7 +20,7 @@ class NativeWork(StreamWork[Result], Generic[Result]):
         caller: the stream that ``buffers`` and the result belong to.
         result: what ``wait`` returns.
         buffers: what the collective reads or writes of ``caller``'s, kept alive.
-        packed: recorded when nothing but the transfer was left.
+        packed: recorded when nothing but the transfer is left, and has its multiprocessors.
         check: raises if the context has given up.
         give_back: called once with a stream behind which the lent rows are not read any more; None if none are lent.
         events: to record; gets those of this work when it goes.

@@ -20,7 +20,7 @@ from magi_attention.comm.packing import (
 )
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
-from magi_attention.comm.routes import Routes, Rows, routes_of
+from magi_attention.comm.routes import Places, Routes, routes_of
 from magi_attention.comm.streams import communication_stream, current_in_block, current_stream, events_of
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
@@ -63,11 +63,11 @@ class AllToAllCollectives:
         tensors: Sequence[Tensor],
         table: ExchangeTable | TwoHopExchange,
         out: Sequence[Tensor] | None = None,
-        own_places: Rows | None = None,
+        own_places: Places | None = None,
         lend: bool = False,
     ) -> PendingWork[list[Tensor]] | StreamWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        check_own_places(own_places, tensors)
+        check_own_places(own_places, tensors, table.num_received)
         tensors = as_in_memory(tensors)
         routes, layout = self._prepared(
             table, ("cast",), tensors, lambda checked: _check_rows("tensors", tensors, checked.num_source)
@@ -102,7 +102,7 @@ class AllToAllCollectives:
             # While the others' rows travel, and not before: kernels that follow this copy would else take all
             # multiprocessors before the transfer has its own.
             work.wait_packed()
-            put_all_rows(received, own_places, tensors)
+            put_all_rows(received, own_places.rows, tensors)
         return work
 
     @without_grad
@@ -114,13 +114,13 @@ class AllToAllCollectives:
         op: ReduceOp = "sum",
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
-        own_places: Rows | None = None,
+        own_places: Places | None = None,
     ) -> PendingWork[None] | StreamWork[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         partials = as_in_memory(partials)
         sent = partials if partial_lse is None else [*partials, partial_lse]
         targets = [*into] if into_lse is None else [*into, into_lse]
-        check_own_places(own_places, into, op)
+        check_own_places(own_places, into, table.num_received, op)
 
         def check(checked: ExchangeTable) -> None:
             check_reduce(partials, into, op, partial_lse, into_lse)
@@ -141,7 +141,7 @@ class AllToAllCollectives:
                 add_partials(into, landed, layout, routes, average=op == "avg")
 
         counts = routes.recv_counts, routes.send_counts
-        meanwhile = None if own_places is None else lambda: take_all_rows(into, own_places, partials)
+        meanwhile = None if own_places is None else lambda: take_all_rows(into, own_places.rows, partials)
         return self._exchange(gather, landed, counts, combine, [routes, *sent, *targets], meanwhile)
 
     def _exchange(
@@ -271,15 +271,20 @@ def check_reduce(
         raise ValueError(f"only op 'lse' takes partial_lse and into_lse, not {op!r}")
 
 
-def check_own_places(own_places: Rows | None, own: Sequence[Tensor], op: ReduceOp | None = None) -> None:
-    """Raise ``ValueError`` unless there is a place for each row of this rank's own, which a reduce is ``into``."""
+def check_own_places(
+    own_places: Places | None, own: Sequence[Tensor], num_places: int, op: ReduceOp | None = None
+) -> None:
+    """Raise ``ValueError`` unless each row of this rank's own, which a reduce is ``into``, has one of the places."""
     if own_places is None:
         return
     if op == "lse":
         raise ValueError("op 'lse' takes no own_places: into and into_lse hold the rank's own results")
-    num_places = own_places.stop - own_places.start if isinstance(own_places, slice) else own_places.shape[0]
-    if any(tensor.shape[0] != num_places for tensor in own):
-        raise ValueError(f"there are {num_places} own_places for rows of {[tuple(tensor.shape) for tensor in own]}")
+    if any(tensor.shape[0] != own_places.num_rows for tensor in own):
+        shapes = [tuple(tensor.shape) for tensor in own]
+        raise ValueError(f"there are {own_places.num_rows} own_places for rows of {shapes}")
+    first, stop = own_places.bounds
+    if first < 0 or stop > num_places:
+        raise ValueError(f"own_places reach from row {first} to row {stop - 1}, but there are {num_places} rows")
 
 
 def check_out(out: Sequence[Tensor], tensors: Sequence[Tensor], num_rows: int) -> None:

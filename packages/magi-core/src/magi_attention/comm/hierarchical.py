@@ -11,7 +11,7 @@ from torch import Tensor
 from magi_attention.comm.alltoall import check_out, check_own_places, check_reduce
 from magi_attention.comm.packing import put_all_rows, take_all_rows
 from magi_attention.comm.protocol import GroupCollectives, ReduceOp, Work
-from magi_attention.comm.routes import Rows
+from magi_attention.comm.routes import Places
 from magi_attention.comm.streams import communication_stream, events_of, running_on
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.common.logsumexp import accumulation_dtype, merge_lse, rescale_weight
@@ -50,7 +50,7 @@ class HierarchicalCollectives:
         tensors: Sequence[Tensor],
         table: ExchangeTable | TwoHopExchange,
         out: Sequence[Tensor] | None = None,
-        own_places: Rows | None = None,
+        own_places: Places | None = None,
         lend: bool = False,
     ) -> Work[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
@@ -77,7 +77,7 @@ class HierarchicalCollectives:
         op: ReduceOp = "sum",
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
-        own_places: Rows | None = None,
+        own_places: Places | None = None,
     ) -> Work[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`.
 
@@ -85,9 +85,9 @@ class HierarchicalCollectives:
         """
         hops = _checked(table)
         check_reduce(partials, into, op, partial_lse, into_lse)
-        check_own_places(own_places, into, op)
+        check_own_places(own_places, into, hops.num_received, op)
         if own_places is not None:
-            take_all_rows(into, own_places, partials)
+            take_all_rows(into, own_places.rows, partials)
         if partial_lse is not None and into_lse is not None:
             return self._reduce_lse(partials[0], partial_lse, hops, into[0], into_lse)
         sent = [*partials]
@@ -134,15 +134,15 @@ class HierarchicalCollectives:
 
 
 def receive_buffers(
-    tensors: Sequence[Tensor], num_received: int, out: Sequence[Tensor] | None, own_places: Rows | None
+    tensors: Sequence[Tensor], num_received: int, out: Sequence[Tensor] | None, own_places: Places | None
 ) -> list[Tensor]:
     """What a cast of several hops receives in, which holds a rank's own rows already; see ``GroupCollectives.cast``."""
     if out is not None:
         check_out(out, tensors, num_received)
     received = [*(out or (x.new_empty((num_received, *x.shape[1:])) for x in tensors))]
-    check_own_places(own_places, tensors)
+    check_own_places(own_places, tensors, num_received)
     if own_places is not None:
-        put_all_rows(received, own_places, tensors)
+        put_all_rows(received, own_places.rows, tensors)
     return received
 
 

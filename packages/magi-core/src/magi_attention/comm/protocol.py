@@ -6,7 +6,7 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
-from magi_attention.comm.routes import Rows
+from magi_attention.comm.routes import Places
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 
 ReduceOp = Literal["sum", "avg", "lse"]
@@ -19,8 +19,8 @@ class Work(Protocol[Result]):
     def wait_packed(self) -> None:
         """Let the current stream go on once the rows to send are gathered and nothing but the transfer is left.
 
-        A kernel that is launched next then doesn't take all multiprocessors before the transfer can have the few that
-        it needs. Call it on the stream that the collective was called on.
+        A kernel that is launched next then doesn't take all multiprocessors before the transfer, and what copies own
+        rows beside it, can have the few that they need. Call it on the stream that the collective was called on.
         """
 
     def wait(self) -> Result:
@@ -50,7 +50,7 @@ class GroupCollectives(Protocol):
         tensors: Sequence[Tensor],
         table: ExchangeTable | TwoHopExchange,
         out: Sequence[Tensor] | None = None,
-        own_places: Rows | None = None,
+        own_places: Places | None = None,
         lend: bool = False,
     ) -> Work[list[Tensor]]:
         """Send rows of ``tensors``, each ``[num_source, ...]``, to the ranks that need them, in one exchange.
@@ -72,7 +72,7 @@ class GroupCollectives(Protocol):
         op: ReduceOp = "sum",
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
-        own_places: Rows | None = None,
+        own_places: Places | None = None,
     ) -> Work[None]:
         """Bring ``partials``, each ``[num_received, ...]``, back to the rows' owners and combine them there.
 

@@ -19,6 +19,29 @@ Rows = slice | Tensor
 
 
 @dataclass(frozen=True, eq=False)
+class Places(KeepsDerived):
+    """Rows of a buffer that belong to those of another tensor, one after another.
+
+    Attributes:
+        runs: ``(n, 2)`` int64, the first row of each run and the one behind its last.
+        rows: the same row by row, on the buffer's device.
+    """
+
+    runs: NDArray[np.int64]
+    rows: Rows
+
+    @cached_property
+    def num_rows(self) -> int:
+        """How many there are."""
+        return int((self.runs[:, 1] - self.runs[:, 0]).sum())
+
+    @cached_property
+    def bounds(self) -> tuple[int, int]:
+        """Rows that all of them lie between, the least of which is not after row 0."""
+        return int(self.runs.min(initial=0)), int(self.runs.max(initial=0))
+
+
+@dataclass(frozen=True, eq=False)
 class Routes(KeepsDerived):
     """An exchange table's rows on a device, peer by peer, each peer's in the order in which they travel.
 
@@ -64,13 +87,18 @@ class Routes(KeepsDerived):
         return rows_, offsets, places_
 
 
+def places_of(runs: NDArray[np.int64], device: torch.device) -> Places:
+    """The rows of these runs, of a buffer on ``device``."""
+    return Places(runs, _as_rows(_listed(runs), device))
+
+
 def routes_of(table: ExchangeTable, device: torch.device) -> Routes:
     """The table's routes on ``device``, kept with the table."""
     return table.derived(("routes", device), lambda: _build(table, device))
 
 
 def _build(table: ExchangeTable, device: torch.device) -> Routes:
-    source, received = _listed(table.send), _listed(table.recv)
+    source, received = _listed(table.send[:, 1:]), _listed(table.recv[:, 1:])
     all_source = _as_rows(source, device)
     return Routes(
         source=all_source,
@@ -86,10 +114,10 @@ def _build(table: ExchangeTable, device: torch.device) -> Routes:
     )
 
 
-def _listed(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows of ``(peer, start, stop)`` ranges, one after another."""
-    owner, offset = expand_counts(ranges[:, 2] - ranges[:, 1])
-    return ranges[owner, 1] + offset
+def _listed(runs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows of ``(start, stop)`` runs, one after another."""
+    owner, offset = expand_counts(runs[:, 1] - runs[:, 0])
+    return runs[owner, 0] + offset
 
 
 def _as_rows(rows: NDArray[np.int64], device: torch.device) -> Rows:

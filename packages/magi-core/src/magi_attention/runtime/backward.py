@@ -197,10 +197,11 @@ class _GradientSums:
             return
         partials = [total.allocated(self._saved.k.dtype) for total in sums]
         copied_on_the_way = None
-        if isinstance(places, Tensor) and partials[0].dtype == self.returns.dtype and self._own[0].is_new:
+        is_new = partials[0].dtype == self.returns.dtype and self._own[0].is_new
+        if is_new and places is not None and isinstance(places.rows, Tensor):
             copied_on_the_way = places
         elif places is not None:
-            for own, taken in zip(self._sums, take_rows(partials, places), strict=True):
+            for own, taken in zip(self._sums, take_rows(partials, places.rows), strict=True):
                 own.add(None, taken, not own.is_new)
         self._sums = self._late
         into = [own.allocated(partials[0].dtype) for own in self._own]

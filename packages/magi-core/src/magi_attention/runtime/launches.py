@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from magi_attention.comm.routes import Rows
+from magi_attention.comm.routes import Places, places_of
 from magi_attention.config import RuntimeConfig
 from magi_attention.env.general import ffa_backward_sm_margin, ffa_forward_sm_margin
 from magi_attention.kernels.protocol import (
@@ -69,7 +69,7 @@ class LaunchStep(NamedTuple):
     """
 
     step: Step
-    own_places: Rows | None
+    own_places: Places | None
     launches: tuple[Launch, ...]
 
 
@@ -127,7 +127,7 @@ class Kernels:
         step, is_forward = of.steps[number], direction == "forward"
         travels = wants_room(of, number, is_forward, fetches)
         margin = _sm_margin(self.options, direction, travels and self.travel_takes_multiprocessors)
-        places = None if step.own_places is None else _rows_of(step.own_places, self.request.device)
+        places = None if step.own_places is None else _own_places(step.own_places, self.request.device)
         # A process alone may leave out padding, and with it whole runs of queries.
         calls = [call for call in step.calls if step.queries_travel or call.queries.start < self.num_queries]
         new = [call for call in calls if not call.queries_known]
@@ -203,10 +203,7 @@ def _sm_margin(options: RuntimeConfig, direction: Direction, are_wanted: bool) -
     return ffa_forward_sm_margin() if is_forward else ffa_backward_sm_margin()
 
 
-def _rows_of(places: Runs, device: torch.device) -> Rows:
-    """The rows of a buffer where own rows lie, in the order of these: a slice if they are one run, else an index."""
-    starts, lengths = places[:, 2], places[:, 1] - places[:, 0]
-    rows = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and len(places) == 1:
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return torch.from_numpy(rows).to(device)
+def _own_places(runs: Runs, device: torch.device) -> Places:
+    """Where in a buffer own rows lie, in the order of these."""
+    lengths = runs[:, 1] - runs[:, 0]
+    return places_of(np.column_stack([runs[:, 2], runs[:, 2] + lengths]), device)

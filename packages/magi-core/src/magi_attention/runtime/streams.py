@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.protocol import GroupCollectives, Work
-from magi_attention.comm.routes import Rows
+from magi_attention.comm.routes import Places
 from magi_attention.runtime.launches import LaunchStep
 from magi_attention.runtime.steps import Step
 from magi_attention.utils.dtypes import as_dtype
@@ -111,10 +111,10 @@ class Returns:
 
     def __init__(self, collectives: GroupCollectives, dtype: torch.dtype) -> None:
         self._collectives, self.dtype = collectives, dtype
-        self._waiting: tuple[Step, list[Tensor], list[Tensor], Rows | None] | None = None
+        self._waiting: tuple[Step, list[Tensor], list[Tensor], Places | None] | None = None
         self._traveling: deque[Work[None]] = deque()
 
-    def put(self, step: Step, partials: list[Tensor], into: list[Tensor], own_places: Rows | None = None) -> None:
+    def put(self, step: Step, partials: list[Tensor], into: list[Tensor], own_places: Places | None = None) -> None:
         """Let partials of a step's key buffer, or of its visiting queries, go home at the next ``send``.
 
         Args:
