@@ -104,6 +104,21 @@ def test_all_multiprocessors_copy_what_bulk_copies_cannot_or_would_slowly(misfit
     assert len(copied) == 2
 
 
+@pytest.mark.parametrize("lend", [True, False])
+def test_own_rows_of_no_bytes_come_before_others(lend):
+    """Such a tensor has no address, from which one could count to the tensors behind it."""
+
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(timeout_s=30))
+        table = ExchangeTable(np.array([[1 - rank, 0, 4]]), np.array([[1 - rank, 0, 4]]), 2, 4, 8)
+        rows = torch.arange(4.0)[:, None].expand(4, 8192) + rank
+        none, received = native.cast([torch.empty(4, 0), rows], table, None, places((4, 8)), lend).wait_host()
+        assert none.shape == (8, 0)
+        assert torch.equal(received, torch.cat([rows + 1 - 2 * rank, rows]))
+
+    run_ranks(2, run)
+
+
 @pytest.mark.parametrize("transport", ["copy_engine", "push", "put"])
 @pytest.mark.parametrize("capacity_bytes", [None, 12 << 20])
 def test_own_rows_are_taken_before_what_comes_home_is_added(transport, capacity_bytes):

@@ -51,7 +51,8 @@ class OwnCopies:
         length = places.runs[:, 1] - places.runs[:, 0]
         runs = RowCopies(np.zeros_like(length), np.cumsum(length) - length, places.runs[:, 0], length)
         copies = byte_copies(runs, self._layout, row_bytes, 0)
-        is_bulk = copies.granule == _BULK_BYTES and len(formats) <= MOST_TENSORS
+        # Tensors whose rows have no bytes have no address either, and all others lie behind the first one's.
+        is_bulk = copies.granule == _BULK_BYTES and len(formats) <= MOST_TENSORS and all(row_bytes)
         self.is_worth_it = is_bulk and len(copies.size) > 0 and copies.size.mean() >= _LEAST_BYTES
         if not self.is_worth_it:
             return
