@@ -11,7 +11,9 @@ import torch
 from magi_attention.comm.packing import put_all_rows
 from magi_attention.comm.routes import Places, places_of
 from magi_attention.plan.exchange import ExchangeTable
-from magi_comm_grpcoll import ContextOptions, GroupContext, lane
+from magi_comm_grpcoll import ContextOptions, GroupContext, kernels, lane
+from tests.comm.emulated_kernels import Launch
+from tests.comm.emulated_streams import current_stream, machine
 from tests.comm.emulation import emulate, run_ranks
 
 
@@ -81,6 +83,39 @@ def test_few_multiprocessors_copy_long_runs(transport, lend, monkeypatch):
             for received, mine, theirs in zip(work.wait_host(), both[rank], both[1 - rank], strict=True):
                 assert torch.equal(received[:8], torch.cat([theirs[:2], mine[2:], theirs[2:], mine[:2]]))
             work.release()
+
+    run_ranks(2, run)
+
+
+@pytest.mark.parametrize(("transport", "kernels_before"), [("copy_engine", 1), ("push", 2), ("put", 3)])
+def test_attention_begins_once_all_that_runs_beside_it_has(transport, kernels_before, monkeypatch):
+    """Kernels take their time until they begin, the first ones the most."""
+
+    class LateLaunch(Launch):
+        def enqueue(self):
+            here = machine().of_thread
+            order, here.num_launched = here.order, here.num_launched + 1
+
+            def begin(pause_s=0.1 / here.num_launched):
+                time.sleep(pause_s)
+                order.append("kernel")
+
+            self._stream.enqueue(begin)
+            super().enqueue()
+
+    monkeypatch.setattr(kernels, "Launch", LateLaunch)
+
+    def run(rank, group):
+        native, here = GroupContext(group, ContextOptions(transport=transport, timeout_s=30)), machine().of_thread
+        table, own = ExchangeTable(np.array([[1 - rank, 0, 4]]), np.array([[1 - rank, 0, 4]]), 2, 4, 8), places((4, 8))
+        for _ in range(2):  # at first the host waits for streams here, to which it brings tables
+            here.order, here.num_launched = (order := []), 0
+            work = native.cast([torch.full((4, 8192), 1.0)], table, own_places=own, lend=True)
+            work.wait_packed()
+            current_stream().enqueue(partial(order.append, "attention"))
+            current_stream().synchronize()
+            work.release()
+            assert order.index("attention") >= kernels_before
 
     run_ranks(2, run)
 
