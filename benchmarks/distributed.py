@@ -3,8 +3,8 @@
 
 Every number is TFLOP/s per GPU of the pairs that the mask keeps, from the median over the passes of the slowest rank's
 time. All methods but ``torch`` run in the same processes, in turns of some passes and in random order, since a GPU's
-clock depends on what it did before; ``torch`` runs after the others. Of several rounds the median counts. All but
-``torch`` call the same kernel backend.
+clock depends on what it did before; ``torch`` runs after the others. Of several rounds the median counts; each makes
+all tensors anew and in another order, so that they lie elsewhere. All but ``torch`` call the same kernel backend.
 
 single      the kernel alone, on every GPU at once without communication: the same mask family, over as many tokens as
             have (to 256 tokens) the mask area that a GPU has in the distributed attention.
@@ -16,7 +16,8 @@ gather-zz   the same with zigzag shards.
 ring-zz     a ring over zigzag shards, double-buffered, merged by log-sum-exp.
 torch       torch's own context parallelism: its ring around SDPA, zigzag where causal. Full and causal masks alone.
 best/base   the best magi/N over the best of gather, gather-zz, ring-zz and torch.
-+-%         the standard error of that ratio in percent, by the quartiles of the passes; what is within it is a tie.
++-%         the standard error of that ratio in percent, by the quartiles of the passes, or by the rounds where these
+            differ more; what is within it is a tie.
 
 With ``--host-time``, the lines ``host`` are microseconds until the call of a pass returns, on the slowest rank: where a
 kernel takes less, the host is what limits. With ``--breakdown``, a trace of rank 0 tells what each stream of ours did.
@@ -26,6 +27,7 @@ A cell that fails shows why below the table; the others go on. On a CPU (``--dev
 import argparse
 import json
 import math
+import random
 import statistics
 import sys
 from collections.abc import Sequence
@@ -83,7 +85,8 @@ def measure_row(
         is_last = number == options.rounds - 1
         for group in ([name for name in methods if name != "torch"], [name for name in methods if name == "torch"]):
             status.show(f"{where}, round {number + 1} ")
-            for method, measured in measure_together(pool, options, group, is_last, reasons).items():
+            order = random.Random(number).sample(group, len(group))
+            for method, measured in measure_together(pool, options, order, is_last, reasons).items():
                 rounds[method].append(measured)
     status.show("")
     figures, records = {}, []
@@ -159,10 +162,14 @@ def method_options(options: BenchOptions, method: str) -> BenchOptions:
 
 
 def median_of(rounds: list[PassTimes]) -> PassTimes:
-    """The median of each time, and the most memory."""
+    """The median of each time, and the most memory. The errors are at least those of the medians of the rounds."""
     medians = {
         field.name: statistics.median(getattr(each, field.name) for each in rounds) for field in fields(PassTimes)
     }
+    if len(rounds) > 1:
+        for name in ("forward", "backward"):
+            spread = statistics.stdev(getattr(each, name) for each in rounds) / math.sqrt(len(rounds))
+            medians[f"{name}_error"] = max(medians[f"{name}_error"], spread)
     return PassTimes(**medians | {"peak_bytes": max(each.peak_bytes for each in rounds)})
 
 
@@ -221,7 +228,9 @@ def parse_arguments() -> argparse.Namespace:
         "--repeat", type=int, default=4, help="timed passes of each method, at least; the median counts"
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="time so many that a row takes so long")
-    parser.add_argument("--rounds", type=int, default=1, help="rounds of all methods, planned anew; the median counts")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="rounds of all methods, made anew in another order; the median counts"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--host-time", action="store_true", help="print what the host takes to call each pass, too")
     parser.add_argument("--breakdown", action="store_true", help="print what each stream of ours did, too")
