@@ -87,9 +87,14 @@ def test_few_multiprocessors_copy_long_runs(transport, lend, monkeypatch):
     run_ranks(2, run)
 
 
-@pytest.mark.parametrize(("transport", "kernels_before"), [("copy_engine", 1), ("push", 2), ("put", 3)])
-def test_attention_begins_once_all_that_runs_beside_it_has(transport, kernels_before, monkeypatch):
+@pytest.mark.parametrize(
+    ("transport", "capacity_bytes", "kernels_before"),
+    [("copy_engine", None, 1), ("copy_engine", 12 << 20, 1), ("push", None, 2), ("put", None, 3)],
+)
+def test_attention_begins_once_all_that_runs_beside_it_has(transport, capacity_bytes, kernels_before, monkeypatch):
     """Kernels take their time until they begin, the first ones the most."""
+    options = ContextOptions(transport=transport, timeout_s=30, capacity_bytes=capacity_bytes)
+    num_columns = 8192 if capacity_bytes is None else 1 << 18  # which take two rounds
 
     class LateLaunch(Launch):
         def enqueue(self):
@@ -106,11 +111,12 @@ def test_attention_begins_once_all_that_runs_beside_it_has(transport, kernels_be
     monkeypatch.setattr(kernels, "Launch", LateLaunch)
 
     def run(rank, group):
-        native, here = GroupContext(group, ContextOptions(transport=transport, timeout_s=30)), machine().of_thread
+        native, here = GroupContext(group, options), machine().of_thread
         table, own = ExchangeTable(np.array([[1 - rank, 0, 4]]), np.array([[1 - rank, 0, 4]]), 2, 4, 8), places((4, 8))
         for _ in range(2):  # at first the host waits for streams here, to which it brings tables
             here.order, here.num_launched = (order := []), 0
-            work = native.cast([torch.full((4, 8192), 1.0)], table, own_places=own, lend=True)
+            work = native.cast([torch.full((4, num_columns), 1.0)], table, own_places=own, lend=True)
+            assert work.packed is not None  # also where the host, in several rounds, waits for streams here
             work.wait_packed()
             current_stream().enqueue(partial(order.append, "attention"))
             current_stream().synchronize()

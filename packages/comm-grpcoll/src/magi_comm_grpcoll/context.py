@@ -194,19 +194,24 @@ class GroupContext:
         lane.exchange.check_room(len(parts))
         caller, arrive = current_stream(self._index), lane.wires.arrive
         tensors = _contiguous(tensors)
-        own = None if own_places is None else own_rows(own_places, tensors, table.num_received, arrive, self.device)
+        own = (
+            None if own_places is None else own_rows(own_places, tensors, table.num_received, arrive, self.device, out)
+        )
         if lend and out is None and len(parts) == 1:
             (part,) = parts
             epoch, packed = part.start(tensors, caller, own)
             lent = [*part.landed(epoch)]
             return part.work(epoch, packed, caller, lent, (part, tensors, own), self._check, lends=True)
-        if out is None and own is not None and own.copies is not None:
+        if out is not None:
+            received = [*out]
+        elif own is not None and own.copies is not None:
             received = own.copies.new_buffers()
         else:
-            own = None if own is None else own._replace(copies=None)  # which copies to one block of memory
-            received = [*(out or (x.new_empty((table.num_received, *x.shape[1:])) for x in tensors))]
+            received = [x.new_empty((table.num_received, *x.shape[1:])) for x in tensors]
+        packed = None
         for number, part in enumerate(parts):
-            epoch, packed = part.start(tensors, caller, None if number else own, received)
+            epoch, begun = part.start(tensors, caller, None if number else own, received)
+            packed = lane.later(packed, begun)
             arrive.wait_event(part.ready)
             try:
                 with torch.no_grad(), current_in_block(arrive, caller):
@@ -254,8 +259,10 @@ class GroupContext:
         sent, written = _contiguous(sent), _contiguous(targets)
         old_lse = [written[-1].detach().clone()] if op == "lse" else []
         addresses = [tensor.data_ptr() for tensor in (*written, *old_lse)]
+        packed = None
         for number, (part, combination) in enumerate(zip(rounds.parts, combinations, strict=True)):
-            epoch, packed = part.start(sent, caller)
+            epoch, begun = part.start(sent, caller)
+            packed = lane.later(packed, begun)
             try:
                 if own_places is not None and not number:
                     if packed is not None:

@@ -58,6 +58,13 @@ class Lane:
         is_read.record(reader)
         self.exchange.release(epoch, is_read)
 
+    def later(self, event: "torch.cuda.Event | None", recorded: "torch.cuda.Event | None") -> "torch.cuda.Event | None":
+        """Of two events, if there are both, the one that was recorded later; the other one is given back."""
+        if event is None or recorded is None:
+            return recorded or event
+        self.events.put(event)
+        return recorded
+
     def abandon(self, epoch: int, caller: "torch.cuda.Stream") -> None:
         """The same after an error, so that the slot is not lost, and with the last one all further exchanges."""
         self.release(epoch, self.wires.arrive)

@@ -102,9 +102,16 @@ class OwnRows(NamedTuple):
 
 
 def own_rows(
-    places: Places, tensors: Sequence[Tensor], num_received: int, stream: "torch.cuda.Stream", device: torch.device
+    places: Places,
+    tensors: Sequence[Tensor],
+    num_received: int,
+    stream: "torch.cuda.Stream",
+    device: torch.device,
+    buffers: Sequence[Tensor] | None,
 ) -> OwnRows:
-    """The rows, with what copies them on a stream, which is made once."""
+    """The rows, with what copies them on a stream, made once, unless to buffers of the caller's: these are not one."""
+    if buffers is not None:
+        return OwnRows(places, tensors, None)
     formats = row_formats(tensors)
     copies = places.derived(
         (stream.cuda_stream, device, formats, num_received),
