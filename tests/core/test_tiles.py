@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from magi_attention.common import bands as band
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels import tiles as tiles_module
-from magi_attention.kernels.tiles import bands_from_intervals, join_side_by_side, row_intervals, tile_runs
+from magi_attention.kernels.tiles import bands_from_intervals, join_side_by_side, row_intervals, running_sums, tile_runs
 from magi_attention.testing.masks import random_masks
 from magi_attention.testing.oracle import dense_mask
 from magi_attention.testing.tiles import IndexLists, classify_tiles
@@ -185,6 +185,15 @@ def test_a_million_causal_tokens_by_intervals_and_coarse_tiles():
     assert len(tiles.partial.indices) == 256
     intervals = row_intervals(bands, total)
     assert np.array_equal(intervals.stops, np.arange(1, total + 1))
+
+
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-(1 << 56), 1 << 56)), max_size=40))
+def test_sums_of_what_comes_and_goes_are_exact(changes):
+    places, amounts = np.array(changes, np.int64).reshape(-1, 2).T
+    place, sums = running_sums(places, np.stack([amounts, -amounts]))
+    assert place.tolist() == sorted({at for at, _ in changes})
+    expected = [sum(amount for at, amount in changes if at <= each) for each in place.tolist()]
+    assert sums.tolist() == [expected, [-each for each in expected]]
 
 
 def test_padded_lists():

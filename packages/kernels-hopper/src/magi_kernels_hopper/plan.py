@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
-from magi_attention.common.slices import expand_counts
-from magi_attention.kernels.tiles import cut_rows, join_side_by_side
+from magi_attention.common.slices import distinct, expand_counts
+from magi_attention.kernels.tiles import cut_rows, join_side_by_side, running_sums
 
 Indices = NDArray[np.int64]
 
@@ -149,11 +149,10 @@ def _runs_of_boxes(pieces: Bands, owner: Indices, num_q: int, num_k: int, tile_q
     seen_from, seen_to = np.maximum(k0, q1 - 1 + d0), np.minimum(k1, q0 + d1 + 1)
     seen_to = np.maximum(seen_to, seen_from)  # by all of the piece's rows
     ends = np.concatenate([base + k0, base + k1, base + seen_from, base + seen_to])
-    place, change = np.unique(ends, return_inverse=True)
     one, height = np.ones_like(q0), q1 - q0
     nothing = np.zeros_like(q0)
-    touching = _sums(change, np.concatenate([one, -one, nothing, nothing]), len(place))
-    rows_seeing = _sums(change, np.concatenate([nothing, nothing, height, -height]), len(place))
+    changes = np.block([[one, -one, nothing, nothing], [nothing, nothing, height, -height]])
+    place, (touching, rows_seeing) = running_sums(ends, changes)
     tile = place // (num_k + 1)
     tile_rows = np.minimum(num_q - tile * tile_q, tile_q)
     touched, full = touching > 0, rows_seeing >= tile_rows
@@ -179,7 +178,7 @@ def _runs_of_boxes(pieces: Bands, owner: Indices, num_q: int, num_k: int, tile_q
     there = right > left
     all_start, all_stop = np.concatenate([left[there], start]), np.concatenate([right[there], stop])
     kind = np.repeat([PARTIAL, WHOLE], [there.sum(), len(start)])
-    order = np.argsort(all_start)
+    order = np.argsort(all_start, kind="stable")
     run_tile, run_start = np.divmod(all_start[order], num_k + 1)
     return Runs(run_tile, run_start, run_start + (all_stop - all_start)[order], kind[order])
 
@@ -226,7 +225,7 @@ def cut_at_pieces(runs: Runs, pieces: Bands, owner: Indices, num_k: int, box_k: 
     upward = np.repeat([False, True], len(pieces))
     cut = start[run] + np.where(upward, -(-offset // box_k), offset // box_k) * box_k
     inside = (runs.kind[run] == PARTIAL) & (cut > start[run]) & (cut < stop[run])
-    cuts = np.unique(cut[inside])
+    cuts = distinct(cut[inside])
     run = np.searchsorted(start, cuts, side="right") - 1
     all_start = np.sort(np.concatenate([start, cuts]))
     source = np.searchsorted(start, all_start, side="right") - 1
@@ -249,11 +248,6 @@ def pieces_of_runs(runs: Runs, pieces: Bands, owner: Indices, num_k: int) -> tup
     order = np.argsort(run, kind="stable")
     counts = np.bincount(run, minlength=len(runs.tile))
     return np.cumsum(counts) - counts, counts, piece[order]
-
-
-def _sums(change: Indices, amounts: Indices, num_places: int) -> Indices:
-    """What holds from each place to the next, for amounts that come and go at places."""
-    return np.cumsum(np.bincount(change, amounts, num_places).astype(np.int64))
 
 
 def _stretches(holds: NDArray[np.bool_], place: Indices) -> tuple[Indices, Indices]:
