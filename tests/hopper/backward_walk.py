@@ -41,7 +41,9 @@ def walk(tables: ColumnTables, tile_k: int, size_q: int, size_k: int) -> Iterato
         yield Step(tile, num_pieces != FULL, kept)
 
 
-def pair_counts(tables: ColumnTables, num_q: int, num_k: int, size_q: int, size_k: int) -> NDArray[np.int64]:
+def pair_counts(
+    tables: ColumnTables, rests: NDArray[np.int64], num_q: int, num_k: int, size_q: int, size_k: int
+) -> NDArray[np.int64]:
     """How often the kernel counts each pair ``[num_q, num_k]``.
 
     Rows beyond ``num_q`` have probability 0 in the kernel, whatever the mask; keys beyond a tile's own must be masked.
@@ -49,12 +51,12 @@ def pair_counts(tables: ColumnTables, num_q: int, num_k: int, size_q: int, size_
     tiles_q = -(-num_q // size_q)
     counts = np.zeros((tiles_q * size_q, num_k), np.int64)
     reached = 0
-    for tile_k, (start, end, *rests) in enumerate(tables.keys.tolist()):
+    for tile_k, (start, end) in enumerate(tables.keys.tolist()):
         assert start == reached
         reached = end
         assert 0 < end - start <= size_k
         steps = list(walk(tables, tile_k, size_q, size_k))
-        for half, rest in enumerate(rests):
+        for half, rest in enumerate(rests[tile_k].tolist()):
             for left_out in steps[: rest >> 16] + steps[len(steps) - (rest & 0xFFFF) :]:
                 assert not np.split(left_out.kept, 2, axis=1)[half].any()
         for step in steps:

@@ -14,8 +14,9 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.kernels import tiles
 from magi_attention.testing.masks import rectangular_masks
 from magi_attention.testing.oracle import dense_mask
-from magi_kernels_hopper.backward_order import WorkSizes, clusters
-from magi_kernels_hopper.backward_plan import adders, column_tables, ranks, shortest_tables, starts_at_changes
+from magi_kernels_hopper import tables as hopper_tables
+from magi_kernels_hopper.backward_order import QuerySizes, WorkSizes, clusters
+from magi_kernels_hopper.backward_plan import adders, column_tables, ranks, rests, shortest_tables, starts_at_changes
 from magi_kernels_hopper.plan import FULL
 from magi_kernels_hopper.tables import device_column_tables
 from tests.hopper.backward_walk import pair_counts, walk
@@ -32,7 +33,8 @@ def test_every_pair_counts_once(mask, tile_q, tile_k, at_changes, joins):
     starts = starts_at_changes(slices.bands(), num_k, tile_k) if at_changes else None
     with always_joining if joins else nullcontext():
         tables = column_tables(slices.bands(), num_q, num_k, tile_q, tile_k, starts)
-    counts = pair_counts(tables, num_q, num_k, tile_q, tile_k)
+        left_out = rests(tables, slices.bands(), num_q, num_k, tile_q, tile_k)
+    counts = pair_counts(tables, left_out, num_q, num_k, tile_q, tile_k)
     np.testing.assert_array_equal(counts, dense_mask(slices, num_q, num_k).numpy())
     tiles_q = -(-num_q // tile_q)
     met = [step.tile for tile in range(len(tables.tiles)) for step in walk(tables, tile, tile_q, tile_k)]
@@ -112,8 +114,20 @@ def test_tiles_of_keys_begin_where_it_saves_steps(rows, starts):
     ],
 )
 def test_halves_of_tiles_rest(rows, first, second):
-    tables = column_tables(SliceTable(rows).bands(), 256, 256, 16, 32)
-    assert tables.keys[0, 2:].tolist() == [first, second]
+    bands = SliceTable(rows).bands()
+    assert rests(column_tables(bands, 256, 256, 16, 32), bands, 256, 256, 16, 32)[0].tolist() == [first, second]
+
+
+def test_steps_to_rest_are_counted_of_the_chosen_tables_alone():
+    """Of two kernels and two ways to cut keys, which takes as long as to build the tables."""
+    rows = [[1000 * i, 1000 * i + 1000, 1000 * i, 1000 * i + 1000, 1] for i in range(6)]
+    sizes = (WorkSizes(80, 128, 2, 4, 132), WorkSizes(64, 64, 2, 4, 132, queries=QuerySizes(16, 64, 2)))
+    with mock.patch.object(hopper_tables, "rests", side_effect=rests) as asked:
+        found = device_column_tables(SliceTable(rows), 6000, 6000, sizes, torch.device("cpu"), ordered=False)
+    asked.assert_called_once()
+    assert found.keys[:, :2].tolist() == asked.call_args.args[0].keys.tolist()
+    assert found.keys[:, 2:].tolist() == rests(*asked.call_args.args).tolist()
+    assert found.keys[:, 2:].any()
 
 
 def test_staircases_have_few_pieces():

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from magi_attention.common import bands as band
 from magi_attention.common.bands import Bands
-from magi_attention.common.slices import expand_counts
+from magi_attention.common.slices import distinct, expand_counts
 from magi_attention.kernels.tiles import cut_rows, join_side_by_side, tile_runs
 from magi_kernels_hopper.plan import FULL, PARTIAL, WHOLE, Indices, Runs, cut_at_pieces, pieces_of_runs
 
@@ -34,9 +34,7 @@ class ColumnTables:
         runs: ``(n, 4)``: first tile of queries, end, first piece, number of pieces or ``FULL``.
         pieces: ``(m, 8)``: q0, q1, d0, d1, k0, k1, 0, 0; key j sees i if ``d0 <= i - j <= d1``. Keys are counted as if
             all tiles were full.
-        keys: ``(num_tiles, 4)``: the first one of each tile, the end, and of either half of a full tile's keys in how
-            many steps at the begin, times 65536, and at the end no pair counts. Steps go from the last tile of queries
-            down.
+        keys: ``(num_tiles, 2)``: the first one of each tile, and the end; :func:`rests` are the columns after these.
     """
 
     tiles: Indices
@@ -60,7 +58,7 @@ def shortest_tables(bands: Bands, num_q: int, num_k: int, tile_q: int, tile_k: i
 
 def starts_at_changes(bands: Bands, num_k: int, tile_k: int) -> Indices:
     """Where tiles of keys start that end at the last place in reach where a band begins or ends; and ``num_k``."""
-    changes = [0, *np.unique(band.shrink(bands)[0][:, [band.K0, band.K1]]).tolist()]
+    changes = [0, *distinct(band.shrink(bands)[0][:, [band.K0, band.K1]]).tolist()]
     starts = [0]
     while (start := starts[-1]) < num_k:
         end = min(start + tile_k, num_k)
@@ -115,7 +113,7 @@ def column_tables(
             [runs.start // tile_q, runs.stop // tile_q, first_piece, np.where(runs.kind == WHOLE, FULL, num_pieces)]
         ),
         table,
-        np.column_stack([starts[:-1], starts[1:], _rests(by_key, runs, num_tiles, num_q, tile_q, tile_k)]),
+        np.column_stack([starts[:-1], starts[1:]]),
     )
 
 
@@ -129,8 +127,18 @@ def _as_if_full(by_key: Bands, starts: Indices, tile_k: int) -> Bands:
     return band.shift(pieces, tile * tile_k - starts[tile], 0)
 
 
-def _rests(by_key: Bands, runs: Runs, num_tiles: int, num_q: int, tile_q: int, tile_k: int) -> Indices:
-    """The steps in which no pair of either half of a tile's keys counts: the last columns of the keys' table."""
+def rests(tables: ColumnTables, bands: Bands, num_q: int, num_k: int, tile_q: int, tile_k: int) -> Indices:
+    """Of either half of a full tile's keys, the steps at both ends in which no pair counts.
+
+    It takes as long as to build the tables, of which the arguments are: so it is not asked of those that are not used.
+
+    Returns:
+        ``(num_tiles, 2)``: how many at the begin, times 65536, and at the end. Steps go from the last tile of queries
+        down.
+    """
+    num_tiles = len(tables.tiles)
+    starts = np.append(tables.keys[:, 0], num_k)
+    by_key = _as_if_full(join_side_by_side(band.transpose(bands)), starts, tile_k)
     halves = tile_runs(by_key, num_tiles * tile_k, num_q, tile_k // 2, tile_q)
     first, end = np.full(2 * num_tiles, num_q), np.zeros(2 * num_tiles, np.int64)  # tiles of queries
     for each in (halves.partial, halves.full):
@@ -138,13 +146,14 @@ def _rests(by_key: Bands, runs: Runs, num_tiles: int, num_q: int, tile_q: int, t
         np.minimum.at(first, half, each.starts)
         np.maximum.at(end, half, each.stops)
     first[end == 0] = 0
-    start, stop = runs.start // tile_q, runs.stop // tile_q
+    start, stop, *_ = tables.runs.T
+    tile = np.repeat(np.arange(num_tiles), tables.tiles[:, 1])  # of each run
     numbers = []
     for side in (0, 1):
-        after = stop - np.maximum(start, end[side::2][runs.tile])
-        before = np.minimum(stop, first[side::2][runs.tile]) - start
+        after = stop - np.maximum(start, end[side::2][tile])
+        before = np.minimum(stop, first[side::2][tile]) - start
         at_begin, at_end = (
-            np.bincount(runs.tile, np.maximum(each, 0), num_tiles).astype(np.int64).clip(max=MOST_RESTS)
+            np.bincount(tile, np.maximum(each, 0), num_tiles).astype(np.int64).clip(max=MOST_RESTS)
             for each in (after, before)
         )
         numbers.append(at_begin << 16 | at_end)

@@ -3,6 +3,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.device_tiles import upload
 from magi_kernels_hopper.backward_choice import choose_work
 from magi_kernels_hopper.backward_order import WorkSizes
-from magi_kernels_hopper.backward_plan import adders, ranks
+from magi_kernels_hopper.backward_plan import adders, ranks, rests
 from magi_kernels_hopper.plan import RowTables, row_tables
 from magi_kernels_hopper.split import most_boxes
 from magi_kernels_hopper.variants import ForwardVariant, forward_variants
@@ -116,10 +117,10 @@ class DeviceColumnTables(NamedTuple):
         chosen: the number of the kernel that they are for.
         pack: query heads that share a tile of queries.
         split: whether the packs of a head are several items.
-        tiles: as are the next three, of :class:`magi_kernels_hopper.backward_plan.ColumnTables`.
+        tiles: as are the next two, of :class:`magi_kernels_hopper.backward_plan.ColumnTables`.
         runs: see there.
         pieces: see there.
-        keys: see there.
+        keys: as it is there, with :func:`magi_kernels_hopper.backward_plan.rests` beside it.
         items: the work, in order.
         adders: :func:`magi_kernels_hopper.backward_plan.adders`.
         num_met: tiles of queries, of one pack, that some tile of keys meets.
@@ -173,7 +174,9 @@ def device_column_tables(
                 f"backend 'hopper': the deterministic backward pass needs a number for each of {num_ranks} pairs of "
                 f"tiles, and can have {MOST_RANKS}; use more GPUs, or do without determinism"
             )
-        of_queries = adders(tables, -(-num_q * work.pack // sizes.tile_m))
+        tile_q = sizes.tile_m // work.pack
+        of_queries = adders(tables, -(-num_q // tile_q))
+        of_keys = rests(tables, slices.bands(), num_q, num_k, tile_q, sizes.tile_k)
         return DeviceColumnTables(
             chosen=choice.number,
             pack=work.pack,
@@ -181,7 +184,7 @@ def device_column_tables(
             tiles=upload(tables.tiles, device),
             runs=upload(tables.runs, device),
             pieces=upload(tables.pieces, device),
-            keys=upload(tables.keys, device),
+            keys=upload(np.column_stack([tables.keys, of_keys]), device),
             items=upload(work.items, device),
             adders=upload(of_queries, device),
             num_met=int((of_queries > 0).sum()),
