@@ -250,6 +250,22 @@ def test_the_faster_backend_is_expected_to_be(machine):
             assert faster == (each in fa4), (each, direction)
     window = replace(asked((64, 64)), mask_class="sliding_window", direction="backward")
     assert FA4.expected_tflops(window) < CUDNN.expected_tflops(window)
+    assert FA4.expected_tflops(window.toward("forward")) > CUDNN.expected_tflops(window.toward("forward"))
+
+
+@of_each_backend
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_head_dims_are_given_figures_of_one_gpu(machine, backend, direction):
+    """Other backends are compared by them too: no class of masks may gain by head dims what others lose by them."""
+    machine(90)
+    for dim in (64, 96, 256):
+        shares = [
+            backend.expected_tflops(replace(asked((dim, dim)), mask_class=each, direction=direction))
+            / backend.expected_tflops(replace(PLAIN, mask_class=each, direction=direction))
+            for each in MASK_CLASSES
+        ]
+        assert max(shares) < 1
+        assert max(shares) < 1.2 * min(shares)
 
 
 @of_each_backend
