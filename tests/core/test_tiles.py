@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magi_attention.common import bands as band
-from magi_attention.common.slices import SliceTable
+from magi_attention.common.slices import SliceTable, expand_counts
 from magi_attention.kernels import tiles as tiles_module
 from magi_attention.kernels.tiles import bands_from_intervals, join_side_by_side, row_intervals, running_sums, tile_runs
 from magi_attention.testing.masks import random_masks
@@ -86,7 +86,7 @@ def test_intervals_become_bands_again(mask, width):
     assert np.array_equal(counted, seen)
 
 
-always_joining = mock.patch.multiple(tiles_module, BANDS_OF_A_ROW=0, ROWS_OF_A_PIECE=0)
+always_joining = mock.patch.multiple(tiles_module, BANDS_OF_A_ROW=0, ROWS_OF_A_PIECE=0, ROWS_OF_A_PIECE_BY_ROW=0)
 
 
 def cut_up(bands: np.ndarray, step: int) -> np.ndarray:
@@ -136,6 +136,17 @@ def test_a_staircase_of_many_steps_takes_no_more_rows_than_it_has():
     runs = tile_runs(by_key, total, total, 128, 128)
     assert not len(runs.partial.starts)
     assert np.array_equal(runs.full.starts, np.arange(total // 128) // 2 * 2)
+
+
+def test_intervals_of_a_staircase_of_short_steps_are_found_by_its_own_rows():
+    """Not by those of its bands, which are 8 million."""
+    total, step = 1 << 15, 64
+    bands = SliceTable([[start, total, start, start + step, 0] for start in range(0, total, step)]).bands()
+    with mock.patch.object(tiles_module, "expand_counts", wraps=expand_counts) as expanded:
+        intervals = row_intervals(bands, total)
+    assert sum(int(each.args[0].sum()) for each in expanded.call_args_list) == total
+    assert not intervals.starts.any()
+    assert np.array_equal(intervals.stops, (np.arange(total) // step + 1) * step)
 
 
 def test_scattered_blocks_are_left_as_they_are():

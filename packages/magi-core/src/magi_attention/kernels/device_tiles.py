@@ -90,7 +90,7 @@ def interval_table(bands: Bands, num_rows: int, device: torch.device) -> DeviceI
 
 def device_row_intervals(bands: Bands, num_rows: int, device: torch.device) -> DeviceIntervals:
     """:func:`magi_attention.kernels.tiles.row_intervals` in torch operations. Waits for the device."""
-    bands = join_side_by_side(bands)
+    bands = join_side_by_side(bands, by_row=True)
     table = torch.from_numpy(bands).to(device)
     heights = bands[:, band.Q1] - bands[:, band.Q0]
     total, span = int(heights.sum()), int(bands[:, band.K1].max(initial=0)) + 1

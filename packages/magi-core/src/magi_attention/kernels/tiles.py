@@ -25,6 +25,9 @@ BANDS_OF_A_ROW = 8
 ROWS_OF_A_PIECE = 128
 """The fewest rows, on average, of the pieces that are joined: scattered blocks of 64 are better left as they are."""
 
+ROWS_OF_A_PIECE_BY_ROW = 16
+"""The same where what follows looks at each row of each band by itself, not at 16 or more of them at a time."""
+
 
 @dataclass(frozen=True, eq=False)
 class RowIntervals:
@@ -127,16 +130,17 @@ def running_sums(places: Indices, amounts: Indices) -> tuple[Indices, Indices]:
     return ordered[last], amounts[..., order].cumsum(-1)[..., last]
 
 
-def join_side_by_side(bands: Bands) -> Bands:
+def join_side_by_side(bands: Bands, *, by_row: bool = False) -> Bands:
     """Trim bands and, where many hold the same rows, cut them where any of them begins or ends and join what touches.
 
     Of a staircase of boxes, such as a block-causal mask of keys, every row is in up to all of them, though it has one
-    interval. What follows takes time and memory for each row of each band.
+    interval. What follows takes time and memory for the rows of each band: for each of them, if ``by_row``.
     """
+    least = ROWS_OF_A_PIECE_BY_ROW if by_row else ROWS_OF_A_PIECE
     bands, _ = band.shrink(bands)
     rows = int((bands[:, band.Q1] - bands[:, band.Q0]).sum())
     height = int(np.ptp(bands[:, : band.K0])) if len(bands) else 0
-    if rows <= BANDS_OF_A_ROW * height or count_slab_pieces(bands) * ROWS_OF_A_PIECE > rows:
+    if rows <= BANDS_OF_A_ROW * height or count_slab_pieces(bands) * least > rows:
         return bands
     pieces, _, slab = cut_into_slabs(bands)
     before, after = pieces[:-1], pieces[1:]
@@ -161,7 +165,7 @@ def row_intervals(bands: Bands, num_rows: int) -> RowIntervals:
 
     Pairs that are covered twice count once.
     """
-    bands = join_side_by_side(bands)
+    bands = join_side_by_side(bands, by_row=True)
     owner, step = expand_counts(bands[:, band.Q1] - bands[:, band.Q0])
     row = bands[owner, band.Q0] + step
     start = np.maximum(bands[owner, band.K0], row + bands[owner, band.D0])
