@@ -143,6 +143,24 @@ def test_roll_is_torch_roll_of_the_whole(pool, shard):
     pool.run(check_roll, *SHARDS[shard])
 
 
+def move_rows_under_autocast(rank, world_size, dtype):
+    key = causal_key(101)
+    x = draw(101, 8).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        local = dispatch(x, key)
+        assert torch.equal(undispatch(local, key).float(), x.float())
+        rolled = undispatch(roll(local, 3, 0, key), key, is_partial_grad=dtype is torch.float16)
+        assert torch.equal(rolled.float(), x.float().roll(3, 0))
+        if dtype is torch.float16:
+            (gradient,) = torch.autograd.grad(rolled, x, torch.ones_like(rolled))
+            assert torch.equal(gradient, torch.full_like(gradient, world_size))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
+def test_rows_of_dtypes_that_autocast_does_not_take_move_as_they_are(pool, dtype):
+    pool.run(move_rows_under_autocast, dtype)
+
+
 def check_position_ids(rank, world_size, total, chunk_size, uneven):
     key = causal_key(total, chunk_size, uneven)
     ids = get_position_ids(key)

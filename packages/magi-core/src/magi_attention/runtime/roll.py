@@ -12,6 +12,7 @@ from magi_attention.comm.protocol import GroupCollectives
 from magi_attention.kernels.autograd import on_real_memory
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.roll import roll_exchange
+from magi_attention.runtime.rows import concatenate
 from magi_attention.utils.torch_modes import outside_inference_mode
 
 
@@ -26,7 +27,7 @@ def _rolled(x: Tensor, shift: int, layout: Layout, rank: int, collectives: Group
         rolled = x[: int((np.diff(layout.real_runs_of(rank)[:, :2])).sum())]
     else:
         rolled = collectives.cast([x], roll_exchange(layout, rank, shift)).wait()[0]
-    return torch.cat([rolled, x.new_zeros(len(x) - len(rolled), *x.shape[1:])])
+    return concatenate([rolled, x.new_zeros(len(x) - len(rolled), *x.shape[1:])])
 
 
 class _Roll(torch.autograd.Function):

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from magi_attention.kernels.autograd import without_autocast
 from magi_attention.plan.layout import Layout
 
 # torch 2.13 renamed these two and warns at every call by the older names.
@@ -33,7 +34,7 @@ def gather_rows(x: Tensor, layout: Layout, group: dist.ProcessGroup | None) -> T
         mine, all_rows = mine.view(torch.uint8), gathered.view(torch.uint8)
     _all_gather(all_rows, mine, group=group)
     runs = [(rank * longest + local, stop - start) for start, stop, rank, local in layout.real_runs.tolist()]
-    return torch.cat([gathered.narrow(0, first, length) for first, length in runs])
+    return concatenate([gathered.narrow(0, first, length) for first, length in runs])
 
 
 def scatter_rows_sum(x: Tensor, layout: Layout, rank: int, group: dist.ProcessGroup | None) -> Tensor:
@@ -46,8 +47,14 @@ def scatter_rows_sum(x: Tensor, layout: Layout, rank: int, group: dist.ProcessGr
         runs = [x[start:stop] for start, stop, _ in layout.real_runs_of(each)]
         parts.append(_join(runs, x, longest, 0))
     mine = x.new_empty(longest, *x.shape[1:])
-    _reduce_scatter(mine, torch.cat(parts), group=group)
+    _reduce_scatter(mine, concatenate(parts), group=group)
     return mine[: _num_rows(layout, rank)]
+
+
+def concatenate(parts: list[Tensor]) -> Tensor:
+    """``torch.cat`` of tensors of one dtype. Under autocast, ``torch.cat`` itself refuses some dtypes, as of 8 bits."""
+    with without_autocast(parts[0]):
+        return torch.cat(parts)
 
 
 def _num_rows(layout: Layout, rank: int) -> int:
@@ -59,4 +66,4 @@ def _join(runs: list[Tensor], like: Tensor, num_rows: int, pad_value: float) -> 
     missing = num_rows - sum(len(run) for run in runs)
     if len(runs) == 1 and not missing and runs[0] is like:
         return like.contiguous()
-    return torch.cat([*runs, like.new_full((missing, *like.shape[1:]), pad_value)])
+    return concatenate([*runs, like.new_full((missing, *like.shape[1:]), pad_value)])
