@@ -23,6 +23,13 @@ def test_satisfies_the_protocol():
     assert isinstance(BACKEND, KernelBackend)
 
 
+@pytest.mark.parametrize("heads", HEADS)
+def test_results_are_contiguous(heads):
+    x = random_inputs(20, 20, heads=heads)
+    result, gradients = run_stage(BACKEND, x, AttentionCall(SliceTable([[0, 20, 0, 20, 1]]), 0.25))
+    assert all(tensor.is_contiguous() for tensor in (result.out, *gradients))
+
+
 @settings(max_examples=60)
 @given(random_masks(300), st.sampled_from(HEADS), st.sampled_from([0.0, 1.5]), st.booleans())
 def test_float64_is_exact(mask, heads, softcap, max_logits):

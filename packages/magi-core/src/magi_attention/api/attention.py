@@ -37,10 +37,10 @@ def calc_attn(
         return_max_logits: whether to return the largest score per head.
 
     Returns:
-        ``out`` ``[n_local, hq, dv]`` in q's dtype, and the meta: ``lse`` ``[n_local, hq]`` of all scores of a row, the
-        sink included (natural logarithm, at least float32, -inf for a row without keys and sink), and if asked for
-        ``max_logits`` ``[hq]`` over the whole sequence, before softcap. Gradients flow to q, k, v and sink, from
-        ``out`` and from ``lse``.
+        ``out`` ``[n_local, hq, dv]``, contiguous, in q's dtype, and the meta: ``lse`` ``[n_local, hq]`` of all scores
+        of a row, the sink included (natural logarithm, at least float32, -inf for a row without keys and sink), and if
+        asked for ``max_logits`` ``[hq]`` over the whole sequence, before softcap. Gradients flow to q, k, v and sink,
+        from ``out`` and from ``lse``.
 
     Raises:
         ValueError: Shapes, devices or options that don't fit each other or the key, or a key that the cache doesn't

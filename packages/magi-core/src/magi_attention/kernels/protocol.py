@@ -114,7 +114,7 @@ class AttentionResult(NamedTuple):
     """A stage's output.
 
     Attributes:
-        out: ``[tq, hq, dv]``, 0 for rows without keys; q's dtype, or the precision it was accumulated in.
+        out: ``[tq, hq, dv]`` contiguous, 0 for rows without keys; q's dtype, or the precision it was accumulated in.
         lse: ``[tq, hq]`` float32 (float64 for float64 inputs), natural logarithm, -inf for rows without keys.
         max_logits: ``[hq]`` of lse's dtype, -inf without any pair; None unless asked for.
     """

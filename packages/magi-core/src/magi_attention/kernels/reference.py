@@ -136,7 +136,7 @@ def _by_token(x: Tensor, group: int = 1) -> Tensor:
     """The inverse of :func:`_by_head`, contiguous."""
     num_heads, length, dim = x.shape
     per_token = x.view(num_heads, length // group, group, dim).permute(1, 0, 2, 3)
-    return per_token.reshape(length // group, num_heads * group, dim)
+    return per_token.contiguous().view(length // group, num_heads * group, dim)
 
 
 def _blocks(slices: SliceTable, num_heads: int, device: torch.device) -> list[Block]:
