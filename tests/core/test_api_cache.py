@@ -145,6 +145,14 @@ def test_a_module_that_holds_a_key_is_saved_and_loaded_with_it(group):
         dispatch(torch.zeros(64), loaded.other)
 
 
+@pytest.mark.parametrize("call", [get_most_recent_key, clear_cache, lambda other: planned(8, other)])
+def test_destroyed_groups_are_told(group, call):
+    other = dist.new_group([0])
+    dist.destroy_process_group(other)
+    with pytest.raises(ValueError, match="this process group was destroyed"):
+        call(other)
+
+
 def test_most_recent_key_is_the_one_made_asked_for_or_used_last(group):
     first, second = planned(64, group), planned(80, group)
     assert get_most_recent_key(group) == second

@@ -259,6 +259,7 @@ def check_meshes(rank, world_size):
         causal_key(64, group=nested, hierarchical_comm=True),
     ]
     assert [key.cp_mesh for key in keys] == [None, flat, nested, nested]
+    assert get_most_recent_key(nested) is get_most_recent_key(flat) is keys[3]  # all are over the same ranks
     assert len(set(keys)) == 4
     assert causal_key(64, group=nested) == keys[2]
     answers = [attend(key, inputs) for key in keys]
@@ -282,6 +283,9 @@ def check_meshes(rank, world_size):
             causal_key(64, group=outside)
     with pytest.raises(ValueError, match="3 rows cannot be shared by 4 ranks: pad it to 4 rows"):
         causal_key(3)
+    clear_cache(nested)
+    with pytest.raises(ValueError, match="no key yet"):
+        get_most_recent_key(flat)
 
 
 def attend_to_fewer_rows_than_ranks(rank, world_size, num_rows):

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import get_worker_info
 
+from magi_attention.comm.group import is_destroyed
 from magi_attention.common.errors import MagiValueError
 
 GroupOrMesh = dist.ProcessGroup | DeviceMesh | None
@@ -34,8 +35,8 @@ def resolve_group(cp_group_or_mesh: GroupOrMesh) -> tuple[dist.ProcessGroup | No
         The group (None for this process alone) and the mesh (None unless a mesh was given).
 
     Raises:
-        ValueError: Neither a group nor a mesh, a mesh of the wrong shape, one that this process isn't part of, or one
-            with other kinds of parallelism in it.
+        ValueError: Neither a group nor a mesh, a group that was destroyed, a mesh of the wrong shape, one that this
+            process isn't part of, or one with other kinds of parallelism in it.
     """
     if isinstance(cp_group_or_mesh, DeviceMesh):
         return _group_of_mesh(cp_group_or_mesh), cp_group_or_mesh
@@ -46,6 +47,8 @@ def resolve_group(cp_group_or_mesh: GroupOrMesh) -> tuple[dist.ProcessGroup | No
             "cp_group_or_mesh must be a ProcessGroup that this process is part of, a DeviceMesh or None, not "
             f"{cp_group_or_mesh!r}"
         )
+    if is_destroyed(cp_group_or_mesh):
+        raise ValueError("this process group was destroyed: pass one that was made since")
     return cp_group_or_mesh, None
 
 

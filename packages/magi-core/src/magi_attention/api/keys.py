@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import deprecated
 
 from magi_attention.api.checks import (
@@ -293,21 +294,30 @@ def magi_attn_varlen_dispatch(
     return dispatch(x, key), key
 
 
-def get_most_recent_key(cp_group: dist.ProcessGroup) -> DistAttnRuntimeKey:
-    """The group's key that was made, asked for or used last.
+def get_most_recent_key(cp_group: dist.ProcessGroup | DeviceMesh) -> DistAttnRuntimeKey:
+    """The key of a group, or of a mesh, that was made, asked for or used last.
 
     Raises:
-        ValueError: The group has none, or ``cp_group`` is None.
+        ValueError: The group has none or was destroyed, or ``cp_group`` is None.
     """
-    key = dist_attn_runtime_dict_mgr.get_most_recent_key(cp_group)
+    key = dist_attn_runtime_dict_mgr.get_most_recent_key(_group_of(cp_group))
     if key is None:
         raise ValueError("this group has no key yet: make one by magi_attn_flex_key")
     return key
 
 
-def clear_cache(cp_group: dist.ProcessGroup | None = None) -> None:
-    """Forget the keys of a group, or for None of all groups. Keys that are forgotten can no longer be used."""
-    dist_attn_runtime_dict_mgr.clear(cp_group)
+def clear_cache(cp_group: GroupOrMesh = None) -> None:
+    """Forget the keys of a group or mesh, or for None of all groups. Keys that are forgotten can no longer be used.
+
+    Raises:
+        ValueError: The group was destroyed; its keys are forgotten with the next key that is made, or for None.
+    """
+    dist_attn_runtime_dict_mgr.clear(_group_of(cp_group))
+
+
+def _group_of(cp_group: GroupOrMesh) -> dist.ProcessGroup | None:
+    """The group of a group or mesh; None stays None."""
+    return None if cp_group is None else resolve_group(cp_group)[0]
 
 
 def plan_if_new(
