@@ -10,14 +10,16 @@ import torch.nn.functional as F
 
 pytest.importorskip("torchtitan.models.llama3", exc_type=ImportError)
 
-from examples.torchtitan_llama import loss_and_norm, make_batch, make_config, make_model, step
+from examples.torchtitan_llama import VOCABULARY, loss_and_norm, make_batch, make_config, make_model, step
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.models.gpt_oss import gptoss_configs
 from torchtitan.models.llama3 import parallelize
 from torchtitan.protocols.module import Module
 
+from magi_attention.api import undispatch
 from magi_attention.integrations.torchtitan import MagiInnerAttention, prepare_input
 from magi_attention.testing.distributed import RankPool
 
@@ -35,10 +37,12 @@ class DenseAttention(Module):
     def __init__(self, config):
         super().__init__()
 
-    def forward(self, q, k, v, *, attention_masks, scale=None, enable_gqa=False, **_others):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_masks, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2)
+    def forward(self, q, k, v, *, attention_masks, scale=None, enable_gqa=False, out_transform=None):
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+        scores = torch.einsum("bqnh,bknh->bnqk", q, k) * (scale or q.shape[3] ** -0.5)
+        scores = scores.masked_fill(~attention_masks, -torch.inf)
+        out = torch.einsum("bnqk,bknh->bqnh", scores.softmax(3), v)
+        return out if out_transform is None else out_transform(out, scores.logsumexp(3).transpose(1, 2))
 
 
 def dense_step():
@@ -96,6 +100,72 @@ def test_a_step_in_torchtitan_s_mixed_precision_is_about_that():
     with RankPool(2) as pool:
         for answer in pool.run(step_of_torchtitan_s_own_sharding, "bfloat16"):
             assert answer == pytest.approx(dense_step(), rel=1e-2)
+
+
+WINDOW = 16
+MASKS = {"basic_mask": None, "sliding_window_mask": WINDOW}  # as layers of gpt_oss look them up
+
+
+def gpt_oss_gradients(inner_attention, call):
+    """The gradients of two layers, one with a window, without their experts; ``call`` has the model's logits."""
+    config = gptoss_configs["debugmodel"]("standard")
+    config.layers = config.layers[:2]
+    for layer in config.layers:
+        layer.attention.inner_attention = inner_attention
+    model = make_model(config)
+    for layer in model.layers.values():
+        layer.moe = torch.nn.Identity()
+        torch.nn.init.normal_(layer.attention.sinks)
+    call(model, config.layers[0].attention).square().mean().backward()
+    return {name: each.grad for name, each in model.named_parameters()}
+
+
+def packed_row():
+    """Tokens and positions of two documents, of a number of rows that two ranks have not equally many of."""
+    tokens = torch.randint(VOCABULARY, (1, 151), generator=torch.Generator().manual_seed(1))
+    return tokens, torch.cat([torch.arange(100), torch.arange(51)])[None]
+
+
+def gpt_oss_gradients_of_rank(rank, world_size):
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("cp",))
+    tokens, positions = packed_row()
+
+    def call(model, attention):
+        heads = attention.n_heads, attention.n_kv_heads
+        inputs, _, kwargs = prepare_input(
+            tokens, tokens, {"positions": positions}, mesh, heads, attention.head_dim, windows=MASKS
+        )
+        assert kwargs["attention_masks"].keys() == MASKS.keys()
+        return undispatch(model(inputs, **kwargs)[0], kwargs["attention_masks"]["basic_mask"])
+
+    gradients = gpt_oss_gradients(MagiInnerAttention.Config(), call)
+    for each in gradients.values():
+        torch.distributed.all_reduce(each)
+    return gradients
+
+
+def test_sinks_and_windows_of_gpt_oss():
+    tokens, positions = packed_row()
+    documents = (positions == 0).cumsum(1)[0]
+    behind = positions[0, :, None] - positions[0]
+    causal = (documents[:, None] == documents) & (behind >= 0)
+    masks = {"basic_mask": causal, "sliding_window_mask": causal & (behind < WINDOW)}
+    expected = gpt_oss_gradients(
+        DenseAttention.Config(), lambda model, _: model(tokens, positions=positions, attention_masks=masks)
+    )
+    assert expected["layers.0.attention.sinks"].norm() > 0
+    with RankPool(2) as pool:
+        for gradients in pool.run(gpt_oss_gradients_of_rank):
+            assert gradients.keys() == expected.keys()
+            for name, gradient in expected.items():
+                assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def test_arguments_that_would_change_the_result_are_not_taken():
+    q = torch.randn(1, 6, 4, 8)
+    _, _, kwargs = prepare_input(torch.zeros(1, 6), torch.zeros(1, 6), {}, None, (4, 4), 8)
+    with pytest.raises(TypeError, match="score_mod"):
+        MagiInnerAttention()(q, q, q, attention_masks=kwargs["attention_masks"], score_mod=lambda score, *_: score)
 
 
 def test_rows_of_the_batch_are_documents_even_without_positions():

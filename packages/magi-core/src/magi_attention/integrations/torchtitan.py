@@ -4,6 +4,7 @@
 torchtitan hands ``attention_masks`` to every layer as it is. Here that is a key.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,6 +22,7 @@ from magi_attention.api import (
     dispatch,
     get_position_ids,
     magi_attn_varlen_key,
+    make_varlen_key_for_new_mask_after_dispatch,
 )
 from magi_attention.api.groups import GroupOrMesh
 
@@ -48,9 +50,19 @@ class MagiInnerAttention(Module):
         attention_masks: DistAttnRuntimeKey | None = None,
         scale: float | None = None,
         enable_gqa: bool = False,
-        **_others: Any,
+        out_transform: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Attend ``[1, n_local, heads, head_dim]``. Collective.
+
+        Args:
+            q: queries of this rank's rows.
+            k: keys of the same rows.
+            v: their values.
+            attention_masks: the key.
+            scale: factor of the scores; ``head_dim ** -0.5`` for None.
+            enable_gqa: not needed, since query heads may always share key heads.
+            out_transform: what a model does to the output, given it and the log-sum-exp ``[1, n_local, heads]``, as
+                gpt_oss does for its sinks.
 
         Raises:
             ValueError: ``attention_masks`` is no key, or the batch isn't packed into one sequence.
@@ -61,8 +73,11 @@ class MagiInnerAttention(Module):
             )
         if q.shape[0] != 1:
             raise ValueError(f"pack the {q.shape[0]} sequences of the batch into one, as prepare_input does")
-        out, _ = calc_attn(q[0], k[0], v[0], attention_masks, softmax_scale=scale)
-        return out[None]
+        out, meta = calc_attn(q[0], k[0], v[0], attention_masks, softmax_scale=scale)
+        if out_transform is None:
+            return out[None]
+        assert meta.lse is not None
+        return out_transform(out[None], meta.lse[None])
 
 
 def prepare_input(
@@ -73,6 +88,7 @@ def prepare_input(
     num_heads: tuple[int, int],
     head_dim: int,
     dist_attn_config: DistAttnConfig = DistAttnConfig(),  # noqa: B008 - frozen
+    windows: Mapping[str, int | None] | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """This rank's part of a batch, in place of torchtitan's ``prepare_context_parallel_input``. Collective.
 
@@ -87,10 +103,13 @@ def prepare_input(
         num_heads: query heads, and key heads, of one rank of tensor parallelism.
         head_dim: size of a head.
         dist_attn_config: as for :func:`magi_attention.api.magi_attn_flex_key`.
+        windows: for models whose layers have different ones: by the names that layers look their mask up with, how many
+            keys a token sees, itself included, or None for all of its document.
 
     Returns:
         ``inputs`` and ``labels`` ``[1, n_local]``, padded with 0 and -100, and the arguments, with ``positions``
-        ``[1, n_local]`` in their documents, and the key as ``attention_masks``.
+        ``[1, n_local]`` in their documents, and as ``attention_masks`` the key, or a dict of keys by the names of
+        ``windows``.
 
     Raises:
         ValueError: Another argument of the model has a value for each token, and all that
@@ -117,7 +136,14 @@ def prepare_input(
     local = positions.flatten()[get_position_ids(key, device=positions.device)]
     local_inputs = dispatch(inputs.flatten(), key)
     local_labels = dispatch(labels.flatten(), key, pad_value=IGNORED_LABEL)
-    return local_inputs[None], local_labels[None], extra_kwargs | {"positions": local[None], "attention_masks": key}
+    masks = key if windows is None else {name: _with_window(key, cu_seqlens, size) for name, size in windows.items()}
+    return local_inputs[None], local_labels[None], extra_kwargs | {"positions": local[None], "attention_masks": masks}
+
+
+def _with_window(key: DistAttnRuntimeKey, cu_seqlens: list[int], size: int | None) -> DistAttnRuntimeKey:
+    if size is None:
+        return key
+    return make_varlen_key_for_new_mask_after_dispatch(cu_seqlens, cu_seqlens, key, window_size=(size - 1, 0))
 
 
 def _group_of_this_process() -> dist.ProcessGroup | None:
