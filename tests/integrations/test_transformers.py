@@ -16,6 +16,8 @@ from transformers import (
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
+    PhimoeConfig,
+    Qwen2MoeConfig,
     Qwen3Config,
     Trainer,
     TrainingArguments,
@@ -160,6 +162,30 @@ def test_windows_wider_than_the_layer_s_are_refused(documents):
     model(tokens()[None], use_cache=False, magi_key=key, magi_window_key=exact)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen2MoeConfig(
+            **SIZES, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, sliding_window=WINDOW,
+            shared_expert_intermediate_size=16, use_sliding_window=True, max_window_layers=1,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        PhimoeConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1, sliding_window=WINDOW),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_windows_that_a_model_has_in_its_mask_alone(config):
+    register()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    expected = model(tokens()[None], use_cache=False).logits
+    model.set_attn_implementation("magi")
+    key, window_key = keys()
+    with pytest.raises(ValueError, match="a sliding window of 8 needs magi_window_key"):
+        model(tokens()[None], use_cache=False, magi_key=key)
+    logits = model(tokens()[None], use_cache=False, magi_key=key, magi_window_key=window_key).logits
+    torch.testing.assert_close(logits[:, :TOTAL], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_compilers_need_no_break_for_windows():
     key, window_key = keys()
     module = torch.nn.Module()
@@ -178,7 +204,8 @@ def test_what_would_be_ignored_is_refused():
         attend(module, q, q, q, None)
     with pytest.raises(ValueError, match="a sliding window of 8 needs magi_window_key"):
         attend(module, q, q, q, None, magi_key=key, sliding_window=8)
-    for wrong in ({"dropout": 0.1}, {"output_attentions": True}, {"position_bias": q}):
+    others = ("position_bias", "indices", "block_indices", "sinks")
+    for wrong in ({"dropout": 0.1}, {"output_attentions": True}, *({name: q} for name in others)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             attend(module, q, q, q, None, magi_key=key, **wrong)
     with pytest.raises(ValueError, match="attention_mask"):

@@ -14,6 +14,8 @@ from magi_attention.common.enum import AttnMaskType
 
 # "attention" is what "full_attention" was called before.
 SUPPORTED_LAYER_TYPES = ("attention", "full_attention", "sliding_attention")
+# Biases of scores, keys that an indexer chose (DeepSeek's and MiniMax's sparse attention), sinks of each row (Inkling).
+REFUSED_ARGUMENTS = ("position_bias", "indices", "block_indices", "sinks")
 _LAYERS_WITH_POSITIONS: WeakSet[nn.Module] = WeakSet()
 _WIDEST_ROWS: WeakKeyDictionary[DistAttnRuntimeKey, int] = WeakKeyDictionary()
 
@@ -71,7 +73,7 @@ def attend(
         magi_window_key: the same for layers with a window.
         scaling: factor of the scores; ``d ** -0.5`` for None.
         dropout: must be 0.
-        sliding_window: the layer's window, or None for a layer without.
+        sliding_window: the layer's window; None for a layer without, or whose window the config has.
         softcap: bound of the scores, or None.
         s_aux: ``[hq]`` logits of a learnable sink, or None.
         position_ids: ``[1, n_local]``, what the model has rotated by.
@@ -86,10 +88,15 @@ def attend(
             in a batch, a mask, dropout, or something else that would change the result and isn't supported.
     """
     _check_layer_types(module)
+    if sliding_window is None:
+        sliding_window = _window_of_mask(module)
     wanted, name = (magi_key, "magi_key") if sliding_window is None else (magi_window_key, "magi_window_key")
     if wanted is None:
         window = "no sliding window" if sliding_window is None else f"a sliding window of {sliding_window}"
-        raise ValueError(f"a layer with {window} needs {name}: call the model with {name}=...")
+        raise ValueError(
+            f"a layer with {window} needs {name}: call the model with {name}=... If it was, the model doesn't hand it "
+            "to its layers, and can't be used with magi attention"
+        )
     # A compiled program serves keys that it can't look into.
     if sliding_window is not None and getattr(module, "is_causal", False) and not torch.compiler.is_compiling():
         _check_window(wanted, sliding_window)
@@ -98,7 +105,7 @@ def attend(
     unsupported = {
         "attention_mask": attention_mask is not None,
         "dropout": dropout > 0,
-        "position_bias": others.get("position_bias") is not None,
+        **{name: others.get(name) is not None for name in REFUSED_ARGUMENTS},
         "output_attentions": bool(others.get("output_attentions")),
     }
     if wrong := [option for option, is_set in unsupported.items() if is_set]:
@@ -120,6 +127,16 @@ def _check_layer_types(module: nn.Module) -> None:
             f"magi attention can't be used with a model that has layers of {', '.join(others)}: it supports "
             "full_attention and sliding_attention"
         )
+
+
+def _window_of_mask(module: nn.Module) -> int | None:
+    """The window of a layer whose model has it in the mask alone (Qwen2-MoE, Phi-MoE), as the config says."""
+    config = getattr(module, "config", None)
+    if (window := getattr(config, "sliding_window", None)) is None:
+        return None
+    layer_types, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    has_window = layer_types is None or (layer is not None and layer_types[layer] == "sliding_attention")
+    return window if has_window else None
 
 
 def _check_positions(module: nn.Module, position_ids: Tensor, key: DistAttnRuntimeKey) -> None:
