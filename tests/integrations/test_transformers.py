@@ -257,27 +257,33 @@ class SameForAll(Trainer):
     def get_train_dataloader(self):
         return torch.utils.data.DataLoader(self.train_dataset, batch_size=3, collate_fn=self.data_collator)
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        return self.get_train_dataloader()
+
 
 def train_by_trainer(rank, world_size, attention, collate, folder):
-    """The losses and norms of gradients of some steps of two batches each."""
+    """The losses and norms of gradients of some steps of two batches each, and the loss of an evaluation after them."""
     register()
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     with mock.patch.dict(os.environ, {name: str(value) for name, value in ranks.items()}):
         arguments = TrainingArguments(
             folder, per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=2, logging_steps=1,
             learning_rate=0.01, use_cpu=True, remove_unused_columns=False, save_strategy="no", report_to=[],
+            prediction_loss_only=True,
         )  # fmt: skip
         model = make_model("llama", attention)
         trainer = SameForAll(model, arguments, data_collator=collate, train_dataset=samples())
         trainer.train()
-    return [(each["loss"], each["grad_norm"]) for each in trainer.state.log_history if "loss" in each]
+        eval_loss = trainer.evaluate()["eval_loss"]
+    steps = [(each["loss"], each["grad_norm"]) for each in trainer.state.log_history if "loss" in each]
+    return [*steps, (eval_loss,)]
 
 
 def test_trainer_counts_targets_that_are_shifted_already(tmp_path):
     pytest.importorskip("accelerate")
     with RankPool(1) as pool:
         (expected,) = pool.run(train_by_trainer, "eager", collate_padded, str(tmp_path))
-    assert len(expected) == 2
+    assert len(expected) == 3
     with RankPool(2) as pool:
         for numbers in pool.run(train_by_trainer, "magi", collate_packed, str(tmp_path)):
             for step, wanted in zip(numbers, expected, strict=True):
