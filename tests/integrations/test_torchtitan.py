@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A torchtitan Llama with our inner attention has the gradients that it has with dense attention."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -24,6 +26,7 @@ from magi_attention.integrations.torchtitan import MagiInnerAttention, prepare_i
 from magi_attention.testing.distributed import RankPool
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+PAGE = Path(__file__).parents[2] / "docs" / "integrations" / "torchtitan.md"
 SPMD_BACKEND = "partial_dtensor"
 
 
@@ -166,6 +169,19 @@ def test_arguments_that_would_change_the_result_are_not_taken():
     _, _, kwargs = prepare_input(torch.zeros(1, 6), torch.zeros(1, 6), {}, None, (4, 4), 8)
     with pytest.raises(TypeError, match="score_mod"):
         MagiInnerAttention()(q, q, q, attention_masks=kwargs["attention_masks"], score_mod=lambda score, *_: score)
+
+
+def test_the_config_of_the_page_builds_its_trainer():
+    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    namespace = {"__name__": __name__}
+    with mock.patch.object(parallelize, "apply_cp_to_forward"):
+        exec(block, namespace)
+    config = namespace["llama3_8b_magi"]()
+    with mock.patch.object(namespace["MagiTrainer"], "__init__", return_value=None):
+        assert type(config.build()) is namespace["MagiTrainer"]
+    for layer in config.model_spec.model.layers:
+        assert type(layer.attention.inner_attention) is MagiInnerAttention.Config
+        assert (layer.attention.n_heads, layer.attention.n_kv_heads) == (32, 8)  # as the page has them
 
 
 def test_rows_of_the_batch_are_documents_even_without_positions():
