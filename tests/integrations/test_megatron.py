@@ -381,3 +381,12 @@ def test_what_is_not_supported_is_refused(single_process):
     yarn.rotary_pos_emb = torch.nn.Identity()
     with pytest.raises(ValueError, match="only RotaryEmbedding"):
         use_dispatched_positions(yarn)
+
+
+def test_wrapped_models_are_not_taken_for_models_without_rotary_embeddings():
+    wrapper = torch.nn.Module()
+    use_dispatched_positions(wrapper)
+    wrapper.module = torch.nn.Module()
+    wrapper.module.rotary_pos_emb = RotaryEmbedding(16, rotary_percent=1.0, use_cpu_initialization=True)
+    with pytest.raises(ValueError, match="pass the GPTModel itself"):
+        use_dispatched_positions(wrapper)

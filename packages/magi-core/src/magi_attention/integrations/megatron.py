@@ -324,10 +324,15 @@ def use_dispatched_positions(model: nn.Module) -> None:
     """Have a ``GPTModel`` rotate by the positions of the dealt rows. Call it once, on every pipeline stage's model.
 
     Raises:
-        ValueError: The model has other than plain rotary embeddings, such as YaRN's.
+        ValueError: The model has other than plain rotary embeddings, such as YaRN's, or is wrapped in another.
     """
     rotary = getattr(model, "rotary_pos_emb", None)
     if rotary is None:
+        if any(isinstance(each, RotaryEmbedding) for each in model.modules()):
+            raise ValueError(
+                f"{type(model).__name__} has its rotary embedding in a module below: pass the GPTModel itself, as "
+                "model_provider makes it"
+            )
         return  # learned positions, or none: position_ids are dispatched
     if type(rotary) is not RotaryEmbedding:
         raise ValueError(f"the model rotates by {type(rotary).__name__}; only RotaryEmbedding is supported")
