@@ -16,7 +16,7 @@ from magi_attention.comm.streams import EventPool, current_in_block
 from magi_comm_grpcoll.arena import Arena, SharedMemory
 from magi_comm_grpcoll.combine import Combination, Segments
 from magi_comm_grpcoll.exchange import Prepared, SlotExchange
-from magi_comm_grpcoll.own import OwnRows, rows_at
+from magi_comm_grpcoll.own import OwnRows, tensors_at
 from magi_comm_grpcoll.plans import Plan
 from magi_comm_grpcoll.routes import Transport, make_route
 from magi_comm_grpcoll.wires import DeviceWires
@@ -144,7 +144,7 @@ class Round:
         self._memory: SharedMemory | None = None
         self._transport: Transport | None = None
         self._bound: Prepared | None = None
-        self._views: list[tuple[Tensor, ...]] = []
+        self._views: list[list[Tensor]] = []
         self._addresses: list[list[int]] = []
 
     def start(
@@ -235,7 +235,7 @@ class Round:
         give_back = partial(lane.release, epoch) if lends else None
         return NativeWork(lane.wires.arrive, caller, result, buffers, packed, check, give_back, lane.events)
 
-    def landed(self, epoch: int) -> tuple[Tensor, ...]:
+    def landed(self, epoch: int) -> Sequence[Tensor]:
         """``[num_rows, ...]``: what is in this rank's slot, tensor by tensor."""
         return self._views[epoch % len(self._views)]
 
@@ -258,12 +258,7 @@ class Round:
             self.plan.copies, lane.rank, lane.arena, lane.wires, lane.control, lane.transport
         )
         self._memory, self._bound = memory, Prepared(route, self.plan.sources)
-        self._views = [self._views_of(lane.arena.slot(number)) for number in range(lane.arena.num_slots)]
+        starts, slots = self.plan.layout.starts[lane.rank].tolist(), map(lane.arena.slot, range(lane.arena.num_slots))
+        self._views = [tensors_at(slot, starts, self._formats, self.plan.num_rows) for slot in slots]
         self._addresses = [[view.data_ptr() for view in views] for views in self._views]
         return self._bound
-
-    def _views_of(self, slot: Tensor) -> tuple[Tensor, ...]:
-        starts = self.plan.layout.starts[self._lane.rank].tolist()
-        return tuple(
-            rows_at(slot, start, row, self.plan.num_rows) for start, row in zip(starts, self._formats, strict=True)
-        )

@@ -45,7 +45,7 @@ class OwnCopies:
         stream: "torch.cuda.Stream",
         device: torch.device,
     ) -> None:
-        row_bytes = [row.num_elements * row.dtype.itemsize for row in formats]
+        row_bytes = [row.num_bytes for row in formats]
         self._layout = lay_out_slots([num_received], row_bytes)
         self._formats, self._num_received, self._device = formats, num_received, device
         length = places.runs[:, 1] - places.runs[:, 0]
@@ -71,10 +71,7 @@ class OwnCopies:
     def new_buffers(self) -> list[Tensor]:
         """Receive buffers that rows can be copied to: one behind another, as in a slot."""
         memory = torch.empty(int(self._layout.sizes[0]), dtype=torch.uint8, device=self._device)
-        starts = self._layout.starts[0].tolist()
-        return [
-            rows_at(memory, start, row, self._num_received) for start, row in zip(starts, self._formats, strict=True)
-        ]
+        return tensors_at(memory, self._layout.starts[0].tolist(), self._formats, self._num_received)
 
     def enqueue(self, sources: Sequence[int], target: int, begun: "torch.cuda.Event") -> None:
         """Copy the rows of tensors at these addresses to the receive buffers, of which the first is at ``target``.
@@ -120,7 +117,9 @@ def own_rows(
     return OwnRows(places, tensors, copies if copies.can_copy(tensors) else None)
 
 
-def rows_at(memory: Tensor, start: int, row: RowFormat, num_rows: int) -> Tensor:
-    """``[num_rows, *row.shape]``: rows of a tensor that lie in bytes ``[n]`` of memory from ``start`` on."""
-    num_bytes = num_rows * row.num_elements * row.dtype.itemsize
-    return memory[start : start + num_bytes].view(row.dtype).view(num_rows, *row.shape)
+def tensors_at(memory: Tensor, starts: Sequence[int], formats: Sequence[RowFormat], num_rows: int) -> list[Tensor]:
+    """``[num_rows, *row.shape]`` for each format: tensors that lie in bytes ``[n]`` of memory, where each starts."""
+    return [
+        memory[start : start + num_rows * row.num_bytes].view(row.dtype).view(num_rows, *row.shape)
+        for start, row in zip(starts, formats, strict=True)
+    ]

@@ -149,7 +149,7 @@ def make_plans(
 def _plan(
     operation: str, tables: Sequence[ExchangeTable], formats: Sequence[RowFormat], rank: int, is_staged: bool
 ) -> Plan:
-    row_bytes = [row.num_elements * row.dtype.itemsize for row in formats]
+    row_bytes = [row.num_bytes for row in formats]
     mine = tables[rank]
     if operation == "cast":
         runs, rows, counts = cast_copies(tables, rank), [table.num_received for table in tables], mine.recv_counts

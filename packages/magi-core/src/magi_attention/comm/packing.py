@@ -31,9 +31,14 @@ class RowFormat(NamedTuple):
         return self.shape.numel()
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.num_elements * self.dtype.itemsize
+
+    @property
     def num_words(self) -> int:
         """Words that a row fills; the end is padded to a whole word."""
-        return -(-self.num_elements * self.dtype.itemsize // WORD_BYTES)
+        return -(-self.num_bytes // WORD_BYTES)
 
 
 def row_formats(tensors: Sequence[Tensor]) -> tuple[RowFormat, ...]:
