@@ -24,15 +24,11 @@ from magi_comm_grpcoll.driver import WRITE_VALUE
 from magi_comm_grpcoll.work import NativeWork
 from tests.comm.emulated_kernels import Driver
 from tests.comm.emulated_streams import Stream
-from tests.comm.emulation import emulate, run_ranks
+from tests.comm.emulation import run_ranks
 from tests.comm.test_native import fragmented_table
 from tests.distributed.exchanges import RandomNeeds, random_tensor
 
-
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    with emulate(monkeypatch):
-        yield
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 @pytest.mark.parametrize("transport", ["copy_engine", "push", "put", None])

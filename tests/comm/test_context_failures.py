@@ -21,15 +21,11 @@ from magi_comm_grpcoll import (
 from magi_comm_grpcoll.combine import Combination
 from magi_comm_grpcoll.lane import Round
 from magi_comm_grpcoll.watchdog import RELEASED, Watchdog, Watched
-from tests.comm.emulation import emulate, run_ranks
+from tests.comm.emulation import run_ranks
 from tests.comm.test_native import fragmented_table
 from tests.distributed.exchanges import RandomNeeds, random_tensor
 
-
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    with emulate(monkeypatch):
-        yield
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 class Grudging:

@@ -6,17 +6,13 @@ import torch
 
 from magi_comm_grpcoll import ContextOptions, GroupContext
 from magi_comm_grpcoll.nodes import RelayedCollectives
-from tests.comm.emulation import Group, Handshake, emulate, run_ranks
+from tests.comm.emulation import Group, Handshake, run_ranks
 from tests.distributed.exchanges import RandomNeeds, random_tensor
+
+pytestmark = pytest.mark.usefixtures("emulated")
 
 NUM_NODES, PER_NODE = 2, 2
 WORLD = NUM_NODES * PER_NODE
-
-
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    with emulate(monkeypatch):
-        yield
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -14,13 +14,9 @@ from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll import ContextOptions, GroupContext, kernels, lane
 from tests.comm.emulated_kernels import Launch
 from tests.comm.emulated_streams import current_stream, machine
-from tests.comm.emulation import emulate, run_ranks
+from tests.comm.emulation import run_ranks
 
-
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    with emulate(monkeypatch):
-        yield
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 # Every second row of eight.

@@ -8,14 +8,8 @@ import torch
 
 from magi_comm_grpcoll import ContextOptions, GroupContext
 from magi_comm_grpcoll.streams import own_streams
-from tests.comm.emulation import emulate, run_ranks
+from tests.comm.emulation import run_ranks
 from tests.comm.test_native import fragmented_table
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    with emulate(monkeypatch):
-        yield
 
 
 @pytest.mark.gpu(1)
