@@ -24,7 +24,8 @@ from magi_attention.api import (
 )
 from magi_attention.config import DistAttnConfig, RuntimeConfig
 from magi_attention.testing.distributed import RankPool
-from tests.distributed.test_api_ranks import SHARDS, WORLD_SIZE, causal_key, check_dispatch
+from tests.distributed.small_keys import SHARDS, WORLD_SIZE, causal_key
+from tests.distributed.test_moved_rows import check_dispatch
 
 
 @pytest.fixture(scope="module")
