@@ -2,9 +2,9 @@
 """Distributed attention against other ways of context parallelism: ``python benchmarks/distributed.py``.
 
 Every number is TFLOP/s per GPU of the pairs that the mask keeps, from the median over the passes of the slowest rank's
-time. All methods but ``torch`` run in the same processes, in turns of some passes and in random order, since a GPU's
-clock depends on what it did before; ``torch`` runs after the others. Of several rounds the median counts; each makes
-all tensors anew and in another order, so that they lie elsewhere. All but ``torch`` call the same kernel backend.
+time. All methods but ``torch`` run in the same processes, in turns of some passes and in random order, and are compared
+within each cycle of all of them, since GPUs at their power limit run up to a tenth faster and slower for seconds at a
+time; ``torch`` runs after the others. All but ``torch`` call the same kernel backend.
 
 single      the kernel alone, on every GPU at once without communication: the same mask family, over as many tokens as
             have (to 256 tokens) the mask area that a GPU has in the distributed attention.
@@ -16,8 +16,8 @@ gather-zz   the same with zigzag shards.
 ring-zz     a ring over zigzag shards, double-buffered, merged by log-sum-exp.
 torch       torch's own context parallelism: its ring around SDPA, zigzag where causal. Full and causal masks alone.
 best/base   the best magi/N over the best of gather, gather-zz, ring-zz and torch.
-+-%         the standard error of that ratio in percent, by the quartiles of the passes, or by the rounds where these
-            differ more; what is within it is a tie.
++-%         the standard error of that ratio in percent, by the quartiles of the cycles; what is within twice of it is a
+            tie.
 
 With ``--host-time``, the lines ``host`` are microseconds until the call of a pass returns, on the slowest rank: where a
 kernel takes less, the host is what limits. With ``--breakdown``, a trace of rank 0 tells what each stream of ours did.
@@ -27,12 +27,10 @@ A cell that fails shows why below the table; the others go on. On a CPU (``--dev
 import argparse
 import json
 import math
-import random
-import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,7 +40,6 @@ from magi_attention.cli.bench.breakdown import Share
 from magi_attention.cli.bench.measure import tflops
 from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.bench.status_line import StatusLine
-from magi_attention.cli.bench.timing import PassTimes
 from magi_attention.cli.demo.options import Precision
 from magi_attention.common import workloads
 from magi_attention.plan.simulate import BACKWARD_OVER_FORWARD_FLOP
@@ -65,10 +62,9 @@ class Figures:
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How to measure a row: its mask and shape, in how many rounds of how many seconds, and whether with a trace."""
+    """How to measure a row: its mask and shape, for how many seconds, and whether with a trace."""
 
     bench: BenchOptions
-    rounds: int
     seconds: float
     breakdown: bool
 
@@ -78,16 +74,12 @@ def measure_row(
 ) -> tuple[dict[str, Figures], list[str], list[dict[str, object]]]:
     """Measure all methods on one mask: figures by method, what failed, and records for JSON."""
     where = f"{world_size} x {options.bench.tokens // world_size} {options.bench.mask}"
-    rounds: dict[str, list[Measured]] = {method: [] for method in methods}
+    found: dict[str, Measured] = {}
     reasons: dict[str, str] = {}
     status = StatusLine()
-    for number in range(options.rounds):
-        is_last = number == options.rounds - 1
-        for group in ([name for name in methods if name != "torch"], [name for name in methods if name == "torch"]):
-            status.show(f"{where}, round {number + 1} ")
-            order = random.Random(number).sample(group, len(group))
-            for method, measured in measure_together(pool, options, order, is_last, reasons).items():
-                rounds[method].append(measured)
+    status.show(f"{where} ")
+    for group in ([name for name in methods if name != "torch"], [name for name in methods if name == "torch"]):
+        found |= measure_together(pool, options, group, reasons)
     status.show("")
     figures, records = {}, []
     for method in methods:
@@ -96,8 +88,8 @@ def measure_row(
         if method in reasons:
             records[-1] |= {"error": reasons[method]}
             continue
-        times, shares = median_of([each.times for each in rounds[method]]), rounds[method][-1].shares
-        per_second = tflops(rounds[method][0].pairs, 1, options.bench.heads_q, options.bench.head_dim, 1.0)
+        times, pairs, shares = found[method].times, found[method].pairs, found[method].shares
+        per_second = tflops(pairs, 1, options.bench.heads_q, options.bench.head_dim, 1.0)
         rates = per_second / times.forward, BACKWARD_OVER_FORWARD_FLOP * per_second / times.backward
         errors = times.forward_error / times.forward, times.backward_error / times.backward
         figures[method] = Figures(rates, errors, (times.host_forward, times.host_backward))
@@ -109,7 +101,7 @@ def measure_row(
 
 
 def measure_together(
-    pool: RankPool, options: RowOptions, methods: list[str], breakdown: bool, reasons: dict[str, str]
+    pool: RankPool, options: RowOptions, methods: list[str], reasons: dict[str, str]
 ) -> dict[str, Measured]:
     """Measure methods in turns; if one fails, which is found out by each alone, only the others.
 
@@ -117,11 +109,10 @@ def measure_together(
         pool: the ranks.
         options: of the row.
         methods: of which those that failed before are left out.
-        breakdown: whether the row's trace is wanted now.
         reasons: why methods failed; more are added.
     """
     cells = [
-        Cell(method, method_options(options.bench, method), breakdown and options.breakdown and method.startswith(OURS))
+        Cell(method, method_options(options.bench, method), options.breakdown and method.startswith(OURS))
         for method in methods
         if method not in reasons
     ]
@@ -138,7 +129,7 @@ def measure_together(
             lines = [line for line in str(error).splitlines() if line and not line.startswith("(ranks")]
             reasons[cell.method] = lines[-1]
     if 1 < len(alone) < len(cells):
-        return measure_together(pool, options, [*alone], breakdown, reasons)
+        return measure_together(pool, options, [*alone], reasons)
     return alone
 
 
@@ -159,18 +150,6 @@ def method_options(options: BenchOptions, method: str) -> BenchOptions:
         overlap_degree=int(degree) if degree.isdigit() else None,
         native_grpcoll=method.startswith("native/"),
     )
-
-
-def median_of(rounds: list[PassTimes]) -> PassTimes:
-    """The median of each time, and the most memory. The errors are at least those of the medians of the rounds."""
-    medians = {
-        field.name: statistics.median(getattr(each, field.name) for each in rounds) for field in fields(PassTimes)
-    }
-    if len(rounds) > 1:
-        for name in ("forward", "backward"):
-            spread = statistics.stdev(getattr(each, name) for each in rounds) / math.sqrt(len(rounds))
-            medians[f"{name}_error"] = max(medians[f"{name}_error"], spread)
-    return PassTimes(**medians | {"peak_bytes": max(each.peak_bytes for each in rounds)})
 
 
 def print_row(
@@ -228,9 +207,6 @@ def parse_arguments() -> argparse.Namespace:
         "--repeat", type=int, default=4, help="timed passes of each method, at least; the median counts"
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="time so many that a row takes so long")
-    parser.add_argument(
-        "--rounds", type=int, default=1, help="rounds of all methods, made anew in another order; the median counts"
-    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--host-time", action="store_true", help="print what the host takes to call each pass, too")
     parser.add_argument("--breakdown", action="store_true", help="print what each stream of ours did, too")
@@ -283,7 +259,7 @@ def main() -> None:
                         if (world_size > 1 or method not in BASELINES)
                         and (method != "torch" or mask in ("full", "causal"))
                     ]
-                    row = RowOptions(options, arguments.rounds, arguments.seconds, arguments.breakdown)
+                    row = RowOptions(options, arguments.seconds, arguments.breakdown)
                     figures, failed, measured = measure_row(pool, world_size, row, usable)
                     print_row(world_size, options, methods, figures, arguments.host_time)
                     failures += failed

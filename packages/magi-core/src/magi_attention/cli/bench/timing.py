@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from magi_attention.cli.bench.status_line import StatusLine
@@ -16,8 +17,9 @@ from magi_attention.cli.bench.status_line import StatusLine
 Passes = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
 """What computes an output, and what computes its gradients."""
 
-MOST_OF_TURN = 4
-"""So many pairs of passes of a method are timed one after another, where several take turns."""
+MOST_OF_TURN = 2
+"""So many pairs of passes of a method are timed one after another, where several take turns: few, so that a GPU's clock
+is about the same for all methods of a cycle."""
 
 ERROR_OF_MEDIAN = 0.929
 """The standard error of a median of n normal numbers is so many times their interquartile range, over the root of n."""
@@ -31,9 +33,11 @@ class PassTimes:
     """What passes took.
 
     Attributes:
-        forward: median over the timed passes of the slowest rank's time, in seconds.
+        forward: median over the timed passes of the slowest rank's time, in seconds. Of several methods in turns, the
+            passes of each cycle are scaled before, all methods' alike, to the speed of the median cycle.
         backward: the same for backward passes.
-        forward_error: standard error of ``forward``, in seconds, by the quartiles of the passes.
+        forward_error: standard error of ``forward``, in seconds, by the quartiles of what the median is taken of; of
+            several methods, that of how ``forward`` stands to the others'.
         backward_error: the same for backward passes.
         host_forward: until the call of a pass returns, on the slowest rank, with an idle device at the start.
         host_backward: the same for backward passes.
@@ -62,10 +66,13 @@ def time_in_turns(
 
     On a GPU, the host is then ahead of the device if it can be, and what it takes to launch a pass is hidden. What it
     takes is measured afterwards, apart. All ranks begin a pass together, and the slowest one counts: else a rank that
-    is done early would wait for the others' rows in the next pass, at its expense. The methods take turns of some
-    passes, in another order each time, since a GPU's clock depends on what it did before: after a rest it is up to a
-    tenth faster. The first passes of a turn are not timed: what the method before still has under way, on streams of
-    its own, would delay theirs, and its kernels would hide the time that theirs take to be launched.
+    is done early would wait for the others' rows in the next pass, at its expense.
+
+    A GPU at its power limit runs faster and slower for seconds at a time: on an H200, 740 W and 665 W took turns in
+    keeping to 700 W on average, 5 % apart in speed. So methods take turns of some passes, in another order in each
+    cycle of all of them, and are compared within a cycle: :class:`PassTimes` says how. The first pass of a turn is not
+    timed: what the method before still has under way, on streams of its own, would delay it, and its kernels would
+    hide the time that those of the pass take to be launched.
 
     Args:
         methods: the passes of each.
@@ -84,7 +91,7 @@ def time_in_turns(
         status.count("warming up: pass", number + 1, warmup)
         for passes in methods:
             _mark_passes(passes, device)
-    leading, timed_of_turn = int(len(methods) > 1), min(repeat, MOST_OF_TURN)
+    leading, timed_of_turn = (1, min(repeat, MOST_OF_TURN)) if len(methods) > 1 else (0, 1)
     of_turn = leading + timed_of_turn
     count = -(-repeat // timed_of_turn)
     if seconds:
@@ -108,7 +115,9 @@ def time_in_turns(
             if reads_memory:
                 peaks[number] = torch.cuda.max_memory_allocated(device) - held
     counter.wait()
-    return [_summarize(each, timed, peak, device) for each, timed, peak in zip(methods, marks, peaks, strict=True)]
+    timed = torch.stack([_slowest(each, device) for each in marks]).cpu().numpy()
+    times, errors = compare_in_cycles(timed.reshape(len(methods), count, timed_of_turn, 2))
+    return [_summarize(*each, device) for each in zip(methods, times, errors, peaks, strict=True)]
 
 
 class _PassCounter:
@@ -138,14 +147,29 @@ class _PassCounter:
             self._status.count("pass", self._done + 1, self._total)
 
 
+def compare_in_cycles(seconds: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The typical time of each method and pass, and its standard error, both ``[methods, 2]`` in seconds.
+
+    What all methods of a cycle have in common, the geometric mean of their times, is replaced by its median over the
+    cycles, so that a change of the GPU's speed from cycle to cycle tells neither for nor against a method.
+
+    Args:
+        seconds: ``[methods, cycles, passes, 2]``, of the slowest rank.
+    """
+    logs = np.log(np.median(seconds, axis=2))
+    if len(logs) > 1:
+        of_cycle = logs.mean(axis=0)
+        logs -= of_cycle - np.median(of_cycle, axis=0)
+    low, medians, high = np.exp(np.quantile(logs, [0.25, 0.5, 0.75], axis=1))
+    return medians, ERROR_OF_MEDIAN / logs.shape[1] ** 0.5 * (high - low)
+
+
 def _summarize(
-    passes: Passes, timed: "Sequence[list[torch.cuda.Event | float]]", peak: int, device: torch.device
+    passes: Passes, times: NDArray[np.float64], errors: NDArray[np.float64], peak: int, device: torch.device
 ) -> PassTimes:
     """What the group found of one method; also measures the host."""
-    seconds = _slowest(timed, device).cpu().numpy()
-    low, medians, high = np.quantile(seconds, [0.25, 0.5, 0.75], axis=0)
-    forward, backward = medians.tolist()
-    forward_error, backward_error = (ERROR_OF_MEDIAN / len(timed) ** 0.5 * (high - low)).tolist()
+    forward, backward = times.tolist()
+    forward_error, backward_error = errors.tolist()
     repeats = max(1, min(HOST_REPEATS, int(HOST_REPEATS_S / (forward + backward))))
     host = torch.tensor(_host_seconds(*passes, device, repeats), dtype=torch.float64, device=device)
     dist.all_reduce(host, dist.ReduceOp.MAX)
