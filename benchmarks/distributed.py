@@ -19,6 +19,8 @@ best/base   the best magi/N over the best of gather, gather-zz, ring-zz and torc
 +-%         the standard error of that ratio in percent, by the quartiles of the cycles; what is within twice of it is a
             tie.
 
+With ``--equal-clocks``, every pass counts by the cycles of the clock that it takes, at the mean clock of all: what a
+GPU's power limit does to its speed meanwhile is left out, and a per mille is seen. It needs triton, as PyTorch has it.
 With ``--host-time``, the lines ``host`` are microseconds until the call of a pass returns, on the slowest rank: where a
 kernel takes less, the host is what limits. With ``--breakdown``, a trace of rank 0 tells what each stream of ours did.
 A cell that fails shows why below the table; the others go on. On a CPU (``--device cpu``) toy sizes work.
@@ -62,10 +64,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How to measure a row: its mask and shape, for how many seconds, and whether with a trace."""
+    """How to measure a row: its mask and shape, for how many seconds, at which clocks, and whether with a trace."""
 
     bench: BenchOptions
     seconds: float
+    at_equal_clocks: bool
     breakdown: bool
 
 
@@ -111,6 +114,7 @@ def measure_together(
         methods: of which those that failed before are left out.
         reasons: why methods failed; more are added.
     """
+    how = options.seconds, options.at_equal_clocks
     cells = [
         Cell(method, method_options(options.bench, method), options.breakdown and method.startswith(OURS))
         for method in methods
@@ -118,12 +122,12 @@ def measure_together(
     ]
     if len(cells) > 1:
         with suppress(RankError, TimeoutError):
-            found = pool.run(run_cells, cells, options.seconds, timeout_s=CELL_TIMEOUT_S)[0]
+            found = pool.run(run_cells, cells, *how, timeout_s=CELL_TIMEOUT_S)[0]
             return without_failures(cells, found, reasons)
     alone: dict[str, Measured] = {}
     for cell in cells:
         try:
-            found = pool.run(run_cells, [cell], options.seconds, timeout_s=CELL_TIMEOUT_S)[0]
+            found = pool.run(run_cells, [cell], *how, timeout_s=CELL_TIMEOUT_S)[0]
             alone |= without_failures([cell], found, reasons)
         except (RankError, TimeoutError) as error:
             lines = [line for line in str(error).splitlines() if line and not line.startswith("(ranks")]
@@ -208,6 +212,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="time so many that a row takes so long")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--equal-clocks", action="store_true", help="scale times to the mean clock, by the cycles that passes take"
+    )
     parser.add_argument("--host-time", action="store_true", help="print what the host takes to call each pass, too")
     parser.add_argument("--breakdown", action="store_true", help="print what each stream of ours did, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
@@ -222,6 +229,8 @@ def main() -> None:
     arguments = parse_arguments()
     on_gpu = arguments.device == "cuda"
     present = torch.cuda.device_count() if on_gpu else max(arguments.gpus)
+    if arguments.equal_clocks and not on_gpu:
+        sys.exit("--equal-clocks reads the clocks of GPUs; leave it out with --device cpu")
     sizes = [size for size in arguments.gpus if size <= present]
     if not sizes:
         sys.exit(f"{present} GPUs are present, fewer than any of --gpus {arguments.gpus}; --device cpu needs none")
@@ -230,7 +239,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     print(
         f"{name}, {arguments.heads[0]}/{arguments.heads[1]} heads of {arguments.head_dim}, {arguments.precision}, "
-        f"kernel backend {arguments.backend}; TFLOP/s per GPU"
+        f"kernel backend {arguments.backend}; TFLOP/s per GPU{', at equal clocks' * arguments.equal_clocks}"
     )
     print(f"{'gpus':>4}{'tokens':>8}  {'mask':24}{'':9}" + "".join(f"{method:>10}" for method in methods), end="")
     of_native = f"{'native':>9}{'/magi':>7}" if "native" in arguments.methods else ""
@@ -259,7 +268,7 @@ def main() -> None:
                         if (world_size > 1 or method not in BASELINES)
                         and (method != "torch" or mask in ("full", "causal"))
                     ]
-                    row = RowOptions(options, arguments.seconds, arguments.breakdown)
+                    row = RowOptions(options, arguments.seconds, arguments.equal_clocks, arguments.breakdown)
                     figures, failed, measured = measure_row(pool, world_size, row, usable)
                     print_row(world_size, options, methods, figures, arguments.host_time)
                     failures += failed
@@ -267,7 +276,8 @@ def main() -> None:
     for failure in failures:
         print(f"failed: {failure}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"version": 1, "device": name, "cells": records}, indent=1) + "\n")
+        written = {"version": 1, "device": name, "equal_clocks": arguments.equal_clocks, "cells": records}
+        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -70,15 +71,19 @@ def tokens_for_area(mask: str, wanted: float, most: int) -> int:
     return min((max(low - 1, 1), low), key=lambda n: abs(area(mask, n * SINGLE_STEP) - wanted)) * SINGLE_STEP
 
 
-def run_cells(rank: int, world_size: int, cells: Sequence[Cell], seconds: float) -> list[Measured | str]:
+def run_cells(
+    rank: int, world_size: int, cells: Sequence[Cell], seconds: float, at_equal_clocks: bool
+) -> list[Measured | str]:
     """Time cells on this rank, in turns for so many seconds or as often as they say; or why one can't be made ready."""
+    read_clocks = import_module("clocks").read_clocks if at_equal_clocks else None  # needs triton
     on_gpu, options = dist.get_backend() == "nccl", cells[0].options
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     try:
         with ExitStack() as stack:
             ready = [attempt_ready(cell, rank, world_size, device, stack) for cell in cells]
             methods = [each.passes for each in ready if isinstance(each, Ready)]
-            times = iter(time_in_turns(methods, device, options.warmup, options.repeat, seconds) if methods else [])
+            how_often = options.warmup, options.repeat, seconds
+            times = iter(time_in_turns(methods, device, *how_often, read_clocks=read_clocks) if methods else [])
             return [
                 Measured(next(times), each.pairs, shares_of(each.passes, device, rank) if cell.breakdown else [])
                 if isinstance(each, Ready)

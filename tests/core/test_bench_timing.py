@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of methods that take turns on a GPU whose speed changes."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
-from magi_attention.cli.bench.timing import compare_in_cycles
+from magi_attention.cli.bench import marks
+from magi_attention.cli.bench.timing import compare_in_cycles, time_in_turns
 
 TRUE = np.array([[1.0, 3.0], [1.01, 2.9], [2.0, 6.0]])
 
@@ -36,3 +41,53 @@ def test_of_one_method_alone_the_passes_count():
     times, errors = compare_in_cycles(seconds)
     np.testing.assert_allclose(times, [[3.0, 3.0]])
     assert errors == pytest.approx(np.full((1, 2), 0.929 / 5**0.5 * 2.0))
+
+
+class Processor:
+    """A device that takes its time, and counts the cycles of its clock."""
+
+    def __init__(self) -> None:
+        self.seconds, self.cycles = 0.0, 0.0
+
+    def work(self, cycles: float, hertz: float) -> Callable[..., torch.Tensor]:
+        def passes(*_: object) -> torch.Tensor:
+            self.seconds += cycles / hertz
+            self.cycles += cycles
+            return torch.empty(0)
+
+        return passes
+
+    def read_clocks(self) -> torch.Tensor:
+        """Of three multiprocessors, of which the second took no block."""
+        read = torch.tensor([self.cycles, self.seconds * 1e9], dtype=torch.float64).round().long() + 1
+        return torch.stack([read, torch.zeros_like(read), read + torch.tensor([12345, 0])])
+
+
+@pytest.fixture
+def processor(monkeypatch, tmp_path):
+    processor = Processor()
+    monkeypatch.setattr(marks.time, "perf_counter", lambda: processor.seconds)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield processor
+    dist.destroy_process_group()
+
+
+def test_at_equal_clocks_cycles_count(processor):
+    # The second takes a tenth more cycles, which nobody sees by the time.
+    slow = processor.work(2e6, 1.0e9), processor.work(5e6, 1.0e9)
+    fast = processor.work(2.2e6, 1.6e9), processor.work(5.5e6, 1.6e9)
+    device = torch.device("cpu")
+    by_time = time_in_turns([slow, fast], device, 0, 4)
+    assert by_time[1].forward == pytest.approx(by_time[0].forward * 1.1 / 1.6)
+    times = time_in_turns([slow, fast], device, 0, 4, read_clocks=processor.read_clocks)
+    for name in ("forward", "backward"):
+        assert getattr(times[1], name) == pytest.approx(1.1 * getattr(times[0], name))
+    # All passes together take as long as they did.
+    both = sum(each.forward + each.backward for each in times)
+    assert both == pytest.approx(sum(each.forward + each.backward for each in by_time))
+
+
+def test_multiprocessors_that_were_not_read_do_not_count():
+    before = torch.tensor([[100, 1000], [0, 0], [7, 1000], [0, 0]])
+    after = torch.tensor([[1900, 2000], [5, 2000], [0, 0], [0, 0]])
+    assert marks.clock_between(before, after) == pytest.approx(1.8e9)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from benchmarks.context_parallel import AllGather, Kernel, Ring, SingleDevice, restrict, runs_of
 
+from magi_attention.cli.bench.marks import clock_between
 from magi_attention.common.slices import SliceTable
 from magi_attention.testing.distributed import RankPool
 from magi_attention.testing.masks import MASK_FAMILIES
@@ -95,6 +96,38 @@ def test_the_script_at_toy_sizes(tmp_path):
     assert [cell["method"] for cell in cells if "error" in cell] in ([], ["torch"])
     assert run.stdout.count("causal") >= 4
     assert run.stdout.count("host") == 4
+
+
+@pytest.mark.gpu(2)
+def test_equal_clocks_over_nccl(tmp_path):
+    pytest.importorskip("triton")
+    figures = tmp_path / "figures.json"
+    arguments = "--gpus 2 --tokens 2048 --heads 4 2 --masks causal --methods magi gather --repeat 4 --equal-clocks"
+    command = [sys.executable, str(SCRIPT), *arguments.split(), "--seconds", "0", "--json", str(figures)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "at equal clocks" in run.stdout
+    cells = json.loads(figures.read_text())["cells"]
+    assert [cell["method"] for cell in cells] == ["single", "magi/1", "gather"]
+    assert all(0 < cell["forward"] < 1 for cell in cells)
+
+
+@pytest.mark.gpu
+def test_clocks_are_those_of_the_gpu():
+    pytest.importorskip("triton")
+    from benchmarks.clocks import read_clocks
+
+    before = read_clocks()
+    torch.cuda._sleep(10_000_000)  # cycles
+    hertz = clock_between(before, read_clocks())
+    assert 2e8 < hertz < 4e9
+
+
+def test_equal_clocks_need_gpus():
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--equal-clocks"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 1
+    assert run.stderr.startswith("--equal-clocks reads the clocks of GPUs")
 
 
 def test_host_time_at_toy_sizes():

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from magi_attention.cli.bench.marks import Mark, Marker, cycles_between, is_reached, seconds_between, wait_for
 from magi_attention.cli.bench.status_line import StatusLine
 
 Passes = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
@@ -61,6 +62,7 @@ def time_in_turns(
     repeat: int,
     seconds: float = 0.0,
     status: StatusLine | None = None,
+    read_clocks: Callable[[], Tensor] | None = None,
 ) -> list[PassTimes]:
     """Time both passes of several methods, one pair after another without a pause, as layers of a model follow.
 
@@ -81,21 +83,24 @@ def time_in_turns(
         repeat: pairs of passes that are, at least.
         seconds: for how long to run more of them.
         status: where to tell which pass runs; None for nowhere.
+        read_clocks: see :class:`Marker`. With it, times are those of all passes at their mean clock: by the cycles that
+            a pass takes on the rank where it takes the most.
     """
     status = status or StatusLine(is_shown=False)
-    marks: list[list[list[torch.cuda.Event | float]]] = [[] for _ in methods]
+    marker = Marker(device, read_clocks)
+    marks: list[list[list[Mark]]] = [[] for _ in methods]
     peaks = [0] * len(methods)
     dist.barrier()
     _wait_for(device)
     for number in range(warmup):
         status.count("warming up: pass", number + 1, warmup)
         for passes in methods:
-            _mark_passes(passes, device)
+            _mark_passes(passes, marker)
     leading, timed_of_turn = (1, min(repeat, MOST_OF_TURN)) if len(methods) > 1 else (0, 1)
     of_turn = leading + timed_of_turn
     count = -(-repeat // timed_of_turn)
     if seconds:
-        first = _slowest([_mark_passes(passes, device) for passes in methods], device)
+        first = _slowest([_mark_passes(passes, marker) for passes in methods], device)
         count = max(count, int(seconds / (of_turn * first.sum().item())))  # on all ranks the same
     counter = _PassCounter(status, count * len(methods) * of_turn)
     orders = np.random.default_rng(0)
@@ -109,13 +114,16 @@ def time_in_turns(
                 held = torch.cuda.memory_allocated(device) if len(methods) > 1 else 0
             turn = []
             for _ in range(of_turn):
-                turn.append(_mark_passes(methods[number], device))
+                turn.append(_mark_passes(methods[number], marker))
                 counter.add(turn[-1][-1])
             marks[number] += turn[leading:]
             if reads_memory:
                 peaks[number] = torch.cuda.max_memory_allocated(device) - held
     counter.wait()
     timed = torch.stack([_slowest(each, device) for each in marks]).cpu().numpy()
+    if read_clocks is not None:
+        cycles = torch.stack([_slowest(each, device, cycles_between) for each in marks]).cpu().numpy()
+        timed = cycles * (timed.sum() / cycles.sum())
     times, errors = compare_in_cycles(timed.reshape(len(methods), count, timed_of_turn, 2))
     return [_summarize(*each, device) for each in zip(methods, times, errors, peaks, strict=True)]
 
@@ -125,19 +133,19 @@ class _PassCounter:
 
     def __init__(self, status: StatusLine, total: int) -> None:
         self._status, self._total, self._done = status, total, 0
-        self._under_way: deque[torch.cuda.Event | float] = deque()
+        self._under_way: deque[Mark] = deque()
         status.count("pass", 1, total)
 
-    def add(self, end: "torch.cuda.Event | float") -> None:
+    def add(self, end: Mark) -> None:
         """Add the mark after another pair."""
         self._under_way.append(end)
-        while self._under_way and _is_reached(self._under_way[0]):
+        while self._under_way and is_reached(self._under_way[0]):
             self._pop()
 
     def wait(self) -> None:
         """Wait for the device, pair by pair."""
         while self._under_way:
-            _wait_for_mark(self._under_way[0])
+            wait_for(self._under_way[0])
             self._pop()
 
     def _pop(self) -> None:
@@ -179,25 +187,23 @@ def _summarize(
     return PassTimes(forward, backward, forward_error, backward_error, host_forward, host_backward, int(most))
 
 
-def _mark_passes(passes: Passes, device: torch.device) -> "list[torch.cuda.Event | float]":
+def _mark_passes(passes: Passes, marker: Marker) -> list[Mark]:
     """Run a pair of passes; returns marks before and after each."""
     forward, backward = passes
-    _align(device)
-    marks = [_mark(device)]
+    marks = [marker.start()]
     out = forward()
-    marks.append(_mark(device))
-    _align(device)
-    marks.append(_mark(device))
+    marks += [marker.stop(), marker.start()]
     backward(out)
-    return [*marks, _mark(device)]
+    return [*marks, marker.stop()]
 
 
-def _slowest(marks: "Sequence[list[torch.cuda.Event | float]]", device: torch.device) -> Tensor:
-    """``[pairs, 2]``: seconds of each pair of passes on the slowest rank."""
-    timed = [[_seconds(*each[:2]), _seconds(*each[2:])] for each in marks]
-    seconds = torch.tensor(timed, dtype=torch.float64, device=device)
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return seconds
+def _slowest(
+    marks: Sequence[list[Mark]], device: torch.device, taken: Callable[[Mark, Mark], float] = seconds_between
+) -> Tensor:
+    """``[pairs, 2]``: what each pair of passes takes, by default seconds, on the rank where it takes the most."""
+    most = torch.tensor([[taken(*each[:2]), taken(*each[2:])] for each in marks], dtype=torch.float64, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most
 
 
 def _host_seconds(
@@ -222,37 +228,3 @@ def _host_seconds(
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _align(device: torch.device) -> None:
-    """Let all ranks' devices go on together; on GPUs the hosts don't wait."""
-    if device.type == "cuda":
-        dist.all_reduce(torch.empty(1, device=device))
-    else:
-        dist.barrier()
-
-
-def _mark(device: torch.device) -> "torch.cuda.Event | float":
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds(start: "torch.cuda.Event | float", stop: "torch.cuda.Event | float") -> float:
-    if isinstance(start, float) or isinstance(stop, float):
-        assert isinstance(start, float)
-        assert isinstance(stop, float)
-        return stop - start
-    _wait_for_mark(stop)
-    return float(start.elapsed_time(stop)) / 1e3
-
-
-def _is_reached(mark: "torch.cuda.Event | float") -> bool:
-    return isinstance(mark, float) or bool(mark.query())
-
-
-def _wait_for_mark(mark: "torch.cuda.Event | float") -> None:
-    if not isinstance(mark, float):
-        mark.synchronize()
