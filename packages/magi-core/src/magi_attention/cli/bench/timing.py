@@ -4,7 +4,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -88,8 +88,6 @@ def time_in_turns(
     """
     status = status or StatusLine(is_shown=False)
     marker = Marker(device, read_clocks)
-    marks: list[list[list[Mark]]] = [[] for _ in methods]
-    peaks = [0] * len(methods)
     dist.barrier()
     _wait_for(device)
     for number in range(warmup):
@@ -97,35 +95,53 @@ def time_in_turns(
         for passes in methods:
             _mark_passes(passes, marker)
     leading, timed_of_turn = (1, min(repeat, MOST_OF_TURN)) if len(methods) > 1 else (0, 1)
-    of_turn = leading + timed_of_turn
     count = -(-repeat // timed_of_turn)
     if seconds:
         first = _slowest([_mark_passes(passes, marker) for passes in methods], device)
-        count = max(count, int(seconds / (of_turn * first.sum().item())))  # on all ranks the same
-    counter = _PassCounter(status, count * len(methods) * of_turn)
-    orders = np.random.default_rng(0)
-    for _ in range(count):
-        for number in orders.permutation(len(methods)):
-            # Once, since the allocator's statistics take the host some tenths of a millisecond.
-            reads_memory = device.type == "cuda" and not marks[number]
-            held = 0
-            if reads_memory:
-                torch.cuda.reset_peak_memory_stats(device)
-                held = torch.cuda.memory_allocated(device) if len(methods) > 1 else 0
-            turn = []
-            for _ in range(of_turn):
-                turn.append(_mark_passes(methods[number], marker))
-                counter.add(turn[-1][-1])
-            marks[number] += turn[leading:]
-            if reads_memory:
-                peaks[number] = torch.cuda.max_memory_allocated(device) - held
-    counter.wait()
-    timed = torch.stack([_slowest(each, device) for each in marks]).cpu().numpy()
+        count = max(count, int(seconds / ((leading + timed_of_turn) * first.sum().item())))  # on all ranks the same
+    turns = _take_turns(methods, marker, count, leading, timed_of_turn, status)
+    timed = torch.stack([_slowest(each.marks, device) for each in turns]).cpu().numpy()
     if read_clocks is not None:
-        cycles = torch.stack([_slowest(each, device, cycles_between) for each in marks]).cpu().numpy()
+        cycles = torch.stack([_slowest(each.marks, device, cycles_between) for each in turns]).cpu().numpy()
         timed = cycles * (timed.sum() / cycles.sum())
     times, errors = compare_in_cycles(timed.reshape(len(methods), count, timed_of_turn, 2))
+    peaks = [each.peak_bytes for each in turns]
     return [_summarize(*each, device) for each in zip(methods, times, errors, peaks, strict=True)]
+
+
+@dataclass
+class _Turns:
+    """What is known of all turns of a method: the marks of its timed passes, and the most memory of the first turn."""
+
+    marks: list[list[Mark]] = field(default_factory=list)
+    peak_bytes: int = 0
+
+
+def _take_turns(
+    methods: Sequence[Passes], marker: Marker, count: int, leading: int, timed: int, status: StatusLine
+) -> list[_Turns]:
+    """Run so many cycles, in each of which every method has a turn: some leading pairs of passes, and timed ones."""
+    turns = [_Turns() for _ in methods]
+    counter = _PassCounter(status, count * len(methods) * (leading + timed))
+    orders = np.random.default_rng(0)
+    device, is_alone = marker.device, len(methods) == 1
+    for _ in range(count):
+        for number in orders.permutation(len(methods)):
+            of_method = turns[number]
+            # Once, since the allocator's statistics take the host some tenths of a millisecond.
+            reads_memory = device.type == "cuda" and not of_method.marks
+            if reads_memory:
+                torch.cuda.reset_peak_memory_stats(device)
+                of_method.peak_bytes = 0 if is_alone else -torch.cuda.memory_allocated(device)
+            for place in range(leading + timed):
+                marks = _mark_passes(methods[number], marker)
+                counter.add(marks[-1])
+                if place >= leading:
+                    of_method.marks.append(marks)
+            if reads_memory:
+                of_method.peak_bytes += torch.cuda.max_memory_allocated(device)
+    counter.wait()
+    return turns
 
 
 class _PassCounter:
