@@ -17,7 +17,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from kernels import median_seconds
+from kernels import typical_seconds
 from torch import Tensor
 
 from magi_attention.common.slices import SliceTable
@@ -170,8 +170,8 @@ def figures(direction: str, runs: dict[str, Run], pairs: int, shape: Shape, repe
     for run in runs.values():
         run()  # what is compiled or made once
     few = {"torch": runs.pop("torch")}
-    ms = {name: 1e3 * each for name, each in zip(runs, median_seconds(list(runs.values()), repeat), strict=True)}
-    ms["torch"] = 1e3 * median_seconds(list(few.values()), 3)[0] * shape.tokens / PLAIN_QUERIES
+    ms = {name: 1e3 * each for name, each in zip(runs, typical_seconds(list(runs.values()), repeat), strict=True)}
+    ms["torch"] = 1e3 * typical_seconds(list(few.values()), 3)[0] * shape.tokens / PLAIN_QUERIES
     flop = pairs * shape.dim * (4 if direction == "forward" else 10)
     text = f"{ms['ms']:9.3f}{flop / ms['ms'] / 1e9:9.0f}"
     for name in ("fixed", "torch", "flex", "causal"):

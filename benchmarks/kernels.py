@@ -5,9 +5,9 @@ Rows are masks and lengths; columns our backends, beside cuDNN's and FlashAttent
 FlexAttention, all in one run on the same tensors. ``auto`` repeats the figures of the backends that our registry
 chooses for the row, which may differ by direction. FLOPs are those of the pairs that the mask keeps:
 ``4 * pairs * heads * dim`` forward, 2.5 times that backward. A time is the median of several launches between CUDA
-events, after warm-up; those of a row take turns, one launch each in a random order, so that a GPU that slows down when
-it gets hot does so for all alike. What a kernel cannot do is left out; an error ends its cell alone and is told below
-the table.
+events, after warm-up; those of a row take turns, one launch each in a random order, and what all launches of a cycle
+have in common is taken out before: a GPU at its power limit runs faster and slower for seconds at a time. What a kernel
+cannot do is left out; an error ends its cell alone and is told below the table.
 
 The columns of ratios are ``auto`` over FlashAttention-4's own kernels, over the original relative to cuDNN's causal
 attention, and over ``cudnn_flex``; below the table it says which bars (``benchmarks/kernel_bars.py``) hold. The rows
@@ -18,7 +18,6 @@ that have bars come first, and FlexAttention, which is compiled for every row, c
 import argparse
 import json
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from kernel_bars import DIRECTIONS, Bar, Cell, bars, hopper_bars, summary
 from numpy.typing import NDArray
 from torch import Tensor
 
+from magi_attention.cli.bench.timing import compare_in_cycles
 from magi_attention.common import workloads
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.mask_class import mask_class
@@ -216,7 +216,7 @@ def measure(case: Case, names: Sequence[str], repeat: int) -> list[Cell]:
                 ready[name] = passes
     flops = 4 * case.slices.area() * case.q.shape[1] * case.q.shape[2]
     for at, direction in enumerate(DIRECTIONS):
-        seconds = median_seconds([passes[at] for passes in ready.values()], repeat)
+        seconds = typical_seconds([passes[at] for passes in ready.values()], repeat)
         for name, median in zip(ready, seconds, strict=True):
             cells[name][direction] = (1.0, 2.5)[at] * flops / median / 1e12
     del ready
@@ -233,8 +233,8 @@ def telling_errors(cell: Cell) -> Iterator[None]:
         cell["error"] = f"{type(error).__name__}: {str(error).strip()[:200]}"
 
 
-def median_seconds(launches: Sequence[Callable[[], object]], repeat: int) -> list[float]:
-    """The median time on the device of ``repeat`` launches of each, in turns, each time in another order."""
+def typical_seconds(launches: Sequence[Callable[[], object]], repeat: int) -> list[float]:
+    """The typical time on the device of ``repeat`` launches of each, in turns, each time in another order."""
     marks = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in launches] for _ in range(repeat)]
     torch.cuda.synchronize()
     turns, shuffle = list(range(len(launches))), random.Random(0).shuffle
@@ -246,10 +246,9 @@ def median_seconds(launches: Sequence[Callable[[], object]], repeat: int) -> lis
             launches[turn]()
             stop.record()
     torch.cuda.synchronize()
-    return [
-        statistics.median(start.elapsed_time(stop) for start, stop in column) / 1e3
-        for column in zip(*marks, strict=True)
-    ]
+    taken = [[start.elapsed_time(stop) / 1e3 for start, stop in row] for row in marks]
+    times, _ = compare_in_cycles(np.array(taken).T[:, :, None, None])
+    return [float(each) for each in times[:, 0]]
 
 
 def chosen(case: Case, row: list[Cell]) -> Cell:

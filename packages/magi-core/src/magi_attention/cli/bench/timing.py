@@ -172,13 +172,13 @@ class _PassCounter:
 
 
 def compare_in_cycles(seconds: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The typical time of each method and pass, and its standard error, both ``[methods, 2]`` in seconds.
+    """The typical time of each method and kind of pass, and its standard error, both ``[methods, kinds]`` in seconds.
 
     What all methods of a cycle have in common, the geometric mean of their times, is replaced by its median over the
     cycles, so that a change of the GPU's speed from cycle to cycle tells neither for nor against a method.
 
     Args:
-        seconds: ``[methods, cycles, passes, 2]``, of the slowest rank.
+        seconds: ``[methods, cycles, passes, kinds]``, of the slowest rank.
     """
     logs = np.log(np.median(seconds, axis=2))
     if len(logs) > 1:
