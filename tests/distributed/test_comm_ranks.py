@@ -2,6 +2,9 @@
 """The test harness itself: ranks that fail, die or hang never hang the caller."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -61,3 +64,32 @@ def test_failing_ranks_are_reported_and_the_pool_recovers(pool):
 
 def test_run_ranks_spawns_and_ends_a_pool():
     assert [total for total, _ in run_ranks(1, total_of_ranks, 3)] == [3]
+
+
+WAITING_RANKS = """
+import sys, time
+from pathlib import Path
+from magi_attention.testing.distributed import run_ranks
+
+def wait(rank, world_size, folder):
+    Path(folder, str(rank)).touch()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    run_ranks(2, wait, sys.argv[1])
+"""
+
+
+def test_ranks_leave_an_interrupt_from_the_terminal_to_their_caller(tmp_path):
+    script, ready = tmp_path / "script.py", tmp_path / "ready"
+    script.write_text(WAITING_RANKS)
+    ready.mkdir()
+    caller = subprocess.Popen(
+        [sys.executable, script, ready], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while len(list(ready.iterdir())) < 2 and caller.poll() is None:
+        time.sleep(0.05)
+    os.killpg(caller.pid, signal.SIGINT)
+    _, errors = caller.communicate(timeout=60)
+    assert caller.returncode == -signal.SIGINT
+    assert errors.count("Traceback") == 1

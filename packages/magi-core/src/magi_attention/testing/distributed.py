@@ -5,6 +5,7 @@ import contextlib
 import faulthandler
 import os
 import pickle
+import signal
 import sys
 import time
 import traceback
@@ -160,6 +161,7 @@ class RankPool:
 
 def _serve(rank: int, world_size: int, backend: str, port: int, pipe: connection.Connection) -> None:
     """A rank's process: join the group, then answer calls until the pool ends or goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller hears of an interrupt too, and ends its ranks
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     with _Answer(pipe) as answer:
