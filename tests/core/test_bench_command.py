@@ -110,6 +110,12 @@ def test_an_environment_without_sense_is_refused_before_ranks_start(monkeypatch,
     assert result.stderr.count("\n") == 1
 
 
+def test_what_draws_pictures_is_not_imported():
+    """It takes a second, and writes to the home folder, which containers may lack."""
+    code = "import sys, magi_attention.cli.bench.command; print('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
 def test_the_version_is_told():
     assert CliRunner().invoke(app, ["--version"]).output.strip() == f"magi-attention {magi_attention.__version__}"
 

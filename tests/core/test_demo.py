@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 import magi_attention.cli as cli
 import magi_attention.cli.main as main
-from magi_attention.cli.demo.command import choose_device, fit_to_device
+from magi_attention.cli.demo.command import fit_to_device
 from magi_attention.cli.demo.launch import train_on_ranks
 from magi_attention.cli.demo.options import DemoOptions, Device, Precision
 from magi_attention.cli.demo.report import Comparison, verdict
 from magi_attention.cli.demo.train import StepResult
+from magi_attention.cli.devices import choose_device
 from magi_attention.cli.main import app
 
 

@@ -14,7 +14,7 @@ from magi_attention.cli.bench.measure import Measurement, measure, runtime_confi
 from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.bench.overlap import Overlap, read_overlap
 from magi_attention.cli.bench.status_line import StatusLine
-from magi_attention.cli.demo.command import DTYPES, choose_device
+from magi_attention.cli.devices import DTYPES, choose_device
 from magi_attention.cli.logs import log_to_stderr
 from magi_attention.comm.registry import check_native
 from magi_attention.env.variables import check_texts

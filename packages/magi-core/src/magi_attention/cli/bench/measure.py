@@ -13,7 +13,7 @@ from magi_attention.api import calc_attn, magi_attn_flex_key
 from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.bench.status_line import StatusLine
 from magi_attention.cli.bench.timing import PassTimes, time_in_turns
-from magi_attention.cli.demo.command import DTYPES
+from magi_attention.cli.devices import DTYPES
 from magi_attention.common import AttnMaskType, AttnRanges, workloads
 from magi_attention.common.enum import AttnOverlapMode, AttnRole
 from magi_attention.config import DistAttnConfig, OverlapConfig, RuntimeConfig

@@ -15,6 +15,7 @@ from magi_attention.cli.demo.launch import train_on_ranks
 from magi_attention.cli.demo.options import DemoOptions, Device, Precision
 from magi_attention.cli.demo.report import Comparison, count_processes, loss_table, time_table, verdict
 from magi_attention.cli.demo.train import StepResult, attention_config, train
+from magi_attention.cli.devices import DTYPES, choose_device
 from magi_attention.cli.figures import figures_of_plans
 from magi_attention.cli.picture import save_picture
 from magi_attention.cli.sheets import rank_sheet
@@ -24,12 +25,6 @@ from magi_attention.kernels.protocol import AttentionRequest
 from magi_attention.kernels.registry import choose_backend
 from magi_attention.plan.rates import Cluster, LayerShape
 
-DTYPES = {
-    Precision.FP64: torch.float64,
-    Precision.FP32: torch.float32,
-    Precision.BF16: torch.bfloat16,
-    Precision.FP16: torch.float16,
-}
 GPU_HEAD_DIM = 64
 """The smallest head that the kernels of the plug-ins have."""
 
@@ -91,18 +86,6 @@ def prepare(options: DemoOptions) -> Setup:
     backend = choose_backend(request, options.backend).name
     check_native(attention_config(options).runtime_config, request.device)
     return Setup(documents, device, backend)
-
-
-def choose_device(wish: Device, processes: int, num_gpus: int) -> str:
-    """Return ``"cuda"`` or ``"cpu"``; every process needs a GPU of its own."""
-    if wish is Device.AUTO:
-        return "cuda" if num_gpus >= processes else "cpu"
-    if wish is Device.CUDA and num_gpus < processes:
-        raise ValueError(
-            f"--device cuda needs a GPU for each process: {processes} processes, {num_gpus} GPUs are visible; "
-            + (f"take --processes {num_gpus} or --device cpu" if num_gpus else "take --device cpu")
-        )
-    return wish.value
 
 
 def run_demo(options: DemoOptions, setup: Setup, out: Path, console: Console) -> int:
