@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sphinx.application import Sphinx
 
-sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 # Imported for its docstrings; it needs no more than the core does to be imported.
 sys.path.insert(0, str(Path(__file__).parents[1] / "packages" / "comm-grpcoll" / "src"))
 
@@ -20,7 +19,6 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "environment_table",
 ]
 exclude_patterns = ["_build"]
 

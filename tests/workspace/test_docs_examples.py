@@ -73,6 +73,14 @@ def test_api_reference_has_every_public_name() -> None:
     assert not missing
 
 
+def test_tables_of_environment_variables_are_those_of_the_code(tmp_path: Path) -> None:
+    page = DOCS / "environment.md"
+    again = tmp_path / page.name
+    again.write_text(page.read_text())
+    run(DOCS / "environment_tables.py", again, folder=tmp_path)
+    assert again.read_text() == page.read_text(), "python docs/environment_tables.py writes them"
+
+
 def test_figure_is_drawn_from_a_plan(tmp_path: Path) -> None:
     run(DOCS / "figures.py", tmp_path / "idea.png", folder=tmp_path)
     assert (tmp_path / "idea.png").read_bytes().startswith(b"\x89PNG")
