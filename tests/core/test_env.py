@@ -142,7 +142,13 @@ def test_values(monkeypatch, reader, name, text, value, default):
     assert reader() == value
 
 
-@pytest.mark.parametrize("reader", [general.cache_dir, build.user_cache_dir])
+def test_what_is_kept_follows_the_users_cache(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert general.cache_dir() == Path("/x/magi_attention")
+    assert build.kernel_cache_dir() == Path("/x/magi_attention/cute_kernels")
+
+
+@pytest.mark.parametrize("reader", [general.cache_dir, general.user_cache_dir])
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, reader):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)

@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from magi_attention.env.general import cache_dir
-from magi_attention.env.variables import is_set, parse_flag, parse_folder, parse_int, variable
+from magi_attention.env.variables import parse_flag, parse_folder, parse_int, variable
 
 
 @variable("MAGI_ATTENTION_NO_BUILD_CACHE", ignored=True)
@@ -106,18 +106,9 @@ def ffa_fa4_cache_dir(text: str) -> Path | None:
     return parse_folder(text) if text else None
 
 
-@variable("XDG_CACHE_HOME", "~/.cache")
-def user_cache_dir(text: str) -> Path:
-    """The folder of the user's caches; of this project, compiled kernels are in it if no other folder is named."""
-    return parse_folder(text)
-
-
 def kernel_cache_dir() -> Path:
-    """The folder for kernels that backends compile; by default one in the user's cache."""
-    if chosen := ffa_fa4_cache_dir():
-        return chosen
-    named = is_set("MAGI_ATTENTION_CACHE_DIR")
-    return (cache_dir() if named else user_cache_dir() / "magi_attention") / "cute_kernels"
+    """The folder for kernels that backends compile; by default one in :func:`~magi_attention.env.general.cache_dir`."""
+    return ffa_fa4_cache_dir() or cache_dir() / "cute_kernels"
 
 
 @variable("NVSHMEM_DIR", "", ignored=True)

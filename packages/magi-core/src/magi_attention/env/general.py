@@ -140,10 +140,19 @@ def cuda_device_max_connections(text: str) -> int:
     return parse_int(text, minimum=1)
 
 
-@variable("MAGI_ATTENTION_CACHE_DIR", "~/.cache/magi_attention")
-def cache_dir(text: str) -> Path:
-    """The folder of what is kept: machines' measured rates, native collectives' calibration, compiled kernels."""
+@variable("XDG_CACHE_HOME", "~/.cache")
+def user_cache_dir(text: str) -> Path:
+    """The folder of the user's caches; this project's is in it unless ``MAGI_ATTENTION_CACHE_DIR`` names another."""
     return parse_folder(text)
+
+
+@variable("MAGI_ATTENTION_CACHE_DIR", "")
+def cache_dir(text: str) -> Path:
+    """The folder of what is kept: machines' measured rates, native collectives' calibration, compiled kernels.
+
+    Unset, ``magi_attention`` in ``XDG_CACHE_HOME``.
+    """
+    return parse_folder(text) if text else user_cache_dir() / "magi_attention"
 
 
 @variable("MAGI_ATTENTION_MEASURE_RATES", "1")
