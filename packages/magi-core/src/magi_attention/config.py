@@ -90,9 +90,9 @@ class OverlapConfig:
         mode: whether ``degree`` is given (static) or chosen by the planner (dynamic). A degree of 0 or 1 is always
             static, ``"auto"`` always dynamic.
         degree: 0: exchange, then compute everything in one call. 1: one remote stage, exchanged while the rank computes
-            with its own rows. N: N remote stages. ``"auto"``: the planner chooses from 0 on by the rates of this
-            machine, both passes, and the key's heads. None: the planner chooses from 1 on by ``calc_cost_factor`` and
-            ``comm_cost_factor``; only with the dynamic mode.
+            with its own rows. N: N remote stages. ``"auto"``: the planner chooses from 1 on by the rates of this
+            machine, both passes, and the key's heads. None: likewise by ``calc_cost_factor`` and ``comm_cost_factor``,
+            forward alone; only with the dynamic mode.
         dynamic_max_degree: the most stages that the planner may choose.
         min_chunk_size: the least rows in a piece of remote keys that a stage takes as a whole.
         max_num_chunks: the most such pieces.
