@@ -2,6 +2,7 @@
 """``magi bench`` on the CPU: what it prints, what it refuses, and how overlap is read from a trace."""
 
 import gzip
+import inspect
 import json
 import os
 import pty
@@ -114,6 +115,12 @@ def test_what_draws_pictures_is_not_imported():
     """It takes a second, and writes to the home folder, which containers may lack."""
     code = "import sys, magi_attention.cli.bench.command; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("command", app.registered_commands, ids=lambda command: command.callback.__name__)
+def test_help_is_wrapped_by_the_terminal_alone(command):
+    """Of all paragraphs but the first, Typer keeps line breaks, which come between those of a narrow terminal."""
+    assert not [each for each in inspect.getdoc(command.callback).split("\n\n")[1:] if "\n" in each]
 
 
 def test_the_version_is_told():

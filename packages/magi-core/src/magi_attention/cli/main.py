@@ -89,8 +89,9 @@ def demo(
 ) -> None:
     """Train a small model on one process and on several with context parallelism, and compare.
 
-    The losses must agree at every step. Shows what each rank holds, computes and receives, and draws the last step's
-    plan.
+    The losses must agree at every step.
+
+    Shows what each rank holds, computes and receives, and draws the last step's plan.
     """
     try:
         options = DemoOptions(
@@ -149,7 +150,9 @@ def plan(
     ] = None,
     ranks: Annotated[int | None, typer.Option(help=f"Ranks of the group; {PLAN_DEFAULT.ranks} if not given.")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Most rows of a chunk; else the planner chooses.")] = None,
-    algorithm: Annotated[str | None, typer.Option(metavar="NAME", help="How chunks are dealt to ranks.")] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(metavar="NAME", help="How chunks are dealt: locality if not given, min-heap, ...")
+    ] = None,
     overlap_degree: Annotated[
         str, typer.Option(metavar="N|auto", help="Stages in which remote rows are fetched; 0 for no overlap.")
     ] = str(PLAN_DEFAULT.overlap_degree),
@@ -184,8 +187,9 @@ def plan(
 ) -> None:
     """Plan a mask for any number of ranks, without any of them, and show what each would compute and exchange.
 
-    Masks by name: full, causal, varlen_full, varlen_causal, swa_causal_1024, varlen_block_causal_4k, prefix_lm,
-    shared_question.
+    Masks by name:
+
+    full, causal, varlen_full, varlen_causal, swa_causal_1024, varlen_block_causal_4k, prefix_lm, shared_question.
     """
     try:
         if simulate is not None and ranks not in (simulate, None):
@@ -245,7 +249,8 @@ def calibrate(
     """Measure this machine's kernels, memory and links, and keep the rates for OverlapConfig(degree="auto").
 
     Alone, it measures kernels and memory. Under torchrun it measures the links between all ranks as well:
-    torchrun --nproc-per-node 8 -m magi_attention.cli calibrate.
+
+    torchrun --nproc-per-node 8 -m magi_attention.cli calibrate
     """
     from rich.console import Console
 
@@ -264,8 +269,9 @@ def doctor(
 ) -> None:
     """Show what is installed, what each kernel backend can run here and why not, and check that it works.
 
-    Computes a small attention with every backend, forward and backward, and compares with float64. Exit status 1 if
-    anything is wrong.
+    Computes a small attention with every backend, forward and backward, and compares with float64.
+
+    The exit status is 1 if anything is wrong.
     """
     from magi_attention.cli.doctor.command import run_doctor
 
@@ -299,6 +305,7 @@ def precompile(
     """Compile kernels into the backends' caches on disk, also for another GPU and on a machine without one.
 
     Options but --direction, --multiprocessors and --jobs can be given several times; all combinations are compiled.
+
     What the cache has is left alone. MAGI_ATTENTION_FFA_FA4_CACHE_DIR names the cache's folder.
     """
     from rich.console import Console
