@@ -26,12 +26,6 @@ def test_example_has_at_most_25_lines() -> None:
     assert len(example().splitlines()) <= 25
 
 
-def test_named_files_exist() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", (ROOT / "README.md").read_text())
-    missing = [path for pair in links for path in pair if path and not (ROOT / path).exists()]
-    assert not missing
-
-
 # The same attention, written without this package: each document by itself.
 CHECK = """
 expected = []
