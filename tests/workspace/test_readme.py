@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The usage example of README.md runs as it stands, and stays short."""
 
+import json
 import re
 import subprocess
 import sys
@@ -24,6 +25,23 @@ def test_example_runs_in_one_process(tmp_path: Path) -> None:
 
 def test_example_has_at_most_25_lines() -> None:
     assert len(example().splitlines()) <= 25
+
+
+def test_figures_are_those_of_the_command_below_them() -> None:
+    text = (ROOT / "README.md").read_text()
+    (command,) = re.findall(r"`magi (plan .*?)`", text)
+    done = subprocess.run(
+        [sys.executable, "-m", "magi_attention.cli", *command.split(), "--json"],
+        capture_output=True,
+        check=True,
+        text=True,
+        timeout=120,
+    )
+    found = json.loads(done.stdout)
+    for name, figures in (("all-gather or ring", found["compared"]["ring"]), ("MagiAttention", found["plan"])):
+        million, imbalance = figures["rows_received"] / 1e6, figures["imbalance"]
+        assert re.search(rf"^\| {name}.* \| {million:.1f} million \| {imbalance:.2f} \|$", text, re.MULTILINE)
+    assert found["compared"]["all_gather"] == found["compared"]["ring"]
 
 
 # The same attention, written without this package: each document by itself.
