@@ -157,12 +157,16 @@ def test_variables(monkeypatch, tmp_path):
     monkeypatch.setenv("MAGI_ATTENTION_KERNEL_SPEEDS", str(tmp_path / "speeds.json"))
     monkeypatch.setenv("MAGI_ATTENTION_PRECISION", "fp8")
     monkeypatch.setenv("MAGI_ATTENTION_CATGQA", "1")
+    monkeypatch.setenv("MAGI_ATTENTION_CHECK_PLAN", "0")
+    monkeypatch.setenv("MAGI_ATTENTION_DETERMINISTIC_MODE", "true")
     monkeypatch.setenv("MAGI_ATTENTION_KERNEL_BACKENDS", "flex")
     found = variables_set()
     assert found["MAGI_ATTENTION_CATGQA"]["meaning"].startswith("ignored: ")
     checks = {check.name: check for check in check_variables()}
     assert status_of(checks[name] for name in checks if "MAGI" in name or name == "configuration") == {
         "MAGI_ATTENTION_CATGQA": "ok",
+        "MAGI_ATTENTION_CHECK_PLAN": "ok",
+        "MAGI_ATTENTION_DETERMINISTIC_MODE": "failed",
         "MAGI_ATTENTION_KERNEL_BACKENDS": "failed",
         "MAGI_ATTENTION_KERNEL_SPEEDS": "ok",
         "MAGI_ATTENTION_PRECISION": "failed",
@@ -170,6 +174,7 @@ def test_variables(monkeypatch, tmp_path):
     }
     assert checks["MAGI_ATTENTION_KERNEL_SPEEDS"].detail == "1 measured figures"
     assert "fp8" in checks["MAGI_ATTENTION_PRECISION"].detail
+    assert "a switch is on if its text is 1" in checks["MAGI_ATTENTION_DETERMINISTIC_MODE"].detail
     assert "misspelled" in checks["MAGI_ATTENTION_KERNEL_BACKENDS"].detail
 
 

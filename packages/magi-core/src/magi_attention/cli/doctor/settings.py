@@ -37,9 +37,9 @@ def variables_set() -> dict[str, dict[str, str]]:
 def check_variables() -> list[Check]:
     """Read every variable that is set, and the configuration that follows from all of them."""
     checks = []
-    for name in texts_set():
+    for name, text in texts_set().items():
         if name in VARIABLES:
-            checks.append(attempt(name, partial(_read, name)))
+            checks.append(attempt(name, partial(_read, name, text)))
         else:
             checks.append(Check(name, "failed", "there is no such variable; is it misspelled?"))
     return [*checks, attempt("configuration", _resolve)]
@@ -57,8 +57,10 @@ def check_planner() -> Check:
     return attempt("planner", _plan)
 
 
-def _read(name: str) -> str:
+def _read(name: str, text: str) -> str:
     value = read_variable(name)
+    if isinstance(value, bool) and text.strip() not in ("0", "1") and not VARIABLES[name].ignored:
+        raise ValueError(f"{text!r} switches it off: a switch is on if its text is 1, and only then")
     if name == "MAGI_ATTENTION_KERNEL_SPEEDS":
         return f"{len(read_speeds(general.kernel_speeds()))} measured figures"
     return f"read as {value!r}"
