@@ -23,7 +23,7 @@ from magi_attention.cli.bench.breakdown import Share, break_down
 from magi_attention.cli.bench.measure import make_key, trace_pass
 from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.bench.timing import Passes, PassTimes, time_in_turns
-from magi_attention.cli.demo.command import DTYPES
+from magi_attention.cli.devices import DTYPES
 from magi_attention.common import workloads
 from magi_attention.common.enum import AttnRole
 from magi_attention.runtime.cache import dist_attn_runtime_dict_mgr, find_manager
