@@ -208,6 +208,15 @@ def test_padding_passes_gradients():
     assert torch.equal(x.grad, weight[:, :2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
+def test_padding_under_autocast_of_another_dtype(dtype):
+    x = torch.ones(2, 3).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        padded = pad_at_dim(x, 1, 1)
+    assert padded.dtype == dtype
+    assert padded.float().tolist() == [[1, 1, 1, 0]] * 2
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -14,6 +14,7 @@ from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.range import AttnRange
 from magi_attention.common.ranges import AttnRanges
+from magi_attention.runtime.rows import concatenate
 
 Mask = tuple[AttnRanges, AttnRanges, list[AttnMaskType]]
 UNLIMITED = -1
@@ -47,7 +48,7 @@ def pad_at_dim(x: Tensor, dim: int, pad_size: int, value: float = 0.0, side: str
     if side not in ("left", "right"):
         raise ValueError(f'side is {side!r}; it must be "left" or "right"')
     padding = x.new_full((*x.shape[:dim], pad_size, *x.shape[dim + 1 :]), value)
-    return torch.cat([x, padding] if side == "right" else [padding, x], dim)
+    return concatenate([x, padding] if side == "right" else [padding, x], dim)
 
 
 def unpad_at_dim(x: Tensor, dim: int, pad_size: int) -> Tensor:

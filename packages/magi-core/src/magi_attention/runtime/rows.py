@@ -51,10 +51,10 @@ def scatter_rows_sum(x: Tensor, layout: Layout, rank: int, group: dist.ProcessGr
     return mine[: _num_rows(layout, rank)]
 
 
-def concatenate(parts: list[Tensor]) -> Tensor:
+def concatenate(parts: list[Tensor], dim: int = 0) -> Tensor:
     """``torch.cat`` of tensors of one dtype. Under autocast, ``torch.cat`` itself refuses some dtypes, as of 8 bits."""
     with without_autocast(parts[0]):
-        return torch.cat(parts)
+        return torch.cat(parts, dim)
 
 
 def _num_rows(layout: Layout, rank: int) -> int:
