@@ -23,6 +23,7 @@ from magi_attention.api import (
     dist_attn_runtime_dict_mgr,
     get_most_recent_key,
     get_position_ids,
+    make_varlen_key_for_new_mask_after_dispatch,
 )
 from magi_attention.dist_attn_runtime_mgr import DistAttnRuntimeDict, init_dist_attn_runtime_key
 from tests.core.api_keys import key_for
@@ -151,6 +152,19 @@ def test_destroyed_groups_are_told(group, call):
     dist.destroy_process_group(other)
     with pytest.raises(ValueError, match="this process group was destroyed"):
         call(other)
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_keys_of_destroyed_groups_are_told(group, is_cached):
+    other = dist.new_group([0])
+    key = planned(64, other)
+    dist.destroy_process_group(other)
+    if not is_cached:
+        planned(64, group)
+        with pytest.raises(ValueError, match="process group of this key was destroyed"):
+            dispatch(torch.zeros(64), key)
+    with pytest.raises(ValueError, match="process group of this key was destroyed"):
+        make_varlen_key_for_new_mask_after_dispatch([0, 64], [0, 64], key)
 
 
 def test_most_recent_key_is_the_one_made_asked_for_or_used_last(group):

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from magi_attention.comm.group import group_rank, has_peers
+from magi_attention.comm.group import group_rank, has_peers, is_destroyed
 
 Result = TypeVar("Result")
 
@@ -100,9 +100,9 @@ def report_failure(reason: str, group: dist.ProcessGroup | None) -> None:
 
     Args:
         reason: what went wrong on this rank.
-        group: as for :func:`check_agreement`.
+        group: as for :func:`check_agreement`; of one that was destroyed, no rank can hear of it.
     """
-    if group is None or not has_peers(group):
+    if group is None or is_destroyed(group) or not has_peers(group):
         return
     with _next_check(group) as check:
         _post(check.store, f"rank {check.ranks[check.me]} failed to make its key: {reason}".encode())
