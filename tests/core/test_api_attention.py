@@ -2,6 +2,7 @@
 """``calc_attn`` in one process, without torch.distributed, of one sequence and of two."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from magi_attention.api import (
     calc_attn,
     clear_cache,
     dispatch,
+    flex_flash_attn_func,
     magi_attn_flex_key,
     magi_attn_varlen_key,
     undispatch,
@@ -19,6 +21,7 @@ from magi_attention.api import (
 from magi_attention.common.enum import AttnRole
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import RuntimeConfig
+from magi_attention.kernels.reference import BACKEND as REFERENCE
 from magi_attention.testing.oracle import dense_attention
 from tests.core.api_single import PADDED, SLICES, TOTAL, qkv
 
@@ -44,6 +47,38 @@ def test_attention_and_gradients(key, padded, with_sink):
         strict=False,
     ):
         torch.testing.assert_close(got, want, msg=lambda m, name=name: f"d{name}: {m}")
+
+
+def by_key(key, q, k, v, softmax_scale):
+    return calc_attn(*[dispatch(x, key) for x in (q, k, v)], key, softmax_scale=softmax_scale)
+
+
+def by_ranges(key, q, k, v, softmax_scale):
+    """The same mask, with as many rows that attend to nothing."""
+    q = torch.cat([q, q.new_zeros(PADDED - TOTAL, *q.shape[1:])])
+    ranges = torch.tensor([[0, 30], [30, 50]])
+    return flex_flash_attn_func(q, k, v, ranges, ranges, torch.tensor([1, 1]), softmax_scale=softmax_scale)
+
+
+@pytest.mark.parametrize("attend", [by_key, by_ranges])
+def test_no_kernel_sees_gradients_of_the_lse_of_padding(key, attend):
+    """Selecting rows after squaring sends 0 * -inf to the others."""
+    backend, seen = type(REFERENCE), []
+
+    def watched(*args):
+        seen.append(args[7])
+        return backward(*args)
+
+    inputs, backward = [x.requires_grad_() for x in qkv(TOTAL)], backend.backward
+    with mock.patch.object(backend, "backward", watched):
+        _, meta = attend(key, *inputs, 0.37)  # a scale that no other test has, for which nothing is kept
+        assert (meta.lse[TOTAL:] == -math.inf).all()
+        loss = meta.lse.square()[:TOTAL].sum()
+        gradients = torch.autograd.grad(loss, inputs[:2])
+    assert seen
+    assert all(dlse.isfinite().all() for dlse in seen)
+    expected = torch.autograd.grad(dense_attention(*inputs, SLICES, softmax_scale=0.37)[1].square().sum(), inputs[:2])
+    torch.testing.assert_close(gradients, expected)
 
 
 def test_padding_attends_to_nothing(key):

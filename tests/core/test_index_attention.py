@@ -50,6 +50,20 @@ def test_everything_in_float64(shape, heads, softcap, layout, seed):
     torch.testing.assert_close(meta.max_logits, largest, rtol=1e-12, atol=1e-12)
 
 
+def test_gradients_of_the_lse_of_empty_lists_change_nothing():
+    """Selecting rows after squaring sends 0 * -inf to the others."""
+    x = random_inputs(20, 30)
+    leaves = [each.requires_grad_() for each in (x.q, x.k)]
+    lists = random_lists(20, 2, 30, 10)
+    lists[::3] = -1
+    _, meta = flex_flash_attn_func(*leaves, x.v, index_attn_indices=lists)
+    has_keys = meta.lse > -torch.inf
+    gradients = torch.autograd.grad(meta.lse.square()[has_keys].sum(), leaves)
+    truth = dense_index_attention(*leaves, x.v, lists)[1]
+    expected = torch.autograd.grad(truth[has_keys].square().sum(), leaves)
+    torch.testing.assert_close(gradients, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_lists_written_over_before_the_backward_pass():
     x = random_inputs(20, 30, dtype=torch.float32)
     q = x.q.requires_grad_()

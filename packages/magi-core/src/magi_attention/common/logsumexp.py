@@ -21,6 +21,15 @@ def rescale_weight(lse: Tensor, final_lse: Tensor) -> Tensor:
     return (lse - final_lse).masked_fill_(empty, -torch.inf).exp_()  # masked before exp, so that no gradient is NaN
 
 
+def gradient_where_keys_are(dlse: Tensor | None, lse: Tensor) -> Tensor | None:
+    """The gradient of ``lse``, but 0 for rows without keys, whose lse is -inf whatever goes in.
+
+    A loss of the other rows alone sends NaN to these, if it squares first and selects then: 0 * -inf. Kernels would add
+    that to the gradients of all keys of a tile.
+    """
+    return None if dlse is None else dlse.masked_fill(lse == -torch.inf, 0.0)
+
+
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype in which sums over the tensors are kept: float64 if any of them is, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from magi_attention.common.errors import MagiTypeError, MagiValueError
+from magi_attention.common.logsumexp import gradient_where_keys_are
 from magi_attention.common.validation import check_scores, check_sm_margin
 from magi_attention.functional.single_device import check_tensors, configured_backends
 from magi_attention.functional.utils import check_sink
@@ -125,6 +126,7 @@ def differentiate(
     """Return the gradients of q, k, v and sink, given q, k, v, out and lse of the forward pass."""
     q, k, v, out, lse = saved
     dout = torch.zeros_like(out) if dout is None else dout
+    dlse = gradient_where_keys_are(dlse, lse)
     call, backend = job.call, job.backends.backward
     with without_autocast(q):
         if 0 in (len(q), len(k), call.indices.shape[2]):

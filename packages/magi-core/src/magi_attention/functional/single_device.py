@@ -15,6 +15,7 @@ from torch import Tensor
 
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.common.logsumexp import gradient_where_keys_are
 from magi_attention.common.slices import SliceTable, find_double_cover
 from magi_attention.common.validation import check_scores, check_sm_margin
 from magi_attention.env import general as environment
@@ -105,6 +106,7 @@ def differentiate(
     """Return the gradients of q, k, v and sink, given q, k, v, out and lse of the forward pass."""
     q, k, v, out, lse = saved
     dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout
+    dlse = gradient_where_keys_are(dlse, lse)
     with without_autocast(q):
         gradients = job.backends.backward.backward(dout, q, k, v, out, lse, dlse, job.call)
         dq, dk, dv = (gradient.to(q.dtype) for gradient in gradients)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.common.forward_meta import AttnForwardMeta
+from magi_attention.common.logsumexp import gradient_where_keys_are
 from magi_attention.kernels.autograd import (
     on_real_memory,
     only_once_differentiable,
@@ -72,6 +73,7 @@ def differentiate_with_sink(
     """Gradients of this rank's q, k and v, and of the sink, if it is given."""
     dout = torch.zeros_like(saved.out) if dout is None else dout
     dsink = None
+    dlse = gradient_where_keys_are(dlse, saved.lse)
     with without_autocast(dout):
         dq, dk, dv = differentiate(job, saved, dout, dlse)
         if sink is not None:
