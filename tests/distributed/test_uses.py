@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands around an attention changes nothing: checkpoints, threads, several passes, some gradients, DDP, FSDP."""
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -31,6 +32,7 @@ from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import OverlapConfig, RuntimeConfig
 from magi_attention.kernels.reference import BACKEND as REFERENCE
+from magi_attention.runtime import autograd
 from magi_attention.runtime import dispatch as exchange
 from magi_attention.runtime import roll as rolling
 from magi_attention.testing.distributed import RankPool
@@ -148,14 +150,15 @@ def test_strides_do_not_count(pool, layout):
 class Layer(torch.nn.Module):
     """Attention over packed documents with a residual connection."""
 
-    def __init__(self):
+    def __init__(self, with_sink=False):
         super().__init__()
+        self.sink = torch.nn.Parameter(torch.zeros(2, HEADS)) if with_sink else None
         self.qkv = torch.nn.Linear(16, (HEADS + 2 * KV_HEADS) * DIM)
         self.out = torch.nn.Linear(HEADS * DIM, 16)
 
     def forward(self, x, key):
         q, k, v = self.qkv(x).unflatten(1, (-1, DIM)).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
-        return x + self.out(calc_attn(q, k, v, key)[0].flatten(1))
+        return x + self.out(calc_attn(q, k, v, key, sink=self.sink)[0].flatten(1))
 
 
 class Model(torch.nn.Module):
@@ -199,6 +202,35 @@ def test_replicas_by_ddp_train_as_one_process_does(pool):
         (expected,) = alone.run(train_replicas)
     for losses in pool.run(train_replicas):
         assert losses == pytest.approx(expected, rel=1e-12)
+
+
+def differentiate_by_a_sink(rank, world_size, wrapped, reduce):
+    """The sink's gradient, and what was warned of."""
+    torch.manual_seed(0)
+    layer = Layer(with_sink=True).double()
+    replica = DistributedDataParallel(layer) if wrapped else layer
+    config = DistAttnConfig(runtime_config=RuntimeConfig(sink_grad_reduce=reduce))
+    key = magi_attn_varlen_key(
+        [0, 50, TOTAL], [0, 50, TOTAL], HEADS, KV_HEADS, DIM, 0, None, causal=True, dist_attn_config=config
+    )
+    x = torch.randn(TOTAL, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss = replica(dispatch(x, key), key).square().sum()
+    with mock.patch.object(autograd, "_warned_about_sink", False), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (world_size * loss if wrapped else loss).backward()  # DDP averages gradients, which are terms of a sum
+    return layer.sink.grad, [str(each.message) for each in caught if "sink" in str(each.message)]
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "reduce", "factor"), [(True, "none", 1.0), (False, "sum", 1.0), (False, "avg", 0.5)]
+)
+def test_a_sink_is_reduced_by_whoever_reduces_all_parameters_or_as_asked_for(pool, wrapped, reduce, factor):
+    with RankPool(1) as alone:
+        ((expected, _),) = alone.run(differentiate_by_a_sink, False, reduce)
+    for gradient, warned in pool.run(differentiate_by_a_sink, wrapped, reduce):
+        torch.testing.assert_close(gradient, factor * expected, rtol=1e-10, atol=1e-10)
+        assert len(warned) == (reduce == "none")
+        assert all("DDP or FSDP" in each for each in warned)
 
 
 def train_shards(rank, world_size):

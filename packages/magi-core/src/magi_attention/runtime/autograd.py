@@ -123,8 +123,9 @@ def _reduce_sink_gradient(job: AttentionJob, dsink: Tensor) -> Tensor:
         if not _warned_about_sink:
             _warned_about_sink = True
             warnings.warn(
-                "the gradient of the attention sink covers this rank's rows only: reduce it over the context-parallel "
-                "group, or set RuntimeConfig(sink_grad_reduce='sum')",
+                "the gradient of the attention sink covers this rank's rows only, as those of all parameters do. That "
+                "is right where DDP or FSDP, say, reduces all of them over the context-parallel group; where nothing "
+                "reduces the sink's, set RuntimeConfig(sink_grad_reduce='sum')",
                 stacklevel=2,
             )
         return dsink
