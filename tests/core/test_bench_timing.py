@@ -91,3 +91,14 @@ def test_multiprocessors_that_were_not_read_do_not_count():
     before = torch.tensor([[100, 1000], [0, 0], [7, 1000], [0, 0]])
     after = torch.tensor([[1900, 2000], [5, 2000], [0, 0], [0, 0]])
     assert marks.clock_between(before, after) == pytest.approx(1.8e9)
+
+
+@pytest.mark.gpu
+def test_clocks_are_those_of_the_gpu():
+    pytest.importorskip("triton")
+    from benchmarks.clocks import read_clocks
+
+    before = read_clocks()
+    torch.cuda._sleep(10_000_000)  # cycles
+    hertz = marks.clock_between(before, read_clocks())
+    assert 2e8 < hertz < 4e9
