@@ -182,7 +182,8 @@ def test_windows_look_ahead_only_where_documents_aren_t_causal(single_process, w
     config = TransformerConfig(**OPTIONS, window_size=window)
     params = plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 20, 32])), config, causal=causal)
     q, k, v = torch.randn(3, 32, 1, 4, 16)
-    out = MagiCoreAttention(config, 1, AttnMaskType.causal, "self")(q, k, v, None, packed_seq_params=params)
+    mask_type = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    out = MagiCoreAttention(config, 1, mask_type, "self")(q, k, v, None, packed_seq_params=params)
     positions = torch.arange(32)
     documents = (positions >= 20).long()
     behind = positions[:, None] - positions
@@ -342,6 +343,25 @@ def test_what_was_not_planned_for_the_model_is_refused(single_process):
             windowed(q, q, q, None, packed_seq_params=params)
     with pytest.raises(ValueError, match="plan_packed_sequence"):
         dispatch_batch({}, MagiPackedSeqParams())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_layers_that_mask_in_another_way_than_planned_are_refused(single_process, causal):
+    config = TransformerConfig(**OPTIONS)
+    params = plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 32])), config, causal=causal)
+    q = torch.randn(32, 1, 4, 16)
+    own, others = [AttnMaskType.no_mask, AttnMaskType.padding], [AttnMaskType.causal, AttnMaskType.padding_causal]
+    if causal:
+        own, others = others, own
+    for mask_type in others:
+        core = MagiCoreAttention(config, 1, mask_type, "self")
+        with pytest.raises(ValueError, match=f"attn_mask_type is {mask_type.name}, but .* with causal={causal}"):
+            core(q, q, q, None, packed_seq_params=params)
+    for mask_type in own:
+        core = MagiCoreAttention(config, 1, mask_type, "self")
+        assert core(q, q, q, None, packed_seq_params=params).shape == (32, 1, 64)
+    with pytest.raises(ValueError, match="attn_mask_type arbitrary"):
+        MagiCoreAttention(config, 1, AttnMaskType.arbitrary, "self")
 
 
 def test_batches_keep_their_names(single_process):

@@ -36,6 +36,13 @@ from magi_attention.api import (
 from magi_attention.api.groups import GroupOrMesh
 from magi_attention.runtime.cache import find_manager
 
+IS_CAUSAL = {
+    AttnMaskType.causal: True,
+    AttnMaskType.padding_causal: True,
+    AttnMaskType.no_mask: False,
+    AttnMaskType.padding: False,
+}
+
 
 @dataclass
 class MagiPackedSeqParams(PackedSeqParams):
@@ -50,12 +57,14 @@ class MagiPackedSeqParams(PackedSeqParams):
         window_key: the same with the config's window, for layers that have one.
         window_size: that window, as the config has it.
         positions: ``[n_local]`` int64, the place of each of this rank's rows in its document.
+        causal: whether the documents are causal.
     """
 
     magi_key: DistAttnRuntimeKey | None = None
     window_key: DistAttnRuntimeKey | None = None
     window_size: tuple[int, int] | None = None
     positions: Tensor | None = None
+    causal: bool = True
 
 
 def plan_packed_sequence(
@@ -73,7 +82,7 @@ def plan_packed_sequence(
             ``cu_seqlens_q_padded``; best on the CPU, since the host plans. Padding attends to itself, and nothing else
             attends to it.
         config: the model's config, which has the heads, their size, the window and the parallel sizes.
-        causal: whether the documents are causal.
+        causal: whether the documents are causal, as the model's layers must be by their ``attn_mask_type``.
         cp_group: the context-parallel group; Megatron's own for None.
         dist_attn_config: as for :func:`magi_attention.api.magi_attn_flex_key`.
 
@@ -110,6 +119,7 @@ def plan_packed_sequence(
         window_key=_window_key(key, cu_seqlens, config, causal),
         window_size=_window_size(config),
         positions=positions,
+        causal=causal,
     )
 
 
@@ -242,6 +252,7 @@ class MagiCoreAttention(MegatronModule):
         unsupported = {
             f"attention_dropout={dropout}: set it to 0": dropout > 0,
             f"{attention_type} attention: use self attention": attention_type != "self",
+            f"attn_mask_type {attn_mask_type.name}": attn_mask_type not in IS_CAUSAL,
             "multi_latent_attention": config.multi_latent_attention,
             "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
             "qk_clip and log_max_attention_logit": config.qk_clip or config.log_max_attention_logit,
@@ -250,6 +261,7 @@ class MagiCoreAttention(MegatronModule):
         }
         if wrong := [option for option, is_set in unsupported.items() if is_set]:
             raise ValueError(f"MagiCoreAttention doesn't support {'; '.join(wrong)}")
+        self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.softmax_type = config.softmax_type
         if self.softmax_type == "learnable":
@@ -309,10 +321,18 @@ class MagiCoreAttention(MegatronModule):
         """Attend ``[n_local, 1, heads, head_dim]``; ``[n_local, 1, hq * head_dim]`` come out. Collective.
 
         What is masked is said by ``packed_seq_params`` alone.
+
+        Raises:
+            ValueError: Params that weren't planned, or not for this layer; an ``attention_bias``.
         """
         params, magi_key, _ = _planned(packed_seq_params)
         if attention_bias is not None:
             raise ValueError("MagiCoreAttention doesn't support an attention_bias")
+        if params.causal != IS_CAUSAL[self.attn_mask_type]:
+            raise ValueError(
+                f"the layer's attn_mask_type is {self.attn_mask_type.name}, but the sequence was planned with "
+                f"causal={params.causal}: change one of them"
+            )
         if self.has_window:
             magi_key = self._key_with_window(params)
         q, k, v = (x.squeeze(1) for x in (query, key, value))
