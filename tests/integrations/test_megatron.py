@@ -388,9 +388,11 @@ def test_what_is_not_supported_is_refused(single_process):
     q = torch.randn(32, 1, 4, 16)
     with pytest.raises(ValueError, match="plan_packed_sequence"):
         core(q, q, q, None, packed_seq_params=PackedSeqParams(qkv_format="thd"))
+    params = plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 32])), config)
+    with pytest.raises(ValueError, match="call the model with attention_mask=None"):
+        core(q, q, q, torch.ones(1, 1, 32, 32, dtype=torch.bool), packed_seq_params=params)
     with pytest.raises(ValueError, match="cu_seqlens_q"):
         plan_packed_sequence(PackedSeqParams(), config)
-    params = plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 32])), config)
     with pytest.raises(ValueError, match=r"batch\['tokens'\] has shape \(2, 16\)"):
         dispatch_batch({"tokens": torch.zeros(2, 16)}, params)
     sizes = {"hidden_size": 96, "num_attention_heads": 6, "tensor_model_parallel_size": 3}

@@ -323,11 +323,14 @@ class MagiCoreAttention(MegatronModule):
         What is masked is said by ``packed_seq_params`` alone.
 
         Raises:
-            ValueError: Params that weren't planned, or not for this layer; an ``attention_bias``.
+            ValueError: Params that weren't planned, or not for this layer; an ``attention_mask`` or ``attention_bias``.
         """
         params, magi_key, _ = _planned(packed_seq_params)
-        if attention_bias is not None:
-            raise ValueError("MagiCoreAttention doesn't support an attention_bias")
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError(
+                "MagiCoreAttention takes no attention_mask and no attention_bias, since packed_seq_params say what is "
+                "masked: call the model with attention_mask=None, as dispatch_batch has it"
+            )
         if params.causal != IS_CAUSAL[self.attn_mask_type]:
             raise ValueError(
                 f"the layer's attn_mask_type is {self.attn_mask_type.name}, but the sequence was planned with "
