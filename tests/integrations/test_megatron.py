@@ -371,6 +371,27 @@ def test_batches_keep_their_names(single_process):
     assert local.keys() == {"tokens", "labels", "attention_mask", "position_ids"}
 
 
+def padding_mask_of_a_rank(rank, world_size):
+    parallel_state.initialize_model_parallel(context_parallel_size=world_size)
+    try:
+        config = TransformerConfig(**OPTIONS, calculate_per_token_loss=True)
+        params = plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 63])), config)
+        of_the_batch = torch.arange(63)[None] >= 60
+        padding_mask = dispatch_batch({"padding_mask": of_the_batch}, params)["padding_mask"]
+        return params.magi_key.pad_size, padding_mask.dtype, int(padding_mask.sum())
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_rows_that_the_planner_adds_are_padding_to_the_routers_of_experts():
+    with RankPool(2) as pool:
+        answers = pool.run(padding_mask_of_a_rank)
+    pad_size = answers[0][0]
+    assert pad_size > 0
+    assert all(dtype == torch.bool for _, dtype, _ in answers)
+    assert sum(num_rows for _, _, num_rows in answers) == 3 + pad_size
+
+
 def test_what_is_not_supported_is_refused(single_process):
     for wrong in (
         {"attention_dropout": 0.1},

@@ -205,13 +205,15 @@ def dispatch_batch(batch: Mapping[str, Tensor | None], params: MagiPackedSeqPara
     """This rank's part of a batch, in place of Megatron's ``get_batch_on_this_cp_rank``.
 
     Args:
-        batch: tensors ``[1, S, ...]`` of the whole sequence: ``tokens``, ``labels``, ``loss_mask`` and whatever else
-            belongs to rows. What ``params`` knows better, ``position_ids`` and ``attention_mask``, may be anything.
+        batch: tensors ``[1, S, ...]`` of the whole sequence: ``tokens``, ``labels``, ``loss_mask``, ``padding_mask``
+            and whatever else belongs to rows. What ``params`` knows better, ``position_ids`` and ``attention_mask``,
+            may be anything.
         params: what :func:`plan_packed_sequence` returned.
 
     Returns:
         The same names with ``[1, n_local, ...]``, None where None was given, with ``position_ids``, and None as
         ``attention_mask``. Rows of padding are 0, in ``loss_mask`` too: a loss without that mask counts their labels.
+        In ``padding_mask``, by which routers of experts leave rows out, they are True.
 
     Raises:
         ValueError: A tensor of another shape, or ``params`` that weren't planned.
@@ -223,7 +225,7 @@ def dispatch_batch(batch: Mapping[str, Tensor | None], params: MagiPackedSeqPara
             continue
         if x.dim() < 2 or x.shape[0] != 1:
             raise ValueError(f"batch[{name!r}] has shape {tuple(x.shape)}; one packed sequence has [1, S, ...]")
-        local[name] = dispatch(x[0], key)[None]
+        local[name] = dispatch(x[0], key, pad_value=1.0 if name == "padding_mask" else 0.0)[None]
     return local | {"attention_mask": None, "position_ids": positions[None]}
 
 
