@@ -426,6 +426,17 @@ def test_what_is_not_supported_is_refused(single_process):
         use_dispatched_positions(yarn)
 
 
+@pytest.mark.parametrize("name", ["conv1d", "conv1d_weight"])  # of Megatron-Core 0.16, and of its Mamba in 0.19
+def test_models_with_layers_that_need_their_rows_in_order_are_refused(name):
+    mixer = torch.nn.Module()
+    convolution = torch.nn.Conv1d(8, 8, kernel_size=4, groups=8)
+    setattr(mixer, name, convolution if name == "conv1d" else convolution.weight)
+    model = torch.nn.Module()
+    model.decoder = torch.nn.ModuleList([torch.nn.Linear(8, 8), mixer])
+    with pytest.raises(ValueError, match=rf"convolution over the sequence \(decoder\.1\.{name}"):
+        use_dispatched_positions(model)
+
+
 def test_wrapped_models_are_not_taken_for_models_without_rotary_embeddings():
     wrapper = torch.nn.Module()
     use_dispatched_positions(wrapper)

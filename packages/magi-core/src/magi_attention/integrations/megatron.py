@@ -349,8 +349,14 @@ def use_dispatched_positions(model: nn.Module) -> None:
     """Have a ``GPTModel`` rotate by the positions of the dealt rows. Call it once, on every pipeline stage's model.
 
     Raises:
-        ValueError: The model has other than plain rotary embeddings, such as YaRN's, or is wrapped in another.
+        ValueError: The model has other than plain rotary embeddings, such as YaRN's, is wrapped in another, or has
+            Mamba's or linear attention's layers.
     """
+    if convolution := next((name for name, _ in model.named_parameters() if "conv1d" in name), None):
+        raise ValueError(
+            f"the model has a convolution over the sequence ({convolution}): layers of Mamba and linear attention need "
+            "their rows in order, as dealt rows aren't, so that it can't be dispatched"
+        )
     rotary = getattr(model, "rotary_pos_emb", None)
     if rotary is None:
         if any(isinstance(each, RotaryEmbedding) for each in model.modules()):
