@@ -307,6 +307,22 @@ def plan_with_means(rank, world_size):
         parallel_state.destroy_model_parallel()
 
 
+def rows_by_hybrid_context_parallelism(rank, world_size):
+    parallel_state.initialize_model_parallel()  # each rank has a sequence of its own, but for what packed says
+    packed = PackedSeqParams(cu_seqlens_q=torch.tensor([0, 64]), local_cp_size=2, cp_group=dist.group.WORLD)
+    try:
+        config = TransformerConfig(**OPTIONS, calculate_per_token_loss=True)
+        return plan_packed_sequence(packed, config).positions.tolist()
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_the_group_of_a_packed_sequence_shares_it_out():
+    with RankPool(2) as pool:
+        first, second = pool.run(rows_by_hybrid_context_parallelism)
+    assert sorted(first + second) == list(range(64))
+
+
 def test_means_of_ranks_are_warned_of():
     with RankPool(2) as pool:
         pool.run(plan_with_means)

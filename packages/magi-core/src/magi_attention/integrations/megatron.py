@@ -83,7 +83,8 @@ def plan_packed_sequence(
             attends to it.
         config: the model's config, which has the heads, their size, the window and the parallel sizes.
         causal: whether the documents are causal, as the model's layers must be by their ``attn_mask_type``.
-        cp_group: the context-parallel group; Megatron's own for None.
+        cp_group: the context-parallel group; for None that of ``packed``, which Megatron's hybrid context parallelism
+            gives to each sequence, or Megatron's own.
         dist_attn_config: as for :func:`magi_attention.api.magi_attn_flex_key`.
 
     Returns:
@@ -97,7 +98,8 @@ def plan_packed_sequence(
         TypeError: ``cu_seqlens_q`` or ``cu_seqlens_q_padded`` is no tensor.
     """
     starts, cu_seqlens = _document_starts(packed)
-    cp_group = parallel_state.get_context_parallel_group() if cp_group is None else cp_group
+    if cp_group is None:
+        cp_group = packed.cp_group or parallel_state.get_context_parallel_group()
     tp_size = config.tensor_model_parallel_size
     heads = config.num_attention_heads // tp_size, max(config.num_query_groups // tp_size, 1)
     key = magi_attn_varlen_key(
