@@ -11,6 +11,9 @@ pytest.importorskip("transformers")
 
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BertConfig,
     DataCollatorWithFlattening,
     Gemma2Config,
     GptOssConfig,
@@ -137,6 +140,31 @@ def test_masks_given_to_a_model_are_refused(name, shape):
     given = {"use_cache": False, "magi_key": key, "magi_window_key": window_key}
     with pytest.raises(ValueError, match="attention_mask"):
         make_model(name, "magi")(tokens()[None], attention_mask=torch.ones(shape), **given)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(**SIZES, is_decoder=True, add_cross_attention=True),
+        BartConfig(
+            vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_models_with_cross_attention_are_refused(config):
+    register()
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="magi").eval()
+    other = (
+        {"decoder_input_ids": tokens()[None]}
+        if config.is_encoder_decoder
+        else {"encoder_hidden_states": torch.randn(1, TOTAL, 32)}
+    )
+    key, _ = keys()
+    with pytest.raises(ValueError, match="encoder-decoder or other cross-attention"):
+        model(tokens()[None], use_cache=False, magi_key=key, **other)
 
 
 def test_other_layers_than_those_of_full_or_sliding_attention_are_refused():

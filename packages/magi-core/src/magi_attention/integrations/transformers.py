@@ -120,8 +120,14 @@ def attend(
 
 
 def _check_layer_types(module: nn.Module) -> None:
-    """Refuse models that mask in a third way (Llama 4's chunks), or need their rows in order (Mamba)."""
-    layer_types = getattr(getattr(module, "config", None), "layer_types", None) or ()
+    """Refuse models with cross-attention, a third kind of mask (Llama 4's chunks), or rows in order (Mamba)."""
+    config = getattr(module, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ValueError(
+            "magi attention can't be used with an encoder-decoder or other cross-attention: one key would mask the "
+            "model's self-attention and its cross-attention alike"
+        )
+    layer_types = getattr(config, "layer_types", None) or ()
     if others := sorted(set(layer_types).difference(SUPPORTED_LAYER_TYPES)):
         raise ValueError(
             f"magi attention can't be used with a model that has layers of {', '.join(others)}: it supports "
