@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
     BertConfig,
@@ -19,6 +20,7 @@ from transformers import (
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
+    ModernBertConfig,
     PhimoeConfig,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -188,6 +190,25 @@ def test_windows_wider_than_the_layer_s_are_refused(documents):
             model(tokens()[None], use_cache=False, magi_key=key, magi_window_key=too_many)
     exact = make_varlen_key_for_new_mask_after_dispatch(documents, documents, key, False, (WINDOW - 1, 0))
     model(tokens()[None], use_cache=False, magi_key=key, magi_window_key=exact)
+
+
+def test_windows_to_either_side():
+    """ModernBERT's ``local_attention`` of 8 is 4 tokens to either side."""
+    register()
+    config = ModernBertConfig(**SIZES, local_attention=8, layer_types=["sliding_attention", "full_attention"])
+    model = AutoModelForMaskedLM.from_config(config, attn_implementation="eager").eval()
+    expected = model(tokens()[None]).logits
+    model.set_attn_implementation("magi")
+    key = magi_attn_varlen_key([0, TOTAL], [0, TOTAL], 4, 4, 8, 0, None)
+    for window, fits in ((4, True), (5, False)):
+        window_key = make_varlen_key_for_new_mask_after_dispatch([0, TOTAL], [0, TOTAL], key, False, (window, window))
+        given = {"position_ids": get_position_ids(key)[None], "magi_key": key, "magi_window_key": window_key}
+        if fits:
+            logits = undispatch(model(dispatch(tokens(), key)[None], **given).logits[0], key)
+            torch.testing.assert_close(logits, expected[0], rtol=1e-4, atol=1e-5)
+        else:
+            with pytest.raises(ValueError, match=r"window is 9 keys .* row see 11: make it with window_size=\(4, 4\)"):
+                model(dispatch(tokens(), key)[None], **given)
 
 
 @pytest.mark.parametrize(

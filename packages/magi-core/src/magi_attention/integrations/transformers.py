@@ -98,8 +98,8 @@ def attend(
             "to its layers, and can't be used with magi attention"
         )
     # A compiled program serves keys that it can't look into.
-    if sliding_window is not None and getattr(module, "is_causal", False) and not torch.compiler.is_compiling():
-        _check_window(wanted, sliding_window)
+    if sliding_window is not None and not torch.compiler.is_compiling():
+        _check_window(wanted, sliding_window, getattr(module, "is_causal", False))
     if position_ids is not None:
         _check_positions(module, position_ids, wanted)
     unsupported = {
@@ -164,11 +164,15 @@ def _check_positions(module: nn.Module, position_ids: Tensor, key: DistAttnRunti
         )
 
 
-def _check_window(key: DistAttnRuntimeKey, sliding_window: int) -> None:
-    if (widest := _widest_row(key)) > sliding_window:
+def _check_window(key: DistAttnRuntimeKey, sliding_window: int, is_causal: bool) -> None:
+    """Refuse a window that is wider than the layer's, which has as many keys behind the token as before it, if any."""
+    before = sliding_window - 1
+    after = 0 if is_causal else before
+    allowed = before + 1 + after
+    if (widest := _widest_row(key)) > allowed:
         raise ValueError(
-            f"the layer's sliding window is {sliding_window} keys with the token itself, but magi_window_key lets a "
-            f"row see {widest}: make it with window_size=({sliding_window - 1}, 0)"
+            f"the layer's sliding window is {allowed} keys with the token itself, but magi_window_key lets a row see "
+            f"{widest}: make it with window_size=({before}, {after})"
         )
 
 
