@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Megatron-Core model with our core attention has the gradients that it has with its own."""
+"""What Megatron-Core's core attention, rotary embeddings and batches become, and what is refused."""
 
 import warnings
-from contextlib import ExitStack, contextmanager
-from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +9,11 @@ import torch.distributed as dist
 
 pytest.importorskip("megatron.core")
 
-from examples.megatron_core import DOCUMENTS, VOCABULARY, make_batch, make_model, step
+from examples.megatron_core import (
+    VOCABULARY,
+    make_batch,
+    make_model,
+)
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
@@ -30,122 +32,9 @@ from magi_attention.integrations.megatron import (
     use_dispatched_positions,
 )
 from magi_attention.testing.distributed import RankPool
+from tests.integrations.megatron_on_cpu import OPTIONS, without_gpu
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-OPTIONS = {
-    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "attention_dropout": 0.0,
-    "use_cpu_initialization": True,
-}  # fmt: skip
-
-
-@contextmanager
-def without_gpu():
-    """Megatron moves rotary embeddings to a GPU and keeps GPU random states, even where nothing else needs one."""
-
-    @contextmanager
-    def fork(*_args):
-        yield
-
-    with ExitStack() as stack:
-        for name, made in [
-            ("torch.cuda.current_device", lambda: torch.device("cpu")),
-            ("megatron.core.tensor_parallel.get_cuda_rng_tracker", lambda: mock.Mock(fork=fork)),
-            ("megatron.core.tensor_parallel.random._get_all_rng_states", tuple),
-            ("megatron.core.tensor_parallel.random._set_all_rng_states", lambda: None),
-        ]:
-            stack.enter_context(mock.patch(name, made))
-        yield
-
-
-def gradients_of_a_step(rank, world_size, parallel, settings):
-    parallel_state.initialize_model_parallel(**parallel)
-    try:
-        with without_gpu():
-            model = make_model(**settings)
-            loss = step(model, make_batch())
-        return float(loss), {name: each.grad for name, each in model.named_parameters()}
-    finally:
-        parallel_state.destroy_model_parallel()
-
-
-def own_gradients(rank, world_size):
-    """By Megatron's own attention, document by document, on one process."""
-    parallel_state.initialize_model_parallel()
-    try:
-        with without_gpu():
-            torch.manual_seed(0)
-            config = TransformerConfig(**OPTIONS, num_query_groups=2, hidden_dropout=0.0)
-            model = GPTModel(
-                config, get_gpt_layer_local_spec(), VOCABULARY, 512, position_embedding_type="rope"
-            )  # fmt: skip
-            batch = make_batch()
-            total = 0.0
-            for start, end in DOCUMENTS:
-                tokens, labels, loss_mask = (batch[name][:, start:end] for name in ("tokens", "labels", "loss_mask"))
-                causal = torch.ones(1, 1, end - start, end - start, dtype=torch.bool).triu(1)
-                losses = model(tokens, torch.arange(end - start)[None], causal, labels=labels)
-                loss = (losses * loss_mask).sum() / batch["loss_mask"].sum()
-                loss.backward()
-                total += float(loss)
-        parameters = dict(model.named_parameters())
-        return total, {n: each.grad for n, each in parameters.items()}, {n: each.data for n, each in parameters.items()}
-    finally:
-        parallel_state.destroy_model_parallel()
-
-
-@pytest.fixture(scope="module")
-def expected():
-    with RankPool(1) as pool:
-        return pool.run(own_gradients)[0]
-
-
-def assert_equal_steps(actual, expected):
-    assert actual[0] == pytest.approx(expected[0], rel=1e-5)
-    assert actual[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        assert (actual[1][name] - gradient).norm() < 1e-4 * gradient.norm(), name
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("recompute", [None, "full", "selective"])
-def test_gradients_are_those_of_megatron_s_own_attention(world_size, recompute, expected):
-    settings = {"recompute_granularity": recompute}
-    if recompute == "full":
-        settings |= {"recompute_method": "uniform", "recompute_num_layers": 1}
-    with RankPool(world_size) as pool:
-        for answer in pool.run(gradients_of_a_step, {"context_parallel_size": world_size}, settings):
-            assert_equal_steps(answer, expected)
-
-
-def step_with_tensor_parallelism(rank, world_size, weights, gradients):
-    """The loss and the gradients of one rank, each with what one process has for this rank's part of the parameter."""
-    sizes = {"tensor_model_parallel_size": 2}
-    parallel_state.initialize_model_parallel(**sizes, context_parallel_size=2)
-    try:
-        with without_gpu():
-            model = make_model(**sizes)
-            part = parallel_state.get_tensor_model_parallel_rank()
-
-            def mine(parameter, whole):
-                is_cut = getattr(parameter, "tensor_model_parallel", False)
-                return whole.chunk(2, dim=parameter.partition_dim)[part].clone() if is_cut else whole
-
-            for name, each in model.named_parameters():
-                each.data.copy_(mine(each, weights[name]))
-            loss = step(model, make_batch())
-        expected = {name: mine(each, gradients[name]) for name, each in model.named_parameters()}
-        return (float(loss), {name: each.grad for name, each in model.named_parameters()}), expected
-    finally:
-        parallel_state.destroy_model_parallel()
-
-
-def test_tensor_parallel_ranks_have_their_heads(expected):
-    loss, gradients, weights = expected
-    qkv = "decoder.layers.0.self_attention.linear_qkv.weight"
-    with RankPool(4) as pool:
-        for answer, gradients_of_its_part in pool.run(step_with_tensor_parallelism, weights, gradients):
-            assert len(answer[1][qkv]) == len(gradients[qkv]) // 2
-            assert_equal_steps(answer, (loss, gradients_of_its_part))
 
 
 @pytest.fixture
