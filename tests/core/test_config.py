@@ -5,7 +5,9 @@ import dataclasses
 import math
 import pickle
 
+import numpy as np
 import pytest
+import torch
 
 from magi_attention import config as config_module
 from magi_attention.common.enum import AttnOverlapMode, DispatchAlgType, MagiAttentionKernelBackend, OverlapAlgType
@@ -51,6 +53,21 @@ def test_defaults():
     assert (overlap.calc_cost_factor, overlap.comm_cost_factor) == (1.0, 1.0)
     assert dataclasses.astuple(config.grpcoll_config) == (24, 8, 256, 16, 128, 2_000_000_000, 0)
     assert set(dataclasses.asdict(config.runtime_config).values()) == {None}
+
+
+def test_numbers_of_other_libraries_become_plain_ones():
+    assert repr(DispatchConfig(chunk_size=np.int64(64))) == repr(DispatchConfig(chunk_size=64))
+    assert repr(DispatchConfig(chunk_size=torch.tensor(64))) == repr(DispatchConfig(chunk_size=64))
+    given = OverlapConfig(degree=np.int32(0), calc_cost_factor=np.float32(2.5), comm_cost_factor=np.float64(0.5))
+    assert repr(given) == repr(OverlapConfig(degree=0, calc_cost_factor=2.5, comm_cost_factor=0.5))
+    assert given.no_overlap
+    assert repr(ToppHeapDispatchAlg(np.float64(0.5))) == repr(ToppHeapDispatchAlg(0.5))
+
+
+@pytest.mark.parametrize("chunk_size", [np.float64(64), np.bool_(True), np.array([64, 64]), torch.tensor(64.0)])
+def test_what_is_no_integer_is_refused(chunk_size):
+    with pytest.raises(TypeError, match="chunk_size must be int or None"):
+        DispatchConfig(chunk_size=chunk_size)
 
 
 ALGORITHMS = [

@@ -2,7 +2,9 @@
 """Checks of the fields of config classes, and of numbers that calls take. Each error names what it is and the value."""
 
 import math
+import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from numbers import Real
 from typing import Any
 
@@ -10,12 +12,26 @@ from magi_attention.common.errors import MagiTypeError, MagiValueError
 
 
 def check_type(config: object, name: str, *types: type) -> Any:
-    """Return a field's value if it is of one of ``types``; a ``bool`` does not pass for an ``int``."""
-    value = getattr(config, name)
+    """Return a field's value if it is of one of ``types``; a ``bool`` does not pass for an ``int``.
+
+    The number of another library, as numpy's or a tensor of one integer, becomes a plain one in the field too.
+    """
+    value = _plain_number(getattr(config, name), types)
+    object.__setattr__(config, name, value)
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
         raise MagiTypeError(f"{type(config).__name__}.{name} must be {wanted}, not {value!r}")
     return value
+
+
+def _plain_number(value: Any, types: Sequence[type]) -> Any:
+    """The number as an ``int`` or ``float``, where it is one that ``types`` ask for, so that all print it alike."""
+    if type(value) in (*types, bool):
+        return value
+    if int in types:
+        with suppress(TypeError):
+            return operator.index(value)
+    return float(value) if float in types and isinstance(value, Real) else value
 
 
 def check_positive(config: object, names: Sequence[str], *types: type) -> None:
