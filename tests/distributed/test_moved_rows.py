@@ -131,16 +131,20 @@ def test_position_ids_are_dispatched_positions(pool, shard):
     pool.run(check_position_ids, *SHARDS[shard])
 
 
-def roll_by_nothing(rank, world_size):
+def roll_labels(rank, world_size):
     key = causal_key(100)
-    padded = torch.ones(len(get_position_ids(key)), dtype=torch.float64, requires_grad=True)
-    for shift in (0, 100, -200):
-        rolled = roll(padded, shift, 0, key)
-        real = dispatch(torch.ones(100, dtype=torch.float64), key)
-        assert torch.equal(rolled, real)
-        (gradient,) = torch.autograd.grad(rolled.sum(), padded)
-        assert torch.equal(gradient, real)
+    assert key.pad_size
+    labels = torch.arange(100, dtype=torch.float64)
+    local = dispatch(labels, key, pad_value=-100).requires_grad_()
+    weight = torch.arange(len(local), dtype=torch.float64) + 1000 * rank
+    for shift in (-1, 0, 100, -200, 37):
+        rolled = roll(local, shift, 0, key)
+        assert torch.equal(rolled, dispatch(torch.roll(labels, shift), key, pad_value=-100))
+        assert rolled.data_ptr() != local.data_ptr()
+        (gradient,) = torch.autograd.grad((rolled * weight).sum(), local)
+        assert torch.equal(gradient, roll(weight, -shift, 0, key))
+        assert torch.equal(gradient[local == -100], weight[local == -100])
 
 
-def test_padding_is_zero_after_a_roll_by_nothing(pool):
-    pool.run(roll_by_nothing)
+def test_padding_keeps_what_it_holds_in_a_roll(pool):
+    pool.run(roll_labels)

@@ -80,7 +80,8 @@ def undispatch(
 def roll(x: Tensor, shift: int, dim: int, key: DistAttnRuntimeKey, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
     """Roll the global sequence of a dispatched tensor. Collective, in the backward pass as well.
 
-    Equal to ``undispatch``, ``torch.roll`` and ``dispatch``, but only rows that change rank travel. Padding becomes 0.
+    Equal to ``undispatch``, ``torch.roll`` and ``dispatch``, but only rows that change rank travel, and rows of padding
+    keep what they hold: labels their -100.
 
     Args:
         x: this rank's rows, ``n_local`` in ``dim``.

@@ -52,7 +52,10 @@ def undispatch_func(
 def roll_func(
     x_local: Tensor, shift: int, meta: DispatchMeta, group: dist.ProcessGroup | None, seq_dim: int = 0
 ) -> Tensor:
-    """Roll the real global sequence, of which ``x_local`` holds this rank's rows in ``seq_dim``, by ``shift``."""
+    """Roll the real global sequence, of which ``x_local`` holds this rank's rows in ``seq_dim``, by ``shift``.
+
+    Rows of padding keep what they hold.
+    """
     collectives = AllToAllCollectives(group)
     rolled = roll_rows(x_local.movedim(seq_dim, 0), shift, meta.layout, meta.cp_rank, collectives)
     return rolled.movedim(0, seq_dim)

@@ -3,7 +3,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -18,16 +17,15 @@ from magi_attention.utils.torch_modes import outside_inference_mode
 
 @outside_inference_mode
 def roll_rows(x: Tensor, shift: int, layout: Layout, rank: int, collectives: GroupCollectives) -> Tensor:
-    """Roll local rows in dim 0 by ``shift`` along the real global sequence; padding rows become 0. Differentiable."""
+    """Roll local rows in dim 0 by ``shift`` along the real global sequence; padding stays as it is. Differentiable."""
     return _Roll.apply(x, shift, layout, rank, collectives)
 
 
 def _rolled(x: Tensor, shift: int, layout: Layout, rank: int, collectives: GroupCollectives) -> Tensor:
     if shift % layout.num_real == 0:
-        rolled = x[: int((np.diff(layout.real_runs_of(rank)[:, :2])).sum())]
-    else:
-        rolled = collectives.cast([x], roll_exchange(layout, rank, shift)).wait()[0]
-    return concatenate([rolled, x.new_zeros(len(x) - len(rolled), *x.shape[1:])])
+        return x.clone()
+    rolled = collectives.cast([x], roll_exchange(layout, rank, shift)).wait()[0]
+    return concatenate([rolled, x[len(rolled) :]])
 
 
 class _Roll(torch.autograd.Function):
