@@ -100,11 +100,13 @@ def test_an_invalid_range_is_both_a_range_error_and_a_value_error(mistake):
     assert isinstance(caught.value, ValueError)
 
 
-def test_a_failed_setter_leaves_the_range_as_it_was():
+def test_a_failed_setter_leaves_the_range_as_it_was_and_says_how_to_move_it():
     a = AttnRange(0, 5)
-    with pytest.raises(RangeError):
+    with pytest.raises(RangeError, match="set the bound that leads first, or take offset"):
         a.start = 9
     assert a == AttnRange(0, 5)
+    a.end, a.start = 14, 9
+    assert a == AttnRange(0, 5).offset(9)
 
 
 def test_range_error_is_a_direct_subclass_of_exception():

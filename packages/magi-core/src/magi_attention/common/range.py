@@ -145,8 +145,9 @@ class AttnRange:
     def check_valid(self, start: int | None = None, end: int | None = None) -> None:
         """Raise :class:`InvalidRangeError` unless ``start <= end``; None takes this range's own."""
         if not self.is_valid_close(start, end):
+            moves = "" if start is end is None else ": to move it, set the bound that leads first, or take offset()"
             start, end = self._start if start is None else start, self._end if end is None else end
-            raise InvalidRangeError(f"a range must not start behind its end: [{start}, {end})")
+            raise InvalidRangeError(f"a range must not start behind its end: [{start}, {end}){moves}")
 
     def __len__(self) -> int:
         return self._end - self._start
