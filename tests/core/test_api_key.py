@@ -17,6 +17,8 @@ from magi_attention.api import (
     OverlapConfig,
     SequentialDispatchAlg,
     dist_attn_runtime_dict_mgr,
+    magi_attn_flex_key,
+    magi_attn_varlen_key,
 )
 from magi_attention.api.checks import resolve_chunk_size
 from magi_attention.common import RangeError
@@ -315,6 +317,19 @@ def test_deprecated_pad_size_is_ignored():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         key_for(pad_size=0)
+
+
+@pytest.mark.parametrize(
+    "make_key",
+    [
+        lambda: magi_attn_varlen_key([0, 96], [0, 96], 4, 2, 64, 28, None, chunk_size=7),
+        lambda: magi_attn_flex_key(ranges((0, 96)), ranges((0, 96)), "full", 96, 96, 4, 2, 64, 28, None, chunk_size=7),
+    ],
+)
+def test_deprecated_arguments_are_told_of_at_the_line_that_passes_them(make_key):
+    with pytest.warns(DeprecationWarning, match="is deprecated") as told:
+        make_key()
+    assert [each.filename for each in told] == [__file__] * 2
 
 
 @pytest.mark.parametrize("name", ["total_seqlen_q", "total_seqlen_k", "num_heads_q", "num_heads_kv", "head_dim"])

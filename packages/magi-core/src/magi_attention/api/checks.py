@@ -2,6 +2,7 @@
 """Checks of the arguments that keys are made of, and the rules that turn them into a key's fields."""
 
 import operator
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -125,16 +126,20 @@ def with_chunk_limit(config: DistAttnConfig, chunk_size: int | None) -> DistAttn
     limit = config.dispatch_config.chunk_size
     if chunk_size is None:
         return config
-    warnings.warn(
-        "chunk_size is deprecated: pass DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=...))",
-        DeprecationWarning,
-        stacklevel=3,
-    )
+    warn_deprecated("chunk_size is deprecated: pass DistAttnConfig(dispatch_config=DispatchConfig(chunk_size=...))")
     if limit is not None and limit != chunk_size:
         raise ValueError(f"chunk_size={chunk_size} contradicts the chunk_size={limit} of dist_attn_config")
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be positive")
     return replace(config, dispatch_config=replace(config.dispatch_config, chunk_size=chunk_size))
+
+
+def warn_deprecated(message: str) -> None:
+    """Warn at the line where a program called this package: Python hides such warnings of other lines by default."""
+    depth = 1
+    while sys._getframe(depth).f_globals.get("__name__", "").startswith("magi_attention."):
+        depth += 1
+    warnings.warn(message, DeprecationWarning, stacklevel=depth + 1)
 
 
 def resolve_chunk_size(total_seqlen: int, cp_size: int, limit: int | None, alg: DispatchAlg) -> int:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys: what a mask, a shape and a process group are planned and found by."""
 
-import warnings
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from magi_attention.api.checks import (
     checks_plan,
     resolve_chunk_size,
     resolve_mask_types,
+    warn_deprecated,
     with_chunk_limit,
 )
 from magi_attention.api.groups import GroupOrMesh, check_makes_keys, check_takes_two_hops, resolve_group
@@ -123,7 +123,7 @@ def magi_attn_flex_key(
         chunk_size = resolve_chunk_size(total_seqlen_q, cp_size, dispatching.chunk_size, dispatching.alg)
         chunk_size_k = resolve_chunk_size(total_seqlen_k, cp_size, dispatching.chunk_size, dispatching.alg)
         if pad_size:
-            warnings.warn("pad_size is deprecated and ignored: read key.pad_size", DeprecationWarning, stacklevel=2)
+            warn_deprecated("pad_size is deprecated and ignored: read key.pad_size")
         is_uneven = dispatching.uneven_shard
         pad_size = 0 if is_uneven else compute_pad_size(total_seqlen_q, cp_size, chunk_size)
         pad_size_k = 0 if is_uneven else compute_pad_size(total_seqlen_k, cp_size, chunk_size_k)
