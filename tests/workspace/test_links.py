@@ -23,7 +23,7 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if "_build" not in page.parts], ids=lambda page: page.name)
 def test_links_name_files_and_headings_that_exist(page: Path) -> None:
     broken = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
+    for link in re.findall(r"(?:\]\(|src=\")([^)\s\"]+)", without_code(page)):
         if link.startswith("https://"):
             continue
         path, _, anchor = link.partition("#")
