@@ -38,10 +38,7 @@ from magi_attention.testing.distributed import RankPool
 from tests.integrations.megatron_on_cpu import OPTIONS, without_gpu
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-RECOMPUTE = {
-    "none": {},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
+FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def gradients_of_a_step(rank, world_size, parallel, settings):
@@ -96,9 +93,7 @@ def assert_equal_steps(actual, expected):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("recompute", [None, "full", "selective"])
 def test_gradients_are_those_of_megatron_s_own_attention(world_size, recompute, expected):
-    settings = {"recompute_granularity": recompute}
-    if recompute == "full":
-        settings |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    settings = FULL_RECOMPUTE if recompute == "full" else {"recompute_granularity": recompute}
     with RankPool(world_size) as pool:
         for answer in pool.run(gradients_of_a_step, {"context_parallel_size": world_size}, settings):
             assert_equal_steps(answer, expected)
@@ -201,7 +196,7 @@ def gradients_of_a_pipeline(rank, world_size, recompute, weights):
         parallel_state.destroy_model_parallel()
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE.values(), ids=RECOMPUTE)
+@pytest.mark.parametrize("recompute", [{}, FULL_RECOMPUTE], ids=["none", "full"])
 def test_stages_of_a_pipeline_have_their_gradients(recompute, expected):
     _, gradients, weights = expected
     num_targets = 2 * make_batch()["loss_mask"].sum()
