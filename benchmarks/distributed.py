@@ -19,8 +19,9 @@ best/base   the best magi/N over the best of gather, gather-zz, ring-zz and torc
 +-%         the standard error of that ratio in percent, by the quartiles of the cycles; what is within twice of it is a
             tie.
 
-With ``--equal-clocks``, every pass counts by the cycles of the clock that it takes, at the mean clock of all: what a
-GPU's power limit does to its speed meanwhile is left out, and a per mille is seen. It needs triton, as PyTorch has it.
+With ``--equal-clocks``, the lines ``cycles`` tell what passes, by the cycles that they took, would have reached had all
+run at the mean clock of all: what a GPU's power limit does to its speed meanwhile is left out, and a per mille is seen.
+It needs triton, as PyTorch has it.
 With ``--host-time``, the lines ``host`` are microseconds until the call of a pass returns, on the slowest rank: where a
 kernel takes less, the host is what limits. With ``--breakdown``, a trace of rank 0 tells what each stream of ours did.
 A cell that fails shows why below the table; the others go on. On a CPU (``--device cpu``) toy sizes work.
@@ -42,6 +43,7 @@ from magi_attention.cli.bench.breakdown import Share
 from magi_attention.cli.bench.measure import tflops
 from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.bench.status_line import StatusLine
+from magi_attention.cli.bench.timing import Medians
 from magi_attention.cli.demo.options import Precision
 from magi_attention.common import workloads
 from magi_attention.plan.simulate import BACKWARD_OVER_FORWARD_FLOP
@@ -50,16 +52,24 @@ from magi_attention.testing.distributed import RankError, RankPool
 MASKS = ("causal", "varlen_causal", "full", "varlen_block_causal_4k")
 BASELINES = ("gather", "gather-zz", "ring-zz", "torch")
 CELL_TIMEOUT_S = 240.0
-NONE = math.nan, math.nan
+NAN = math.nan
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of a method, forward and backward: TFLOP/s and their relative errors."""
+
+    tflops: tuple[float, float]
+    errors: tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What is printed of a method: TFLOP/s, their relative errors, and the host's seconds, forward and backward."""
+    """What is printed of a method: its rates, the host's seconds, and rates at equal clocks if these were read."""
 
-    rates: tuple[float, float]
-    errors: tuple[float, float]
+    rates: Rates
     host: tuple[float, float]
+    at_equal_clocks: Rates | None
 
 
 @dataclass(frozen=True)
@@ -93,14 +103,20 @@ def measure_row(
             continue
         times, pairs, shares = found[method].times, found[method].pairs, found[method].shares
         per_second = tflops(pairs, 1, options.bench.heads_q, options.bench.head_dim, 1.0)
-        rates = per_second / times.forward, BACKWARD_OVER_FORWARD_FLOP * per_second / times.backward
-        errors = times.forward_error / times.forward, times.backward_error / times.backward
-        figures[method] = Figures(rates, errors, (times.host_forward, times.host_backward))
-        records[-1] |= {"forward_tflops": rates[0], "backward_tflops": rates[1], **asdict(times)}
+        rates = rates_of(times, per_second)
+        at_equal_clocks = None if times.at_equal_clocks is None else rates_of(times.at_equal_clocks, per_second)
+        figures[method] = Figures(rates, (times.host_forward, times.host_backward), at_equal_clocks)
+        records[-1] |= {"forward_tflops": rates.tflops[0], "backward_tflops": rates.tflops[1], **asdict(times)}
         if shares:
             records[-1]["breakdown"] = [asdict(share) for share in shares]
             print_breakdown(f"{where} {method}", shares)
     return figures, [f"{where} {method}: {reason}" for method, reason in reasons.items()], records
+
+
+def rates_of(times: Medians, per_second: float) -> Rates:
+    """The rates of passes, of which a forward one in a second would have ``per_second`` TFLOP/s."""
+    rates = per_second / times.forward, BACKWARD_OVER_FORWARD_FLOP * per_second / times.backward
+    return Rates(rates, (times.forward_error / times.forward, times.backward_error / times.backward))
 
 
 def measure_together(
@@ -160,25 +176,32 @@ def print_row(
     world_size: int, options: BenchOptions, methods: list[str], figures: dict[str, Figures], host_time: bool
 ) -> None:
     """Print a row's two passes."""
-    nan = float("nan")
+    where = f"{world_size:>4}{options.tokens // world_size:>8}  {options.mask:24}"
+    at_equal_clocks = {method: each.at_equal_clocks for method, each in figures.items() if each.at_equal_clocks}
     for number, name in enumerate(("fwd", "bwd")):
-        rate = {method: each.rates[number] for method, each in figures.items()}
-        ours, our_error = best_of(figures, number, [method for method in rate if method.startswith("magi/")])
-        native, _ = best_of(figures, number, [method for method in rate if method.startswith("native/")])
-        best, error = best_of(figures, number, [method for method in rate if method in BASELINES])
-        print(f"{world_size:>4}{options.tokens // world_size:>8}  {options.mask:24}{name:9}", end="")
-        print("".join(f"{rate.get(method, nan):>10.4g}" for method in methods), end="")
-        single = rate.get("single", nan)
-        print(f"{ours / single:>7.3f}{ours / best:>10.3f}{100 * math.hypot(our_error, error):>6.2f}", end="")
-        print("" if math.isnan(native) else f"{native / single:>9.3f}{native / ours:>7.3f}", flush=True)
+        print_rates(f"{where}{name:11}", number, methods, {method: each.rates for method, each in figures.items()})
+        if at_equal_clocks:
+            print_rates(f"{'':38}{name + ' cycles':11}", number, methods, at_equal_clocks)
         if host_time:
             host = {method: each.host[number] * 1e6 for method, each in figures.items()}
-            print(f"{'':38}{name + ' host':9}" + "".join(f"{host.get(method, nan):>10.0f}" for method in methods))
+            print(f"{'':38}{name + ' host':11}" + "".join(f"{host.get(method, NAN):>10.0f}" for method in methods))
 
 
-def best_of(figures: dict[str, Figures], number: int, methods: list[str]) -> tuple[float, float]:
+def print_rates(start: str, number: int, methods: list[str], rates: dict[str, Rates]) -> None:
+    """Print one line: the rates of one pass, and what they tell of ours."""
+    of = {method: each.tflops[number] for method, each in rates.items()}
+    ours, our_error = best_of(rates, number, [method for method in of if method.startswith("magi/")])
+    native, _ = best_of(rates, number, [method for method in of if method.startswith("native/")])
+    best, error = best_of(rates, number, [method for method in of if method in BASELINES])
+    single = of.get("single", NAN)
+    print(start + "".join(f"{of.get(method, NAN):>10.4g}" for method in methods), end="")
+    print(f"{ours / single:>7.3f}{ours / best:>10.3f}{100 * math.hypot(our_error, error):>6.2f}", end="")
+    print("" if math.isnan(native) else f"{native / single:>9.3f}{native / ours:>7.3f}", flush=True)
+
+
+def best_of(rates: dict[str, Rates], number: int, methods: list[str]) -> tuple[float, float]:
     """The highest rate of some methods in one pass, and its relative error."""
-    return max(((figures[each].rates[number], figures[each].errors[number]) for each in methods), default=NONE)
+    return max(((rates[each].tflops[number], rates[each].errors[number]) for each in methods), default=(NAN, NAN))
 
 
 def print_breakdown(where: str, shares: list[Share]) -> None:
@@ -213,7 +236,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="time so many that a row takes so long")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
-        "--equal-clocks", action="store_true", help="scale times to the mean clock, by the cycles that passes take"
+        "--equal-clocks", action="store_true", help="print rates at the mean clock, by the cycles that passes take, too"
     )
     parser.add_argument("--host-time", action="store_true", help="print what the host takes to call each pass, too")
     parser.add_argument("--breakdown", action="store_true", help="print what each stream of ours did, too")
@@ -239,9 +262,9 @@ def main() -> None:
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     print(
         f"{name}, {arguments.heads[0]}/{arguments.heads[1]} heads of {arguments.head_dim}, {arguments.precision}, "
-        f"kernel backend {arguments.backend}; TFLOP/s per GPU{', at equal clocks' * arguments.equal_clocks}"
+        f"kernel backend {arguments.backend}; TFLOP/s per GPU"
     )
-    print(f"{'gpus':>4}{'tokens':>8}  {'mask':24}{'':9}" + "".join(f"{method:>10}" for method in methods), end="")
+    print(f"{'gpus':>4}{'tokens':>8}  {'mask':24}{'':11}" + "".join(f"{method:>10}" for method in methods), end="")
     of_native = f"{'native':>9}{'/magi':>7}" if "native" in arguments.methods else ""
     print(f"{'eff':>7}{'best/base':>10}{'+-%':>6}{of_native}")
     failures: list[str] = []
@@ -276,8 +299,7 @@ def main() -> None:
     for failure in failures:
         print(f"failed: {failure}")
     if arguments.json:
-        written = {"version": 1, "device": name, "equal_clocks": arguments.equal_clocks, "cells": records}
-        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"version": 1, "device": name, "cells": records}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

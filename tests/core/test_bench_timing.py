@@ -79,12 +79,15 @@ def test_at_equal_clocks_cycles_count(processor):
     device = torch.device("cpu")
     by_time = time_in_turns([slow, fast], device, 0, 4)
     assert by_time[1].forward == pytest.approx(by_time[0].forward * 1.1 / 1.6)
-    times = time_in_turns([slow, fast], device, 0, 4, read_clocks=processor.read_clocks)
+    assert by_time[0].at_equal_clocks is None
+    both = time_in_turns([slow, fast], device, 0, 4, read_clocks=processor.read_clocks)
+    times = [each.at_equal_clocks for each in both]
     for name in ("forward", "backward"):
+        assert [getattr(each, name) for each in both] == pytest.approx([getattr(each, name) for each in by_time])
         assert getattr(times[1], name) == pytest.approx(1.1 * getattr(times[0], name))
     # All passes together take as long as they did.
-    both = sum(each.forward + each.backward for each in times)
-    assert both == pytest.approx(sum(each.forward + each.backward for each in by_time))
+    taken = sum(each.forward + each.backward for each in times)
+    assert taken == pytest.approx(sum(each.forward + each.backward for each in by_time))
 
 
 def test_multiprocessors_that_were_not_read_do_not_count():

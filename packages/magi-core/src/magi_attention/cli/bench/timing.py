@@ -4,7 +4,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ HOST_REPEATS, HOST_REPEATS_S = 5, 0.5
 
 
 @dataclass(frozen=True)
-class PassTimes:
-    """What passes took.
+class Medians:
+    """What the passes of a method typically took.
 
     Attributes:
         forward: median over the timed passes of the slowest rank's time, in seconds. Of several methods in turns, the
@@ -40,19 +40,31 @@ class PassTimes:
         forward_error: standard error of ``forward``, in seconds, by the quartiles of what the median is taken of; of
             several methods, that of how ``forward`` stands to the others'.
         backward_error: the same for backward passes.
-        host_forward: until the call of a pass returns, on the slowest rank, with an idle device at the start.
-        host_backward: the same for backward passes.
-        peak_bytes: the most memory that any rank's tensors took; of several methods that were timed in turns, what a
-            pair of passes took besides all that these keep between passes. 0 on a CPU.
     """
 
     forward: float
     backward: float
     forward_error: float
     backward_error: float
+
+
+@dataclass(frozen=True)
+class PassTimes(Medians):
+    """What passes took.
+
+    Attributes:
+        host_forward: until the call of a pass returns, on the slowest rank, with an idle device at the start.
+        host_backward: the same for backward passes.
+        peak_bytes: the most memory that any rank's tensors took; of several methods that were timed in turns, what a
+            pair of passes took besides all that these keep between passes. 0 on a CPU.
+        at_equal_clocks: the same medians of what passes would have taken had all run at the mean clock of all: by the
+            cycles that a pass took on the rank where it took the most. None where clocks were not read.
+    """
+
     host_forward: float
     host_backward: float
     peak_bytes: int
+    at_equal_clocks: Medians | None
 
 
 def time_in_turns(
@@ -83,8 +95,7 @@ def time_in_turns(
         repeat: pairs of passes that are, at least.
         seconds: for how long to run more of them.
         status: where to tell which pass runs; None for nowhere.
-        read_clocks: see :class:`Marker`. With it, times are those of all passes at their mean clock: by the cycles that
-            a pass takes on the rank where it takes the most.
+        read_clocks: see :class:`Marker`. With it, there are medians at equal clocks, too.
     """
     status = status or StatusLine(is_shown=False)
     marker = Marker(device, read_clocks)
@@ -100,13 +111,15 @@ def time_in_turns(
         first = _slowest([_mark_passes(passes, marker) for passes in methods], device)
         count = max(count, int(seconds / ((leading + timed_of_turn) * first.sum().item())))  # on all ranks the same
     turns = _take_turns(methods, marker, count, leading, timed_of_turn, status)
-    timed = torch.stack([_slowest(each.marks, device) for each in turns]).cpu().numpy()
+    shape = len(methods), count, timed_of_turn, 2
+    seconds_taken = _of_turns(turns, device, seconds_between).reshape(shape)
+    medians = _medians(seconds_taken)
+    at_equal_clocks: Sequence[Medians | None] = [None] * len(methods)
     if read_clocks is not None:
-        cycles = torch.stack([_slowest(each.marks, device, cycles_between) for each in turns]).cpu().numpy()
-        timed = cycles * (timed.sum() / cycles.sum())
-    times, errors = compare_in_cycles(timed.reshape(len(methods), count, timed_of_turn, 2))
+        cycles = _of_turns(turns, device, cycles_between).reshape(shape)
+        at_equal_clocks = _medians(cycles * (seconds_taken.sum() / cycles.sum()))
     peaks = [each.peak_bytes for each in turns]
-    return [_summarize(*each, device) for each in zip(methods, times, errors, peaks, strict=True)]
+    return [_summarize(*each, device) for each in zip(methods, medians, at_equal_clocks, peaks, strict=True)]
 
 
 @dataclass
@@ -188,19 +201,29 @@ def compare_in_cycles(seconds: NDArray[np.float64]) -> tuple[NDArray[np.float64]
     return medians, ERROR_OF_MEDIAN / logs.shape[1] ** 0.5 * (high - low)
 
 
+def _medians(seconds: NDArray[np.float64]) -> list[Medians]:
+    """The medians of each method; the argument is that of :func:`compare_in_cycles`."""
+    times, errors = compare_in_cycles(seconds)
+    return [Medians(*each) for each in np.concatenate([times, errors], axis=1).tolist()]
+
+
 def _summarize(
-    passes: Passes, times: NDArray[np.float64], errors: NDArray[np.float64], peak: int, device: torch.device
+    passes: Passes, medians: Medians, at_equal_clocks: Medians | None, peak: int, device: torch.device
 ) -> PassTimes:
     """What the group found of one method; also measures the host."""
-    forward, backward = times.tolist()
-    forward_error, backward_error = errors.tolist()
-    repeats = max(1, min(HOST_REPEATS, int(HOST_REPEATS_S / (forward + backward))))
+    repeats = max(1, min(HOST_REPEATS, int(HOST_REPEATS_S / (medians.forward + medians.backward))))
     host = torch.tensor(_host_seconds(*passes, device, repeats), dtype=torch.float64, device=device)
     dist.all_reduce(host, dist.ReduceOp.MAX)
     most = torch.tensor(peak, device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     host_forward, host_backward = host.tolist()
-    return PassTimes(forward, backward, forward_error, backward_error, host_forward, host_backward, int(most))
+    return PassTimes(
+        **asdict(medians),
+        host_forward=host_forward,
+        host_backward=host_backward,
+        peak_bytes=int(most),
+        at_equal_clocks=at_equal_clocks,
+    )
 
 
 def _mark_passes(passes: Passes, marker: Marker) -> list[Mark]:
@@ -220,6 +243,14 @@ def _slowest(
     most = torch.tensor([[taken(*each[:2]), taken(*each[2:])] for each in marks], dtype=torch.float64, device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return most
+
+
+def _of_turns(
+    turns: Sequence[_Turns], device: torch.device, taken: Callable[[Mark, Mark], float]
+) -> NDArray[np.float64]:
+    """``[methods, pairs, 2]``: what each pair of timed passes took on the rank where it took the most."""
+    found: NDArray[np.float64] = torch.stack([_slowest(each.marks, device, taken) for each in turns]).cpu().numpy()
+    return found
 
 
 def _host_seconds(
