@@ -7,7 +7,7 @@ causal mask).
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -69,20 +69,34 @@ class Kernel:
         return backend.backward(dout, q, k, v, result.out, result.lse, None, AttentionCall(slices, self.scale))
 
 
+class Saved(NamedTuple):
+    """What a forward pass leaves for the backward pass.
+
+    Attributes:
+        q: the rank's queries.
+        k, v: its keys and values, or those of all ranks.
+        result: the output and its log-sum-exp.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    result: AttentionResult
+
+
 class SingleDevice:
     """The kernel alone, without any communication."""
 
     def __init__(self, kernel: Kernel, slices: SliceTable) -> None:
         self.kernel, self.slices = kernel, slices
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the output; what the backward pass needs is kept."""
-        self.saved = q, k, v, self.kernel.forward(q, k, v, self.slices)
-        return self.saved[-1].out
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Saved:
+        """Return the output, with what the backward pass needs."""
+        return Saved(q, k, v, self.kernel.forward(q, k, v, self.slices))
 
-    def backward(self, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v."""
-        return self.kernel.backward(dout, *self.saved, self.slices)
+        return self.kernel.backward(dout, *saved, self.slices)
 
 
 class AllGather:
@@ -99,19 +113,18 @@ class AllGather:
         everything = [run for each in range(num_ranks) for run in runs_of(each, num_ranks, tokens, deal)]
         self.slices = restrict(slices, self.runs, everything if deal == "zigzag" else [(0, tokens)])
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the rank's output; what the backward pass needs is kept."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Saved:
+        """Return the rank's output, with what the backward pass needs."""
         whole = [x.new_empty((len(x) * dist.get_world_size(), *x.shape[1:])) for x in (k, v)]
         works = [_all_gather(all_rows, own, async_op=True) for all_rows, own in zip(whole, (k, v), strict=True)]
         for work in works:
             work.wait()
         keys, values = whole
-        self.saved = q, keys, values, self.kernel.forward(q, keys, values, self.slices)
-        return self.saved[-1].out
+        return Saved(q, keys, values, self.kernel.forward(q, keys, values, self.slices))
 
-    def backward(self, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of the rank's q, k and v."""
-        q, k, v, result = self.saved
+        q, k, v, result = saved
         dq, *partials = self.kernel.backward(dout, q, k, v, result, self.slices)
         partials = [partial.to(x.dtype) for partial, x in zip(partials, (k, v), strict=True)]
         mine = [x.new_empty((len(x) // dist.get_world_size(), *x.shape[1:])) for x in partials]
@@ -143,8 +156,8 @@ class Ring:
         receives = [dist.P2POp(dist.irecv, x, previous) for x in received]
         return received, dist.batch_isend_irecv([*sends, *receives])
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the rank's output; what the backward pass needs is kept."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Saved:
+        """Return the rank's output, with what the backward pass needs."""
         total: AttentionResult | None = None
         rows, coming = [k, v], [k, v]
         works: list[dist.Work] = []
@@ -161,12 +174,11 @@ class Ring:
                 work.wait()
             rows, works = coming, []
         assert total is not None, "a rank whose queries see nothing"
-        self.saved = q, k, v, AttentionResult(total.out.to(q.dtype), total.lse)
-        return self.saved[-1].out
+        return Saved(q, k, v, AttentionResult(total.out.to(q.dtype), total.lse))
 
-    def backward(self, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of the rank's q, k and v."""
-        q, k, v, result = self.saved
+        q, k, v, result = saved
         dq: Tensor | None = None
         rows, coming = [k, v], [k, v]
         works: list[dist.Work] = []

@@ -2,9 +2,10 @@
 """Distributed attention against other ways of context parallelism: ``python benchmarks/distributed.py``.
 
 Every number is TFLOP/s per GPU of the pairs that the mask keeps, from the median over the passes of the slowest rank's
-time. All methods but ``torch`` run in the same processes, in turns of some passes and in random order, and are compared
-within each cycle of all of them, since GPUs at their power limit run up to a tenth faster and slower for seconds at a
-time; ``torch`` runs after the others. All but ``torch`` call the same kernel backend.
+time. All methods but ``torch`` run in the same processes and in turns, of forward passes in a row and then of backward
+passes in a row, in random order. They are compared within each cycle of all of them, since GPUs at their power limit
+run up to a tenth faster and slower for seconds at a time. ``torch`` runs after the others. All but ``torch`` call the
+same kernel backend.
 
 single      the kernel alone, on every GPU at once without communication: the same mask family, over as many tokens as
             have (to 256 tokens) the mask area that a GPU has in the distributed attention.
@@ -233,7 +234,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--repeat", type=int, default=4, help="timed passes of each method, at least; the median counts"
     )
-    parser.add_argument("--seconds", type=float, default=2.0, help="time so many that a row takes so long")
+    parser.add_argument("--seconds", type=float, default=8.0, help="time so many that a row takes so long")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
         "--equal-clocks", action="store_true", help="print rates at the mean clock, by the cycles that passes take, too"

@@ -22,7 +22,8 @@ from magi_attention.api import calc_attn
 from magi_attention.cli.bench.breakdown import Share, break_down
 from magi_attention.cli.bench.measure import make_key, trace_pass
 from magi_attention.cli.bench.options import BenchOptions
-from magi_attention.cli.bench.timing import Passes, PassTimes, time_in_turns
+from magi_attention.cli.bench.timing import PassTimes, time_in_turns
+from magi_attention.cli.bench.turns import Passes
 from magi_attention.cli.devices import DTYPES
 from magi_attention.common import workloads
 from magi_attention.common.enum import AttnRole
@@ -156,12 +157,13 @@ def calc(key: DistAttnRuntimeKey, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def differentiable(forward: Callable[[], Tensor], leaves: list[Tensor], dout: Tensor) -> Passes:
     """Passes whose backward pass is autograd's.
 
-    It runs in the thread that calls it: in a training one thread goes through all layers, and is not woken for each.
+    It runs in the thread that calls it: in a training one thread goes through all layers, and is not woken for each. It
+    may be called again.
     """
 
     def backward(out: Tensor) -> object:
         with torch.autograd.set_multithreading_enabled(False):
-            return torch.autograd.grad(out, leaves, dout)
+            return torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
     return forward, backward
 
@@ -178,12 +180,7 @@ def baseline(cell: Cell, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, dout: 
         is_zigzag = cell.method == "gather-zz"
         method = AllGather(kernel, workloads.make(mask, tokens), tokens, "zigzag" if is_zigzag else "contiguous")
 
-    def backward(_: Tensor) -> object:
-        gradients = method.backward(dout)
-        del method.saved  # as autograd lets go of it
-        return gradients
-
-    return lambda: method.forward(q, k, v), backward
+    return partial(method.forward, q, k, v), partial(method.backward, dout)
 
 
 def torch_context_parallel(

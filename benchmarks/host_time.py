@@ -44,6 +44,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from magi_attention.api import calc_attn, magi_attn_flex_key
+from magi_attention.cli.bench.turns import Passes
 from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.common import AttnMaskType, AttnRanges, workloads
 from magi_attention.common.enum import AttnRole
@@ -58,7 +59,6 @@ METHODS = {"magi/0": (0, False), "magi/1": (1, False), "magi/1 kept": (1, True),
 """Remote stages, and whether received rows are kept."""
 
 Result = TypeVar("Result")
-Passes = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
 
 
 class NoKernels:
@@ -168,7 +168,7 @@ def gather(setting: Setting) -> Passes:
     q, k, v, dout = setting.tensors(setting.tokens)
     total = setting.tokens * setting.ranks
     method = AllGather(Kernel(q, k, v, setting.kernels), workloads.make(setting.mask, total), total, "zigzag")
-    return lambda: method.forward(q, k, v), lambda _: method.backward(dout)
+    return partial(method.forward, q, k, v), partial(method.backward, dout)
 
 
 class Times(NamedTuple):

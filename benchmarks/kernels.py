@@ -247,8 +247,8 @@ def typical_seconds(launches: Sequence[Callable[[], object]], repeat: int) -> li
             stop.record()
     torch.cuda.synchronize()
     taken = [[start.elapsed_time(stop) / 1e3 for start, stop in row] for row in marks]
-    times, _ = compare_in_cycles(np.array(taken).T[:, :, None, None])
-    return [float(each) for each in times[:, 0]]
+    times, _ = compare_in_cycles(np.array(taken).T[:, :, None])
+    return [float(each) for each in times]
 
 
 def chosen(case: Case, row: list[Cell]) -> Cell:

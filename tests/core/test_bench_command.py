@@ -56,7 +56,7 @@ def test_a_terminal_shows_what_is_done_and_the_output_stays_clean():
     assert process.returncode == 0
     assert json.loads(output)["measured"]["ranks"] == 2
     texts = [text.removeprefix("\x1b[K") for text in shown.decode().split("\r")[1:]]
-    begun = ["starting 2 ranks", "planning", "warming up: pass 1 of 2", "pass 1 of 2"]
+    begun = ["starting 2 ranks", "planning", "warming up: pair of passes 1 of 2", "pass 1 of 4"]
     assert [text for text in texts if text in begun] == begun
     assert texts[-1] == ""
 

@@ -38,7 +38,8 @@ def run_method(rank: int, world_size: int, name: str, slices: SliceTable) -> lis
     method = Ring(kernel, slices, TOTAL) if name == "ring" else AllGather(kernel, slices, TOTAL, name)
     assert sum(stop - start for start, stop in method.runs) == TOTAL // world_size
     q, k, v, dout = (torch.cat([x[start:stop] for start, stop in method.runs]) for x in (q, k, v, dout))
-    return [method.forward(q, k, v), *method.backward(dout)]
+    saved = method.forward(q, k, v)
+    return [saved.result.out, *method.backward(dout, saved)]
 
 
 @pytest.mark.parametrize("name", ["contiguous", "zigzag", "ring"])
@@ -63,8 +64,9 @@ def test_the_kernel_alone():
     alone = SingleDevice(Kernel(q, k, v, "reference"), SliceTable([[0, TOTAL, 0, TOTAL, 1]]))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = dense_attention(*leaves, alone.slices)[0]
-    torch.testing.assert_close(alone.forward(q, k, v), out.detach())
-    for actual, expected in zip(alone.backward(dout), torch.autograd.grad(out, leaves, dout), strict=True):
+    saved = alone.forward(q, k, v)
+    torch.testing.assert_close(saved.result.out, out.detach())
+    for actual, expected in zip(alone.backward(dout, saved), torch.autograd.grad(out, leaves, dout), strict=True):
         torch.testing.assert_close(actual, expected)
 
 

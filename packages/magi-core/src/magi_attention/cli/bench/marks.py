@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moments of a device's work, and the time and the clock cycles between them."""
+"""Moments of a device's work, and the time and the clock between them."""
 
 import time
 from collections.abc import Callable
@@ -74,11 +74,11 @@ def seconds_between(start: Mark, stop: Mark) -> float:
     return float(start.at.elapsed_time(stop.at)) / 1e3
 
 
-def cycles_between(start: Mark, stop: Mark) -> float:
-    """Cycles of the device's clock from one mark to the other, both of which read it; waits for the latter."""
+def clock_of(start: Mark, stop: Mark) -> float:
+    """The device's clock in Hz between two marks, both of which read it."""
     assert start.clocks is not None
     assert stop.clocks is not None
-    return seconds_between(start, stop) * clock_between(start.clocks, stop.clocks)
+    return clock_between(start.clocks, stop.clocks)
 
 
 def clock_between(before: Tensor, after: Tensor) -> float:
