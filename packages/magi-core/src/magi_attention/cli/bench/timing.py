@@ -111,10 +111,8 @@ def time_in_turns(
     medians = _medians(seconds_taken, count)
     at_equal_clocks: Sequence[Medians | None] = [None] * len(methods)
     if read_clocks is not None:
-        clocks = [_of_ranks(spans, device, clock_of, dist.ReduceOp.MIN) for spans in kinds]
-        cycles = [taken * clock for taken, clock in zip(seconds_taken, clocks, strict=True)]
-        means = [taken.sum() / each.sum() for taken, each in zip(seconds_taken, cycles, strict=True)]
-        at_equal_clocks = _medians([each * mean for each, mean in zip(cycles, means, strict=True)], count)
+        by_clock = [_at_mean_clock(spans, taken, device) for spans, taken in zip(kinds, seconds_taken, strict=True)]
+        at_equal_clocks = _medians(by_clock, count)
     peaks = [each.peak_bytes for each in turns]
     return [_summarize(*each, device) for each in zip(methods, medians, at_equal_clocks, peaks, strict=True)]
 
@@ -142,6 +140,14 @@ def _medians(of_kinds: Sequence[NDArray[np.float64]], count: int) -> list[Median
     (forward, forward_error), (backward, backward_error) = found
     columns = forward, backward, forward_error, backward_error
     return [Medians(*map(float, each)) for each in zip(*columns, strict=True)]
+
+
+def _at_mean_clock(
+    spans: Sequence[Sequence[Span]], seconds: NDArray[np.float64], device: torch.device
+) -> NDArray[np.float64]:
+    """What passes of one kind, ``[methods, passes]``, would have taken at their mean clock."""
+    cycles = seconds * _of_ranks(spans, device, clock_of, dist.ReduceOp.MIN)
+    return cycles * float(seconds.sum() / cycles.sum())
 
 
 def _of_ranks(
