@@ -77,8 +77,9 @@ def loss_and_norm(
     (loss * loss_factor).backward()
     total = loss.detach()
     dist.all_reduce(total, group=mesh.get_group())
-    squares = sum(each.grad.square().sum() for each in model.parameters() if each.grad is not None)
-    return float(total), float(squares.full_tensor().sqrt())
+    # Each by itself, since under tensor parallelism some parameters are sharded over another mesh than others.
+    squares = sum(each.grad.square().sum().full_tensor() for each in model.parameters() if each.grad is not None)
+    return float(total), float(squares.sqrt())
 
 
 def main() -> None:

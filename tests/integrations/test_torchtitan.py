@@ -19,6 +19,7 @@ from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.gpt_oss import gptoss_configs
 from torchtitan.models.llama3 import parallelize
+from torchtitan.models.llama3.sharding import set_llama3_sharding_config
 from torchtitan.protocols.module import Module
 
 from magi_attention.api import undispatch
@@ -67,19 +68,23 @@ def step_of_rank(rank, world_size):
     return step(init_device_mesh("cpu", (world_size,), mesh_dim_names=("cp",)))
 
 
-def step_of_torchtitan_s_own_sharding(rank, world_size, precision="float32"):
+def step_of_torchtitan_s_own_sharding(rank, world_size, precision="float32", tp=1, enable_sp=False):
+    cp = world_size // tp
     dims = ParallelDims(
-        dp_replicate=1, dp_shard=1, cp=world_size, tp=1, pp=1, ep=1, world_size=world_size, spmd_backend=SPMD_BACKEND
+        dp_replicate=1, dp_shard=1, cp=cp, tp=tp, pp=1, ep=1, world_size=world_size, spmd_backend=SPMD_BACKEND
     )
     with mock.patch("torchtitan.distributed.parallel_dims.device_type", "cpu"):
         dims.build_mesh()
     config = make_config()
+    set_llama3_sharding_config(config, enable_sp=enable_sp)  # as the trainer does
     with mock.patch.object(parallelize, "apply_cp_to_forward"):
         model = parallelize.parallelize_llama(
             make_model(config),
             parallel_dims=dims,
             training=TrainingConfig(mixed_precision_param=precision),
-            parallelism=ParallelismConfig(context_parallel_degree=world_size, spmd_backend=SPMD_BACKEND),
+            parallelism=ParallelismConfig(
+                context_parallel_degree=cp, tensor_parallel_degree=tp, spmd_backend=SPMD_BACKEND
+            ),
             compile_config=CompileConfig(),
             ac_config=None,
             dump_folder="",
@@ -87,6 +92,8 @@ def step_of_torchtitan_s_own_sharding(rank, world_size, precision="float32"):
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other one
+    if tp > 1:
+        model.register_forward_hook(lambda _, __, logits: logits.full_tensor())  # sharded over the vocabulary
     return loss_and_norm(model, config, dims.get_mesh("cp"))
 
 
@@ -96,6 +103,13 @@ def step_of_torchtitan_s_own_sharding(rank, world_size, precision="float32"):
 def test_a_step_is_that_of_dense_attention(world_size, take_step):
     with RankPool(world_size) as pool:
         for answer in pool.run(take_step):
+            assert answer == pytest.approx(dense_step(), rel=1e-4)
+
+
+@pytest.mark.parametrize("enable_sp", [False, True])
+def test_a_step_in_tensor_parallelism_is_that_of_dense_attention(enable_sp):
+    with RankPool(4) as pool:
+        for answer in pool.run(step_of_torchtitan_s_own_sharding, "float32", 2, enable_sp):
             assert answer == pytest.approx(dense_step(), rel=1e-4)
 
 

@@ -41,11 +41,11 @@ class MagiInnerAttention(Module):
     def __init__(self, config: Config | None = None) -> None:
         super().__init__()
 
-    def forward(
+    def forward(  # torchtitan's tensor parallelism finds the arguments by these names
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q_BLNH: Tensor,
+        k_BLNH: Tensor,
+        v_BLNH: Tensor,
         *,
         attention_masks: DistAttnRuntimeKey | None = None,
         scale: float | None = None,
@@ -55,9 +55,9 @@ class MagiInnerAttention(Module):
         """Attend ``[1, n_local, heads, head_dim]``. Collective.
 
         Args:
-            q: queries of this rank's rows.
-            k: keys of the same rows.
-            v: their values.
+            q_BLNH: queries of this rank's rows, and of its heads under tensor parallelism.
+            k_BLNH: keys of the same rows.
+            v_BLNH: their values.
             attention_masks: the key.
             scale: factor of the scores; ``head_dim ** -0.5`` for None.
             enable_gqa: not needed, since query heads may always share key heads.
@@ -71,9 +71,9 @@ class MagiInnerAttention(Module):
             raise ValueError(
                 f"attention_masks must be the key that prepare_input makes, not {type(attention_masks).__name__}"
             )
-        if q.shape[0] != 1:
-            raise ValueError(f"pack the {q.shape[0]} sequences of the batch into one, as prepare_input does")
-        out, meta = calc_attn(q[0], k[0], v[0], attention_masks, softmax_scale=scale)
+        if q_BLNH.shape[0] != 1:
+            raise ValueError(f"pack the {q_BLNH.shape[0]} sequences of the batch into one, as prepare_input does")
+        out, meta = calc_attn(q_BLNH[0], k_BLNH[0], v_BLNH[0], attention_masks, softmax_scale=scale)
         if out_transform is None:
             return out[None]
         assert meta.lse is not None
