@@ -16,6 +16,7 @@ from magi_attention.api import (
     MinHeapDispatchAlg,
     OverlapConfig,
     SequentialDispatchAlg,
+    compute_pad_size,
     dist_attn_runtime_dict_mgr,
     magi_attn_flex_key,
     magi_attn_varlen_key,
@@ -73,6 +74,17 @@ def test_least_number_of_chunks_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("MAGI_ATTENTION_MIN_CHUNKS_PER_RANK", "1")
     assert resolve_chunk_size(1001, 1, 512, MinHeapDispatchAlg()) == 512
     assert resolve_chunk_size(1001, 2, None, MinHeapDispatchAlg()) == 501
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+def test_a_given_chunk_size_is_kept_in_short_sequences_if_a_rank_may_have_one_chunk(monkeypatch, cp_size):
+    monkeypatch.setenv("MAGI_ATTENTION_MIN_CHUNKS_PER_RANK", "1")
+    totals = range(8 * cp_size, 100 * cp_size)  # as the page on torchtitan has it for a loss in 8 pieces
+    assert {resolve_chunk_size(total, cp_size, 8, LocalityDispatchAlg()) for total in totals} == {8}
+    monkeypatch.delenv("MAGI_ATTENTION_MIN_CHUNKS_PER_RANK")
+    for total in range(60 * cp_size + 1, 1000 * cp_size):
+        chunk_size = resolve_chunk_size(total, cp_size, None, LocalityDispatchAlg())
+        assert (total + compute_pad_size(total, cp_size, chunk_size)) % (8 * cp_size) == 0
 
 
 @pytest.mark.parametrize("total", [0, 1, 3])
