@@ -61,6 +61,7 @@ def plan_what_differs(rank, world_size, difference):
 def test_ranks_that_disagree_are_named_on_every_rank(pool, difference):
     messages = pool.run(plan_what_differs, difference, timeout_s=60)
     assert all("ranks [2] differ from ranks [0, 1, 3]" in message for message in messages), messages
+    assert all(message.endswith("are its keys made in one order, by one thread alone?") for message in messages)
     # The group is still good: the same ranks then agree on a key.
     pool.run(check_dispatch, *SHARDS["even"])
 

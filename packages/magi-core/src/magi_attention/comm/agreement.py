@@ -298,5 +298,5 @@ def _mismatch_message(by_digest: dict[str, list[int]]) -> bytes:
     return (
         f"the ranks do not agree on the plan: ranks {differing} differ from ranks {largest}. Digests: "
         f"{', '.join(parts)}. Mask, sizes and configuration must be the same on every rank of the group: is that the "
-        "context-parallel group, and do its data loaders agree?"
+        "context-parallel group, do its data loaders agree, and are its keys made in one order, by one thread alone?"
     ).encode()
