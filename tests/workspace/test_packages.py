@@ -170,6 +170,19 @@ def test_wheel_holds_the_package_and_its_license(package: str, wheels: dict[str,
 
 
 @pytest.mark.parametrize("package", PROJECTS)
+def test_wheel_made_of_an_sdist_holds_the_same(package: str, wheels: dict[str, Path], tmp_path: Path) -> None:
+    """As `python -m build` makes it, outside of the repository; kernels aside, which would have to be compiled."""
+    environment = {**os.environ, "MAGI_HOPPER_NO_KERNELS": "1", "MAGI_GRPCOLL_NO_KERNELS": "1"}
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, FILES[package].parent]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with ZipFile(wheel) as ours, ZipFile(wheels[package]) as direct:
+        kernels = {name for name in direct.namelist() if name.endswith((".cubin", ".fatbin"))}
+        assert set(ours.namelist()) == set(direct.namelist()) - kernels
+
+
+@pytest.mark.parametrize("package", PROJECTS)
 def test_wheel_says_what_pyproject_says(package: str, wheels: dict[str, Path]) -> None:
     found, project = metadata(wheels[package]), PROJECTS[package]
     assert (found["Name"], found["Version"]) == (project["name"], project["version"])
