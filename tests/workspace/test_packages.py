@@ -2,6 +2,8 @@
 """The four packages agree with each other, and their wheels hold what they must."""
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -131,6 +133,15 @@ def test_core_names_plugins_only_in_their_extras() -> None:
         assert "<" in {bound.operator for bound in sibling.specifier}
     (everything,) = map(Requirement, CORE["optional-dependencies"]["all"])
     assert everything.extras >= set(EXTRAS)
+
+
+def test_containers_that_keep_their_torch_get_what_the_extras_name() -> None:
+    """Where the core is installed without its dependencies, the page on installation names those of its extras."""
+    page = (ROOT / "docs" / "installation.md").read_text()
+    commands = [set(map(Requirement, shlex.split(text))) for text in re.findall(r"pip install (\"typer[^`\n]*)", page)]
+    extras = CORE["optional-dependencies"]
+    cli, test = (set(map(Requirement, extras[name])) for name in ("cli", "test"))
+    assert commands == [cli, cli | {Requirement("nox")} | test - {Requirement("magi-attention[cli]")}]
 
 
 def test_entry_points_of_the_core_load() -> None:
