@@ -116,6 +116,19 @@ def test_task_refers_to_what_exists(environment: str, task: Table) -> None:
         assert table["task"] in tasks(table.get("environment", environment))
 
 
+def test_documentation_is_made_again_when_what_it_shows_has_changed() -> None:
+    inputs = PIXI["environments"]["docs"]["tasks"]["docs"]["inputs"]
+    seen = {path for pattern in inputs for path in ROOT.glob(pattern)}
+    pages = ROOT.glob("docs/**/*.md")
+    shown = {
+        (page.parent / name).resolve()
+        for page in pages
+        for name in re.findall(r"{literalinclude} (\S+)", page.read_text())
+    }
+    assert shown
+    assert shown <= seen
+
+
 def test_every_task_is_a_nox_session() -> None:
     called = {session for environment in ENVIRONMENTS for session, _ in nox_sessions(environment)}
     nox = [sys.executable, "-m", "nox", "-f", str(ROOT / "noxfile.py")]
