@@ -94,6 +94,8 @@ case $mode in
         show
         if [ -n "$(others)" ]; then
             echo "--apply would refuse: join them by hand, one line for the module"
+        elif [ ! -d "$folder" ]; then
+            echo "--apply would refuse: $folder is not there"
         elif ! is_written; then
             printf 'would write to it: %s\n(with --apply, as root)\n' "$OPTIONS"
         fi

@@ -71,6 +71,13 @@ def test_it_sees_other_settings_wherever_modprobe_reads_them(tmp_path, place):
     assert not settings(image).exists()
 
 
+def test_it_sees_beforehand_that_the_folder_is_missing(tmp_path):
+    shown = run("--root", tmp_path).stdout
+    assert f"--apply would refuse: {settings(tmp_path).parent} is not there" in shown
+    assert "would write" not in shown
+    assert run("--root", tmp_path, "--apply").returncode == 1
+
+
 def test_it_says_how_to_go_on_where_the_initramfs_is_not_rebuilt(tmp_path):
     tool = tmp_path / "update-initramfs"
     tool.write_text("#!/bin/sh\necho no space left >&2\nexit 1\n")
