@@ -87,6 +87,17 @@ def test_a_cache_without_room_keeps_nothing(max_size):
     assert cache.keys() == []
 
 
+def test_the_environment_is_asked_when_the_size_is_first_needed(monkeypatch):
+    cache = DistAttnRuntimeDictManager()
+    monkeypatch.setenv("MAGI_ATTENTION_DIST_ATTN_RUNTIME_DICT_SIZE", "many")
+    with pytest.raises(ValueError, match="MAGI_ATTENTION_DIST_ATTN_RUNTIME_DICT_SIZE='many': not a whole number"):
+        cache[key_of(8)] = "manager"
+    monkeypatch.setenv("MAGI_ATTENTION_DIST_ATTN_RUNTIME_DICT_SIZE", "2")
+    cache[key_of(8)] = "manager"
+    monkeypatch.delenv("MAGI_ATTENTION_DIST_ATTN_RUNTIME_DICT_SIZE")
+    assert cache.max_size_per_group == 2
+
+
 def test_each_group_has_its_own_dictionary(group):
     cache = DistAttnRuntimeDictManager(max_size_per_group=1)
     grouped = key_of(8, group)

@@ -2,6 +2,9 @@
 """`magi doctor`: what it finds on a machine without a GPU, and that it notices what is wrong."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +20,7 @@ from magi_attention.cli.doctor.machine import machine_facts, package_versions
 from magi_attention.cli.doctor.requirements import check_requirements
 from magi_attention.cli.doctor.settings import check_kernel_folder, check_planner, check_variables, variables_set
 from magi_attention.cli.main import app
+from magi_attention.env import VARIABLES
 from magi_attention.kernels import registry
 from magi_attention.kernels.mask_class import MASK_CLASSES
 from magi_attention.kernels.protocol import AttentionRequest, AttentionResult
@@ -176,6 +180,14 @@ def test_variables(monkeypatch, tmp_path):
     assert "fp8" in checks["MAGI_ATTENTION_PRECISION"].detail
     assert "a switch is on if its text is 1" in checks["MAGI_ATTENTION_DETERMINISTIC_MODE"].detail
     assert "misspelled" in checks["MAGI_ATTENTION_KERNEL_BACKENDS"].detail
+
+
+def test_no_wrong_text_keeps_the_command_from_starting():
+    wrong = {name: "nonsense" for name, variable in VARIABLES.items() if not variable.ignored}
+    code = "from magi_attention.cli.main import app; app(['doctor', '--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **wrong})
+    assert done.returncode == 0, done.stderr
+    assert "Show what is installed" in done.stdout
 
 
 @pytest.fixture

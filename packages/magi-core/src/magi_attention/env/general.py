@@ -89,7 +89,7 @@ def min_chunks_per_rank(text: str) -> int:
 
 @variable("MAGI_ATTENTION_DIST_ATTN_RUNTIME_DICT_SIZE", "1000")
 def dist_attn_runtime_dict_size(text: str) -> int:
-    """The number of keys that are kept planned for each process group; 0 or less keeps none. Read at import."""
+    """The number of keys that are kept planned for each process group; 0 or less keeps none. Read at the first key."""
     return parse_int(text)
 
 

@@ -9,6 +9,7 @@ dictionary keeps, less twice those that are made ahead.
 
 import threading
 from collections import OrderedDict
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -107,12 +108,19 @@ class DistAttnRuntimeDict:
 class DistAttnRuntimeDictManager:
     """A :class:`DistAttnRuntimeDict` of ``max_size_per_group`` for every group, told apart by its global ranks.
 
-    Groups that ``torch.distributed.destroy_process_group`` has ended lose their keys once another key is inserted.
+    None for that is what the environment says when it is first needed. Groups that
+    ``torch.distributed.destroy_process_group`` has ended lose their keys once another key is inserted.
     """
 
-    def __init__(self, max_size_per_group: int) -> None:
-        self.max_size_per_group = max_size_per_group
+    def __init__(self, max_size_per_group: int | None = None) -> None:
+        if max_size_per_group is not None:
+            self.max_size_per_group = max_size_per_group
         self._dicts: dict[tuple[int, ...], DistAttnRuntimeDict] = {}
+
+    @cached_property
+    def max_size_per_group(self) -> int:
+        """How many keys each group keeps at most."""
+        return general.dist_attn_runtime_dict_size()  # not when imported: a wrong text would stop `magi doctor` as well
 
     def get(self, key: DistAttnRuntimeKey, default: Any = None) -> Any:
         """The manager of ``key``, which becomes its group's most recent, or ``default``."""
@@ -161,7 +169,7 @@ class DistAttnRuntimeDictManager:
         return found
 
 
-dist_attn_runtime_dict_mgr = DistAttnRuntimeDictManager(general.dist_attn_runtime_dict_size())
+dist_attn_runtime_dict_mgr = DistAttnRuntimeDictManager()
 
 
 def find_manager(key: DistAttnRuntimeKey, *, becomes_most_recent: bool = True) -> Any:
