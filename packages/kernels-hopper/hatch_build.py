@@ -18,6 +18,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGE = Path(__file__).parent
+KERNELS = "src/magi_kernels_hopper/cubin"
 SLOW = ("C7508", "C7510", "C7512", "C7514", "serialized")
 """What ptxas notes when it gives up what a kernel is built on: exchanged registers, products that overlap."""
 
@@ -39,9 +40,10 @@ class KernelBuildHook(BuildHookInterface):
         """Compile, and mark the wheel as one for Linux."""
         build_data["tag"], build_data["pure_python"] = TAG, False
         if is_switched_off():
-            self.app.display_warning("MAGI_HOPPER_NO_KERNELS is set: the wheel has what was compiled before")
+            self.app.display_warning("MAGI_HOPPER_NO_KERNELS is set: the wheel has no kernels")
             return
-        compile_all(PACKAGE / "src" / "magi_kernels_hopper" / "cubin", self.app.display_info)
+        compile_all(PACKAGE / KERNELS, self.app.display_info)
+        build_data["artifacts"].append(f"{KERNELS}/*.cubin")
 
 
 def is_switched_off() -> bool:
@@ -58,28 +60,28 @@ def compile_all(target: Path, say: Any) -> None:
         if unknown := names - {each.name for each in wanted}:
             raise ValueError(f"MAGI_HOPPER_VARIANTS: there is no kernel {', '.join(sorted(unknown))}")
         wanted = [each for each in wanted if each.name in names]
-    remove_others(target, {f"{each.name}.cubin" for each in variants.all_variants()})
     sources = [
         PACKAGE / "src/magi_kernels_hopper/variants.py",
         *(p for p in (PACKAGE / "csrc").rglob("*") if p.is_file()),
     ]
     newest = max(path.stat().st_mtime for path in sources)
+    remove_outdated(target, {f"{each.name}.cubin" for each in variants.all_variants()}, newest)
     cubins = {target / f"{each.name}.cubin": each for each in wanted}
-    stale = [path for path in cubins if not path.exists() or path.stat().st_mtime < newest]
-    if not stale:
+    missing = [path for path in cubins if not path.exists()]
+    if not missing:
         return
     nvcc = find_nvcc()
     target.mkdir(exist_ok=True)
-    say(f"compiling {len(stale)} kernels with {nvcc}")
+    say(f"compiling {len(missing)} kernels with {nvcc}")
     with ThreadPoolExecutor(os.process_cpu_count() if sys.version_info >= (3, 13) else os.cpu_count()) as pool:
-        for path in pool.map(lambda path: compile_one(nvcc, variants, cubins[path], path), stale):
+        for path in pool.map(lambda path: compile_one(nvcc, variants, cubins[path], path), missing):
             say(f"compiled {path.name}")
 
 
-def remove_others(target: Path, names: set[str]) -> None:
-    """Remove what is no kernel of these sources, as after a change of variants.py: the wheel has all that is there."""
+def remove_outdated(target: Path, names: set[str], newest: float) -> None:
+    """Remove what is no kernel of these sources, or older than they are: the wheel has all that is there."""
     for path in target.glob("*.cubin"):
-        if path.name not in names:
+        if path.name not in names or path.stat().st_mtime < newest:
             path.unlink()
 
 
