@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """``magi bench`` on the CPU: what it prints, what it refuses, and how overlap is read from a trace."""
 
+import dataclasses
 import gzip
 import inspect
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +34,12 @@ def test_json_and_trace(tmp_path):
     trace = tmp_path / "trace.json"
     result = run("-p", "2", "--mask", "causal", "--json", "--trace", str(trace))
     assert result.exit_code == 0, result.output
-    measured = json.loads(result.stdout)["measured"]
+    printed = json.loads(result.stdout)
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    (rows,) = re.findall(r"`--json` prints.*\n\n((?:\|.*\n)+)", page)
+    measured = printed["measured"]
+    fields = {*printed, *measured, *measured["times"], "share", *(field.name for field in dataclasses.fields(Overlap))}
+    assert fields == set(re.findall(r"`(\w+)`", rows))
     assert (measured["ranks"], measured["stages"], measured["backend"]) == (2, 2, "reference")
     assert measured["pairs"] == 512 * 513 // 2
     assert measured["overlap"] is None

@@ -3,9 +3,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -268,6 +270,11 @@ def test_json_and_exit_status_of_a_failure(install, monkeypatch):
         "plug-in 0.1",
     }
     assert set(found["choices"]["causal"]["forward"]) == {"reference", "wrong"}
+    page = (Path(__file__).parents[2] / "docs" / "backends.md").read_text(encoding="utf-8")
+    (rows,) = re.findall(r"`--json` prints.*\n\n((?:\|.*\n)+)", page)
+    assert {name for row in rows.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])} == set(found)
+    fields = {name for each in ("backends", "checks") for name in found[each][0]}
+    assert fields <= set(re.findall(r"`(\w+)`", rows))
 
 
 def test_a_machine_without_any_backend(install, capsys):
