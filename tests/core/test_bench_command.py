@@ -110,6 +110,15 @@ def test_native_collectives_are_refused_where_there_are_none():
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["bench", "calibrate", "demo"])
+def test_two_hops_are_refused_where_no_mesh_is_made(monkeypatch, command):
+    monkeypatch.setenv("MAGI_ATTENTION_HIERARCHICAL_COMM", "1")
+    result = CliRunner().invoke(app, [command, "--device", "cpu"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("magi: MAGI_ATTENTION_HIERARCHICAL_COMM=1 needs a mesh of nodes and their ranks")
+    assert result.stderr.endswith("unset it\n")
+
+
 @pytest.mark.parametrize("command", ["bench", "demo"])
 def test_an_environment_without_sense_is_refused_before_ranks_start(monkeypatch, command):
     monkeypatch.setenv("MAGI_ATTENTION_CHECK_PLAN_TIMEOUT", "soon")

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from magi_attention.cli.devices import check_one_hop
 from magi_attention.cli.sheets import Sheet
 from magi_attention.comm.group import group_rank, group_size
 from magi_attention.comm.registry import make_collectives
@@ -33,9 +34,10 @@ def run_calibrate(
         console: where rank 0 reports.
 
     Raises:
-        ValueError: the heads don't fit, there is no such backend, or there are too few GPUs.
+        ValueError: the heads don't fit, there is no such backend, there are too few GPUs, or exchanges in two hops.
         RuntimeError: no kernel backend can compute this, or the rates can't be kept.
     """
+    check_one_hop()
     launched = dist.is_torchelastic_launched()
     num_local = (comm_env.local_world_size() or 1) if launched else 1
     if device_type == "auto":

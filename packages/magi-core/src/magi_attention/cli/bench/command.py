@@ -14,7 +14,7 @@ from magi_attention.cli.bench.measure import Measurement, measure, runtime_confi
 from magi_attention.cli.bench.options import BenchOptions
 from magi_attention.cli.bench.overlap import Overlap, read_overlap
 from magi_attention.cli.bench.status_line import StatusLine
-from magi_attention.cli.devices import DTYPES, choose_device
+from magi_attention.cli.devices import DTYPES, check_one_hop, choose_device
 from magi_attention.cli.logs import log_to_stderr
 from magi_attention.comm.registry import check_native
 from magi_attention.env.variables import check_texts
@@ -33,6 +33,7 @@ def run_bench(options: BenchOptions, as_json: bool, console: Console) -> None:
             variable without sense.
         RuntimeError: the backend can't compute this, there are no native collectives, or a rank failed.
     """
+    check_one_hop()
     if dist.is_torchelastic_launched():
         if options.processes is not None:
             raise ValueError("--processes starts ranks itself, but torchrun has started them; leave one of them away")

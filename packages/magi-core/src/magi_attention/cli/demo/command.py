@@ -15,7 +15,7 @@ from magi_attention.cli.demo.launch import train_on_ranks
 from magi_attention.cli.demo.options import DemoOptions, Device, Precision
 from magi_attention.cli.demo.report import Comparison, count_processes, loss_table, time_table, verdict
 from magi_attention.cli.demo.train import StepResult, attention_config, train
-from magi_attention.cli.devices import DTYPES, choose_device
+from magi_attention.cli.devices import DTYPES, check_one_hop, choose_device
 from magi_attention.cli.figures import figures_of_plans
 from magi_attention.cli.picture import save_picture
 from magi_attention.cli.sheets import rank_sheet
@@ -68,10 +68,11 @@ def prepare(options: DemoOptions) -> Setup:
 
     Raises:
         ValueError: if the texts are empty, the sequence too short, the GPUs too few, the backend unknown, or an
-            environment variable makes no sense.
+            environment variable makes no sense, alone or here.
         RuntimeError: if the backend, or native collectives, are not installed or cannot serve this; it says why.
     """
     check_texts()
+    check_one_hop()
     documents = read_documents(options.files)
     pack(documents, options.tokens, options.mask, options.seed, step=0)
     device = choose_device(options.device, options.processes, torch.cuda.device_count())
