@@ -50,6 +50,13 @@ def test_json_and_trace(tmp_path):
     assert names >= {"magi: cast stage 1", "magi: attention stage 1", "magi: reduce stage 1"}
 
 
+def test_the_length_for_gpus_is_not_taken_on_cpus():
+    small = ["--heads-q", "1", "--heads-kv", "1", "--head-dim", "8", "--precision", "fp32", "--repeat", "1"]
+    result = CliRunner().invoke(app, ["bench", *small, "--device", "cpu", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["options"]["tokens"] == 1024
+
+
 def test_a_terminal_shows_what_is_done_and_the_output_stays_clean():
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "magi_attention.cli", "bench", *SMALL, "-p", "2", "--warmup", "2", "--json"]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from magi_attention.cli.arguments import check_output, fail, parse_degree
-from magi_attention.cli.bench.options import BenchOptions
+from magi_attention.cli.bench.options import CPU_TOKENS, BenchOptions
 from magi_attention.cli.demo.options import HEAD_DIM, DemoOptions, Device, MaskFamily, Precision
 from magi_attention.cli.logs import log_to_stderr
 from magi_attention.cli.plan.options import PlanOptions
@@ -332,7 +332,13 @@ def bench(
     mask: Annotated[
         str, typer.Option(metavar="NAME", help="A mask by name, one of those of magi plan.")
     ] = BENCH_DEFAULT.mask,
-    tokens: Annotated[int, typer.Option(help="Length of the sequence, over all ranks.")] = BENCH_DEFAULT.tokens,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Length of the sequence over all ranks; {BENCH_DEFAULT.tokens} by default, on CPUs {CPU_TOKENS}.",
+            show_default=False,
+        ),
+    ] = None,
     processes: Annotated[
         int | None, typer.Option("--processes", "-p", help="Ranks to start here; none under torchrun, else 1.")
     ] = None,
@@ -373,7 +379,7 @@ def bench(
     try:
         options = BenchOptions(
             mask=mask,
-            tokens=tokens,
+            tokens=BENCH_DEFAULT.tokens if tokens is None else tokens,
             processes=processes,
             heads_q=heads_q,
             heads_kv=heads_kv,
@@ -396,6 +402,6 @@ def bench(
     from magi_attention.cli.bench.command import run_bench
 
     try:
-        run_bench(options, as_json, Console())
+        run_bench(options, as_json, Console(), any_tokens=tokens is None)
     except (ValueError, RuntimeError, TimeoutError) as error:
         fail(error)

@@ -2,7 +2,7 @@
 """Carry out ``magi bench``."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from magi_attention.cli.bench.measure import Measurement, measure, runtime_config
-from magi_attention.cli.bench.options import BenchOptions
+from magi_attention.cli.bench.options import CPU_TOKENS, BenchOptions
 from magi_attention.cli.bench.overlap import Overlap, read_overlap
 from magi_attention.cli.bench.status_line import StatusLine
 from magi_attention.cli.devices import DTYPES, check_one_hop, choose_device
@@ -25,8 +25,14 @@ from magi_attention.testing.distributed import run_ranks
 TIMEOUT_S = 1800.0
 
 
-def run_bench(options: BenchOptions, as_json: bool, console: Console) -> None:
+def run_bench(options: BenchOptions, as_json: bool, console: Console, *, any_tokens: bool = False) -> None:
     """Measure on the ranks of torchrun, or on ranks of its own, and print what was found.
+
+    Args:
+        options: whose length is that for GPUs where it is open.
+        as_json: whether to print JSON.
+        console: where to print tables.
+        any_tokens: whether the length is open.
 
     Raises:
         ValueError: ``--processes`` under torchrun, more processes than GPUs, an unknown backend, or an environment
@@ -34,13 +40,16 @@ def run_bench(options: BenchOptions, as_json: bool, console: Console) -> None:
         RuntimeError: the backend can't compute this, there are no native collectives, or a rank failed.
     """
     check_one_hop()
-    if dist.is_torchelastic_launched():
-        if options.processes is not None:
-            raise ValueError("--processes starts ranks itself, but torchrun has started them; leave one of them away")
-        found = _measure_under_torchrun(options)
+    is_launched = dist.is_torchelastic_launched()
+    if is_launched and options.processes is not None:
+        raise ValueError("--processes starts ranks itself, but torchrun has started them; leave one of them away")
+    processes = options.processes or 1
+    device = choose_device(options.device, processes, torch.cuda.device_count())
+    if any_tokens and device == "cpu":
+        options = replace(options, tokens=CPU_TOKENS)
+    if is_launched:
+        found = _measure_under_torchrun(options, torch.device(device))
     else:
-        processes = options.processes or 1
-        device = choose_device(options.device, processes, torch.cuda.device_count())
         _check(options, torch.device(device))
         found = _measure_on_own_ranks(options, processes, "nccl" if device == "cuda" else "gloo")
     if found is not None:
@@ -75,9 +84,8 @@ def _measure_on_rank(rank: int, world_size: int, options: BenchOptions) -> Measu
     return measure(options, torch.device("cuda", rank) if on_gpu else torch.device("cpu"), StatusLine(rank == 0))
 
 
-def _measure_under_torchrun(options: BenchOptions) -> Measurement | None:
+def _measure_under_torchrun(options: BenchOptions, device: torch.device) -> Measurement | None:
     """What rank 0 found; None on other ranks."""
-    device = torch.device(choose_device(options.device, 1, torch.cuda.device_count()))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     status = StatusLine(dist.get_rank() == 0)
     try:

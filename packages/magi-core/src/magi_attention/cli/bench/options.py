@@ -8,6 +8,9 @@ from magi_attention.cli.demo.options import Device, Precision
 from magi_attention.common.slices import MOST_ROWS
 from magi_attention.common.workloads import LEAST_TOKENS, WORKLOADS
 
+CPU_TOKENS = 1024
+"""The length where it is open on CPUs, on which plain PyTorch would take days for that for GPUs."""
+
 
 @dataclass(frozen=True)
 class BenchOptions:
