@@ -43,6 +43,10 @@ def check_dispatch(rank, world_size, total, chunk_size, uneven):
     for dtype in (torch.bool, torch.int16, torch.uint16, torch.float8_e4m3fn):
         assert torch.equal(undispatch(dispatch(x.to(dtype), key), key).double(), x.to(dtype).double())
     assert torch.equal(dispatch(whole, key, pad_value=5.0), local)
+    rotations = torch.polar(torch.ones(total), torch.arange(float(total)))
+    conjugated = rotations.conj()  # which PyTorch only notes
+    assert torch.equal(undispatch(dispatch(rotations, key).conj(), key), conjugated)
+    assert torch.equal(undispatch(dispatch(conjugated, key), key), conjugated)
 
     # Each rank's own local gradient: every rank gets them all, at their rows, with nothing summed.
     weight = draw(*local.shape, seed=1 + rank)

@@ -279,8 +279,28 @@ class WithGradientThatComes(torch.autograd.Function):
         return coming(gradient)
 
 
-def attend_to_what_comes(rank, world_size):
-    """Outputs and gradients with and without waiting, and the types of tensors whose memory was read."""
+def negated(x):
+    """``x`` as the imaginary part of a conjugated tensor is: PyTorch only notes that its memory holds the opposite."""
+    return torch._neg_view(-x.detach())
+
+
+class WithNegatedGradient(torch.autograd.Function):
+    """The identity, with a gradient whose memory holds the opposite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return negated(gradient)
+
+
+ELSEWHERE = {"coming": (coming, WithGradientThatComes), "negated": (negated, WithNegatedGradient)}
+
+
+def attend_to_what_is_elsewhere(rank, world_size, where):
+    """Outputs and gradients of tensors with and without memory that holds them, and what tensors' memory was read."""
     key = magi_attn_varlen_key([0, TOTAL], [0, TOTAL], HEADS, KV_HEADS, DIM, 0, None, causal=True)
     ranges = torch.tensor([[0, key.local_rows[0]]])
     (*qkv, _), dout = inputs()
@@ -290,7 +310,7 @@ def attend_to_what_comes(rank, world_size):
     def watched(function):
         def run(self, *args, **kwargs):
             tensors = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
-            types.update(type(x).__name__ for x in tensors if isinstance(x, torch.Tensor))
+            types.update((type(x).__name__, x.is_neg()) for x in tensors if isinstance(x, torch.Tensor))
             return function(self, *args, **kwargs)
 
         return run
@@ -308,14 +328,16 @@ def attend_to_what_comes(rank, world_size):
                 patches.enter_context(mock.patch.object(kind, name, watched(getattr(kind, name))))
         clear_cache()  # whose plans hold the methods
         key = magi_attn_varlen_key([0, TOTAL], [0, TOTAL], HEADS, KV_HEADS, DIM, 0, None, causal=True)
-        found = run(coming, WithGradientThatComes.apply)
+        given, returned = ELSEWHERE[where]
+        found = run(given, returned.apply)
     return found, expected, types
 
 
-def test_what_is_still_coming_is_waited_for(pool):
-    for found, expected, types in pool.run(attend_to_what_comes):
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_what_is_not_in_a_tensor_s_memory_is_put_there_before_that_is_read(pool, where):
+    for found, expected, types in pool.run(attend_to_what_is_elsewhere, where):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        assert types == {"Tensor"}
+        assert types == {("Tensor", False)}
 
 
 class WithGradientThatNoCompilerSees(WithGradientThatComes):

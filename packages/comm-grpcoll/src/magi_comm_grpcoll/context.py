@@ -17,11 +17,12 @@ from torch import Tensor
 
 from magi_attention.comm.alltoall import check_out, check_own_places, check_reduce
 from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
-from magi_attention.comm.packing import RowFormat, as_in_memory, row_formats, take_all_rows
+from magi_attention.comm.packing import RowFormat, row_formats, take_all_rows
 from magi_attention.comm.protocol import ReduceOp
 from magi_attention.comm.routes import Places, Rows
 from magi_attention.comm.streams import EventPool, current_in_block, current_stream
 from magi_attention.plan.exchange import ExchangeTable
+from magi_attention.utils.tensors import in_memory
 from magi_attention.utils.torch_modes import without_grad
 from magi_comm_grpcoll.arena import Allocator, Arena, MappedAllocator
 from magi_comm_grpcoll.capability import Needs, agree
@@ -385,7 +386,7 @@ def group_timeout_s(group: dist.ProcessGroup, device: torch.device) -> float:
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [x if x.is_contiguous() else x.detach().contiguous() for x in as_in_memory(tensors)]
+    return [x if x.is_contiguous() else x.detach().contiguous() for x in map(in_memory, tensors)]
 
 
 @without_grad

@@ -10,7 +10,6 @@ from torch import Tensor
 from magi_attention.comm.group import group_size, let_go_at_exit
 from magi_attention.comm.packing import (
     RowLayout,
-    as_in_memory,
     deliver,
     lay_out,
     pack,
@@ -24,6 +23,7 @@ from magi_attention.comm.routes import Places, Routes, routes_of
 from magi_attention.comm.streams import communication_stream, current_in_block, current_stream, events_of
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_attention.utils.tensors import in_memory
 from magi_attention.utils.torch_modes import without_grad
 
 _METHOD = "all_to_all_single" if hasattr(dist.ProcessGroup, "all_to_all_single") else "alltoall_base"
@@ -68,7 +68,7 @@ class AllToAllCollectives:
     ) -> PendingWork[list[Tensor]] | StreamWork[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         check_own_places(own_places, tensors, table.num_received)
-        tensors = as_in_memory(tensors)
+        tensors = [in_memory(x) for x in tensors]
         routes, layout = self._prepared(
             table, ("cast",), tensors, lambda checked: _check_rows("tensors", tensors, checked.num_source)
         )
@@ -117,7 +117,7 @@ class AllToAllCollectives:
         own_places: Places | None = None,
     ) -> PendingWork[None] | StreamWork[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        partials = as_in_memory(partials)
+        partials = [in_memory(x) for x in partials]
         sent = partials if partial_lse is None else [*partials, partial_lse]
         targets = [*into] if into_lse is None else [*into, into_lse]
         check_own_places(own_places, into, table.num_received, op)

@@ -114,11 +114,6 @@ def lay_out(formats: tuple[RowFormat, ...]) -> RowLayout:
     return RowLayout(tuple(columns), end, tuple((each.first_word, end, each.num_words) for each in columns))
 
 
-def as_in_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors without conjugations and negations that PyTorch only notes, which rows would leave behind."""
-    return [x.detach().resolve_conj().resolve_neg() if x.is_conj() or x.is_neg() else x for x in tensors]
-
-
 def pack(tensors: Sequence[Tensor], rows: Rows, num_rows: int, layout: RowLayout) -> Tensor:
     """Gather rows in a new buffer ``[num_rows, num_words]``; one run of rows of a single tensor is not copied."""
     if len(tensors) == 1 and isinstance(rows, slice):

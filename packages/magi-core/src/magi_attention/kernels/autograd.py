@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from magi_attention.utils.tensors import in_memory
 from magi_attention.utils.torch_modes import without_grad
 
 Pass = TypeVar("Pass", bound=Callable[..., Any])
@@ -60,8 +61,10 @@ def on_real_memory(function: Pass) -> Pass:
     """Decorate a pass of an autograd function that hands its tensors' memory to kernels or collectives.
 
     What a functional collective returned, and nobody has waited for, has no memory of its own: it stands for a tensor
-    that is still coming. Tensor parallelism makes such inputs, and such gradients. Neither have tensors that a compiler
-    traces, as compiled autograd does with backward passes: it must leave this one out.
+    that is still coming. Tensor parallelism makes such inputs, and such gradients. The memory of a tensor that PyTorch
+    notes as conjugated or negated, as the imaginary part of a conjugated one, holds other numbers than the tensor.
+    Neither have tensors memory that a compiler traces, as compiled autograd does with backward passes: it must leave
+    this one out.
     """
 
     @wraps(function)
@@ -69,7 +72,7 @@ def on_real_memory(function: Pass) -> Pass:
         functional = sys.modules.get("torch.distributed._functional_collectives")  # without it there are none
         if functional is not None and any(isinstance(x, functional.AsyncCollectiveTensor) for x in args):
             args = tuple(x.wait() if isinstance(x, functional.AsyncCollectiveTensor) else x for x in args)
-        return function(ctx, *args)
+        return function(ctx, *[in_memory(x) if isinstance(x, Tensor) else x for x in args])
 
     untraced = torch._disable_dynamo(run)  # which imports the compiler when it is called
 

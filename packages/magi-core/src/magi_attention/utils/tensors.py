@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may pass for a tensor."""
+"""What may pass for a tensor, and what its memory holds."""
 
 import sys
 from typing import Any
@@ -30,3 +30,8 @@ def check_plain_tensor(name: str, x: Any) -> None:
             f"{name} is a DTensor with placements {x.placements}; pass {name}.to_local(), and {name}.full_tensor() "
             "where the whole sequence is asked for"
         )
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """``x`` without a conjugation or negation that PyTorch only notes, which who reads its memory would leave out."""
+    return x.detach().resolve_conj().resolve_neg() if x.is_conj() or x.is_neg() else x
