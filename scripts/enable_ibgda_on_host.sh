@@ -44,8 +44,15 @@ in_container() {
 
 # Other files that set the same options: the module would take one of them, and not necessarily ours.
 others() {
-    grep -lE '^[[:space:]]*options[[:space:]]+nvidia[[:space:]].*NVreg_(EnableStreamMemOPs|RegistryDwords)' \
-        "$root"/{etc,run,usr/local/lib,usr/lib}/modprobe.d/*.conf 2> /dev/null | grep -vxF "$file" || true
+    local each
+    for each in "$root"/{etc,run,usr/local/lib,usr/lib}/modprobe.d/*.conf; do
+        [ -r "$each" ] && [ "$each" != "$file" ] || continue
+        # A line that ends in a backslash goes on in the next one. All is read, as a pipe that breaks would be an error.
+        sed -e ':joined' -e '/\\$/ { N; s/\\\n/ /; b joined' -e '}' "$each" |
+            grep -E '^[[:space:]]*options[[:space:]]+nvidia[[:space:]].*NVreg_(EnableStreamMemOPs|RegistryDwords)' \
+                > /dev/null || continue
+        echo "$each"
+    done
 }
 
 is_written() { [ -f "$file" ] && [ "$(grep -v '^#' "$file")" = "$OPTIONS" ]; }

@@ -48,9 +48,10 @@ def test_it_writes_once_and_takes_back(image):
     assert not settings(image).exists()
 
 
-def test_it_leaves_other_settings_alone(image):
+@pytest.mark.parametrize("gap", [" ", " \\\n  ", " NVreg_Mobile=1 \\\n\\\n"], ids=["one line", "two", "three"])
+def test_it_leaves_other_settings_alone(image, gap):
     other = settings(image).with_name("nvidia.conf")
-    other.write_text('options nvidia NVreg_RegistryDwords="Other=1;"\n')
+    other.write_text(f'# of the vendor\noptions nvidia{gap}NVreg_RegistryDwords="Other=1;"\n')
     done = run("--apply", "--root", image)
     assert done.returncode == 1
     assert "nvidia.conf sets the same options: join them by hand" in done.stderr
