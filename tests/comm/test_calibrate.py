@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 
+from magi_comm_grpcoll.calibrate import main
 from magi_comm_grpcoll.routes import FEW_PIECES, choose_transport
 from magi_comm_grpcoll.switch import FIRST_GUESS_BYTES, choose_switch, keep_switch, switch_bytes
 from magi_comm_grpcoll.tables import ByteCopies
@@ -45,3 +46,14 @@ def test_a_file_that_is_something_else_is_ignored_with_a_warning(folder, text, c
     with caplog.at_level(logging.WARNING):
         assert switch_bytes("NVIDIA H200") == FIRST_GUESS_BYTES
     assert "NVIDIA-H200.json is ignored" in caplog.text
+
+
+def test_the_command_tells_what_it_does_and_takes_no_arguments(monkeypatch, capsys):
+    monkeypatch.setattr("magi_comm_grpcoll.calibrate.RankPool", None)  # nothing is measured
+    monkeypatch.setattr("sys.argv", ["calibrate", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main()
+    assert "Measure among all GPUs" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["calibrate", "--sizes"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main()

@@ -4,6 +4,8 @@
 The answer is kept per kind of GPU in the folder of ``MAGI_ATTENTION_CACHE_DIR``.
 """
 
+from argparse import ArgumentParser
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -67,6 +69,8 @@ def exchange_in_turns(rank: int, num_ranks: int, rows: int, count: int) -> Excha
 
 def main() -> None:
     """Measure among all GPUs of this machine, keep and print."""
+    what = "Measure among all GPUs of this machine from which length of ranges on copy engines should carry them."
+    ArgumentParser("python -m magi_comm_grpcoll.calibrate", description=what).parse_args()
     num_ranks = torch.cuda.device_count()
     if num_ranks < 2:
         raise SystemExit(f"there is nothing to measure between {num_ranks} GPUs")
