@@ -2,8 +2,6 @@
 """When the kernels are compiled anew, without a compiler."""
 
 import os
-import shutil
-import zipfile
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,17 +53,3 @@ def test_what_a_fatbin_is_made_of_and_how_makes_it_anew(build, monkeypatch, tmp_
     build.FatbinHook.initialize(hook, "standard", data)
     assert compiled == ["put", "put"]
     assert set(data["artifacts"]) == {"made/*.fatbin"}
-
-
-def test_a_wheel_without_kernels_has_none_that_were_compiled_before(monkeypatch, tmp_path):
-    builder = pytest.importorskip("hatchling.builders.wheel", reason="needs hatchling: pip install hatchling")
-    package = tmp_path / "comm-grpcoll"
-    shutil.copytree(HOOK.parent, package, ignore=shutil.ignore_patterns("_kernels"))
-    (package / "src/magi_comm_grpcoll/_kernels").mkdir()
-    (package / "src/magi_comm_grpcoll/_kernels/put.fatbin").touch()
-    monkeypatch.setenv("MAGI_GRPCOLL_NO_KERNELS", "1")
-    (wheel,) = builder.WheelBuilder(str(package)).build(directory=str(tmp_path))
-    with zipfile.ZipFile(wheel) as opened:
-        names = opened.namelist()
-    assert "magi_comm_grpcoll/kernels.py" in names
-    assert not any(name.endswith(".fatbin") for name in names)

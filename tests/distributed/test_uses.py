@@ -284,12 +284,8 @@ def negated(x):
     return torch._neg_view(-x.detach())
 
 
-class WithNegatedGradient(torch.autograd.Function):
+class WithNegatedGradient(WithGradientThatComes):
     """The identity, with a gradient whose memory holds the opposite."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
 
     @staticmethod
     def backward(ctx, gradient):

@@ -2,9 +2,7 @@
 """The kernels' machine code, looked at without a GPU."""
 
 import os
-import shutil
 import tarfile
-import zipfile
 import zlib
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -67,20 +65,6 @@ def test_kernels_of_other_sources_are_not_shipped(monkeypatch, tmp_path):
     monkeypatch.setenv("MAGI_HOPPER_VARIANTS", "forward_d128_bf16")
     build_hook().compile_all(tmp_path, print)
     assert [each.name for each in tmp_path.iterdir()] == ["forward_d128_bf16.cubin"]
-
-
-def test_a_wheel_without_kernels_has_none_that_were_compiled_before(monkeypatch, tmp_path):
-    builder = pytest.importorskip("hatchling.builders.wheel", reason="needs hatchling: pip install hatchling")
-    package = tmp_path / "kernels-hopper"
-    shutil.copytree(HOOK.parent, package, ignore=shutil.ignore_patterns("cubin"))
-    (package / "src/magi_kernels_hopper/cubin").mkdir()
-    (package / "src/magi_kernels_hopper/cubin/forward_d128_bf16.cubin").touch()
-    monkeypatch.setenv("MAGI_HOPPER_NO_KERNELS", "1")
-    (wheel,) = builder.WheelBuilder(str(package)).build(directory=str(tmp_path))
-    with zipfile.ZipFile(wheel) as opened:
-        names = opened.namelist()
-    assert "magi_kernels_hopper/variants.py" in names
-    assert not any(name.endswith(".cubin") for name in names)
 
 
 def test_an_archive_of_the_sources_has_no_kernels_which_may_be_older(tmp_path):

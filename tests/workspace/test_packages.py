@@ -16,6 +16,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.version import Version
 from validate_pyproject.api import Validator
@@ -191,6 +192,29 @@ def test_wheel_made_of_an_sdist_holds_the_same(package: str, wheels: dict[str, P
     with ZipFile(wheel) as ours, ZipFile(wheels[package]) as direct:
         kernels = {name for name in direct.namelist() if name.endswith((".cubin", ".fatbin"))}
         assert set(ours.namelist()) == set(direct.namelist()) - kernels
+
+
+@pytest.mark.parametrize(
+    ("setting", "package", "module", "kernel"),
+    [
+        ("MAGI_HOPPER_NO_KERNELS", "kernels-hopper", "magi_kernels_hopper/variants.py", "cubin/forward_d64_bf16.cubin"),
+        ("MAGI_GRPCOLL_NO_KERNELS", "comm-grpcoll", "magi_comm_grpcoll/kernels.py", "_kernels/put.fatbin"),
+    ],
+)
+def test_a_wheel_without_kernels_has_none_that_were_compiled_before(
+    setting: str, package: str, module: str, kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / package
+    compiled = (source / "src" / module).parent / kernel
+    shutil.copytree(FILES[package].parent, source, ignore=shutil.ignore_patterns(compiled.parent.name))
+    compiled.parent.mkdir()
+    compiled.touch()
+    monkeypatch.setenv(setting, "1")
+    (wheel,) = WheelBuilder(str(source)).build(directory=str(tmp_path))
+    with ZipFile(wheel) as opened:
+        names = opened.namelist()
+    assert module in names
+    assert not any(name.endswith(compiled.suffix) for name in names)
 
 
 @pytest.mark.parametrize("package", PROJECTS)
