@@ -21,7 +21,10 @@ NVSHMEM_WHEEL = "nvidia-nvshmem-cu13==3.4.5"
 
 
 class FatbinHook(BuildHookInterface):
-    """Run nvcc for every fatbin that is older than the sources, or than this file, which says how."""
+    """Run nvcc for every fatbin that is older than the sources, or than this file, which says how.
+
+    A fatbin whose source is gone is removed: the wheel has all that are there.
+    """
 
     def dependencies(self) -> list[str]:
         """Ask for NVSHMEM, and for PyPI's nvcc where the machine has none."""
@@ -38,9 +41,12 @@ class FatbinHook(BuildHookInterface):
         output = root / self.config["output"]
         output.mkdir(parents=True, exist_ok=True)
         newest = max(path.stat().st_mtime for path in (root / "hatch_build.py", *root.glob("csrc/*")))
-        for source in sorted(root.glob("csrc/*.cu")):
-            fatbin = output / f"{source.stem}.fatbin"
-            if not fatbin.exists() or fatbin.stat().st_mtime < newest:
+        sources = {output / f"{source.stem}.fatbin": source for source in sorted(root.glob("csrc/*.cu"))}
+        for fatbin in output.glob("*.fatbin"):
+            if fatbin not in sources or fatbin.stat().st_mtime < newest:
+                fatbin.unlink()
+        for fatbin, source in sources.items():
+            if not fatbin.exists():
                 compile_fatbin(source, fatbin)
         build_data["artifacts"].append(f"{self.config['output']}/*.fatbin")
 

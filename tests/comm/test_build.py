@@ -53,3 +53,13 @@ def test_what_a_fatbin_is_made_of_and_how_makes_it_anew(build, monkeypatch, tmp_
     build.FatbinHook.initialize(hook, "standard", data)
     assert compiled == ["put", "put"]
     assert set(data["artifacts"]) == {"made/*.fatbin"}
+
+
+def test_no_fatbin_outlives_its_source(build, monkeypatch, tmp_path):
+    monkeypatch.delenv(build.SETTING, raising=False)
+    for name in ("csrc/put.cu", "hatch_build.py", "made/put.fatbin", "made/renamed.fatbin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    hook = SimpleNamespace(root=tmp_path, config={"output": "made"})
+    build.FatbinHook.initialize(hook, "standard", {"artifacts": []})
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["put.fatbin"]
