@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from magi_attention.api import (
     AttnRanges,
@@ -16,6 +17,7 @@ from magi_attention.api import (
     flex_flash_attn_func,
     magi_attn_flex_key,
     magi_attn_varlen_key,
+    roll,
     undispatch,
 )
 from magi_attention.common.enum import AttnRole
@@ -198,6 +200,31 @@ def test_gradients_of_gradients_are_refused(key, depends):
     (gradient,) = torch.autograd.grad((weight * out).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="attention has no second derivative"):
         (gradient.square().sum() + q.sum()).backward()
+
+
+@pytest.mark.parametrize("by_lse", [False, True])
+def test_gradients_of_gradients_are_not_left_out_where_other_paths_lead_to_an_input(key, by_lse):
+    q, k, v = (x.requires_grad_() for x in qkv(PADDED))
+    out, meta = calc_attn(q, k, v, key)
+    (gradient,) = torch.autograd.grad(meta.lse.sum() if by_lse else out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention has no second derivative"):
+        torch.autograd.grad((gradient * q).sum(), q)
+
+
+def test_gradients_of_gradients_are_refused_in_checkpoints(key):
+    q, k, v = (x.requires_grad_() for x in qkv(PADDED))
+    out, _ = checkpoint(calc_attn, q, k, v, key, use_reentrant=False)
+    (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention has no second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("function", [undispatch, lambda x, key: roll(x, 1, 0, key), dispatch])
+def test_gradients_of_gradients_are_refused_by_what_deals_rows(key, function):
+    x = torch.randn(TOTAL if function is dispatch else PADDED, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(x, key).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad((gradient * x).sum(), x)
 
 
 def test_a_graph_of_the_backward_pass_changes_no_gradient(key):

@@ -403,4 +403,4 @@ def differentiate_what_comes_twice(rank, world_size):
 def test_exchanges_of_what_comes_have_no_second_derivative_either(pool):
     for errors in pool.run(differentiate_what_comes_twice):
         assert len(errors) == 3
-        assert all("differentiate twice" in error for error in errors), errors
+        assert all("no second derivative" in error for error in errors), errors

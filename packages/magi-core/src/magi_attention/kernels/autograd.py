@@ -28,32 +28,48 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
 def only_once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """Decorate the backward pass of a function whose second derivative would be needed, but isn't there.
 
-    PyTorch's ``once_differentiable`` refuses to differentiate again only if the gradients that came in depend on
-    something; else what depends on the function's inputs would count as constant.
+    PyTorch's ``once_differentiable`` returns gradients that depend on nothing: a product of a Hessian and a vector, by
+    ``torch.autograd.grad`` for some parameters, would leave out silently what goes through the function.
     """
     differentiate = without_grad(backward)
 
     @wraps(backward)
     def run(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        found = differentiate(ctx, *gradients)
         if not torch.is_grad_enabled():  # nobody asked for a graph of the backward pass
+            return differentiate(ctx, *gradients)
+        context = _UnpackedContext(ctx)
+        found = differentiate(context, *gradients)
+        causes = [x for x in (*gradients, *context.saved_tensors) if isinstance(x, Tensor) and x.requires_grad]
+        if not causes:
             return found
-        return tuple(_Last.apply(x.detach().requires_grad_()) if isinstance(x, Tensor) else x for x in found)
+        return tuple(_Last.apply(x, *causes) if isinstance(x, Tensor) else x for x in found)
 
     return run
 
 
+class _UnpackedContext:
+    """A context whose saved tensors may be read twice, which those of checkpoints may not."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.saved_tensors: tuple[Tensor | None, ...] = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 class _Last(torch.autograd.Function):
-    """The identity, which can't be differentiated."""
+    """A tensor that depends on ``causes`` by a function which can't be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *causes: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise RuntimeError(
-            "attention has no second derivative: its gradients, taken with create_graph=True, can't be differentiated"
+            "attention has no second derivative, nor have dispatch, undispatch and roll: their gradients, taken with "
+            "create_graph=True, can't be differentiated"
         )
 
 

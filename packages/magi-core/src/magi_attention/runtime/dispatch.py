@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from magi_attention.comm.group import GroupHandle, group_size, has_peers
-from magi_attention.kernels.autograd import on_real_memory
+from magi_attention.kernels.autograd import on_real_memory, only_once_differentiable
 from magi_attention.plan.layout import Layout
 from magi_attention.runtime.rows import gather_rows, scatter_rows_sum, select_rows
 
@@ -62,7 +61,7 @@ class _Dispatch(torch.autograd.Function):
         return select_rows(x, layout, rank, pad_value)
 
     @staticmethod
-    @once_differentiable
+    @only_once_differentiable
     @on_real_memory
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return gather_rows(grad, ctx.layout, ctx.handle.group), None, None, None, None
@@ -79,7 +78,7 @@ class _Undispatch(torch.autograd.Function):
         return gather_rows(x, layout, group)
 
     @staticmethod
-    @once_differentiable
+    @only_once_differentiable
     @on_real_memory
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.is_partial_grad:

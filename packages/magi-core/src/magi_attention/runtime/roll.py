@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from magi_attention.comm.protocol import GroupCollectives
-from magi_attention.kernels.autograd import on_real_memory
+from magi_attention.kernels.autograd import on_real_memory, only_once_differentiable
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.roll import roll_exchange
 from magi_attention.runtime.rows import concatenate
@@ -36,7 +35,7 @@ class _Roll(torch.autograd.Function):
         return _rolled(x, shift, *ctx.where)
 
     @staticmethod
-    @once_differentiable
+    @only_once_differentiable
     @on_real_memory
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return _rolled(grad, -ctx.shift, *ctx.where), None, None, None, None
