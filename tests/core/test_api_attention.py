@@ -227,6 +227,26 @@ def test_gradients_of_gradients_are_refused_by_what_deals_rows(key, function):
         torch.autograd.grad((gradient * x).sum(), x)
 
 
+FUNCTIONS = {
+    "attention": lambda x, key: calc_attn(x, x, x, key)[0],
+    "dispatch": lambda x, key: dispatch(x[:TOTAL], key),
+    "undispatch": undispatch,
+    "roll": lambda x, key: roll(x, 1, 0, key),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_transforms_of_torch_func_are_refused(key, name):
+    def function(x):
+        return FUNCTIONS[name](x, key)
+
+    x = torch.randn(PADDED, 2, 8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"transforms of torch\.func"):
+        torch.vmap(function)(x[None])
+    with pytest.raises(RuntimeError, match=r"transforms of torch\.func"):
+        torch.func.grad(lambda x: function(x).sum())(x)
+
+
 def test_a_graph_of_the_backward_pass_changes_no_gradient(key):
     found = []
     for create_graph in (False, True):

@@ -13,7 +13,7 @@ from magi_attention.common.enum import AttnSinkLayout
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.functional.compiled_indices import attend_by_indices_compiled
 from magi_attention.functional.index_job import IndexJob, attend, check_index_call, differentiate, make_index_job
-from magi_attention.kernels.autograd import on_real_memory, only_once_differentiable, owned
+from magi_attention.kernels.autograd import KernelFunction, on_real_memory, only_once_differentiable, owned
 from magi_attention.utils.torch_modes import is_one_operator
 
 
@@ -85,7 +85,7 @@ def attend_by_indices(
     return out, AttnForwardMeta(lse=lse, max_logits=max_logits)
 
 
-class _IndexAttention(torch.autograd.Function):
+class _IndexAttention(KernelFunction):
     @staticmethod
     @on_real_memory
     def forward(

@@ -20,6 +20,7 @@ from magi_attention.common.slices import SliceTable, find_double_cover
 from magi_attention.common.validation import check_scores, check_sm_margin
 from magi_attention.env import general as environment
 from magi_attention.kernels.autograd import (
+    KernelFunction,
     on_real_memory,
     only_once_differentiable,
     owned,
@@ -114,7 +115,7 @@ def differentiate(
     return dq, dk, dv, dsink
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(KernelFunction):
     @staticmethod
     @on_real_memory
     def forward(

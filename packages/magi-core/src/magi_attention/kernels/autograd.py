@@ -18,6 +18,20 @@ Pass = TypeVar("Pass", bound=Callable[..., Any])
 _NOTHING = nullcontext()
 
 
+class KernelFunction(torch.autograd.Function):
+    """An autograd function around kernels or collectives, which know nothing of the transforms of ``torch.func``."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Do what PyTorch does, except that its error would ask for methods that don't help."""
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "attention, dispatch, undispatch and roll can't be used under the transforms of torch.func (vmap, grad "
+                "and others): pack samples into one sequence as documents, and call torch.autograd.grad"
+            )
+        return super().apply(*args)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Keep autocast from changing the dtypes inside a kernel, which chose its precision by its inputs."""
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):

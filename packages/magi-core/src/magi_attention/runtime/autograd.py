@@ -11,6 +11,7 @@ from torch import Tensor
 from magi_attention.common.forward_meta import AttnForwardMeta
 from magi_attention.common.logsumexp import gradient_where_keys_are
 from magi_attention.kernels.autograd import (
+    KernelFunction,
     on_real_memory,
     only_once_differentiable,
     owned,
@@ -82,7 +83,7 @@ def differentiate_with_sink(
     return dq, dk, dv, dsink
 
 
-class _DistributedAttention(torch.autograd.Function):
+class _DistributedAttention(KernelFunction):
     @staticmethod
     @on_real_memory
     def forward(

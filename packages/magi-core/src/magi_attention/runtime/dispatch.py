@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_attention.comm.group import GroupHandle, group_size, has_peers
-from magi_attention.kernels.autograd import on_real_memory, only_once_differentiable
+from magi_attention.kernels.autograd import KernelFunction, on_real_memory, only_once_differentiable
 from magi_attention.plan.layout import Layout
 from magi_attention.runtime.rows import gather_rows, scatter_rows_sum, select_rows
 
@@ -51,7 +51,7 @@ def check_same_on_all_ranks(x: Tensor, group: dist.ProcessGroup | None) -> None:
         )
 
 
-class _Dispatch(torch.autograd.Function):
+class _Dispatch(KernelFunction):
     @staticmethod
     @on_real_memory
     def forward(
@@ -67,7 +67,7 @@ class _Dispatch(torch.autograd.Function):
         return gather_rows(grad, ctx.layout, ctx.handle.group), None, None, None, None
 
 
-class _Undispatch(torch.autograd.Function):
+class _Undispatch(KernelFunction):
     @staticmethod
     @on_real_memory
     def forward(

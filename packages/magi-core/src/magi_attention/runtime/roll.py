@@ -3,11 +3,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from magi_attention.comm.protocol import GroupCollectives
-from magi_attention.kernels.autograd import on_real_memory, only_once_differentiable
+from magi_attention.kernels.autograd import KernelFunction, on_real_memory, only_once_differentiable
 from magi_attention.plan.layout import Layout
 from magi_attention.plan.roll import roll_exchange
 from magi_attention.runtime.rows import concatenate
@@ -27,7 +26,7 @@ def _rolled(x: Tensor, shift: int, layout: Layout, rank: int, collectives: Group
     return concatenate([rolled, x[len(rolled) :]])
 
 
-class _Roll(torch.autograd.Function):
+class _Roll(KernelFunction):
     @staticmethod
     @on_real_memory
     def forward(ctx: Any, x: Tensor, shift: int, layout: Layout, rank: int, collectives: GroupCollectives) -> Tensor:
