@@ -134,6 +134,28 @@ def test_positions_that_a_model_makes_up_are_right_on_one_process():
     torch.testing.assert_close(undispatch(logits, key), own_logits_and_gradients("llama")[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("rows", "is_right"),
+    [
+        ([0, 1, 2, 3, 16, 17, 18], True),  # of the document that starts at 12, from its fifth row on
+        ([4, 5, 6, 7, 8, 9, 10], True),
+        ([0, 1, 2, 3, 18, 19, 20], False),
+        ([16, 17, 18, 19, 20, 21, 22], False),
+    ],
+)
+def test_positions_that_number_the_rows_of_several_documents_are_taken(rows, is_right):
+    key = magi_attn_varlen_key([0, 4, 12, 36], [0, 4, 12, 36], 2, 2, 8, 0, None, causal=True)
+    q = torch.randn(1, 2, 36, 8)
+    positions = torch.arange(len(rows))[None]
+    with mock.patch("magi_attention.integrations.transformers.get_position_ids", return_value=torch.tensor(rows)):
+        if is_right:
+            out, _ = attend(torch.nn.Identity(), q, q, q, None, magi_key=key, position_ids=positions)
+            assert out.shape == (1, 36, 2, 8)
+        else:
+            with pytest.raises(ValueError, match="without position_ids"):
+                attend(torch.nn.Identity(), q, q, q, None, magi_key=key, position_ids=positions)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("shape", [(1, TOTAL), (1, 1, TOTAL, TOTAL)])
 def test_masks_given_to_a_model_are_refused(name, shape):

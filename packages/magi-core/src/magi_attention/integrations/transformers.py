@@ -154,10 +154,13 @@ def _check_positions(module: nn.Module, position_ids: Tensor, key: DistAttnRunti
         return
     _LAYERS_WITH_POSITIONS.add(module)
     rows = get_position_ids(key, position_ids.device)
-    if not torch.equal(position_ids.flatten(), torch.arange(len(rows), device=rows.device)):
+    numbers = torch.arange(len(rows), device=rows.device)
+    if not torch.equal(position_ids.flatten(), numbers):
         return
-    are_together = bool((rows.diff() <= 1).all())  # the last one is repeated for padding
-    if not (are_together and (rows[0] == 0 or any(int(rows[0]) == each.start for each in key.k_ranges))):
+    # They may be right all the same: each row's place in a document, of which one goes on where the last one stops.
+    is_real = rows.diff(prepend=rows[:1] - 1) > 0  # the last one is repeated for padding
+    starts = torch.tensor([0, *(each.start for each in key.k_ranges)], device=rows.device)
+    if not torch.isin((rows - numbers)[is_real], starts).all():
         raise ValueError(
             f"the model was called without position_ids, and took 0 to {len(rows) - 1}, but this rank's rows are not "
             "one after another: pass position_ids=get_position_ids(magi_key)[None], or these from where documents start"
