@@ -38,9 +38,16 @@ def test_labels_are_padded_with_integers(key):
 
 @pytest.mark.parametrize(
     ("dtype", "pad_value"),
-    [(torch.uint8, -100), (torch.int64, 0.5), (torch.int64, math.inf), (torch.int32, math.nan), (torch.bool, 2)],
+    [
+        (torch.uint8, -100),
+        (torch.int64, 0.5),
+        (torch.int64, math.inf),
+        (torch.int32, math.nan),
+        (torch.bool, 2),
+        (torch.float16, 1e10),
+    ],
 )
-def test_a_pad_value_that_integers_do_not_have_is_refused(key, dtype, pad_value):
+def test_a_pad_value_that_the_dtype_does_not_have_is_refused(key, dtype, pad_value):
     with pytest.raises(ValueError, match=f"pad_value={pad_value} is no value of {dtype}"):
         dispatch(torch.zeros(TOTAL, dtype=dtype), key, pad_value=pad_value)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the arguments that keys are made of, and the rules that turn them into a key's fields."""
 
+import math
 import operator
 import sys
 import warnings
@@ -171,12 +172,17 @@ def check_heads(num_heads_q: int, num_heads_kv: int, head_dim: int) -> None:
 
 
 def check_pad_value(x: Tensor, pad_value: float) -> None:
-    """Raise if ``x`` holds integers of which ``pad_value`` is none: -100 would become 156 among bytes."""
-    if x.is_floating_point() or x.is_complex():
+    """Raise unless x's dtype has ``pad_value``, on ranks without padding too: -100 would become 156 among bytes."""
+    if x.is_complex():
         return
-    least, most = (0, 1) if x.dtype is torch.bool else (torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max)
-    if not (least <= pad_value <= most and int(pad_value) == pad_value):
-        raise MagiValueError(f"pad_value={pad_value!r} is no value of {x.dtype}: pass x.long(), for one")
+    if x.is_floating_point():
+        has_it = not math.isfinite(pad_value) or abs(pad_value) <= torch.finfo(x.dtype).max
+    else:
+        least, most = (0, 1) if x.dtype is torch.bool else (torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max)
+        has_it = least <= pad_value <= most and int(pad_value) == pad_value
+    if not has_it:
+        wider = "x.double()" if x.is_floating_point() else "x.long()"
+        raise MagiValueError(f"pad_value={pad_value!r} is no value of {x.dtype}: pass {wider}, for one")
 
 
 def check_rows(name: str, x: Tensor, dim: int, num_rows: int, what: str) -> None:
