@@ -2,6 +2,7 @@
 """What a key holds, and what a mask, a shape or a configuration that cannot be right is told."""
 
 import dataclasses
+import itertools
 import warnings
 
 import numpy as np
@@ -74,6 +75,17 @@ def test_least_number_of_chunks_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("MAGI_ATTENTION_MIN_CHUNKS_PER_RANK", "1")
     assert resolve_chunk_size(1001, 1, 512, MinHeapDispatchAlg()) == 512
     assert resolve_chunk_size(1001, 2, None, MinHeapDispatchAlg()) == 501
+
+
+def test_what_the_planner_chooses_is_bounded_by_the_least_number_of_chunks(monkeypatch):
+    for total, cp_size in itertools.product([*range(8, 3000, 7), 1 << 20], [2, 3, 8]):
+        assert resolve_chunk_size(total, cp_size, None, LocalityDispatchAlg()) == choose_chunk_size(total, cp_size)
+    monkeypatch.setenv("MAGI_ATTENTION_MIN_CHUNKS_PER_RANK", "100")
+    assert resolve_chunk_size(1001, 2, None, LocalityDispatchAlg()) == 6
+    assert resolve_chunk_size(1 << 20, 2, None, LocalityDispatchAlg()) == choose_chunk_size(1 << 20, 2)
+    monkeypatch.setenv("MAGI_ATTENTION_MIN_CHUNKS_PER_RANK", "none")
+    with pytest.raises(ValueError, match="MIN_CHUNKS_PER_RANK='none': not a whole number"):
+        resolve_chunk_size(1001, 2, None, LocalityDispatchAlg())
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])

@@ -146,13 +146,13 @@ def warn_deprecated(message: str) -> None:
 def resolve_chunk_size(total_seqlen: int, cp_size: int, limit: int | None, alg: DispatchAlg) -> int:
     """The rows of a chunk: at most ``limit``, and so few that every rank gets its least number of chunks.
 
-    Without a limit, :class:`LocalityDispatchAlg` has the planner choose, which knows what suits it.
+    Without a limit, :class:`LocalityDispatchAlg` has the planner choose one, which knows what suits it.
 
     Raises:
         ValueError: The sequence has fewer rows than there are ranks.
     """
     if limit is None and cp_size > 1 and isinstance(alg, LocalityDispatchAlg) and total_seqlen >= cp_size:
-        return choose_chunk_size(total_seqlen, cp_size)
+        limit = choose_chunk_size(total_seqlen, cp_size)
     auto = -(-total_seqlen // (general.min_chunks_per_rank() * cp_size))
     chunk_size = auto if limit is None else min(auto, limit)
     if total_seqlen < cp_size or -(-total_seqlen // chunk_size) < cp_size:
