@@ -133,6 +133,7 @@ def test_puts_need_nvshmem_and_reach_other_hosts(monkeypatch, tmp_path) -> None:
         ({"allocator": "malloc"}, "allocator must be 'torch', 'nvshmem' or None, not 'malloc'"),
         ({"transport": "put", "allocator": "torch"}, "transport 'put' needs the memory of allocator 'nvshmem'"),
         ({"transport": "put", "capacity_bytes": 8 << 20}, "capacity_bytes gives none of 3 slots 2 MiB: 8388608"),
+        ({"capacity_bytes": -1}, "capacity_bytes gives none of 2 slots 2 MiB: -1"),
         ({"num_slots": 0}, "num_slots must be at least 1, not 0"),
         ({"timeout_s": 0.0}, "timeout_s must be positive, not 0.0"),
     ],

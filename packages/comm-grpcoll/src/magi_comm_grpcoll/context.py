@@ -81,7 +81,7 @@ class ContextOptions:
             raise ValueError("transport 'put' needs the memory of allocator 'nvshmem', not 'torch'")
         if self.num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, not {self.num_slots}")
-        if self.capacity_bytes is not None and not Arena.most_in(self.capacity_bytes // len(LANES), self.num_areas):
+        if self.capacity_bytes is not None and Arena.most_in(self.capacity_bytes // len(LANES), self.num_areas) <= 0:
             raise ValueError(f"capacity_bytes gives none of {self.num_areas} slots 2 MiB: {self.capacity_bytes}")
         if self.timeout_s is not None and self.timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive, not {self.timeout_s}")
