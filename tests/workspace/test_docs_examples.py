@@ -66,7 +66,9 @@ def test_every_python_block_is_marked_or_meant_to_be_read() -> None:
     assert text.count("```python\n") == len(BLOCK.findall(text))
 
 
-@pytest.mark.parametrize("module", ["api", "config", "dist_attn_runtime_mgr", "functional", "meta", "utils"])
+@pytest.mark.parametrize(
+    "module", ["api", "comm.primitive", "common", "config", "dist_attn_runtime_mgr", "functional", "meta", "utils"]
+)
 def test_api_reference_has_every_public_name(module: str) -> None:
     reference = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     names = import_module(f"magi_attention.{module}").__all__
