@@ -18,12 +18,15 @@ from magi_attention.api import (
     DistAttnConfig,
     DistAttnRuntimeDictManager,
     DistAttnRuntimeKey,
+    calc_attn,
     clear_cache,
     dispatch,
     dist_attn_runtime_dict_mgr,
     get_most_recent_key,
     get_position_ids,
     make_varlen_key_for_new_mask_after_dispatch,
+    roll,
+    undispatch,
 )
 from magi_attention.dist_attn_runtime_mgr import DistAttnRuntimeDict, init_dist_attn_runtime_key
 from tests.core.api_keys import key_for
@@ -166,16 +169,27 @@ def test_destroyed_groups_are_told(group, call):
 
 
 @pytest.mark.parametrize("is_cached", [True, False])
-def test_keys_of_destroyed_groups_are_told(group, is_cached):
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda key: dispatch(torch.zeros(64), key),
+        lambda key: undispatch(torch.zeros(64), key),
+        lambda key: roll(torch.zeros(64), 1, 0, key),
+        lambda key: calc_attn(*[torch.zeros(64, heads, 64) for heads in (4, 2, 2)], key),
+        lambda key: make_varlen_key_for_new_mask_after_dispatch([0, 64], [0, 64], key),
+        get_position_ids,
+    ],
+    ids=["dispatch", "undispatch", "roll", "attend", "new mask", "position ids"],
+)
+def test_keys_of_destroyed_groups_are_told(group, use, is_cached):
     other = dist.new_group([0])
     key = planned(64, other)
+    use(key)
     dist.destroy_process_group(other)
     if not is_cached:
         planned(64, group)
-        with pytest.raises(ValueError, match="process group of this key was destroyed"):
-            dispatch(torch.zeros(64), key)
     with pytest.raises(ValueError, match="process group of this key was destroyed"):
-        make_varlen_key_for_new_mask_after_dispatch([0, 64], [0, 64], key)
+        use(key)
 
 
 def test_most_recent_key_is_the_one_made_asked_for_or_used_last(group):

@@ -22,7 +22,7 @@ from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiValueError
 from magi_attention.common.ranges import AttnRanges
 from magi_attention.config import DistAttnConfig
-from magi_attention.runtime.cache import check_group_lives, find_manager
+from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.key import DistAttnRuntimeKey
 from magi_attention.runtime.manager import DistAttnRuntimeMgr
 
@@ -117,7 +117,6 @@ def _manager_of(key: DistAttnRuntimeKey) -> DistAttnRuntimeMgr:
     """The manager of a key; if it is gone, the other ranks of its group hear of that too."""
     try:
         manager: DistAttnRuntimeMgr = find_manager(key)
-        check_group_lives(key)
     except ValueError:
         with failures_reported(key.cp_group, bool(key.dist_attn_config.runtime_config.check_plan)):
             raise

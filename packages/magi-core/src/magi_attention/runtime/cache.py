@@ -177,7 +177,7 @@ def find_manager(key: DistAttnRuntimeKey, *, becomes_most_recent: bool = True) -
 
     Raises:
         TypeError: ``key`` is no key.
-        ValueError: The cache doesn't hold the key, maybe since its process group was destroyed.
+        ValueError: The cache doesn't hold the key, or its process group was destroyed.
     """
     if not isinstance(key, DistAttnRuntimeKey):
         raise TypeError(f"key must be a DistAttnRuntimeKey, as magi_attn_flex_key makes it, not {type(key).__name__}")
@@ -186,8 +186,8 @@ def find_manager(key: DistAttnRuntimeKey, *, becomes_most_recent: bool = True) -
         manager = dist_attn_runtime_dict_mgr.get(key)
     elif key in dist_attn_runtime_dict_mgr:
         manager = dist_attn_runtime_dict_mgr[key]
+    _check_group_lives(key)
     if manager is None:
-        check_group_lives(key)
         raise ValueError(
             "The dist attn runtime key does not exist! It was cleared, or gave way to newer keys "
             f"(the cache keeps {dist_attn_runtime_dict_mgr.max_size_per_group} per group): make it again"
@@ -195,7 +195,7 @@ def find_manager(key: DistAttnRuntimeKey, *, becomes_most_recent: bool = True) -
     return manager
 
 
-def check_group_lives(key: DistAttnRuntimeKey) -> None:
+def _check_group_lives(key: DistAttnRuntimeKey) -> None:
     """Raise ``ValueError`` if the process group of ``key`` was destroyed."""
     if key.cp_group is not None and is_destroyed(key.cp_group):
         raise ValueError(
