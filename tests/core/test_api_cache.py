@@ -81,6 +81,24 @@ def test_looking_is_not_using():
     assert (cache.get_most_recent_key(), len(cache), cache[second]) == (second, 2, "again")
 
 
+def test_what_is_used_alone_is_the_most_recent_but_gives_way_as_before():
+    cache = DistAttnRuntimeDictManager(max_size_per_group=2)
+    first, second, third = (key_of(total) for total in (8, 16, 24))
+    cache[first], cache[second] = "first", "second"
+    assert cache.use_alone(first) == "first"
+    assert cache.keys() == [first, second]
+    recent = [cache._dict_of((0,)).get_most_recent_key()]
+    for use, key in ((cache.use_alone, second), (cache.use_alone, first), (cache.get, second)):
+        use(key)
+        recent.append(cache._dict_of((0,)).get_most_recent_key())
+    assert recent == [first, second, first, second]
+    cache.use_alone(first)
+    cache[third] = "third"
+    assert cache.keys() == [second, third]
+    assert cache.use_alone(first) is None
+    assert cache._dict_of((0,)).get_most_recent_key() == third
+
+
 @pytest.mark.parametrize("max_size", [0, -1])
 def test_a_cache_without_room_keeps_nothing(max_size):
     cache = DistAttnRuntimeDictManager(max_size)

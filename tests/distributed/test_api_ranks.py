@@ -116,6 +116,28 @@ def test_cache_per_group(pool):
     pool.run(check_cache)
 
 
+def look_at_old_keys_alone(rank, world_size, compiled):
+    """One rank looks at keys as no other does; then all make more than the cache keeps, and those again."""
+    clear_cache()
+    torch._dynamo.reset()
+    old = [causal_key(64 + total) for total in range(3)]
+    if rank == 1:
+        for call in (lambda key: dispatch(torch.zeros(key.total_seqlen_q - key.pad_size), key), get_position_ids):
+            (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)(old[0])
+            assert get_most_recent_key(dist.group.WORLD) == old[0]
+    with mock.patch.object(dist_attn_runtime_dict_mgr._dict_of(old[0].group_ranks), "max_size", 3):
+        causal_key(80)
+        kept = dist_attn_runtime_dict_mgr.keys()
+        causal_key(64, check_plan_timeout=10)
+    clear_cache()
+    return [key.total_seqlen_q - key.pad_size for key in kept]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_one_rank_looks_at_alone_keeps_no_key_there(pool, compiled):
+    assert pool.run(look_at_old_keys_alone, compiled) == [[65, 66, 80]] * WORLD_SIZE
+
+
 def check_meshes(rank, world_size):
     clear_cache()
     flat = init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))

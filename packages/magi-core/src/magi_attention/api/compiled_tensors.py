@@ -60,15 +60,15 @@ def _num_local_rows(key: DistAttnRuntimeKey, attn_role: AttnRole) -> int:
     return key.local_rows[0 if attn_role is AttnRole.QUERY else 1]
 
 
-def _planned(handle: int) -> DistAttnRuntimeMgr:
-    manager: DistAttnRuntimeMgr = find_manager(key_of_handle(handle))
+def _planned(handle: int, *, is_collective: bool = True) -> DistAttnRuntimeMgr:
+    manager: DistAttnRuntimeMgr = find_manager(key_of_handle(handle), is_collective=is_collective)
     return manager
 
 
 @operator("magi_attention::dispatch")
 def _select(x: Tensor, handle: int, role: str, num_rows: int, is_input: bool, pad_value: float) -> Tensor:
     """The ``num_rows`` local rows of a global tensor; of one that is no gradient, ranks may be asked to compare it."""
-    manager = _planned(handle)
+    manager = _planned(handle, is_collective=False)
     layout = manager.layout_of(AttnRole(role))
     check_rows("x", x, 0, layout.num_real, "the global sequence without padding")
     check_pad_value(x, pad_value)
@@ -103,7 +103,7 @@ def _roll(x: Tensor, handle: int, role: str, shift: int, dim: int) -> Tensor:
 @operator("magi_attention::position_ids")
 def _position_ids(handle: int, role: str, num_rows: int, device: torch.device) -> Tensor:
     """The global positions of the ``num_rows`` local rows."""
-    return _planned(handle).get_position_ids(AttnRole(role), device).clone()
+    return _planned(handle, is_collective=False).get_position_ids(AttnRole(role), device).clone()
 
 
 @_position_ids.register_fake

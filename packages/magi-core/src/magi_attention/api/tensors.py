@@ -42,7 +42,7 @@ def dispatch(
     """
     if torch.compiler.is_compiling():
         return dispatch_compiled(x, key, pad_value, attn_role)
-    manager = find_manager(key)
+    manager = find_manager(key, is_collective=False)
     check_rows("x", x, 0, manager.layout_of(attn_role).num_real, "the global sequence without padding")
     check_pad_value(x, pad_value)
     if is_one_operator(x):
@@ -129,4 +129,4 @@ def get_position_ids(
     """
     if torch.compiler.is_compiling():
         return position_ids_compiled(key, device, attn_role)
-    return find_manager(key).get_position_ids(attn_role, device)
+    return find_manager(key, is_collective=False).get_position_ids(attn_role, device)

@@ -2,9 +2,10 @@
 """Planned attentions by key: one least-recently-used dictionary per process group.
 
 There is one dictionary per group because all ranks of a group make and use keys in the same order: they then also
-evict in the same order, and no rank plans (which the ranks check together) while another still finds its plan. Where
-one thread makes keys and another uses them, that holds for keys which are made again within as many new ones as the
-dictionary keeps, less twice those that are made ahead.
+evict in the same order, and no rank plans (which the ranks check together) while another still finds its plan. What a
+rank may do alone, since nothing is sent, keeps no key from giving way. Where one thread makes keys and another uses
+them, that holds for keys which are made again within as many new ones as the dictionary keeps, less twice those that
+are made ahead.
 """
 
 import threading
@@ -34,6 +35,7 @@ class DistAttnRuntimeDict:
         self.max_size = max_size
         self._lock = threading.Lock()
         self._most_recent: DistAttnRuntimeKey | None = None
+        self._used_alone: DistAttnRuntimeKey | None = None  # since then
         self._managers: OrderedDict[DistAttnRuntimeKey, Any] = OrderedDict()
         self._with_tables: OrderedDict[DistAttnRuntimeKey, Any] = OrderedDict()
 
@@ -42,21 +44,31 @@ class DistAttnRuntimeDict:
         manager = self._managers.get(key)
         if manager is None:
             return default
-        if self._most_recent is not key:  # which takes no lock in the layers of a model
+        if self._most_recent is not key or self._used_alone is not None:  # which takes no lock in the layers of a model
             with self._lock:
                 if key in self._managers:
                     self._make_most_recent(key)
         return manager
 
+    def use_alone(self, key: DistAttnRuntimeKey) -> Any:
+        """The manager of ``key`` or None, for what a rank may do alone: most recent, the key gives way as before."""
+        manager = self._managers.get(key)
+        if manager is not None and (self._used_alone or self._most_recent) is not key:
+            with self._lock:
+                if key in self._managers:
+                    self._used_alone = key
+                    self._keep_tables(key)
+        return manager
+
     def keys(self) -> list[DistAttnRuntimeKey]:
-        """All keys, the least recent first."""
+        """All keys, the first to give way first."""
         with self._lock:
             return list(self._managers)
 
     def get_most_recent_key(self) -> DistAttnRuntimeKey | None:
-        """The key inserted or got last; None if there is none."""
+        """The key inserted, got or used alone last; None if there is none."""
         with self._lock:
-            return next(reversed(self._managers), None)
+            return self._used_alone or next(reversed(self._managers), None)
 
     def forget_destroyed_groups(self) -> None:
         """Forget the keys of process groups that have been destroyed, which would keep these alive."""
@@ -65,15 +77,17 @@ class DistAttnRuntimeDict:
                 if key.cp_group is not None and is_destroyed(key.cp_group):
                     del self._managers[key]
                     self._with_tables.pop(key, None)
-                    if self._most_recent is key:
+                    if self._most_recent == key:
                         self._most_recent = None
+                    if self._used_alone == key:
+                        self._used_alone = None
 
     def clear(self) -> None:
         """Forget all keys."""
         with self._lock:
             self._managers.clear()
             self._with_tables.clear()
-            self._most_recent = None
+            self._most_recent = self._used_alone = None
 
     def __contains__(self, key: DistAttnRuntimeKey) -> bool:
         return key in self._managers
@@ -93,8 +107,12 @@ class DistAttnRuntimeDict:
 
     def _make_most_recent(self, key: DistAttnRuntimeKey) -> None:
         """Move ``key`` to the end, holding the lock."""
-        self._most_recent = key
+        self._most_recent, self._used_alone = key, None
         self._managers.move_to_end(key)
+        self._keep_tables(key)
+
+    def _keep_tables(self, key: DistAttnRuntimeKey) -> None:
+        """Keep the tables of ``key``, for which those of the least recent one may go, holding the lock."""
         self._with_tables[key] = self._managers[key]
         self._with_tables.move_to_end(key)
         if len(self._with_tables) > NUM_KEYS_WITH_TABLES:
@@ -125,6 +143,10 @@ class DistAttnRuntimeDictManager:
     def get(self, key: DistAttnRuntimeKey, default: Any = None) -> Any:
         """The manager of ``key``, which becomes its group's most recent, or ``default``."""
         return self._dict_of(key.group_ranks).get(key, default)
+
+    def use_alone(self, key: DistAttnRuntimeKey) -> Any:
+        """See :meth:`DistAttnRuntimeDict.use_alone`."""
+        return self._dict_of(key.group_ranks).use_alone(key)
 
     def keys(self, cp_group: dist.ProcessGroup | None = None) -> list[DistAttnRuntimeKey]:
         """The group's keys, the least recent first; those of all groups for None."""
@@ -172,8 +194,13 @@ class DistAttnRuntimeDictManager:
 dist_attn_runtime_dict_mgr = DistAttnRuntimeDictManager()
 
 
-def find_manager(key: DistAttnRuntimeKey, *, becomes_most_recent: bool = True) -> Any:
+def find_manager(key: DistAttnRuntimeKey, *, becomes_most_recent: bool = True, is_collective: bool = True) -> Any:
     """The manager of ``key``, which becomes its group's most recent unless told otherwise.
+
+    Args:
+        key: the key.
+        becomes_most_recent: whether it does.
+        is_collective: whether all ranks of the group need it now; if not, it is evicted when it would have been.
 
     Raises:
         TypeError: ``key`` is no key.
@@ -183,7 +210,8 @@ def find_manager(key: DistAttnRuntimeKey, *, becomes_most_recent: bool = True) -
         raise TypeError(f"key must be a DistAttnRuntimeKey, as magi_attn_flex_key makes it, not {type(key).__name__}")
     manager = None
     if becomes_most_recent:
-        manager = dist_attn_runtime_dict_mgr.get(key)
+        find = dist_attn_runtime_dict_mgr.get if is_collective else dist_attn_runtime_dict_mgr.use_alone
+        manager = find(key)
     elif key in dist_attn_runtime_dict_mgr:
         manager = dist_attn_runtime_dict_mgr[key]
     _check_group_lives(key)
