@@ -234,6 +234,18 @@ def test_ranks_that_dispatch_other_tensors_are_named_on_every_rank(pool, way):
         assert same is same_too is None
 
 
+def dispatch_by_keys_that_differ(rank, world_size):
+    """The message where one rank takes another of the keys that all have made, which no rank then compares again."""
+    keys = [causal_key(64, chunk_size, sanity_check=True) for chunk_size in (1, 2)]
+    with pytest.raises(RuntimeError, match=r"a key of another plan on ranks \[2\] than on rank 0"):
+        dispatch(torch.arange(64), keys[rank == 2])
+    dispatch(torch.arange(64), keys[0])
+
+
+def test_ranks_that_dispatch_by_other_keys_are_named_on_every_rank(pool):
+    pool.run(dispatch_by_keys_that_differ)
+
+
 def undispatch_for_losses_that_differ(rank, world_size):
     key = causal_key(64, sanity_check=True)
     compiled = torch.compile(undispatch, backend="aot_eager", fullgraph=True)

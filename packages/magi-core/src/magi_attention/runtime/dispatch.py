@@ -31,24 +31,31 @@ def undispatch_rows(
     return _Undispatch.apply(x, layout, rank, group, is_partial_grad)
 
 
-def check_same_on_all_ranks(x: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Raise on every rank unless all ranks of ``group`` pass the same tensor. Collective; the host waits for ``x``.
+def check_same_on_all_ranks(x: Tensor, plan_digest: bytes, group: dist.ProcessGroup | None) -> None:
+    """Raise on every rank unless all ranks of ``group`` pass the same. Collective; the host waits for ``x``.
+
+    Args:
+        x: the global tensor.
+        plan_digest: of the key's plan; keys that are cached were compared long ago, maybe each with others.
+        group: the process group.
 
     Raises:
-        RuntimeError: some ranks passed another tensor; names them by their global ranks.
+        RuntimeError: some ranks passed another tensor or another key's plan; names them by their global ranks.
     """
     if not has_peers(group):
         return
     content = x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
-    digest = sha256(f"{tuple(x.shape)} {x.dtype} ".encode() + content).hexdigest()
-    digests: list[str] = [""] * group_size(group)
-    dist.all_gather_object(digests, digest, group=group)
+    given = plan_digest, sha256(f"{tuple(x.shape)} {x.dtype} ".encode() + content).digest()
+    everyone = [given] * group_size(group)
+    dist.all_gather_object(everyone, given, group=group)
     ranks = dist.get_process_group_ranks(group)
-    if differing := [rank for rank, each in zip(ranks, digests, strict=True) if each != digests[0]]:
-        raise RuntimeError(
-            f"dispatch was given another tensor on ranks {differing} than on rank {ranks[0]}: all ranks of the key's "
-            f"group {ranks} pass the same sequence. Is that the context-parallel group, and do its data loaders agree?"
-        )
+    for what, digests in zip(("a key of another plan", "another tensor"), zip(*everyone, strict=True), strict=True):
+        if differing := [rank for rank, each in zip(ranks, digests, strict=True) if each != digests[0]]:
+            raise RuntimeError(
+                f"dispatch was given {what} on ranks {differing} than on rank {ranks[0]}: all ranks of the key's "
+                f"group {ranks} pass the same sequence. Is that the context-parallel group, and do its data loaders "
+                "agree?"
+            )
 
 
 class _Dispatch(KernelFunction):

@@ -94,9 +94,9 @@ class DistAttnRuntimeMgr:
         return dispatch_rows(x, self.layout_of(attn_role), self.rank, self.key.cp_group, pad_value)
 
     def check_sanity(self, x: Tensor) -> None:
-        """Raise ``RuntimeError`` on every rank if they dispatch different ``x``, where the configuration asks that."""
+        """Raise ``RuntimeError`` on every rank if they dispatch different ``x``, or by other plans, if asked to."""
         if self.dist_attn_config.runtime_config.sanity_check:
-            check_same_on_all_ranks(x, self.key.cp_group)
+            check_same_on_all_ranks(x, self.dist_attn_runtime.plan.digest, self.key.cp_group)
 
     def undispatch(self, x: Tensor, is_partial_grad: bool = False, attn_role: AttnRole = AttnRole.QUERY) -> Tensor:
         """The global tensor ``[S, ...]`` of all ranks' local ``x``."""
