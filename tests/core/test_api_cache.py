@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from magi_attention.api import (
     AttnMaskType,
@@ -184,6 +185,18 @@ def test_destroyed_groups_are_told(group, call):
     dist.destroy_process_group(other)
     with pytest.raises(ValueError, match="this process group was destroyed"):
         call(other)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_meshes_of_destroyed_groups_are_told(tmp_path, shape):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("nodes", "ranks")[: len(shape)])
+    planned(64, mesh)
+    dist.destroy_process_group()
+    for call in (get_most_recent_key, clear_cache, lambda mesh: planned(8, mesh)):
+        with pytest.raises(ValueError, match="was destroyed: make the mesh again"):
+            call(mesh)
+    clear_cache()
 
 
 @pytest.mark.parametrize("is_cached", [True, False])

@@ -85,4 +85,8 @@ def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
             f"a 2-D mesh is a context-parallel group of nodes and their ranks, but the dimensions of this one are "
             f'{mesh.mesh_dim_names}: pass mesh["cp"]'
         )
-    return (mesh._flatten() if mesh.ndim == 2 else mesh).get_group()
+    flat = mesh._flatten() if mesh.ndim == 2 else mesh
+    try:
+        return flat.get_group()
+    except RuntimeError as error:  # torch finds a mesh's group by its name
+        raise ValueError(f"the process group of {mesh} was destroyed: make the mesh again ({error})") from error
