@@ -276,6 +276,21 @@ def test_batches_keep_their_names(single_process):
     assert local.keys() == {"tokens", "labels", "attention_mask", "position_ids"}
 
 
+@pytest.mark.parametrize(
+    ("name", "entry", "found"),
+    [
+        ("cu_seqlens", torch.tensor([[0, 20, 32]]), r"shape \(1, 3\)"),
+        ("max_seqlen", torch.tensor([20]), r"shape \(1,\)"),
+        ("local_cp_size", 2, "type int"),
+        ("tokens", torch.zeros(1, 40, dtype=torch.long), r"shape \(1, 40\)"),
+    ],
+)
+def test_what_does_not_belong_to_rows_of_the_sequence_is_named(single_process, name, entry, found):
+    params = plan_packed_sequence(PackedSeqParams(cu_seqlens_q=torch.tensor([0, 20, 32])), TransformerConfig(**OPTIONS))
+    with pytest.raises(ValueError, match=rf"batch\['{name}'\] has {found}; .* \[1, 32, \.\.\.\]: leave out"):
+        dispatch_batch({name: entry}, params)
+
+
 def padding_mask_of_a_rank(rank, world_size):
     parallel_state.initialize_model_parallel(context_parallel_size=world_size)
     try:

@@ -218,15 +218,21 @@ def dispatch_batch(batch: Mapping[str, Tensor | None], params: MagiPackedSeqPara
         In ``padding_mask``, by which routers of experts leave rows out, they are True.
 
     Raises:
-        ValueError: A tensor of another shape, or ``params`` that weren't planned.
+        ValueError: What has no value for each row of the planned sequence, such as Megatron's ``cu_seqlens``, or
+            ``params`` that weren't planned.
     """
     _, key, positions = _planned(params)
+    num_rows = key.total_seqlen_q - key.pad_size
     local: dict[str, Tensor | None] = dict.fromkeys(batch)
     for name, x in batch.items():
         if x is None or name in ("attention_mask", "position_ids"):
             continue
-        if x.dim() < 2 or x.shape[0] != 1:
-            raise ValueError(f"batch[{name!r}] has shape {tuple(x.shape)}; one packed sequence has [1, S, ...]")
+        if not isinstance(x, Tensor) or x.shape[:2] != (1, num_rows):
+            found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
+            raise ValueError(
+                f"batch[{name!r}] has {found}; what belongs to rows of the planned sequence has [1, {num_rows}, ...]: "
+                "leave out what doesn't, such as cu_seqlens and max_seqlen"
+            )
         local[name] = dispatch(x[0], key, pad_value=1.0 if name == "padding_mask" else 0.0)[None]
     return local | {"attention_mask": None, "position_ids": positions[None]}
 
