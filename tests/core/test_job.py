@@ -14,9 +14,16 @@ from magi_attention.api import DispatchConfig, DistAttnConfig, clear_cache, magi
 from magi_attention.api.attention_checks import check_attention_call
 from magi_attention.comm import AllToAllCollectives
 from magi_attention.common.enum import AttnRole
+from magi_attention.common.slices import SliceTable
 from magi_attention.config import OverlapConfig, RuntimeConfig
+from magi_attention.kernels.protocol import Support
+from magi_attention.kernels.reference import BACKEND as REFERENCE
+from magi_attention.plan.build import build_plans
+from magi_attention.plan.layout import Layout
+from magi_attention.plan.stages import StageOptions
 from magi_attention.runtime.cache import find_manager
 from magi_attention.runtime.job import MOST_JOBS, AttentionJob
+from magi_attention.runtime.job import _takes_little as takes_little
 from magi_attention.runtime.launches import LaunchPass, wants_room
 from magi_attention.runtime.manager import DistAttnRuntimeMgr
 
@@ -115,6 +122,28 @@ def test_calls_with_and_without_a_softcap_have_jobs_of_their_own(num_ranks):
             for launch in step.launches
         }
         assert scores == {(0.5, softcap)}
+
+
+def test_a_backend_without_softcap_is_not_taken_because_it_served_a_call_without(num_ranks, monkeypatch):
+    manager = make_manager(num_ranks)
+    runtime, tensors = manager.dist_attn_runtime, [torch.empty(manager.num_local_rows(AttnRole.QUERY), 8, 64)] * 3
+    monkeypatch.setattr(
+        type(REFERENCE), "supports", lambda self, request: Support(not request.softcap, "it has no softcap")
+    )
+    runtime.job_for(*tensors, 0.5, 0.0, False)
+    with pytest.raises(RuntimeError, match="it has no softcap"):
+        runtime.job_for(*tensors, 0.5, 15.0, False)
+
+
+def test_all_ranks_keep_what_they_receive_or_none_does():
+    """Else one would exchange in the backward pass what the others keep, and wait for them."""
+    slices = SliceTable([[0, 64, 0, 64, 1]])
+    layout = Layout(64, 64, 16, 3, np.array([0, 1, 0, 2]))  # the ranks differ in own rows and in received ones
+    plans = build_plans(slices, layout, range(3), StageOptions(min_piece=4))
+    answers = [{takes_little(plan, 1, query_row) for plan in plans} for query_row in range(1, 32)]
+    assert all(len(each) == 1 for each in answers)
+    assert {True} in answers
+    assert {False} in answers
 
 
 def test_every_kind_of_number_becomes_a_float(num_ranks):
