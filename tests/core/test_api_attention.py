@@ -176,8 +176,22 @@ def test_autocast_leaves_attention_in_its_inputs_dtype(key, dtype):
 def test_flattened_head_groups_exclude_sink_and_max_logits(options):
     config = DistAttnConfig(runtime_config=RuntimeConfig(flatten_head_groups=True))
     key = magi_attn_varlen_key([0, 50], [0, 50], 4, 2, 8, 0, None, dist_attn_config=config)
+    calc_attn(*qkv(TOTAL), key)  # whose tensors are right, as they are below
     with pytest.raises(AssertionError, match="flatten_head_groups"):
         calc_attn(*qkv(TOTAL), key, **options)
+
+
+def test_a_sink_of_another_dtype_is_checked_anew(key):
+    sink = torch.zeros(1, 4)
+    calc_attn(*qkv(TOTAL), key, sink=sink)
+    with pytest.raises(TypeError, match=r"torch\.int32"):
+        calc_attn(*qkv(TOTAL), key, sink=sink.int())
+
+
+def test_calls_with_and_without_max_logits_do_not_take_turns_by_mistake(key):
+    for wanted in (False, True, False):
+        _, meta = calc_attn(*qkv(TOTAL), key, return_max_logits=wanted)
+        assert (meta.max_logits is not None) is wanted
 
 
 def test_results_may_be_modified_in_place(key):
