@@ -96,6 +96,19 @@ def test_an_event_of_two_works_is_given_back_once(streams, events):
     assert len(events._free) == 3
 
 
+def test_once_waited_for_a_work_forgets_an_event_that_another_gives_back(streams, events):
+    caller, _ = streams
+    packed = Event()
+    inner = start(streams, events, packed)
+    packed.record(streams[1])
+    outer = start(streams, events, packed, owns_packed=False)
+    outer.wait_packed()
+    outer.wait()
+    del inner
+    outer.wait_packed()
+    assert caller.waits == [("side", 1), ("side", 2), ("side", 1)], "of packed, outer and inner"
+
+
 def test_a_stream_waits_for_what_another_was_given_before(streams, events):
     caller, side = streams
     for number in range(1, 4):
