@@ -9,6 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from magi_attention.api import calc_attn, get_position_ids, magi_attn_flex_key
+from magi_attention.common import AttnRanges
 from magi_attention.common.enum import AttnOverlapMode
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import (
@@ -154,6 +156,21 @@ def test_traveling_queries_in_low_precision(pool, dtype, high_precision):
     config = config_of(degree=1, high_precision=high_precision, qo_comm=True)
     case = Case(192, slices, 4, config=config, dtype=dtype, num_heads_kv=4, head_dim=32, head_dim_v=32, num_sinks=4)
     assert_right(case, answer_of(pool, case))
+
+
+def max_logits_below_zero(rank: int, world_size: int) -> None:
+    """One chunk has pairs, so that all ranks but one compute nothing."""
+    chunk, total = AttnRanges.from_ranges([(0, 4)]), 4 * world_size
+    config = config_of(chunk_size=4)
+    key = magi_attn_flex_key(chunk, chunk, ["full"], total, total, 2, 2, 8, 0, None, dist_attn_config=config)
+    device = get_position_ids(key).device
+    q = torch.ones(4, 2, 8, dtype=torch.float64, device=device)
+    _, meta = calc_attn(q, -q, q, key, softmax_scale=0.5, return_max_logits=True)
+    assert meta.max_logits.tolist() == [-4.0, -4.0]
+
+
+def test_ranks_without_pairs_have_no_part_in_max_logits(pool):
+    pool.run(max_logits_below_zero)
 
 
 def test_random_stage_ends(pool):
