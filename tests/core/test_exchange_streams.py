@@ -2,13 +2,17 @@
 """An exchange on a stream of its own: what is enqueued where, and waits for what. Results are compared on GPUs."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from magi_attention.comm import alltoall, work
 from magi_attention.comm.alltoall import AllToAllCollectives
+from magi_attention.comm.routes import places_of
 from magi_attention.comm.streams import current_in_block, running_on
+from magi_attention.plan.exchange import ExchangeTable
 from tests.core.log_streams import Stream, log_of_streams
 
 BEFORE = ["caller marks", "side waits for mark 1 of caller", "on side", "gather", "side marks", "send"]
@@ -86,6 +90,18 @@ def test_after_an_error_the_caller_waits_for_what_has_begun(exchange, fails, unt
         exchange.start(meanwhile=True)
     number = 1 if fails == "gather" else 2
     assert exchange.log == [*until, "side marks", f"caller waits for mark {number} of side", "on caller"]
+
+
+def test_own_rows_are_copied_once_those_to_send_are_packed(monkeypatch):
+    log = []
+    collectives = AllToAllCollectives(None)
+    under_way = SimpleNamespace(wait_packed=lambda: log.append("packed"))
+    monkeypatch.setattr(collectives, "_exchange", lambda *_: under_way)
+    monkeypatch.setattr(alltoall, "put_all_rows", lambda *_: log.append("copy"))
+    runs = np.array([[0, 0, 1]])
+    own_places = places_of(np.array([[1, 3]]), torch.device("cpu"))
+    assert collectives.cast([torch.ones(2, 2)], ExchangeTable(runs, runs, 1, 2, 3), own_places=own_places) is under_way
+    assert log == ["packed", "copy"]
 
 
 @pytest.mark.parametrize("fails", [False, True])
