@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from magi_attention.kernels.protocol import AttentionResult
-from magi_attention.runtime.backward import SavedAttention, _GradientSums
+from magi_attention.runtime.backward import SavedAttention, _GradientSums, _row_term
 from magi_attention.runtime.forward import _Results
 
 
@@ -43,3 +43,10 @@ def test_gradients_of_a_query_or_a_key_are_added_up_in_float32():
         for value in (256, 1, 1):
             total.add(None, number(value), not total.is_new)
         assert total.allocated(torch.bfloat16).bfloat16() == 258
+
+
+def test_what_travels_in_place_of_outputs_is_added_up_in_float32():
+    out, dout = torch.tensor([[[256, 1]]]).bfloat16(), torch.ones(1, 1, 2, dtype=torch.bfloat16)
+    saved = SavedAttention(out, out, out, out, torch.zeros(1, 1))
+    assert _row_term(saved, dout, None) == -257
+    assert _row_term(saved, dout, torch.ones(1, 1)) == -256
