@@ -50,6 +50,11 @@ def plan_what_differs(rank, world_size, difference):
         elif difference == "heads":
             ranges = AttnRanges.from_ranges([(0, total)])
             magi_attn_flex_key(ranges, ranges, "full", total, total, 4 + 4 * odd, 2, 8, 0, None)
+        elif difference == "head size":
+            ranges = AttnRanges.from_ranges([(0, total)])
+            magi_attn_flex_key(ranges, ranges, "full", total, total, 4, 2, 8 + 8 * odd, 0, None)
+        elif difference == "options":
+            causal_key(total, backward_high_precision_reduce=odd)
     except RuntimeError as error:
         assert time.monotonic() - started < 30
         assert not dist_attn_runtime_dict_mgr.keys()
@@ -57,7 +62,7 @@ def plan_what_differs(rank, world_size, difference):
     return None
 
 
-@pytest.mark.parametrize("difference", ["mask", "type", "length", "chunk", "heads"])
+@pytest.mark.parametrize("difference", ["mask", "type", "length", "chunk", "heads", "head size", "options"])
 def test_ranks_that_disagree_are_named_on_every_rank(pool, difference):
     messages = pool.run(plan_what_differs, difference, timeout_s=60)
     assert all("ranks [2] differ from ranks [0, 1, 3]" in message for message in messages), messages
