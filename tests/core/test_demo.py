@@ -122,6 +122,23 @@ def test_a_rank_that_fails_ends_the_run_with_its_traceback():
         train_on_ranks([b"x"], options, "cpu", lambda result: None)
 
 
+def test_a_rank_that_dies_at_its_start_is_not_waited_for():
+    code = """
+from multiprocessing import resource_tracker, spawn
+from torch.multiprocessing import ProcessExitedException
+from magi_attention.cli.demo.launch import train_on_ranks
+from magi_attention.cli.demo.options import DemoOptions
+resource_tracker.ensure_running()  # the same executable would be started for it
+spawn.set_executable("/bin/false")
+try:
+    train_on_ranks([bytes(1 << 20)], DemoOptions(processes=1), "cpu", print)
+except ProcessExitedException as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "process 0 terminated with exit code 1\n", done.stderr
+
+
 def test_missing_libraries_are_named_with_their_remedy(monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "rich" else object())
     with pytest.raises(SystemExit, match=r'missing rich; run: pip install "magi-attention\[cli\]"'):

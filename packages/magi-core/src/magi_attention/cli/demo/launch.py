@@ -2,9 +2,11 @@
 """Start the ranks of the context-parallel run, and hear from them."""
 
 import os
+import pickle
 import tempfile
 from collections.abc import Callable, Sequence
 from multiprocessing.queues import SimpleQueue
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,7 +33,10 @@ def train_on_ranks(
     events = mp.get_context("spawn").SimpleQueue()
     plans: dict[int, Plan] = {}
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (f"file://{folder}/rendezvous", documents, options, device, events)
+        # By a file: as arguments they would fill a pipe, and one of a rank that died at its start is never emptied.
+        texts = Path(folder, "documents")
+        texts.write_bytes(pickle.dumps(documents))
+        arguments = (f"file://{folder}/rendezvous", texts, options, device, events)
         ranks = mp.start_processes(_run_rank, arguments, options.processes, join=False, start_method="spawn")
         try:
             finished = False
@@ -52,12 +57,13 @@ def train_on_ranks(
 def _run_rank(
     rank: int,
     rendezvous: str,
-    documents: Sequence[bytes],
+    texts: Path,
     options: DemoOptions,
     device: str,
     events: "SimpleQueue[StepResult | Plan]",
 ) -> None:
     log_to_stderr()
+    documents: list[bytes] = pickle.loads(texts.read_bytes())
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine, whatever its name resolves to
     place = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
