@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The test harness itself: ranks that fail, die or hang never hang the caller."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -80,7 +81,8 @@ if __name__ == "__main__":
 """
 
 
-def test_ranks_leave_an_interrupt_from_the_terminal_to_their_caller(tmp_path):
+@pytest.fixture
+def caller_of_waiting_ranks(tmp_path):
     script, ready = tmp_path / "script.py", tmp_path / "ready"
     script.write_text(WAITING_RANKS)
     ready.mkdir()
@@ -89,7 +91,21 @@ def test_ranks_leave_an_interrupt_from_the_terminal_to_their_caller(tmp_path):
     )
     while len(list(ready.iterdir())) < 2 and caller.poll() is None:
         time.sleep(0.05)
+    yield caller
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(caller.pid, signal.SIGKILL)
+
+
+def test_ranks_leave_an_interrupt_from_the_terminal_to_their_caller(caller_of_waiting_ranks):
+    caller = caller_of_waiting_ranks
     os.killpg(caller.pid, signal.SIGINT)
     _, errors = caller.communicate(timeout=60)
     assert caller.returncode == -signal.SIGINT
     assert errors.count("Traceback") == 1
+
+
+def test_ranks_end_with_a_caller_that_is_killed(caller_of_waiting_ranks):
+    caller = caller_of_waiting_ranks
+    caller.kill()
+    caller.communicate(timeout=20)  # until nobody has its end of the pipe any more
+    assert caller.returncode == -signal.SIGKILL

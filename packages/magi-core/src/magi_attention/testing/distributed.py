@@ -18,6 +18,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from magi_attention.utils.children import end_with_parent
+
 # After the first failure the others get this long to report theirs, so that the cause is told from its consequences.
 _GRACE_S = 0.3
 _STARTUP_S = 120.0
@@ -161,6 +163,7 @@ class RankPool:
 
 def _serve(rank: int, world_size: int, backend: str, port: int, pipe: connection.Connection) -> None:
     """A rank's process: join the group, then answer calls until the pool ends or goes away."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller hears of an interrupt too, and ends its ranks
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)

@@ -12,8 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
 from itertools import groupby
-from multiprocessing import active_children, get_context, parent_process
-from threading import Thread
+from multiprocessing import active_children, get_context
 from typing import Literal
 from unittest import mock
 
@@ -24,6 +23,7 @@ from magi_attention.cli.precompile.options import DTYPES
 from magi_attention.kernels.protocol import KernelSelection, PrecompileCase, Precompiles
 from magi_attention.kernels.registry import UnloadableBackend, installed_backends
 from magi_attention.kernels.speeds import ALIASES
+from magi_attention.utils.children import end_with_parent
 
 DIED = "a compiling process died, maybe for lack of memory: try again with fewer --jobs, with 1 to see which case it is"
 
@@ -142,14 +142,7 @@ def _begin() -> None:
     """Log as the parent does, leave it to it what an interrupt from the terminal means, and end when it does."""
     log_to_stderr()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def _wait_for_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _quiet_children() -> AbstractContextManager[object]:
