@@ -169,7 +169,7 @@ def max_logits_below_zero(rank: int, world_size: int) -> None:
     assert meta.max_logits.tolist() == [-4.0, -4.0]
 
 
-@pytest.mark.parametrize("pool", ["gloo-4"], indirect=True)
+@pytest.mark.parametrize("pool", ["gloo"], indirect=True)
 def test_ranks_without_pairs_have_no_part_in_max_logits(pool):
     pool.run(max_logits_below_zero)
 
