@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,6 +133,61 @@ def on_host(monkeypatch):
     ids=["irregular", "documents", "long context", "blocks", "seven heads"],
 )
 def test_emulated(emulated, on_host, num_q, num_k, heads, rows, deterministic, late):
+    check(emulated, on_host, num_q, num_k, heads, rows, deterministic, late)
+
+
+@pytest.mark.parametrize(
+    ("num_q", "num_k", "heads", "rows", "awaited"),
+    [
+        (300, 300, (4, 1), DOCUMENTS, ((0, 70), (250, 260))),
+        (310, 310, (2, 2), IRREGULAR, ((200, 310),)),
+        (90, 600, (4, 2), [[0, 90, 0, 300, 0]], ((290, 600),)),  # half of them seen by nobody
+        (100, 200, (2, 1), [[0, 100, 0, 200, 0]], ((0, 200),)),
+    ],
+    ids=["two runs", "irregular", "unseen", "all"],
+)
+def test_awaited_keys_are_there_when_it_is_told(emulated, on_host, num_q, num_k, heads, rows, awaited):
+    """Once for each launch, and not before all of them are written, though the launch is not over."""
+    library, seen, told, word = emulated[1], [], [], torch.zeros(1, dtype=torch.int32)
+    library.emulate_watch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+    def watch(gradients):
+        for gradient in gradients[1:]:
+            gradient.fill_(torch.nan)
+            seen.append(torch.zeros_like(gradient))
+            library.emulate_watch(gradient.data_ptr(), seen[-1].data_ptr(), gradient.nbytes)
+
+    launch = launcher.PreparedBackward.launch
+
+    def watched(self, call, inputs, gradients, *others):
+        watch(gradients)
+        launch(self, call, inputs, gradients, *others)
+
+    on_host.setattr(launcher.PreparedBackward, "launch", watched)
+    on_host.setattr(
+        launcher,
+        "bell",
+        lambda device, stream: SimpleNamespace(
+            lock=nullcontext(), address=word.data_ptr(), count_launch=lambda: "there"
+        ),
+    )
+    try:
+        _, *of_keys = check(
+            emulated, on_host, num_q, num_k, heads, rows, False, True, awaited, lambda *x: told.append(x)
+        )
+    finally:
+        library.emulate_watch_nothing()
+    assert word.item() == 1
+    (told_keys,) = told
+    assert told_keys[2:] == ("there",)
+    for at_that_time, gradient, given in zip(seen, of_keys, told_keys, strict=False):
+        assert given is gradient
+        for start, stop in awaited:
+            assert torch.equal(at_that_time[start:stop], gradient[start:stop])
+
+
+def check(emulated, on_host, num_q, num_k, heads, rows, deterministic, late, awaited=(), keys_done=None):
+    """The gradients, which are no further from the oracle's than twice PyTorch's."""
     variant, library = emulated
     kernels = launcher._Kernels(
         Kernel(library.emulate_prepare, late),
@@ -152,8 +208,9 @@ def test_emulated(emulated, on_host, num_q, num_k, heads, rows, deterministic, l
 
     out, lse, expected = dense(torch.float64)
     _, _, plain = dense(dtype)
-    call = AttentionCall(slices, scale, softcap, deterministic)
+    call = AttentionCall(slices, scale, softcap, deterministic, first_keys=awaited)
     lse = lse.float().T.contiguous().T if late else lse.float()  # as others lay it out, or as the forward kernel does
-    got = launcher.launch_backward(x.dout, x.q, x.k, x.v, out.to(dtype), lse, None, call)
+    got = launcher.launch_backward(x.dout, x.q, x.k, x.v, out.to(dtype), lse, None, call, keys_done)
     for name, a, b, c in zip(("dq", "dk", "dv"), got, expected, plain, strict=True):
         assert_within_pytorch_error(a, b, c, name=name)
+    return got

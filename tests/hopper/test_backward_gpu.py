@@ -165,6 +165,69 @@ def test_heads_of_several_items(rows, dim, deterministic):
     check(inputs(777, dims=(dim, dim), heads=(16, 2)), slices, deterministic=deterministic)
 
 
+def attended(x: Inputs, slices: SliceTable, **options) -> tuple:
+    """The arguments of a backward pass."""
+    call = AttentionCall(slices, x.q.shape[2] ** -0.5, **options)
+    out, lse, _ = BACKEND.forward(x.q, x.k, x.v, call)
+    return x.dout, x.q, x.k, x.v, out, lse, x.dlse, call
+
+
+@pytest.mark.parametrize("dims", BACKWARD_SIZES, ids=str)
+def test_a_stream_may_read_awaited_gradients_before_the_others_are_there(dims, only):
+    """Again and again, in the order of launches; what it has read are the gradients."""
+    slices, awaited = SliceTable([[0, 1500, 0, 1900, 1], [1500, 1600, 0, 1000, 0]]), ((0, 700), (1000, 1100))
+    x, beside = inputs(1600, 2000, dims=dims, heads=(16, 2)), torch.cuda.Stream()
+    arguments = attended(x, slices, first_keys=awaited)
+    _, *expected = BACKEND.backward(*arguments)
+    read, gradients = [], []
+
+    def read_beside(dk, dv, rows_there):
+        rows_there(beside)
+        with torch.cuda.stream(beside):
+            read.append([each[start:stop].clone() for each in (dk, dv) for start, stop in awaited])
+
+    for _ in range(20):
+        gradients.append(BACKEND.backward_keys_first(read_beside, None, *arguments)[1:])
+    torch.cuda.synchronize()
+    for copies, of_keys in zip(read, gradients, strict=True):
+        runs = [each[start:stop] for each in of_keys for start, stop in awaited]
+        assert all(torch.equal(a, b) for a, b in zip(copies, runs, strict=True))
+        for a, b in zip(of_keys, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_awaited_gradients_are_there_before_the_others():
+    x, beside = inputs(4096, dims=(128, 128), heads=(32, 4)), torch.cuda.Stream()
+    arguments = attended(x, SliceTable([[0, 4096, 0, 4096, 0]]), first_keys=((0, 2048),))
+    there, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def note(dk, dv, rows_there):
+        rows_there(beside)
+        there.record(beside)
+
+    for _ in range(2):
+        BACKEND.backward_keys_first(note, None, *arguments)
+        done.record()
+        torch.cuda.synchronize()
+    assert there.elapsed_time(done) > 0
+
+
+def test_a_captured_launch_promises_nothing():
+    """A replay is not counted: what waits for it must be in the graph. Nor does one that adds up in order."""
+    x, told = inputs(500), []
+    arguments = attended(x, SliceTable([[0, 500, 0, 500, 1]]), first_keys=((0, 100),))
+    ordered = attended(x, SliceTable([[0, 500, 0, 500, 1]]), deterministic=True, first_keys=((0, 100),))
+    expected = BACKEND.backward_keys_first(lambda *gradients: told.append(len(gradients)), None, *ordered)
+    BACKEND.backward(*arguments)  # uploads the mask's tables
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = BACKEND.backward_keys_first(lambda *gradients: told.append(len(gradients)), None, *arguments)
+    graph.replay()
+    assert told == [2, 2]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
 @settings(max_examples=300, deadline=None)
 @given(rectangular_masks(400), st.sampled_from([(1, 1), (4, 2), (8, 1)]), st.booleans(), st.booleans())
 def test_random_masks(mask, heads, deterministic, fine):

@@ -13,7 +13,7 @@ from magi_attention.common import workloads
 from magi_attention.common.slices import SliceTable
 from magi_attention.testing.masks import rectangular_masks
 from magi_attention.testing.oracle import dense_mask
-from magi_kernels_hopper.backward_order import WorkSizes, clusters, drifts, order_work
+from magi_kernels_hopper.backward_order import LEFT_FOR_LAST, WorkSizes, clusters, drifts, order_work
 from magi_kernels_hopper.backward_plan import column_tables
 
 
@@ -26,11 +26,17 @@ from magi_kernels_hopper.backward_plan import column_tables
     st.sampled_from([16, 128]),
     st.booleans(),
     st.booleans(),
+    st.sets(st.integers(0, 150)),
 )
-def test_every_item_is_taken_once(mask, group, num_kv_heads, blocks, tile_k, splits, ordered):
+def test_every_item_is_taken_once(mask, group, num_kv_heads, blocks, tile_k, splits, ordered, borders):
     (num_q, num_k), slices = mask
     sizes = WorkSizes(16, tile_k, num_kv_heads, group, blocks, splits)
-    work = order_work(slices.bands(), num_q, num_k, sizes, ordered=ordered)
+    awaited = np.array(sorted(borders)[: len(borders) // 2 * 2], np.int64).reshape(-1, 2)
+    work = order_work(slices.bands(), num_q, num_k, sizes, ordered=ordered, first_keys=awaited)
+    meets = [
+        any(first < stop and start < end for start, stop in awaited) and not ordered for first, end in work.tables.keys
+    ]
+    np.testing.assert_array_equal(work.awaited, meets)
     packs = group // work.pack
     num_tiles = len(work.tables.tiles)
     assert work.pack * packs == group
@@ -46,6 +52,11 @@ def test_every_item_is_taken_once(mask, group, num_kv_heads, blocks, tile_k, spl
     assert all(len(each) == 1 for each in sizes_of_parts.values())
     assert work.split == any(each != {packs} for each in sizes_of_parts.values())
     assert splits or not work.split
+    work_of = work.tables.tiles[work.items[:, 0], 2] * work.items[:, 3]
+    comes_first = work.awaited[work.items[:, 0]]
+    if comes_first.any():
+        after = work_of[np.flatnonzero(comes_first)[-1] + 1 :].sum()
+        assert after >= min(LEFT_FOR_LAST * work_of.sum(), work_of[~comes_first].sum())
     if ordered:
         for head, pack in np.ndindex(num_kv_heads, packs):
             first, size = work.items[:, 2], work.items[:, 3]

@@ -3,7 +3,9 @@
 
 import ctypes
 from dataclasses import replace
+from threading import Lock
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from magi_attention.common import packed
 from magi_attention.kernels.protocol import AttentionCall
-from magi_kernels_hopper import backward, combine, forward
+from magi_kernels_hopper import backward, combine, forward, launching
 from magi_kernels_hopper.driver import Ready, TensorMap
 from magi_kernels_hopper.variants import BackwardVariant, ForwardVariant
 
@@ -119,19 +121,21 @@ class Backward:
 
     INPUTS = ("q", "dout", "k", "v", "out", "lse", "dlse")
 
-    def __init__(self, *, fine: bool = False) -> None:
+    def __init__(self, *, fine: bool = False, call: AttentionCall = CALL) -> None:
         self.q, self.dout, self.k, self.v, self.out = tensors(HEADS[0], HEADS[0], HEADS[1], HEADS[1], HEADS[0])
         self.lse, self.dlse = by_token(), None
         self.dq, self.dk, self.dv = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
         self.prepared = backward.PreparedBackward(
-            [BackwardVariant(DIM, DIM, "bf16", False, fine)], CALL, self.q, self.k
+            [BackwardVariant(DIM, DIM, "bf16", False, fine)], call, self.q, self.k
         )
         self.workspace = self.prepared.workspace(torch.device("cpu"))
 
-    def launch(self, call: AttentionCall = CALL, **others: Tensor | None) -> tuple[Ready, Ready]:
+    def launch(self, call: AttentionCall = CALL, **others: Any) -> tuple[Ready, Ready]:
         given = {name: others.get(name, getattr(self, name)) for name in (*self.INPUTS, "dq", "dk", "dv", "workspace")}
         gradients = given["dq"], given["dk"], given["dv"]
-        self.prepared.launch(call, tuple(given[name] for name in self.INPUTS), gradients, given["workspace"], 1)
+        self.prepared.launch(
+            call, tuple(given[name] for name in self.INPUTS), gradients, given["workspace"], 1, others.get("keys_done")
+        )
         kernels = self.prepared.kernels
         return kernels.prepare.launches[-1], kernels.backward.launches[-1]
 
@@ -150,6 +154,38 @@ def test_backward_parameters_are_kept_for_the_same_tensors_alone():
     rows, params = case.launch()
     assert rows.params.dlse is None
     assert rows.params.dout == address_of(params.params.dout) == case.dout.data_ptr()
+
+
+def test_a_launch_rings_where_somebody_waits(monkeypatch):
+    told, word, is_captured = [], torch.zeros(1, dtype=torch.int32), False
+    rung = SimpleNamespace(lock=Lock(), address=word.data_ptr(), count_launch=lambda: "there")
+    monkeypatch.setattr(backward, "bell", lambda device, stream: None if is_captured else rung)
+    call = replace(CALL, first_keys=((50, 130),))
+    case = Backward(call=call)
+    _, quiet = case.launch(call)
+    rows, loud = case.launch(call, keys_done=lambda *x: told.append(x))
+    assert told == [(case.dk, case.dv, "there")]
+    assert changed(quiet, loud) == {"awaited_done", "awaited_there", "num_awaited"}
+    assert loud.params.awaited_there == word.data_ptr()
+    assert loud.params.num_awaited == 2 * 2 * HEADS[1]  # keys 50 to 130 are in two tiles, of two halves each
+    last = rows.params.items_done + 4 * (rows.params.num_items_done - 1)
+    assert last == loud.params.awaited_done  # which the launch before leaves zero
+    is_captured = True
+    assert case.launch(call, keys_done=lambda *x: told.append(x))[1] is quiet
+    assert told[1] == (case.dk, case.dv)
+
+
+def test_a_bell_counts_launches_modulo_two_to_the_32(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(launching, "wait_until_reached", lambda *x: waits.append(x))
+    bell, stream = launching.Bell(torch.device("cpu")), SimpleNamespace(cuda_stream=7)
+    first, second = bell.count_launch(), bell.count_launch()
+    second(stream)
+    first(stream)
+    bell._count = 2**32 - 1
+    bell.count_launch()(stream)
+    assert waits == [(7, bell.address, count) for count in (2, 1, 0)]
 
 
 def test_copies_of_inputs_are_made_each_time():

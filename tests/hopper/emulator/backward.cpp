@@ -17,6 +17,7 @@ Fiber* current;
 dim3 grid;
 bool late, failed;
 long idle;
+std::vector<Watched> watched;
 
 namespace {
 ucontext_t scheduler;
@@ -85,6 +86,10 @@ extern "C" bool emulate_backward(magi::backward::Params const* params, int block
     emulator::late = late;
     return emulator::launch(0, blocks, magi::backward::kThreads, seed, [&] { magi::backward::backward<Traits>(*params); });
 }
+
+// What is there when a word that others wait for is raised is copied, from the next call on.
+extern "C" void emulate_watch(void const* from, void* to, size_t bytes) { emulator::watched.push_back({from, to, bytes}); }
+extern "C" void emulate_watch_nothing() { emulator::watched.clear(); }
 
 extern "C" bool emulate_prepare(magi::backward::RowParams const* params, int blocks, int seed, bool) {
     auto const kernel = [&] { magi::backward::prepare<Traits>(*params); };

@@ -81,7 +81,15 @@ struct Fiber {
     bool done;
 };
 
+// Memory, and where it is copied to when a word is raised that streams wait for.
+struct Watched {
+    void const* from;
+    void* to;
+    size_t bytes;
+};
+
 extern Fiber* current;
+extern std::vector<Watched> watched;
 extern dim3 grid;
 extern bool late;  // whether products are done when they are waited for, or when they are committed
 extern bool failed;

@@ -112,6 +112,11 @@ inline int load_acquire(int const* address) {
 }
 inline void store_release(int* address, int value) { *address = value, emulator::idle = 0; }
 inline int add_acquire_release(int* address, int value) { return atomicAdd(address, value); }
+inline void add_release_system(int* address, int value) {
+    for (auto const& [from, to, bytes] : emulator::watched) std::memcpy(to, from, bytes);
+    atomicAdd(address, value);
+    emulator::idle = 0;
+}
 inline int compare_swap_acquire(int* address, int expected, int value) {
     return emulator::atomically(address, [&](int before) { return before == expected ? value : before; });
 }

@@ -145,7 +145,7 @@ __device__ __forceinline__ KeyRange keys_in(Shared<T> const& s, RingPlace<2> con
 template <typename T>
 __device__ __forceinline__ Rests rests_in(Shared<T> const& s, RingPlace<2> const& place, int group) {
     int const rests = reinterpret_cast<int const*>(s.keys + place.stage())[2 + group];
-    return {rests >> 16, rests & 0xFFFF};
+    return {rests >> 16, rests & (kAwaited - 1)};
 }
 
 template <typename T>

@@ -53,6 +53,14 @@ __device__ __forceinline__ void store_rows(float const (&values)[Dim / 2], void*
     }
 }
 
+// Where somebody waits for the gradients of a tile, counts a consumer that has written its own; the last one of all tells.
+__device__ __forceinline__ void tell_written(Params const& p, int tile, int group) {
+    if (p.num_awaited == 0 || (__ldg(&p.keys[tile].z) & kAwaited) == 0) return;
+    ptx::barrier_sync(kOwnBarrier + group, 128);
+    if (threadIdx.x % 128 != 0) return;
+    if (ptx::add_acquire_release(p.awaited_done, 1) + 1 == p.num_awaited) ptx::add_release_system(p.awaited_there, 1);
+}
+
 // Adds what the item of the same keys before has computed to a consumer's accumulators, and hands the sums on to the next
 // item, if there are any. True if there is no next one, so that these are the gradients.
 template <typename T, int Count>

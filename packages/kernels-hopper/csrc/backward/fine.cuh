@@ -110,6 +110,7 @@ struct FineConsumer {
         auto& halves = reinterpret_cast<float(&)[2][T::kHeadDim / 4]>(sums);
         if (!exchange_with_items<T>(p, item, group, halves[0], halves[1])) return;
         store_rows<T, T::kHeadDim>(sums, tensor, p.out_mode, keys, p.num_kv_heads, item.kv_head, factor);
+        tell_written(p, item.tile, group);
     }
 
     __device__ __forceinline__ void run() {

@@ -123,6 +123,7 @@ struct NarrowConsumer {
             if (!exchange_with_items<T>(p, item, group, dk, dv)) continue;
             store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, keys, p.num_kv_heads, item.kv_head, 1);
             store_rows<T, T::kHeadDim>(dk, p.dk, p.out_mode, keys, p.num_kv_heads, item.kv_head, p.scale);
+            tell_written(p, item.tile, group);
         }
         RingPlace<2> next = ds_place;
         if (T::kDqAlternates && next.stage() != group) next.advance();

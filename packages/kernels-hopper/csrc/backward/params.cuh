@@ -21,7 +21,8 @@ enum OutMode : int { kElements, kFloats, kAddFloats };
 // pieces: pairs of (q0, q1, d0, d1), (k0, k1, 0, 0): key j is seen by query i if k0 <= j < k1, q0 <= i < q1,
 //         d0 <= i - j <= d1. Keys are counted as if all tiles were full: the first one of tile t is t * kTileN.
 // keys:   of each tile (first, end, rests of the first consumer, of the second): in how many steps at the begin of each
-//         pack, times 65536, and at its end no pair of a consumer's keys counts.
+//         pack, times 65536, and at its end no pair of a consumer's keys counts. With the first consumer's, kAwaited: the
+//         gradients of the tile are among those that somebody waits for.
 // items:  in the order of work (tile of keys, key head, first of its packs, number of packs). Where the packs of one tile
 //         of keys and head are several items', these have as many each, and add up their gradients of keys and values
 //         one after another, the first packs first.
@@ -60,7 +61,12 @@ struct Params {
     int num_complete;           // parts to which some tile of keys adds
     float* partial;             // [tiles of keys][key heads][consumers][2][64 * head_dim], in the order of accumulators
     int* items_done;            // [tiles of keys][key heads][consumers]: how many items of the same keys; 0 before the launch
+    int* awaited_done;          // how many consumers have written all that is awaited of a tile and head; 0 before the launch
+    int* awaited_there;         // raised by one when all have
+    int num_awaited;            // consumers of all tiles and heads; 0 if nobody waits
 };
+
+constexpr int kAwaited = 1 << 15;
 
 static_assert(sizeof(Params) == 768, "backward_params.py pads its structure to this size");
 

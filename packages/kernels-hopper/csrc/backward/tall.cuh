@@ -212,6 +212,7 @@ struct TallConsumer {
             if (exchange_with_items<T>(p, item, group, dk, dv)) {
                 store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, keys, p.num_kv_heads, item.kv_head, 1);
                 store_rows<T, T::kHeadDim>(dk, p.dk, p.out_mode, keys, p.num_kv_heads, item.kv_head, p.scale);
+                tell_written(p, item.tile, group);
             }
             if (item.steps > 0) finish_dq_of(dq, place.before());
         }

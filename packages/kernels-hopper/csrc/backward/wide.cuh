@@ -167,16 +167,17 @@ struct WideConsumer {
 #pragma unroll
             for (int i = 0; i < T::kHeadDim / 2; i++) sums[i] = 0;
             if (next.steps > 0) differentiate(next.tile, next.num_steps());
-            int const head = item_in(s, item_place).kv_head;
+            Item const item = item_in(s, item_place);
             KeyRange const keys = keys_in(s, item_place, 0);
             leave_item(s, item_place);
             if (T::kHeadDimV < T::kHeadDim && group == 0) {
                 auto const& dv = reinterpret_cast<float const(&)[T::kHeadDimV / 2]>(sums);
-                store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, keys, p.num_kv_heads, head, 1);
+                store_rows<T, T::kHeadDimV>(dv, p.dv, p.out_mode, keys, p.num_kv_heads, item.kv_head, 1);
             } else {
-                store_rows<T, T::kHeadDim>(sums, group == 0 ? p.dv : p.dk, p.out_mode, keys, p.num_kv_heads, head,
+                store_rows<T, T::kHeadDim>(sums, group == 0 ? p.dv : p.dk, p.out_mode, keys, p.num_kv_heads, item.kv_head,
                                            group == 0 ? 1 : p.scale);
             }
+            tell_written(p, item.tile, group);
         }
         if constexpr (T::kDqShared) finish_dq(s, ds_place, group);
     }

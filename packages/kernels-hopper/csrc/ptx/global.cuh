@@ -33,6 +33,11 @@ __device__ __forceinline__ int add_acquire_release(int* address, int value) {
     return before;
 }
 
+// The same for streams that wait for the word, too; what was there before is not asked for.
+__device__ __forceinline__ void add_release_system(int* address, int value) {
+    asm volatile("red.release.sys.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
 // Stores `value` if `expected` is there; returns what was there before.
 __device__ __forceinline__ int compare_swap_acquire(int* address, int expected, int value) {
     int before;

@@ -4,6 +4,8 @@
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -116,7 +118,6 @@ class HopperBackend:
         with on_device_of(q):
             return launch_index_backward(dout, q, k, v, out, lse, dlse, call)
 
-    @without_grad
     def backward(
         self,
         dout: Tensor,
@@ -133,13 +134,7 @@ class HopperBackend:
         Raises:
             RuntimeError: with the reason why not, if the tensors are not what :meth:`supports` would say yes to.
         """
-        self._check("backward", q, k, v, call)
-        if not len(q) or not len(k):
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        from magi_kernels_hopper.backward import launch_backward
-
-        with on_device_of(q):
-            return launch_backward(dout, q, k, v, out, lse, dlse, call)
+        return self.backward_keys_first(None, None, dout, q, k, v, out, lse, dlse, call)
 
     def backward_into(
         self,
@@ -155,6 +150,35 @@ class HopperBackend:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`magi_attention.kernels.protocol.WritesInPlace`; dq is always a tensor of its own."""
         return self.backward(dout, q, k, v, out, lse, dlse, call)
+
+    @without_grad
+    def backward_keys_first(
+        self,
+        keys_done: Callable[..., object] | None,
+        target: Tensor | None,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`magi_attention.kernels.protocol.FinishesKeysFirst`; dq is always a tensor of its own.
+
+        Nobody waits for gradients of keys where ``keys_done`` is None.
+        """
+        self._check("backward", q, k, v, call)
+        if not len(q) or not len(k):
+            gradients = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            if keys_done is not None:
+                keys_done(*gradients[1:])
+            return gradients
+        from magi_kernels_hopper.backward import launch_backward
+
+        with on_device_of(q):
+            return launch_backward(dout, q, k, v, out, lse, dlse, call, keys_done)
 
     def _check_indices(self, direction: Direction, q: Tensor, k: Tensor, v: Tensor, call: IndexCall) -> None:
         request = AttentionRequest.of_tensors(q, k, v, softcap=call.softcap, max_logits=call.max_logits)

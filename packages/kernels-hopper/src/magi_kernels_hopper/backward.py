@@ -4,7 +4,8 @@
 Shape suffixes: t tokens, h heads, d head dim, dv head dim of values; q queries, k keys.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from magi_attention.comm.protocol import RowsThere
 from magi_attention.kernels.protocol import AttentionCall
 from magi_attention.kernels.table_streams import StreamsOfTables
 from magi_attention.utils.dtypes import as_dtype
@@ -22,6 +24,7 @@ from magi_kernels_hopper.driver import CUBINS, ByAddresses, Kernel, Ready
 from magi_kernels_hopper.forward import Geometry, geometry
 from magi_kernels_hopper.launching import (
     aligned,
+    bell,
     counters,
     index_of,
     multiprocessors,
@@ -46,6 +49,10 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 """dq, dk and dv."""
 
 
+KeysDone = Callable[..., object]
+"""Hears of gradients of keys and values, as of :class:`magi_attention.kernels.protocol.FinishesKeysFirst`."""
+
+
 class _Kernels(NamedTuple):
     prepare: Kernel
     backward: Kernel
@@ -59,7 +66,7 @@ class PreparedBackward:
 
     Args:
         candidates: the kernels, or two of which the mask decides, as :func:`.variants.backward_variants` gives them.
-        call: the mask, and whether gradients are to be added up in a fixed order.
+        call: the mask, whether gradients are to be added up in a fixed order, and which keys come first.
         q: ``[tq, hq, d]``.
         k: ``[tk, hk, d]``.
     """
@@ -75,6 +82,7 @@ class PreparedBackward:
             tuple(work_sizes(each, num_heads, num_kv_heads, num_k, available) for each in candidates),
             q.device,
             ordered=call.deterministic,
+            first_keys=call.first_keys,
         )
         variant = candidates[tables.chosen]
         sizes = variant.sizes
@@ -83,6 +91,7 @@ class PreparedBackward:
         self.sizes, self.num_tiles = sizes, tiles_q * (num_heads // pack)
         # Halves of tiles of keys, of a head, to whose gradients several items add.
         self.num_shared = 2 * len(tables.tiles) * num_kv_heads if tables.split else 0
+        self.num_awaited = 2 * tables.num_awaited * num_kv_heads
         self.blocks = min(available, len(tables.items))
         self.streams = StreamsOfTables(tables)
         self.kernels = _kernels(variant, q.device)
@@ -95,7 +104,7 @@ class PreparedBackward:
             num_heads=num_heads,
             log2_pack=pack.bit_length() - 1,
             num_tiles_q=tiles_q,
-            num_items_done=self.num_shared,
+            num_items_done=self.num_shared + 1,
             adders=tables.adders.data_ptr(),
         )
         self._queries = None
@@ -112,7 +121,7 @@ class PreparedBackward:
         of_items = self.num_shared * 2 * sizes.tile_n // 2 * head_dim
         of_queries, parts = (0, 0) if variant.fine else (rows * head_dim, self.num_tiles * sizes.dq_parts)
         self._part_bytes = 4 * parts
-        numbers = of_queries, 2 * (rows + GAP * self.num_tiles), of_items, 2 * parts + self.num_shared
+        numbers = of_queries, 2 * (rows + GAP * self.num_tiles), of_items, 2 * parts + self.num_shared + 1
         starts = [*accumulate((-(-4 * each // PART_BYTES) * PART_BYTES for each in numbers), initial=0)]
         self._starts, self._num_bytes = starts[:-1], starts[-1]
 
@@ -120,22 +129,38 @@ class PreparedBackward:
         """What the kernels hand on, in one piece; :meth:`_fill` says what lies where."""
         return torch.empty(self._num_bytes, dtype=torch.uint8, device=device)
 
-    def launch(self, call: AttentionCall, inputs: Inputs, gradients: Gradients, workspace: Tensor, stream: int) -> None:
+    def launch(
+        self,
+        call: AttentionCall,
+        inputs: Inputs,
+        gradients: Gradients,
+        workspace: Tensor,
+        stream: int,
+        keys_done: KeysDone | None,
+    ) -> None:
         """Launch on a stream, which is the current one."""
         zeros = counters(workspace.device, stream)
+        rung = bell(workspace.device, stream) if keys_done is not None and self.num_awaited else None
         given = [x for x in inputs if x is not None]
         addresses = [x.data_ptr() for x in (*given, *gradients, workspace, zeros)]
         layout = (*[x.stride() for x in given], *[x.dtype for x in given])
-        key = (*addresses, *layout, call.softmax_scale, call.softcap)
+        awaited_there = 0 if rung is None else rung.address
+        key = (*addresses, *layout, call.softmax_scale, call.softcap, awaited_there)
         ready = self._known.find(key)
         if ready is None:
             readable = self._readable(call, inputs)
-            ready = self._fill(call, readable, gradients, workspace, zeros)
+            ready = self._fill(call, readable, gradients, workspace, zeros, awaited_there)
             if all(mine is theirs for mine, theirs in zip(readable, inputs, strict=True)):
                 self._known.keep(key, ready)
         rows, params, *of_queries = ready
         self.kernels.prepare.launch_ready(self.num_tiles, stream, rows)
-        self.kernels.backward.launch_ready(self.blocks, stream, params)
+        rows_there: list[RowsThere] = []
+        with nullcontext() if rung is None else rung.lock:
+            self.kernels.backward.launch_ready(self.blocks, stream, params)
+            if rung is not None:
+                rows_there.append(rung.count_launch())
+        if keys_done is not None:
+            keys_done(*gradients[1:], *rows_there)
         if self._queries is not None:
             self._queries_kernel.launch_ready(self._queries.blocks, stream, *of_queries)
 
@@ -149,9 +174,15 @@ class PreparedBackward:
         return aligned(q), dout, aligned(k), aligned(v), out, lse, dlse
 
     def _fill(
-        self, call: AttentionCall, inputs: Inputs, gradients: Gradients, workspace: Tensor, zeros: Tensor
+        self,
+        call: AttentionCall,
+        inputs: Inputs,
+        gradients: Gradients,
+        workspace: Tensor,
+        zeros: Tensor,
+        awaited_there: int,
     ) -> tuple[Ready, ...]:
-        """The parameters of all kernels."""
+        """The parameters of all kernels; ``awaited_there`` is the address of a bell's word, or 0."""
         *tensors, out, lse, dlse = inputs
         q, dout, *_ = tensors
         dq, dk, dv = (gradient.data_ptr() for gradient in gradients)
@@ -170,6 +201,9 @@ class PreparedBackward:
         parts = self._part_bytes
         for each in (rows, params):
             each.row_terms, each.added, each.complete, each.items_done = terms, added, added + parts, added + 2 * parts
+        if awaited_there:
+            params.awaited_done = params.items_done + 4 * self.num_shared
+            params.awaited_there, params.num_awaited = awaited_there, self.num_awaited
         if self._queries is None:
             return Ready.of(rows), Ready.of(params)
         q, dout, k, v = tensors
@@ -210,15 +244,18 @@ def launch_backward(
     lse: Tensor,
     dlse: Tensor | None,
     call: AttentionCall,
+    keys_done: KeysDone | None = None,
 ) -> Gradients:
     """Differentiate, on torch's current stream; see :meth:`KernelBackend.backward`.
+
+    If given, ``keys_done`` is as of :meth:`FinishesKeysFirst.backward_keys_first`.
 
     q ``[tq, hq, d]``, k ``[tk, hk, d]`` and v ``[tk, hk, dv]`` are not empty; gradients are contiguous, of their dtype.
     """
     device, dtype, head_dim, head_dim_v = q.device, q.dtype, q.shape[2], v.shape[2]
     key = ("hopper backward", device, dtype, q.shape, k.shape, head_dim_v, call.softcap > 0)
     prepared = call.slices.derived(
-        (*key, call.deterministic, call.sm_margin),
+        (*key, call.deterministic, call.sm_margin, call.first_keys),
         lambda: PreparedBackward(
             backward_variants((head_dim, head_dim_v), ELEMENT_OF[dtype], call.softcap > 0), call, q, k
         ),
@@ -227,7 +264,7 @@ def launch_backward(
     workspace = prepared.workspace(device)
     prepared.streams.add_current()
     stream = torch._C._cuda_getCurrentRawStream(q.get_device())  # a Stream object costs microseconds
-    prepared.launch(call, (q, dout, k, v, out, lse, dlse), (dq, dk, dv), workspace, stream)
+    prepared.launch(call, (q, dout, k, v, out, lse, dlse), (dq, dk, dv), workspace, stream, keys_done)
     return dq, dk, dv
 
 

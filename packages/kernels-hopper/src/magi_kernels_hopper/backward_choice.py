@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from magi_attention.common.bands import Bands
-from magi_kernels_hopper.backward_order import Work, WorkSizes, order_work
+from magi_attention.common.intervals import Intervals
+from magi_kernels_hopper.backward_order import NO_KEYS, Work, WorkSizes, order_work
 from magi_kernels_hopper.plan import FULL, RowTables, row_tables
 
 
@@ -58,7 +59,14 @@ class Choice(NamedTuple):
 
 
 def choose_work(
-    bands: Bands, area: int, num_q: int, num_k: int, candidates: tuple[WorkSizes, ...], *, ordered: bool
+    bands: Bands,
+    area: int,
+    num_q: int,
+    num_k: int,
+    candidates: tuple[WorkSizes, ...],
+    *,
+    ordered: bool,
+    first_keys: Intervals = NO_KEYS,
 ) -> Choice:
     """Order the work of a mask for the kernel that should be faster.
 
@@ -69,22 +77,23 @@ def choose_work(
         num_k: rows of the key tensor.
         candidates: the sizes of the kernels, those for most masks first.
         ordered: as for :func:`order_work`.
+        first_keys: likewise.
     """
-    best = _choice(0, bands, num_q, num_k, candidates[0], ordered)
+
+    def choice(number: int, sizes: WorkSizes) -> Choice:
+        work, apart = order_work(bands, num_q, num_k, sizes, ordered=ordered, first_keys=first_keys), sizes.queries
+        of_queries = None if apart is None else row_tables(bands, num_q, num_k, apart.tile_q, apart.box_k)
+        return Choice(number, work, of_queries)
+
+    best = choice(0, candidates[0])
     time = MARGIN * _expected_time(best, candidates[0])
     for number, sizes in enumerate(candidates[1:], 1):
         if area * _least_time_of_a_pair(sizes) >= time:
             continue
-        other = _choice(number, bands, num_q, num_k, sizes, ordered)
+        other = choice(number, sizes)
         if (other_time := _expected_time(other, sizes)) < time:
             best, time = other, other_time
     return best
-
-
-def _choice(number: int, bands: Bands, num_q: int, num_k: int, sizes: WorkSizes, ordered: bool) -> Choice:
-    work = order_work(bands, num_q, num_k, sizes, ordered=ordered)
-    apart = sizes.queries
-    return Choice(number, work, None if apart is None else row_tables(bands, num_q, num_k, apart.tile_q, apart.box_k))
 
 
 def _least_time_of_a_pair(sizes: WorkSizes) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_attention.common.bands import Bands
+from magi_attention.common.intervals import Intervals, overlaps
 from magi_attention.common.slices import expand_counts
 from magi_kernels_hopper.backward_plan import ColumnTables, shortest_tables
 from magi_kernels_hopper.plan import Indices
@@ -36,9 +37,19 @@ SMALL, SORTED = 0.1, 0.1
 What is done by length shares little in the cache. NOTES.md has what other shares do.
 """
 
+LEFT_FOR_LAST = 0.02
+"""The share of the work that comes after all keys whose gradients somebody waits for, if other keys have so much.
+
+They travel for as long at 8k tokens. So much disturbs no balance: with twice as much, long items of other keys come so
+late that the last block is done 1 to 1.5 % later, of packed documents in blocks (NOTES.md).
+"""
+
 LARGEST_SHARE = 0.5
 """The most that an item may be of what one block computes, where nothing is added up by several blocks: then it makes
 little difference what others are at work on, and the fewer items the better."""
+
+
+NO_KEYS: Intervals = np.empty((0, 2), np.int64)
 
 
 class QuerySizes(NamedTuple):
@@ -116,6 +127,7 @@ class Work(NamedTuple):
         tables: the mask, in tiles.
         items: ``(n, 4)``, in order: tile of keys, key head, first of its packs, number of packs.
         order: tiles of keys in an order in which all heads and packs take them, if that was asked for.
+        awaited: of each tile of keys, whether somebody waits for gradients of some of them.
     """
 
     pack: int
@@ -123,9 +135,12 @@ class Work(NamedTuple):
     tables: ColumnTables
     items: Indices
     order: Indices
+    awaited: NDArray[np.bool_]
 
 
-def order_work(bands: Bands, num_q: int, num_k: int, sizes: WorkSizes, *, ordered: bool = False) -> Work:
+def order_work(
+    bands: Bands, num_q: int, num_k: int, sizes: WorkSizes, *, ordered: bool = False, first_keys: Intervals = NO_KEYS
+) -> Work:
     """Decide how to cut the work of a mask, and its order.
 
     Args:
@@ -134,30 +149,49 @@ def order_work(bands: Bands, num_q: int, num_k: int, sizes: WorkSizes, *, ordere
         num_k: rows of the key tensor.
         sizes: see there.
         ordered: whether all heads and packs must take tiles of keys in the same order.
+        first_keys: runs of keys, ascending and apart, whose gradients somebody waits for; not used if ``ordered``.
     """
     pack = min(sizes.group & -sizes.group, LARGEST_PACK)
     tables = shortest_tables(bands, num_q, num_k, sizes.tile_m // pack, sizes.tile_k)
     if pack > 1 and drifts(tables):
         pack, tables = 1, shortest_tables(bands, num_q, num_k, sizes.tile_m, sizes.tile_k)
     packs, order = sizes.group // pack, clusters(tables)
-    steps = tables.tiles[:, 2]
-    if not sizes.splits or not steps.any():
-        items = _items(order, np.ones_like(steps), packs, sizes.num_kv_heads)
+    steps, awaited = tables.tiles[:, 2], _meet(tables.keys, NO_KEYS if ordered else first_keys)
+    is_cut = sizes.splits and bool(steps.any())
+    if not is_cut:
+        parts = np.ones_like(steps)
     elif sizes.queries is not None:
-        items = _by_length(_items(order, _parts(steps, packs, LARGEST_SHARE, sizes), packs, sizes.num_kv_heads), steps)
+        parts = _parts(steps, packs, LARGEST_SHARE, sizes)
     elif ordered:
         # A tile that is done with a pack sooner than those before it would wait for them at the next pack.
-        same = steps.min() == steps.max()
-        items = _items(order, np.full_like(steps, 1 if same else packs), packs, sizes.num_kv_heads)
+        parts = np.full_like(steps, 1 if steps.min() == steps.max() else packs)
     else:
-        items = _balanced_items(order, steps, packs, sizes)
-    return Work(pack, bool((items[:, 3] < packs).any()), tables, items, order)
+        parts = _parts(steps, packs, LONGEST, sizes, MOST_STEPS)
+    items = _items(order, parts, packs, sizes.num_kv_heads)
+    if is_cut and sizes.queries is not None:
+        items = _by_length(items, steps)
+    elif is_cut and not ordered:
+        items = _by_length(_with_small_end(items, steps, packs), steps)
+    items = _others_last(items, steps, awaited)
+    return Work(pack, bool((items[:, 3] < packs).any()), tables, items, order, awaited)
 
 
-def _balanced_items(order: Indices, steps: Indices, packs: int, sizes: WorkSizes) -> Indices:
-    """Items of whole heads where they are not too long, and small ones at the end."""
-    items = _items(order, _parts(steps, packs, LONGEST, sizes, MOST_STEPS), packs, sizes.num_kv_heads)
-    return _by_length(_with_small_end(items, steps, packs), steps)
+def _meet(tiles: Intervals, runs: Intervals) -> NDArray[np.bool_]:
+    """Which tiles of keys have any of some runs."""
+    met = np.zeros(len(tiles), np.bool_)
+    met[overlaps(tiles, runs)[0]] = True
+    return met
+
+
+def _others_last(items: Indices, steps: Indices, awaited: NDArray[np.bool_]) -> Indices:
+    """The items, at whose end those of awaited keys come before as much of others as is to be left."""
+    if not awaited.any():
+        return items
+    waits, work = awaited[items[:, 0]], steps[items[:, 0]] * items[:, 3]
+    left = np.cumsum((work * ~waits)[::-1])[::-1]  # of others, from each item on
+    start = max(int((left >= LEFT_FOR_LAST * work.sum()).sum()) - 1, 0)
+    end, waits = items[start:], waits[start:]
+    return np.concatenate([items[:start], end[waits], end[~waits]])
 
 
 def _parts(steps: Indices, packs: int, share: float, sizes: WorkSizes, most_steps: float = np.inf) -> Indices:

@@ -47,7 +47,10 @@ class Params(ctypes.Structure):
         ("num_complete", ctypes.c_int),
         ("partial", ctypes.c_void_p),
         ("items_done", ctypes.c_void_p),
-        ("padding", ctypes.c_int * 14),
+        ("awaited_done", ctypes.c_void_p),
+        ("awaited_there", ctypes.c_void_p),
+        ("num_awaited", ctypes.c_int),
+        ("padding", ctypes.c_int * 9),
     )
 
     def set_scores(self, softmax_scale: float, softcap: float) -> None:

@@ -160,6 +160,13 @@ def _encode(x: Tensor, box: tuple[int, int, int], swizzle_bytes: int) -> bytes:
     return ctypes.string_at(encoded.getPtr(), ctypes.sizeof(TensorMap))
 
 
+def wait_until_reached(stream: int, address: int, value: int) -> None:
+    """Let a stream wait until the 32-bit word at an address of device memory has reached a value."""
+    driver = _driver()
+    at_least = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+    check(driver.cuStreamWaitValue32(stream, address, value, int(at_least)))
+
+
 def check(answer: tuple[Any, ...]) -> Any:
     """Return what a call of the driver returned besides its status.
 

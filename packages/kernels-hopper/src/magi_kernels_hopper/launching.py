@@ -4,11 +4,13 @@
 import ctypes
 from collections.abc import Iterable
 from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor
 
-from magi_kernels_hopper.driver import TensorMaps
+from magi_attention.comm.protocol import RowsThere
+from magi_kernels_hopper.driver import TensorMaps, wait_until_reached
 
 Box = tuple[tuple[int, int, int], int]
 """Elements of a box by dims, heads and tokens, and the bytes of its swizzle."""
@@ -35,6 +37,36 @@ def counters(device: torch.device, stream: int) -> Tensor:
 @cache
 def _stream_counters(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(4, dtype=torch.int32, device=device)
+
+
+class Bell:
+    """A word that kernels of one stream raise by one, each when it has what others wait for, before it ends.
+
+    Launches of a stream run one after another, so that the n-th of those that ring raises it to n. Hold ``lock`` from
+    a launch until it is counted.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.lock, self._count = Lock(), 0
+        self._word = torch.zeros(1, dtype=torch.int32, device=device)
+        self.address = self._word.data_ptr()
+        torch.cuda.current_stream(device).synchronize()  # others must not find what was there before the zero
+
+    def count_launch(self) -> RowsThere:
+        """Count a launch that will ring; returns what lets a stream wait until it has."""
+        self._count += 1
+        address, count = self.address, self._count & 0xFFFFFFFF  # the driver compares modulo 2^32
+        return lambda stream: wait_until_reached(stream.cuda_stream, address, count)
+
+
+def bell(device: torch.device, stream: int) -> Bell | None:
+    """The bell of a stream, which is the current one; None where launches are captured, as replays aren't counted."""
+    return None if torch.cuda.is_current_stream_capturing() else _stream_bell(device, stream)
+
+
+@cache
+def _stream_bell(device: torch.device, stream: int) -> Bell:
+    return Bell(device)
 
 
 @cache

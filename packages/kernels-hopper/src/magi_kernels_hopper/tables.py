@@ -21,6 +21,9 @@ TALL_PAIRS = 1.05
 each (NOTES.md)."""
 
 
+AWAITED = 1 << 15
+"""With the rests of a tile of keys: somebody waits for its gradients; ``kAwaited`` in csrc/backward/params.cuh."""
+
 MOST_RANKS = 2**31 - 1
 """How many ranks the kernel can tell apart: tables are int32."""
 
@@ -120,10 +123,11 @@ class DeviceColumnTables(NamedTuple):
         tiles: as are the next two, of :class:`magi_kernels_hopper.backward_plan.ColumnTables`.
         runs: see there.
         pieces: see there.
-        keys: as it is there, with :func:`magi_kernels_hopper.backward_plan.rests` beside it.
+        keys: as it is there, with :func:`magi_kernels_hopper.backward_plan.rests` and :data:`AWAITED` beside it.
         items: the work, in order.
         adders: :func:`magi_kernels_hopper.backward_plan.adders`.
         num_met: tiles of queries, of one pack, that some tile of keys meets.
+        num_awaited: tiles of keys whose gradients somebody waits for.
         ranks: :func:`magi_kernels_hopper.backward_plan.ranks`, if gradients are to be added up in order.
         queries: what the kernel that computes gradients of queries reads, if that is another one.
     """
@@ -138,6 +142,7 @@ class DeviceColumnTables(NamedTuple):
     items: Tensor
     adders: Tensor
     num_met: int
+    num_awaited: int
     ranks: Tensor | None
     queries: DeviceRowTables | None
 
@@ -150,6 +155,7 @@ def device_column_tables(
     device: torch.device,
     *,
     ordered: bool,
+    first_keys: tuple[tuple[int, int], ...] = (),
 ) -> DeviceColumnTables:
     """Build and upload the tables of a mask, for the kernel that should be faster.
 
@@ -160,13 +166,16 @@ def device_column_tables(
         candidates: the sizes of a kernel or of two, see :func:`magi_kernels_hopper.backward_choice.choose_work`.
         device: where to upload to.
         ordered: whether gradients are to be added up in order, which takes ranks.
+        first_keys: as for :func:`magi_kernels_hopper.backward_order.order_work`.
 
     Raises:
         RuntimeError: If the mask is too large to have ranks.
     """
 
     def build() -> DeviceColumnTables:
-        choice = choose_work(slices.bands(), slices.area(), num_q, num_k, candidates, ordered=ordered)
+        awaited = np.array(first_keys, np.int64).reshape(-1, 2)
+        how = slices.bands(), slices.area(), num_q, num_k, candidates
+        choice = choose_work(*how, ordered=ordered, first_keys=awaited)
         work, tables, sizes = choice.work, choice.work.tables, candidates[choice.number]
         ranked = ordered and sizes.queries is None
         if ranked and (num_ranks := int(tables.tiles[:, 2].sum())) > MOST_RANKS:
@@ -177,6 +186,7 @@ def device_column_tables(
         tile_q = sizes.tile_m // work.pack
         of_queries = adders(tables, -(-num_q // tile_q))
         of_keys = rests(tables, slices.bands(), num_q, num_k, tile_q, sizes.tile_k)
+        of_keys[:, 0] |= AWAITED * work.awaited
         return DeviceColumnTables(
             chosen=choice.number,
             pack=work.pack,
@@ -188,13 +198,14 @@ def device_column_tables(
             items=upload(work.items, device),
             adders=upload(of_queries, device),
             num_met=int((of_queries > 0).sum()),
+            num_awaited=int(work.awaited.sum()),
             ranks=upload(ranks(tables, work.order), device) if ranked else None,
             queries=None
             if choice.queries is None or sizes.queries is None
             else _uncut_rows(slices, choice.queries, num_q, num_k, sizes.queries[:2], device),
         )
 
-    return slices.derived(("hopper columns", num_q, num_k, candidates, device, ordered), build)
+    return slices.derived(("hopper columns", num_q, num_k, candidates, device, ordered, first_keys), build)
 
 
 def _pairs(tables: RowTables, tile_q: int, box_k: int) -> int:

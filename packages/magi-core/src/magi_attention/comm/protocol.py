@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a transport for group collectives must offer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from magi_attention.comm.routes import Places
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 
 ReduceOp = Literal["sum", "avg", "lse"]
+RowsThere = Callable[["torch.cuda.Stream"], object]
+"""Lets a stream wait until some rows are there."""
+
 Result = TypeVar("Result", covariant=True)
 
 
@@ -73,6 +77,7 @@ class GroupCollectives(Protocol):
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
         own_places: Places | None = None,
+        rows_there: RowsThere | None = None,
     ) -> Work[None]:
         """Bring ``partials``, each ``[num_received, ...]``, back to the rows' owners and combine them there.
 
@@ -85,4 +90,8 @@ class GroupCollectives(Protocol):
 
         With ``own_places``, which ``"lse"`` doesn't take, ``into`` need not hold anything before: it first gets the
         rows of ``partials`` at these places, one for each of its own, while others travel.
+
+        With ``rows_there``, all rows that the table names are there before what the current stream was given is over.
+        Collectives whose transfers need no multiprocessors send them then; others find none before that is over, and
+        wait for it.
         """

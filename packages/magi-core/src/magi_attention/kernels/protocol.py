@@ -100,6 +100,8 @@ class AttentionCall:
         deterministic: the same bits in every run, also in the backward pass.
         max_logits: also return the largest scaled, uncapped score per head.
         sm_margin: multiprocessors of the GPU to leave to others, where a backend can.
+        first_keys: runs ``(start, stop)`` of rows of k, ascending and apart, whose gradients somebody waits for: a
+            backend that can computes them before some others in the backward pass. See :class:`FinishesKeysFirst`.
     """
 
     slices: SliceTable
@@ -108,6 +110,7 @@ class AttentionCall:
     deterministic: bool = False
     max_logits: bool = False
     sm_margin: int = 0
+    first_keys: tuple[tuple[int, int], ...] = ()
 
 
 class AttentionResult(NamedTuple):
@@ -212,7 +215,7 @@ class FinishesKeysFirst(Protocol):
 
     def backward_keys_first(
         self,
-        keys_done: Callable[[Tensor, Tensor], object],
+        keys_done: Callable[..., object],
         target: Tensor | None,
         dout: Tensor,
         q: Tensor,
@@ -227,6 +230,10 @@ class FinishesKeysFirst(Protocol):
 
         What ``keys_done`` launches runs behind them on the current stream, before what is left to do for dq.
         Where kernels are compiled and not launched, it is not called.
+
+        A backend that computes gradients of ``call.first_keys`` before some others, and can say on the GPU when these
+        are there, calls ``keys_done(dk, dv, rows_there)`` instead: ``rows_there(stream)`` lets a CUDA stream wait until
+        they are, which is before the current stream has all of them.
         """
 
 
