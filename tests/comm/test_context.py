@@ -2,6 +2,7 @@
 """Contexts over emulated GPUs: everything but the driver and the kernels, without a GPU."""
 
 import ctypes
+import functools
 import gc
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from magi_attention.comm.streams import EventPool
+from magi_attention.plan.exchange import ExchangeTable
 from magi_comm_grpcoll import (
     CapacityError,
     ContextOptions,
@@ -23,7 +25,7 @@ from magi_comm_grpcoll import (
 from magi_comm_grpcoll.driver import WRITE_VALUE
 from magi_comm_grpcoll.work import NativeWork
 from tests.comm.emulated_kernels import Driver
-from tests.comm.emulated_streams import Stream
+from tests.comm.emulated_streams import Stream, copy, current_stream, machine
 from tests.comm.emulation import run_ranks
 from tests.comm.test_native import fragmented_table
 from tests.distributed.exchanges import RandomNeeds, random_tensor
@@ -263,3 +265,51 @@ def test_what_is_lent_goes_back_behind_its_readers_whoever_drops_it():
     assert not is_read.done.wait(0.1)
     reads.set()
     is_read.synchronize()
+
+
+@pytest.mark.parametrize("transport", ["copy_engine", "push"])
+def test_rows_go_home_as_soon_as_they_are_there(transport):
+    """By the copy engine: what they are added to is there when the caller's stream has done all that it was given."""
+    num_rows = 6
+    sent, own = ([random_tensor(seed + rank, (num_rows, 4), torch.float32) for rank in range(2)] for seed in (0, 10))
+    for x in (sent, own):
+        x[:] = [each.clone() for each in x]  # to memory that streams may use
+
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport=transport, timeout_s=30))
+        whole = np.array([[1 - rank, 0, num_rows]])
+        table = ExchangeTable(send=whole, recv=whole, num_ranks=2, num_source=num_rows, num_received=num_rows)
+        native.reduce([torch.zeros(num_rows, 4)], table, [torch.zeros(num_rows, 4)]).wait_host()  # makes slots
+        partial, total = torch.full((num_rows, 4), torch.nan), torch.full((num_rows, 4), torch.nan)
+        are_there, goes_on, emulated = threading.Event(), threading.Event(), machine()
+        caller, num_bytes = current_stream(), partial.nbytes
+        caller.enqueue(functools.partial(copy, partial.data_ptr(), sent[rank].data_ptr(), num_bytes))
+        caller.enqueue(are_there.set)
+        caller.enqueue(lambda: emulated.until(goes_on.is_set))
+        caller.enqueue(functools.partial(copy, total.data_ptr(), own[rank].data_ptr(), num_bytes))
+
+        def rows_there(stream):
+            stream.enqueue(lambda: emulated.until(are_there.is_set))
+
+        work = native.reduce([partial], table, [total], rows_there=rows_there)
+        is_sent = native._streams.send.record_event().done
+        assert is_sent.wait(10 if transport == "copy_engine" else 0.2) == (transport == "copy_engine")
+        goes_on.set()
+        work.wait_host()
+        assert torch.equal(total, own[rank] + sent[1 - rank])
+        native.close()
+
+    run_ranks(2, run)
+
+
+def test_rows_of_a_copy_are_there_when_the_copy_is():
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport="copy_engine", timeout_s=30))
+        whole = np.array([[1 - rank, 0, 5]])
+        table = ExchangeTable(send=whole, recv=whole, num_ranks=2, num_source=5, num_received=5)
+        total, refuse = torch.zeros(5, 4), lambda stream: pytest.fail("the rows sent are others")
+        native.reduce([torch.ones(4, 5).T], table, [total], rows_there=refuse).wait_host()
+        assert torch.equal(total, torch.ones(5, 4))
+        native.close()
+
+    run_ranks(2, run)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.common import packed
+from magi_attention.common.intervals import merge
 from magi_attention.common.slices import SliceTable
 from magi_attention.config import LocalityDispatchAlg, RuntimeConfig
 from magi_attention.kernels.merge import merge_into
@@ -196,6 +197,60 @@ def test_gradients_of_keys_go_home_before_those_of_queries_are_there(device, nam
     for ours, wanted in zip(actual, expected, strict=True):
         for x, y in zip(ours, wanted, strict=True):
             assert torch.equal(x, y)
+
+
+class SomeKeysFirst(KeysFirst):
+    """The same, which also says when gradients of some keys are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[tuple[int, int], ...]] = []
+
+    def backward_keys_first(self, keys_done, target, *tensors) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = self.reference.backward(*tensors)
+        self.asked.append(tensors[-1].first_keys)
+        keys_done(dk, dv, *([rows_there] if tensors[-1].first_keys else []))
+        return dq, dk, dv
+
+
+def rows_there(stream) -> None:
+    """Lets a stream wait until they are."""
+
+
+@pytest.mark.parametrize("takes_multiprocessors", [False, True])
+@pytest.mark.parametrize("in_float32", [False, True])
+@pytest.mark.parametrize("name", sorted(COSTS))
+def test_gradients_of_received_keys_go_home_before_those_of_own_keys_are_there(
+    name, in_float32, takes_multiprocessors, monkeypatch
+):
+    slices = packed.varlen([0, TOKENS])
+    layout = make_layout(
+        slices, num_real=TOKENS, total=TOKENS, chunk_size=16, num_ranks=2, algorithm=LocalityDispatchAlg()
+    )
+    shapes = ((HEADS[0], DIM), (HEADS[1], DIM), (HEADS[1], DIM), (HEADS[0], DIM), (HEADS[0],))
+    tensors = [torch.randn(TOKENS, *shape, dtype=torch.bfloat16) for shape in shapes]
+    backend, given = SomeKeysFirst(), []
+    monkeypatch.setitem(installed_backends(), "reference", backend)
+    monkeypatch.setattr(ThreadCollectives, "needs_multiprocessors", takes_multiprocessors)
+    monkeypatch.setenv("MAGI_ATTENTION_BACKWARD_HIGH_PRECISION_REDUCE", "1" if in_float32 else "0")
+    reduce = ThreadCollectives.reduce
+
+    def noted_reduce(self, partials, table, into, own_places=None, rows_there=None):
+        given.append((self.rank, table, rows_there))
+        return reduce(self, partials, table, into, own_places=own_places)
+
+    monkeypatch.setattr(ThreadCollectives, "reduce", noted_reduce)
+    attend_on_all(slices, layout, 1, in_both_passes(COSTS[name]), tensors, keep=True)
+    assert len(given) == 4
+    early = [table for _, table, ready in given if ready is rows_there]
+    assert all(ready in (None, rows_there) for _, _, ready in given)
+    may_go_early = not takes_multiprocessors and in_float32  # as the reference's gradients are: no others travel
+    assert len(early) in {"together": [4], "apart": [0]}.get(name, [0, 2, 4]) if may_go_early else not early
+    for table in early:  # of a buffer with own rows in it, the runs that come home
+        received = tuple((start, stop) for start, stop in merge(table.recv[:, 1:]).tolist())
+        assert received in backend.asked
+        assert 0 < sum(stop - start for start, stop in received) < table.num_received
+    assert not takes_multiprocessors or not any(backend.asked)
 
 
 class WritesInPlace:

@@ -23,7 +23,7 @@ class Notes:
             release=lambda: None,
         )
 
-    def reduce(self, partials, exchange, into, own_places=None):
+    def reduce(self, partials, exchange, into, own_places=None, rows_there=None):
         self.said.append(f"reduce {exchange}")
         return SimpleNamespace(wait=lambda: self.said.append(f"home {exchange}"))
 

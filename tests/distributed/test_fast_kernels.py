@@ -16,6 +16,7 @@ from magi_attention.kernels.protocol import AttentionRequest
 from magi_attention.kernels.registry import explain_choice
 from magi_attention.runtime import manager
 from magi_attention.runtime.beside import Beside
+from magi_attention.runtime.streams import Returns
 from magi_attention.testing.distributed import RankPool
 from tests.core.test_schedule import COSTS, in_both_passes
 from tests.distributed.attention_case import Answer, Case, assert_right, attend
@@ -49,14 +50,14 @@ def attend_once(rank: int, world_size: int, case: Case) -> Answer:
     return attend(case, dist.group.WORLD)
 
 
-def training_case(backend: str, mask: str, degree: int, *, keep_received: bool) -> Case:
+def training_case(backend: str, mask: str, degree: int, *, keep_received: bool, native: bool = False) -> Case:
     return Case(
         TOKENS,
         workloads.make(mask, TOKENS),
         cp=2,
         config=DistAttnConfig(
             overlap_config=OverlapConfig(degree=degree),
-            runtime_config=RuntimeConfig(kernel_backend=backend, keep_received=keep_received),
+            runtime_config=RuntimeConfig(kernel_backend=backend, keep_received=keep_received, native_grpcoll=native),
         ),
         dtype=torch.bfloat16,
         num_heads_q=HEADS,
@@ -74,6 +75,36 @@ def test_training_shapes(pool, backend, mask, degree):
     skip_unless_served(backend)
     case = training_case(backend, mask, degree, keep_received=degree == 1)
     assert_right(case, pool.run(attend_once, case)[0], on="cuda")
+
+
+def attend_sending_early(rank: int, world_size: int, case: Case, late: int | None) -> tuple[Answer, int]:
+    """Also how often gradients went home before all of them were there; one rank may be late with its kernels."""
+    num_early, put = 0, Returns.put
+
+    def counting_put(self: Returns, *arguments: object) -> None:
+        nonlocal num_early
+        num_early += arguments[-1] is not None
+        if rank == late:
+            torch.cuda._sleep(SLEEP)
+        put(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Returns, "put", counting_put)
+        patch.setattr(manager, "_costs", lambda *_: in_both_passes(COSTS["together"], backward_regular=1e9))
+        clear_cache(dist.group.WORLD)
+        answers = [attend(case, dist.group.WORLD) for _ in range(5)]
+        clear_cache(dist.group.WORLD)
+    return answers[-1], num_early
+
+
+@pytest.mark.parametrize("late", [None, 0, 1])
+@pytest.mark.parametrize("mask", ["full", *MASKS])
+def test_gradients_of_received_keys_go_home_natively_beside_the_kernel(pool, mask, late):
+    skip_unless_served("hopper")
+    case = training_case("hopper", mask, 1, keep_received=True, native=True)
+    answers = pool.run(attend_sending_early, case, late)
+    assert any(num_early for _, num_early in answers)
+    assert_right(case, answers[0][0], on="cuda")
 
 
 def attend_with_one_late(rank: int, world_size: int, case: Case, costs: str, late: str) -> Answer:

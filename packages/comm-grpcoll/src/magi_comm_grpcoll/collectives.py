@@ -12,7 +12,7 @@ from torch import Tensor
 from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.comm.group import GroupHandle, group_rank, has_peers, is_destroyed, num_groups
 from magi_attention.comm.packing import row_formats
-from magi_attention.comm.protocol import ReduceOp, Work
+from magi_attention.comm.protocol import ReduceOp, RowsThere, Work
 from magi_attention.comm.routes import Places
 from magi_attention.kernels.protocol import Support
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
@@ -86,19 +86,20 @@ class NativeCollectives:
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
         own_places: Places | None = None,
+        rows_there: RowsThere | None = None,
     ) -> Work[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`.
 
         Other dtypes than those that the kernels combine go by all-to-all.
         """
-        arguments: tuple[Any, ...] = (partials, table, into, op, partial_lse, into_lse, own_places)
+        arguments: tuple[Any, ...] = (partials, table, into, op, partial_lse, into_lse, own_places, rows_there)
         sent = [*partials] if partial_lse is None else [*partials, partial_lse]
         targets = [*into] if into_lse is None else [*into, into_lse]
         if self.context is None:
             return self.fallback.reduce(*arguments)
         if isinstance(self.context, GroupContext) and not formats_combine(row_formats(sent), targets, op):
             return self.fallback.reduce(*arguments)
-        return self.context.reduce(partials, _one_hop(table), into, op, partial_lse, into_lse, own_places)
+        return self.context.reduce(partials, _one_hop(table), *arguments[2:])
 
 
 def context_of(group: dist.ProcessGroup) -> GroupContext | RelayedCollectives | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from magi_attention.comm.alltoall import check_out, check_own_places, check_reduce
 from magi_attention.comm.group import group_rank, group_size, let_go_at_exit
 from magi_attention.comm.packing import RowFormat, row_formats, take_all_rows
-from magi_attention.comm.protocol import ReduceOp
+from magi_attention.comm.protocol import ReduceOp, RowsThere
 from magi_attention.comm.routes import Places, Rows
 from magi_attention.comm.streams import EventPool, current_in_block, current_stream
 from magi_attention.plan.exchange import ExchangeTable
@@ -232,6 +232,7 @@ class GroupContext:
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
         own_places: Places | None = None,
+        rows_there: RowsThere | None = None,
     ) -> NativeWork[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`.
 
@@ -257,12 +258,14 @@ class GroupContext:
         rounds, combinations = table.derived((self, REDUCE, op, *kinds), prepare)
         self._make_room(lane, rounds.slot_bytes)
         caller = current_stream(self._index)
-        sent, written = _contiguous(sent), _contiguous(targets)
+        given, sent, written = sent, _contiguous(sent), _contiguous(targets)
+        if any(map(is_not, given, sent)):
+            rows_there = None  # those of the copies are there when the caller's stream has made them
         old_lse = [written[-1].detach().clone()] if op == "lse" else []
         addresses = [tensor.data_ptr() for tensor in (*written, *old_lse)]
         packed = None
         for number, (part, combination) in enumerate(zip(rounds.parts, combinations, strict=True)):
-            epoch, begun = part.start(sent, caller)
+            epoch, begun = part.start(sent, caller, rows_there=rows_there)
             packed = lane.later(packed, begun)
             try:
                 if own_places is not None and not number:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.packing import RowFormat, copy_rows, put_all_rows
+from magi_attention.comm.protocol import RowsThere
 from magi_attention.comm.routes import routes_of
 from magi_attention.comm.streams import EventPool, current_in_block
 from magi_comm_grpcoll.arena import Arena, SharedMemory
@@ -153,6 +154,7 @@ class Round:
         caller: "torch.cuda.Stream",
         own: OwnRows | None = None,
         received: Sequence[Tensor] | None = None,
+        rows_there: RowsThere | None = None,
     ) -> "tuple[int, torch.cuda.Event | None]":
         """Enqueue what sends the tensors, and let the arriving stream wait for that and for what comes.
 
@@ -161,12 +163,13 @@ class Round:
             caller: the stream, which is the current one.
             own: are copied to their places while the others travel.
             received: where these are, of the caller's stream; None for the slot.
+            rows_there: lets a stream wait for what is sent, where that is there before the caller's stream is.
 
         Returns:
             The epoch, and what is recorded when all kernels beside which others run have begun; None if there are none.
         """
         try:
-            return self._start(tensors, caller, own, received)
+            return self._start(tensors, caller, own, received, rows_there)
         except BaseException:
             self._lane.let_finish(caller)
             raise
@@ -177,13 +180,17 @@ class Round:
         caller: "torch.cuda.Stream",
         own: OwnRows | None,
         received: Sequence[Tensor] | None,
+        rows_there: RowsThere | None,
     ) -> "tuple[int, torch.cuda.Event | None]":
         lane, bound, packed = self._lane, self._bound, None
         if bound is None or self._memory is not lane.arena.memory:
             bound = self._bind()
         wires, exchange = lane.wires, lane.exchange
         self.ready.record(caller)
-        wires.send.wait_event(self.ready)
+        if rows_there is None or self._transport != "copy_engine":  # a kernel finds room when the caller's are done
+            wires.send.wait_event(self.ready)
+        else:
+            rows_there(wires.send)
         epoch = exchange.begin()
         if self._transport != "copy_engine":
             # The kernel needs multiprocessors, and shall have some before the next one takes them all.

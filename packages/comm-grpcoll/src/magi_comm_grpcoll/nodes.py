@@ -9,7 +9,7 @@ from torch import Tensor
 
 from magi_attention.comm.group import group_rank
 from magi_attention.comm.hierarchical import GroupCollectivesOfHop, HierarchicalCollectives, receive_buffers, then
-from magi_attention.comm.protocol import ReduceOp, Work
+from magi_attention.comm.protocol import ReduceOp, RowsThere, Work
 from magi_attention.comm.routes import Places
 from magi_attention.plan.exchange import ExchangeTable
 from magi_attention.utils.torch_modes import without_grad
@@ -82,6 +82,7 @@ class RelayedCollectives:
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
         own_places: Places | None = None,
+        rows_there: RowsThere | None = None,
     ) -> Work[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         return self._hops.reduce(partials, self._relayed(table).hops, into, op, partial_lse, into_lse, own_places)

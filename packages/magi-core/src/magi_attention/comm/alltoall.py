@@ -17,7 +17,7 @@ from magi_attention.comm.packing import (
     row_formats,
     take_all_rows,
 )
-from magi_attention.comm.protocol import ReduceOp
+from magi_attention.comm.protocol import ReduceOp, RowsThere
 from magi_attention.comm.reduction import add_partials, merge_partials_by_lse
 from magi_attention.comm.routes import Places, Routes, routes_of
 from magi_attention.comm.streams import communication_stream, current_in_block, current_stream, events_of
@@ -115,6 +115,7 @@ class AllToAllCollectives:
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
         own_places: Places | None = None,
+        rows_there: RowsThere | None = None,
     ) -> PendingWork[None] | StreamWork[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         partials = [in_memory(x) for x in partials]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from magi_attention.comm.alltoall import check_out, check_own_places, check_reduce
 from magi_attention.comm.packing import put_all_rows, take_all_rows
-from magi_attention.comm.protocol import GroupCollectives, ReduceOp, Work
+from magi_attention.comm.protocol import GroupCollectives, ReduceOp, RowsThere, Work
 from magi_attention.comm.routes import Places
 from magi_attention.comm.streams import communication_stream, events_of, running_on
 from magi_attention.comm.work import PendingWork, Result, StreamWork
@@ -78,6 +78,7 @@ class HierarchicalCollectives:
         partial_lse: Tensor | None = None,
         into_lse: Tensor | None = None,
         own_places: Places | None = None,
+        rows_there: RowsThere | None = None,
     ) -> Work[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`.
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from magi_attention.comm.protocol import RowsThere
 from magi_attention.comm.routes import Rows
 from magi_attention.comm.words import move_rows
 from magi_attention.common.logsumexp import accumulation_dtype
@@ -181,15 +182,26 @@ class _GradientSums:
         if not launches or launches[-1].run_keys_first is None:
             self._finish_keys(each, sums)
 
-    def _take_keys(self, each: LaunchStep, launch: Launch, sums: Sequence[_Sum], dk: Tensor, dv: Tensor) -> None:
-        """Add a kernel's gradients of keys and values; the last ones go home while it finishes that of queries."""
+    def _take_keys(
+        self,
+        each: LaunchStep,
+        launch: Launch,
+        sums: Sequence[_Sum],
+        dk: Tensor,
+        dv: Tensor,
+        rows_there: RowsThere | None = None,
+    ) -> None:
+        """Add a kernel's gradients of keys and values; the last ones go home while it finishes those of queries.
+
+        With ``rows_there`` they do while it computes those of own keys.
+        """
         for total, gradient in zip(sums, (dk, dv), strict=True):
             total.add(launch.keys, gradient, launch.keys_known)
         if launch.run_keys_first is not None:
-            self._finish_keys(each, sums)
+            self._finish_keys(each, sums, rows_there)
             self.returns.send()
 
-    def _finish_keys(self, each: LaunchStep, sums: Sequence[_Sum]) -> None:
+    def _finish_keys(self, each: LaunchStep, sums: Sequence[_Sum], rows_there: RowsThere | None = None) -> None:
         """Send what still waits of the step before, and let this step's gradients of received rows go home next."""
         step, places, _ = each
         self.returns.send()
@@ -205,7 +217,7 @@ class _GradientSums:
                 own.add(None, taken, not own.is_new)
         self._sums = self._late
         into = [own.allocated(partials[0].dtype) for own in self._own]
-        self.returns.put(step, partials, into, copied_on_the_way)
+        self.returns.put(step, partials, into, copied_on_the_way, rows_there)
 
     def compute_visitors(self, each: LaunchStep, rows: Sequence[Tensor], keys: Tensor, values: Tensor) -> None:
         """Launch the kernel on visiting queries, whose gradients then go home."""
@@ -225,9 +237,7 @@ class _GradientSums:
         self._dq_from_away = torch.zeros_like(self._saved.q, dtype=self._dtype)
         self.returns.put(each.step, [dq], [self._dq_from_away])
 
-    def _launch(
-        self, launch: Launch, keys: Tensor, values: Tensor, keys_done: Callable[[Tensor, Tensor], object]
-    ) -> Tensor:
+    def _launch(self, launch: Launch, keys: Tensor, values: Tensor, keys_done: Callable[..., object]) -> Tensor:
         """Launch a kernel; returns the gradient of its queries, and gives those of its keys and values away."""
         q, _, _, out, lse, _ = self._saved
         dout, dlse, run = self._dout, self._dlse, launch.queries

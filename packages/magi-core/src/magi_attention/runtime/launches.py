@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from magi_attention.comm.routes import Places, places_of
+from magi_attention.common.intervals import merge, subtract
 from magi_attention.config import RuntimeConfig
 from magi_attention.env.general import ffa_backward_sm_margin, ffa_forward_sm_margin
 from magi_attention.kernels.protocol import (
@@ -148,9 +149,13 @@ class Kernels:
         backend = pair.forward if is_forward else pair.backward
         num_queries = step.exchange.num_received if step.queries_travel and step.exchange else self.num_queries
         num_keys = self.num_keys if step.reads_own_alone else step.num_keys
+        reads_all_keys = call.keys.start == 0 and call.keys.stop >= num_keys
+        run_keys_first = backend.backward_keys_first if keys_first and isinstance(backend, FinishesKeysFirst) else None
+        alone = reads_all_keys and len(step.calls) == 1
+        sends_early = run_keys_first is not None and alone and not self.travel_takes_multiprocessors
         return Launch(
             queries=None if call.queries.start == 0 and call.queries.stop >= num_queries else call.queries,
-            keys=None if call.keys.start == 0 and call.keys.stop >= num_keys else call.keys,
+            keys=None if reads_all_keys else call.keys,
             call=AttentionCall(
                 slices=call.slices,
                 softmax_scale=self.softmax_scale,
@@ -158,13 +163,12 @@ class Kernels:
                 deterministic=self.request.deterministic,
                 max_logits=self.request.max_logits and is_forward,
                 sm_margin=sm_margin,
+                first_keys=_received_runs(step) if sends_early else (),
             ),
             run=getattr(backend, direction),
             run_into=getattr(backend, f"{direction}_into") if isinstance(backend, WritesInPlace) else None,
             run_onto=backend.forward_onto if is_forward and isinstance(backend, MergesInPlace) else None,
-            run_keys_first=backend.backward_keys_first
-            if keys_first and isinstance(backend, FinishesKeysFirst)
-            else None,
+            run_keys_first=run_keys_first,
             queries_known=call.queries_known,
             keys_known=call.keys_known,
             is_main=is_main,
@@ -201,6 +205,15 @@ def _sm_margin(options: RuntimeConfig, direction: Direction, are_wanted: bool) -
     if not are_wanted:
         return 0
     return ffa_forward_sm_margin() if is_forward else ffa_backward_sm_margin()
+
+
+def _received_runs(step: Step) -> tuple[tuple[int, int], ...]:
+    """The runs of a key buffer that are received, where own rows lie among them."""
+    if step.own_places is None:
+        return ()
+    start, stop, place = step.own_places.T
+    own = merge(np.column_stack([place, place + stop - start]))
+    return tuple((first, end) for first, end in subtract(np.array([(0, step.num_keys)]), own).tolist())
 
 
 def _own_places(runs: Runs, device: torch.device) -> Places:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from magi_attention.comm.protocol import GroupCollectives, Work
+from magi_attention.comm.protocol import GroupCollectives, RowsThere, Work
 from magi_attention.comm.routes import Places
 from magi_attention.runtime.launches import LaunchStep
 from magi_attention.runtime.steps import Step
@@ -111,10 +111,17 @@ class Returns:
 
     def __init__(self, collectives: GroupCollectives, dtype: torch.dtype) -> None:
         self._collectives, self.dtype = collectives, dtype
-        self._waiting: tuple[Step, list[Tensor], list[Tensor], Places | None] | None = None
+        self._waiting: tuple[Step, list[Tensor], list[Tensor], Places | None, RowsThere | None] | None = None
         self._traveling: deque[Work[None]] = deque()
 
-    def put(self, step: Step, partials: list[Tensor], into: list[Tensor], own_places: Places | None = None) -> None:
+    def put(
+        self,
+        step: Step,
+        partials: list[Tensor],
+        into: list[Tensor],
+        own_places: Places | None = None,
+        rows_there: RowsThere | None = None,
+    ) -> None:
         """Let partials of a step's key buffer, or of its visiting queries, go home at the next ``send``.
 
         Args:
@@ -122,21 +129,25 @@ class Returns:
             partials: in the dtype in which they travel, if there are ``own_places``.
             into: what they are added to.
             own_places: of the rank's own among the partials, if ``into`` holds nothing yet.
+            rows_there: lets a stream wait for the others, where they are there before the kernels are done.
         """
-        self._waiting = step, partials, into, own_places
+        self._waiting = step, partials, into, own_places, rows_there
 
     def send(self) -> None:
         """Launch what waits, if anything does: once the rows that the next steps read have been fetched."""
         if self._waiting is None:
             return
-        step, partials, into, own_places = self._waiting
+        step, partials, into, own_places, rows_there = self._waiting
         self._waiting = None
         assert step.exchange is not None
         while len(self._traveling) >= MOST_RETURNING:
             self._traveling.popleft().wait()
         with named(f"magi: reduce stage {step.number}"):
-            partials = [as_dtype(x, self.dtype) for x in partials]
-            self._traveling.append(self._collectives.reduce(partials, step.exchange, into, own_places=own_places))
+            sent = [as_dtype(x, self.dtype) for x in partials]
+            if sent[0] is not partials[0]:
+                rows_there = None  # of the others
+            work = self._collectives.reduce(sent, step.exchange, into, own_places=own_places, rows_there=rows_there)
+            self._traveling.append(work)
 
     def finish(self) -> None:
         """Send what still waits, and wait for all."""
