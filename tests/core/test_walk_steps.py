@@ -25,7 +25,10 @@ class Notes:
 
     def reduce(self, partials, exchange, into, own_places=None, rows_there=None):
         self.said.append(f"reduce {exchange}")
-        return SimpleNamespace(wait=lambda: self.said.append(f"home {exchange}"))
+        return SimpleNamespace(
+            wait=lambda: self.said.append(f"home {exchange}"),
+            wait_packed=lambda: self.said.append(f"begins {exchange}"),
+        )
 
 
 def step(number: int, *, own: bool = False) -> LaunchStep:
@@ -63,3 +66,13 @@ def test_at_most_two_steps_gradients_are_on_their_way_home():
         *("reduce 1", "reduce 2", "home 1", "reduce 3", "home 2", "reduce 4"),
         *("home 3", "home 4"),
     ]
+
+
+def test_gradients_begin_to_travel_before_kernels_that_follow():
+    notes = Notes()
+    returns = Returns(notes, torch.float32)
+    for number in (1, 2):  # the second one may wait for the first
+        returns.put(step(number).step, [torch.zeros(1)], [torch.zeros(1)])
+        returns.send(before_kernels=True)
+        returns.send(before_kernels=True)
+    assert notes.said == ["reduce 1", "begins 1", "reduce 2"]

@@ -23,6 +23,7 @@ MIXED = [
     ((), torch.float32),
     ((5, 1), torch.float64),
     ((2,), torch.int64),
+    ((2,), torch.complex128),
     ((3, 3), torch.bool),
     ((7,), torch.bfloat16),
     ((3,), torch.float8_e4m3fn),
@@ -107,8 +108,8 @@ def reduce_cases(rank: int, world_size: int, seeds: range, hops: int, op: str) -
     ]
     for seed in seeds:
         collectives, needs, table = make_case(rank, world_size, seed, hops, 0.5)
-        shapes = [(3, 2), (5,), ()]
-        shape = shapes[seed % 3]
+        shapes = [(3, 2), (5,), (), (8, 16)]  # of the last one's rows, all of a tensor may lie together
+        shape = shapes[seed % 4]
         tensors = [
             [random_tensor(31 * r + i, (len(needs.needs[r]), *shape), kind[0]) for i, kind in enumerate(kinds)]
             for r in range(world_size)
@@ -131,7 +132,7 @@ def reduce_cases(rank: int, world_size: int, seeds: range, hops: int, op: str) -
 
 @pytest.mark.parametrize("op", ["sum", "avg"])
 def test_reduce(pool, op):
-    pool.run(reduce_cases, range(6), 1, op)
+    pool.run(reduce_cases, range(8), 1, op)
 
 
 @pytest.mark.parametrize("op", ["sum", "avg"])
@@ -168,7 +169,7 @@ def reduce_onto_own_rows(rank: int, world_size: int, seeds: range, hops: int, op
     for seed in seeds:
         collectives, needs, table = make_case(rank, world_size, seed, hops, 0.9)
         num_rows, num_received = int(needs.num_rows[rank]), len(needs.needs[rank])
-        choose = torch.Generator().manual_seed(seed)
+        choose, shape = torch.Generator().manual_seed(seed), (8, 16) if seed % 2 else (3, 4)
         if num_received < num_rows:  # there are always as many calls, on all ranks
             some = torch.randint(0, max(num_received, 1), (num_rows if num_received else 0,), generator=choose)
             places = [single_rows(some)] * 2
@@ -176,12 +177,14 @@ def reduce_onto_own_rows(rank: int, world_size: int, seeds: range, hops: int, op
             some = torch.randperm(num_received, generator=choose)[:num_rows]
             places = [single_rows(some), np.array([[0, num_rows]])]
         for into_dtype in (torch.bfloat16, torch.float32):
-            partials = [random_tensor(31 * rank + i, (num_received, 3, 4), torch.bfloat16).to(device) for i in range(2)]
+            partials = [
+                random_tensor(31 * rank + i, (num_received, *shape), torch.bfloat16).to(device) for i in range(2)
+            ]
             for chosen in places:
                 own_places: Places | None = places_of(chosen, device)
                 expected = [x[own_places.rows].to(into_dtype) for x in partials]
                 if not num_received:
-                    own_places, expected = None, [torch.ones(num_rows, 3, 4, dtype=into_dtype, device=device)] * 2
+                    own_places, expected = None, [torch.ones(num_rows, *shape, dtype=into_dtype, device=device)] * 2
                 into = [torch.full_like(x, torch.nan) if num_received else x.clone() for x in expected]
                 expected = [x.clone() for x in expected]
                 collectives.reduce(partials, table, expected, op).wait()
@@ -192,7 +195,7 @@ def reduce_onto_own_rows(rank: int, world_size: int, seeds: range, hops: int, op
 @pytest.mark.parametrize("op", ["sum", "avg"])
 @pytest.mark.parametrize("hops", [1, 2])
 def test_own_rows_are_taken_while_others_travel(pool, hops, op):
-    pool.run(reduce_onto_own_rows, range(3), hops, op)
+    pool.run(reduce_onto_own_rows, range(4), hops, op)
 
 
 def reduce_lse_cases(rank: int, world_size: int, seeds: range, hops: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group collectives by one ``all_to_all_single`` per exchange, on any backend of torch.distributed that has it."""
+"""Group collectives by one all-to-all per exchange, on any backend of torch.distributed that has it."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,10 +9,14 @@ from torch import Tensor
 
 from magi_attention.comm.group import group_size, let_go_at_exit
 from magi_attention.comm.packing import (
+    Pieces,
     RowLayout,
+    can_lie_apart,
     deliver,
     lay_out,
+    lay_out_apart,
     pack,
+    pieces_for_peers,
     put_all_rows,
     row_formats,
     take_all_rows,
@@ -56,6 +60,7 @@ class AllToAllCollectives:
         let_go_at_exit(self, "group")
         self.num_ranks = group_size(group)
         self._streams: dict[torch.device, torch.cuda.Stream | None] = {}
+        self._sends_pieces: dict[torch.device, bool] = {}
 
     @without_grad
     def cast(
@@ -129,10 +134,12 @@ class AllToAllCollectives:
             _check_rows("into", targets, checked.num_source)
 
         asked = op, into_lse is None, len(partials), *[(each.dtype, each.shape, each.device) for each in targets]
-        routes, layout = self._prepared(table, asked, sent, check)
+        routes, layout = self._prepared(table, asked, sent, check, may_lie_apart=True)
         landed = sent[0].new_empty((routes.num_sent, layout.num_words), dtype=torch.int64)
 
-        def gather() -> Tensor:
+        def gather() -> Tensor | Pieces:
+            if layout.is_apart:
+                return Pieces(pieces_for_peers(sent, routes), layout.pieces(landed, routes.send_counts))
             return pack(sent, routes.received, routes.num_arriving, layout)
 
         def combine() -> None:
@@ -147,7 +154,7 @@ class AllToAllCollectives:
 
     def _exchange(
         self,
-        gather: Callable[[], Tensor],
+        gather: Callable[[], Tensor | Pieces],
         landed: Tensor,
         counts: tuple[list[int], list[int]],
         finish: Callable[[], Result],
@@ -203,8 +210,11 @@ class AllToAllCollectives:
             return self._streams.setdefault(device, communication_stream(self.group, device))
 
     def _send(
-        self, packed: Tensor, landed: Tensor, counts: tuple[list[int], list[int]], async_op: bool
+        self, packed: Tensor | Pieces, landed: Tensor, counts: tuple[list[int], list[int]], async_op: bool
     ) -> dist.Work | None:
+        if isinstance(packed, Pieces):
+            self._send_pieces(packed, landed.device)
+            return None
         if self.num_ranks == 1:
             landed.copy_(packed)  # a result never shares memory with what was sent
             return None
@@ -216,12 +226,33 @@ class AllToAllCollectives:
         work.wait()
         return None
 
+    def _can_send_pieces(self, device: torch.device) -> bool:
+        """Whether the backend sends lists of tensors, several at a time; equal on all ranks."""
+        if device not in self._sends_pieces:
+            group = self.group if device.type == "cuda" and self.num_ranks > 1 else None
+            self._sends_pieces[device] = group is not None and group._get_backend(device).name() == "nccl"
+        return self._sends_pieces[device]
+
+    def _send_pieces(self, pieces: Pieces, device: torch.device) -> None:
+        """Send all of them by one kernel, on the current stream."""
+        group = self.group
+        assert group is not None
+        group._start_coalescing(device)
+        try:
+            for sent, received in zip(*pieces, strict=True):
+                group.alltoall(received, sent, _OPTIONS[False])
+        finally:
+            work = group._end_coalescing(device)
+        if work is not None:
+            work.wait()
+
     def _prepared(
         self,
         table: ExchangeTable | TwoHopExchange,
         asked: tuple[object, ...],
         sent: Sequence[Tensor],
         check: Callable[[ExchangeTable], None],
+        may_lie_apart: bool = False,
     ) -> tuple[Routes, RowLayout]:
         """The routes of a table on a device and the layout of what is sent; checked once for all tensors of the shapes.
 
@@ -230,6 +261,7 @@ class AllToAllCollectives:
             asked: what else ``check`` looks at.
             sent: tensors whose rows travel.
             check: raises for arguments that don't fit.
+            may_lie_apart: whether tensors may lie apart where rows arrive, if the group can send them so.
         """
         if isinstance(table, TwoHopExchange):
             raise TypeError("a two-hop exchange needs HierarchicalCollectives, not AllToAllCollectives")
@@ -238,9 +270,13 @@ class AllToAllCollectives:
             if table.num_ranks != self.num_ranks:
                 raise ValueError(f"an exchange among {table.num_ranks} ranks can't run in a group of {self.num_ranks}")
             check(table)
-            return routes_of(table, sent[0].device), lay_out(row_formats(sent))
+            routes, formats = routes_of(table, sent[0].device), row_formats(sent)
+            if in_pieces and can_lie_apart(formats):
+                return routes, lay_out_apart(formats, routes.num_sent)
+            return routes, lay_out(formats)
 
-        key = self.num_ranks, asked, *[(each.dtype, each.shape, each.device) for each in sent]
+        in_pieces = may_lie_apart and self._can_send_pieces(sent[0].device)
+        key = self.num_ranks, in_pieces, asked, *[(each.dtype, each.shape, each.device) for each in sent]
         return table.derived(key, prepare)
 
 

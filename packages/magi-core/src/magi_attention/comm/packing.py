@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of several tensors side by side in one buffer of 8-byte words, so that one exchange serves every dtype.
+"""Rows of several tensors in one buffer of 8-byte words, so that one exchange serves every dtype.
 
-A row of the buffer holds one row of each tensor. So a peer's rows are one run whatever travels, and each tensor's rows
-are a view of the buffer as it arrives, whoever sent them.
+They lie side by side: a row of the buffer holds one row of each tensor. So a peer's rows are one run whatever travels,
+and each tensor's rows are a view of the buffer as it arrives, whoever sent them. Or all rows of a tensor lie together:
+then a peer gets as many runs as there are tensors, but rows that are a run of their tensor need not be copied first.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from magi_attention.comm.routes import Rows
+from magi_attention.comm.routes import Routes, Rows
 from magi_attention.comm.words import WORD_BYTES, BufferRows, as_integers, as_words, move_rows, move_same_rows
+
+# Of a row. Pieces of shorter ones are small beside what another message costs.
+LEAST_APART_BYTES = 256
 
 # Kernels read columns where they arrive, and want rows of them aligned so.
 _COLUMN_WORDS = 2
@@ -58,17 +63,19 @@ class _Column(NamedTuple):
 
 
 class RowLayout(NamedTuple):
-    """How tensors share the rows of a buffer.
+    """How tensors share the rows of a buffer, or the buffer.
 
     Attributes:
         columns: of each tensor.
         num_words: words of a row.
         runs: of each tensor, as of :class:`~magi_attention.comm.words.BufferRows`.
+        is_apart: whether all rows of a tensor lie together.
     """
 
     columns: tuple[_Column, ...]
     num_words: int
     runs: tuple[tuple[int, int, int], ...]
+    is_apart: bool = False
 
     def column(self, buffer: Tensor, number: int) -> Tensor:
         """``[rows, *shape]``: one tensor's part of a buffer ``[rows, num_words]``, without a copy."""
@@ -85,13 +92,26 @@ class RowLayout(NamedTuple):
         return found
 
     def words(self, buffer: Tensor, number: int) -> Tensor:
-        """``[rows, words]``: the same as words."""
+        """``[rows, words]``: the same as words, of a tensor that lies beside others."""
         column = self.columns[number]
         return buffer.narrow(1, column.first_word, column.num_words)
+
+    def pieces(self, buffer: Tensor, counts: Sequence[int]) -> list[list[Tensor]]:
+        """Of a buffer whose tensors lie apart, the rows of each tensor, cut to pieces of so many."""
+        words, sizes = buffer.view(-1), [column.num_words for column in self.columns]
+        of_each = words.split([len(buffer) * size for size in sizes])
+        return [[*each.view(-1, size).split(counts)] for each, size in zip(of_each, sizes, strict=True)]
 
     def word_rows(self, buffer: Tensor) -> BufferRows:
         """The same of all tensors, without views."""
         return BufferRows(buffer, self.runs)
+
+
+class Pieces(NamedTuple):
+    """What goes to and comes from each peer, as words ``[rows, words]``: of each tensor a list, by peer."""
+
+    sent: list[list[Tensor]]
+    landed: list[list[Tensor]]
 
 
 @lru_cache(maxsize=4096)
@@ -104,14 +124,48 @@ def lay_out(formats: tuple[RowFormat, ...]) -> RowLayout:
         end += row.num_words
     if len(formats) > 1:
         end += -end % _COLUMN_WORDS
-    columns = []
-    for (dtype, shape), first, row in zip(formats, first_words, formats, strict=True):
-        strides = [end * WORD_BYTES // dtype.itemsize]
-        strides += [shape[number + 1 :].numel() for number in range(len(shape))]
-        columns.append(
-            _Column(first, row.num_words, dtype, shape, first * WORD_BYTES // dtype.itemsize, tuple(strides))
-        )
-    return RowLayout(tuple(columns), end, tuple((each.first_word, end, each.num_words) for each in columns))
+    columns = tuple(_column(row, first, end) for row, first in zip(formats, first_words, strict=True))
+    return RowLayout(columns, end, tuple((each.first_word, end, each.num_words) for each in columns))
+
+
+def can_lie_apart(formats: tuple[RowFormat, ...]) -> bool:
+    """Whether rows of these tensors may lie apart, and should: they are several, and long enough to copy."""
+    return len(formats) > 1 and all(
+        row.num_bytes >= LEAST_APART_BYTES and row.num_words % _COLUMN_WORDS == 0 and row.num_bytes % WORD_BYTES == 0
+        for row in formats
+    )
+
+
+@lru_cache(maxsize=4096)
+def lay_out_apart(formats: tuple[RowFormat, ...], num_rows: int) -> RowLayout:
+    """Lay out ``num_rows`` rows of each tensor that lie together, one tensor behind the other."""
+    *firsts, end = accumulate((row.num_words for row in formats), initial=0)
+    columns = tuple(_column(row, num_rows * first, row.num_words) for row, first in zip(formats, firsts, strict=True))
+    runs = tuple((each.first_word, each.num_words, each.num_words) for each in columns)
+    return RowLayout(columns, end, runs, is_apart=True)
+
+
+def _column(row: RowFormat, first_word: int, stride: int) -> _Column:
+    """Of rows that begin so many words after one another."""
+    dtype, shape = row
+    first, stride = (
+        words * WORD_BYTES // dtype.itemsize for words in (first_word, stride)
+    )  # of complex128 half as many
+    strides = (stride, *[shape[number + 1 :].numel() for number in range(len(shape))])
+    return _Column(first_word, row.num_words, dtype, shape, first, strides)
+
+
+def pieces_for_peers(tensors: Sequence[Tensor], routes: Routes) -> list[list[Tensor]]:
+    """The words of the rows that came from each peer, of each tensor: views where these are runs, else copies."""
+    words = [each for tensor in tensors if (each := as_words(tensor)) is not None and each.is_contiguous()]
+    if len(words) == len(tensors) and all(isinstance(rows, slice) for rows in routes.received_of):
+        return [[each[rows] for rows in routes.received_of] for each in words]
+    layout = lay_out_apart(row_formats(tensors), routes.num_arriving)
+    buffer = tensors[0].new_empty((routes.num_arriving, layout.num_words), dtype=torch.int64)
+    if not move_rows(layout.word_rows(buffer), tensors, routes.received, routes.num_arriving, scatter=False):
+        for target, tensor in zip(layout.all_columns(buffer), tensors, strict=True):
+            target.copy_(tensor[routes.received])
+    return layout.pieces(buffer, routes.recv_counts)
 
 
 def pack(tensors: Sequence[Tensor], rows: Rows, num_rows: int, layout: RowLayout) -> Tensor:

@@ -49,6 +49,7 @@ class Routes(KeepsDerived):
         source: the source rows sent to all peers.
         received: the rows of the receive buffer that come from all peers.
         source_of: the source rows sent to each peer.
+        received_of: the rows of the receive buffer that come from each peer.
         send_counts: how many rows each peer is sent.
         recv_counts: how many rows come from each peer.
         num_sent: rows sent to all peers together.
@@ -58,6 +59,7 @@ class Routes(KeepsDerived):
     source: Rows
     received: Rows
     source_of: tuple[Rows, ...]
+    received_of: tuple[Rows, ...]
     send_counts: list[int]
     recv_counts: list[int]
     num_sent: int
@@ -99,11 +101,12 @@ def routes_of(table: ExchangeTable, device: torch.device) -> Routes:
 
 def _build(table: ExchangeTable, device: torch.device) -> Routes:
     source, received = _listed(table.send[:, 1:]), _listed(table.recv[:, 1:])
-    all_source = _as_rows(source, device)
+    all_source, all_received = _as_rows(source, device), _as_rows(received, device)
     return Routes(
         source=all_source,
-        received=_as_rows(received, device),
+        received=all_received,
         source_of=_by_peer(source, all_source, table.send_counts),
+        received_of=_by_peer(received, all_received, table.recv_counts),
         send_counts=table.send_counts,
         recv_counts=table.recv_counts,
         num_sent=len(source),

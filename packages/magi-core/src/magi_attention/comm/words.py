@@ -40,7 +40,7 @@ class WordRows(NamedTuple):
 
 
 class BufferRows(NamedTuple):
-    """Rows of several tensors that lie side by side in the rows of a buffer.
+    """Rows of several tensors in one buffer.
 
     Attributes:
         buffer: the buffer.

@@ -199,7 +199,7 @@ class _GradientSums:
             total.add(launch.keys, gradient, launch.keys_known)
         if launch.run_keys_first is not None:
             self._finish_keys(each, sums, rows_there)
-            self.returns.send()
+            self.returns.send(before_kernels=True)
 
     def _finish_keys(self, each: LaunchStep, sums: Sequence[_Sum], rows_there: RowsThere | None = None) -> None:
         """Send what still waits of the step before, and let this step's gradients of received rows go home next."""

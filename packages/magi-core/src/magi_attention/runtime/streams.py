@@ -133,8 +133,12 @@ class Returns:
         """
         self._waiting = step, partials, into, own_places, rows_there
 
-    def send(self) -> None:
-        """Launch what waits, if anything does: once the rows that the next steps read have been fetched."""
+    def send(self, *, before_kernels: bool = False) -> None:
+        """Launch what waits, if anything does: once the rows that the next steps read have been fetched.
+
+        Where the current stream is given kernels next, ``before_kernels``, these leave it the multiprocessors to begin,
+        unless it comes after others that travel.
+        """
         if self._waiting is None:
             return
         step, partials, into, own_places, rows_there = self._waiting
@@ -148,6 +152,8 @@ class Returns:
                 rows_there = None  # of the others
             work = self._collectives.reduce(sent, step.exchange, into, own_places=own_places, rows_there=rows_there)
             self._traveling.append(work)
+        if before_kernels and len(self._traveling) == 1:
+            work.wait_packed()
 
     def finish(self) -> None:
         """Send what still waits, and wait for all."""
