@@ -90,7 +90,6 @@ def choose_directions(demand: Demand, layout: Layout, key_layout: Layout, rank: 
 
     queries_go = read_from * costs.keys > _length_by_group(rows_out, layout) * costs.queries
     queries_come = read_by * costs.keys > _length_by_group(rows_in, layout) * costs.queries
-    queries_go[rank] = False
     sent_queries = rows_out[queries_go[rows_out[:, 0]]]
     guests = parts_in[queries_come[reader_in]]
     visiting = merge(guests[:, : band.K0])
