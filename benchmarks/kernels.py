@@ -36,9 +36,8 @@ from torch import Tensor
 from magi_attention.cli.bench.timing import compare_in_cycles
 from magi_attention.common import workloads
 from magi_attention.common.slices import SliceTable
-from magi_attention.kernels.mask_class import mask_class
 from magi_attention.kernels.protocol import AttentionCall, AttentionRequest
-from magi_attention.kernels.registry import choose_backend, installed_backends
+from magi_attention.kernels.registry import backends_for_slices, installed_backends
 from magi_attention.kernels.tiles import row_intervals
 
 if TYPE_CHECKING:
@@ -256,9 +255,7 @@ def chosen(case: Case, row: list[Cell]) -> Cell:
     cell: Cell = {"mask": case.mask, "tokens": len(case.q), "contender": "auto"}
     by_name = {each["contender"]: each for each in row}
     request = AttentionRequest.of_tensors(case.q, case.k, case.v)
-    names = {
-        direction: choose_backend(request.toward(direction, mask_class(case.slices))).name for direction in DIRECTIONS
-    }
+    names = dict(zip(DIRECTIONS, [each.name for each in backends_for_slices(case.slices, request)], strict=True))
     for direction, name in names.items():
         if direction in by_name.get(name, {}):
             cell[direction] = by_name[name][direction]

@@ -102,6 +102,20 @@ def test_the_class_of_the_mask_decides(install):
     assert backends_for_slices(causal, REQUEST).forward.name == "b"
 
 
+def test_the_size_of_the_mask_decides_and_is_not_logged(install, caplog):
+    class Short(FakeBackend):
+        def expected_tflops(self, request: AttentionRequest) -> float:
+            return 1 if request.num_pairs is None or request.num_pairs > 100 else 9
+
+    install(long=FakeBackend("long", 5), short=Short("short", 0))
+    with caplog.at_level("INFO"):
+        masks = [SliceTable([[0, size, 0, size, 0]]) for size in (9, 10, 11, 12)]
+        chosen = [backends_for_slices(each, REQUEST).forward.name for each in masks]
+    assert chosen == ["short", "short", "long", "long"]
+    assert len([line for line in caplog.messages if line.startswith("Kernel backends")]) == 2
+    assert choose_backend(REQUEST).name == "long"
+
+
 def test_a_choice_is_made_once_per_mask(install):
     install(a=FakeBackend("a", 1))
     slices = SliceTable([[0, 9, 0, 9, 0]])

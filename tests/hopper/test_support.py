@@ -5,6 +5,7 @@ import ctypes
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -202,3 +203,22 @@ def test_expected_speed():
     assert BACKEND.expected_tflops(grouped) > BACKEND.expected_tflops(replace(grouped, num_heads_kv=8))
     assert BACKEND.expected_tflops(grouped) > BACKEND.expected_tflops(grouped.toward("backward"))
     assert BACKEND.expected_tflops(grouped) > BACKEND.expected_tflops(replace(grouped, head_dim=64, head_dim_v=64))
+
+
+@pytest.mark.parametrize(("num_pairs", "wins"), [(8192 * 8193 // 2, True), (16384 * 16385 // 2, False), (None, False)])
+def test_short_causal_masks_are_faster_here_than_elsewhere_backward(num_pairs, wins):
+    blackwell = pytest.importorskip("magi_kernels_blackwell")
+    request = AttentionRequest(torch.device("cpu"), torch.bfloat16, 64, 8, 128, 128, mask_class="causal")
+    request = replace(request, num_pairs=num_pairs).toward("backward")
+    assert (BACKEND.expected_tflops(request) > blackwell.FLASH_ATTENTION_4_BACKEND.expected_tflops(request)) == wins
+    for other in ({"head_dim": 64, "head_dim_v": 64}, {"dtype": torch.float16}, {"softcap": True}):
+        another = replace(request, **other)
+        assert BACKEND.expected_tflops(another) == BACKEND.expected_tflops(replace(another, num_pairs=None))
+
+
+def test_what_is_kept_of_answers_does_not_grow_with_masks():
+    request = AttentionRequest(torch.device("cpu"), torch.bfloat16, 64, 8, 128, 128)
+    support._support_of.cache_clear()
+    for number, name in product(range(5), ("causal", "full")):
+        support.support_of(replace(request, mask_class=name, num_pairs=number))
+    assert support._support_of.cache_info().currsize == 1

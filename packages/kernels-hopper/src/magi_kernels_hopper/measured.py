@@ -4,10 +4,13 @@
 Measured on an H100 80GB with 64 query heads and 8 key/value heads of 128 dims, bfloat16, by benchmarks/kernels.py, in
 turns with ``cudnn_flex`` and ``blackwell``. Forward figures are the lower ones of 8k and 32k tokens. Backward figures
 are what ``blackwell`` expects of itself times the share of it that was reached on an H200 at 8k, 16k and 32k tokens:
-the least on full and causal masks, the mean on others. Irregular masks (``general``) are given likewise relative to
-``cudnn_flex``, by the shared question. Scattered blocks (``block_sparse``) were measured with both others on an H200 at
-32k tokens, as blocks of 64 x 64 that make up 5 % of all pairs. NOTES.md has what was seen.
+the least on full and causal masks, but for short causal ones, and the mean on others. Irregular masks (``general``) are
+given likewise relative to ``cudnn_flex``, by the shared question. Scattered blocks (``block_sparse``) were measured
+with both others on an H200 at 32k tokens, as blocks of 64 x 64 that make up 5 % of all pairs. NOTES.md has what was
+seen.
 """
+
+import torch
 
 from magi_attention.kernels.protocol import AttentionRequest
 
@@ -22,6 +25,10 @@ _128_DIMS: dict[str, tuple[float, float]] = {
     "block_sparse": (675, 136),
     "general": (577, 378),
 }
+# Backward, up to so many pairs, in bfloat16 without softcap: 1.01 to 1.02 of what FlashAttention-4 reached on an H200
+# with 8k tokens, and with the shares of two ranks with 8k each. From twice as many on it was 0.98 to 1.00. In float16
+# and with softcap a step takes 2 % longer (NOTES.md).
+_SHORT_PAIRS, _SHORT_CAUSAL = 100_000_000, 545.0
 # Other head dims share little of what made 128 dims faster backward, and have not been measured since: before scaling,
 # they are given what 128 dims had then.
 _OTHER_DIMS_BACKWARD: dict[str, float] = {
@@ -52,7 +59,14 @@ def tflops(request: AttentionRequest) -> float:
     if backward and mask == "block_sparse" and request.head_dim in _BLOCKS_BACKWARD and not request.softcap:
         return _BLOCKS_BACKWARD[request.head_dim] * (1.0 if grouped else _UNGROUPED_BLOCKS)
     speed = _128_DIMS[mask][backward] if request.head_dim == 128 or not backward else _OTHER_DIMS_BACKWARD[mask]
+    if backward and mask == "causal" and _is_short(request):
+        speed = _SHORT_CAUSAL
     speed *= _DIM_FACTOR.get(request.head_dim, 1.0)
     if not grouped:
         speed *= _UNGROUPED_DENSE if mask in ("full", "causal") else _UNGROUPED
     return speed
+
+
+def _is_short(request: AttentionRequest) -> bool:
+    is_fastest_kernel = request.head_dim == 128 and request.dtype == torch.bfloat16 and not request.softcap
+    return is_fastest_kernel and request.num_pairs is not None and request.num_pairs <= _SHORT_PAIRS

@@ -24,19 +24,20 @@ ELEMENT_OF: Final[dict[torch.dtype, Element]] = {torch.bfloat16: "bf16", torch.f
 
 def support_of(request: AttentionRequest) -> Support:
     """Whether the kernels serve a request, on the GPU that it names."""
-    return _support_of(_with_index(request))
+    return _support_of(_that_decides(request))
 
 
 def support_of_indices(request: AttentionRequest) -> Support:
     """Whether there is a kernel for index attention that serves a request, on the GPU that it names."""
-    return _support_of(_with_index(request), by_indices=True)
+    return _support_of(_that_decides(request), by_indices=True)
 
 
-def _with_index(request: AttentionRequest) -> AttentionRequest:
+def _that_decides(request: AttentionRequest) -> AttentionRequest:
+    """The request with the index of its GPU, and nothing of its mask: of masks there is no end."""
     device = request.device
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        return replace(request, device=torch.device("cuda", torch.cuda.current_device()))
-    return request
+        device = torch.device("cuda", torch.cuda.current_device())
+    return replace(request, device=device, mask_class="general", num_pairs=None)
 
 
 @cache

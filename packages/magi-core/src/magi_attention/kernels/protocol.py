@@ -31,6 +31,8 @@ class AttentionRequest:
         direction: the pass; forward and backward of one attention may be of different backends.
         mask_class: one of :data:`magi_attention.kernels.mask_class.MASK_CLASSES`. It tells how fast a backend will be,
             never whether it can: a backend that supports a request supports every mask.
+        num_pairs: how many (query, key) pairs the mask keeps; None where that is not known. It tells the same, and is
+            another for almost every mask: no key of what is kept for long.
     """
 
     device: torch.device
@@ -44,6 +46,7 @@ class AttentionRequest:
     deterministic: bool = False
     direction: Direction = "forward"
     mask_class: str = "general"
+    num_pairs: int | None = None
 
     @classmethod
     def of_tensors(

@@ -135,8 +135,9 @@ def choose_backends(request: AttentionRequest, name: str = "auto", backward_name
     """
     forward = explain_choice(request.toward("forward"), name)
     backward = explain_choice(request.toward("backward"), name if backward_name.lower() == "same" else backward_name)
-    if (request, forward.name, backward.name) not in _logged:
-        _logged.add((request, forward.name, backward.name))
+    told = replace(request, num_pairs=None), forward.name, backward.name  # not a line for masks of each size
+    if told not in _logged:
+        _logged.add(told)
         logger.info("Kernel backends for %s: forward %s, backward %s", request, forward, backward)
     return BackendPair(forward.backend, backward.backend)
 
@@ -144,10 +145,12 @@ def choose_backends(request: AttentionRequest, name: str = "auto", backward_name
 def backends_for_slices(
     slices: SliceTable, request: AttentionRequest, name: str = "auto", backward_name: str = "same"
 ) -> BackendPair:
-    """Choose as :func:`choose_backends` does, by the class of this mask; once per request, kept with the table."""
+    """Choose as :func:`choose_backends` does, by this mask's class and size; once per request, kept with the table."""
     return slices.derived(
         ("kernel backends", request, name, backward_name),
-        lambda: choose_backends(replace(request, mask_class=mask_class(slices)), name, backward_name),
+        lambda: choose_backends(
+            replace(request, mask_class=mask_class(slices), num_pairs=slices.area()), name, backward_name
+        ),
     )
 
 
