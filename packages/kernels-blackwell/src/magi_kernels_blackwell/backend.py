@@ -17,6 +17,7 @@ from magi_attention.kernels.protocol import (
     AttentionRequest,
     AttentionResult,
     KernelSelection,
+    KeysDone,
     PrecompileCase,
     Support,
     attend_to_nothing,
@@ -27,7 +28,7 @@ from magi_kernels_blackwell.cache import why_switched_off, why_unkept
 from magi_kernels_blackwell.cases import arch_number, combinations, request_of
 from magi_kernels_blackwell.masks import has_pairs
 from magi_kernels_blackwell.measured import tflops
-from magi_kernels_blackwell.prepared import KeysDone, ignore
+from magi_kernels_blackwell.prepared import ignore
 from magi_kernels_blackwell.support import DTYPES, gpu_support
 from magi_kernels_blackwell.wheels import capability_of, missing_wheels
 

@@ -22,9 +22,6 @@ from magi_attention.kernels.table_streams import StreamsOfTables
 
 _watching = RLock()
 
-KeysDone = Callable[[Tensor, Tensor], object]
-"""Hears of gradients of keys and values, as of :class:`magi_attention.kernels.protocol.FinishesKeysFirst`."""
-
 
 def ignore(*_: Tensor) -> None:
     """Nobody waits for the gradients of keys and values."""

@@ -4,8 +4,6 @@
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -17,6 +15,7 @@ from magi_attention.kernels.protocol import (
     Direction,
     IndexCall,
     KernelBackend,
+    KeysDone,
     Support,
     attend_to_nothing,
 )
@@ -154,7 +153,7 @@ class HopperBackend:
     @without_grad
     def backward_keys_first(
         self,
-        keys_done: Callable[..., object] | None,
+        keys_done: KeysDone | None,
         target: Tensor | None,
         dout: Tensor,
         q: Tensor,

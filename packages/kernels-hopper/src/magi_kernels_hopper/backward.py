@@ -4,7 +4,7 @@
 Shape suffixes: t tokens, h heads, d head dim, dv head dim of values; q queries, k keys.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from itertools import accumulate
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.protocol import RowsThere
-from magi_attention.kernels.protocol import AttentionCall
+from magi_attention.kernels.protocol import AttentionCall, KeysDone
 from magi_attention.kernels.table_streams import StreamsOfTables
 from magi_attention.utils.dtypes import as_dtype
 from magi_kernels_hopper.backward_order import QuerySizes, WorkSizes
@@ -47,10 +47,6 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 """dq, dk and dv."""
-
-
-KeysDone = Callable[..., object]
-"""Hears of gradients of keys and values, as of :class:`magi_attention.kernels.protocol.FinishesKeysFirst`."""
 
 
 class _Kernels(NamedTuple):

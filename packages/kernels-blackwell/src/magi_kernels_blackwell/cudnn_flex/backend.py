@@ -9,10 +9,10 @@ Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 
 from torch import Tensor
 
-from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, PrecompileCase, Support
+from magi_attention.kernels.protocol import AttentionCall, AttentionRequest, KeysDone, PrecompileCase, Support
 from magi_kernels_blackwell.backend import LATENT_DIMS, WheelBackend
 from magi_kernels_blackwell.cudnn_flex import launch, library, precompile
-from magi_kernels_blackwell.prepared import KeysDone, ignore
+from magi_kernels_blackwell.prepared import ignore
 from magi_kernels_blackwell.support import refuse
 from magi_kernels_blackwell.wheels import CUDNN_FRONTEND, HOPPER, capability_of
 

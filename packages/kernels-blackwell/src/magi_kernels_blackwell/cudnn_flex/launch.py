@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from magi_attention.common.slices import SliceTable
-from magi_attention.kernels.protocol import AttentionCall
+from magi_attention.kernels.protocol import AttentionCall, KeysDone
 from magi_attention.kernels.table_streams import settle
 from magi_kernels_blackwell.cudnn_flex.library import Library, quiet
 from magi_kernels_blackwell.cudnn_flex.tables import row_functions
 from magi_kernels_blackwell.masks import intervals_of_queries
 from magi_kernels_blackwell.prepared import (
-    KeysDone,
     Launch,
     PreparedBackward,
     PreparedForward,

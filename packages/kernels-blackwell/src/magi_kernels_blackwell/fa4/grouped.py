@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from magi_attention.kernels.protocol import AttentionCall
+from magi_attention.kernels.protocol import AttentionCall, KeysDone
 from magi_kernels_blackwell.fa4.library import Library
 from magi_kernels_blackwell.fa4.tables import grouped_tiling, run_tables
-from magi_kernels_blackwell.prepared import KeysDone, ignore
+from magi_kernels_blackwell.prepared import ignore
 
 MOST_ELEMENTS = 2**31 - 1
 """How large a group's sum of dq can be: the kernel counts its elements in 32 bits."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.kernels.device_tiles import upload
-from magi_attention.kernels.protocol import AttentionCall
+from magi_attention.kernels.protocol import AttentionCall, KeysDone
 from magi_attention.kernels.table_streams import settle
 from magi_kernels_blackwell.fa4.grouped import gradients_like, launch_grouped_backward
 from magi_kernels_blackwell.fa4.library import Library
@@ -24,7 +24,6 @@ from magi_kernels_blackwell.fa4.tables import (
 )
 from magi_kernels_blackwell.masks import PackedMask, packed_mask
 from magi_kernels_blackwell.prepared import (
-    KeysDone,
     PreparedBackward,
     PreparedForward,
     check_sums,

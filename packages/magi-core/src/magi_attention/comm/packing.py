@@ -131,8 +131,7 @@ def lay_out(formats: tuple[RowFormat, ...]) -> RowLayout:
 def can_lie_apart(formats: tuple[RowFormat, ...]) -> bool:
     """Whether rows of these tensors may lie apart, and should: they are several, and long enough to copy."""
     return len(formats) > 1 and all(
-        row.num_bytes >= LEAST_APART_BYTES and row.num_words % _COLUMN_WORDS == 0 and row.num_bytes % WORD_BYTES == 0
-        for row in formats
+        row.num_bytes >= LEAST_APART_BYTES and row.num_bytes % (_COLUMN_WORDS * WORD_BYTES) == 0 for row in formats
     )
 
 
@@ -148,11 +147,10 @@ def lay_out_apart(formats: tuple[RowFormat, ...], num_rows: int) -> RowLayout:
 def _column(row: RowFormat, first_word: int, stride: int) -> _Column:
     """Of rows that begin so many words after one another."""
     dtype, shape = row
-    first, stride = (
-        words * WORD_BYTES // dtype.itemsize for words in (first_word, stride)
-    )  # of complex128 half as many
-    strides = (stride, *[shape[number + 1 :].numel() for number in range(len(shape))])
-    return _Column(first_word, row.num_words, dtype, shape, first, strides)
+    # Bytes come first: a number of complex128 is two words.
+    first_element, first_stride = first_word * WORD_BYTES // dtype.itemsize, stride * WORD_BYTES // dtype.itemsize
+    strides = (first_stride, *[shape[number + 1 :].numel() for number in range(len(shape))])
+    return _Column(first_word, row.num_words, dtype, shape, first_element, strides)
 
 
 def pieces_for_peers(tensors: Sequence[Tensor], routes: Routes) -> list[list[Tensor]]:

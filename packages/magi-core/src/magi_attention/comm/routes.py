@@ -49,7 +49,6 @@ class Routes(KeepsDerived):
         source: the source rows sent to all peers.
         received: the rows of the receive buffer that come from all peers.
         source_of: the source rows sent to each peer.
-        received_of: the rows of the receive buffer that come from each peer.
         send_counts: how many rows each peer is sent.
         recv_counts: how many rows come from each peer.
         num_sent: rows sent to all peers together.
@@ -59,14 +58,19 @@ class Routes(KeepsDerived):
     source: Rows
     received: Rows
     source_of: tuple[Rows, ...]
-    received_of: tuple[Rows, ...]
     send_counts: list[int]
     recv_counts: list[int]
     num_sent: int
     num_arriving: int
     _all_source: NDArray[np.int64]
+    _all_received: NDArray[np.int64]
     _num_source: int
     _device: torch.device
+
+    @cached_property
+    def received_of(self) -> tuple[Rows, ...]:
+        """The rows of the receive buffer that come from each peer."""
+        return _by_peer(self._all_received, self.received, self.recv_counts)
 
     @cached_property
     def casts_per_row(self) -> Tensor:
@@ -101,17 +105,17 @@ def routes_of(table: ExchangeTable, device: torch.device) -> Routes:
 
 def _build(table: ExchangeTable, device: torch.device) -> Routes:
     source, received = _listed(table.send[:, 1:]), _listed(table.recv[:, 1:])
-    all_source, all_received = _as_rows(source, device), _as_rows(received, device)
+    all_source = _as_rows(source, device)
     return Routes(
         source=all_source,
-        received=all_received,
+        received=_as_rows(received, device),
         source_of=_by_peer(source, all_source, table.send_counts),
-        received_of=_by_peer(received, all_received, table.recv_counts),
         send_counts=table.send_counts,
         recv_counts=table.recv_counts,
         num_sent=len(source),
         num_arriving=len(received),
         _all_source=source,
+        _all_received=received,
         _num_source=table.num_source,
         _device=device,
     )

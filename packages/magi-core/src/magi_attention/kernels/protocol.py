@@ -212,13 +212,17 @@ class WritesInPlace(Protocol):
         """:meth:`KernelBackend.backward` with ``dq`` written to ``target``, contiguous and of q's dtype, if given."""
 
 
+KeysDone = Callable[..., object]
+"""Hears of gradients of keys and values, as :class:`FinishesKeysFirst` says."""
+
+
 @runtime_checkable
 class FinishesKeysFirst(Protocol):
     """The optional ability of a backend to say when gradients of keys and values are there, before those of queries."""
 
     def backward_keys_first(
         self,
-        keys_done: Callable[..., object],
+        keys_done: KeysDone,
         target: Tensor | None,
         dout: Tensor,
         q: Tensor,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward pass: keys and values travel again, their gradients travel back to the owners."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from magi_attention.comm.protocol import RowsThere
 from magi_attention.comm.routes import Rows
 from magi_attention.comm.words import move_rows
 from magi_attention.common.logsumexp import accumulation_dtype
+from magi_attention.kernels.protocol import KeysDone
 from magi_attention.runtime.job import AttentionJob
 from magi_attention.runtime.launches import Launch, LaunchStep
 from magi_attention.runtime.streams import Returns, walk_steps
@@ -237,7 +238,7 @@ class _GradientSums:
         self._dq_from_away = torch.zeros_like(self._saved.q, dtype=self._dtype)
         self.returns.put(each.step, [dq], [self._dq_from_away])
 
-    def _launch(self, launch: Launch, keys: Tensor, values: Tensor, keys_done: Callable[..., object]) -> Tensor:
+    def _launch(self, launch: Launch, keys: Tensor, values: Tensor, keys_done: KeysDone) -> Tensor:
         """Launch a kernel; returns the gradient of its queries, and gives those of its keys and values away."""
         q, _, _, out, lse, _ = self._saved
         dout, dlse, run = self._dout, self._dlse, launch.queries

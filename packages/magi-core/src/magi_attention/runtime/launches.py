@@ -151,8 +151,13 @@ class Kernels:
         num_keys = self.num_keys if step.reads_own_alone else step.num_keys
         reads_all_keys = call.keys.start == 0 and call.keys.stop >= num_keys
         run_keys_first = backend.backward_keys_first if keys_first and isinstance(backend, FinishesKeysFirst) else None
-        alone = reads_all_keys and len(step.calls) == 1 and not self.options.backward_high_precision_reduce
-        sends_early = run_keys_first is not None and alone and not self.travel_takes_multiprocessors
+        sends_early = (
+            run_keys_first is not None
+            and not self.travel_takes_multiprocessors
+            and not self.options.backward_high_precision_reduce  # else copies travel, made of all at once
+            and reads_all_keys
+            and len(step.calls) == 1
+        )
         return Launch(
             queries=None if call.queries.start == 0 and call.queries.stop >= num_queries else call.queries,
             keys=None if reads_all_keys else call.keys,
