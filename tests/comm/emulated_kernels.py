@@ -53,6 +53,7 @@ class Launch:
         self._run = runs[kernel[1][:4]]
 
     def tell_begun(self, event: Event | None) -> None:
+        assert event is None or event.cuda_event, "the driver refuses an event without a handle"
         self._begun = event
 
     def enqueue(self) -> None:

@@ -103,13 +103,13 @@ def _now(run: Callable[[], None]) -> None:
 
 
 class Event:
-    """Waits are for what was recorded last before them."""
+    """Waits are for what was recorded last before them. There is a handle only then."""
 
     def __init__(self) -> None:
-        self.done = threading.Event()
+        self.done, self.cuda_event = threading.Event(), 0
 
     def record(self, stream: "Stream") -> None:
-        self.done = threading.Event()
+        self.done, self.cuda_event = threading.Event(), id(self)
         stream.enqueue(self.done.set)
 
     def query(self) -> bool:

@@ -90,10 +90,13 @@ class Launch:
         self._attribute["name"] = ALL_BLOCKS_BEGUN
         how = (grid, 1, 1), (*block, 1), shared_bytes, stream.cuda_stream, self._attribute.ctypes.data, 0
         self._launch = np.array(how, LAUNCH)
+        # What changes from launch to launch: a field of numpy's takes several times as long to set.
+        self._event = self._attribute["event"].reshape(1).data
+        self._num_attributes = self._launch["num_attributes"].reshape(1).data
         self.enqueue = driver().launch(self._launch.ctypes.data, kernel, ctypes.addressof(self._addresses))
 
     def tell_begun(self, event: "torch.cuda.Event | None") -> None:
         """Let the next launches record an event once all their blocks have begun; it must have been recorded before."""
-        self._launch["num_attributes"] = event is not None
+        self._num_attributes[0] = event is not None
         if event is not None:
-            self._attribute["event"] = event.cuda_event
+            self._event[0] = event.cuda_event

@@ -53,6 +53,13 @@ class Lane:
         for each in self.rounds:
             each.let_go()
 
+    def mark(self) -> "torch.cuda.Event":
+        """An event that a launch may record; it refuses one that was never recorded, which has no handle."""
+        event = self.events.take()
+        if not event.cuda_event:
+            event.record(self.wires.arrive)
+        return event
+
     def release(self, epoch: int, reader: "torch.cuda.Stream") -> None:
         """Give an epoch's slot back to the senders behind what a stream has been given."""
         is_read = self.events.take()
@@ -168,46 +175,36 @@ class Round:
         Returns:
             The epoch, and what is recorded when all kernels beside which others run have begun; None if there are none.
         """
-        try:
-            return self._start(tensors, caller, own, received, rows_there)
-        except BaseException:
-            self._lane.let_finish(caller)
-            raise
-
-    def _start(
-        self,
-        tensors: Sequence[Tensor],
-        caller: "torch.cuda.Stream",
-        own: OwnRows | None,
-        received: Sequence[Tensor] | None,
-        rows_there: RowsThere | None,
-    ) -> "tuple[int, torch.cuda.Event | None]":
-        lane, bound, packed = self._lane, self._bound, None
-        if bound is None or self._memory is not lane.arena.memory:
-            bound = self._bind()
+        lane, packed = self._lane, None
         wires, exchange = lane.wires, lane.exchange
-        self.ready.record(caller)
-        if rows_there is None or self._transport != "copy_engine":  # a kernel finds room when the caller's are done
-            wires.send.wait_event(self.ready)
-        else:
-            rows_there(wires.send)
-        epoch = exchange.begin()
-        if self._transport != "copy_engine":
-            # The kernel needs multiprocessors, and shall have some before the next one takes them all.
-            packed = lane.events.take()
-            packed.record(wires.send)
-        exchange.send(bound, epoch, [tensor.data_ptr() for tensor in tensors], packed)
         try:
-            if own is not None:
-                wires.arrive.wait_event(self.ready)
-                if received is None:
-                    wires.await_own_credit(exchange.credit_needed(epoch))
-                packed = self._put_own(own, received or self.landed(epoch), caller, packed)
-        except BaseException:
+            bound = self._bound
+            if bound is None or self._memory is not lane.arena.memory:
+                bound = self._bind()
+            self.ready.record(caller)
+            if rows_there is None or self._transport != "copy_engine":  # a kernel finds room when the caller's are done
+                wires.send.wait_event(self.ready)
+            else:
+                rows_there(wires.send)
+            epoch = exchange.begin()
+            if self._transport != "copy_engine":
+                # The kernel needs multiprocessors, and shall have some before the next one takes them all.
+                packed = lane.mark()
+            exchange.send(bound, epoch, [tensor.data_ptr() for tensor in tensors], packed)
+            try:
+                if own is not None:
+                    wires.arrive.wait_event(self.ready)
+                    if received is None:
+                        wires.await_own_credit(exchange.credit_needed(epoch))
+                    packed = self._put_own(own, received or self.landed(epoch), caller, packed)
+            except BaseException:
+                exchange.arrive(bound, epoch)
+                lane.release(epoch, wires.arrive)
+                raise
             exchange.arrive(bound, epoch)
-            lane.release(epoch, wires.arrive)
+        except BaseException:
+            lane.let_finish(caller)
             raise
-        exchange.arrive(bound, epoch)
         return epoch, packed
 
     def _put_own(
@@ -220,10 +217,9 @@ class Round:
                 put_all_rows(targets, own.places.rows, own.tensors)
             return packed
         if packed is None:
-            packed = lane.events.take()
+            packed = lane.mark()
         else:
             lane.wires.arrive.wait_event(packed)
-        packed.record(lane.wires.arrive)
         own.copies.enqueue([tensor.data_ptr() for tensor in own.tensors], targets[0].data_ptr(), packed)
         return packed
 

@@ -173,14 +173,15 @@ class DeviceWires:
 
     def await_arrival(self, sources: tuple[int, ...], epoch: int) -> None:
         """See :class:`Wires`; also marks the epoch as finished."""
-        if sources not in self._before_reading:
+        operations = self._before_reading.get(sources)
+        if operations is None:
             forget_if_many(self._before_reading)
             awaited = sorted({*sources, self.rank})
             # The write is behind a fence, which also keeps what follows from being read before the waits are over.
-            self._before_reading[sources] = _Operations(
+            operations = self._before_reading[sources] = _Operations(
                 self.arrive.cuda_stream, (WAIT_VALUE, self._arrived[awaited]), (WRITE_VALUE, self._finished)
             )
-        self._before_reading[sources].enqueue((epoch + 1) * self.unit, epoch + 1)
+        operations.enqueue((epoch + 1) * self.unit, epoch + 1)
 
     def tell_credit(self, credit: int, after: "torch.cuda.Event") -> None:
         """See :class:`Wires`."""
