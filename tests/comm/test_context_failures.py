@@ -19,6 +19,7 @@ from magi_comm_grpcoll import (
     SlotLentError,
 )
 from magi_comm_grpcoll.combine import Combination
+from magi_comm_grpcoll.exchange import SlotExchange
 from magi_comm_grpcoll.lane import Round
 from magi_comm_grpcoll.watchdog import RELEASED, Watchdog, Watched
 from tests.comm.emulation import run_ranks
@@ -289,3 +290,86 @@ def test_a_failure_while_rows_are_taken_loses_no_slot():
         failing.setattr(Round, "deliver", fail)
         failing.setattr(Combination, "enqueue", fail)
         run_ranks(2, run)
+
+
+def all_of_each_other(num_rows: list[int]) -> RandomNeeds:
+    """Two ranks need all rows of each other."""
+    needs = RandomNeeds(0, 2)
+    needs.num_rows = np.array(num_rows)
+    needs.needs = [np.array([(1 - rank, row) for row in range(num_rows[1 - rank])]) for rank in range(2)]
+    return needs
+
+
+@pytest.mark.parametrize("fails", ["to send", "to take rows"])
+@pytest.mark.parametrize("is_cast", [True, False], ids=["cast", "reduce"])
+def test_what_a_rank_sends_after_it_failed_between_rounds_is_not_taken_for_the_rest(is_cast, fails):
+    needs = all_of_each_other([1200, 1500])
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    def run(rank, group):
+        native, table = GroupContext(group, ContextOptions(capacity_bytes=8 << 20, timeout_s=1)), needs.table(rank)
+        rows = torch.full((table.num_source, 1024), float(rank))
+        (received,) = native.cast([rows], table).wait_host()
+        native.reduce([received], table, [rows.clone()]).wait_host()
+
+        def exchange():
+            work = native.cast([rows], table) if is_cast else native.reduce([received], table, [rows.clone()])
+            work.wait_host()
+
+        if rank == 1:
+            with pytest.raises(PeerTimeoutError, match=r"ranks \[0\] of the group did not do their part"):
+                exchange()
+            return
+        lane = native._lanes[0 if is_cast else 1]
+        assert len(lane.rounds) > 1
+        with pytest.MonkeyPatch.context() as failing:
+            if fails == "to send":
+                first = []
+                send = SlotExchange.send
+                failing.setattr(
+                    lane.exchange, "send", lambda *of: fail() if first else first.append(send(lane.exchange, *of))
+                )
+            else:
+                for each in lane.rounds:
+                    failing.setattr(each, "deliver" if is_cast else "addresses", fail)
+            with pytest.raises(torch.OutOfMemoryError):
+                exchange()
+        with pytest.raises(PeerTimeoutError, match="failed on this rank after its first ones"):
+            exchange()
+
+    run_ranks(2, run)
+
+
+@pytest.mark.parametrize("is_cast", [True, False], ids=["cast", "reduce"])
+def test_a_first_use_that_fails_behind_the_handshake_may_be_tried_again(is_cast, monkeypatch):
+    needs, make, failures = all_of_each_other([5, 7]), Round.__init__, [torch.OutOfMemoryError("out of memory")]
+
+    def make_or_fail(self, plan, formats, lane, is_reduce):
+        make(self, plan, formats, lane, is_reduce)
+        if failures and lane.rank == 0 and is_reduce != is_cast:
+            raise failures.pop()
+
+    monkeypatch.setattr(Round, "__init__", make_or_fail)
+
+    def run(rank, group):
+        native, table = GroupContext(group, ContextOptions(timeout_s=30)), needs.table(rank)
+        rows = torch.full((table.num_source, 4), float(rank))
+        partial, total = torch.full((table.num_received, 4), 2.0), rows.clone()
+
+        def exchange():
+            if is_cast:
+                (received,) = native.cast([rows], table).wait_host()
+                assert (received == 1 - rank).all()
+            else:
+                native.reduce([partial], table, [total]).wait_host()
+                assert (total == rank + 2).all()
+
+        if rank == 0:
+            with pytest.raises(torch.OutOfMemoryError):
+                exchange()
+        exchange()
+        native.close()
+
+    run_ranks(2, run)

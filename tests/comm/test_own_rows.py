@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from magi_attention.comm.packing import put_all_rows
+from magi_attention.comm.packing import put_all_rows, take_all_rows
 from magi_attention.comm.routes import Places, places_of
 from magi_attention.plan.exchange import ExchangeTable
-from magi_comm_grpcoll import ContextOptions, GroupContext, kernels, lane
+from magi_comm_grpcoll import ContextOptions, GroupContext, context, kernels, lane
 from tests.comm.emulated_kernels import Launch
-from tests.comm.emulated_streams import current_stream, machine
+from tests.comm.emulated_streams import copy, current_stream, machine
 from tests.comm.emulation import run_ranks
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -246,5 +246,46 @@ def test_own_rows_wait_until_their_slot_is_given_back(transport):
             work._release_behind(reader)
         reader.synchronize()
         assert not wrong
+
+    run_ranks(2, run)
+
+
+@pytest.mark.parametrize("transport", ["copy_engine", "push", "put"])
+def test_what_comes_home_is_added_to_own_rows_that_are_there(transport, monkeypatch):
+    """They are taken by a kernel on the caller's stream, which may still be at work when all others' have come."""
+
+    def take_later(targets, places, tensors):
+        def take():
+            time.sleep(0.05)
+            take_all_rows(targets, places, tensors)
+
+        current_stream().enqueue(take)
+
+    monkeypatch.setattr(context, "take_all_rows", take_later)
+
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport=transport, timeout_s=30))
+        table = ExchangeTable(np.array([[1 - rank, 0, 4]]), np.array([[1 - rank, 0, 4]]), 2, 4, 8)
+        for own in (places(*ODD), places((4, 8))):
+            partial, into = torch.arange(8.0)[:, None].expand(8, 3) + rank, torch.full((4, 3), torch.nan)
+            native.reduce([partial], table, [into], own_places=own).wait_host()
+            assert torch.equal(into, partial[own.rows] + torch.arange(4.0)[:, None] + 1 - rank)
+
+    run_ranks(2, run)
+
+
+@pytest.mark.parametrize("transport", ["copy_engine", "push", "put"])
+@pytest.mark.parametrize("lend", [True, False])
+def test_own_rows_are_copied_once_the_caller_has_made_them(transport, lend):
+    def run(rank, group):
+        native = GroupContext(group, ContextOptions(transport=transport, timeout_s=30))
+        table = ExchangeTable(np.array([[1 - rank, 0, 4]]), np.array([[1 - rank, 0, 4]]), 2, 4, 8)
+        for num_columns in (3, 8192):  # row by row, and in long runs
+            rows, made = torch.zeros(4, num_columns), torch.full((4, num_columns), 1.0 + rank)
+            current_stream().enqueue(lambda: time.sleep(0.05))
+            current_stream().enqueue(partial(copy, rows.data_ptr(), made.data_ptr(), rows.nbytes))
+            work = native.cast([rows], table, own_places=places((4, 8)), lend=lend)
+            assert torch.equal(work.wait_host()[0], torch.cat([3 - made, made]))
+            work.release()
 
     run_ranks(2, run)

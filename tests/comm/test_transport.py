@@ -4,6 +4,7 @@
 import json
 import sys
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,3 +142,11 @@ def test_puts_need_nvshmem_and_reach_other_hosts(monkeypatch, tmp_path) -> None:
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ContextOptions(**options)  # type: ignore[arg-type]
+
+
+def test_who_says_when_rows_are_there_is_handed_on() -> None:
+    native, table, given = NativeCollectives(None), RandomNeeds(0, 2).table(0), []
+    native.context = SimpleNamespace(reduce=lambda *arguments: given.extend(arguments))
+    arguments = [torch.zeros(1)], table, [torch.zeros(1)], "sum", None, None, object(), object()
+    native.reduce(*arguments)
+    assert given == [*arguments]

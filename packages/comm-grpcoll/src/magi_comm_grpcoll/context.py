@@ -4,7 +4,8 @@
 import logging
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import is_not
@@ -210,17 +211,18 @@ class GroupContext:
         else:
             received = [x.new_empty((table.num_received, *x.shape[1:])) for x in tensors]
         packed = None
-        for number, part in enumerate(parts):
-            epoch, begun = part.start(tensors, caller, None if number else own, received)
-            packed = lane.later(packed, begun)
-            arrive.wait_event(part.ready)
-            try:
-                with torch.no_grad(), current_in_block(arrive, caller):
-                    part.deliver(epoch, received)
-            except BaseException:
-                lane.abandon(epoch, caller)
-                raise
-            lane.release(epoch, arrive)
+        with self._none_or_all(CAST, len(parts)):
+            for number, part in enumerate(parts):
+                epoch, begun = part.start(tensors, caller, None if number else own, received)
+                packed = lane.later(packed, begun)
+                arrive.wait_event(part.ready)
+                try:
+                    with torch.no_grad(), current_in_block(arrive, caller):
+                        part.deliver(epoch, received)
+                except BaseException:
+                    lane.abandon(epoch, caller)
+                    raise
+                lane.release(epoch, arrive)
         return part.work(epoch, packed, caller, received, (parts, tensors, own, [*received]), self._check)
 
     def reduce(
@@ -264,21 +266,22 @@ class GroupContext:
         old_lse = [written[-1].detach().clone()] if op == "lse" else []
         addresses = [tensor.data_ptr() for tensor in (*written, *old_lse)]
         packed = None
-        for number, (part, combination) in enumerate(zip(rounds.parts, combinations, strict=True)):
-            epoch, begun = part.start(sent, caller, rows_there=rows_there)
-            packed = lane.later(packed, begun)
-            try:
-                if own_places is not None and not number:
-                    if packed is not None:
-                        caller.wait_event(packed)
-                    _take_own(written, own_places.rows, sent)
-                    part.ready.record(caller)
-                arrive.wait_event(part.ready)
-                combination.enqueue(addresses, part.addresses(epoch))
-            except BaseException:
-                lane.abandon(epoch, caller)
-                raise
-            lane.release(epoch, arrive)
+        with self._none_or_all(REDUCE, len(rounds.parts)):
+            for number, (part, combination) in enumerate(zip(rounds.parts, combinations, strict=True)):
+                epoch, begun = part.start(sent, caller, rows_there=rows_there)
+                packed = lane.later(packed, begun)
+                try:
+                    if own_places is not None and not number:
+                        if packed is not None:
+                            caller.wait_event(packed)
+                        _take_own(written, own_places.rows, sent)
+                        part.ready.record(caller)
+                    arrive.wait_event(part.ready)
+                    combination.enqueue(addresses, part.addresses(epoch))
+                except BaseException:
+                    lane.abandon(epoch, caller)
+                    raise
+                lane.release(epoch, arrive)
         if any(map(is_not, targets, written)):
             try:
                 with torch.no_grad(), current_in_block(arrive, caller):
@@ -308,7 +311,11 @@ class GroupContext:
 
     def _plan(self, number: int, table: ExchangeTable, formats: tuple[RowFormat, ...]) -> Rounds:
         lane, most, is_staged = self._lanes[number], self._most_slot_bytes, self.options.is_staged
-        plans = gather_plans(self._handshake, LANES[number], table, formats, self.rank, most, is_staged)
+        # Kept by themselves: what follows may fail on this rank alone, which does not show its table again then.
+        plans = table.derived(
+            (self, number, formats, "plans"),
+            lambda: gather_plans(self._handshake, LANES[number], table, formats, self.rank, most, is_staged),
+        )
         slot_bytes = max(plan.slot_bytes for plan in plans)
         self._make_room(lane, slot_bytes)
         return Rounds([Round(plan, formats, lane, number == REDUCE) for plan in plans], slot_bytes)
@@ -330,6 +337,25 @@ class GroupContext:
             stream.synchronize()
         self._check()
         check_same_kind(self._handshake.exchange(why), why)
+
+    @contextmanager
+    def _none_or_all(self, number: int, num_rounds: int) -> Iterator[None]:
+        """A block that begins so many rounds of an exchange. After an error between them, refuse further calls.
+
+        The other ranks wait for the rest, and would take what this one sends next for it.
+        """
+        exchange = self._lanes[number].exchange
+        first = exchange.num_begun
+        try:
+            yield
+        except BaseException:
+            if 0 < exchange.num_begun - first < num_rounds:
+                self._error = PeerTimeoutError(
+                    f"a {LANES[number]} in {num_rounds} rounds failed on this rank after its first ones; this group "
+                    "can't be used natively any more",
+                    (self.rank,),
+                )
+            raise
 
     def _check(self) -> None:
         if self._error is not None:

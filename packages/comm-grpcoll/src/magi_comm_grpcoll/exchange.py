@@ -39,6 +39,11 @@ class SlotExchange:
         self._released = deque[tuple[int, Any]]()
         self._lock, self._is_telling = threading.RLock(), False
 
+    @property
+    def num_begun(self) -> int:
+        """How many epochs have begun."""
+        return self._ring.num_begun
+
     def check_room(self, count: int) -> None:
         """Raise ``SlotLentError`` if lent rows would stop so many exchanges, each released at once."""
         self._ring.check_room(count)

@@ -12,6 +12,7 @@ from magi_attention.comm.hierarchical import GroupCollectivesOfHop, Hierarchical
 from magi_attention.comm.protocol import ReduceOp, RowsThere, Work
 from magi_attention.comm.routes import Places
 from magi_attention.plan.exchange import ExchangeTable
+from magi_attention.utils.tensors import in_memory
 from magi_attention.utils.torch_modes import without_grad
 from magi_comm_grpcoll.handshake import Handshake
 from magi_comm_grpcoll.plans import gather_tables
@@ -62,6 +63,7 @@ class RelayedCollectives:
         Rows of this node travel in it while those of others cross.
         """
         relays = self._relayed(table)
+        tensors = [in_memory(x) for x in tensors]
         received = receive_buffers(tensors, table.num_received, out, own_places)
         relayed = [x.new_empty((relays.far.num_source, *x.shape[1:])) for x in tensors]
         across = self._inter.cast(tensors, relays.hops.inter, out=relayed)

@@ -27,6 +27,11 @@ class Ring:
         self._num_credited = 0
         self._released: set[int] = set()
 
+    @property
+    def num_begun(self) -> int:
+        """How many epochs have begun."""
+        return self._num_begun
+
     def begin(self) -> int:
         """Take the next epoch.
 
