@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of several tensors that travel tensor by tensor: nothing is copied where they are runs already."""
 
+from contextlib import nullcontext
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from magi_attention.comm.alltoall import AllToAllCollectives
-from magi_attention.comm.packing import can_lie_apart, lay_out_apart, pieces_for_peers, row_formats
+from magi_attention.comm.packing import Pieces, can_lie_apart, lay_out_apart, pieces_for_peers, row_formats
 from magi_attention.comm.routes import routes_of
 from magi_attention.plan.exchange import ExchangeTable
 
@@ -55,6 +57,7 @@ def test_short_rows_and_single_tensors_lie_together():
     assert not can_lie_apart(row_formats([long, short]))
     assert not can_lie_apart(row_formats([long]))
     assert not can_lie_apart(row_formats([long, torch.empty(3, 129, dtype=torch.bfloat16)]))  # no whole words
+    assert not can_lie_apart(row_formats([long, torch.empty(3, 33, dtype=torch.float64)]))  # not aligned for vectors
 
 
 def test_a_table_is_prepared_for_each_way_of_sending(monkeypatch):
@@ -67,3 +70,26 @@ def test_a_table_is_prepared_for_each_way_of_sending(monkeypatch):
         for each in (packs, sends_pieces, packs)
     ]
     assert [layout.is_apart for layout in layouts] == [False, True, False]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_pieces_of_all_tensors_go_by_one_kernel(fails):
+    """Also after an error the group goes on to send each call by itself."""
+    said = []
+
+    def alltoall(received, sent, options):
+        said.append((received, sent, options.asyncOp))
+        if fails:
+            raise RuntimeError("no kernel")
+
+    group = SimpleNamespace(
+        _start_coalescing=lambda device: said.append("together"),
+        alltoall=alltoall,
+        _end_coalescing=lambda device: said.append("end") or SimpleNamespace(wait=lambda: said.append("wait")),
+    )
+    collectives, pieces = AllToAllCollectives(None), Pieces(sent=[["k"], ["v"]], landed=[["K"], ["V"]])
+    collectives.group = group
+    with pytest.raises(RuntimeError, match="no kernel") if fails else nullcontext():
+        collectives._send(pieces, torch.empty(0), ([1], [1]), async_op=False)
+    keys, values = (["K"], ["k"], False), (["V"], ["v"], False)
+    assert said == (["together", keys, "end"] if fails else ["together", keys, values, "end", "wait"])

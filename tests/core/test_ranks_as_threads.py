@@ -19,6 +19,7 @@ from torch import Tensor
 
 from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.comm.packing import Pieces
+from magi_attention.comm.work import PendingWork, StreamWork
 from magi_attention.common import packed
 from magi_attention.common.intervals import merge
 from magi_attention.common.slices import SliceTable
@@ -191,19 +192,26 @@ def test_gradients_of_keys_go_home_before_those_of_queries_are_there(device, nam
     shapes = ((HEADS[0], DIM), (HEADS[1], DIM), (HEADS[1], DIM), (HEADS[0], DIM), (HEADS[0],))
     tensors = [torch.randn(TOKENS, *shape, dtype=torch.float64, device=device) for shape in shapes]
     expected = attend_on_all(slices, layout, 1, in_both_passes(COSTS[name]), tensors, keep=True)
-    backend, launched_inside = KeysFirst(), []
+    backend, launched_inside, begun_inside = KeysFirst(), [], []
     monkeypatch.setitem(installed_backends(), "reference", backend)
     reduce = ThreadCollectives.reduce
 
+    def is_inside() -> bool:
+        return any(frame.name == "backward_keys_first" for frame in traceback.extract_stack())
+
     def noted_reduce(self, *arguments, **options):
-        launched_inside.append(any(frame.name == "backward_keys_first" for frame in traceback.extract_stack()))
+        launched_inside.append(is_inside())
         return reduce(self, *arguments, **options)
 
+    # Only on what travels home are kernels for queries to wait while they are launched.
+    for kind in (PendingWork, StreamWork):
+        monkeypatch.setattr(kind, "wait_packed", lambda self: begun_inside.append(is_inside()))
     monkeypatch.setattr(ThreadCollectives, "reduce", noted_reduce)
     actual = attend_on_all(slices, layout, 1, in_both_passes(COSTS[name]), tensors, keep=True)
     # Two ranks attend twice; where a kernel on own rows comes last, it hides the way home.
     assert len(launched_inside) == 4
     assert sum(launched_inside) == backend.num_told == (4 if name == "together" else backend.num_told)
+    assert sum(begun_inside) == backend.num_told
     for ours, wanted in zip(actual, expected, strict=True):
         for x, y in zip(ours, wanted, strict=True):
             assert torch.equal(x, y)
@@ -215,11 +223,13 @@ class SomeKeysFirst(KeysFirst):
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[tuple[tuple[int, int], ...]] = []
+        self.given: list[tuple[Tensor, Tensor]] = []
 
     def backward_keys_first(self, keys_done, target, *tensors) -> tuple[Tensor, Tensor, Tensor]:
         dq, *of_keys = self.reference.backward(*tensors)
         dk, dv = (x.bfloat16() for x in of_keys)
         self.asked.append(tensors[-1].first_keys)
+        self.given.append((dk, dv))
         keys_done(dk, dv, *([rows_there] if tensors[-1].first_keys else []))
         return dq, dk, dv
 
@@ -262,6 +272,36 @@ def test_gradients_of_received_keys_go_home_before_those_of_own_keys_are_there(
         assert received in backend.asked
         assert 0 < sum(stop - start for start, stop in received) < table.num_received
     assert may_go_early or not any(backend.asked)
+
+
+@pytest.mark.parametrize("regular", [0.0, 1e9], ids=["several kernels", "one kernel"])
+@pytest.mark.parametrize("mask", ["causal", "no late keys"])
+@pytest.mark.parametrize("name", sorted(COSTS))
+def test_only_gradients_that_go_home_as_the_kernel_writes_them_are_there_before_its_end(
+    name, mask, regular, monkeypatch
+):
+    """Not sums of several kernels, nor copies, as of a kernel for some of the keys: these are made behind all of it."""
+    slices = packed.varlen([0, TOKENS]) if mask == "causal" else SliceTable([[0, TOKENS, 0, TOKENS - 150, 0]])
+    layout = make_layout(
+        slices, num_real=TOKENS, total=TOKENS, chunk_size=16, num_ranks=2, algorithm=LocalityDispatchAlg()
+    )
+    shapes = ((HEADS[0], DIM), (HEADS[1], DIM), (HEADS[1], DIM), (HEADS[0], DIM), (HEADS[0],))
+    tensors = [torch.randn(TOKENS, *shape, dtype=torch.bfloat16) for shape in shapes]
+    backend = SomeKeysFirst()
+    monkeypatch.setitem(installed_backends(), "reference", backend)
+    monkeypatch.setattr(ThreadCollectives, "needs_multiprocessors", False)
+    reduce, written = ThreadCollectives.reduce, []
+
+    def noted_reduce(self, partials, table, into, own_places=None, rows_there=None):
+        if rows_there is not None:
+            written.append(any(x is partials[0] and y is partials[1] for x, y in backend.given))
+        return reduce(self, partials, table, into, own_places=own_places)
+
+    monkeypatch.setattr(ThreadCollectives, "reduce", noted_reduce)
+    attend_on_all(slices, layout, 1, in_both_passes(COSTS[name], backward_regular=regular), tensors, keep=True)
+    assert all(written)
+    assert len(written) == sum(map(bool, backend.asked))  # no others are asked for first
+    assert written or name != "together" or mask != "causal" or not regular
 
 
 class WritesInPlace:

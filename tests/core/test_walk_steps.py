@@ -14,6 +14,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.said: list[str] = []
+        self.are_there: list[object] = []
 
     def cast(self, tensors, exchange, own_places=None, lend=False):
         self.said.append(f"cast {exchange}")
@@ -25,6 +26,7 @@ class Notes:
 
     def reduce(self, partials, exchange, into, own_places=None, rows_there=None):
         self.said.append(f"reduce {exchange}")
+        self.are_there.append(rows_there)
         return SimpleNamespace(
             wait=lambda: self.said.append(f"home {exchange}"),
             wait_packed=lambda: self.said.append(f"begins {exchange}"),
@@ -76,3 +78,12 @@ def test_gradients_begin_to_travel_before_kernels_that_follow():
         returns.send(before_kernels=True)
         returns.send(before_kernels=True)
     assert notes.said == ["reduce 1", "begins 1", "reduce 2"]
+
+
+def test_gradients_that_are_converted_first_are_there_no_sooner():
+    notes, rows_there = Notes(), object()
+    returns = Returns(notes, torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        returns.put(step(1).step, [torch.zeros(1, dtype=dtype)], [torch.zeros(1)], rows_there=rows_there)
+        returns.send()
+    assert notes.are_there == [rows_there, None]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group cast and group reduce, in one hop and in two, against sums over all ranks' rows."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -388,6 +389,52 @@ def test_arguments_that_do_not_fit_are_refused():
         collectives.cast([rows], RandomNeeds(seed=3, num_ranks=2).table(0))
     with pytest.raises(TypeError, match="HierarchicalCollectives"):
         collectives.cast([rows], two_hop(RandomNeeds(seed=3, num_ranks=4), 0, 2))
+
+
+# What has no accumulation dtype of its own, and what PyTorch promotes to none.
+UNUSUAL = [torch.int32, torch.int64, torch.complex64, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("op", ["sum", "avg"])
+@pytest.mark.parametrize("dtype", UNUSUAL, ids=str)
+def test_all_dtypes_are_reduced_alike_in_one_hop_and_in_two(dtype, op):
+    table = two_hop(RandomNeeds(seed=5, num_ranks=1), 0, 1)
+    alone = AllToAllCollectives(None)
+    large = 2**25 if dtype in (torch.int32, torch.int64) else 3
+    old, results = torch.full((table.inter.num_source, 3), -large).to(dtype), []
+    partial = torch.full((table.num_received, 3), 2 * large - 1).to(dtype)
+    for collectives, each in ((alone, table.intra), (HierarchicalCollectives(alone, alone), table)):
+        results.append(old.clone())
+        collectives.reduce([partial], each, [results[-1]], op).wait()
+    assert torch.equal(*[x.to(torch.complex128) for x in results])
+    sent = np.unique(table.intra.send[:, 1])
+    assert len(sent)
+    total = large - 1
+    expected = torch.tensor(total if op == "sum" else total // 2).to(dtype)
+    assert (results[0][sent].to(torch.complex128) == expected.to(torch.complex128)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
+def test_rows_without_elements_travel(dtype):
+    table = RandomNeeds(seed=5, num_ranks=1).table(0)
+    rows, empty = torch.zeros(table.num_source, 0, dtype=dtype), torch.zeros(table.num_received, 0, dtype=dtype)
+    (received,) = AllToAllCollectives(None).cast([rows], table).wait()
+    assert (received.shape, received.dtype) == (empty.shape, dtype)
+    AllToAllCollectives(None).reduce([empty], table, [rows]).wait()
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+def test_conjugations_that_are_only_noted_reach_own_places(hops):
+    needs = RandomNeeds(seed=5, num_ranks=1)
+    table, alone = two_hop(needs, 0, 1), AllToAllCollectives(None)
+    num_rows, first = int(needs.num_rows[0]), table.num_received
+    grown = replace(table.intra, num_received=first + num_rows)
+    rows = torch.randn(num_rows, 3, dtype=torch.complex64).conj()
+    places = places_of(np.array([[first, first + num_rows]]), torch.device("cpu"))
+    collectives = alone if hops == 1 else HierarchicalCollectives(alone, alone)
+    wanted = grown if hops == 1 else replace(table, intra=grown)
+    (received,) = collectives.cast([rows], wanted, own_places=places).wait()
+    assert torch.equal(received, torch.cat([needs.received([rows], 0), rows]))
 
 
 def test_arguments_that_do_not_fit_are_refused_before_the_first_hop():

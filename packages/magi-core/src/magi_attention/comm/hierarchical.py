@@ -11,11 +11,13 @@ from torch import Tensor
 from magi_attention.comm.alltoall import check_out, check_own_places, check_reduce
 from magi_attention.comm.packing import put_all_rows, take_all_rows
 from magi_attention.comm.protocol import GroupCollectives, ReduceOp, RowsThere, Work
+from magi_attention.comm.reduction import averaged
 from magi_attention.comm.routes import Places
 from magi_attention.comm.streams import communication_stream, events_of, running_on
 from magi_attention.comm.work import PendingWork, Result, StreamWork
 from magi_attention.common.logsumexp import accumulation_dtype, merge_lse, rescale_weight
 from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
+from magi_attention.utils.tensors import in_memory
 from magi_attention.utils.torch_modes import without_grad
 
 
@@ -55,6 +57,7 @@ class HierarchicalCollectives:
     ) -> Work[list[Tensor]]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         hops = _checked(table)
+        tensors = [in_memory(x) for x in tensors]
         num_own = hops.inter.num_source
         received = receive_buffers(tensors, hops.num_received, out, own_places)
         held = [x.new_empty((hops.intra.num_source, *x.shape[1:])) for x in tensors]
@@ -87,6 +90,7 @@ class HierarchicalCollectives:
         hops = _checked(table)
         check_reduce(partials, into, op, partial_lse, into_lse)
         check_own_places(own_places, into, hops.num_received, op)
+        partials = [in_memory(x) for x in partials]
         if own_places is not None:
             take_all_rows(into, own_places.rows, partials)
         if partial_lse is not None and into_lse is not None:
@@ -104,11 +108,9 @@ class HierarchicalCollectives:
             own = [total[:num_own] for total in sums]
             self._inter.reduce(relay, hops.inter, own).wait()
             for target, total in zip(into, own, strict=False):
-                if op == "avg":
-                    terms = (1 + own[-1]).view(-1, *[1] * (target.dim() - 1))
-                    target.copy_((target + total) / terms)
-                else:
-                    target.copy_(target + total)
+                is_float = target.is_floating_point()
+                total = total + (target.to(accumulation_dtype(target, total)) if is_float else target)
+                target.copy_(averaged(total, 1 + own[-1]) if op == "avg" else total)
 
         return then([first], self._inter, pass_on, [*sent, *sums, *into])
 

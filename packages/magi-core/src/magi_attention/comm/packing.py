@@ -83,6 +83,8 @@ class RowLayout(NamedTuple):
 
     def all_columns(self, buffer: Tensor) -> list[Tensor]:
         """:meth:`column` of every tensor."""
+        if not self.num_words:  # nor any bytes, of which PyTorch could make views of every dtype
+            return [buffer.new_empty((len(buffer), *column.shape), dtype=column.dtype) for column in self.columns]
         found, dtype, elements = [], buffer.dtype, buffer
         for column in self.columns:
             if column.dtype != dtype:

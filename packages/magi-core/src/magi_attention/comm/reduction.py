@@ -32,10 +32,16 @@ def add_partials(into: Sequence[Tensor], buffer: Tensor, layout: RowLayout, rout
         for rows, partial in _by_peer(layout.column(buffer, number), routes):
             _add_rows(total, rows, partial)
         if average:
-            terms = (1 + routes.casts_per_row).view(-1, *[1] * (total.dim() - 1))
-            total = total.div_(terms) if total.is_floating_point() else total // terms
+            total = averaged(total, 1 + routes.casts_per_row)
         if total is not target:
             target.copy_(total)
+
+
+def averaged(total: Tensor, terms: Tensor) -> Tensor:
+    """Rows divided by how many terms they are the sums of, in place where that is possible; integers downward."""
+    terms = terms.view(-1, *[1] * (total.dim() - 1))
+    is_exact = total.is_floating_point() or total.is_complex()
+    return total.div_(terms) if is_exact else total // terms.long()
 
 
 def merge_partials_by_lse(into: Tensor, into_lse: Tensor, buffer: Tensor, layout: RowLayout, routes: Routes) -> None:

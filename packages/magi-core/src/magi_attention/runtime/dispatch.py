@@ -44,7 +44,7 @@ def check_same_on_all_ranks(x: Tensor, plan_digest: bytes, group: dist.ProcessGr
     """
     if not has_peers(group):
         return
-    content = x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    content = x.detach().resolve_conj().contiguous().cpu().view(torch.uint8).numpy().tobytes()
     given = plan_digest, sha256(f"{tuple(x.shape)} {x.dtype} ".encode() + content).digest()
     everyone = [given] * group_size(group)
     dist.all_gather_object(everyone, given, group=group)
