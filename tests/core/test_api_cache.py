@@ -30,6 +30,7 @@ from magi_attention.api import (
     undispatch,
 )
 from magi_attention.dist_attn_runtime_mgr import DistAttnRuntimeDict, init_dist_attn_runtime_key
+from magi_attention.runtime import cache as cache_module
 from tests.core.api_keys import key_for
 
 
@@ -107,6 +108,12 @@ def test_a_cache_without_room_keeps_nothing(max_size):
     cache[key] = "manager"
     assert key not in cache
     assert cache.keys() == []
+
+
+def test_a_key_of_a_cache_without_room_is_told_what_to_set(monkeypatch):
+    monkeypatch.setattr(cache_module, "dist_attn_runtime_dict_mgr", DistAttnRuntimeDictManager(0))
+    with pytest.raises(ValueError, match="MAGI_ATTENTION_DIST_ATTN_RUNTIME_DICT_SIZE=0: set it to 1 or more"):
+        cache_module.find_manager(key_of(8))
 
 
 def test_the_environment_is_asked_when_the_size_is_first_needed(monkeypatch):

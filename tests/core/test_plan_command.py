@@ -3,6 +3,9 @@
 
 import json
 import re
+import shlex
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -42,6 +45,13 @@ def test_help_lists_the_named_masks():
 
 
 CAUSAL = ["--mask", "causal", "--tokens", "4096"]
+
+
+@pytest.mark.parametrize(("output", "lines"), [("", 1), (" >&-", 0)])
+def test_a_closed_output_is_not_in_the_way(output, lines):
+    command = f"exec {shlex.quote(sys.executable)} -m magi_attention.cli plan {' '.join(CAUSAL)} --ranks 2 --json"
+    done = subprocess.run(["sh", "-c", command + output], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", lines)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 import json
 import logging
 import math
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -118,6 +119,23 @@ def test_a_spoiled_or_foreign_file_is_ignored_with_one_warning(folder, caplog, s
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert str(path) in record.getMessage()
+
+
+def test_others_may_read_what_was_measured_and_no_half_file_stays(folder, monkeypatch):
+    before = os.umask(0o022)
+    try:
+        path = save_rates(MACHINE, Rates())
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+    def fail(*arguments):
+        raise OSError("no room")
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert save_rates(MACHINE, Rates(link_gbs=1)) is None
+    assert list(path.parent.iterdir()) == [path]
+    assert load_rates(MACHINE) == Rates()
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_error(folder, caplog):

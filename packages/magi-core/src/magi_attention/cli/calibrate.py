@@ -17,6 +17,7 @@ from magi_attention.runtime.machine import Machine, count_ranks_per_node, machin
 from magi_attention.runtime.rates import measure_together
 from magi_attention.runtime.rates_file import load_rates, rates_path
 from magi_attention.utils.dist_env import clearup_dist_env, setup_dist_env
+from magi_attention.utils.folders import why_unwritable
 
 UNITS = {"gbs": "GB/s", "tflops": "Tflop/s", "us": "µs"}
 
@@ -66,6 +67,11 @@ def _measure(
     layer = make_layer(heads, device, precision, backend)
     collectives = make_collectives(group, None, DistAttnConfig())
     machine = machine_of(layer, group, collectives.name, count_ranks_per_node(group))
+    if reason := why_unwritable(rates_path(machine).parent):
+        raise RuntimeError(
+            f"these rates can't be kept in {rates_path(machine)}: {reason}; set MAGI_ATTENTION_CACHE_DIR to a folder "
+            "that can be written"
+        )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=group_rank(group) > 0) as progress:
         task = progress.add_task("", total=2 if group_size(group) > 1 else 1)

@@ -27,13 +27,13 @@ def is_known_kernel_backend(name: str) -> bool:
 
 @variable("MAGI_ATTENTION_SDPA_BACKEND")
 def is_sdpa_backend_enable(text: str) -> bool:
-    """Older form of ``MAGI_ATTENTION_KERNEL_BACKEND=sdpa``; setting both is an error."""
+    """Older form of ``MAGI_ATTENTION_KERNEL_BACKEND=sdpa``; 1 beside the newer form is an error."""
     return parse_flag(text)
 
 
 @variable("MAGI_ATTENTION_FA4_BACKEND")
 def is_fa4_backend_enable(text: str) -> bool:
-    """Older form of ``MAGI_ATTENTION_KERNEL_BACKEND=fa4``; setting both is an error."""
+    """Older form of ``MAGI_ATTENTION_KERNEL_BACKEND=fa4``; 1 beside the newer form is an error."""
     return parse_flag(text)
 
 
@@ -89,7 +89,7 @@ def min_chunks_per_rank(text: str) -> int:
 
 @variable("MAGI_ATTENTION_DIST_ATTN_RUNTIME_DICT_SIZE", "1000")
 def dist_attn_runtime_dict_size(text: str) -> int:
-    """The number of keys that are kept planned for each process group; 0 or less keeps none. Read at the first key."""
+    """How many keys are kept planned for each process group; with 0 or less none can be used. Read at the first key."""
     return parse_int(text)
 
 

@@ -216,9 +216,14 @@ def find_manager(key: DistAttnRuntimeKey, *, becomes_most_recent: bool = True, i
         manager = dist_attn_runtime_dict_mgr[key]
     _check_group_lives(key)
     if manager is None:
+        size = dist_attn_runtime_dict_mgr.max_size_per_group
         raise ValueError(
-            "The dist attn runtime key does not exist! It was cleared, or gave way to newer keys "
-            f"(the cache keeps {dist_attn_runtime_dict_mgr.max_size_per_group} per group): make it again"
+            "The dist attn runtime key does not exist! "
+            + (
+                f"It was cleared, or gave way to newer keys (the cache keeps {size} per group): make it again"
+                if size > 0
+                else f"No key does with MAGI_ATTENTION_DIST_ATTN_RUNTIME_DICT_SIZE={size}: set it to 1 or more"
+            )
         )
     return manager
 

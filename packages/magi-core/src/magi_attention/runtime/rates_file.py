@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import re
-import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from magi_attention.env import general
 from magi_attention.plan.rates import Rates
@@ -49,12 +50,14 @@ def save_rates(machine: Machine, rates: Rates) -> Path | None:
     """
     path = rates_path(machine)
     text = json.dumps({"format": FORMAT, "machine": asdict(machine), "rates": rates.to_json()}, indent=2) + "\n"
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex}")  # only its owner could read a file of tempfile's
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
     except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         logger.warning("measured rates can't be kept in %s: %s", path, error)
         return None
     return path

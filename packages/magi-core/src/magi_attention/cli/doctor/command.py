@@ -2,7 +2,6 @@
 """Carry out ``magi doctor``."""
 
 import json
-import sys
 
 import torch
 from rich.console import Console
@@ -26,8 +25,7 @@ def run_doctor(as_json: bool) -> int:
     with progress.status("Examining..."):
         findings = examine(progress)
     if as_json:
-        json.dump(findings.to_json(), sys.stdout)
-        sys.stdout.write("\n")
+        print(json.dumps(findings.to_json()))
     else:
         print_findings(findings, Console())
     return int(bool(findings.failed))

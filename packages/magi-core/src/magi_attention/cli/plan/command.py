@@ -2,7 +2,6 @@
 """Carry out ``magi plan``."""
 
 import json
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -33,8 +32,7 @@ def run_plan(options: PlanOptions, mask: NamedMask, png: Path | None, html: Path
         html.write_text(page(study, title), encoding="utf-8")
         written.append(html)
     if as_json:
-        json.dump(to_json(study), sys.stdout)
-        sys.stdout.write("\n")
+        print(json.dumps(to_json(study)))
         return
     console = Console()
     console.print(headline(study), highlight=False)
