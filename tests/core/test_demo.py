@@ -82,9 +82,9 @@ def test_losses_that_differ_or_are_no_numbers_disagree():
 
 
 def test_rounding_may_grow_as_training_goes_on():
-    differences = {11: 2e-5, 20: 0.9e-5, 30: 0.9e-4, 40: 0.9e-3, 41: 2e-3, 60: 0.9e-2, 100: 2e-2}
-    losses = [1.0 + differences.get(step, 0) for step in range(1, 101)]
-    assert Comparison(steps(*[1.0] * 100), steps(*losses), 1e-5).disagreeing_steps == [11, 41, 100]
+    differences = {11: 2e-5, 20: 0.9e-5, 30: 0.9e-4, 40: 0.9e-3, 41: 2e-3, 60: 0.9e-2, 5000: 2e-2}
+    losses = [1.0 + differences.get(step, 0) for step in range(1, 5001)]
+    assert Comparison(steps(*[1.0] * 5000), steps(*losses), 1e-5).disagreeing_steps == [11, 41, 5000]
 
 
 def test_a_disagreement_is_the_exit_code(tmp_path, monkeypatch):

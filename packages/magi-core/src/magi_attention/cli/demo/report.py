@@ -35,7 +35,8 @@ class Comparison:
 
         Tenfold in ten steps, where the loss leaves its first plateau; float64 shows that nothing else differs.
         """
-        return max(self.tolerance, min(self.tolerance * 10 ** ((step - 20) / 10), 1e-2))
+        growth = 10 ** min((step - 20) / 10, 20)
+        return max(self.tolerance, min(self.tolerance * growth, 1e-2))
 
     @property
     def disagreeing_steps(self) -> list[int]:
