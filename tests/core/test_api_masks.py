@@ -163,6 +163,10 @@ def test_varlen_mask_from_batch():
     assert cu_q.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert cu_q.tolist() == [0, 5, 10, 15]
     assert infer_varlen_mask_from_batch(2, 4, device="cpu")[0].device.type == "cpu"
+    assert infer_varlen_mask_from_batch(0, 4)[0].tolist() == [0]
+    for sizes, message in (((-2, 50), "not be negative"), ((2, -1), "not be negative"), ((3, 2**30), "are too long")):
+        with pytest.raises(ValueError, match=message):
+            infer_varlen_mask_from_batch(*sizes)
 
 
 @given(st.integers(0, 200), st.integers(1, 8), st.integers(1, 20))

@@ -14,6 +14,7 @@ from magi_attention.common.enum import AttnMaskType
 from magi_attention.common.errors import MagiTypeError, MagiValueError
 from magi_attention.common.range import AttnRange
 from magi_attention.common.ranges import AttnRanges
+from magi_attention.common.slices import MOST_ROWS
 from magi_attention.runtime.rows import concatenate
 
 Mask = tuple[AttnRanges, AttnRanges, list[AttnMaskType]]
@@ -90,7 +91,14 @@ def infer_varlen_mask_from_batch(
 
     Returns:
         ``(cu_seqlens_q, cu_seqlens_k)``, the same int32 tensor ``[batch_size + 1]`` twice.
+
+    Raises:
+        ValueError: a number is negative, or there are more tokens than a sequence can have.
     """
+    if batch_size < 0 or seq_len < 0:
+        raise ValueError(f"batch_size and seq_len must not be negative, but are {batch_size} and {seq_len}")
+    if batch_size * seq_len > MOST_ROWS:
+        raise ValueError(f"{batch_size} documents of {seq_len} tokens are too long: together {MOST_ROWS} at most")
     if device == "cuda" and not torch.cuda.is_available():
         device = "cpu"
     cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * seq_len

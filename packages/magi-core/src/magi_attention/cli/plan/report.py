@@ -30,8 +30,9 @@ def headline(study: PlanStudy) -> str:
         dealt = f"queries in {dealt}, keys in {_chunks(study.key_layout)}"
     stages = "queries or keys travel" if options.qo else f"{study.degree} remote stage{'s' * (study.degree != 1)}"
     hops = ", in two hops" if options.hierarchical else ""
+    slices = f"{len(mask.slices):,} slices that keep" if len(mask.slices) != 1 else "1 slice that keeps"
     return (
-        f"{mask.name}: {mask.size} in {len(mask.slices):,} slices that keep {mask.slices.area():,} pairs; {dealt} "
+        f"{mask.name}: {mask.size} in {slices} {mask.slices.area():,} pairs; {dealt} "
         f"dealt to {study.layout.num_ranks:,} ranks by {_dealer(study)}, {stages}{hops}. "
         f"The busiest rank computes {figures.imbalance:.3f} times the mean. {_traveling(study)}"
         f"Predicted for one layer: {milliseconds(figures.prediction)}, "
