@@ -22,6 +22,8 @@ DISTRIBUTED = ("benchmarks/distributed.py", "--equal-clocks", "--methods", "magi
 MILLION = ("bench", "--device", "cuda", "--mask", "causal", "--tokens", "1048576", "--heads-q", "64", "--heads-kv", "8")
 PARTS = ("tests", "tables", "million")
 
+Gpus = Literal["first", "last", "all"]
+
 
 @dataclass(frozen=True)
 class Step:
@@ -29,14 +31,14 @@ class Step:
 
     name: str
     arguments: tuple[str, ...]
-    gpus: Literal["first", "last", "all"] = "all"
+    gpus: Gpus = "all"
 
 
 Lane = list[Step]
 """Steps one after another."""
 
 
-def suite(name: str, processes: int, gpus: Literal["first", "last", "all"] = "all", how: str = "loadfile") -> Step:
+def suite(name: str, processes: int, gpus: Gpus = "all", how: str = "loadfile") -> Step:
     """The GPU tests of a suite, in so many processes; 0 for this one alone."""
     spread = (f"--numprocesses={processes}", f"--dist={how}") if processes else ()
     return Step(name, ("-m", "pytest", "-q", "-m", "gpu", *spread, f"tests/{name}"), gpus)
@@ -79,7 +81,7 @@ def million(num_gpus: int) -> list[list[Lane]]:
     return [[[Step("million", ("-m", "magi_attention.cli", *MILLION, *how))]]]
 
 
-def visible(gpus: str, num_gpus: int) -> str:
+def visible(gpus: Gpus, num_gpus: int) -> str:
     """The numbers of the GPUs that a step sees."""
     return {"first": "0", "last": str(num_gpus - 1)}.get(gpus) or ",".join(map(str, range(num_gpus)))
 

@@ -112,3 +112,8 @@ def random_tensor(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torc
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     return torch.randint(0, 2 if dtype == torch.bool else 100, shape, generator=generator).to(dtype)
+
+
+def single_rows(rows: torch.Tensor) -> np.ndarray:
+    """Rows as runs of one each."""
+    return rows.numpy()[:, None] + [0, 1]

@@ -415,10 +415,7 @@ def group_timeout_s(group: dist.ProcessGroup, device: torch.device) -> float:
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [
-        x if x.is_contiguous() and not (x.is_neg() or x.is_conj()) else in_memory(x).detach().contiguous()
-        for x in tensors
-    ]
+    return [x if x.is_contiguous() else x.detach().contiguous() for x in map(in_memory, tensors)]
 
 
 @without_grad

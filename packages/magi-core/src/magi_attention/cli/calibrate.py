@@ -68,10 +68,7 @@ def _measure(
     collectives = make_collectives(group, None, DistAttnConfig())
     machine = machine_of(layer, group, collectives.name, count_ranks_per_node(group))
     if reason := why_unwritable(rates_path(machine).parent):
-        raise RuntimeError(
-            f"these rates can't be kept in {rates_path(machine)}: {reason}; set MAGI_ATTENTION_CACHE_DIR to a folder "
-            "that can be written"
-        )
+        raise _cannot_keep(machine, f": {reason}")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=group_rank(group) > 0) as progress:
         task = progress.add_task("", total=2 if group_size(group) > 1 else 1)
@@ -85,11 +82,15 @@ def _measure(
     if group_rank(group) == 0:
         console.print(rates_sheet(machine, rates).for_terminal())
         if load_rates(machine) != rates:
-            raise RuntimeError(
-                f"these rates can't be kept in {rates_path(machine)}; set MAGI_ATTENTION_CACHE_DIR to a folder that "
-                "can be written"
-            )
+            raise _cannot_keep(machine)
         console.print(f"Kept in [bold]{rates_path(machine)}[/bold]", highlight=False, soft_wrap=True)
+
+
+def _cannot_keep(machine: Machine, reason: str = "") -> RuntimeError:
+    return RuntimeError(
+        f"these rates can't be kept in {rates_path(machine)}{reason}; set MAGI_ATTENTION_CACHE_DIR to a folder that "
+        "can be written"
+    )
 
 
 def rates_sheet(machine: Machine, rates: Rates) -> Sheet:
