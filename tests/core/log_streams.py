@@ -18,6 +18,9 @@ class Stream:
     def wait_event(self, event: "Event") -> None:
         self.log.append(f"{self.name} waits for {event.mark}")
 
+    def wait_stream(self, other: "Stream") -> None:
+        self.wait_event(other.record_event())
+
     def record_event(self) -> "Event":
         event = Event()
         event.record(self)

@@ -53,9 +53,13 @@ class Exchange:
         self.step("finish")
         return "result"
 
-    def start(self, meanwhile: bool) -> work.StreamWork[str]:
+    def rows_there(self, stream: Stream) -> None:
+        self.log.append(f"{stream.name} waits for rows")
+
+    def start(self, meanwhile: bool, early: bool = False) -> work.StreamWork[str]:
         steps = self.gather, self.landed, ([3], [3]), self.finish, []
-        return self.collectives._exchange(*steps, (lambda: self.step("meanwhile")) if meanwhile else None)
+        others = (lambda: self.step("meanwhile")) if meanwhile else None
+        return self.collectives._exchange(*steps, others, self.rows_there if early else None)
 
 
 @pytest.fixture
@@ -73,6 +77,43 @@ def test_the_order_of_an_exchange(exchange, meanwhile, between):
     pending.wait_packed()
     assert pending.wait() == "result"
     assert exchange.log == [f"caller waits for mark {number} of side" for number in (1, 2)]
+
+
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_rows_that_are_there_travel_before_the_caller_is_done(exchange, meanwhile):
+    """But what arrives is added behind all that the caller was given: own rows may be written until then."""
+    pending = exchange.start(meanwhile, early=True)
+    behind_caller = ["caller marks", "side waits for mark 1 of caller"]
+    between = [*(MEANWHILE if meanwhile else []), *behind_caller]
+    begin = ["side waits for rows", *BEFORE[2:]]
+    assert exchange.log == [*begin, *between, "finish", "side marks", "on caller"]
+    assert pending.wait() == "result"
+
+
+NINE = np.array([[0, 0, 9]])
+WHERE = {"a run": NINE, "several runs": np.array([[0, 0, 4], [0, 5, 9], [0, 4, 5]])}
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("kind", ["rows", "rows that are copied", "short rows"])
+def test_a_reduce_sends_early_what_it_sends_as_it_lies(monkeypatch, kind, where):
+    """Copies are made behind all that the caller was given; and memory of its stream is in use until then."""
+    collectives, given = AllToAllCollectives(None), []
+    monkeypatch.setattr(collectives, "_can_send_pieces", lambda device: True)
+    monkeypatch.setattr(collectives, "_exchange", lambda *arguments: given.append(arguments[-1]))
+    room, make_room = [], collectives._room_for_rows
+    monkeypatch.setattr(
+        collectives,
+        "_room_for_rows",
+        lambda *how, is_callers: room.append(is_callers) or make_room(*how, is_callers=True),
+    )
+    dtype, width = (torch.complex64 if kind == "rows that are copied" else torch.float32), 1 if "short" in kind else 64
+    partials = [torch.ones(9, width, dtype=dtype) for _ in range(2)]
+    sent = [x.conj() for x in partials] if kind == "rows that are copied" else partials
+    table = ExchangeTable(NINE, WHERE[where], num_ranks=1, num_source=9, num_received=9)
+    collectives.reduce(sent, table, [torch.zeros_like(x) for x in partials], rows_there=print)
+    goes_early = kind == "rows" and where == "a run"
+    assert (given, room) == ([print if goes_early else None], [not goes_early])
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,14 @@ class PreparedForward(NamedTuple):
         return cls(launch.kernel, rest, StreamsOfTables(rest))
 
 
+class Begun(NamedTuple):
+    """What a backward pass computes before its main kernel: terms of each query, and a sum of dq for it to add to."""
+
+    lse2: Tensor
+    dpsum: Tensor
+    dq_sum: Tensor
+
+
 class PreparedBackward:
     """A backward pass: a kernel for statistics, the main one, and up to three that round sums of gradients.
 
@@ -178,29 +186,51 @@ class PreparedBackward:
 
         ``keys_done`` is called once dk and dv are launched, before what is left to do for dq.
         """
+        dq, *of_keys = gradients
+        begun = self.begin(tensors, lse, dlse, dq)
+        sums = self.sums_of_keys(lse, of_keys)
+        self.compute(tensors, begun, sums, scale)
+        self.round_keys(sums, of_keys, scale)
+        keys_done()
+        self.round_queries(begun, dq, scale)
+
+    def begin(self, tensors: Sequence[Tensor], lse: Tensor, dlse: Tensor | None, dq: Tensor) -> Begun:
+        """Launch what comes before the main kernel, which needs no keys and values."""
         self._streams.add_current()
-        dout, q, k, v, out = tensors
-        dq, dk, dv = gradients
+        dout, _, _, _, out = tensors
         lse2, dpsum = lse.new_empty((2, *self._statistics)).unbind()
         dq_sum = dq if self._dq_sum is None else lse.new_empty(self._dq_sum)
-        dk_sum, dv_sum = self._zeros(lse) if self._sums else (dk, dv)
         rest = self._before_rest
         if dlse is not None:
             rest = [*rest[: self._dlse_at], dlse, *rest[self._dlse_at + 1 :]]
         self._before(out, dout, dpsum, lse, lse2, dq_sum if self._dq_sum is not None else None, *rest)
+        return Begun(lse2, dpsum, dq_sum)
+
+    def sums_of_keys(self, like: Tensor, of_keys: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the main kernel adds up gradients of keys and values in: zeros on the GPU of a tensor, or these."""
+        return self._zeros(like) if self._sums else of_keys
+
+    def compute(self, tensors: Sequence[Tensor], begun: Begun, sums: Sequence[Tensor], scale: float) -> None:
+        """Launch the main kernel."""
+        self._streams.add_current()
+        dout, q, k, v, _ = tensors
         rest = self._main_rest
         if self._semaphores:
             rest = list(rest)
             for at, shape in self._semaphores.items():
-                rest[at] = lse.new_zeros(shape, dtype=torch.int32)
-        self._main(q, k, v, dout, lse2, dpsum, dq_sum, dk_sum, dv_sum, scale, *rest)
+                rest[at] = begun.lse2.new_zeros(shape, dtype=torch.int32)
+        self._main(q, k, v, dout, *begun, *sums, scale, *rest)
+
+    def round_keys(self, sums: Sequence[Tensor], of_keys: Sequence[Tensor], scale: float) -> None:
+        """Launch what makes dk and dv of their sums, if these are others."""
         if self._sums:
-            _, of_keys, of_values = self._after
-            of_keys(dk_sum, dk, scale, *self._after_rest[1])
-            of_values(dv_sum, dv, 1.0, *self._after_rest[2])
-        keys_done()
+            for number, (total, gradient, factor) in enumerate(zip(sums, of_keys, (scale, 1.0), strict=True), 1):
+                self._after[number](total, gradient, factor, *self._after_rest[number])
+
+    def round_queries(self, begun: Begun, dq: Tensor, scale: float) -> None:
+        """Launch what makes dq of its sum."""
         if self._after:
-            self._after[0](dq_sum, dq, scale, *self._after_rest[0])
+            self._after[0](begun.dq_sum, dq, scale, *self._after_rest[0])
 
     def _zeros(self, like: Tensor) -> Sequence[Tensor]:
         """Sums of dk and dv, cleared by one kernel where both have one shape."""

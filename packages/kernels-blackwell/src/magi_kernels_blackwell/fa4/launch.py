@@ -4,6 +4,7 @@
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from magi_attention.kernels.protocol import AttentionCall, KeysDone
 from magi_attention.kernels.table_streams import settle
 from magi_kernels_blackwell.fa4.grouped import gradients_like, launch_grouped_backward
 from magi_kernels_blackwell.fa4.library import Library
+from magi_kernels_blackwell.fa4.parts import Part, Run, launch_parts, order_of_parts
 from magi_kernels_blackwell.fa4.tables import (
     SparseTables,
     backward_tables,
@@ -168,16 +170,61 @@ def launch_own_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by FlashAttention-4's backward pass as it is; arguments as of :func:`launch_backward`."""
     packed = packed_mask(call.slices, q.shape[0], k.shape[0])
-    dq, dk, dv = gradients = gradients_like(q, k, v, into)
-    tensors, results = _as_batch(packed, dout, q, k, v, out), _as_batch(packed, *gradients)
-    lse, dlse = _as_batch(packed, lse, dlse)
-    key = ("fa4 backward", arch, call.softcap, call.deterministic, dlse is None, *layout_of(q, k, v, dout, out))
-    prepared = call.slices.derived(
-        key, lambda: _prepare_backward(library, arch, tensors, lse, dlse, results, packed, call)
+    tensors, gradients = (dout, q, k, v, out), gradients_like(q, k, v, into)
+    prepare = partial(_part, library, arch, packed, call)
+    whole = prepare(tensors, lse, dlse, gradients)
+    if whole is None:
+        return gradients
+    heads, done = (q.shape[1], k.shape[1]), partial(keys_done, *gradients[1:])
+    order = order_of_parts(packed, call, heads, k.shape[0]) if arch == HOPPER else None
+    batch_lse, batch_dlse = _as_batch(packed, lse, dlse)
+    if order is None:
+        whole.prepared(whole.tensors, batch_lse, batch_dlse, whole.gradients, call.softmax_scale, done)
+        return gradients
+    awaited, others = (
+        [part for extent in kind if (part := prepare(*extent.of(heads, tensors, lse, dlse, gradients))) is not None]
+        for kind in order
     )
-    if prepared is not None:
-        prepared(tensors, lse, dlse, results, call.softmax_scale, partial(keys_done, dk, dv))
-    return dq, dk, dv
+    launch_parts(whole, awaited, others, batch_lse, batch_dlse, call.softmax_scale, done)
+    return gradients
+
+
+def _part(
+    library: Library,
+    arch: int,
+    packed: PackedMask | None,
+    call: AttentionCall,
+    tensors: Sequence[Tensor],
+    lse: Tensor,
+    dlse: Tensor | None,
+    gradients: Sequence[Tensor],
+    queries: Run = (0, 0),
+) -> Part | None:
+    """A pass or a part of one, whose mask is alike: with kernels found once and kept with the slices.
+
+    Args:
+        library, arch, call: as of :func:`launch_backward`.
+        packed: the whole mask.
+        tensors: dout, q, k, v and out.
+        lse, dlse: of these.
+        gradients: dq, dk and dv, to be written.
+        queries: the heads of q, of a part.
+
+    Returns:
+        None where kernels are only compiled.
+    """
+    dout, q, k, v, out = tensors
+    given, results = _as_batch(packed, *tensors), _as_batch(packed, *gradients)
+
+    def find() -> PreparedBackward | None:
+        batch_lse, batch_dlse = _as_batch(packed, lse, dlse)
+        return _prepare_backward(library, arch, given, batch_lse, batch_dlse, results, packed, call)
+
+    layout = layout_of(q, k, v, dout, out)
+    prepared = call.slices.derived(
+        ("fa4 backward", arch, call.softcap, call.deterministic, dlse is None, *layout), find
+    )
+    return None if prepared is None else Part(prepared, queries, given, results)
 
 
 def _prepare_backward(

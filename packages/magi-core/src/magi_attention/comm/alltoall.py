@@ -2,6 +2,8 @@
 """Group collectives by one all-to-all per exchange, on any backend of torch.distributed that has it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from operator import is_not
 
 import torch
 import torch.distributed as dist
@@ -16,9 +18,10 @@ from magi_attention.comm.packing import (
     lay_out,
     lay_out_apart,
     pack,
-    pieces_for_peers,
+    packed_for_peers,
     put_all_rows,
     row_formats,
+    runs_for_peers,
     take_all_rows,
 )
 from magi_attention.comm.protocol import ReduceOp, RowsThere
@@ -123,7 +126,7 @@ class AllToAllCollectives:
         rows_there: RowsThere | None = None,
     ) -> PendingWork[None] | StreamWork[None]:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
-        partials = [in_memory(x) for x in partials]
+        given, partials = partials, [in_memory(x) for x in partials]
         sent = partials if partial_lse is None else [*partials, partial_lse]
         targets = [*into] if into_lse is None else [*into, into_lse]
         check_own_places(own_places, into, table.num_received, op)
@@ -135,12 +138,16 @@ class AllToAllCollectives:
 
         asked = op, into_lse is None, len(partials), *[(each.dtype, each.shape, each.device) for each in targets]
         routes, layout = self._prepared(table, asked, sent, check, may_lie_apart=True)
-        landed = sent[0].new_empty((routes.num_sent, layout.num_words), dtype=torch.int64)
+        runs = runs_for_peers(sent, routes) if layout.is_apart else None
+        if runs is None or any(map(is_not, given, partials)):
+            rows_there = None  # copies are made when the caller's stream has all rows
+        landed = self._room_for_rows(sent[0], routes.num_sent, layout, is_callers=rows_there is None)
 
         def gather() -> Tensor | Pieces:
-            if layout.is_apart:
-                return Pieces(pieces_for_peers(sent, routes), layout.pieces(landed, routes.send_counts))
-            return pack(sent, routes.received, routes.num_arriving, layout)
+            if not layout.is_apart:
+                return pack(sent, routes.received, routes.num_arriving, layout)
+            pieces = packed_for_peers(sent, routes) if runs is None else runs
+            return Pieces(pieces, layout.pieces(landed, routes.send_counts))
 
         def combine() -> None:
             if into_lse is not None:
@@ -150,7 +157,13 @@ class AllToAllCollectives:
 
         counts = routes.recv_counts, routes.send_counts
         meanwhile = None if own_places is None else lambda: take_all_rows(into, own_places.rows, partials)
-        return self._exchange(gather, landed, counts, combine, [routes, *sent, *targets], meanwhile)
+        return self._exchange(gather, landed, counts, combine, [routes, *sent, *targets], meanwhile, rows_there)
+
+    def _room_for_rows(self, like: Tensor, num_rows: int, layout: RowLayout, *, is_callers: bool) -> Tensor:
+        """Where rows land: memory of the caller's stream, or of the group's, which may write it before that is over."""
+        stream = None if is_callers else self._stream_on(like.device)
+        with nullcontext() if stream is None else current_in_block(stream, current_stream(like.get_device())):
+            return like.new_empty((num_rows, layout.num_words), dtype=torch.int64)
 
     def _exchange(
         self,
@@ -160,6 +173,7 @@ class AllToAllCollectives:
         finish: Callable[[], Result],
         kept: Sequence[object],
         meanwhile: Callable[[], None] | None = None,
+        rows_there: RowsThere | None = None,
     ) -> PendingWork[Result] | StreamWork[Result]:
         """Send what ``gather`` returns; ``finish`` makes the result of what has ``landed``.
 
@@ -172,6 +186,7 @@ class AllToAllCollectives:
             finish: computes the result from what arrived; called once.
             kept: what the exchange reads or writes, indices too, kept alive until it is over.
             meanwhile: run on the caller's stream while rows travel, before ``finish``; None for nothing.
+            rows_there: lets the group's stream wait for the rows, where they are there before the caller's stream is.
         """
         stream = self._stream_on(landed.device)
         if stream is None:
@@ -182,7 +197,10 @@ class AllToAllCollectives:
             return PendingWork(transfer, without_grad(finish), buffers=(packed, landed, *kept))
         index = landed.get_device()
         caller, events = current_stream(index), events_of(index)
-        events.let_wait(stream, caller)
+        if rows_there is None:
+            events.let_wait(stream, caller)
+        else:
+            rows_there(stream)
         torch.cuda.set_stream(stream)
         try:
             packed = gather()
@@ -194,6 +212,7 @@ class AllToAllCollectives:
                 caller.wait_event(is_packed)
                 with current_in_block(caller, stream):
                     meanwhile()
+            if meanwhile is not None or rows_there is not None:
                 events.let_wait(stream, caller)
             return StreamWork(stream, caller, finish(), (landed, *kept), is_packed, events)
         except BaseException:

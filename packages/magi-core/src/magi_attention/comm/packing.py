@@ -155,11 +155,16 @@ def _column(row: RowFormat, first_word: int, stride: int) -> _Column:
     return _Column(first_word, row.num_words, dtype, shape, first_element, strides)
 
 
-def pieces_for_peers(tensors: Sequence[Tensor], routes: Routes) -> list[list[Tensor]]:
-    """The words of the rows that came from each peer, of each tensor: views where these are runs, else copies."""
+def runs_for_peers(tensors: Sequence[Tensor], routes: Routes) -> list[list[Tensor]] | None:
+    """The words of the rows that came from each peer, of each tensor, as they lie; None where some are no run."""
     words = [each for tensor in tensors if (each := as_words(tensor)) is not None and each.is_contiguous()]
     if len(words) == len(tensors) and all(isinstance(rows, slice) for rows in routes.received_of):
         return [[each[rows] for rows in routes.received_of] for each in words]
+    return None
+
+
+def packed_for_peers(tensors: Sequence[Tensor], routes: Routes) -> list[list[Tensor]]:
+    """Copies of the words of the rows that came from each peer, of each tensor."""
     layout = lay_out_apart(row_formats(tensors), routes.num_arriving)
     buffer = tensors[0].new_empty((routes.num_arriving, layout.num_words), dtype=torch.int64)
     if not move_rows(layout.word_rows(buffer), tensors, routes.received, routes.num_arriving, scatter=False):

@@ -92,6 +92,5 @@ class GroupCollectives(Protocol):
         rows of ``partials`` at these places, one for each of its own, while others travel.
 
         With ``rows_there``, all rows that the table names are there before what the current stream was given is over.
-        Collectives whose transfers need no multiprocessors send them then; others find none before that is over, and
-        wait for it.
+        Collectives that send them as they lie begin then; others wait until that is over.
         """

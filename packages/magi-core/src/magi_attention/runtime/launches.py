@@ -153,7 +153,6 @@ class Kernels:
         run_keys_first = backend.backward_keys_first if keys_first and isinstance(backend, FinishesKeysFirst) else None
         sends_early = (
             run_keys_first is not None
-            and not self.travel_takes_multiprocessors
             and not self.options.backward_high_precision_reduce  # else copies travel, made of all at once
             and reads_all_keys
             and len(step.calls) == 1

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A full mask's backward pass by parts of the keys, without a GPU: which parts, and what is launched where."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from magi_attention.common.slices import SliceTable
+from magi_attention.kernels.protocol import AttentionCall
+from magi_kernels_blackwell.fa4 import parts
+from magi_kernels_blackwell.fa4.parts import Extent, Part, launch_parts, order_of_parts
+from magi_kernels_blackwell.masks import packed_mask
+from magi_kernels_blackwell.prepared import Begun
+from tests.core.log_streams import Stream, log_of_streams
+
+NUM_Q, NUM_K, HEADS = 64, 8192, (32, 8)
+FULL = [[0, NUM_Q, 0, NUM_K, 0]]
+
+
+def order_of(first_keys, rows=FULL, heads=HEADS, num_k=NUM_K, **options):
+    call = AttentionCall(SliceTable(rows), 0.5, first_keys=first_keys, **options)
+    return order_of_parts(packed_mask(call.slices, NUM_Q, num_k), call, heads, num_k)
+
+
+@pytest.mark.parametrize(
+    ("first_keys", "others"),
+    [
+        (((0, 4096),), [(4096, 8192)]),
+        (((4096, 8192),), [(0, 4096)]),
+        (((0, 100), (4100, 8192)), [(100, 4100)]),
+        (((100, 4096),), [(0, 100), (4096, 8192)]),
+    ],
+)
+def test_others_than_awaited_keys_are_left_of_the_last_heads(first_keys, others):
+    """Of as few as make enough blocks: 32 of keys, for 4 heads of queries each."""
+    expected = [((0, 4), (0, 8192)), *[((4, 8), run) for run in first_keys]], [((4, 8), run) for run in others]
+    assert order_of(first_keys) == expected
+    in_slices = [[0, NUM_Q, 0, 3000, 0], [0, NUM_Q, 3000, 8192, 0]]
+    assert order_of(first_keys, in_slices) == expected
+
+
+def test_all_heads_may_be_the_last():
+    rows = [[0, NUM_Q, 0, 8100, 0]]
+    awaited, others = order_of(((0, 4096),), rows, (128, 1), 8100)
+    assert awaited == [((0, 1), (0, 4096))]
+    assert others == [((0, 1), (4096, 8100))]
+
+
+@pytest.mark.parametrize(
+    ("first_keys", "options"),
+    {
+        "nobody waits": ((), {}),
+        "all wait": (((0, 8192),), {}),
+        "sums have an order": (((0, 4096),), {"deterministic": True}),
+        "little": (((0, 4096),), {"heads": (8, 8)}),
+        "not all queries": (((0, 4096),), {"rows": [[0, 63, 0, 8192, 0]]}),
+        "causal": (((0, 4096),), {"rows": [[0, 64, 0, 8192, 1]]}),
+        "documents": (((0, 4096),), {"rows": [[0, 32, 0, 4096, 0], [32, 64, 4096, 8192, 0]]}),
+        "many runs": (((0, 100), (200, 300), (400, 500)), {}),
+    }.values(),
+)
+def test_else_all_are_computed_at_once(first_keys, options):
+    assert order_of(first_keys, **options) is None
+
+
+def test_awaited_parts_are_launched_ahead(monkeypatch):
+    log = log_of_streams(monkeypatch)
+    current, ahead = Stream("current", log), Stream("ahead", log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: log.append(f"on {stream.name}") or nullcontext())
+    monkeypatch.setattr(parts, "_stream_ahead", lambda device: ahead)
+    lse, dlse, dq = (torch.zeros(2) for _ in range(3))
+    begun = Begun(*torch.arange(24).view(3, 1, 8, 1).unbind())
+
+    class Kernels:
+        """Write down what they are asked for, and check what they are given."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+            self.of_keys = f"dk of {name}", f"dv of {name}"
+
+        def begin(self, tensors, *given):
+            assert all(a is b for a, b in zip(given, (lse, dlse, dq), strict=True))
+            log.append(f"begin {tensors}")
+            return begun
+
+        def sums_of_keys(self, like, of_keys):
+            assert like is lse
+            assert of_keys == self.of_keys
+            log.append(f"zero sums of {self.name}")
+            return f"sums of {self.name}"
+
+        def compute(self, tensors, of_heads, sums, scale):
+            assert (sums, scale) == (f"sums of {self.name}", 0.5)
+            log.append(f"compute {tensors} by {of_heads.dpsum[0, :, 0].tolist()}")
+
+        def round_keys(self, sums, of_keys, scale):
+            assert (sums, of_keys, scale) == (f"sums of {self.name}", self.of_keys, 0.5)
+            log.append(f"round {self.name}")
+
+        def round_queries(self, given, target, scale):
+            assert given is begun
+            assert target is dq
+            assert scale == 0.5
+            log.append("round queries")
+
+    def part(name: str, *heads: int) -> Part:
+        kernels = Kernels(name)
+        return Part(kernels, heads, name, (dq, *kernels.of_keys))
+
+    def keys_done(rows_there):
+        log.append("keys are done")
+        rows_there(Stream("reader", log))
+
+    parts_of_pass = part("all", 0, 8), [part("a", 0, 6), part("b", 6, 8)], [part("c", 6, 8)]
+    launch_parts(*parts_of_pass, lse, dlse, 0.5, keys_done)
+    assert log == [
+        *("begin all", "zero sums of a", "zero sums of b", "zero sums of c"),
+        *("current marks", "ahead waits for mark 1 of current", "on ahead"),
+        *("compute a by [8, 9, 10, 11, 12, 13]", "compute b by [14, 15]", "round a", "round b", "ahead marks"),
+        *("compute c by [14, 15]", "round c", "current waits for mark 1 of ahead"),
+        *("keys are done", "reader waits for mark 1 of ahead", "round queries"),
+    ]
+
+
+@pytest.mark.parametrize("with_dlse", [False, True])
+def test_a_part_has_views_of_its_rows_and_heads(with_dlse):
+    draw = torch.Generator().manual_seed(0)
+    dout, q, out, dq = (torch.randn(5, 6, 4, generator=draw) for _ in range(4))
+    k, v, dk, dv = (torch.randn(9, 3, 4, generator=draw) for _ in range(4))
+    lse, dlse = torch.randn(6, 5, generator=draw), torch.randn(6, 5, generator=draw) if with_dlse else None
+    extent = Extent((1, 3), (4, 9))
+    views, *terms, gradients, queries = extent.of((6, 3), (dout, q, k, v, out), lse, dlse, (dq, dk, dv))
+    assert queries == (2, 6)
+    wanted = [dout[:, 2:], q[:, 2:], k[4:, 1:], v[4:, 1:], out[:, 2:], lse[2:], dq[:, 2:], dk[4:, 1:], dv[4:, 1:]]
+    for got, each in zip([*views, terms[0], *gradients], wanted, strict=True):
+        assert got.data_ptr() == each.data_ptr()
+        assert got.shape == each.shape
+        assert got.stride() == each.stride()
+    assert torch.equal(terms[1], dlse[2:]) if with_dlse else terms[1] is None
+
+
+def test_the_stream_ahead_has_priority(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: SimpleNamespace(priority=priority))
+    parts._stream_ahead.cache_clear()
+    assert parts._stream_ahead(torch.device("cuda", 0)).priority < 0
+    parts._stream_ahead.cache_clear()
