@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 DISTRIBUTED = ("benchmarks/distributed.py", "--equal-clocks", "--methods", "magi", "native", "gather", "gather-zz")
 MILLION = ("bench", "--device", "cuda", "--mask", "causal", "--tokens", "1048576", "--heads-q", "64", "--heads-kv", "8")
 PARTS = ("tests", "tables", "million")
+THREADS = "2"  # of each of the many processes, unless the caller says otherwise
 
 Gpus = Literal["first", "last", "all"]
 
@@ -39,22 +40,23 @@ Lane = list[Step]
 
 
 def suite(name: str, processes: int, gpus: Gpus = "all", how: str = "loadfile") -> Step:
-    """The GPU tests of a suite, in so many processes; 0 for this one alone."""
-    spread = (f"--numprocesses={processes}", f"--dist={how}") if processes else ()
+    """The GPU tests of a suite, in so many processes."""
+    spread = f"--numprocesses={processes}", f"--dist={how}"
     return Step(name, ("-m", "pytest", "-q", "-m", "gpu", *spread, f"tests/{name}"), gpus)
 
 
 def tests() -> list[list[Lane]]:
-    """Rounds of lanes that run at once. The ranks of the last suite wait for each other by the clock: it runs alone."""
+    """Rounds of lanes that run at once. Ranks that wait for each other want the GPUs to themselves."""
     jobs = str(max(1, (os.cpu_count() or 1) * 2 // 3))
     compile_kernels = Step("compile", ("-m", "tests.blackwell.warm", "--jobs", jobs), "last")
     return [
         [
             [suite("hopper", 4, "first", "worksteal")],
             [compile_kernels, suite("blackwell", 6, "last", "worksteal")],
-            [suite("core", 3, "last"), suite("distributed", 6)],
+            [suite("core", 3, "last")],
         ],
-        [[suite("comm", 0)]],
+        [[suite("distributed", 8, how="worksteal")]],
+        [[suite("comm", 3)]],
     ]
 
 
@@ -88,7 +90,8 @@ def visible(gpus: Gpus, num_gpus: int) -> str:
 
 def run_step(step: Step, folder: Path, num_gpus: int) -> bool:
     """Run a step and say how it went; returns whether it went well."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible(step.gpus, num_gpus), "PYTHONUNBUFFERED": "1"}
+    shown = {"CUDA_VISIBLE_DEVICES": visible(step.gpus, num_gpus), "PYTHONUNBUFFERED": "1"}
+    environment = {"OMP_NUM_THREADS": THREADS} | os.environ | shown
     path, started = folder / f"{step.name}.txt", time.monotonic()
     with path.open("wb") as file:
         command = [sys.executable, *step.arguments]

@@ -50,18 +50,27 @@ def attend_once(rank: int, world_size: int, case: Case) -> Answer:
     return attend(case, dist.group.WORLD)
 
 
-def training_case(backend: str, mask: str, degree: int, *, keep_received: bool, native: bool = False) -> Case:
+def training_case(
+    backend: str,
+    mask: str,
+    degree: int,
+    *,
+    keep_received: bool,
+    native: bool = False,
+    tokens: int = TOKENS,
+    heads: tuple[int, int] = (HEADS, GROUPS),
+) -> Case:
     return Case(
-        TOKENS,
-        workloads.make(mask, TOKENS),
+        tokens,
+        workloads.make(mask, tokens),
         cp=2,
         config=DistAttnConfig(
             overlap_config=OverlapConfig(degree=degree),
             runtime_config=RuntimeConfig(kernel_backend=backend, keep_received=keep_received, native_grpcoll=native),
         ),
         dtype=torch.bfloat16,
-        num_heads_q=HEADS,
-        num_heads_kv=GROUPS,
+        num_heads_q=heads[0],
+        num_heads_kv=heads[1],
         head_dim=HEAD_DIM,
         head_dim_v=HEAD_DIM,
         max_logits=False,
@@ -97,14 +106,33 @@ def attend_sending_early(rank: int, world_size: int, case: Case, late: int | Non
     return answers[-1], num_early
 
 
+def check_sent_early(pool: RankPool, case: Case, late: int | None) -> None:
+    answers = pool.run(attend_sending_early, case, late)
+    assert any(num_early for _, num_early in answers)
+    assert_right(case, answers[0][0], on="cuda")
+
+
 @pytest.mark.parametrize("late", [None, 0, 1])
 @pytest.mark.parametrize("mask", ["full", *MASKS])
 def test_gradients_of_received_keys_go_home_natively_beside_the_kernel(pool, mask, late):
     skip_unless_served("hopper")
-    case = training_case("hopper", mask, 1, keep_received=True, native=True)
-    answers = pool.run(attend_sending_early, case, late)
-    assert any(num_early for _, num_early in answers)
-    assert_right(case, answers[0][0], on="cuda")
+    check_sent_early(pool, training_case("hopper", mask, 1, keep_received=True, native=True), late)
+
+
+@pytest.mark.parametrize("late", [None, 0, 1])
+@pytest.mark.parametrize("mask", ["full", "causal", "varlen_causal"])
+def test_gradients_of_received_keys_go_home_at_the_end_of_the_kernel(pool, mask, late):
+    """Where transfers are kernels: those of causal masks as they lie, those of packed documents in copies."""
+    skip_unless_served("hopper")
+    check_sent_early(pool, training_case("hopper", mask, 1, keep_received=True), late)
+
+
+@pytest.mark.parametrize("late", [None, 0, 1])
+@pytest.mark.parametrize("native", [False, True])
+def test_gradients_of_received_keys_go_home_beside_a_full_masks_last_kernel(pool, native, late):
+    skip_unless_served("blackwell")
+    how = {"native": native, "tokens": 3072, "heads": (64, 4)}  # of which three are left for the last kernel
+    check_sent_early(pool, training_case("blackwell", "full", 1, keep_received=True, **how), late)
 
 
 def attend_with_one_late(rank: int, world_size: int, case: Case, costs: str, late: str) -> Answer:
