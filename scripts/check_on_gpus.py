@@ -55,7 +55,7 @@ def tests() -> list[list[Lane]]:
             [compile_kernels, suite("blackwell", 6, "last", "worksteal")],
             [suite("core", 3, "last")],
         ],
-        [[suite("distributed", 8, how="worksteal")]],
+        [[suite("distributed", 6, how="worksteal")]],
         [[suite("comm", 3)]],
     ]
 

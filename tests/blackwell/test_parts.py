@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A full mask's backward pass by parts of the keys, without a GPU: which parts, and what is launched where."""
 
-from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +9,8 @@ import torch
 
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall
-from magi_kernels_blackwell.fa4 import parts
-from magi_kernels_blackwell.fa4.parts import Extent, Part, launch_parts, order_of_parts
+from magi_kernels_blackwell.fa4 import launch, parts
+from magi_kernels_blackwell.fa4.parts import Extent, Part, launch_ahead, launch_parts, order_of_parts
 from magi_kernels_blackwell.masks import packed_mask
 from magi_kernels_blackwell.prepared import Begun
 from tests.core.log_streams import Stream, log_of_streams
@@ -69,8 +69,7 @@ def test_awaited_parts_are_launched_ahead(monkeypatch):
     log = log_of_streams(monkeypatch)
     current, ahead = Stream("current", log), Stream("ahead", log)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: log.append(f"on {stream.name}") or nullcontext())
-    monkeypatch.setattr(parts, "_stream_ahead", lambda device: ahead)
+    monkeypatch.setattr(parts, "_stream_ahead", lambda device, handle: ahead)
     lse, dlse, dq = (torch.zeros(2) for _ in range(3))
     begun = Begun(*torch.arange(24).view(3, 1, 8, 1).unbind())
 
@@ -119,10 +118,80 @@ def test_awaited_parts_are_launched_ahead(monkeypatch):
     assert log == [
         *("begin all", "zero sums of a", "zero sums of b", "zero sums of c"),
         *("current marks", "ahead waits for mark 1 of current", "on ahead"),
-        *("compute a by [8, 9, 10, 11, 12, 13]", "compute b by [14, 15]", "round a", "round b", "ahead marks"),
-        *("compute c by [14, 15]", "round c", "current waits for mark 1 of ahead"),
+        *("compute a by [8, 9, 10, 11, 12, 13]", "compute b by [14, 15]", "round a", "round b", "on current"),
+        *("ahead marks", "compute c by [14, 15]", "round c", "current waits for mark 1 of ahead"),
         *("keys are done", "reader waits for mark 1 of ahead", "round queries"),
     ]
+
+
+@pytest.mark.parametrize("heads", [HEADS, (128, 1), (20, 20)])
+def test_every_gradient_is_computed_once_by_queries_of_its_heads(monkeypatch, heads):
+    """On Hopper, if somebody waits; else all are computed at once."""
+    (heads_q, heads_k), group = heads, heads[0] // heads[1]
+    number = torch.arange(heads_q).view(1, -1, 1)
+    q = number.expand(NUM_Q, heads_q, 8).contiguous()
+    k = number[:, :heads_k].expand(NUM_K, heads_k, 8).contiguous()
+    lse = number[0].expand(heads_q, NUM_Q).contiguous()
+    call = AttentionCall(SliceTable(FULL), 0.5, first_keys=((0, 4096),))
+    launched, told = [], []
+
+    class Kernels:
+        def __init__(self, library, arch, tensors, *_):
+            self.shapes = [x.shape for x in tensors]
+
+        def __call__(self, tensors, lse, dlse, gradients, scale, keys_done):
+            begun = self.begin(tensors, lse, dlse, gradients[0])
+            self.compute(tensors, begun, gradients[1:], scale)
+            self.round_keys(gradients[1:], gradients[1:], scale)
+            keys_done()
+            self.round_queries(begun, gradients[0], scale)
+
+        def begin(self, tensors, lse, dlse, dq):
+            assert [x.shape for x in tensors] == self.shapes
+            assert dq.shape[2] == heads_q
+            assert torch.equal(lse[0], number[0].expand_as(lse[0]))
+            return Begun(*[number[0].clone().view(1, -1, 1)] * 3)
+
+        def sums_of_keys(self, like, of_keys):
+            return of_keys
+
+        def compute(self, tensors, begun, sums, scale):
+            assert [x.shape for x in tensors] == self.shapes
+            of_queries = tensors[1][0, 0, :, 0]
+            assert torch.equal(of_queries, begun.dq_sum[0, :, 0])
+            assert torch.equal(of_queries // group, tensors[2][0, 0, :, 0].repeat_interleave(group))
+            launched.append(self)
+
+        def round_keys(self, sums, of_keys, scale):
+            for each in of_keys:
+                each += 1
+
+        def round_queries(self, begun, dq, scale):
+            dq.fill_(7)
+
+    def new_zeros(q, k, v, into):
+        return tuple(torch.zeros_like(x) for x in (q, k, v))
+
+    monkeypatch.setattr(launch, "_prepare_backward", Kernels)
+    monkeypatch.setattr(launch, "gradients_like", new_zeros)
+    monkeypatch.setattr(parts, "launch_ahead", lambda device, awaited, others: awaited() or others() or "there")
+    for arch, keys, num_parts in (
+        (90, call.first_keys, 2 if heads[1] == 1 else 3),
+        (100, call.first_keys, 1),
+        (90, (), 1),
+    ):
+        launched.clear()
+        told.clear()
+        arguments = q, q, k, k, q, lse, None, replace(call, first_keys=keys)
+        dq, dk, dv = launch.launch_own_backward(None, arch, *arguments, keys_done=lambda *x: told.append(x))
+        assert len(launched) == num_parts
+        ((of_keys, of_values, *there),) = told
+        assert of_keys is dk
+        assert of_values is dv
+        assert there == (["there"] if num_parts > 1 else [])
+        assert (dq == 7).all()
+        assert (dk == 1).all()
+        assert (dv == 1).all()
 
 
 @pytest.mark.parametrize("with_dlse", [False, True])
@@ -142,8 +211,30 @@ def test_a_part_has_views_of_its_rows_and_heads(with_dlse):
     assert torch.equal(terms[1], dlse[2:]) if with_dlse else terms[1] is None
 
 
-def test_the_stream_ahead_has_priority(monkeypatch):
+@pytest.mark.parametrize("fails", ["awaited", "others"])
+def test_after_an_error_the_current_stream_waits_for_what_was_launched_ahead(monkeypatch, fails):
+    log = log_of_streams(monkeypatch)
+    current, ahead = Stream("current", log), Stream("ahead", log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(parts, "_stream_ahead", lambda device, handle: ahead)
+
+    def launch(name: str) -> None:
+        log.append(name)
+        if name == fails:
+            raise RuntimeError(f"no {name}")
+
+    with pytest.raises(RuntimeError, match=f"no {fails}"):
+        launch_ahead(torch.device("cuda", 0), lambda: launch("awaited"), lambda: launch("others"))
+    number = ahead.num_marks
+    assert fails in log
+    assert log[-2:] == ["ahead marks", f"current waits for mark {number} of ahead"]
+
+
+def test_each_stream_has_one_ahead_of_it_with_priority(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: SimpleNamespace(priority=priority))
     parts._stream_ahead.cache_clear()
-    assert parts._stream_ahead(torch.device("cuda", 0)).priority < 0
+    device = torch.device("cuda", 0)
+    first, again, other = (parts._stream_ahead(device, current) for current in (7, 7, 8))
     parts._stream_ahead.cache_clear()
+    assert first is again is not other
+    assert first.priority < 0

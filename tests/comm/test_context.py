@@ -18,6 +18,7 @@ from magi_comm_grpcoll import (
     CapacityError,
     ContextOptions,
     GroupContext,
+    NativeCollectives,
     SlotLentError,
     routes,
     wires,
@@ -313,3 +314,23 @@ def test_rows_of_a_copy_are_there_when_the_copy_is():
         native.close()
 
     run_ranks(2, run)
+
+
+@pytest.mark.parametrize(("transport", "expected"), [(None, True), ("copy_engine", True), ("push", False)])
+def test_copies_may_begin_before_the_callers_stream_is_done(transport, expected):
+    def ask(rank, group):
+        native = object.__new__(NativeCollectives)
+        native.context = GroupContext(group, ContextOptions(transport=transport, timeout_s=30))
+        native.needs_multiprocessors = native.context.needs_multiprocessors
+        early = native.sends_early(fragmented_table(rank, 2, 4, 2), torch.device("cuda"))
+        native.context.close()
+        return early
+
+    assert run_ranks(2, ask) == [expected] * 2
+
+
+def test_without_a_context_it_is_all_to_alls_to_say(monkeypatch):
+    native, asked = NativeCollectives(None), []
+    monkeypatch.setattr(native.fallback, "sends_early", lambda *given: asked.append(given) or "maybe")
+    assert native.sends_early("table", "device") == "maybe"
+    assert asked == [("table", "device")]

@@ -10,7 +10,7 @@ from magi_attention.comm import streams
 class Stream:
     """Writes down what it is told."""
 
-    device_index, device = 0, torch.device("cuda", 0)
+    device_index, device, cuda_stream = 0, torch.device("cuda", 0), 0
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log, self.num_marks = name, log, 0

@@ -10,9 +10,10 @@ import torch
 
 from magi_attention.comm import alltoall, work
 from magi_attention.comm.alltoall import AllToAllCollectives
+from magi_attention.comm.hierarchical import HierarchicalCollectives
 from magi_attention.comm.routes import places_of
 from magi_attention.comm.streams import current_in_block, running_on
-from magi_attention.plan.exchange import ExchangeTable
+from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from tests.core.log_streams import Stream, log_of_streams
 
 BEFORE = ["caller marks", "side waits for mark 1 of caller", "on side", "gather", "side marks", "send"]
@@ -53,13 +54,10 @@ class Exchange:
         self.step("finish")
         return "result"
 
-    def rows_there(self, stream: Stream) -> None:
-        self.log.append(f"{stream.name} waits for rows")
-
     def start(self, meanwhile: bool, early: bool = False) -> work.StreamWork[str]:
         steps = self.gather, self.landed, ([3], [3]), self.finish, []
         others = (lambda: self.step("meanwhile")) if meanwhile else None
-        return self.collectives._exchange(*steps, others, self.rows_there if early else None)
+        return self.collectives._exchange(*steps, others, goes_early=early)
 
 
 @pytest.fixture
@@ -83,10 +81,8 @@ def test_the_order_of_an_exchange(exchange, meanwhile, between):
 def test_rows_that_are_there_travel_before_the_caller_is_done(exchange, meanwhile):
     """But what arrives is added behind all that the caller was given: own rows may be written until then."""
     pending = exchange.start(meanwhile, early=True)
-    behind_caller = ["caller marks", "side waits for mark 1 of caller"]
-    between = [*(MEANWHILE if meanwhile else []), *behind_caller]
-    begin = ["side waits for rows", *BEFORE[2:]]
-    assert exchange.log == [*begin, *between, "finish", "side marks", "on caller"]
+    between = [*(MEANWHILE if meanwhile else []), "caller marks", "side waits for mark 1 of caller"]
+    assert exchange.log == [*BEFORE[2:], *between, "finish", "side marks", "on caller"]
     assert pending.wait() == "result"
 
 
@@ -95,25 +91,36 @@ WHERE = {"a run": NINE, "several runs": np.array([[0, 0, 4], [0, 5, 9], [0, 4, 5
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("kind", ["rows", "rows that are copied", "short rows"])
-def test_a_reduce_sends_early_what_it_sends_as_it_lies(monkeypatch, kind, where):
-    """Copies are made behind all that the caller was given; and memory of its stream is in use until then."""
-    collectives, given = AllToAllCollectives(None), []
+@pytest.mark.parametrize("kind", ["rows", "rows that are copied", "short rows", "rows that nobody tells of"])
+def test_a_reduce_sends_early_what_it_sends_as_it_lies(exchange, monkeypatch, kind, where):
+    """Copies are made behind all that the caller was given; and memory of its stream is in use until then.
+
+    The group's stream waits first, which joins it to a graph that is being captured, and has the memory then.
+    """
+    collectives, log, given = exchange.collectives, exchange.log, []
     monkeypatch.setattr(collectives, "_can_send_pieces", lambda device: True)
-    monkeypatch.setattr(collectives, "_exchange", lambda *arguments: given.append(arguments[-1]))
-    room, make_room = [], collectives._room_for_rows
-    monkeypatch.setattr(
-        collectives,
-        "_room_for_rows",
-        lambda *how, is_callers: room.append(is_callers) or make_room(*how, is_callers=True),
-    )
-    dtype, width = (torch.complex64 if kind == "rows that are copied" else torch.float32), 1 if "short" in kind else 64
+    monkeypatch.setattr(collectives, "_exchange", lambda *_, goes_early: given.append(goes_early))
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *how, **more: log.append("room") or new_empty(*how, **more))
+    dtype, width = (torch.complex64 if "copied" in kind else torch.float32), 1 if "short" in kind else 64
     partials = [torch.ones(9, width, dtype=dtype) for _ in range(2)]
-    sent = [x.conj() for x in partials] if kind == "rows that are copied" else partials
+    sent = [x.conj() for x in partials] if "copied" in kind else partials
     table = ExchangeTable(NINE, WHERE[where], num_ranks=1, num_source=9, num_received=9)
-    collectives.reduce(sent, table, [torch.zeros_like(x) for x in partials], rows_there=print)
     goes_early = kind == "rows" and where == "a run"
-    assert (given, room) == ([print if goes_early else None], [not goes_early])
+    assert collectives.sends_early(table, torch.device("cpu")) == (where == "a run")
+    rows_there = None if "nobody" in kind else lambda stream: log.append(f"{stream.name} waits for rows")
+    collectives.reduce(sent, table, [torch.zeros_like(x) for x in partials], rows_there=rows_there)
+    assert given == [goes_early]
+    assert log == (["side waits for rows", "on side", "room", "on caller"] if goes_early else ["room"])
+
+
+def test_only_exchanges_in_pieces_go_early(monkeypatch):
+    collectives, hop = AllToAllCollectives(None), AllToAllCollectives(None)
+    table = ExchangeTable(NINE, NINE, num_ranks=1, num_source=9, num_received=9)
+    assert not collectives.sends_early(table, torch.device("cpu"))
+    assert not HierarchicalCollectives(hop, hop).sends_early(table, torch.device("cpu"))
+    monkeypatch.setattr(collectives, "_can_send_pieces", lambda device: True)
+    assert not collectives.sends_early(object.__new__(TwoHopExchange), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,10 @@ class Answer:
             f"d{name}": gradient for name, gradient in zip(names, self.gradients, strict=False)
         }
 
+    def on(self, device: str) -> "Answer":
+        maximum = None if self.max_logits is None else self.max_logits.to(device)
+        return Answer(self.out.to(device), self.lse.to(device), maximum, [x.to(device) for x in self.gradients])
+
 
 def inputs_of(case: Case) -> tuple[list[Tensor], Tensor, Tensor]:
     """q, k, v and, if asked for, the sink; then the gradients of out and lse."""
@@ -176,15 +180,15 @@ def dense_answer(case: Case, dtype: torch.dtype, on: str = "cpu") -> Answer:
         mask = dense_mask(case.slices, case.total, case.num_keys, on)
         out, lse, max_logits = masked_attention(*tensors[:3], mask, **options)
     objective(out, lse, dout.to(on, dtype), dlse.to(on, dtype)).backward()
-    return Answer(out.detach().cpu(), lse.detach().cpu(), max_logits.cpu(), [x.grad.cpu() for x in tensors])
+    return Answer(out.detach(), lse.detach(), max_logits, [x.grad for x in tensors])
 
 
 def assert_right(case: Case, answer: Answer, on: str = "cpu") -> None:
     """Float64 cases agree with the oracle to 1e-10, others err at most twice as much as plain PyTorch.
 
-    Both are computed ``on`` this device.
+    Both are computed, and compared, ``on`` this device.
     """
-    oracle = dense_answer(case, torch.float64, on)
+    answer, oracle = answer.on(on), dense_answer(case, torch.float64, on)
     if case.max_logits:
         tolerance = max(10 * torch.finfo(case.dtype).eps, 1e-10)
         torch.testing.assert_close(answer.max_logits.double(), oracle.max_logits, rtol=tolerance, atol=tolerance)

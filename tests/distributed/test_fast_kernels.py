@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from magi_attention.api import clear_cache
+from magi_attention.comm.alltoall import AllToAllCollectives
 from magi_attention.common import workloads
 from magi_attention.config import DistAttnConfig, OverlapConfig, RuntimeConfig
 from magi_attention.kernels.protocol import AttentionRequest
@@ -86,9 +87,12 @@ def test_training_shapes(pool, backend, mask, degree):
     assert_right(case, pool.run(attend_once, case)[0], on="cuda")
 
 
-def attend_sending_early(rank: int, world_size: int, case: Case, late: int | None) -> tuple[Answer, int]:
-    """Also how often gradients went home before all of them were there; one rank may be late with its kernels."""
-    num_early, put = 0, Returns.put
+def attend_sending_early(rank: int, world_size: int, case: Case, late: int | None) -> tuple[Answer, int, int]:
+    """Also how often gradients could go home before all of them were there, and how often they did by all-to-all.
+
+    One rank may be late with its kernels.
+    """
+    num_early, num_by_all_to_all, put, exchange = 0, 0, Returns.put, AllToAllCollectives._exchange
 
     def counting_put(self: Returns, *arguments: object) -> None:
         nonlocal num_early
@@ -97,18 +101,26 @@ def attend_sending_early(rank: int, world_size: int, case: Case, late: int | Non
             torch.cuda._sleep(SLEEP)
         put(self, *arguments)
 
+    def counting_exchange(self: AllToAllCollectives, *arguments: object, goes_early: bool = False) -> object:
+        nonlocal num_by_all_to_all
+        num_by_all_to_all += goes_early
+        return exchange(self, *arguments, goes_early=goes_early)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Returns, "put", counting_put)
+        patch.setattr(AllToAllCollectives, "_exchange", counting_exchange)
         patch.setattr(manager, "_costs", lambda *_: in_both_passes(COSTS["together"], backward_regular=1e9))
         clear_cache(dist.group.WORLD)
         answers = [attend(case, dist.group.WORLD) for _ in range(5)]
         clear_cache(dist.group.WORLD)
-    return answers[-1], num_early
+    return answers[-1], num_early, num_by_all_to_all
 
 
-def check_sent_early(pool: RankPool, case: Case, late: int | None) -> None:
+def check_sent_early(pool: RankPool, case: Case, late: int | None, *, expected: bool = True) -> None:
     answers = pool.run(attend_sending_early, case, late)
-    assert any(num_early for _, num_early in answers)
+    is_native = case.config.runtime_config.native_grpcoll
+    assert any(num_early for _, num_early, _ in answers) == expected
+    assert any(num_early for *_, num_early in answers) == (expected and not is_native)
     assert_right(case, answers[0][0], on="cuda")
 
 
@@ -122,16 +134,17 @@ def test_gradients_of_received_keys_go_home_natively_beside_the_kernel(pool, mas
 @pytest.mark.parametrize("late", [None, 0, 1])
 @pytest.mark.parametrize("mask", ["full", "causal", "varlen_causal"])
 def test_gradients_of_received_keys_go_home_at_the_end_of_the_kernel(pool, mask, late):
-    """Where transfers are kernels: those of causal masks as they lie, those of packed documents in copies."""
+    """Where transfers are kernels: those of full and causal masks, which are runs, but not those of documents."""
     skip_unless_served("hopper")
-    check_sent_early(pool, training_case("hopper", mask, 1, keep_received=True), late)
+    case = training_case("hopper", mask, 1, keep_received=True)
+    check_sent_early(pool, case, late, expected=mask != "varlen_causal")
 
 
 @pytest.mark.parametrize("late", [None, 0, 1])
 @pytest.mark.parametrize("native", [False, True])
 def test_gradients_of_received_keys_go_home_beside_a_full_masks_last_kernel(pool, native, late):
     skip_unless_served("blackwell")
-    how = {"native": native, "tokens": 3072, "heads": (64, 4)}  # of which three are left for the last kernel
+    how = {"native": native, "tokens": 1024, "heads": (192, 12)}  # of which eight are left for the last kernel
     check_sent_early(pool, training_case("blackwell", "full", 1, keep_received=True, **how), late)
 
 

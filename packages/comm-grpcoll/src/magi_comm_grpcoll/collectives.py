@@ -64,6 +64,12 @@ class NativeCollectives:
         """What ``magi doctor`` says beyond that: what there is for rows between hosts."""
         return {"nvshmem": nvshmem_fact(), "ibgda": ibgda_fact()}
 
+    def sends_early(self, table: ExchangeTable | TwoHopExchange, device: torch.device) -> bool:
+        """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
+        if self.context is None:
+            return self.fallback.sends_early(table, device)
+        return isinstance(self.context, GroupContext) and not self.needs_multiprocessors
+
     def cast(
         self,
         tensors: Sequence[Tensor],

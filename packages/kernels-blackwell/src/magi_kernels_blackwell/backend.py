@@ -88,8 +88,8 @@ class WheelBackend(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk and dv. dout and out have q's dtype; lse and dlse are ``[hq, tq]``; there are some pairs.
 
-        ``dq`` is written ``into`` the tensor, if one is given and the kernels can. ``keys_done(dk, dv)`` is called once
-        these are launched.
+        ``dq`` is written ``into`` the tensor, if one is given and the kernels can. ``keys_done`` is that of
+        :class:`magi_attention.kernels.protocol.FinishesKeysFirst`.
         """
 
     def supports(self, request: AttentionRequest) -> Support:

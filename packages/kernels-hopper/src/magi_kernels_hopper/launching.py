@@ -60,13 +60,21 @@ class Bell:
 
 
 def bell(device: torch.device, stream: int) -> Bell | None:
-    """The bell of a stream, which is the current one; None where launches are captured, as replays aren't counted."""
+    """The bell of a stream, which is the current one.
+
+    None where launches are captured, as replays aren't counted, and where the driver lets no stream wait for memory.
+    """
     return None if torch.cuda.is_current_stream_capturing() else _stream_bell(device, stream)
 
 
 @cache
-def _stream_bell(device: torch.device, stream: int) -> Bell:
-    return Bell(device)
+def _stream_bell(device: torch.device, stream: int) -> Bell | None:
+    rung = Bell(device)
+    try:
+        wait_until_reached(stream, rung.address, 0)  # which it has
+    except RuntimeError:
+        return None
+    return rung
 
 
 @cache

@@ -16,7 +16,7 @@ from magi_attention.kernels.protocol import AttentionCall, KeysDone
 from magi_attention.kernels.table_streams import settle
 from magi_kernels_blackwell.fa4.grouped import gradients_like, launch_grouped_backward
 from magi_kernels_blackwell.fa4.library import Library
-from magi_kernels_blackwell.fa4.parts import Part, Run, launch_parts, order_of_parts
+from magi_kernels_blackwell.fa4.parts import Extent, Part, Run, launch_parts, order_of_parts
 from magi_kernels_blackwell.fa4.tables import (
     SparseTables,
     backward_tables,
@@ -134,7 +134,8 @@ def launch_backward(
         lse, dlse: ``[hq, tq]`` float32, contiguous.
         call: the mask and how to score.
         into: where to write dq; None for a new tensor.
-        keys_done: called with dk and dv once they are launched.
+        keys_done: called with dk and dv once they are launched; where some come first, also with what lets a stream
+            wait for these.
     """
     dout, q, k, v, out = (library.aligned(x) for x in (dout, q, k, v, out))
     packed = packed_mask(call.slices, q.shape[0], k.shape[0])
@@ -181,10 +182,13 @@ def launch_own_backward(
     if order is None:
         whole.prepared(whole.tensors, batch_lse, batch_dlse, whole.gradients, call.softmax_scale, done)
         return gradients
-    awaited, others = (
-        [part for extent in kind if (part := prepare(*extent.of(heads, tensors, lse, dlse, gradients))) is not None]
-        for kind in order
-    )
+
+    def part(extent: Extent) -> Part:
+        found = prepare(*extent.of(heads, tensors, lse, dlse, gradients))
+        assert found is not None, "a part of what is launched is only compiled"
+        return found
+
+    awaited, others = ([*map(part, kind)] for kind in order)
     launch_parts(whole, awaited, others, batch_lse, batch_dlse, call.softmax_scale, done)
     return gradients
 

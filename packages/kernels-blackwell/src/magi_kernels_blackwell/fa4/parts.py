@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from magi_attention.comm.protocol import RowsThere
+from magi_attention.comm.streams import HIGHEST_PRIORITY, current_in_block
 from magi_attention.common.intervals import subtract
 from magi_attention.kernels.protocol import AttentionCall
 from magi_kernels_blackwell.masks import PackedMask
@@ -22,14 +23,13 @@ from magi_kernels_blackwell.prepared import Begun, PreparedBackward
 
 KEYS_OF_BLOCK = 128
 BLOCKS_BESIDE_TRAVEL = 512
-"""Thread blocks, of some keys and a head each, that are left for the time of the travel: about 4 each multiprocessor.
+"""Thread blocks, of so many keys and a head each, that are left for the time of the travel: at least 4 for each
+multiprocessor, as blocks are of fewer keys for more than 128 dims.
 
 One that begins to travel waits for blocks to end.
 """
 
 MOST_RUNS = 4
-AHEAD = -1
-"""The priority of a stream whose thread blocks are given multiprocessors before those of others."""
 
 Run = tuple[int, int]
 """``(start, stop)``."""
@@ -43,7 +43,7 @@ class Extent(NamedTuple):
 
     def of(
         self,
-        heads: Run,
+        heads: tuple[int, int],
         tensors: Sequence[Tensor],
         lse: Tensor,
         dlse: Tensor | None,
@@ -100,7 +100,7 @@ class Part(NamedTuple):
     gradients: Sequence[Tensor]
 
 
-def order_of_parts(packed: PackedMask | None, call: AttentionCall, heads: Run, num_k: int) -> Order | None:
+def order_of_parts(packed: PackedMask | None, call: AttentionCall, heads: tuple[int, int], num_k: int) -> Order | None:
     """The parts of a backward pass; None where it is better computed at once. Found once and kept with the slices.
 
     That is where nobody waits, where sums have an order, where there is little to compute, and for all masks but full
@@ -153,17 +153,19 @@ def launch_parts(
     """
     dq = whole.gradients[0]
     begun = whole.prepared.begin(whole.tensors, lse, dlse, dq)
-    sums = {id(part): part.prepared.sums_of_keys(lse, part.gradients[1:]) for part in (*awaited, *others)}
+    # Zeros come first: beside the kernels that are ahead, they would wait for these.
+    sums = [[part.prepared.sums_of_keys(lse, part.gradients[1:]) for part in kind] for kind in (awaited, others)]
 
-    def compute(parts: Sequence[Part]) -> None:
-        for part in parts:
+    def compute(parts: Sequence[Part], sums: Sequence[Sequence[Tensor]]) -> None:
+        for part, totals in zip(parts, sums, strict=True):
             first, end = part.queries
             of_heads = Begun(*(x.narrow(1, first, end - first) for x in begun))
-            part.prepared.compute(part.tensors, of_heads, sums[id(part)], scale)
-        for part in parts:
-            part.prepared.round_keys(sums[id(part)], part.gradients[1:], scale)
+            part.prepared.compute(part.tensors, of_heads, totals, scale)
+        for part, totals in zip(parts, sums, strict=True):
+            part.prepared.round_keys(totals, part.gradients[1:], scale)
 
-    keys_done(launch_ahead(lse.device, partial(compute, awaited), partial(compute, others)))
+    launches = (partial(compute, *each) for each in zip((awaited, others), sums, strict=True))
+    keys_done(launch_ahead(lse.device, *launches))
     whole.prepared.round_queries(begun, dq, scale)
 
 
@@ -181,17 +183,22 @@ def launch_ahead(device: torch.device, awaited: Callable[[], None], others: Call
     Returns:
         What lets a stream wait for the first.
     """
-    current, ahead = torch.cuda.current_stream(device), _stream_ahead(device)
+    current = torch.cuda.current_stream(device)
+    ahead = _stream_ahead(device, current.cuda_stream)
     ahead.wait_stream(current)
-    with torch.cuda.stream(ahead):
-        awaited()
-    are_there = ahead.record_event()
-    others()
+    try:
+        with current_in_block(ahead, current):
+            awaited()
+        are_there = ahead.record_event()
+        others()
+    except BaseException:
+        current.wait_stream(ahead)  # what was launched before the error uses tensors that may go now
+        raise
     current.wait_event(are_there)
     return lambda stream: stream.wait_event(are_there)
 
 
 @cache
-def _stream_ahead(device: torch.device) -> torch.cuda.Stream:
-    """Launches of all streams of a GPU share it."""
-    return torch.cuda.Stream(device, priority=AHEAD)
+def _stream_ahead(device: torch.device, current: int) -> torch.cuda.Stream:
+    """The stream ahead of another one, of which nothing else waits for the other; captured with it, if it is."""
+    return torch.cuda.Stream(device, priority=HIGHEST_PRIORITY)

@@ -2,7 +2,6 @@
 """Group collectives by one all-to-all per exchange, on any backend of torch.distributed that has it."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from operator import is_not
 
 import torch
@@ -64,6 +63,12 @@ class AllToAllCollectives:
         self.num_ranks = group_size(group)
         self._streams: dict[torch.device, torch.cuda.Stream | None] = {}
         self._sends_pieces: dict[torch.device, bool] = {}
+
+    def sends_early(self, table: ExchangeTable | TwoHopExchange, device: torch.device) -> bool:
+        """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
+        if isinstance(table, TwoHopExchange) or not self._can_send_pieces(device):
+            return False
+        return all(isinstance(rows, slice) for rows in routes_of(table, device).received_of)
 
     @without_grad
     def cast(
@@ -141,7 +146,7 @@ class AllToAllCollectives:
         runs = runs_for_peers(sent, routes) if layout.is_apart else None
         if runs is None or any(map(is_not, given, partials)):
             rows_there = None  # copies are made when the caller's stream has all rows
-        landed = self._room_for_rows(sent[0], routes.num_sent, layout, is_callers=rows_there is None)
+        landed = self._landing(sent[0], routes.num_sent, layout, rows_there)
 
         def gather() -> Tensor | Pieces:
             if not layout.is_apart:
@@ -157,12 +162,20 @@ class AllToAllCollectives:
 
         counts = routes.recv_counts, routes.send_counts
         meanwhile = None if own_places is None else lambda: take_all_rows(into, own_places.rows, partials)
-        return self._exchange(gather, landed, counts, combine, [routes, *sent, *targets], meanwhile, rows_there)
+        kept, goes_early = [routes, *sent, *targets], rows_there is not None
+        return self._exchange(gather, landed, counts, combine, kept, meanwhile, goes_early=goes_early)
 
-    def _room_for_rows(self, like: Tensor, num_rows: int, layout: RowLayout, *, is_callers: bool) -> Tensor:
-        """Where rows land: memory of the caller's stream, or of the group's, which may write it before that is over."""
-        stream = None if is_callers else self._stream_on(like.device)
-        with nullcontext() if stream is None else current_in_block(stream, current_stream(like.get_device())):
+    def _landing(self, like: Tensor, num_rows: int, layout: RowLayout, rows_there: RowsThere | None) -> Tensor:
+        """Room for rows that arrive.
+
+        If rows go early the group's stream waits for them now, and has the room: it may write there before the
+        caller's stream is done with what lay there before.
+        """
+        stream = self._stream_on(like.device)
+        if rows_there is None or stream is None:
+            return like.new_empty((num_rows, layout.num_words), dtype=torch.int64)
+        rows_there(stream)
+        with current_in_block(stream, current_stream(like.get_device())):
             return like.new_empty((num_rows, layout.num_words), dtype=torch.int64)
 
     def _exchange(
@@ -173,7 +186,8 @@ class AllToAllCollectives:
         finish: Callable[[], Result],
         kept: Sequence[object],
         meanwhile: Callable[[], None] | None = None,
-        rows_there: RowsThere | None = None,
+        *,
+        goes_early: bool = False,
     ) -> PendingWork[Result] | StreamWork[Result]:
         """Send what ``gather`` returns; ``finish`` makes the result of what has ``landed``.
 
@@ -186,7 +200,8 @@ class AllToAllCollectives:
             finish: computes the result from what arrived; called once.
             kept: what the exchange reads or writes, indices too, kept alive until it is over.
             meanwhile: run on the caller's stream while rows travel, before ``finish``; None for nothing.
-            rows_there: lets the group's stream wait for the rows, where they are there before the caller's stream is.
+            goes_early: whether the group's stream waits for the rows already, which are there before the caller's
+                stream is done.
         """
         stream = self._stream_on(landed.device)
         if stream is None:
@@ -197,10 +212,8 @@ class AllToAllCollectives:
             return PendingWork(transfer, without_grad(finish), buffers=(packed, landed, *kept))
         index = landed.get_device()
         caller, events = current_stream(index), events_of(index)
-        if rows_there is None:
+        if not goes_early:
             events.let_wait(stream, caller)
-        else:
-            rows_there(stream)
         torch.cuda.set_stream(stream)
         try:
             packed = gather()
@@ -212,7 +225,7 @@ class AllToAllCollectives:
                 caller.wait_event(is_packed)
                 with current_in_block(caller, stream):
                     meanwhile()
-            if meanwhile is not None or rows_there is not None:
+            if meanwhile is not None or goes_early:
                 events.let_wait(stream, caller)
             return StreamWork(stream, caller, finish(), (landed, *kept), is_packed, events)
         except BaseException:

@@ -46,6 +46,10 @@ class HierarchicalCollectives:
     def __init__(self, inter: GroupCollectivesOfHop, intra: GroupCollectivesOfHop) -> None:
         self._inter, self._intra = inter, intra
 
+    def sends_early(self, table: ExchangeTable | TwoHopExchange, device: torch.device) -> bool:
+        """See :class:`~magi_attention.comm.protocol.GroupCollectives`: what crosses is added up before."""
+        return False
+
     @without_grad
     def cast(
         self,

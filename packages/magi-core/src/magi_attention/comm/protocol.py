@@ -49,6 +49,12 @@ class GroupCollectives(Protocol):
     name: str
     needs_multiprocessors: bool
 
+    def sends_early(self, table: ExchangeTable | TwoHopExchange, device: torch.device) -> bool:
+        """Whether a reduce of long rows by a table that is told of ``rows_there`` may begin when they are.
+
+        Backends are asked to compute gradients of these rows before others only then. Ranks may differ.
+        """
+
     def cast(
         self,
         tensors: Sequence[Tensor],
@@ -92,5 +98,5 @@ class GroupCollectives(Protocol):
         rows of ``partials`` at these places, one for each of its own, while others travel.
 
         With ``rows_there``, all rows that the table names are there before what the current stream was given is over.
-        Collectives that send them as they lie begin then; others wait until that is over.
+        Where they are sent as they lie, collectives may begin then; else they wait until that is over.
         """

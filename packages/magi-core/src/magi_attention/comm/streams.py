@@ -12,7 +12,9 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-_HIGHEST_PRIORITY = -1
+HIGHEST_PRIORITY = -1
+"""Of streams whose kernels are given multiprocessors before those of others. CUDA has higher ones, for other uses."""
+
 _streams: dict[tuple[str, torch.device], torch.cuda.Stream] = {}
 
 
@@ -28,7 +30,7 @@ def communication_stream(group: dist.ProcessGroup | None, device: torch.device) 
     stream = _streams.get(key)
     if stream is None:
         # Of threads that come first together, all take the same one.
-        stream = _streams.setdefault(key, torch.cuda.Stream(device, priority=_HIGHEST_PRIORITY))
+        stream = _streams.setdefault(key, torch.cuda.Stream(device, priority=HIGHEST_PRIORITY))
     return stream
 
 

@@ -160,6 +160,7 @@ def _make_job(
     kernels = Kernels(
         options=options,
         travel_takes_multiprocessors=runtime.collectives.needs_multiprocessors,
+        sends_early=runtime.collectives.sends_early,
         request=AttentionRequest.of_tensors(
             q, k, v, softcap=softcap, max_logits=max_logits, deterministic=bool(options.deterministic)
         ),

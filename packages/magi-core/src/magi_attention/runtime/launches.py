@@ -21,6 +21,7 @@ from magi_attention.kernels.protocol import (
     WritesInPlace,
 )
 from magi_attention.kernels.registry import backends_for_slices
+from magi_attention.plan.exchange import ExchangeTable, TwoHopExchange
 from magi_attention.runtime.steps import KernelCall, Pass, Runs, Step
 
 
@@ -101,6 +102,7 @@ class Kernels:
     Attributes:
         options: the key's resolved runtime configuration.
         travel_takes_multiprocessors: whether exchanges need some for themselves.
+        sends_early: see :class:`~magi_attention.comm.protocol.GroupCollectives`.
         request: what is asked of backends.
         softmax_scale: factor on q·k.
         softcap: if positive, scores are capped.
@@ -110,6 +112,7 @@ class Kernels:
 
     options: RuntimeConfig
     travel_takes_multiprocessors: bool
+    sends_early: Callable[[ExchangeTable | TwoHopExchange, torch.device], bool]
     request: AttentionRequest
     softmax_scale: float
     softcap: float
@@ -156,6 +159,8 @@ class Kernels:
             and not self.options.backward_high_precision_reduce  # else copies travel, made of all at once
             and reads_all_keys
             and len(step.calls) == 1
+            and step.exchange is not None
+            and self.sends_early(step.exchange, self.request.device)
         )
         return Launch(
             queries=None if call.queries.start == 0 and call.queries.stop >= num_queries else call.queries,
