@@ -200,13 +200,14 @@ def test_without_waits_for_memory_there_is_no_bell(monkeypatch, can_wait):
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=9))
     monkeypatch.setattr(launching, "wait_until_reached", wait)
     launching._stream_bell.cache_clear()
     found = [launching.bell(torch.device("cpu"), 7) for _ in range(2)]
     launching._stream_bell.cache_clear()
     assert found[0] is found[1]
     assert (found[0] is not None) == can_wait
-    assert [(stream, value) for stream, _, value in waits] == [(7, 0)]
+    assert [(stream, value) for stream, _, value in waits] == [(9, 0)]
 
 
 def test_copies_of_inputs_are_made_each_time():

@@ -71,7 +71,7 @@ def bell(device: torch.device, stream: int) -> Bell | None:
 def _stream_bell(device: torch.device, stream: int) -> Bell | None:
     rung = Bell(device)
     try:
-        wait_until_reached(stream, rung.address, 0)  # which it has
+        wait_until_reached(torch.cuda.Stream(device).cuda_stream, rung.address, 0)  # which it has
     except RuntimeError:
         return None
     return rung

@@ -23,8 +23,8 @@ from magi_kernels_blackwell.prepared import Begun, PreparedBackward
 
 KEYS_OF_BLOCK = 128
 BLOCKS_BESIDE_TRAVEL = 512
-"""Thread blocks, of so many keys and a head each, that are left for the time of the travel: at least 4 for each
-multiprocessor, as blocks are of fewer keys for more than 128 dims.
+"""Thread blocks, of so many keys and a head each, that are left for the time of the travel: about 4 for each
+multiprocessor, and more for over 128 dims, whose blocks are of fewer keys.
 
 One that begins to travel waits for blocks to end.
 """
