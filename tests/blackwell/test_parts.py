@@ -10,7 +10,15 @@ import torch
 from magi_attention.common.slices import SliceTable
 from magi_attention.kernels.protocol import AttentionCall
 from magi_kernels_blackwell.fa4 import launch, parts
-from magi_kernels_blackwell.fa4.parts import Extent, Part, launch_ahead, launch_parts, order_of_parts
+from magi_kernels_blackwell.fa4.parts import (
+    Extent,
+    Order,
+    Part,
+    PassTensors,
+    launch_ahead,
+    launch_parts,
+    order_of_parts,
+)
 from magi_kernels_blackwell.masks import packed_mask
 from magi_kernels_blackwell.prepared import Begun
 from tests.core.log_streams import Stream, log_of_streams
@@ -71,6 +79,7 @@ def test_awaited_parts_are_launched_ahead(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(parts, "_stream_ahead", lambda device, handle: ahead)
     lse, dlse, dq = (torch.zeros(2) for _ in range(3))
+    q, k = torch.zeros(1, 3, 8, 1), torch.zeros(1, 3, 4, 1)
     begun = Begun(*torch.arange(24).view(3, 1, 8, 1).unbind())
 
     class Kernels:
@@ -82,21 +91,21 @@ def test_awaited_parts_are_launched_ahead(monkeypatch):
 
         def begin(self, tensors, *given):
             assert all(a is b for a, b in zip(given, (lse, dlse, dq), strict=True))
-            log.append(f"begin {tensors}")
+            log.append(f"begin {tensors[0]}")
             return begun
 
         def sums_of_keys(self, like, of_keys):
             assert like is lse
-            assert of_keys == self.of_keys
+            assert tuple(of_keys) == self.of_keys
             log.append(f"zero sums of {self.name}")
             return f"sums of {self.name}"
 
         def compute(self, tensors, of_heads, sums, scale):
             assert (sums, scale) == (f"sums of {self.name}", 0.5)
-            log.append(f"compute {tensors} by {of_heads.dpsum[0, :, 0].tolist()}")
+            log.append(f"compute {tensors[0]} by {of_heads.dpsum[0, :, 0].tolist()}")
 
         def round_keys(self, sums, of_keys, scale):
-            assert (sums, of_keys, scale) == (f"sums of {self.name}", self.of_keys, 0.5)
+            assert (sums, tuple(of_keys), scale) == (f"sums of {self.name}", self.of_keys, 0.5)
             log.append(f"round {self.name}")
 
         def round_queries(self, given, target, scale):
@@ -105,16 +114,18 @@ def test_awaited_parts_are_launched_ahead(monkeypatch):
             assert scale == 0.5
             log.append("round queries")
 
-    def part(name: str, *heads: int) -> Part:
+    def part(name: str) -> Part:
         kernels = Kernels(name)
-        return Part(kernels, heads, name, (dq, *kernels.of_keys))
+        return Part(kernels, PassTensors(name, q, k, "v", "out", lse, dlse, dq, *kernels.of_keys))
 
     def keys_done(rows_there):
         log.append("keys are done")
         rows_there(Stream("reader", log))
 
-    parts_of_pass = part("all", 0, 8), [part("a", 0, 6), part("b", 6, 8)], [part("c", 6, 8)]
-    launch_parts(*parts_of_pass, lse, dlse, 0.5, keys_done)
+    named = {"a": Extent((0, 3), (0, 5)), "b": Extent((3, 4), (0, 2)), "c": Extent((3, 4), (2, 5))}
+    names = {extent: name for name, extent in named.items()}
+    order = Order([named["a"], named["b"]], [named["c"]])
+    launch_parts(part("all"), order, lambda extent: part(names[extent]), 0.5, keys_done)
     assert log == [
         *("begin all", "zero sums of a", "zero sums of b", "zero sums of c"),
         *("current marks", "ahead waits for mark 1 of current", "on ahead"),
@@ -137,7 +148,7 @@ def test_every_gradient_is_computed_once_by_queries_of_its_heads(monkeypatch, he
 
     class Kernels:
         def __init__(self, library, arch, tensors, *_):
-            self.shapes = [x.shape for x in tensors]
+            self.shapes = [x.shape for x in tensors.inputs]
 
         def __call__(self, tensors, lse, dlse, gradients, scale, keys_done):
             begun = self.begin(tensors, lse, dlse, gradients[0])
@@ -200,15 +211,21 @@ def test_a_part_has_views_of_its_rows_and_heads(with_dlse):
     dout, q, out, dq = (torch.randn(5, 6, 4, generator=draw) for _ in range(4))
     k, v, dk, dv = (torch.randn(9, 3, 4, generator=draw) for _ in range(4))
     lse, dlse = torch.randn(6, 5, generator=draw), torch.randn(6, 5, generator=draw) if with_dlse else None
+    tensors = PassTensors(dout, q, k, v, out, lse, dlse, dq, dk, dv)
     extent = Extent((1, 3), (4, 9))
-    views, *terms, gradients, queries = extent.of((6, 3), (dout, q, k, v, out), lse, dlse, (dq, dk, dv))
-    assert queries == (2, 6)
-    wanted = [dout[:, 2:], q[:, 2:], k[4:, 1:], v[4:, 1:], out[:, 2:], lse[2:], dq[:, 2:], dk[4:, 1:], dv[4:, 1:]]
-    for got, each in zip([*views, terms[0], *gradients], wanted, strict=True):
+    assert extent.queries(2) == (2, 6)
+    part = tensors.part(extent)
+    wanted = PassTensors(
+        *(dout[:, 2:], q[:, 2:], k[4:, 1:], v[4:, 1:], out[:, 2:]),
+        *(lse[2:], None if dlse is None else dlse[2:], dq[:, 2:], dk[4:, 1:], dv[4:, 1:]),
+    )
+    for got, each in zip(part, wanted, strict=True):
+        if each is None:
+            assert got is None
+            continue
         assert got.data_ptr() == each.data_ptr()
         assert got.shape == each.shape
         assert got.stride() == each.stride()
-    assert torch.equal(terms[1], dlse[2:]) if with_dlse else terms[1] is None
 
 
 @pytest.mark.parametrize("fails", ["awaited", "others"])

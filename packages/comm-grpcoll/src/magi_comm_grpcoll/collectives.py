@@ -68,7 +68,7 @@ class NativeCollectives:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         if self.context is None:
             return self.fallback.sends_early(table, device)
-        return isinstance(self.context, GroupContext) and not self.needs_multiprocessors
+        return not self.needs_multiprocessors
 
     def cast(
         self,

@@ -4,7 +4,6 @@
 Shape suffixes: t tokens, h heads, d head dim; q queries, k keys.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from magi_attention.kernels.protocol import AttentionCall, KeysDone
 from magi_attention.kernels.table_streams import settle
 from magi_kernels_blackwell.fa4.grouped import gradients_like, launch_grouped_backward
 from magi_kernels_blackwell.fa4.library import Library
-from magi_kernels_blackwell.fa4.parts import Extent, Part, Run, launch_parts, order_of_parts
+from magi_kernels_blackwell.fa4.parts import Extent, Part, PassTensors, launch_parts, order_of_parts
 from magi_kernels_blackwell.fa4.tables import (
     SparseTables,
     backward_tables,
@@ -171,85 +170,64 @@ def launch_own_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by FlashAttention-4's backward pass as it is; arguments as of :func:`launch_backward`."""
     packed = packed_mask(call.slices, q.shape[0], k.shape[0])
-    tensors, gradients = (dout, q, k, v, out), gradients_like(q, k, v, into)
-    prepare = partial(_part, library, arch, packed, call)
-    whole = prepare(tensors, lse, dlse, gradients)
+    gradients = gradients_like(q, k, v, into)
+    tensors = PassTensors(dout, q, k, v, out, lse, dlse, *gradients)
+    prepare, scale = partial(_prepare, library, arch, packed, call), call.softmax_scale
+    whole = prepare(tensors)
     if whole is None:
         return gradients
-    heads, done = (q.shape[1], k.shape[1]), partial(keys_done, *gradients[1:])
-    order = order_of_parts(packed, call, heads, k.shape[0]) if arch == HOPPER else None
-    batch_lse, batch_dlse = _as_batch(packed, lse, dlse)
+    done = partial(keys_done, *gradients[1:])
+    order = order_of_parts(packed, call, (q.shape[1], k.shape[1]), k.shape[0]) if arch == HOPPER else None
     if order is None:
-        whole.prepared(whole.tensors, batch_lse, batch_dlse, whole.gradients, call.softmax_scale, done)
+        prepared, given = whole
+        prepared(given.inputs, given.lse, given.dlse, given.gradients, scale, done)
         return gradients
 
-    def part(extent: Extent) -> Part:
-        found = prepare(*extent.of(heads, tensors, lse, dlse, gradients))
+    def prepare_part(extent: Extent) -> Part:
+        found = prepare(tensors.part(extent))
         assert found is not None, "a part of what is launched is only compiled"
         return found
 
-    awaited, others = ([*map(part, kind)] for kind in order)
-    launch_parts(whole, awaited, others, batch_lse, batch_dlse, call.softmax_scale, done)
+    launch_parts(whole, order, prepare_part, scale, done)
     return gradients
 
 
-def _part(
-    library: Library,
-    arch: int,
-    packed: PackedMask | None,
-    call: AttentionCall,
-    tensors: Sequence[Tensor],
-    lse: Tensor,
-    dlse: Tensor | None,
-    gradients: Sequence[Tensor],
-    queries: Run = (0, 0),
+def _prepare(
+    library: Library, arch: int, packed: PackedMask | None, call: AttentionCall, tensors: PassTensors
 ) -> Part | None:
-    """A pass or a part of one, whose mask is alike: with kernels found once and kept with the slices.
+    """The kernels for a pass, or a part of one, whose mask is alike; found once and kept with the slices.
 
     Args:
         library, arch, call: as of :func:`launch_backward`.
         packed: the whole mask.
-        tensors: dout, q, k, v and out.
-        lse, dlse: of these.
-        gradients: dq, dk and dv, to be written.
-        queries: the heads of q, of a part.
+        tensors: of the pass or part.
 
     Returns:
         None where kernels are only compiled.
     """
-    dout, q, k, v, out = tensors
-    given, results = _as_batch(packed, *tensors), _as_batch(packed, *gradients)
-
-    def find() -> PreparedBackward | None:
-        batch_lse, batch_dlse = _as_batch(packed, lse, dlse)
-        return _prepare_backward(library, arch, given, batch_lse, batch_dlse, results, packed, call)
-
-    layout = layout_of(q, k, v, dout, out)
+    given = PassTensors(*_as_batch(packed, *tensors))
+    layout = layout_of(tensors.q, tensors.k, tensors.v, tensors.dout, tensors.out)
     prepared = call.slices.derived(
-        ("fa4 backward", arch, call.softcap, call.deterministic, dlse is None, *layout), find
+        ("fa4 backward", arch, call.softcap, call.deterministic, tensors.dlse is None, *layout),
+        lambda: _prepare_backward(library, arch, given, packed, call),
     )
-    return None if prepared is None else Part(prepared, queries, given, results)
+    return None if prepared is None else Part(prepared, given)
 
 
 def _prepare_backward(
-    library: Library,
-    arch: int,
-    tensors: tuple[Tensor, ...],
-    lse: Tensor,
-    dlse: Tensor | None,
-    gradients: tuple[Tensor, ...],
-    packed: PackedMask | None,
-    call: AttentionCall,
+    library: Library, arch: int, tensors: PassTensors, packed: PackedMask | None, call: AttentionCall
 ) -> PreparedBackward | None:
     """Find the kernels for tensors as they are given to them; None where they are only compiled."""
-    dout, q, k, v, out = tensors
+    dout, q, k, v, out = tensors.inputs
     options: dict[str, Any] = {
         "softmax_scale": call.softmax_scale,
         "softcap": call.softcap,
         "deterministic": call.deterministic,
-        "dlse": dlse,
+        "dlse": tensors.dlse,
+        "dq": tensors.dq,
+        "dk": tensors.dk,
+        "dv": tensors.dv,
     }
-    options |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
     if packed is not None:
         options |= _window(packed) | _documents(packed, q.device)
     else:
@@ -261,11 +239,11 @@ def _prepare_backward(
             "block_sparse_tensors": _sparse(library, tables, (tiling.block_q, tiling.block_k)),
         }
     with watched(*library.backward_parts) as (before, main, after), library.masks.bound():
-        library.backward(q, k, v, out, dout, lse, **options)
+        library.backward(q, k, v, out, dout, tensors.lse, **options)
         settle(q.device)
     if not noted(main, is_tracing=library.is_tracing()):
         return None
-    check_sums(main[0], after, gradients)
+    check_sums(main[0], after, tensors.gradients)
     return PreparedBackward(before[0], main[0], after, DLSE_AT, SEMAPHORES_AT)
 
 

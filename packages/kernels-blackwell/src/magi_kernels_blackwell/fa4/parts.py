@@ -41,40 +41,67 @@ class Extent(NamedTuple):
     heads: Run
     keys: Run
 
-    def of(
-        self,
-        heads: tuple[int, int],
-        tensors: Sequence[Tensor],
-        lse: Tensor,
-        dlse: Tensor | None,
-        gradients: Sequence[Tensor],
-    ) -> tuple[Sequence[Tensor], Tensor, Tensor | None, Sequence[Tensor], Run]:
-        """Views of a pass's tensors.
+    def queries(self, group: int) -> Run:
+        """The heads of queries, of which so many share one of keys."""
+        return self.heads[0] * group, self.heads[1] * group
 
-        Args:
-            heads: how many queries have, and keys.
-            tensors: dout, q, k, v and out, ``[rows, heads, dim]``.
-            lse, dlse: ``[heads, rows]`` of queries.
-            gradients: dq, dk and dv.
 
-        Returns:
-            The same in this order, and the heads of queries.
-        """
-        group = heads[0] // heads[1]
-        first, end = queries = self.heads[0] * group, self.heads[1] * group
-        (head, end_head), (start, stop) = self
+class PassTensors(NamedTuple):
+    """The tensors of a backward pass, or views of those of a part.
 
-        def of_queries(*given: Tensor) -> list[Tensor]:
-            return [x.narrow(1, first, end - first) for x in given]
+    Attributes:
+        dout, q, k, v, out: ``[rows, heads, dim]``.
+        lse, dlse: ``[heads, rows]`` of queries.
+        dq, dk, dv: gradients, to be written.
+    """
 
-        def of_keys(*given: Tensor) -> list[Tensor]:
-            return [x.narrow(0, start, stop - start).narrow(1, head, end_head - head) for x in given]
+    dout: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    dlse: Tensor | None
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
 
-        (dout, q, k, v, out), (dq, dk, dv) = tensors, gradients
-        some_lse, some_dlse = (None if x is None else x.narrow(0, first, end - first) for x in (lse, dlse))
-        assert some_lse is not None
-        views = [*of_queries(dout, q), *of_keys(k, v), *of_queries(out)]
-        return views, some_lse, some_dlse, [*of_queries(dq), *of_keys(dk, dv)], queries
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """All that have a row for each token, as kernels are given them."""
+        return self[:5]
+
+    @property
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of q, k and v."""
+        return self.dq, self.dk, self.dv
+
+    def part(self, extent: Extent) -> "PassTensors":
+        """Views of a part's rows and heads."""
+        first, end = extent.queries(self.q.shape[1] // self.k.shape[1])
+        (head, end_head), (start, stop) = extent
+
+        def of_queries(x: Tensor) -> Tensor:
+            return x.narrow(1, first, end - first)
+
+        def of_keys(x: Tensor) -> Tensor:
+            return x.narrow(0, start, stop - start).narrow(1, head, end_head - head)
+
+        def of_rows(x: Tensor) -> Tensor:
+            return x.narrow(0, first, end - first)
+
+        return PassTensors(
+            dout=of_queries(self.dout),
+            q=of_queries(self.q),
+            k=of_keys(self.k),
+            v=of_keys(self.v),
+            out=of_queries(self.out),
+            lse=of_rows(self.lse),
+            dlse=None if self.dlse is None else of_rows(self.dlse),
+            dq=of_queries(self.dq),
+            dk=of_keys(self.dk),
+            dv=of_keys(self.dv),
+        )
 
 
 class Order(NamedTuple):
@@ -85,19 +112,10 @@ class Order(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The kernels for a part, with tensors as they take them.
-
-    Attributes:
-        prepared: the kernels.
-        queries: the heads of q.
-        tensors: dout, q, k, v and out.
-        gradients: dq, dk and dv, to be written.
-    """
+    """The kernels for a pass or a part of it, with tensors as they take them."""
 
     prepared: PreparedBackward
-    queries: Run
-    tensors: Sequence[Tensor]
-    gradients: Sequence[Tensor]
+    tensors: PassTensors
 
 
 def order_of_parts(packed: PackedMask | None, call: AttentionCall, heads: tuple[int, int], num_k: int) -> Order | None:
@@ -133,10 +151,8 @@ def order_of_parts(packed: PackedMask | None, call: AttentionCall, heads: tuple[
 
 def launch_parts(
     whole: Part,
-    awaited: Sequence[Part],
-    others: Sequence[Part],
-    lse: Tensor,
-    dlse: Tensor | None,
+    order: Order,
+    prepare: Callable[[Extent], Part],
     scale: float,
     keys_done: Callable[[RowsThere], object],
 ) -> None:
@@ -144,29 +160,32 @@ def launch_parts(
 
     Args:
         whole: all of it, of which only what comes before and after the parts is launched.
-        awaited: parts with all keys that somebody waits for.
-        others: the rest.
-        lse, dlse: as the kernels take them.
+        order: the parts.
+        prepare: finds the kernels for one.
         scale: of the softmax.
         keys_done: called once all gradients of keys and values are launched, before what is left to do for dq, with
-            what lets a stream wait for those of ``awaited``.
+            what lets a stream wait for those of the awaited parts.
     """
-    dq = whole.gradients[0]
-    begun = whole.prepared.begin(whole.tensors, lse, dlse, dq)
-    # Zeros come first: beside the kernels that are ahead, they would wait for these.
-    sums = [[part.prepared.sums_of_keys(lse, part.gradients[1:]) for part in kind] for kind in (awaited, others)]
+    prepared, tensors = whole
+    group = tensors.q.shape[-2] // tensors.k.shape[-2]
+    begun = prepared.begin(tensors.inputs, tensors.lse, tensors.dlse, tensors.dq)
 
-    def compute(parts: Sequence[Part], sums: Sequence[Sequence[Tensor]]) -> None:
-        for part, totals in zip(parts, sums, strict=True):
-            first, end = part.queries
+    def with_sums(extent: Extent) -> tuple[Extent, Part, Sequence[Tensor]]:
+        part = prepare(extent)
+        return extent, part, part.prepared.sums_of_keys(tensors.lse, part.tensors.gradients[1:])
+
+    def compute(parts: Sequence[tuple[Extent, Part, Sequence[Tensor]]]) -> None:
+        for extent, part, sums in parts:
+            first, end = extent.queries(group)
             of_heads = Begun(*(x.narrow(1, first, end - first) for x in begun))
-            part.prepared.compute(part.tensors, of_heads, totals, scale)
-        for part, totals in zip(parts, sums, strict=True):
-            part.prepared.round_keys(totals, part.gradients[1:], scale)
+            part.prepared.compute(part.tensors.inputs, of_heads, sums, scale)
+        for _, part, sums in parts:
+            part.prepared.round_keys(sums, part.tensors.gradients[1:], scale)
 
-    launches = (partial(compute, *each) for each in zip((awaited, others), sums, strict=True))
-    keys_done(launch_ahead(lse.device, *launches))
-    whole.prepared.round_queries(begun, dq, scale)
+    # Sums begin as zeros before anything is ahead: beside such kernels, these would wait for them.
+    awaited, others = ([*map(with_sums, kind)] for kind in order)
+    keys_done(launch_ahead(begun.lse2.device, partial(compute, awaited), partial(compute, others)))
+    prepared.round_queries(begun, tensors.dq, scale)
 
 
 def launch_ahead(device: torch.device, awaited: Callable[[], None], others: Callable[[], None]) -> RowsThere:

@@ -68,7 +68,7 @@ class AllToAllCollectives:
         """See :class:`~magi_attention.comm.protocol.GroupCollectives`."""
         if isinstance(table, TwoHopExchange) or not self._can_send_pieces(device):
             return False
-        return all(isinstance(rows, slice) for rows in routes_of(table, device).received_of)
+        return routes_of(table, device).receives_runs
 
     @without_grad
     def cast(

@@ -158,9 +158,9 @@ def _column(row: RowFormat, first_word: int, stride: int) -> _Column:
 def runs_for_peers(tensors: Sequence[Tensor], routes: Routes) -> list[list[Tensor]] | None:
     """The words of the rows that came from each peer, of each tensor, as they lie; None where some are no run."""
     words = [each for tensor in tensors if (each := as_words(tensor)) is not None and each.is_contiguous()]
-    if len(words) == len(tensors) and all(isinstance(rows, slice) for rows in routes.received_of):
-        return [[each[rows] for rows in routes.received_of] for each in words]
-    return None
+    if len(words) < len(tensors) or not routes.receives_runs:
+        return None
+    return [[each[rows] for rows in routes.received_of] for each in words]
 
 
 def packed_for_peers(tensors: Sequence[Tensor], routes: Routes) -> list[list[Tensor]]:

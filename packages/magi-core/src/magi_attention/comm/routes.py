@@ -73,6 +73,11 @@ class Routes(KeepsDerived):
         return _by_peer(self._all_received, self.received, self.recv_counts)
 
     @cached_property
+    def receives_runs(self) -> bool:
+        """Whether the rows that come from each peer lie one after another in the receive buffer."""
+        return all(isinstance(rows, slice) for rows in self.received_of)
+
+    @cached_property
     def casts_per_row(self) -> Tensor:
         """``(num_source,)`` int64: to how many peers each source row goes."""
         return torch.from_numpy(np.bincount(self._all_source, minlength=self._num_source)).to(self._device)
