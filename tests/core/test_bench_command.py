@@ -72,7 +72,7 @@ def test_a_terminal_shows_what_is_done_and_the_output_stays_clean():
     assert json.loads(output)["measured"]["ranks"] == 2
     texts = [text.removeprefix("\x1b[K") for text in shown.decode().split("\r")[1:]]
     begun = ["starting 2 ranks", "planning", "warming up: pair of passes 1 of 2", "pass 1 of 4"]
-    assert [text for text in texts if text in begun] == begun
+    assert [text for text in texts if text in begun] == begun, shown
     assert texts[-1] == ""
 
 
