@@ -168,6 +168,7 @@ def by_flex_attention(case: Case) -> Passes | None:
         def is_seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key >= starts[query]) & (key < stops[query])
 
+    torch._functorch.config.donated_buffer = False  # else a backward pass can't be repeated for some lengths
     attend = torch.compile(flex_attention, dynamic=False)
     q, k, v = (x.transpose(0, 1)[None].contiguous().detach() for x in (case.q, case.k, case.v))
     forward = None

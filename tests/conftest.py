@@ -15,7 +15,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test marked ``gpu`` or ``gpu(n)`` on a machine with fewer GPUs."""
+    """Skip a test marked ``gpu`` or ``gpu(n)`` on a machine with fewer GPUs, one marked ``alone`` beside others."""
+    if item.get_closest_marker("alone") and (sharing := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+        pytest.skip(f"needs its GPU to itself, {sharing} processes share it: run it with --numprocesses=0")
     if marker := item.get_closest_marker("gpu"):
         import torch
 

@@ -11,7 +11,7 @@ from magi_attention.comm.packing import row_formats
 from magi_attention.comm.routes import places_of
 from magi_comm_grpcoll.own import OwnCopies
 
-# Goes on until it is released, or for some ten seconds: more than the copies can take on a GPU that others use too.
+# Goes on until it is released, or for some ten seconds, far more than the copies can take.
 _FILL = """
 extern "C" __global__ void __launch_bounds__(1024) fill(volatile int const* released) {
     long long const begun = clock64();
@@ -21,6 +21,7 @@ extern "C" __global__ void __launch_bounds__(1024) fill(volatile int const* rele
 
 
 @pytest.mark.gpu(1)
+@pytest.mark.alone
 def test_copies_have_their_multiprocessors_before_the_next_kernel_takes_all():
     """Both have been enqueued, and wait for the same stream, when the GPU comes to them."""
     if not hasattr(torch.cuda, "_compile_kernel"):

@@ -12,6 +12,8 @@ from typer.main import get_command
 
 from magi_attention.cli.main import app
 
+pytest_plugins = ["pytester"]
+
 ROOT = Path(__file__).parents[2]
 SPEC = spec_from_file_location("check_on_gpus", ROOT / "scripts" / "check_on_gpus.py")
 check_on_gpus = module_from_spec(SPEC)
@@ -31,8 +33,23 @@ def test_all_suites_with_gpu_tests_run():
         )
 
     with_gpu_tests = {path.parent.name for path in ROOT.glob("tests/*/test_*.py") if has_gpu_tests(path)}
-    run = {step.name for step in steps(check_on_gpus.tests()) if "pytest" in step.arguments}
-    assert run == with_gpu_tests
+    run = [step for step in steps(check_on_gpus.tests()) if "pytest" in step.arguments]
+    assert {step.name for step in run} == with_gpu_tests | {"alone"}
+    # Those that are skipped where processes share a GPU run in one process, while no other does.
+    alone = next([[step]] for step in run if step.name == "alone")
+    assert alone in check_on_gpus.tests()
+    assert not any("--numprocesses" in argument for argument in alone[0][0].arguments)
+
+
+def test_a_test_that_wants_its_gpu_alone_is_skipped_beside_others(pytester, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER_COUNT", raising=False)  # of those that run this
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    pytester.makeini("[pytest]\nmarkers = alone\n    gpu")
+    pytester.makepyfile("import pytest\n@pytest.mark.alone\ndef test_it():\n    pass")
+    pytester.runpytest_subprocess("--numprocesses=0").assert_outcomes(passed=1)
+    beside = pytester.runpytest_subprocess("--numprocesses=2", "-rs")
+    beside.assert_outcomes(skipped=1)
+    beside.stdout.fnmatch_lines(["*needs its GPU to itself, 2 processes share it*"])
 
 
 @pytest.mark.parametrize("num_gpus", [1, 2, 4])
