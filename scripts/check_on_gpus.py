@@ -48,7 +48,7 @@ def suite(name: str, processes: int, gpus: Gpus = "all", how: str = "loadfile") 
 def tests() -> list[list[Lane]]:
     """Rounds of lanes that run at once. Ranks that wait for each other want the GPUs to themselves."""
     jobs = str(max(1, (os.cpu_count() or 1) * 2 // 3))
-    alone = Step("alone", ("-m", "pytest", "-q", "-m", "gpu and alone", "tests"), "last")
+    alone = Step("alone", ("-m", "pytest", "-q", "-m", "gpu and alone", "tests/comm"), "last")
     compile_kernels = Step("compile", ("-m", "tests.blackwell.warm", "--jobs", jobs), "last")
     return [
         [

@@ -26,19 +26,27 @@ def steps(rounds):
     return [step for lanes in rounds for lane in lanes for step in lane]
 
 
-def test_all_suites_with_gpu_tests_run():
-    def has_gpu_tests(path):
+def suites_with(marker):
+    """The folders of tests that have this marker."""
+
+    def has_it(path):
         return any(
-            isinstance(node, ast.Attribute) and node.attr == "gpu" for node in ast.walk(ast.parse(path.read_text()))
+            isinstance(node, ast.Attribute) and node.attr == marker for node in ast.walk(ast.parse(path.read_text()))
         )
 
-    with_gpu_tests = {path.parent.name for path in ROOT.glob("tests/*/test_*.py") if has_gpu_tests(path)}
+    return {path.parent.name for path in ROOT.glob("tests/*/test_*.py") if has_it(path)}
+
+
+def test_all_suites_with_gpu_tests_run():
     run = [step for step in steps(check_on_gpus.tests()) if "pytest" in step.arguments]
-    assert {step.name for step in run} == with_gpu_tests | {"alone"}
-    # Those that are skipped where processes share a GPU run in one process, while no other does.
-    alone = next([[step]] for step in run if step.name == "alone")
-    assert alone in check_on_gpus.tests()
-    assert not any("--numprocesses" in argument for argument in alone[0][0].arguments)
+    assert {step.name for step in run} == suites_with("gpu") | {"alone"}
+
+
+def test_tests_that_want_their_gpu_alone_run_in_one_process_while_no_other_does():
+    (lanes,) = [lanes for lanes in check_on_gpus.tests() if "alone" in {step.name for step in steps([lanes])}]
+    ((step,),) = lanes
+    assert not any("--numprocesses" in argument for argument in step.arguments)
+    assert {argument for argument in step.arguments if "/" in argument} == {f"tests/{x}" for x in suites_with("alone")}
 
 
 def test_a_test_that_wants_its_gpu_alone_is_skipped_beside_others(pytester, monkeypatch):
