@@ -17,7 +17,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from kernels import typical_seconds
+from kernels import typical_seconds, with_autograd
 from torch import Tensor
 
 from magi_attention.common.slices import SliceTable
@@ -145,9 +145,8 @@ def with_flex(x: Tensors) -> dict[str, Run]:
         return out
 
     forward = torch.no_grad()(attend)
-    leaves = [each.requires_grad_() for each in (q, k, v)]
-    out = attend()
-    return {"forward": forward, "backward": lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)}
+    leaves = tuple(each.requires_grad_() for each in (q, k, v))
+    return {"forward": forward, "backward": with_autograd(attend, leaves, dout)[1]}
 
 
 def measure(shape: Shape, repeat: int, *, flex: bool) -> list[str]:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+import torch._functorch.config
 from kernel_bars import DIRECTIONS, Bar, Cell, bars, hopper_bars, summary
 from numpy.typing import NDArray
 from torch import Tensor
@@ -168,7 +169,6 @@ def by_flex_attention(case: Case) -> Passes | None:
         def is_seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key >= starts[query]) & (key < stops[query])
 
-    torch._functorch.config.donated_buffer = False  # else a backward pass can't be repeated for some lengths
     attend = torch.compile(flex_attention, dynamic=False)
     q, k, v = (x.transpose(0, 1)[None].contiguous().detach() for x in (case.q, case.k, case.v))
     forward = None
@@ -191,7 +191,8 @@ def by_flex_attention(case: Case) -> Passes | None:
 
 
 def with_autograd(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...], dout: Tensor) -> Passes:
-    """Passes of a differentiable function."""
+    """Passes of a differentiable function, compiled or not, of which the backward pass can be repeated."""
+    torch._functorch.config.donated_buffer = False  # else one compiled for several lengths gives its memory away
     out = forward()
     return forward, lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
